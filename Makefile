@@ -1,0 +1,51 @@
+# Every habit has a short command. `make help` lists them.
+SHELL := bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev test test-nightly check fmt bench lock clean
+
+help: ## list the commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv from the lock file (the others do it when needed)
+
+$(READY): requirements/dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the locked dependencies into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app)
+	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app)
+
+test: $(READY) ## unit, contract, database and system tests
+	$(BIN)/python -m pytest -m "not nightly"
+
+test-nightly: $(READY) ## everything, with the long profiles
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+
+check: $(READY) ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(READY) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## side-by-side measurements, ratios first
+	$(BIN)/python -m bench
+
+lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
+	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
+
+clean: ## remove what the other commands made
+	rm -rf $(VENV) .preview-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -1,0 +1,273 @@
+"""The nouns: paths, entries, trees, changes, operations, cursors, manifests. Pure data, no I/O.
+
+A *tree* is what the agent believes is on disk; a *change* is what the database says happened to one path;
+an *operation* is one thing to do to the disk, decided before anything is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+from immutables import Map
+
+from agent.errors import PathRefused
+
+RelPath = NewType("RelPath", str)
+"""A path that passed `parse_path`: relative, `/`-separated, NFC, no tricks."""
+
+Digest = NewType("Digest", str)
+"""Lower-case hex SHA-256 of a file's bytes."""
+
+MAX_PATH_BYTES = 1024
+MAX_SEGMENT_BYTES = 255
+PROTECTED = frozenset({"node_modules", ".git", ".preview-sync"})
+"""Nothing below these is ever written, wherever in the tree they stand (protocol: file_path)."""
+
+
+def parse_path(raw: object) -> RelPath:
+    """Admit a path from outside.
+
+    Raises `PathRefused` with one of the rules `not_text, empty, not_utf8, too_long, control, backslash,
+    absolute, empty_segment, dot_segment, segment_too_long, protected, not_nfc`.
+    """
+    if not isinstance(raw, str):
+        raise PathRefused(raw, "not_text")
+    if not raw:
+        raise PathRefused(raw, "empty")
+    try:
+        size = len(raw.encode())
+    except UnicodeEncodeError:
+        raise PathRefused(raw, "not_utf8") from None
+    if size > MAX_PATH_BYTES:
+        raise PathRefused(raw, "too_long")
+    if not raw.isprintable() and any(unicodedata.category(c) == "Cc" for c in raw):
+        raise PathRefused(raw, "control")
+    if "\\" in raw:
+        raise PathRefused(raw, "backslash")
+    if raw[0] == "/":
+        raise PathRefused(raw, "absolute")
+    for segment in raw.split("/"):
+        if not segment:
+            raise PathRefused(raw, "empty_segment")
+        if segment in (".", ".."):
+            raise PathRefused(raw, "dot_segment")
+        if segment in PROTECTED:
+            raise PathRefused(raw, "protected")
+        if size > MAX_SEGMENT_BYTES and len(segment.encode()) > MAX_SEGMENT_BYTES:
+            raise PathRefused(raw, "segment_too_long")
+    if not unicodedata.is_normalized("NFC", raw):
+        raise PathRefused(raw, "not_nfc")
+    return RelPath(raw)
+
+
+def parents(path: RelPath) -> Iterable[RelPath]:
+    """Every directory above `path`, nearest last: `a/b/c` gives `a`, `a/b`."""
+    at = path.find("/")
+    while at != -1:
+        yield RelPath(path[:at])
+        at = path.find("/", at + 1)
+
+
+def digest_of(content: bytes) -> Digest:
+    """SHA-256 of `content`, as the protocol writes it."""
+    return Digest(hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One path of a tree. `digest` None is a tombstone: the path was deleted at `version`.
+
+    `size` in bytes. `provisional` marks an optimistic write that no authoritative event has confirmed.
+    """
+
+    version: int
+    digest: Digest | None
+    size: int = 0
+    executable: bool = False
+    provisional: bool = False
+
+    @property
+    def is_file(self) -> bool:
+        return self.digest is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far the tree has followed its project.
+
+    `revision`: everything up to and including it is applied. `islands`: revisions above it that were applied
+    while something below was missing. `epoch` None: the history is not known yet (a plain zip).
+    """
+
+    epoch: str | None = None
+    revision: int = 0
+    islands: frozenset[int] = frozenset()
+
+    def with_revision(self, revision: int) -> Cursor:
+        """The cursor after `revision` is applied, islands joined where they touch."""
+        if revision <= self.revision or revision in self.islands:
+            return self
+        if revision != self.revision + 1:
+            return Cursor(self.epoch, self.revision, self.islands | {revision})
+        head = revision
+        while head + 1 in self.islands:
+            head += 1
+        return Cursor(self.epoch, head, frozenset(r for r in self.islands if r > head))
+
+    def at_least(self, revision: int) -> Cursor:
+        """The cursor after catch-up answered for everything up to `revision`."""
+        head = max(self.revision, revision)
+        while head + 1 in self.islands:
+            head += 1
+        return Cursor(self.epoch, head, frozenset(r for r in self.islands if r > head))
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """What is on disk, as far as the agent put it there, and how far it has followed the project."""
+
+    cursor: Cursor = Cursor()
+    entries: Map[RelPath, Entry] = field(default_factory=Map)
+
+    def files(self) -> dict[RelPath, Entry]:
+        """The current files, tombstones left out."""
+        return {path: entry for path, entry in self.entries.items() if entry.is_file}
+
+    def hash(self) -> str:
+        """The protocol's `tree_hash`, comparable with the server's."""
+        return tree_hash({p: e.digest for p, e in self.entries.items() if e.digest is not None})
+
+
+def tree_hash(digests: Mapping[RelPath, Digest]) -> str:
+    """SHA-256 over `{path}\\0{digest}\\n` of all current files, sorted by the path's UTF-8 bytes."""
+    whole = hashlib.sha256()
+    for path in sorted(digests, key=str.encode):
+        whole.update(f"{path}\0{digests[path]}\n".encode())
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the database says became of one path. `digest` None: deleted.
+
+    `content` None on an update: by reference, the bytes must be fetched. `version` None: the sender does not
+    count versions (the seed's plain form).
+    """
+
+    path: RelPath
+    digest: Digest | None
+    version: int | None = None
+    content: bytes | None = None
+    size: int | None = None
+    executable: bool = False
+
+    @property
+    def is_delete(self) -> bool:
+        return self.digest is None
+
+    @property
+    def by_reference(self) -> bool:
+        return self.digest is not None and self.content is None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong that a person should see: `kind` is the metric's label, `rule` its refinement."""
+
+    kind: str
+    detail: str
+    path: str | None = None
+    rule: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One transaction of the project: `file:update`, `file:delete` or `bulk:apply`.
+
+    `revision` and `epoch` None: the seed's plain form. `complete` False: a doorbell without its changes.
+    `timestamp`: Unix seconds of the commit. `problems`: per-path refusals found while reading it.
+    """
+
+    event: str
+    changes: tuple[Change, ...]
+    revision: int | None = None
+    epoch: str | None = None
+    timestamp: float | None = None
+    sender: str | None = None
+    complete: bool = True
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReady:
+    """A snapshot is there to be taken. `manifest` may be None: it is in the zip anyway."""
+
+    snapshot_url: str
+    manifest: Manifest | None = None
+    timestamp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One listed file: what the archive must hold, byte for byte."""
+
+    path: RelPath
+    digest: Digest
+    size: int
+    version: int
+    executable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a snapshot contains, and where in the project's history it stands.
+
+    `base_revision` set: a delta, valid only on a tree at or above that revision. `deleted`: path → version.
+    `build_seconds`: how long the orchestrator took, when it says so.
+    """
+
+    project_id: str
+    epoch: str
+    revision: int
+    files: Mapping[RelPath, ManifestFile]
+    deleted: Mapping[RelPath, int]
+    base_revision: int | None = None
+    created_at: str | None = None
+    build_seconds: float | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files.values())
+
+
+class Action(StrEnum):
+    """What an operation does to its path."""
+
+    WRITE = "write"
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Make `path` hold exactly `entry`. The bytes are `content`, or are already in staging as `staged`."""
+
+    path: RelPath
+    entry: Entry
+    content: bytes | None = None
+    staged: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Make `path` not exist. `entry` is the tombstone to remember."""
+
+    path: RelPath
+    entry: Entry
+
+
+Operation = Write | Remove
