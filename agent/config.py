@@ -49,8 +49,8 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console", "auto"] = "auto"
 
     # --- being stopped
-    stop_grace_seconds: float = Field(4.0, gt=0)
-    """Below Fly's default kill timeout of 5 s, so that the drain ends before the machine does."""
+    stop_grace: float = Field(4.0, gt=0)
+    """Seconds. Below Fly's default kill timeout of 5 s, so that the drain ends before the machine does."""
 
     @property
     def staging(self) -> Path:
