@@ -1,0 +1,60 @@
+"""Errors as RFC 9457 problem documents: what went wrong, and what to do about it.
+
+A route raises `Refusal`; the application renders it. `type` is a stable URN that programs match on, `title` its
+sentence, `detail` what this caller should do. 401 and 403 are final for the token that was shown, 404 and 410 for
+the session, 409 names the conflict, 429 and 5xx carry `Retry-After` where known (protocol: session API).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import orjson
+from starlette.responses import Response
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Refusal(Exception):
+    """A request that is answered with a problem document.
+
+    `kind` becomes the last part of `type`; `retry_after` is in seconds; `extra` are further members.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        detail: str,
+        *,
+        retry_after: float | None = None,
+        allow: str | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.retry_after = retry_after
+        self.allow = allow
+        self.extra = dict(extra or {})
+        super().__init__(f"{status} {kind}: {detail}")
+
+
+def render(refusal: Refusal) -> Response:
+    """The problem document of `refusal`, with the headers its status asks for."""
+    body = {
+        **refusal.extra,
+        "type": f"urn:preview-sync:problem:{refusal.kind}",
+        "title": refusal.kind.replace("_", " "),
+        "status": refusal.status,
+        "detail": refusal.detail,
+    }
+    headers = {"Cache-Control": "no-store"}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(refusal.retry_after)))
+    if refusal.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if refusal.allow is not None:
+        headers["Allow"] = refusal.allow
+    return Response(orjson.dumps(body), refusal.status, headers, MEDIA_TYPE)

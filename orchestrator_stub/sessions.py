@@ -1,0 +1,171 @@
+"""The life of a session. PURE: data in, data out; the clock and the database are the caller's.
+
+    requested ──take_up──▶ provisioning ──report──▶ ready
+        │                    │     ▲                  │
+        │                    │     └──── replace ─────┤        (a newer generation of machine)
+        └───────── end ──────┴──────── end ───────────┘
+                              ▼
+                           draining ──destroyed──▶ gone        (ended because somebody or the clock said so)
+                                    └─destroyed──▶ failed      (ended because of a problem)
+
+A session in `draining` still may have a machine; in `gone` and `failed` it has none. Whatever has no row in the
+table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all say the same thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from uuid import UUID
+
+
+class State(StrEnum):
+    """Where a session is (protocol: control plane)."""
+
+    REQUESTED = "requested"
+    PROVISIONING = "provisioning"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+    FAILED = "failed"
+
+
+class Event(StrEnum):
+    """What can happen to it."""
+
+    TAKE_UP = "take_up"
+    """An orchestrator starts to make, or goes on making, the machine."""
+    REPORT = "report"
+    """The agent's status says the preview is served."""
+    REPLACE = "replace"
+    """A newer generation was asked for: the machine in place is to be replaced."""
+    END = "end"
+    """Deleted, expired, or not heard from: no more machine is wanted."""
+    DESTROYED = "destroyed"
+    """No machine of this session is left."""
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.REQUESTED, Event.TAKE_UP): State.PROVISIONING,
+    (State.PROVISIONING, Event.TAKE_UP): State.PROVISIONING,
+    (State.PROVISIONING, Event.REPORT): State.READY,
+    (State.READY, Event.REPORT): State.READY,
+    (State.REQUESTED, Event.REPLACE): State.REQUESTED,
+    (State.PROVISIONING, Event.REPLACE): State.PROVISIONING,
+    (State.READY, Event.REPLACE): State.PROVISIONING,
+    (State.FAILED, Event.REPLACE): State.PROVISIONING,
+    (State.REQUESTED, Event.END): State.DRAINING,
+    (State.PROVISIONING, Event.END): State.DRAINING,
+    (State.READY, Event.END): State.DRAINING,
+    (State.DRAINING, Event.DESTROYED): State.GONE,
+}
+"""`DRAINING + DESTROYED` is `FAILED` instead when the session carries a problem; see `next_state`."""
+
+LIVE = frozenset({State.REQUESTED, State.PROVISIONING, State.READY})
+"""A machine is wanted."""
+
+ENDED = frozenset({State.GONE, State.FAILED})
+"""No machine is left, and nothing more will happen by itself."""
+
+
+def next_state(state: State, event: Event, *, problem: bool = False) -> State | None:
+    """The state after `event`, or None when `event` means nothing in `state` and is ignored."""
+    after = TRANSITIONS.get((state, event))
+    return State.FAILED if after is State.GONE and problem else after
+
+
+def sources(event: Event) -> tuple[State, ...]:
+    """The states in which `event` means something: the `WHERE` of the query that applies it."""
+    return tuple(state for state, happened in TRANSITIONS if happened is event)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things may take. Seconds."""
+
+    provision: float = 180.0
+    """From request to `ready`. A cold image pull on Fly takes about a minute, an install another."""
+    lease: float = 120.0
+    """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
+    claim: float = 60.0
+    """One orchestrator's turn at making a machine; then another may take over. Above the slowest single call."""
+    drain: float = 120.0
+    """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One row of `preview.sessions`: what the sweeper and the routes decide on. Times are Unix seconds."""
+
+    id: UUID
+    project_id: UUID
+    state: State
+    generation: int
+    idempotency_key: str | None
+    created_at: float
+    expires_at: float
+    state_since: float
+    claimed_until: float | None = None
+    lease_until: float | None = None
+    machine_driver: str | None = None
+    machine_id: str | None = None
+    machine_region: str | None = None
+    preview_url: str | None = None
+    problem: str | None = None
+
+
+class Verdict(StrEnum):
+    """What the sweeper should do about a session."""
+
+    LEAVE = "leave"
+    PROVISION = "provision"
+    DRAIN = "drain"
+    DESTROY = "destroy"
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """`verdict`, and the problem to record when the end is not an ordinary one."""
+
+    verdict: Verdict
+    problem: str | None = None
+
+
+def judge(session: Session, now: float, timing: Timing) -> Judgement:
+    """What is due for `session` at `now`. Deciding twice, or by two sweepers at once, changes nothing."""
+    claimed = session.claimed_until is not None and session.claimed_until > now
+    match session.state:
+        case State.GONE | State.FAILED:
+            return Judgement(Verdict.LEAVE)
+        case State.DRAINING:
+            return Judgement(Verdict.LEAVE if claimed else Verdict.DESTROY)
+    if session.expires_at <= now:
+        return Judgement(Verdict.DRAIN)
+    match session.state:
+        case State.READY:
+            if session.lease_until is not None and session.lease_until <= now:
+                return Judgement(Verdict.DRAIN, "lease_lapsed: the machine stopped sending its status")
+            return Judgement(Verdict.LEAVE)
+        case _ if session.state_since + timing.provision <= now:
+            return Judgement(Verdict.DRAIN, "provision_timeout: the preview did not become ready in time")
+        case _ if session.machine_id is None and not claimed:
+            return Judgement(Verdict.PROVISION)
+        case _:
+            return Judgement(Verdict.LEAVE)
+
+
+def machine_name(session_id: UUID, generation: int) -> str:
+    """The one name the machine of this session and generation can have: making it twice is a conflict, not a twin."""
+    return f"preview-{session_id.hex}-g{generation}"
+
+
+def owner_of(name: str) -> tuple[UUID, int] | None:
+    """The session and generation a machine's name speaks of; None when the machine is not ours."""
+    prefix, _, rest = name.partition("-")
+    hexes, _, generation = rest.partition("-g")
+    if prefix != "preview" or len(hexes) != 32 or not generation.isdecimal():
+        return None
+    try:
+        return UUID(hex=hexes), int(generation)
+    except ValueError:
+        return None
