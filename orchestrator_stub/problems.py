@@ -1,8 +1,8 @@
 """Errors as RFC 9457 problem documents: what went wrong, and what to do about it.
 
-A route raises `Refusal`; the application renders it. `type` is a stable URN that programs match on, `title` its
-sentence, `detail` what this caller should do. 401 and 403 are final for the token that was shown, 404 and 410 for
-the session, 409 names the conflict, 429 and 5xx carry `Retry-After` where known (protocol: session API).
+A route raises `Refusal`; the application renders it. `type` is a stable URN that programs match on, `title`
+its sentence, `detail` what this caller should do. 401 and 403 are final for the token that was shown, 404 and
+410 for the session, 409 names the conflict, 429 and 5xx carry `Retry-After` where known.
 """
 
 from __future__ import annotations

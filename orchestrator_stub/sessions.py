@@ -8,8 +8,8 @@
                            draining ──destroyed──▶ gone        (ended because somebody or the clock said so)
                                     └─destroyed──▶ failed      (ended because of a problem)
 
-A session in `draining` still may have a machine; in `gone` and `failed` it has none. Whatever has no row in the
-table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all say the same thing.
+A session in `draining` still may have a machine; in `gone` and `failed` it has none. Whatever has no row in
+the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all say the same.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Timing:
     lease: float = 120.0
     """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
     claim: float = 60.0
-    """One orchestrator's turn at making a machine; then another may take over. Above the slowest single call."""
+    """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
     drain: float = 120.0
     """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
 
@@ -155,7 +155,7 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
 
 
 def machine_name(session_id: UUID, generation: int) -> str:
-    """The one name the machine of this session and generation can have: making it twice is a conflict, not a twin."""
+    """The one name this machine can have: making it twice is a conflict, not a twin."""
     return f"preview-{session_id.hex}-g{generation}"
 
 
