@@ -82,13 +82,16 @@ def digest_of(content: bytes) -> Digest:
 class Entry:
     """One path of a tree. `digest` None is a tombstone: the path was deleted at `version`.
 
-    `size` in bytes. `provisional` marks an optimistic write that no authoritative event has confirmed.
+    `size` in bytes. `revision`: the commit that made it so, or a later one by which it was known to hold; 0 when
+    the sender counts none. `provisional`: what is on disk is not confirmed by the database (an optimistic write,
+    or somebody else's); `version` is then that of the last confirmed content.
     """
 
     version: int
     digest: Digest | None
     size: int = 0
     executable: bool = False
+    revision: int = 0
     provisional: bool = False
 
     @property

@@ -1,7 +1,8 @@
 """What travels, read into the model's nouns. Pure.
 
-Everything here comes from outside: a form that cannot be understood raises `MalformedMessage`; a single path that
-may not be written becomes a `Problem` of its commit and the rest of the commit stands. Unknown fields are ignored.
+Everything here comes from outside: a form that cannot be understood raises `MalformedMessage`; a single path
+that may not be written becomes a `Problem` of its commit and the rest of the commit stands. Unknown fields are
+ignored.
 """
 
 from __future__ import annotations
