@@ -1,0 +1,328 @@
+"""The `local` driver: a machine is a process, `preview-agent run`, with a directory of its own.
+
+    ROOT/{session}/machine.json     which process this is: name, pid, its start time, its ports
+    ROOT/{session}/project          PROJECT_DIR
+    ROOT/{session}/state            STATE_DIR: the ledger, which the session's next machine goes on from
+    ROOT/{session}/.preview-sync    staging
+    ROOT/{session}/agent.log        what the agent and the dev server said
+
+The directory is the session's, like a volume on Fly: one machine of the session has it at a time, so making a
+newer generation stops the older. Like Fly with `restart: on-failure`, an agent that ends with an error is started
+again with the environment it was born with, at most ten times. A process is known by pid *and* start time, so a
+pid that was given to somebody else is never signalled; and because all is on disk, another orchestrator, or this
+one after a crash, finds and ends the machines of the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import psutil
+import structlog
+
+from orchestrator_stub.machines import Machine, MachineRefused, MachineSpec, MachineState
+from orchestrator_stub.sessions import owner_of
+
+log = structlog.get_logger("machines.local")
+
+INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "USER", "LOGNAME")
+"""All that an agent sees of our own environment: where programs are, and how text is written."""
+
+STOP_GRACE: Final = 6.0
+"""Seconds from SIGTERM to SIGKILL: above the agent's own 4 s, so that it is the agent that ends the dev server."""
+
+RESTARTS: Final = 10
+"""As Fly: `restart.policy on-failure` gives up after ten."""
+
+RESTART_DELAY: Final = 0.5
+"""Seconds, doubled at each restart up to 8 s."""
+
+FINAL_EXITS: Final = frozenset({0, 64})
+"""Asked to stop, and bad settings: starting again with the same environment cannot help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """`machine.json`: which process a machine is. `started` is psutil's creation time of the process."""
+
+    name: str
+    pid: int
+    started: float
+    created_at: float
+    dev_port: int
+    health_port: int
+
+
+class LocalMachines:
+    """Runs machines as processes below `root`. `host` is what they listen on.
+
+    `command` is the agent's; `dev_port` the port preferred for the preview, taken when it is free;
+    `environment` what the inherited variables are read from.
+    """
+
+    kind = "local"
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        environment: Mapping[str, str],
+        command: tuple[str, ...] = (sys.executable, "-P", "-m", "agent", "run"),
+        host: str = "127.0.0.1",
+        dev_port: int | None = None,
+        on_start: Callable[[Machine, int], None] | None = None,
+    ) -> None:
+        self._root = root.absolute()
+        self._environment = {name: environment[name] for name in INHERITED if name in environment}
+        self._command = command
+        self._host = host
+        self._dev_port = dev_port
+        self._on_start = on_start
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._locks: dict[UUID, asyncio.Lock] = {}
+
+    async def create(self, spec: MachineSpec) -> Machine:
+        async with self._lock(spec.session_id):
+            directory = self._directory(spec.session_id)
+            record = _read(directory)
+            if record is not None and record.name == spec.name and _alive(record):
+                return self._machine(record)
+            if record is not None:
+                await self._end(record, directory)
+            try:
+                (directory / "project").mkdir(parents=True, exist_ok=True)
+                (directory / "state").mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise MachineRefused(f"cannot make the machine's directory {directory}: {error}") from None
+            dev_port = free_port(self._host, record.dev_port if record else self._dev_port)
+            health_port = free_port(self._host, record.health_port if record else None)
+            env = {**self._environment, **spec.env, **self._own_settings(directory, dev_port, health_port)}
+            process, record = await self._start(directory, spec.name, env, dev_port, health_port)
+            self._keepers[spec.name] = asyncio.create_task(
+                self._keep(process, record, directory, env), name=f"keep {spec.name}"
+            )
+            return self._machine(record)
+
+    async def inspect(self, machine_id: str) -> Machine | None:
+        owner = owner_of(machine_id)
+        record = _read(self._directory(owner[0])) if owner else None
+        return self._machine(record) if record is not None and record.name == machine_id else None
+
+    async def list(self) -> list[Machine]:
+        try:
+            directories = sorted(self._root.iterdir())
+        except FileNotFoundError:
+            return []
+        records = (_read(directory) for directory in directories)
+        return [self._machine(record) for record in records if record is not None]
+
+    async def destroy(self, machine_id: str) -> None:
+        """End the machine and remove its directory."""
+        await self.stop(machine_id)
+        owner = owner_of(machine_id)
+        if owner is None:
+            return
+        async with self._lock(owner[0]):
+            directory = self._directory(owner[0])
+            record = _read(directory)
+            if record is not None and record.name == machine_id:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    async def stop(self, machine_id: str) -> None:
+        """End the machine's processes but keep its directory, for the session's next machine to go on from."""
+        owner = owner_of(machine_id)
+        if owner is None:
+            return
+        async with self._lock(owner[0]):
+            directory = self._directory(owner[0])
+            record = _read(directory)
+            if record is not None and record.name == machine_id:
+                await self._end(record, directory)
+
+    async def close(self) -> None:
+        """Stop keeping the machines; their processes live on."""
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+        self._keepers.clear()
+
+    def log_path(self, machine_id: str) -> Path | None:
+        """Where the machine's output goes."""
+        owner = owner_of(machine_id)
+        return self._directory(owner[0]) / "agent.log" if owner else None
+
+    def project_dir(self, session_id: UUID) -> Path:
+        """Where the session's machine keeps the project's files."""
+        return self._directory(session_id) / "project"
+
+    def _directory(self, session_id: UUID) -> Path:
+        return self._root / str(session_id)
+
+    def _lock(self, session_id: UUID) -> asyncio.Lock:
+        return self._locks.setdefault(session_id, asyncio.Lock())
+
+    def _own_settings(self, directory: Path, dev_port: int, health_port: int) -> dict[str, str]:
+        return {
+            "PROJECT_DIR": str(directory / "project"),
+            "STATE_DIR": str(directory / "state"),
+            "STAGING_DIR": str(directory / ".preview-sync"),
+            "DEV_PORT": str(dev_port),
+            "HEALTH_HOST": self._host,
+            "HEALTH_PORT": str(health_port),
+            "LOG_FORMAT": "json",
+        }
+
+    async def _start(
+        self, directory: Path, name: str, env: Mapping[str, str], dev_port: int, health_port: int
+    ) -> tuple[asyncio.subprocess.Process, Record]:
+        output = os.open(
+            directory / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                cwd=directory,
+                env=dict(env),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise MachineRefused(f"cannot start {self._command[0]}: {error}") from None
+        finally:
+            os.close(output)
+        record = Record(name, process.pid, _birth(process.pid), time.time(), dev_port, health_port)
+        _write(directory, record)
+        log.info("machine.started", machine=name, pid=process.pid)
+        if self._on_start is not None:
+            self._on_start(self._machine(record), process.pid)
+        return process, record
+
+    async def _keep(
+        self, process: asyncio.subprocess.Process, record: Record, directory: Path, env: Mapping[str, str]
+    ) -> None:
+        """Start the agent again when it ends with an error."""
+        for restart in range(RESTARTS + 1):
+            code = await process.wait()
+            log.warning("machine.exited", machine=record.name, exit_code=code, restarts=restart)
+            await asyncio.to_thread(_kill_strays, directory)
+            if code in FINAL_EXITS or restart == RESTARTS:
+                return
+            await asyncio.sleep(min(RESTART_DELAY * 2**restart, 8.0))
+            process, record = await self._start(
+                directory, record.name, env, record.dev_port, record.health_port
+            )
+
+    async def _end(self, record: Record, directory: Path) -> None:
+        """SIGTERM to the agent, SIGKILL to whatever is left of the machine after the grace."""
+        keeper = self._keepers.pop(record.name, None)
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        record = _read(directory) or record
+        await asyncio.to_thread(_stop_process, record)
+        await asyncio.to_thread(_kill_strays, directory)
+
+    def _machine(self, record: Record) -> Machine:
+        keeper = self._keepers.get(record.name)
+        running = _alive(record) or (keeper is not None and not keeper.done())
+        return Machine(
+            driver=self.kind,
+            id=record.name,
+            name=record.name,
+            state=MachineState.RUNNING if running else MachineState.STOPPED,
+            created_at=record.created_at,
+            preview_url=f"http://{self._host}:{record.dev_port}",
+            health_url=f"http://{self._host}:{record.health_port}",
+        )
+
+
+def free_port(host: str, preferred: int | None = None) -> int:
+    """`preferred` when nothing listens there, else a port that was free a moment ago.
+
+    RACE: somebody may take the port before the dev server does; it then fails its start and is started again.
+    """
+    for port in (preferred, 0) if preferred else (0,):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise MachineRefused(f"no free port on {host}")
+
+
+def _read(directory: Path) -> Record | None:
+    try:
+        return Record(**json.loads((directory / "machine.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(directory: Path, record: Record) -> None:
+    draft = directory / "machine.json.new"
+    draft.write_text(json.dumps(asdict(record)))
+    draft.rename(directory / "machine.json")
+
+
+def _birth(pid: int) -> float:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def _alive(record: Record) -> bool:
+    try:
+        process = psutil.Process(record.pid)
+        return bool(process.create_time() == record.started and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _stop_process(record: Record) -> None:
+    """End one agent and everything it started. Blocks up to `STOP_GRACE` and a little."""
+    if not _alive(record):
+        return
+    try:
+        process = psutil.Process(record.pid)
+        family = process.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        _, left = psutil.wait_procs([process], timeout=STOP_GRACE)
+        for member in [*left, *family]:
+            if member.is_running():
+                member.kill()
+        psutil.wait_procs([process, *family], timeout=2)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _kill_strays(directory: Path) -> None:
+    """SIGKILL what a killed agent left behind: every process that stands below the machine's directory.
+
+    The dev server is a group of its own, so it outlives an agent that got SIGKILL; its working directory is the
+    project's, which is how it is known. A process with a terminal is somebody's shell and is left alone.
+    """
+    below = str(directory)
+    for process in psutil.process_iter(["cwd", "terminal"]):
+        cwd = process.info["cwd"]
+        if cwd is None or process.info["terminal"] is not None or process.pid == os.getpid():
+            continue
+        if cwd == below or cwd.startswith(below + os.sep):
+            with suppress(psutil.Error):
+                process.kill()
