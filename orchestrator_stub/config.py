@@ -1,0 +1,164 @@
+"""Settings of the control plane, read once. The unit is in the name or the docstring, the reason beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, HttpUrl, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from orchestrator_stub.sessions import Timing
+
+_TIMING = Timing()
+
+
+class SettingsError(Exception):
+    """The environment is missing or malformed; one sentence per variable in `problems`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class Settings(BaseSettings):
+    """What `preview-orchestrator serve` is told by its environment; `dev` fills in the local stack's values."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    # --- the parts we stand on
+    database_url: SecretStr
+    """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
+    (the sweeper's advisory lock and LISTEN need the session)."""
+    supabase_url: HttpUrl
+    """`https://<ref>.supabase.co`; Realtime and Storage are found below it."""
+    supabase_anon_key: SecretStr
+    """The publishable key, which the agents show at the Realtime handshake."""
+    supabase_service_role_key: SecretStr
+    """Storage uploads and signing; and what the product's backend shows us as Bearer."""
+    supabase_jwt_secret: SecretStr | None = None
+    """HS256: what Realtime checks tokens with. Either this or `JWT_KEYS_FILE`."""
+    jwt_keys_file: Path | None = None
+    """A JSON Web Key Set; the first private key signs. Re-read when it changes."""
+    redis_url: SecretStr | None = None
+    """Where signed URLs and manifests are cached when set; PostgreSQL otherwise."""
+
+    # --- where we are
+    host: str = "127.0.0.1"
+    port: int = Field(54321, ge=0, le=65535)
+    """As the Supabase CLI's local gateway."""
+    public_url: HttpUrl | None = None
+    """How an agent reaches us; default `http://HOST:PORT`."""
+
+    # --- what agents get
+    token_role: str = "preview_agent"  # noqa: S105 - a role's name
+    """The PostgreSQL role in session tokens. `authenticated` where hosted Realtime cannot assume a custom role."""
+    token_ttl: float = Field(600, ge=60, le=3600)
+    """Seconds. Minutes, because it cannot be taken back; the agent renews at 70 %."""
+    snapshot_url_ttl: float = Field(600, ge=60, le=3600)
+    """Seconds. Above the slowest cold start of a machine, so that the first download still finds it good."""
+    session_ttl: float = Field(8 * 3600, ge=60)
+    """Seconds a session lives when its creator does not say: a working day."""
+    session_ttl_max: float = Field(24 * 3600, ge=60)
+    """Seconds. More than a day in one machine is a leak, not a session."""
+    inline_limit: int = Field(2_000_000, ge=1_000)
+    """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
+
+    # --- machines
+    machine_driver: Literal["local", "container", "fly"] = "local"
+    machines_dir: Path = Path(".preview-sync/machines")
+    """Of the local driver."""
+    agent_image: str = "preview-agent:latest"
+    """Of the container and fly drivers."""
+    container_cli: str | None = None
+    """`podman` or `docker`; default: the first of them on the PATH."""
+    fly_api_url: HttpUrl = HttpUrl("https://api.machines.dev/v1")
+    fly_api_token: SecretStr | None = None
+    fly_app: str | None = None
+    fly_region: str | None = None
+    fly_cpus: int = Field(1, ge=1)
+    fly_memory_mb: int = Field(1024, ge=256, multiple_of=256)
+    """Vite takes 140-250 MB, npm install three times that; Fly sells multiples of 256."""
+
+    # --- time
+    provision_seconds: float = _TIMING.provision
+    lease_seconds: float = _TIMING.lease
+    claim_seconds: float = _TIMING.claim
+    drain_seconds: float = _TIMING.drain
+    sweep_seconds: float = Field(15, gt=0)
+    """Between two sweeps: small against the lease, so that a lapse is seen within an eighth of it."""
+    create_wait: float = Field(10, ge=0)
+    """Seconds that `POST /v1/sessions` waits for the machine before it answers with the state as it is."""
+    request_timeout: float = Field(30, gt=0)
+    """Seconds for any one request; above every single call it makes."""
+    body_limit: int = Field(65_536, ge=1024)
+    """Bytes. The largest honest body of the session API, a status with its problems, has a few kilobytes."""
+
+    # --- being watched
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console", "auto"] = "auto"
+
+    @property
+    def timing(self) -> Timing:
+        """What `sessions.judge` goes by."""
+        return Timing(self.provision_seconds, self.lease_seconds, self.claim_seconds, self.drain_seconds)
+
+    @property
+    def realtime_url(self) -> str:
+        """Where an agent's socket goes: `…/realtime/v1`, with ws for http and wss for https."""
+        return "ws" + str(self.supabase_url).rstrip("/").removeprefix("http") + "/realtime/v1"
+
+    @property
+    def storage_url(self) -> str:
+        return str(self.supabase_url).rstrip("/") + "/storage/v1"
+
+    @property
+    def agent_facing_url(self) -> str:
+        """The base of the session API, as agents are told it."""
+        return str(self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from `values` alone, nothing read from the environment. Raises `SettingsError`."""
+        return _checked(_Explicit, values)
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """Settings from the environment. Raises `SettingsError` with every problem at once."""
+        settings = _checked(cls, {})
+        problems = []
+        if settings.supabase_jwt_secret is None and settings.jwt_keys_file is None:
+            problems.append(
+                "SUPABASE_JWT_SECRET or JWT_KEYS_FILE is needed: one of them signs session tokens"
+            )
+        if settings.machine_driver == "fly":
+            missing = [n for n in ("fly_api_token", "fly_app") if getattr(settings, n) is None]
+            problems.extend(f"{name.upper()} is needed with MACHINE_DRIVER=fly" for name in missing)
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+
+class _Explicit(Settings):
+    """`Settings` that looks nowhere but at what it is given."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def _checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise SettingsError(
+            [f"{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}" for item in error.errors()]
+        ) from None

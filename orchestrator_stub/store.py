@@ -1,0 +1,227 @@
+"""Where sessions are kept: one table in PostgreSQL, each transition one statement.
+
+Every statement that changes a state names the states it may start from (`sessions.sources`), so two
+orchestrators, a late heartbeat and a sweeper can all run at once: whoever comes second changes nothing and is told
+so by a `None`. Times are the database's, which is the one clock all orchestrators share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, LiteralString
+from uuid import UUID
+
+import psycopg
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+from orchestrator_stub.machines import Machine
+from orchestrator_stub.sessions import ENDED, Event, Session, State, sources
+
+COLUMNS: Final[LiteralString] = """
+  id, project_id, state, generation, idempotency_key,
+  extract(epoch from created_at)::float8 as created_at,
+  extract(epoch from expires_at)::float8 as expires_at,
+  extract(epoch from state_since)::float8 as state_since,
+  extract(epoch from claimed_until)::float8 as claimed_until,
+  extract(epoch from lease_until)::float8 as lease_until,
+  machine_driver, machine_id, machine_region, preview_url, problem
+"""
+SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "
+RETURNING: Final[LiteralString] = " returning " + COLUMNS
+
+SWEEP_LOCK: Final = 0x70726576  # "prev"
+"""The advisory lock of the one sweeper at work."""
+
+
+class ProjectUnknown(Exception):
+    """There is no project of that id."""
+
+
+class SessionStore:
+    """`preview.sessions`, through `pool`. Raises `psycopg.OperationalError` when the database is not there."""
+
+    def __init__(self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
+        self._pool = pool
+
+    async def create(
+        self, project_id: UUID, *, key: str | None, generation: int, ttl: float
+    ) -> tuple[Session, bool]:
+        """A new session, or the one that `key` made before; and whether it is new. Raises `ProjectUnknown`."""
+        try:
+            made = await self._one(
+                "insert into preview.sessions (project_id, idempotency_key, generation, expires_at)"
+                " values (%(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second')"
+                " on conflict (idempotency_key) do nothing",
+                {"project": project_id, "key": key, "generation": generation, "ttl": ttl},
+            )
+        except psycopg.errors.ForeignKeyViolation:
+            raise ProjectUnknown(str(project_id)) from None
+        if made is not None:
+            return made, True
+        kept = await self._first("where idempotency_key = %(key)s", {"key": key})
+        if kept is None:
+            raise ProjectUnknown(str(project_id))
+        return kept, False
+
+    async def get(self, session_id: UUID) -> Session | None:
+        return await self._first("where id = %(id)s", {"id": session_id})
+
+    async def listing(self, *, project_id: UUID | None, ended: bool, limit: int) -> Sequence[Session]:
+        """The newest sessions first. `ended` False leaves out those in `gone` and `failed`."""
+        return await self._rows(
+            SELECT + "where (%(project)s::uuid is null or project_id = %(project)s)"
+            " and (%(ended)s or state <> all(%(over)s))"
+            " order by created_at desc, id limit %(limit)s",
+            {"project": project_id, "ended": ended, "over": _names(ENDED), "limit": limit},
+        )
+
+    async def unended(self) -> tuple[Sequence[Session], float]:
+        """Every session that is not over, and the database's now, to judge them by."""
+        async with self._pool.connection() as connection:
+            cursor = connection.cursor(row_factory=class_row(_Row))
+            await cursor.execute(
+                SELECT + "where state <> all(%(over)s)",
+                {"over": _names(ENDED)},
+            )
+            rows = [row.session for row in await cursor.fetchall()]
+            moment = await (
+                await connection.execute("select extract(epoch from now())::float8 as now")
+            ).fetchone()
+            assert moment is not None
+            return rows, float(moment[0])
+
+    async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
+        """Take one's turn at making (`TAKE_UP`) or ending (`DESTROYED`) the machine; None: not ours to take."""
+        state = State.PROVISIONING if event is Event.TAKE_UP else State.DRAINING
+        return await self._one(
+            "update preview.sessions set state = %(state)s,"
+            " state_since = case when state = %(state)s then state_since else now() end,"
+            " claimed_by = %(by)s, claimed_until = now() + %(seconds)s * interval '1 second'"
+            " where id = %(id)s and state = any(%(from)s)"
+            " and (claimed_until is null or claimed_until <= now() or claimed_by = %(by)s)",
+            {"id": session_id, "by": by, "seconds": seconds, "state": state, "from": _names(sources(event))},
+        )
+
+    async def machine_made(self, session_id: UUID, generation: int, machine: Machine) -> Session | None:
+        """Record the machine of this generation. None: it is not wanted any more and must be destroyed."""
+        return await self._one(
+            "update preview.sessions set machine_driver = %(driver)s, machine_id = %(machine)s,"
+            " machine_region = %(region)s, preview_url = %(preview)s, health_url = %(health)s,"
+            " claimed_until = null, problem = null"
+            " where id = %(id)s and generation = %(generation)s and state = any(%(live)s)",
+            {
+                "id": session_id,
+                "generation": generation,
+                "driver": machine.driver,
+                "machine": machine.id,
+                "region": machine.region,
+                "preview": machine.preview_url,
+                "health": machine.health_url,
+                "live": _names(sources(Event.END)),
+            },
+        )
+
+    async def let_go(self, session_id: UUID, *, by: str, problem: str | None) -> None:
+        """Give up one's turn before its end, saying why; the sweeper goes on from there."""
+        await self._run(
+            "update preview.sessions set claimed_until = null, problem = coalesce(%(problem)s, problem)"
+            " where id = %(id)s and claimed_by = %(by)s",
+            {"id": session_id, "by": by, "problem": problem},
+        )
+
+    async def report(
+        self, session_id: UUID, generation: int, *, ready: bool, lease: float, status: Mapping[str, object]
+    ) -> Session | None:
+        """A heartbeat of the machine of `generation`. None: the session or the generation is over."""
+        return await self._one(
+            "update preview.sessions set"
+            " state = case when %(ready)s then 'ready' else state end,"
+            " state_since = case when %(ready)s and state <> 'ready' then now() else state_since end,"
+            " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s, status_at = now()"
+            " where id = %(id)s and generation = %(generation)s and state = any(%(from)s)",
+            {
+                "id": session_id,
+                "generation": generation,
+                "ready": ready,
+                "lease": lease,
+                "status": Jsonb(dict(status)),
+                "from": _names(sources(Event.REPORT)),
+            },
+        )
+
+    async def replace(self, session_id: UUID, generation: int, *, ttl: float) -> Session | None:
+        """Ask for a newer generation of machine. None: this one, or a newer, is there; or the session ended."""
+        return await self._one(
+            "update preview.sessions set generation = %(generation)s,"
+            " state = case when state = 'requested' then state else 'provisioning' end, state_since = now(),"
+            " expires_at = greatest(expires_at, now() + %(ttl)s * interval '1 second'),"
+            " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
+            " health_url = null, lease_until = null, claimed_until = null, problem = null"
+            " where id = %(id)s and generation < %(generation)s and state = any(%(from)s)",
+            {
+                "id": session_id,
+                "generation": generation,
+                "ttl": ttl,
+                "from": _names(sources(Event.REPLACE)),
+            },
+        )
+
+    async def end(self, session_id: UUID, problem: str | None = None) -> Session | None:
+        """No more machine is wanted. None: it was ending or over already."""
+        return await self._one(
+            "update preview.sessions set state = 'draining', state_since = now(), claimed_until = null,"
+            " problem = %(problem)s"
+            " where id = %(id)s and state = any(%(from)s)",
+            {"id": session_id, "problem": problem, "from": _names(sources(Event.END))},
+        )
+
+    async def destroyed(self, session_id: UUID) -> Session | None:
+        """No machine of this session is left."""
+        return await self._one(
+            "update preview.sessions set state = case when problem is null then 'gone' else 'failed' end,"
+            " state_since = now(), claimed_until = null, machine_id = null, preview_url = null,"
+            " health_url = null, lease_until = null"
+            " where id = %(id)s and state = any(%(from)s)",
+            {"id": session_id, "from": _names(sources(Event.DESTROYED))},
+        )
+
+    @asynccontextmanager
+    async def sweeping(self) -> AsyncIterator[bool]:
+        """Hold the sweeper's lock, or learn (False) that another orchestrator is sweeping."""
+        async with self._pool.connection() as connection, connection.transaction():
+            cursor = await connection.execute("select pg_try_advisory_xact_lock(%s)", (SWEEP_LOCK,))
+            row = await cursor.fetchone()
+            yield bool(row and row[0])
+
+    async def _one(self, change: LiteralString, values: Mapping[str, object]) -> Session | None:
+        """The row that `change` wrote, or None."""
+        rows = await self._rows(change + RETURNING, values)
+        return rows[0] if rows else None
+
+    async def _first(self, where: LiteralString, values: Mapping[str, object]) -> Session | None:
+        rows = await self._rows(SELECT + where, values)
+        return rows[0] if rows else None
+
+    async def _rows(self, query: LiteralString, values: Mapping[str, object]) -> Sequence[Session]:
+        async with self._pool.connection() as connection:
+            cursor = connection.cursor(row_factory=class_row(_Row))
+            await cursor.execute(query, values)
+            return [row.session for row in await cursor.fetchall()]
+
+    async def _run(self, query: LiteralString, values: Mapping[str, object]) -> None:
+        async with self._pool.connection() as connection:
+            await connection.execute(query, values)
+
+
+class _Row:
+    """A row of `COLUMNS` on its way to a `Session`."""
+
+    def __init__(self, *, state: str, **columns: Any) -> None:
+        self.session = Session(state=State(state), **columns)
+
+
+def _names(states: Any) -> list[str]:
+    return [state.value for state in states]
