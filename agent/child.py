@@ -1,0 +1,250 @@
+"""Programs of the project: started with less than the agent has, heard line by line, never left behind.
+
+Everything that runs project code (the dev server, installs, their clean-up) goes through here: a clean
+environment from an allow-list, another user where the agent may choose one, limits, a process group of its
+own, and `agent.guard` in between, which kills whatever is left when the program or the agent ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pwd
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import guard
+from agent.errors import SettingsError
+from agent.reaper import Reaper
+
+GUARD = guard.__file__
+INHERITED = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE",
+                       "SSL_CERT_DIR"})  # fmt: skip
+FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+                          "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
+PASSED_ON = "DEV_ENV_"
+"""`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
+LONGEST_LINE = 4096
+"""Characters kept of one line: a minified bundle printed in one line must not fill the log."""
+KILL_PATIENCE = 2.0
+"""Seconds for the guard to kill and reap everything; measured in milliseconds. Past it the guard is killed."""
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Whom a program runs as."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a program is allowed. `user` None: the agent's own. `processes`, `files`: RLIMIT_NPROC, _NOFILE."""
+
+    user: User | None = None
+    processes: int | None = None
+    files: int | None = None
+
+
+def find_user(name: str) -> User:
+    """Look up a name or a number. Raises `SettingsError` when there is no such user, or it is root."""
+    try:
+        found = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
+    except KeyError:
+        raise SettingsError([f"DEV_USER: there is no user {name!r} on this machine"]) from None
+    if found.pw_uid == 0:
+        raise SettingsError(["DEV_USER: is root; leave it unset, or name an ordinary user"])
+    return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
+
+
+def environment(
+    given: Mapping[str, str], *, user: User | None, install: bool = False, **more: str
+) -> dict[str, str]:
+    """The program's whole environment: an allow-list of `given`, `DEV_ENV_*`, and `more`."""
+    allowed = INHERITED | FOR_INSTALLS if install else INHERITED
+    env = {name: value for name, value in given.items() if name in allowed or name.startswith("LC_")}
+    env["HOME"] = user.home if user else given.get("HOME", "/")
+    if user:
+        env["USER"] = env["LOGNAME"] = user.name
+    env["NO_COLOR"] = "1"
+    env.update(more)
+    for name, value in given.items():
+        if name.startswith(PASSED_ON) and len(name) > len(PASSED_ON):
+            env[name.removeprefix(PASSED_ON)] = value
+    return env
+
+
+def printable(raw: bytes) -> str:
+    """One line of a program's output with nothing in it that a terminal or a log reader would act on."""
+    text = _ESCAPES.sub("", raw.decode(errors="replace")[: 4 * LONGEST_LINE])
+    text = _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text.rstrip("\r"))
+    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … cut"
+
+
+class Child:
+    """One running program, its guard and its output. Make it with `start`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, reaper: Reaper | None) -> None:
+        self._process = process
+        self._reaper = reaper
+        self._reading: asyncio.Task[None] | None = None
+        self._ended: asyncio.Task[int] | None = None
+        self.asked_to_stop = False
+
+    @classmethod
+    async def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        rights: Rights,
+        on_line: Callable[[str], None],
+        reaper: Reaper | None = None,
+    ) -> Child:
+        """Run `argv` in `cwd`. `on_line` gets its output, both streams, and must not block or raise.
+
+        A program that cannot be run ends with code 126 and one line that says why.
+        """
+        spec: dict[str, object] = {
+            "argv": list(argv),
+            "cwd": str(cwd),
+            "processes": rights.processes,
+            "files": rights.files,
+        }
+        if rights.user is not None:
+            spec |= {"uid": rights.user.uid, "gid": rights.user.gid}
+        with reaper.hold() if reaper else contextlib.nullcontext():
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", GUARD, json.dumps(spec),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT, cwd="/", env=dict(env), start_new_session=True,
+            )  # fmt: skip
+            if reaper:
+                reaper.own(process.pid)
+        child = cls(process, reaper)
+        child._reading = asyncio.create_task(child._read(on_line), name=f"output-{process.pid}")
+        child._ended = asyncio.create_task(child._wait(), name=f"wait-{process.pid}")
+        return child
+
+    @property
+    def pid(self) -> int:
+        """The guard's pid, which is the process group and the session too."""
+        return self._process.pid
+
+    async def _read(self, on_line: Callable[[str], None]) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        rest = b""
+        while chunk := await stream.read(65536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                on_line(printable(line))
+            if len(rest) > 16 * LONGEST_LINE:
+                on_line(printable(rest))
+                rest = b""
+        if rest:
+            on_line(printable(rest))
+
+    async def _wait(self) -> int:
+        code = await self._process.wait()
+        if self._reaper:
+            self._reaper.disown(self.pid)
+        assert self._reading is not None
+        # A guard that was killed itself may leave somebody holding the pipe; its last words are not worth a hang.
+        await asyncio.wait({self._reading}, timeout=1.0)
+        self._reading.cancel()
+        if code < 0:
+            # The guard did not end by itself: what it watched over is still there.
+            self._signal(signal.SIGKILL)
+        self._close_lifeline()
+        return code if code >= 0 else 128 - code
+
+    async def wait(self) -> int:
+        """The exit code, or 128 + the signal; safe to cancel and to ask again."""
+        assert self._ended is not None
+        return await asyncio.shield(self._ended)
+
+    async def stop(self, grace: float) -> int:
+        """TERM to the group, everything killed after `grace` seconds. Returns as `wait`."""
+        self.asked_to_stop = True
+        assert self._ended is not None
+        self._signal(signal.SIGTERM)
+        await asyncio.wait({self._ended}, timeout=grace)
+        return await self.kill()
+
+    async def kill(self) -> int:
+        """Kill everything now."""
+        self.asked_to_stop = True
+        assert self._ended is not None
+        self._close_lifeline()
+        await asyncio.wait({self._ended}, timeout=KILL_PATIENCE)
+        if not self._ended.done():
+            self._signal(signal.SIGKILL)
+        return await self.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def _close_lifeline(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a program that was run to its end ended. `tail`: its last lines."""
+
+    code: int
+    timed_out: bool
+    tail: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0 and not self.timed_out
+
+
+async def run(
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    rights: Rights,
+    timeout: float,
+    on_line: Callable[[str], None] | None = None,
+    reaper: Reaper | None = None,
+) -> Finished:
+    """Run a program to its end, at most `timeout` seconds. Cancelled, it leaves nothing running."""
+    tail: deque[str] = deque(maxlen=40)
+
+    def heard(line: str) -> None:
+        tail.append(line)
+        if on_line:
+            on_line(line)
+
+    child = await Child.start(argv, cwd=cwd, env=env, rights=rights, on_line=heard, reaper=reaper)
+    timed_out = False
+    try:
+        async with asyncio.timeout(timeout):
+            code = await child.wait()
+    except TimeoutError:
+        timed_out = True
+        code = await child.kill()
+    except asyncio.CancelledError:
+        await child.kill()
+        raise
+    return Finished(code, timed_out, tuple(tail))

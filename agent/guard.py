@@ -1,0 +1,182 @@
+"""Runs between the agent and a program that is not trusted, and outlives neither.
+
+A script of the standard library alone, started as `python -I -S guard.py SPEC` in a session of its own. It
+
+- becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
+- starts the program with the rights, limits and signals it should have (`SPEC`, JSON: `argv`, `cwd`, and
+  optionally `uid`, `gid`, `processes`, `files`), its standard input empty;
+- holds the agent's lifeline, its own standard input: when that closes, because the agent asked for it or
+  because the agent is dead, everything below is killed, whatever session or signal mask it chose;
+- ends when the program ends, after killing what the program left behind, with the program's exit code, or
+  128 + the signal that ended it.
+
+TERM, INT, HUP and QUIT are meant for the program and ignored here: the group gets them together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+"""From `linux/prctl.h`."""
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+CANNOT_RUN = 126
+KILLED = 128 + signal.SIGKILL
+
+
+def prctl(option: int, value: int) -> None:
+    """Linux's prctl(2); raises OSError. Elsewhere it does nothing: there the group kill is all there is."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def become(spec: Mapping[str, Any]) -> NoReturn:
+    """In the forked child: shed rights, set limits, and turn into the program."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    if (files := spec.get("files")) is not None:
+        limit(resource.RLIMIT_NOFILE, files)
+    if (processes := spec.get("processes")) is not None:
+        limit(resource.RLIMIT_NPROC, processes)
+    limit(resource.RLIMIT_CORE, 0)
+    if (uid := spec.get("uid")) is not None:
+        os.setgroups([])
+        os.setresgid(spec["gid"], spec["gid"], spec["gid"])
+        os.setresuid(uid, uid, uid)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.umask(0o022)
+    os.chdir(spec["cwd"])
+    os.execvpe(spec["argv"][0], spec["argv"], os.environ)  # noqa: S606 - that is what this is for
+
+
+def limit(kind: int, value: int) -> None:
+    """Lower a limit for good; an already lower hard limit stays."""
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def descendants(root: int) -> set[int]:
+    """Every process below `root` that is not dead, by the parents that /proc names."""
+    parents: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as stat:
+                state, parent = stat.read().rpartition(b")")[2].split()[:2]
+        except OSError:
+            continue
+        if state not in (b"Z", b"X"):
+            parents.setdefault(int(parent), []).append(int(name))
+        else:
+            parents.setdefault(int(parent), [])
+    found: set[int] = set()
+    ahead = [root]
+    while ahead:
+        for pid in parents.get(ahead.pop(), ()):
+            if pid not in found:
+                found.add(pid)
+                ahead.append(pid)
+    return found
+
+
+def kill_everything() -> None:
+    """Leave nothing alive below this process, and reap it all.
+
+    Freeze first, kill second: a frozen process cannot fork, so that a fork bomb stops growing before its
+    places are given free. RACE: a fork under way when the stop arrives shows its child only in a later look
+    at /proc; hence round after round until there is nothing left to wait for.
+    """
+    if not os.path.isdir("/proc/self"):
+        os.killpg(0, signal.SIGKILL)
+    me = os.getpid()
+    while True:
+        frozen: set[int] = set()
+        while fresh := descendants(me) - frozen:
+            for pid in fresh:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            frozen |= fresh
+        for pid in frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.005)
+
+
+def reap(program: int) -> int | None:
+    """Collect the dead; the program's exit code once it is among them."""
+    code = None
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid == program:
+                code = os.waitstatus_to_exitcode(status)
+    return None if code is None else code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    """See the module's docstring; returns the exit code."""
+    spec = json.loads(sys.argv[1])
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+    woken, wake = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    program = os.fork()
+    if program == 0:
+        try:
+            become(spec)
+        except BaseException as error:
+            os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode())
+            os._exit(CANNOT_RUN)
+
+    waiting = select.poll()
+    waiting.register(0, select.POLLIN | select.POLLHUP)
+    waiting.register(woken, select.POLLIN)
+    while True:
+        ready = {fd for fd, _ in waiting.poll()}
+        if woken in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(woken, 4096)
+            if (code := reap(program)) is not None:
+                kill_everything()
+                return code
+        if 0 in ready and not os.read(0, 4096):
+            kill_everything()
+            return KILLED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
