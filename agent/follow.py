@@ -171,8 +171,13 @@ class Follower:
             if operation.path not in failed:
                 self._written.pop(operation.path, None)
                 self._written[operation.path] = now
-            if not operation.entry.provisional:
-                self._unconfirmed.pop(operation.path, None)
+        if self._unconfirmed:
+            entries = self.tree.entries
+            self._unconfirmed = {
+                path: deadline
+                for path, deadline in self._unconfirmed.items()
+                if (entry := entries.get(path)) is not None and entry.provisional
+            }
         self._look_for_holes(now)
 
     def adopt(self, tree: Tree) -> None:
@@ -193,11 +198,16 @@ class Follower:
         if head is not None and head.revision is not None and head.revision <= cursor.revision:
             del self._needs[Reason.HEAD]
 
+    def free_at(self, paths: Iterable[RelPath]) -> float:
+        """From when on all of `paths` may be written: an answer's operations keep the spacing too."""
+        written = [at for path in paths if (at := self._written.get(path)) is not None]
+        return max(written) + self.settings.spacing if written else 0.0
+
     def _cool(self, now: float) -> None:
         """Forget writes that are old enough to be followed by another; `_written` is in order of time."""
         cool = []
         for path, at in self._written.items():
-            if now - at < self.settings.spacing:
+            if now < at + self.settings.spacing:
                 break
             cool.append(path)
         for path in cool:
@@ -217,6 +227,16 @@ class Follower:
         known.paths.update(paths)
         if revision is not None:
             known.revision = max(revision, known.revision or 0)
+
+    def need_after_join(self, now: float) -> None:
+        """A (re)joined channel says nothing of what was sent while we were away: ask."""
+        self.need(Reason.JOIN, now)
+
+    def doubt(self, paths: Iterable[RelPath], now: float) -> None:
+        """These paths hold something the database has not confirmed: ask what they should hold."""
+        doubted = tuple(paths)
+        if doubted:
+            self.need(Reason.DRIFT, now, doubted)
 
     def compare(self, head: Head, now: float) -> None:
         """Hold the tree against what the orchestrator says of the database."""
