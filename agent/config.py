@@ -6,11 +6,38 @@ from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
-class Settings(BaseSettings):
+class SnapshotLimits(BaseModel):
+    """What a snapshot may cost us before it is refused. Each bound's rule is named in the refusal."""
+
+    model_config = ConfigDict(frozen=True)
+
+    snapshot_max_compressed_bytes: int = Field(512 * 2**20, gt=0)
+    """Of the archive as it travels. Ten times the largest project measured (200 MB unpacks from about 50)."""
+    snapshot_max_bytes: int = Field(2**30, gt=0)
+    """Of all files together. A preview's disk is a few GB, and node_modules has to fit beside the project."""
+    snapshot_max_file_bytes: int = Field(100 * 2**20, gt=0)
+    """Of one file. Twice what Supabase Storage takes by default (50 MB), so no asset that exists is refused."""
+    snapshot_max_entries: int = Field(50_000, gt=0)
+    """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
+    snapshot_max_ratio: int = Field(200, gt=0)
+    """Unpacked to packed size of one file. Source text reaches 10, deflate itself 1032, bombs live near that."""
+    snapshot_ratio_floor_bytes: int = Field(8 * 2**20, ge=0)
+    """The ratio is not looked at below this size: a small file of blanks is no attack."""
+    snapshot_max_depth: int = Field(64, gt=0)
+    """Segments of a path. Deeper than any project, far above what tools that recurse can bear."""
+    snapshot_connect_seconds: float = Field(10.0, gt=0)
+    """To reach the storage. Longer than three retries of a lost SYN (1 + 2 + 4 s)."""
+    snapshot_stall_seconds: float = Field(20.0, gt=0)
+    """Without a single byte arriving. Above the pause of a CDN that fetches the object first."""
+    snapshot_total_seconds: float = Field(600.0, gt=0)
+    """For one download. 50 MB at 1 Mbit/s takes 400 s; whoever is slower should see an error, not a spinner."""
+
+
+class Settings(SnapshotLimits, BaseSettings):
     """What a machine is told (protocol: environment of the container), and every knob with its default."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
