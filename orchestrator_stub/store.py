@@ -29,7 +29,7 @@ COLUMNS: Final[LiteralString] = """
   extract(epoch from lease_until)::float8 as lease_until,
   machine_driver, machine_id, machine_region, preview_url, problem
 """
-SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "
+SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  # noqa: S608 - two literals
 RETURNING: Final[LiteralString] = " returning " + COLUMNS
 
 SWEEP_LOCK: Final = 0x70726576  # "prev"

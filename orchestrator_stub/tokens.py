@@ -245,43 +245,15 @@ def read_session(keys: Keyring, token: str) -> SessionClaims:
         raise TokenRejected("claims", f"the token does not name its session: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectKeys:
-    """What a Supabase project has: the keyring, the publishable key, and the key that may do everything."""
-
-    keyring: Keyring
-    anon_key: str
-    service_key: str
-
-    def __repr__(self) -> str:
-        return "ProjectKeys(…)"
-
-
-LOCAL_KEY_LIFE: Final = 10 * 365 * 24 * 3600
-"""Seconds. Supabase's own legacy keys live ten years."""
-
-
-def local_keys(path: Path, *, now: float) -> ProjectKeys:
+def local_keyring(path: Path) -> Keyring:
     """The keys of a local stack, made at the first start and kept in `path`, readable by its owner only.
 
-    Raises `OSError`, and `ValueError` when the file is there but is not ours.
+    Raises `OSError`, and `ValueError` when the file is there but is no key set.
     """
     if not path.exists():
-        jwks = {"keys": [new_hs256("local-1")]}
-        keyring = Keyring.from_jwks(jwks)
-        life = {"iss": "preview-sync", "iat": int(now), "exp": int(now) + LOCAL_KEY_LIFE}
-        kept = {
-            **jwks,
-            "anon_key": keyring.sign({"role": "anon", **life}),
-            "service_key": keyring.sign({"role": "service_role", **life}),
-        }
         draft = path.with_suffix(".new")
         draft.unlink(missing_ok=True)
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(kept, file)
+            json.dump({"keys": [new_hs256("local-1")]}, file)
         draft.rename(path)
-    kept = json.loads(path.read_text())
-    try:
-        return ProjectKeys(Keyring.open(path), kept["anon_key"], kept["service_key"])
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error.args[0]}; remove it and start again") from None
+    return Keyring.open(path)

@@ -11,6 +11,7 @@ exactly-once in effect, even when the reply to a creation was lost.
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -86,8 +87,17 @@ class MachineDriver(Protocol):
         """The machine, or None when it is gone. Raises `MachineError`."""
         ...
 
-    async def list(self) -> list[Machine]:
+    async def find(self, session_id: UUID) -> builtins.list[Machine]:
+        """The session's machines, of whatever generation, that are not gone. Raises `MachineError`."""
+        ...
+
+    async def list(self) -> builtins.list[Machine]:
         """Every machine that this control plane made and that is not gone. Raises `MachineError`."""
+        ...
+
+    async def retire(self, machine_id: str) -> None:
+        """End the machine because its session's next one follows; what the session keeps (a directory, a volume)
+        stays. One that is gone already is no error. Raises `MachineError`."""
         ...
 
     async def destroy(self, machine_id: str) -> None:

@@ -16,6 +16,7 @@ one after a crash, finds and ends the machines of the first.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import json
 import os
 import shutil
@@ -121,7 +122,11 @@ class LocalMachines:
         record = _read(self._directory(owner[0])) if owner else None
         return self._machine(record) if record is not None and record.name == machine_id else None
 
-    async def list(self) -> list[Machine]:
+    async def find(self, session_id: UUID) -> builtins.list[Machine]:
+        record = _read(self._directory(session_id))
+        return [self._machine(record)] if record is not None else []
+
+    async def list(self) -> builtins.list[Machine]:
         try:
             directories = sorted(self._root.iterdir())
         except FileNotFoundError:
@@ -131,7 +136,7 @@ class LocalMachines:
 
     async def destroy(self, machine_id: str) -> None:
         """End the machine and remove its directory."""
-        await self.stop(machine_id)
+        await self.retire(machine_id)
         owner = owner_of(machine_id)
         if owner is None:
             return
@@ -141,7 +146,7 @@ class LocalMachines:
             if record is not None and record.name == machine_id:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
-    async def stop(self, machine_id: str) -> None:
+    async def retire(self, machine_id: str) -> None:
         """End the machine's processes but keep its directory, for the session's next machine to go on from."""
         owner = owner_of(machine_id)
         if owner is None:

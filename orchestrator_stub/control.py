@@ -1,0 +1,304 @@
+"""What the control plane does: make a session's machine, end it, and sweep up after everybody.
+
+All state is in PostgreSQL and on the machine platform, none in here: any number of orchestrators may run this, and
+any of them may be killed between any two lines. The order of steps is what makes that safe:
+
+    the row exists before its machine is made       so a machine without a row is nobody's, and is swept
+    a claim is taken before a platform is called     so two orchestrators do not work on one session
+    the machine's name follows from the row          so making it again finds the first one
+    the row is ended only when the machine is gone   so a machine is never forgotten
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from uuid import UUID, uuid4
+
+import psycopg
+import psycopg_pool
+import structlog
+
+from orchestrator_stub.config import Settings
+from orchestrator_stub.machines import (
+    Machine,
+    MachineDriver,
+    MachineError,
+    MachineRefused,
+    MachineSpec,
+    MachineState,
+)
+from orchestrator_stub.sessions import LIVE, Event, Session, State, Verdict, judge, machine_name, owner_of
+from orchestrator_stub.store import SessionStore
+from orchestrator_stub.tokens import Keyring, mint_session
+
+log = structlog.get_logger("control")
+
+AT_ONCE: Final = 16
+"""Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
+
+
+class SnapshotUnavailable(Exception):
+    """The snapshot could not be built or signed now; trying later can help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A snapshot ready to be fetched: the signed URL, and its manifest as the protocol writes it."""
+
+    url: str
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Offer(revision={self.manifest.get('revision')})"
+
+
+class SnapshotSource(Protocol):
+    """Where snapshots come from."""
+
+    async def offer(
+        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+    ) -> Offer:
+        """A snapshot of the project's head. `base_revision`: only what is newer. `rebuild`: not a kept one.
+
+        Raises `SnapshotUnavailable`.
+        """
+        ...
+
+
+class Control:
+    """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: SessionStore,
+        snapshots: SnapshotSource,
+        driver: MachineDriver,
+        keys: Keyring,
+        *,
+        clock: Callable[[], float] = time.time,
+        name: str | None = None,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._snapshots = snapshots
+        self._driver = driver
+        self._keys = keys
+        self._clock = clock
+        self._name = name or f"orchestrator-{uuid4().hex[:12]}"
+        self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    async def request(
+        self, project_id: UUID, *, key: str | None, generation: int | None, ttl: float
+    ) -> tuple[Session, bool]:
+        """The session for this request, and whether it is new. Its machine is being made when this returns.
+
+        The same `key` gives the same session. A `generation` above the session's replaces its machine. Raises
+        `ProjectUnknown`.
+        """
+        session, new = await self._store.create(project_id, key=key, generation=generation or 1, ttl=ttl)
+        if not new and session.project_id == project_id and generation and generation > session.generation:
+            session = await self._store.replace(session.id, generation, ttl=ttl) or session
+        if session.state in (State.REQUESTED, State.PROVISIONING) and session.machine_id is None:
+            self._start("provision", session.id, self.provision(session.id))
+        return session, new
+
+    async def settled(self, session_id: UUID, within: float) -> Session | None:
+        """The session once its machine is made, or as it stands after `within` seconds."""
+        task = self._tasks.get(("provision", session_id))
+        if task is not None:
+            await asyncio.wait([task], timeout=within)
+        return await self._store.get(session_id)
+
+    async def provision(self, session_id: UUID) -> None:
+        """Make the session's machine, when it is wanted and nobody else is at it."""
+        session = await self._store.claim(
+            session_id, by=self._name, seconds=self._settings.claim_seconds, event=Event.TAKE_UP
+        )
+        if session is None:
+            return
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self._settings.claim_seconds):
+                if session.generation > 1:
+                    await self._destroy_older(session)
+                machine = await self._driver.create(await self._spec(session))
+        except MachineRefused as error:
+            log.error("session.refused", session_id=str(session_id), reason=str(error))
+            await self.end(session_id, problem=f"machine_refused: {error}")
+            return
+        except (MachineError, SnapshotUnavailable, TimeoutError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            log.warning("session.not_yet", session_id=str(session_id), reason=reason)
+            await self._store.let_go(session_id, by=self._name, problem=f"provisioning: {reason}")
+            return
+        kept = await self._store.machine_made(session_id, session.generation, machine)
+        if kept is None:
+            log.info("machine.unwanted", session_id=str(session_id), machine=machine.name)
+            await self._driver.destroy(machine.id)
+            return
+        log.info(
+            "machine.made",
+            session_id=str(session_id),
+            machine=machine.name,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    async def end(self, session_id: UUID, *, problem: str | None = None) -> Session | None:
+        """No more machine is wanted: the session drains. None: there is no such session."""
+        ended = await self._store.end(session_id, problem)
+        session = ended or await self._store.get(session_id)
+        if session is not None and session.state is State.DRAINING:
+            self._start("finish", session_id, self.finish(session_id))
+        return session
+
+    async def finish(self, session_id: UUID) -> None:
+        """Destroy what is left of a draining session, then call it over."""
+        session = await self._store.claim(
+            session_id, by=self._name, seconds=self._settings.claim_seconds, event=Event.DESTROYED
+        )
+        if session is None:
+            return
+        try:
+            async with asyncio.timeout(self._settings.claim_seconds):
+                for machine in await self._driver.find(session_id):
+                    await self._driver.destroy(machine.id)
+        except (MachineError, TimeoutError, OSError) as error:
+            log.warning("session.not_ended_yet", session_id=str(session_id), reason=str(error))
+            await self._store.let_go(session_id, by=self._name, problem=None)
+            return
+        over = await self._store.destroyed(session_id)
+        if over is not None:
+            log.info("session.over", session_id=str(session_id), state=over.state, problem=over.problem)
+
+    def token_for(self, session: Session) -> tuple[str, float]:
+        """A fresh token for the session's machine, and when it expires (Unix seconds), never after the session."""
+        now = self._clock()
+        ttl = max(min(self._settings.token_ttl, session.expires_at - now), 1.0)
+        token = mint_session(
+            self._keys,
+            project_id=session.project_id,
+            session_id=session.id,
+            generation=session.generation,
+            role=self._settings.token_role,
+            now=now,
+            ttl=ttl,
+        )
+        return token, now + ttl
+
+    async def sweep(self) -> int:
+        """Do what is due: end what expired or fell silent, retry what stalled, destroy what is nobody's.
+
+        Gives the number of things it set going. Safe at any time, in any number of orchestrators.
+        """
+        # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
+        # among those read *afterwards* is nobody's.
+        machines = await self._driver.list()
+        async with self._store.sweeping() as mine:
+            if not mine:
+                return 0
+            sessions, now = await self._store.unended()
+        known = {session.id: session for session in sessions}
+        due: list[Coroutine[Any, Any, Any]] = []
+        for session in sessions:
+            judgement = judge(session, now, self._settings.timing)
+            match judgement.verdict:
+                case Verdict.PROVISION:
+                    due.append(self.provision(session.id))
+                case Verdict.DRAIN:
+                    due.append(self.end(session.id, problem=judgement.problem))
+                case Verdict.DESTROY:
+                    due.append(self.finish(session.id))
+                case Verdict.LEAVE if _lost(session, machines):
+                    due.append(self._end_if_gone(session))
+        due.extend(self._driver.destroy(machine.id) for machine in machines if not _wanted(machine, known))
+        await asyncio.gather(*(self._guarded(step) for step in due))
+        return len(due)
+
+    async def run(self) -> None:
+        """Sweep for ever."""
+        while True:
+            await asyncio.sleep(self._settings.sweep_seconds)
+            try:
+                await self.sweep()
+            except (MachineError, psycopg.Error, psycopg_pool.PoolTimeout, OSError) as error:
+                log.warning("sweep.failed", reason=str(error))
+
+    async def close(self) -> None:
+        """Drop what is being done. Whatever was half-way is taken up by the next sweep of anybody."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _spec(self, session: Session) -> MachineSpec:
+        offer = await self._snapshots.offer(session.project_id)
+        token, _ = self.token_for(session)
+        settings = self._settings
+        return MachineSpec(
+            name=machine_name(session.id, session.generation),
+            project_id=session.project_id,
+            session_id=session.id,
+            generation=session.generation,
+            region=settings.fly_region,
+            env={
+                "PROJECT_ID": str(session.project_id),
+                "SESSION_ID": str(session.id),
+                "SNAPSHOT_URL": offer.url,
+                "REALTIME_TOKEN": token,
+                "REALTIME_URL": settings.realtime_url,
+                "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),
+                "SESSION_API_URL": settings.agent_facing_url,
+                "LOG_LEVEL": settings.log_level,
+            },
+        )
+
+    async def _destroy_older(self, session: Session) -> None:
+        for machine in await self._driver.find(session.id):
+            owner = owner_of(machine.name)
+            if owner is not None and owner[1] < session.generation:
+                await self._driver.retire(machine.id)
+
+    async def _end_if_gone(self, session: Session) -> None:
+        assert session.machine_id is not None
+        machine = await self._driver.inspect(session.machine_id)
+        if machine is None or machine.state is MachineState.GONE:
+            await self.end(session.id, problem="machine_gone: the machine is not there any more")
+
+    async def _guarded(self, step: Coroutine[Any, Any, Any]) -> None:
+        async with self._slots:
+            try:
+                await step
+            except (MachineError, OSError) as error:
+                log.warning("sweep.step_failed", reason=str(error))
+
+    def _start(self, what: str, session_id: UUID, step: Coroutine[Any, Any, None]) -> None:
+        key = (what, session_id)
+        if key in self._tasks:
+            step.close()
+            return
+        task = asyncio.create_task(self._guarded(step), name=f"{what} {session_id}")
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+
+def _wanted(machine: Machine, known: dict[UUID, Session]) -> bool:
+    """Whether a session that is not over speaks for this machine. Foreign names are never ours to destroy."""
+    owner = owner_of(machine.name)
+    if owner is None:
+        return True
+    session = known.get(owner[0])
+    # A newer generation than the row's is left alone: the row was read a moment ago, and may have moved on since.
+    return session is not None and (session.state is State.DRAINING or owner[1] >= session.generation)
+
+
+def _lost(session: Session, machines: list[Machine]) -> bool:
+    return (
+        session.state in LIVE
+        and session.machine_id is not None
+        and all(machine.id != session.machine_id for machine in machines)
+    )
