@@ -1,0 +1,500 @@
+"""The channel protocol, PURE: frames in, meaning and frames out, time passed in. No socket, no clock, no task.
+
+Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are arrays
+`[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `Phoenix` follows one
+topic across many sockets: its refs only grow, so a frame meant for an earlier join can never be taken for ours.
+
+`TRANSITIONS` is the whole state machine; an input that has no row in the current state is late, and is ignored on
+purpose. Nothing a server sends makes this module raise: what cannot be read is counted in `ignored`.
+
+    link = Phoenix("realtime:project:…")
+    link.opened(now, token)                      # the shell has a socket
+    for text in link.outgoing(): send(text)
+    match link.receive(frame, now): ...          # at most one meaning per frame
+    link.tick(now)                               # at link.next_deadline()
+
+Time is in seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+import orjson
+
+
+class LinkState(StrEnum):
+    """What the link is doing (protocol: states of the link)."""
+
+    CONNECTING = "connecting"
+    JOINING = "joining"
+    CATCHING_UP = "catching_up"
+    LIVE = "live"
+    BACKOFF = "backoff"
+    REFUSED = "refused"
+
+
+class Cause(StrEnum):
+    """Why a state is left."""
+
+    OPENED = "opened"
+    """The handshake succeeded and the join is sent."""
+    JOINED = "joined"
+    """The server answered our join with ok."""
+    CAUGHT_UP = "caught_up"
+    """A catch-up succeeded that began after everything we may have missed, and the server's replication is ready."""
+    BEHIND = "behind"
+    """Something may have been missed on a joined channel: overflow, replication (re)started."""
+    EXPIRED = "expired"
+    """The token ran out; the socket stays and is joined again with the next token."""
+    LOST = "lost"
+    """The socket or the channel is of no use any more."""
+    REFUSED = "refused"
+    """A credential was turned away: the same one will not be tried in a hurry."""
+    RETRY = "retry"
+    """The delay is over, or a new token came."""
+
+
+TRANSITIONS: Final[Mapping[tuple[LinkState, Cause], LinkState]] = MappingProxyType(
+    {
+        (LinkState.CONNECTING, Cause.OPENED): LinkState.JOINING,
+        (LinkState.CONNECTING, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.CONNECTING, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.JOINING, Cause.JOINED): LinkState.CATCHING_UP,
+        (LinkState.JOINING, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.JOINING, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.JOINING, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.CATCHING_UP, Cause.CAUGHT_UP): LinkState.LIVE,
+        (LinkState.CATCHING_UP, Cause.BEHIND): LinkState.CATCHING_UP,
+        (LinkState.CATCHING_UP, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.CATCHING_UP, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.CATCHING_UP, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.LIVE, Cause.BEHIND): LinkState.CATCHING_UP,
+        (LinkState.LIVE, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.LIVE, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.LIVE, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.BACKOFF, Cause.RETRY): LinkState.CONNECTING,
+        (LinkState.REFUSED, Cause.RETRY): LinkState.CONNECTING,
+    }
+)
+
+WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkState.LIVE})
+"""States in which a socket is open."""
+
+JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Deadlines of the protocol, all in seconds."""
+
+    heartbeat_every: float = 20.0
+    """The server closes a socket that was silent for 60 s; two may be lost before that."""
+    heartbeat_within: float = 10.0
+    """An unanswered heartbeat older than this means a dead socket, whatever TCP says."""
+    join_within: float = 20.0
+    """Join errors take 5 s by design and a cold tenant longer. A late reply is never waited for on a second join."""
+    replication_within: float = 5.0
+    """How long to wait for `Replication connection established` before taking the server for one that does not
+    say it. Where it comes later after all, it counts as having fallen behind."""
+    late_tick: float = 1.0
+    """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """An application event on our topic."""
+
+    event: str
+    payload: dict[str, object]
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Our join was accepted: from here on nothing is missed, everything before may have been."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicationReady:
+    """The server's own feed from the database is up; broadcasts from before that may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenExpired:
+    """The socket is fine; give `new_token` a fresh one and the channel is joined again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The token was turned away for another reason than its age."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Close this socket and open another. `cause` is one word for metrics, `reason` a sentence."""
+
+    cause: str
+    reason: str
+
+
+Meaning = Broadcast | Joined | ReplicationReady | TokenExpired | Refused | Dropped
+
+_CREDENTIAL_WORDS: Final = (
+    "Unauthorized",
+    "InvalidJWT",
+    "MalformedJWT",
+    "JwtSign",
+    "JWT signature",
+    "JWT signer",
+    "valid JWT",
+    "`role` and `exp`",
+    "permission",
+    "Token expiration time is invalid",
+)
+"""How the server's texts name a credential it will not take (supabase/realtime: realtime_channel.ex)."""
+
+
+def judge(reason: str) -> str:
+    """What a server's error text is about: `expired`, `credential`, `rate_limited` or `other`."""
+    if "has expired" in reason:
+        return "expired"
+    if any(word in reason for word in _CREDENTIAL_WORDS):
+        return "credential"
+    if "Too many" in reason or "RateLimit" in reason:
+        return "rate_limited"
+    return "other"
+
+
+Observer = Callable[[LinkState, Cause, LinkState, str], None]
+"""Told every transition: from, cause, to, and why in words."""
+
+
+class Phoenix:
+    """One topic's protocol, across sockets. See the module for how it is held."""
+
+    def __init__(self, topic: str, timing: Timing = Timing(), observe: Observer | None = None) -> None:
+        self.topic = topic
+        self.timing = timing
+        self.state = LinkState.CONNECTING
+        self.why = "started"
+        self.ignored: Counter[str] = Counter()
+        """Frames that meant nothing to us, by reason: unreadable, foreign, stale, unknown."""
+        self._observe = observe
+        self._out: list[str] = []
+        self._ref = 0
+        self._join_ref: str | None = None
+        self._joins_expired = 0
+        self._join_by: float | None = None
+        self._replication_by: float | None = None
+        self._replication_ready = False
+        self._caught_up = False
+        self._heartbeat_ref: str | None = None
+        self._heartbeat_at: float | None = None
+        self._heartbeat_by: float | None = None
+
+    # --- what the shell tells us
+
+    def opened(self, now: float, token: str) -> None:
+        """A socket is open: join, and start the heartbeat."""
+        if self._move(Cause.OPENED, "socket open"):
+            self._heartbeat_ref = self._heartbeat_by = None
+            self._heartbeat_at = now + self.timing.heartbeat_every
+            self._joins_expired = 0
+            self._join(now, token)
+
+    def lost(self, reason: str) -> None:
+        """The socket is gone, or none came about."""
+        if self._move(Cause.LOST, reason):
+            self._forget()
+
+    def refused(self, reason: str) -> None:
+        """A credential was turned away, in the handshake or by whoever issues them; the socket is to be closed."""
+        if self._move(Cause.REFUSED, reason):
+            self._forget()
+
+    def retry(self) -> None:
+        """A new attempt begins."""
+        self._move(Cause.RETRY, "retry")
+
+    def new_token(self, token: str, now: float) -> None:
+        """Use `token` from now on: push it on the joined channel, or join with it when the last one expired."""
+        if self.state not in WITH_SOCKET:
+            return
+        if self._join_ref is None:
+            self._join(now, token)
+        else:
+            self._push("access_token", {"access_token": token})
+
+    def behind(self, reason: str) -> None:
+        """Something may have been missed; only the next catch-up makes the link live again."""
+        if self.state in JOINED_STATES:
+            self._caught_up = False
+            self._move(Cause.BEHIND, reason)
+
+    def caught_up(self) -> None:
+        """A catch-up succeeded that began after the last time we were behind."""
+        if self.state is LinkState.CATCHING_UP:
+            self._caught_up = True
+            self._settle()
+
+    def leave(self) -> None:
+        """Say goodbye on the channel; whatever comes after it is stale."""
+        if self._join_ref is not None:
+            self._push("phx_leave", {})
+            self._join_ref = None
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether the last token expired on a socket that is still open."""
+        return self.state is LinkState.JOINING and self._join_ref is None
+
+    def outgoing(self) -> list[str]:
+        """The frames to send now, in order; each is given out once."""
+        out, self._out = self._out, []
+        return out
+
+    def next_deadline(self) -> float | None:
+        """When `tick` must be called at the latest; None without a socket."""
+        if self.state not in WITH_SOCKET:
+            return None
+        return min(
+            (
+                d
+                for d in (self._heartbeat_at, self._heartbeat_by, self._join_by, self._replication_by)
+                if d is not None
+            ),
+            default=None,
+        )
+
+    # --- what time tells us
+
+    def tick(self, now: float) -> Dropped | None:
+        """Do what is due: send a heartbeat, give up on one, give up on a join."""
+        if self.state not in WITH_SOCKET:
+            return None
+        grace = self.timing.late_tick
+        if self._heartbeat_by is not None and now >= self._heartbeat_by:
+            if now - self._heartbeat_by > grace:
+                self._heartbeat_by = now + grace
+                return None
+            return self._drop(
+                "heartbeat_timeout", f"no heartbeat reply within {self.timing.heartbeat_within:g} s"
+            )
+        if self._join_by is not None and now >= self._join_by:
+            if now - self._join_by > grace:
+                self._join_by = now + grace
+                return None
+            return self._drop("join_timeout", f"no reply to the join within {self.timing.join_within:g} s")
+        if self._replication_by is not None and now >= self._replication_by:
+            self._replication_by = None
+            self._settle()
+        if self._heartbeat_at is not None and now >= self._heartbeat_at:
+            self._heartbeat(now)
+        return None
+
+    # --- what the server tells us
+
+    def receive(self, frame: str | bytes, now: float) -> Meaning | None:
+        """Read one frame, text (as str or its bytes) or binary. Never raises; None: nothing for the shell to do."""
+        if self.state not in WITH_SOCKET:
+            return self._ignore("stale")
+        if isinstance(frame, bytes) and frame[:1] == b"\x04":
+            return self._binary(frame)
+        try:
+            join_ref, ref, topic, event, payload = orjson.loads(frame)
+        except (ValueError, TypeError):
+            return self._ignore("unreadable")
+        if not isinstance(payload, dict) or not isinstance(event, str):
+            return self._ignore("unreadable")
+        if topic == self.topic:
+            return self._on_channel(join_ref, ref, event, payload, now)
+        if topic == "phoenix" and event == "phx_reply":
+            if ref is not None and ref == self._heartbeat_ref:
+                self._heartbeat_ref = self._heartbeat_by = None
+                return None
+            return self._ignore("stale")
+        return self._ignore("foreign")
+
+    def _binary(self, frame: bytes) -> Meaning | None:
+        """Type 4: u8 lengths of topic, event and meta, u8 encoding (1 JSON), then the four fields."""
+        if len(frame) < 5:
+            return self._ignore("unreadable")
+        topic_end = 5 + frame[1]
+        event_end = topic_end + frame[2]
+        meta_end = event_end + frame[3]
+        if meta_end > len(frame) or frame[4] != 1:
+            return self._ignore("unreadable")
+        try:
+            if frame[5:topic_end].decode() != self.topic:
+                return self._ignore("foreign")
+            event = frame[topic_end:event_end].decode()
+            payload = orjson.loads(memoryview(frame)[meta_end:])
+            meta = orjson.loads(frame[event_end:meta_end]) if frame[3] else None
+        except ValueError:
+            return self._ignore("unreadable")
+        return self._broadcast(event, payload, meta)
+
+    def _broadcast(self, event: object, payload: object, meta: object) -> Meaning | None:
+        if not isinstance(payload, dict) or not isinstance(event, str):
+            return self._ignore("unreadable")
+        return Broadcast(event, payload, isinstance(meta, dict) and meta.get("replayed") is True)
+
+    def _on_channel(
+        self, join_ref: object, ref: object, event: str, payload: dict[str, object], now: float
+    ) -> Meaning | None:
+        match event:
+            case "broadcast":
+                return self._broadcast(payload.get("event"), payload.get("payload"), payload.get("meta"))
+            case "phx_reply":
+                if self._join_by is not None and ref == self._join_ref:
+                    return self._join_reply(payload, now)
+                return None if ref is not None and join_ref == self._join_ref else self._ignore("stale")
+            case "system":
+                return self._system(join_ref, payload)
+            case "phx_close" | "phx_error":
+                # The server names the join it closes; on a duplicate join that is the old one, not ours.
+                named = join_ref if join_ref is not None else ref
+                if self._join_ref is None or (named is not None and named != self._join_ref):
+                    return self._ignore("stale")
+                cause = "channel_closed" if event == "phx_close" else "channel_error"
+                return self._drop(cause, f"the server sent {event}")
+            case "presence_state" | "presence_diff" | "postgres_changes":
+                return None
+            case _:
+                return self._ignore("unknown")
+
+    def _join_reply(self, payload: dict[str, object], now: float) -> Meaning | None:
+        self._join_by = None
+        if payload.get("status") == "ok":
+            self._joins_expired = 0
+            self._caught_up = False
+            if not self._replication_ready:
+                self._replication_by = now + self.timing.replication_within
+            self._move(Cause.JOINED, "join accepted")
+            return Joined()
+        response = payload.get("response")
+        reason = str(response.get("reason", "no reason given") if isinstance(response, dict) else response)
+        kind = judge(reason)
+        if kind == "expired":
+            self._joins_expired += 1
+            if self._joins_expired < 2:
+                return self._expired(reason)
+        if kind in ("expired", "credential"):
+            return self._refuse(reason)
+        return self._drop("rate_limited" if kind == "rate_limited" else "join_error", reason)
+
+    def _system(self, join_ref: object, payload: dict[str, object]) -> Meaning | None:
+        message = str(payload.get("message", ""))
+        if self._join_ref is None or (join_ref is not None and join_ref != self._join_ref):
+            return self._ignore("stale")
+        if payload.get("extension") not in (None, "system"):
+            return None
+        if payload.get("status") == "ok":
+            if message != "Replication connection established" or self._replication_ready:
+                return None
+            self._replication_ready = True
+            if self.state not in JOINED_STATES:
+                return None
+            prompt = self._replication_by is not None
+            self._replication_by = None
+            self._caught_up = False
+            self._move(Cause.BEHIND, "replication ready" if prompt else "replication ready late")
+            return ReplicationReady()
+        match judge(message):
+            case "expired":
+                return self._expired(message)
+            case "credential":
+                return self._refuse(message)
+            case "rate_limited":
+                return self._drop("rate_limited", message)
+            case _:
+                return self._drop("system_error", message)
+
+    # --- the machine
+
+    def _move(self, cause: Cause, why: str) -> bool:
+        """Follow the table; False: late, ignored on purpose."""
+        target = TRANSITIONS.get((self.state, cause))
+        if target is None:
+            return False
+        source, self.state, self.why = self.state, target, why
+        if self._observe is not None:
+            self._observe(source, cause, target, why)
+        return True
+
+    def _settle(self) -> None:
+        if self._caught_up and self._replication_by is None:
+            self._move(Cause.CAUGHT_UP, "caught up")
+
+    def _expired(self, reason: str) -> TokenExpired:
+        self._leave_join()
+        self._move(Cause.EXPIRED, reason)
+        return TokenExpired(reason)
+
+    def _refuse(self, reason: str) -> Refused:
+        self.refused(reason)
+        return Refused(reason)
+
+    def _drop(self, cause: str, reason: str) -> Dropped:
+        self.lost(reason)
+        return Dropped(cause, reason)
+
+    def _leave_join(self) -> None:
+        self._join_ref = None
+        self._join_by = self._replication_by = None
+        self._replication_ready = self._caught_up = False
+
+    def _forget(self) -> None:
+        self._leave_join()
+        self._heartbeat_ref = self._heartbeat_at = self._heartbeat_by = None
+        self._out.clear()
+
+    def _ignore(self, reason: str) -> Meaning | None:
+        self.ignored[reason] += 1
+        return None
+
+    # --- what we send
+
+    def _next_ref(self) -> str:
+        self._ref += 1
+        return str(self._ref)
+
+    def _send(
+        self, join_ref: str | None, ref: str, topic: str, event: str, payload: Mapping[str, object]
+    ) -> None:
+        self._out.append(orjson.dumps([join_ref, ref, topic, event, payload]).decode())
+
+    def _push(self, event: str, payload: Mapping[str, object]) -> None:
+        self._send(self._join_ref, self._next_ref(), self.topic, event, payload)
+
+    def _join(self, now: float, token: str) -> None:
+        self._leave_join()
+        self._join_ref = self._next_ref()
+        self._join_by = now + self.timing.join_within
+        config = {
+            "broadcast": {"ack": False, "self": False, "replication_ready": True},
+            "presence": {"key": "", "enabled": False},
+            "postgres_changes": [],
+            "private": True,
+        }
+        self._send(
+            self._join_ref, self._join_ref, self.topic, "phx_join", {"config": config, "access_token": token}
+        )
+
+    def _heartbeat(self, now: float) -> None:
+        self._heartbeat_at = now + self.timing.heartbeat_every
+        if self._heartbeat_by is not None:
+            return
+        self._heartbeat_ref = self._next_ref()
+        self._heartbeat_by = now + self.timing.heartbeat_within
+        self._send(None, self._heartbeat_ref, "phoenix", "heartbeat", {})

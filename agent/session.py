@@ -1,0 +1,155 @@
+"""The HTTP client of the session API: sync, token, status. One call, one try; retrying is the caller's decision.
+
+Errors are sorted by what can be done about them: 401 and 403 are final for the token (`CredentialRejected`), 404 and
+410 for the session (`SessionGone`), 409 tells a conflict (`Superseded`), everything else that may pass is
+`Unavailable` with the wait that was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Final
+from uuid import UUID
+
+import httpx
+import orjson
+
+from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
+from agent.model import RelPath
+from agent.tokens import Token, Tokens
+from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
+
+MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
+"""An answer larger than this is not read to its end: sync offers a snapshot long before."""
+
+TIMEOUT: Final = httpx.Timeout(10.0, read=30.0)
+"""Seconds. A snapshot may have to be built before sync can answer, hence the longer read."""
+
+
+class SessionApi:
+    """The session's own endpoints, Bearer the token in force. Also a `TokenSource`.
+
+    `http` is the agent's shared client; nothing of its defaults is relied on.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        session_id: UUID | str,
+        tokens: Tokens,
+        http: httpx.AsyncClient,
+        *,
+        timeout: httpx.Timeout = TIMEOUT,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._base = f"{base_url.rstrip('/')}/v1/sessions/{session_id}"
+        self._tokens = tokens
+        self._http = http
+        self._timeout = timeout
+        self._wall = wall
+
+    def current(self) -> Token | None:
+        """The token in force."""
+        return self._tokens.current()
+
+    async def sync(
+        self, epoch: str | None, revision: int, reason: str, paths: Sequence[RelPath] | None = None
+    ) -> SyncAnswer:
+        """What happened above (`epoch`, `revision`); `paths` asks for the content of these as well."""
+        body: dict[str, object] = {"epoch": epoch, "revision": revision, "reason": reason}
+        if paths is not None:
+            body["paths"] = list(paths)
+        return read_sync_answer(await self._call("POST", "sync", body))
+
+    async def renew_token(self) -> Token:
+        """Ask for the next token and put it in force."""
+        answer = await self._call("POST", "token", {})
+        value = answer.get("realtime_token") if isinstance(answer, dict) else None
+        if not isinstance(value, str):
+            raise MalformedMessage("token answer", "realtime_token is missing or not text")
+        return self._tokens.accept(value)
+
+    async def report_status(self, status: Mapping[str, object]) -> Head:
+        """Say how we are; hear where the database is."""
+        return read_head(await self._call("PUT", "status", status))
+
+    async def _call(self, method: str, name: str, body: Mapping[str, object]) -> object:
+        token = self._tokens.current()
+        if token is None:
+            raise CredentialRejected("there is no session token to call the session API with")
+        what = f"session API ({name})"
+        headers = {"authorization": f"Bearer {token.value}", "content-type": "application/json"}
+        try:
+            async with self._http.stream(
+                method,
+                f"{self._base}/{name}",
+                content=orjson.dumps(body),
+                headers=headers,
+                timeout=self._timeout,
+                follow_redirects=False,
+            ) as response:
+                content = await _read(response, what)
+        except httpx.HTTPError as error:
+            # The class, not the text: httpx writes URLs and header values into some of its messages.
+            raise Unavailable(what, type(error).__name__) from None
+        if response.is_success:
+            try:
+                return orjson.loads(content)
+            except ValueError:
+                raise MalformedMessage(f"{name} answer", "not JSON") from None
+        raise self._refusal(what, response, content)
+
+    def _refusal(self, what: str, response: httpx.Response, content: bytes) -> Exception:
+        status, detail = response.status_code, _problem(content)
+        said = f"HTTP {status}" + (f", {detail}" if detail else "")
+        if status in (401, 403):
+            return CredentialRejected(f"{what} refused the token: {said}")
+        if status in (404, 410):
+            return SessionGone(f"{what} does not know the session: {said}")
+        if status == 409:
+            return Superseded(f"{what} names a conflict: {said}")
+        if status == 429 or status >= 500 or status == 408:
+            return Unavailable(what, said, retry_after(response.headers.get("retry-after"), self._wall()))
+        return MalformedMessage(what, f"unexpected answer: {said}")
+
+
+async def _read(response: httpx.Response, what: str) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.aiter_bytes():
+        size += len(chunk)
+        if size > MAX_ANSWER_BYTES:
+            raise MalformedMessage(what, f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _problem(content: bytes) -> str:
+    """The title and detail of an RFC 9457 document, at most a line of them; empty when it is not one."""
+    try:
+        document = orjson.loads(content[:10_000])
+    except ValueError:
+        return ""
+    if not isinstance(document, dict):
+        return ""
+    said = (document.get("title"), document.get("detail"))
+    return ": ".join(text for text in said if isinstance(text, str))[:200]
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """Seconds to wait from a `Retry-After` header, either of its forms; None when absent or unreadable.
+
+    Capped at an hour: a wrong clock somewhere must not silence us for longer.
+    """
+    if value is None:
+        return None
+    try:
+        wait = float(value)
+    except ValueError:
+        try:
+            wait = parsedate_to_datetime(value).timestamp() - now
+        except (ValueError, TypeError):
+            return None
+    return min(max(wait, 0.0), 3600.0) if wait == wait else None

@@ -1,0 +1,590 @@
+"""The live link: one socket, never deaf for longer than its deadlines, replaced for ever.
+
+A shell round `agent.phoenix`. One task owns the socket and is the only one that reads, writes or closes it; a second
+keeps the token fresh; a third looks at the clock once a second, because a machine that was suspended has sockets that
+look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that are either an event or the
+order to catch up, and nothing that could be lost without such an order.
+
+Timings are judgement; each has its reason in `LinkSettings` and `phoenix.Timing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import structlog
+from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.model import Problem
+from agent.phoenix import (
+    Broadcast,
+    Cause,
+    Dropped,
+    Joined,
+    LinkState,
+    Phoenix,
+    Refused,
+    ReplicationReady,
+    Timing,
+    TokenExpired,
+)
+from agent.session import retry_after
+from agent.tokens import Token, TokenSource, spread
+
+log = structlog.get_logger("agent.stream")
+
+VSN: Final = "2.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An application event. `at`: Unix seconds when its frame was read."""
+
+    event: str
+    payload: dict[str, object]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """Something may have been missed: catch up from the database, then call `caught_up`.
+
+    `reason` is one word for metrics: joined, replication_ready, overflow.
+    """
+
+    reason: str
+
+
+Signal = Received | Resync
+
+
+class EventSource(Protocol):
+    """Where events come from. Another transport (NATS, a file for replay) is one more of these."""
+
+    async def run(self) -> None:
+        """Own the connection, for ever; ends only by cancellation."""
+
+    async def receive(self) -> Signal:
+        """The next signal, in order."""
+
+    def caught_up(self) -> None:
+        """One catch-up succeeded that began after the last `Resync` was received."""
+
+    def report(self) -> dict[str, object]:
+        """What `/status` shows of the link."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """Every knob of the link but the protocol's deadlines. Seconds and bytes."""
+
+    timing: Timing = field(default_factory=Timing)
+    open_within: float = 10.0
+    """For TCP, TLS and the handshake together."""
+    backoff_first: float = 0.5
+    backoff_most: float = 30.0
+    """Full jitter between nothing and min(most, first x 2^n): a thousand agents must not come back together, and
+    the server closes whoever joins too fast (1001)."""
+    backoff_least: float = 0.05
+    """Never a tight loop, however the dice fall."""
+    stable_after: float = 30.0
+    """A link live this long has earned a fresh backoff."""
+    refused_retry: float = 60.0
+    """Between attempts with a credential that was turned away; spread over half to all of it."""
+    renew_pause: float = 30.0
+    """Least time between two renewals nobody asked for, so that a wrong clock cannot make a loop of them."""
+    rejoin_least: float = 5.0
+    """A channel that tells of expiry sooner than this after its join is not joined again on the same socket: the
+    backoff stands between us and a loop of joins."""
+    max_frame: int = 8 * 1024 * 1024
+    """The server sends at most 5,000,000 bytes in a frame; the `websockets` default of 1 MiB would close."""
+    queue_events: int = 4096
+    queue_bytes: int = 64 * 1024 * 1024
+    """Beyond either, everything waiting is dropped for one `Resync`: the database has it all."""
+    clock_jump: float = 5.0
+    """Wall clock against monotonic. Slewing never gets here; a suspended machine does."""
+    look_every: float = 1.0
+    """How often the clock and a rotated token file are looked at."""
+    close_within: float = 1.0
+    """For the closing handshake when we leave on our own; a dead peer must not hold up the drain."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Why a socket ended, or none came about. `wait`: the least number of seconds the other side asked for."""
+
+    cause: str
+    reason: str
+    refused: bool = False
+    wait: float = 0.0
+
+
+class SignalQueue:
+    """Signals in order, bounded in number and bytes; past a bound all of them become one `Resync`."""
+
+    def __init__(self, most_events: int, most_bytes: int) -> None:
+        self._most_events = most_events
+        self._most_bytes = most_bytes
+        self._waiting: deque[tuple[Signal, int]] = deque()
+        self._bytes = 0
+        self._filled = asyncio.Event()
+        self.resyncs_waiting = 0
+        self.overflows = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, event: Received, size: int) -> bool:
+        """Add an event of `size` bytes; False: it overflowed, and a `Resync` stands in for all that waited."""
+        if len(self._waiting) >= self._most_events or self._bytes + size > self._most_bytes:
+            self._waiting.clear()
+            self._bytes = self.resyncs_waiting = 0
+            self.overflows += 1
+            self.resync("overflow")
+            return False
+        self._waiting.append((event, size))
+        self._bytes += size
+        self._filled.set()
+        return True
+
+    def resync(self, reason: str) -> None:
+        """Add the order to catch up, unless the last thing in the queue already is one."""
+        if not self._waiting or not isinstance(self._waiting[-1][0], Resync):
+            self._waiting.append((Resync(reason), 0))
+            self.resyncs_waiting += 1
+            self._filled.set()
+
+    async def get(self) -> Signal:
+        """The oldest, waiting for one."""
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        signal, size = self._waiting.popleft()
+        self._bytes -= size
+        if isinstance(signal, Resync):
+            self.resyncs_waiting -= 1
+        return signal
+
+
+class RealtimeStream:
+    """An `EventSource` on Supabase Realtime.
+
+    `url` as for the official clients (`wss://host/realtime/v1`, also http(s)); `topic` the wire topic. `wall` is the
+    clock of tokens and reports; deadlines run on the event loop's clock.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        topic: str,
+        tokens: TokenSource,
+        *,
+        settings: LinkSettings = LinkSettings(),
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._url = endpoint(url, api_key)
+        self._tokens = tokens
+        self._settings = settings
+        self._wall = wall
+        self._phoenix = Phoenix(topic, settings.timing, self._observe)
+        self._queue = SignalQueue(settings.queue_events, settings.queue_bytes)
+        self._backoff = wait_random_exponential(
+            multiplier=settings.backoff_first, max=settings.backoff_most, min=settings.backoff_least
+        )
+        self._renewing = asyncio.Lock()
+        self._renew_now = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._deadline: asyncio.Timeout | None = None
+        self._end_because: _End | None = None
+        self._token: Token | None = None
+        """The token last seen in force; `_sent` is the one the server was last given."""
+        self._token_seen_at = wall()
+        self._spread = spread()
+        self._sent: Token | None = None
+        self._attempt = 0
+        self._joined_at: float | None = None
+        self._token_problem: str | None = None
+        self._last_frame_at: float | None = None
+        self._last_event_at: float | None = None
+        self._last_catch_up_at: float | None = None
+        self._state_since = wall()
+        self._losses: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        self._clock_jumps = 0
+        self._sockets = 0
+        self._joins = 0
+
+    # --- what the rest of the agent sees
+
+    @property
+    def state(self) -> LinkState:
+        """What the link is doing."""
+        return self._phoenix.state
+
+    async def run(self) -> None:
+        """Own the link until cancelled; then leave the channel and close the socket."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_token(), name="link-token")
+            tasks.create_task(self._look_around(), name="link-clock")
+            tasks.create_task(self._own_socket(), name="link-socket")
+
+    async def receive(self) -> Signal:
+        """The next signal, in order. One consumer."""
+        return await self._queue.get()
+
+    def caught_up(self) -> None:
+        """One catch-up succeeded that began after the last `Resync` was received; a newer one is still to come
+        when the queue holds it, and then the link stays behind.
+        """
+        self._last_catch_up_at = self._wall()
+        if not self._queue.resyncs_waiting:
+            self._phoenix.caught_up()
+
+    def doubt(self, reason: str) -> None:
+        """Somebody knows that the link should have delivered something and did not: replace the socket.
+
+        For the status heartbeat, which compares with the head in the database while the link looks live.
+        """
+        if self._phoenix.state is LinkState.LIVE:
+            self._interrupt(_End("doubted", reason))
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What a person should see of the link now."""
+        if self._token_problem is None:
+            return ()
+        return (Problem("token_refused", self._token_problem),)
+
+    def report(self) -> dict[str, object]:
+        """For `/status`: state and since when, last signs of life (Unix seconds), counters. No secret."""
+        token = self._tokens.current()
+        return {
+            "state": str(self._phoenix.state),
+            "since": self._state_since,
+            "why": self._phoenix.why,
+            "topic": self._phoenix.topic,
+            "last_frame_at": self._last_frame_at,
+            "last_event_at": self._last_event_at,
+            "last_catch_up_at": self._last_catch_up_at,
+            "token_expires_at": token.expires_at if token else None,
+            "attempt": self._attempt,
+            "sockets": self._sockets,
+            "joins": self._joins,
+            "losses": dict(self._losses),
+            "refusals": dict(self._refusals),
+            "clock_jumps": self._clock_jumps,
+            "queue_depth": len(self._queue),
+            "overflows": self._queue.overflows,
+            "ignored_frames": dict(self._phoenix.ignored),
+            "problems": [problem.detail for problem in self.problems()],
+        }
+
+    # --- the task that owns the socket
+
+    async def _own_socket(self) -> None:
+        while True:
+            end = await self._one_socket()
+            self._ended(end)
+            if end.refused:
+                await self._until_trusted_again(end)
+            else:
+                await self._pause(max(end.wait, self._delay()))
+            self._phoenix.retry()
+
+    def _ended(self, end: _End) -> None:
+        if self._joined_at is not None and _now() - self._joined_at >= self._settings.stable_after:
+            self._attempt = 0
+        self._joined_at = None
+        self._attempt += 1
+        self._losses[end.cause] += 1
+        if end.refused:
+            self._phoenix.refused(end.reason)
+        else:
+            self._phoenix.lost(end.reason)
+
+    def _delay(self) -> float:
+        state = RetryCallState(Retrying(), None, (), {})
+        state.attempt_number = self._attempt
+        return self._backoff(state)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, unless there is a reason to hurry: a new token after a refusal, a machine that woke up."""
+        self._hurry.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+
+    async def _until_trusted_again(self, end: _End) -> None:
+        """After a refusal: get another token, at once if we can, and spread the attempts out if we cannot."""
+        most = self._settings.refused_retry
+        slow = max(end.wait, wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {})))
+        refused = self._sent
+        try:
+            renewed = await self._renew(refused) is not refused
+        except AgentError as error:
+            self._token_problem = f"{end.reason}; {error}"
+            renewed = False
+        else:
+            self._token_problem = end.reason
+        if not renewed:
+            await self._pause(slow)
+        await self._pause(max(end.wait, self._delay()))
+
+    async def _one_socket(self) -> _End:
+        """From connecting to the end of the socket."""
+        token = self._look_at_token()
+        if token is None or token.expired(self._wall()):
+            # A token that is expired by our clock is asked for again first, and used all the same when there is no
+            # newer one: the clock that counts is the server's.
+            try:
+                token = await self._renew(token)
+            except AgentError as error:
+                if token is None:
+                    refused = isinstance(error, (CredentialRejected, SessionGone))
+                    return _End("no_token", str(error), refused, _asked(error))
+        self._sent = token
+        try:
+            socket = await connect(
+                self._url,
+                compression=None,
+                max_size=self._settings.max_frame,
+                max_queue=(1024, 256),
+                ping_interval=None,
+                open_timeout=self._settings.open_within,
+                close_timeout=self._settings.close_within,
+                user_agent_header="preview-agent",
+                logger=_SILENT,
+            )
+        except InvalidStatus as error:
+            return self._handshake_refused(error)
+        except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
+            # The class, not the text: the URL carries the key.
+            return _End("unreachable", f"cannot connect: {type(error).__name__}")
+        self._sockets += 1
+        try:
+            return await self._hold(socket, token)
+        except asyncio.CancelledError:
+            await self._goodbye(socket)
+            raise
+        finally:
+            socket.transport.abort()
+
+    def _handshake_refused(self, error: InvalidStatus) -> _End:
+        response = error.response
+        self._refusals[str(response.status_code)] += 1
+        wait = retry_after(response.headers.get("retry-after"), self._wall()) or 0.0
+        said = f"the handshake was answered with HTTP {response.status_code}"
+        cause = "rate_limited" if response.status_code == 429 else "handshake"
+        return _End(cause, said, response.status_code in (401, 403), wait)
+
+    async def _hold(self, socket: ClientConnection, token: Token) -> _End:
+        """Everything between an open socket and its end. One loop: write what is due, read until something is."""
+        phoenix = self._phoenix
+        self._end_because = None
+        phoenix.opened(_now(), token.value)
+        try:
+            while True:
+                self._use_newest_token()
+                for text in phoenix.outgoing():
+                    async with asyncio.timeout(self._settings.timing.heartbeat_within):
+                        await socket.send(text)
+                end = self._end_because
+                if end is None:
+                    try:
+                        async with asyncio.timeout_at(phoenix.next_deadline()) as self._deadline:
+                            end = await self._read(socket)
+                    except TimeoutError:
+                        end = self._end_because or _dropped(phoenix.tick(_now()))
+                    finally:
+                        self._deadline = None
+                if end is not None:
+                    return end
+        except ConnectionClosed as error:
+            frame = error.rcvd
+            if frame is None:
+                return _End("reset", "the connection broke")
+            return _End(f"closed_{int(frame.code)}", f"closed with {int(frame.code)} {frame.reason}".rstrip())
+        except TimeoutError:
+            return _End("stalled", "the socket takes no more frames")
+
+    async def _read(self, socket: ClientConnection) -> _End | None:
+        """Read frames until there is something to write or to end."""
+        receive, put = self._phoenix.receive, self._queue.put
+        while True:
+            # Bytes for text frames too: orjson takes them, and bad UTF-8 is junk to count, not a reason to close.
+            frame = await socket.recv(decode=False)
+            meaning = receive(frame, _now())
+            self._last_frame_at = at = self._wall()
+            match meaning:
+                case None:
+                    pass
+                case Broadcast(event, payload):
+                    self._last_event_at = at
+                    if not put(Received(event, payload, at), len(frame)):
+                        self._phoenix.behind("overflow")
+                case Joined():
+                    self._joins += 1
+                    self._joined_at = _now()
+                    self._token_problem = None
+                    self._queue.resync("joined")
+                    return None
+                case ReplicationReady():
+                    self._queue.resync("replication_ready")
+                case TokenExpired(reason):
+                    if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
+                        return _End("token_expired", reason)
+                    self._renew_now.set()
+                    return None
+                case Refused(reason):
+                    self._refusals["join"] += 1
+                    return _End("refused", reason, refused=True)
+                case Dropped():
+                    return _dropped(meaning)
+
+    def _interrupt(self, end: _End | None = None) -> None:
+        """Make the owner of the socket look up from reading, to end it or to see the new token."""
+        if end is not None and self._end_because is None:
+            self._end_because = end
+        if self._deadline is not None:
+            self._deadline.reschedule(_now())
+
+    async def _goodbye(self, socket: ClientConnection) -> None:
+        self._phoenix.leave()
+        with contextlib.suppress(ConnectionClosed, TimeoutError, OSError):
+            async with asyncio.timeout(self._settings.close_within):
+                for text in self._phoenix.outgoing():
+                    await socket.send(text)
+                await socket.close()
+        self._phoenix.lost("stopped")
+
+    # --- the token
+
+    def _look_at_token(self) -> Token | None:
+        """The token in force; a change of it is noticed here, wherever it came from."""
+        token = self._tokens.current()
+        if token is not self._token:
+            self._token = token
+            self._token_seen_at = self._wall()
+            self._hurry.set()
+            self._interrupt()
+        return token
+
+    def _use_newest_token(self) -> None:
+        token = self._look_at_token()
+        if token is not None and token is not self._sent:
+            self._sent = token
+            self._phoenix.new_token(token.value, _now())
+
+    async def _renew(self, stale: Token | None) -> Token:
+        """A newer token than `stale` if there is one; of several callers one asks."""
+        async with self._renewing:
+            held = self._look_at_token()
+            if held is not None and held is not stale:
+                return held
+            token = await self._tokens.renew_token()
+            self._look_at_token()
+            return token
+
+    async def _keep_token(self) -> None:
+        """Renew at a share of the token's life, or at once when the server says that it expired."""
+        failures = RetryCallState(Retrying(), None, (), {})
+        failures.attempt_number = 0
+        earliest = 0.0
+        while True:
+            due_in = max(self._refresh_in(), earliest - _now())
+            if due_in > 0 and not self._renew_now.is_set():
+                with contextlib.suppress(TimeoutError):
+                    # At most half a minute at a time: the due time is on the wall clock, which may be set.
+                    async with asyncio.timeout(min(due_in, 30.0)):
+                        await self._renew_now.wait()
+                continue
+            stale = self._sent if self._phoenix.wants_token else self._look_at_token()
+            try:
+                renewed = await self._renew(stale) is not stale
+                if not renewed and self._phoenix.wants_token:
+                    raise CredentialRejected("the token has expired and no newer one is to be had")
+            except (CredentialRejected, SessionGone) as error:
+                self._renew_now.clear()
+                self._token_problem = str(error)
+                if self._phoenix.wants_token:
+                    self._interrupt(_End("token_refused", str(error), refused=True))
+                earliest = _now() + self._settings.refused_retry
+            except AgentError as error:
+                failures.attempt_number += 1
+                await asyncio.sleep(max(self._backoff(failures), _asked(error)))
+            else:
+                self._renew_now.clear()
+                failures.attempt_number = 0
+                earliest = _now() + self._settings.renew_pause
+
+    def _refresh_in(self) -> float:
+        token = self._look_at_token()
+        at = token.refresh_at(self._token_seen_at, self._spread) if token else None
+        return 3600.0 if at is None else at - self._wall()
+
+    # --- the clock
+
+    async def _look_around(self) -> None:
+        """Once a second: has the machine been asleep, has the token's file been rotated?"""
+        offset = self._wall() - _now()
+        while True:
+            await asyncio.sleep(self._settings.look_every)
+            self._look_at_token()
+            before, offset = offset, self._wall() - _now()
+            if abs(offset - before) > self._settings.clock_jump:
+                self._clock_jumps += 1
+                log.warning("link.clock_jump", seconds=round(offset - before, 1))
+                self._attempt = 0
+                self._queue.resync("clock_jump")
+                self._phoenix.behind("clock jump")
+                self._interrupt(_End("clock_jump", f"the clock jumped by {offset - before:.0f} s"))
+                self._hurry.set()
+
+    def _observe(self, source: LinkState, cause: Cause, target: LinkState, why: str) -> None:
+        self._state_since = self._wall()
+        level = log.info if target is not LinkState.REFUSED else log.warning
+        level("link.state", source=str(source), cause=str(cause), state=str(target), why=why)
+
+
+_SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # noqa: LOG001 - outside the tree: no root level wakes it
+"""The library logs frames and URLs at debug level, and both carry credentials."""
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _dropped(dropped: Dropped | None) -> _End | None:
+    return _End(dropped.cause, dropped.reason) if dropped else None
+
+
+def _asked(error: AgentError) -> float:
+    return (error.retry_after or 0.0) if isinstance(error, Unavailable) else 0.0
+
+
+def endpoint(url: str, api_key: str | None) -> str:
+    """The websocket's address, as both official clients build it from the realtime URL.
+
+    Raises `ValueError` for anything but ws, wss, http and https.
+    """
+    parts = urlsplit(url)
+    scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
+    if scheme is None or not parts.hostname:
+        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/websocket"):
+        path += "/websocket"
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in ("apikey", "vsn")]
+    query += [("apikey", api_key)] if api_key else []
+    return urlunsplit((scheme, parts.netloc, path, urlencode([*query, ("vsn", VSN)]), ""))

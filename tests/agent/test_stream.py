@@ -1,0 +1,328 @@
+"""The link against a real websocket server: it joins, hears, renews, and comes back from everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from agent.errors import CredentialRejected, Unavailable
+from agent.phoenix import LinkState, Timing
+from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal
+from agent.tokens import Token, Tokens
+from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
+
+QUICK = LinkSettings(
+    timing=Timing(
+        heartbeat_every=0.2, heartbeat_within=0.2, join_within=0.4, replication_within=0.3, late_tick=0.5
+    ),
+    open_within=1.0,
+    backoff_first=0.02,
+    backoff_most=0.1,
+    backoff_least=0.005,
+    stable_after=1.0,
+    refused_retry=0.3,
+    renew_pause=0.1,
+    rejoin_least=0.05,
+    look_every=0.02,
+    close_within=0.5,
+)
+"""The same machine with deadlines that a test can wait for."""
+
+
+class Issuer:
+    """A `TokenSource` whose tokens are made here; `refuse` makes it say no."""
+
+    def __init__(self, life: float = 600.0) -> None:
+        self.life = life
+        self.made = 0
+        self.asked = 0
+        self.refuse: Exception | None = None
+        self.tokens = Tokens(self.make())
+
+    def make(self) -> str:
+        self.made += 1
+        now = time.time()
+        return jwt(now + self.life, now, name=f"token-{self.made}")
+
+    def current(self) -> Token | None:
+        return self.tokens.current()
+
+    async def renew_token(self) -> Token:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.refuse is not None:
+            raise self.refuse
+        return self.tokens.accept(self.make())
+
+
+class Link:
+    """A running stream and what came out of it; every Resync is answered as sync would."""
+
+    def __init__(self, stream: RealtimeStream, answer: bool = True) -> None:
+        self.stream = stream
+        self.answer = answer
+        self.signals: list[Signal] = []
+
+    async def consume(self) -> None:
+        while True:
+            signal = await self.stream.receive()
+            self.signals.append(signal)
+            if self.answer and isinstance(signal, Resync):
+                self.stream.caught_up()
+
+    @property
+    def resyncs(self) -> list[str]:
+        return [s.reason for s in self.signals if isinstance(s, Resync)]
+
+    @property
+    def events(self) -> list[tuple[str, object]]:
+        return [(s.event, s.payload) for s in self.signals if isinstance(s, Received)]
+
+    async def live(self) -> None:
+        await until(lambda: self.stream.state is LinkState.LIVE, "the link to be live")
+
+
+async def until(condition: Callable[[], bool], what: str, within: float = 10.0) -> None:
+    """Wait for a condition, or fail saying for what."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {within} s for {what}"
+        await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def running(stream: RealtimeStream, *, answer: bool = True) -> AsyncIterator[Link]:
+    link = Link(stream, answer)
+    tasks = [asyncio.create_task(stream.run()), asyncio.create_task(link.consume())]
+    try:
+        yield link
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeRealtime]:
+    async with FakeRealtime() as server:
+        yield server
+
+
+@pytest.fixture
+def issuer() -> Issuer:
+    return Issuer()
+
+
+def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUICK) -> RealtimeStream:
+    return RealtimeStream(server.url, "publishable", TOPIC, issuer, settings=settings)
+
+
+async def test_joins_catches_up_and_delivers(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        await server.broadcast("file:update", {"revision": 1})
+        await server.broadcast("file:delete", {"revision": 2}, binary=False)
+        await until(lambda: len(link.events) == 2, "two events")
+    assert link.events == [("file:update", {"revision": 1}), ("file:delete", {"revision": 2})]
+    assert link.resyncs[0] == "joined"
+    assert server.joins[0].topic == TOPIC
+    assert server.joins[0].token == issuer.current().value
+    assert "apikey=publishable" in server.requests[0]
+    assert server.left == 1, "a stopped link says goodbye"
+
+
+async def test_is_not_live_before_catch_up(server: FakeRealtime, issuer: Issuer) -> None:
+    server.replication_delay = 0.05
+    async with running(stream_to(server, issuer), answer=False) as link:
+        await until(lambda: len(link.resyncs) == 2, "both orders to catch up")
+        assert link.resyncs == ["joined", "replication_ready"]
+        assert link.stream.state is LinkState.CATCHING_UP
+        link.stream.caught_up()
+        assert link.stream.state is LinkState.LIVE
+
+
+async def test_heartbeats_keep_it_alive(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: server.heartbeats >= 3, "three heartbeats")
+        assert len(server.joins) == 1
+        assert link.stream.state is LinkState.LIVE
+
+
+async def comes_back(link: Link, server: FakeRealtime, joins: int = 2) -> None:
+    """The proof of every fault: joined again, told to catch up again, live, and hearing."""
+    await until(lambda: len(server.joins) >= joins and bool(server.channels), "another join")
+    await link.live()
+    before = len(link.events)
+    await until(lambda: bool(server.channels), "a channel")
+    await server.broadcast("file:update", {"after": True})
+    await until(lambda: len(link.events) > before, "an event after the fault")
+    assert link.resyncs.count("joined") >= 2
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1011, 1012])
+async def test_comes_back_from_a_close(server: FakeRealtime, issuer: Issuer, code: int) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        await server.close_sockets(code)
+        await comes_back(link, server)
+        assert link.stream.report()["losses"] == {f"closed_{code}": 1}
+
+
+async def test_comes_back_from_a_reset(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        server.abort_sockets()
+        await comes_back(link, server)
+
+
+async def test_mute_heartbeats_replace_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        server.mute_heartbeats = True
+        await until(lambda: len(server.joins) >= 2, "a new socket")
+        server.mute_heartbeats = False
+        await comes_back(link, server)
+        assert "heartbeat_timeout" in link.stream.report()["losses"]
+
+
+async def test_no_join_reply_replaces_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
+    server.mute_joins = True
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: len(server.joins) >= 2, "a second attempt")
+        server.mute_joins = False
+        await link.live()
+        refs = [channel.join_ref for channel in server.joins]
+        assert len({id(channel.socket) for channel in server.joins}) == len(refs), (
+            "never two joins on one socket"
+        )
+
+
+@pytest.mark.parametrize("event", ["phx_close", "phx_error"])
+async def test_a_channel_that_ends_is_joined_again(server: FakeRealtime, issuer: Issuer, event: str) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        await server.shut_channels(event=event)
+        await comes_back(link, server)
+
+
+async def test_rate_limit_backs_off(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        await server.shut_channels("Too many messages per second")
+        await comes_back(link, server)
+        assert "rate_limited" in link.stream.report()["losses"]
+
+
+async def test_handshake_429_waits_as_asked(server: FakeRealtime, issuer: Issuer) -> None:
+    server.refuse_handshake = (429, {"Retry-After": "1"})
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: bool(server.requests), "the first attempt")
+        began = time.monotonic()
+        server.refuse_handshake = None
+        await link.live()
+        assert time.monotonic() - began > 0.9
+        assert link.stream.report()["refusals"] == {"429": 1}
+
+
+async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        await asyncio.sleep(QUICK.rejoin_least)
+        await server.shut_channels("Token has expired 0 seconds ago")
+        await comes_back(link, server)
+        first, second = server.joins
+        assert first.socket is second.socket
+        assert first.token != second.token
+        assert link.stream.report()["sockets"] == 1
+
+
+async def test_a_token_is_refreshed_before_it_ends_and_pushed(server: FakeRealtime) -> None:
+    issuer = Issuer(life=1.0)
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: bool(server.pushed_tokens), "the next token on the channel")
+        assert server.pushed_tokens[0] == issuer.current().value
+        assert len(server.joins) == 1
+        assert link.stream.state is LinkState.LIVE
+
+
+async def test_an_expired_first_token_is_renewed_before_the_handshake(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
+    issuer.tokens = Tokens(jwt(time.time() - 5, time.time() - 600))
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        assert issuer.asked == 1
+        assert len(server.joins) == 1
+
+
+async def test_refused_for_good_shows_and_recovers(server: FakeRealtime, issuer: Issuer) -> None:
+    server.join_error = (
+        "Unauthorized: You do not have permissions to read from this Channel topic: project:p1"
+    )
+    issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: link.stream.state is LinkState.REFUSED, "refusal")
+        await until(lambda: bool(link.stream.problems()), "the problem to show")
+        assert link.stream.problems()[0].kind == "token_refused"
+        tries = len(server.joins)
+        await until(lambda: len(server.joins) > tries, "a slow retry")
+        server.join_error, issuer.refuse = None, None
+        await link.live()
+        assert link.stream.problems() == ()
+
+
+async def test_an_unreachable_issuer_is_asked_until_it_answers(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        issuer.refuse = Unavailable("session API (token)", "HTTP 503")
+        await asyncio.sleep(QUICK.rejoin_least)
+        await server.shut_channels("Token has expired 0 seconds ago")
+        await until(lambda: issuer.asked >= 3, "three tries")
+        assert link.stream.state is LinkState.JOINING
+        issuer.refuse = None
+        await comes_back(link, server)
+
+
+async def test_overflow_becomes_one_resync(server: FakeRealtime, issuer: Issuer) -> None:
+    settings = LinkSettings(timing=QUICK.timing, queue_events=10)
+    stream = stream_to(server, issuer, settings)
+    task = asyncio.create_task(stream.run())
+    try:
+        await until(lambda: bool(server.channels), "a join")
+        for n in range(50):
+            await server.broadcast("file:update", {"n": n})
+        await until(lambda: stream.report()["overflows"] == 5, "the queue to overflow")
+        assert stream.report()["queue_depth"] <= 10
+        first = await stream.receive()
+        assert first == Resync("overflow")
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
+    slept = 0.0
+    stream = RealtimeStream(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: time.time() + slept)
+    async with running(stream) as link:
+        await link.live()
+        slept = 60.0
+        await comes_back(link, server)
+        assert link.stream.report()["clock_jumps"] == 1
+        assert "clock_jump" in link.resyncs
+
+
+async def test_doubt_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        server.deafen()
+        link.stream.doubt("head is 7, the link brought 5")
+        await comes_back(link, server)
