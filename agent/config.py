@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -64,10 +65,31 @@ class Settings(SnapshotLimits, BaseSettings):
     # --- the dev server
     dev_command: Annotated[tuple[str, ...] | None, NoDecode] = None
     install_command: Annotated[tuple[str, ...] | None, NoDecode] = None
+    dev_host: str = "::"
+    """Where the dev server listens: all of both families, as Fly's proxy and its private network need."""
     dev_port: int = Field(5173, ge=1, le=65535)
     dev_user: str | None = None
+    """Who runs the project's code when the agent is root. Unset: the agent's own user, and status says so."""
     dev_essential: bool = False
     """True: a dev server that failed for good ends the agent with exit 75."""
+    dev_processes: int | None = Field(None, gt=0)
+    """RLIMIT_NPROC, threads included, of all that DEV_USER runs. Default 512 with a DEV_USER (Vite and an npm
+    install together use about 60), none without: there it would count the other programs of that user."""
+    dev_files: int = Field(65536, gt=0)
+    """RLIMIT_NOFILE of the project's programs. Bundlers open a file a module; Node itself asks for all it may."""
+    dev_probe_seconds: float = Field(5.0, gt=0)
+    """Between two questions to a ready dev server, and how long each may take: three missed are a hung server."""
+    dev_stop_seconds: float = Field(2.5, gt=0)
+    """Between TERM and KILL. Vite ends in 50 ms; the rest of STOP_GRACE belongs to the drain."""
+    preview_host: str | None = None
+    """Domain under which the preview is reached, for the dev server's list of allowed hosts."""
+    install_scripts: bool = False
+    """Whether dependencies may run their install scripts. Most need none, and each is somebody's program."""
+    install_seconds: float = Field(300.0, gt=0)
+    """For one install. A cold one of a large project takes one to two minutes."""
+    modules_dir: Path | None = None
+    """Staged installs and the cache of finished ones; on the file system of `project_dir`, so that they are
+    moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one."""
 
     # --- being watched
     health_host: str = "::"
@@ -82,3 +104,15 @@ class Settings(SnapshotLimits, BaseSettings):
     @property
     def staging(self) -> Path:
         return self.staging_dir or self.project_dir.parent / ".preview-sync"
+
+    @property
+    def modules(self) -> Path:
+        return self.modules_dir or self.project_dir.parent / ".preview-modules"
+
+    @field_validator("dev_command", "install_command", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        """A command is written as in a shell, and run without one."""
+        if not isinstance(value, str):
+            return value
+        return tuple(shlex.split(value)) or None
