@@ -1,0 +1,79 @@
+"""The local stand-in for Supabase: one value that an ASGI application mounts.
+
+local = stand_in(dsn, keys, storage_dir)
+app = Starlette(routes=[*local.routes, …], lifespan=local.lifespan)
+uvicorn.Config(app, **uvicorn_options())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from psycopg_pool import AsyncConnectionPool
+from starlette.routing import BaseRoute, WebSocketRoute
+
+from orchestrator_stub.local.access import Pool
+from orchestrator_stub.local.broadcast import Http
+from orchestrator_stub.local.faults import Faults
+from orchestrator_stub.local.keys import ProjectKeys
+from orchestrator_stub.local.realtime import Limits, Realtime
+from orchestrator_stub.local.rest import Rest
+from orchestrator_stub.local.storage import Storage
+
+SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
+"""Hosted, as the clients derive it; the long form; self-hosted."""
+
+POOL_SIZE = 8
+"""Connections. Joins, RPCs and the feed share them; a join holds one for about a millisecond."""
+
+
+class StandIn(NamedTuple):
+    """Routes and their lifespan; `realtime` for who wants to look inside."""
+
+    routes: list[BaseRoute]
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]]
+    realtime: Realtime
+
+
+def stand_in(
+    dsn: str,
+    keys: ProjectKeys,
+    storage_dir: Path,
+    *,
+    faults: bool = False,
+    limits: Limits | None = None,
+    clock: Callable[[], float] = time.time,
+) -> StandIn:
+    """The stand-in over the database at `dsn` (bootstrapped, as a superuser) with files in `storage_dir`.
+
+    The lifespan opens the connections, returns once the database is being listened to, and on exit closes every
+    socket with 1012. `faults` adds the endpoint that misbehaves on request. `clock` gives Unix seconds.
+    """
+    pool: Pool = AsyncConnectionPool(dsn, min_size=2, max_size=POOL_SIZE, open=False, timeout=10)
+    realtime = Realtime(pool, keys, limits=limits, faults=Faults() if faults else None, clock=clock)
+    storage = Storage(pool, keys, storage_dir, clock=clock)
+    routes: list[BaseRoute] = [
+        *(WebSocketRoute(path, realtime) for path in SOCKET_PATHS),
+        *Http(realtime).routes(),
+        *storage.routes(),
+        *Rest(pool, keys, clock=clock).routes(),
+    ]
+
+    @asynccontextmanager
+    async def lifespan(_app: Any) -> AsyncIterator[None]:
+        storage.open()
+        async with pool, asyncio.TaskGroup() as tasks:
+            feed = tasks.create_task(realtime.follow(dsn), name="realtime-feed")
+            await realtime.until_listening()
+            try:
+                yield
+            finally:
+                await realtime.drain()
+                feed.cancel()
+
+    return StandIn(routes, lifespan, realtime)

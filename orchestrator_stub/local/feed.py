@@ -1,0 +1,99 @@
+"""What the database broadcasts, in the order of its commits.
+
+Supabase Realtime reads `realtime.messages` from a replication slot. Here a trigger on that table notifies the row's
+id on the channel `realtime_messages`; PostgreSQL delivers notifications only after commit, and in commit order
+(NOTIFY's documentation), so the order and the at-most-once nature are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from orchestrator_stub.local.access import Pool
+from orchestrator_stub.local.frames import Broadcast
+
+CHANNEL = "realtime_messages"
+log = logging.getLogger("preview_orchestrator.realtime")
+
+ROWS = """
+select id::text, topic, event, payload::text, private, binary_payload
+from realtime.messages where id = any(%s::uuid[]) and extension = 'broadcast'
+order by array_position(%s::uuid[], id)
+"""
+
+
+async def follow(
+    dsn: str,
+    pool: Pool,
+    publish: Callable[[Broadcast, bool], Awaitable[None]],
+    listening: Callable[[bool], None],
+) -> None:
+    """Hand every committed broadcast to `publish(message, private)`, for ever.
+
+    `listening` hears whether the database is being listened to. When the connection is lost, what commits until
+    the next one is lost with it, as with the real server's slot; subscribers find out by their revisions.
+    """
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(psycopg.OperationalError),
+        wait=wait_random_exponential(multiplier=0.1, max=5),
+        before_sleep=lambda state: log.warning("realtime.database_lost"),
+    ):
+        with attempt:
+            try:
+                await _follow_one_connection(dsn, pool, publish, listening)
+            finally:
+                listening(False)
+
+
+async def _follow_one_connection(
+    dsn: str,
+    pool: Pool,
+    publish: Callable[[Broadcast, bool], Awaitable[None]],
+    listening: Callable[[bool], None],
+) -> None:
+    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+        await connection.execute(f"listen {CHANNEL}")
+        listening(True)
+        while True:
+            # Everything that arrived in one packet is one query, not one each.
+            ids = [note.payload async for note in connection.notifies(stop_after=1)]
+            if not ids:
+                raise psycopg.OperationalError("the listening connection ended")
+            async with pool.connection() as reader:
+                rows = await (await reader.execute(ROWS, [ids, ids])).fetchall()
+            for row in rows:
+                message, private = _read(row)
+                await publish(message, private)
+                await asyncio.sleep(0)
+
+
+def _read(row: tuple[Any, ...]) -> tuple[Broadcast, bool]:
+    id_, topic, event, payload, private, binary = row
+    meta = {"id": id_}
+    if binary is not None:
+        return Broadcast(topic, event or "", bytes(binary), is_json=False, meta=meta), bool(private)
+    return Broadcast(topic, event or "", (payload or "null").encode(), meta=meta), bool(private)
+
+
+async def replay(pool: Pool, topic: str, since_ms: int, limit: int) -> list[Broadcast]:
+    """The newest private broadcasts of `topic` since a moment (Unix milliseconds), oldest first; at most 25."""
+    async with pool.connection() as connection:
+        cursor = await connection.execute(
+            "select id::text, topic, event, payload::text, private, binary_payload from realtime.messages"
+            " where topic = %s and private and extension = 'broadcast' and event is not null"
+            " and inserted_at >= (to_timestamp(%s / 1000.0) at time zone 'utc')"
+            " order by inserted_at desc limit %s",
+            [topic, since_ms, max(1, min(limit, 25))],
+        )
+        rows = await cursor.fetchall()
+    messages = [_read(row)[0] for row in reversed(rows)]
+    for message in messages:
+        message.meta = {**(message.meta or {}), "replayed": True}
+        message.as_text = message.is_json
+    return messages
