@@ -142,6 +142,7 @@ async def ask_write(pool: Pool, topic: str, claims: Claims, known: Policies) -> 
 
 
 async def _become(connection: AsyncConnection[Any], topic: str, claims: Claims) -> None:
+    await connection.execute(f"set local session authorization {LOGIN_ROLE}")
     await connection.execute(
         "select set_config('role', %s, true), set_config('realtime.topic', %s, true),"
         " set_config('request.jwt.claims', %s, true), set_config('request.headers', '{}', true)",
