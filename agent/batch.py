@@ -1,0 +1,496 @@
+"""One batch of operations on the disk: it lands all or nothing, and what it could not do is data.
+
+The order of steps is what makes it safe. Every content is staged first, so a full disk is found before any name
+changes. Then: removals that stand in the way of a write (a file that becomes a directory, a directory that becomes
+a file), the writes as given, the other removals. So a renamed module is there under its new name before the old
+one goes. Each step that changes a name leaves its inverse; what a name stood for waits in staging until the last
+step is done. The last step needs no inverse, so a batch of one costs nothing extra.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from agent.jail import OPEN_DIRECTORY, Blocked, Jail, is_twin
+from agent.ledger import Done, FileStat
+from agent.model import Digest, Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.staging import Staging, Temp
+
+_UNUSABLE = {
+    errno.ENAMETOOLONG: "name_too_long",
+    errno.EINVAL: "name_invalid",
+    errno.EILSEQ: "name_invalid",
+    errno.ENOTDIR: "not_a_directory",
+    errno.ELOOP: "symlink",
+    errno.EISDIR: "directory_in_the_way",
+    errno.ENOTEMPTY: "directory_in_the_way",
+    errno.EEXIST: "directory_in_the_way",
+    errno.EBUSY: "mount_point",
+    errno.EXDEV: "other_file_system",
+}
+"""What a system error says about this path alone. Every other error is the environment's."""
+
+_ENVIRONMENT = {
+    errno.ENOSPC: "disk_full",
+    errno.EDQUOT: "disk_full",
+    errno.EACCES: "permission_denied",
+    errno.EPERM: "permission_denied",
+    errno.EROFS: "read_only",
+    errno.EMFILE: "too_many_open_files",
+    errno.ENFILE: "too_many_open_files",
+}
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems and kernels say that do not let us make a second name for a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is now true on disk.
+
+    `done` in the order of the operations. `rolled_back`: the environment failed and everything was undone; `done` then
+    holds only what could not be undone. `made` and `gone`: directories, for `Ledger.record`.
+    """
+
+    done: tuple[Done, ...]
+    problems: tuple[Problem, ...]
+    rolled_back: bool
+    made: tuple[RelPath, ...] = ()
+    gone: tuple[RelPath, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A file that is not as the agent left it.
+
+    `rule`: `changed`, `missing`, `appeared` (one the agent did not write), `not_a_file`. `digest` and `stat` are what
+    stands there, None when it is no file.
+    """
+
+    path: RelPath
+    rule: str
+    digest: Digest | None = None
+    stat: FileStat | None = None
+
+    def problem(self) -> Problem:
+        told = {
+            "changed": "was changed inside the container",
+            "missing": "was removed inside the container",
+            "appeared": "was put there by something else",
+            "not_a_file": "was replaced by something that is no file",
+        }[self.rule]
+        return Problem("drift", f"{self.path} {told}", self.path, self.rule)
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryForm:
+    """How directories are made."""
+
+    mode: int
+    owner: tuple[int, int] | None
+
+
+class _Kept(Exception):
+    """A drifted file that the caller wants left alone."""
+
+
+class Batch:
+    """One run. `made` is the disk's own set of the directories it made, advanced as they come and go."""
+
+    def __init__(
+        self,
+        jail: Jail,
+        staging: Staging,
+        made: set[RelPath],
+        form: DirectoryForm,
+        known: Mapping[RelPath, FileStat],
+        tree: Mapping[RelPath, Entry],
+        *,
+        overwrite_drift: bool,
+    ) -> None:
+        self._jail = jail
+        self._staging = staging
+        self._made = made
+        self._form = form
+        self._known = known
+        self._tree = tree
+        self._overwrite_drift = overwrite_drift
+        self._done: dict[RelPath, Done] = {}
+        self._problems: list[Problem] = []
+        self._temps: dict[RelPath, Temp] = {}
+        self._staged: set[RelPath] = set()
+        self._saved: list[str] = []
+        self._undo: list[tuple[RelPath | None, Callable[[], None]]] = []
+        self._new: dict[RelPath, bool] = {}
+        self._at: RelPath | None = None
+
+    def run(self, operations: Sequence[Operation]) -> Outcome:
+        """Do all of it, or nothing. At most one operation a path. Raises nothing of the file system's."""
+        rolled_back = False
+        try:
+            hold = len(operations) == 1
+            for operation in operations:
+                if isinstance(operation, Write):
+                    self._at = operation.path
+                    self._temps[operation.path] = self._ready(operation, hold)
+            order = in_order(operations)
+            for operation in order:
+                self._do(operation, last=operation is order[-1])
+        except OSError as error:
+            # Descriptors first: the undoing needs some, and may have failed for want of them.
+            self._jail.forget()
+            self._problems.append(environment_problem(error, self._at, self._staging.descriptor))
+            rolled_back = True
+            self._roll_back()
+        finally:
+            self._clean(rolled_back=rolled_back)
+        done = tuple(self._done[o.path] for o in operations if o.path in self._done)
+        made = tuple(path for path, there in self._new.items() if there)
+        gone = tuple(path for path, there in self._new.items() if not there)
+        return Outcome(done, tuple(self._problems), rolled_back, made, gone)
+
+    def _ready(self, write: Write, hold: bool) -> Temp:
+        if write.content is not None:
+            return self._staging.put(write.content, executable=write.entry.executable, hold=hold)
+        if write.staged is not None:
+            temp = self._staging.take(write.staged, executable=write.entry.executable)
+            self._staged.add(write.path)
+            return temp
+        raise ValueError(f"the write of {write.path!r} has neither content nor a staged file")
+
+    def _do(self, operation: Operation, *, last: bool) -> None:
+        self._at = operation.path
+        try:
+            if isinstance(operation, Write):
+                self._write(operation, keep=not last)
+            else:
+                self._remove(operation, keep=not last)
+        except _Kept:
+            return
+        except Blocked as blocked:
+            self._unusable(operation, blocked.path, blocked.rule)
+        except OSError as error:
+            rule = _UNUSABLE.get(error.errno or 0)
+            if rule is None:
+                raise
+            self._unusable(operation, operation.path, rule)
+
+    def _unusable(self, operation: Operation, at: str, rule: str) -> None:
+        """This path alone is a problem. A removal is nevertheless true: no file of ours is there."""
+        detail = f"cannot use {operation.path}: {rule.replace('_', ' ')} at {at}"
+        self._problems.append(Problem("path_unusable", detail, operation.path, rule))
+        if isinstance(operation, Remove):
+            self._done[operation.path] = Done(operation, None)
+        self._prune(operation.path)
+
+    # --- writing
+
+    def _write(self, write: Write, *, keep: bool) -> None:
+        path = write.path
+        above, _, name = path.rpartition("/")
+        directory = self._jail.directory(above, self._make_directory)
+        found = look(directory, name)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            self._clear_directory(path, directory, name)
+            found = None
+        elif self._settle_drift(path, directory, name, found, write.entry):
+            assert found is not None
+            self._done[path] = Done(write, FileStat.of(found))
+            return
+        temp = self._temps[path]
+        saved = self._save(directory, name) if keep and found is not None else None
+        os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+        if keep:
+            self._undo.append((path, partial(self._take_back, path, temp, saved)))
+        self._done[path] = Done(write, self._stat_after(path, directory, name, temp))
+        temp.close()
+        del self._temps[path]
+
+    def _stat_after(self, path: RelPath, directory: int, name: str, temp: Temp) -> FileStat | None:
+        """How the file we put there looks. None when something else has already replaced it."""
+        if temp.descriptor is not None:
+            return FileStat.of(os.fstat(temp.descriptor))
+        now = look(directory, name)
+        if now is None or now.st_ino != temp.inode:
+            self._problems.append(Drift(path, "missing" if now is None else "changed").problem())
+            return None
+        return FileStat.of(now)
+
+    def _settle_drift(
+        self, path: RelPath, directory: int, name: str, found: os.stat_result | None, wanted: Entry
+    ) -> bool:
+        """Whether `path` already holds what is wanted. Reports what is not as the agent left it."""
+        expected = self._known.get(path)
+        if found is None:
+            if expected is not None:
+                self._drifted(Drift(path, "missing"))
+            return False
+        if expected is not None and expected == FileStat.of(found):
+            return False
+        if expected is None and is_twin(directory, name, found):
+            raise Blocked(path, "case_twin")
+        drift = compare(path, directory, name, found, expected, self._tree.get(path))
+        if drift is None:
+            return False
+        runs = found.st_mode & 0o100 != 0
+        if drift.digest == wanted.digest and drift.stat == FileStat.of(found) and runs == wanted.executable:
+            return True
+        self._drifted(drift)
+        return False
+
+    def _drifted(self, drift: Drift) -> None:
+        self._problems.append(drift.problem())
+        if not self._overwrite_drift:
+            raise _Kept
+
+    def _save(self, directory: int, name: str) -> str:
+        """Give what `name` stands for a second name in staging, by link, or by copy where links are not to be had."""
+        saved = self._staging.new_name()
+        staging = self._staging.descriptor
+        try:
+            os.link(name, saved, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            saved = self._copy(directory, name)
+        self._saved.append(saved)
+        return saved
+
+    def _copy(self, directory: int, name: str) -> str:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(name, flags, dir_fd=directory), "rb") as original:
+            runs = os.fstat(original.fileno()).st_mode & 0o100 != 0
+            return self._staging.put(original.read(), executable=runs, hold=False).name
+
+    def _clear_directory(self, path: RelPath, directory: int, name: str) -> None:
+        """An empty directory gives way to a file; one with something in it is not ours to remove."""
+        os.rmdir(name, dir_fd=directory)
+        self._jail.forget(path)
+        self._forget_directory(path)
+
+    # --- removing
+
+    def _remove(self, remove: Remove, *, keep: bool) -> None:
+        path = remove.path
+        above, _, name = path.rpartition("/")
+        try:
+            directory = self._jail.directory(above)
+            found = look(directory, name)
+        except FileNotFoundError:
+            found, directory = None, -1
+        if found is None:
+            self._settle_missing(path)
+        elif path not in self._known:
+            self._problems.append(Drift(path, "appeared").problem())
+        elif stat.S_ISDIR(found.st_mode):
+            self._problems.append(Drift(path, "not_a_file").problem())
+        else:
+            self._settle_drift(path, directory, name, found, remove.entry)
+            if keep:
+                saved = self._staging.new_name()
+                os.rename(name, saved, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+                self._saved.append(saved)
+                self._undo.append((path, partial(self._put_back, path, saved)))
+            else:
+                os.unlink(name, dir_fd=directory)
+        self._done[path] = Done(remove, None)
+        self._prune(path)
+
+    def _settle_missing(self, path: RelPath) -> None:
+        if path in self._known:
+            self._problems.append(Drift(path, "missing").problem())
+
+    # --- directories
+
+    def _make_directory(self, above: int, name: str, path: str) -> None:
+        """Make one directory, with the mode and the owner it should have."""
+        try:
+            os.mkdir(name, self._form.mode, dir_fd=above)
+        except FileExistsError:
+            return
+        self._new[RelPath(path)] = True
+        self._made.add(RelPath(path))
+        self._undo.append((None, partial(self._unmake, RelPath(path))))
+        descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
+        try:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            if mode & 0o777 != self._form.mode:
+                os.fchmod(descriptor, mode & ~0o777 | self._form.mode)
+            if self._form.owner is not None:
+                os.fchown(descriptor, *self._form.owner)
+        finally:
+            os.close(descriptor)
+
+    def _prune(self, path: RelPath) -> None:
+        """Remove the directories above `path` that we made and that are empty now."""
+        for directory in reversed(list(parents(path))):
+            if directory not in self._made:
+                return
+            above, _, name = directory.rpartition("/")
+            try:
+                os.rmdir(name, dir_fd=self._jail.directory(above))
+            except FileNotFoundError:
+                pass
+            except (OSError, Blocked):
+                return
+            self._jail.forget(directory)
+            self._forget_directory(directory)
+
+    def _forget_directory(self, path: RelPath) -> None:
+        ours = path in self._made
+        self._made.discard(path)
+        self._new[path] = False
+        self._undo.append((None, partial(self._remake, path, ours)))
+
+    # --- undoing
+
+    def _roll_back(self) -> None:
+        for path, undo in reversed(self._undo):
+            try:
+                undo()
+            except (OSError, Blocked) as error:
+                if path is not None:
+                    detail = f"cannot undo the change of {path}: {error}"
+                    self._problems.append(Problem("undo_failed", detail, path))
+            else:
+                if path is not None:
+                    self._done.pop(path, None)
+
+    def _take_back(self, path: RelPath, temp: Temp, saved: str | None) -> None:
+        """What we put there goes back to staging, and what stood there before comes back, with no moment between."""
+        above, _, name = path.rpartition("/")
+        directory = self._jail.directory(above)
+        staging = self._staging.descriptor
+        self._temps[path] = temp
+        if saved is None:
+            found = look(directory, name)
+            if found is not None and found.st_ino == temp.inode:
+                os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging)
+            return
+        if path in self._staged:
+            with suppress(OSError):
+                os.link(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
+        os.rename(saved, name, src_dir_fd=staging, dst_dir_fd=directory)
+
+    def _put_back(self, path: RelPath, saved: str) -> None:
+        above, _, name = path.rpartition("/")
+        directory = self._jail.directory(above)
+        os.rename(saved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+
+    def _unmake(self, path: RelPath) -> None:
+        self._made.discard(path)
+        self._new.pop(path, None)
+        above, _, name = path.rpartition("/")
+        os.rmdir(name, dir_fd=self._jail.directory(above))
+        self._jail.forget(path)
+
+    def _remake(self, path: RelPath, ours: bool) -> None:
+        self._jail.directory(path, self._make_directory)
+        self._new.pop(path, None)
+        if not ours:
+            self._made.discard(path)
+
+    def _clean(self, *, rolled_back: bool) -> None:
+        """Leave nothing in staging but what a later try can still promote."""
+        for path, temp in self._temps.items():
+            temp.close()
+            if not (rolled_back and path in self._staged):
+                self._staging.discard(temp.name)
+        for name in self._saved:
+            self._staging.discard(name)
+
+
+def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
+    """The order in which a batch is done: what stands in the way goes first, what is merely gone goes last.
+
+    Compared without case, so that a change of case on a case-blind file system is a removal and then a write.
+    """
+    written = {o.path.casefold() for o in operations if isinstance(o, Write)}
+    if not written or len(written) == len(operations):
+        return operations
+    above = {parent for path in written for parent in parents(RelPath(path))}
+    first: list[Operation] = []
+    writes: list[Operation] = []
+    last: list[Operation] = []
+    for operation in operations:
+        key = RelPath(operation.path.casefold())
+        if isinstance(operation, Write):
+            writes.append(operation)
+        elif key in written or key in above or any(parent in written for parent in parents(key)):
+            first.append(operation)
+        else:
+            last.append(operation)
+    return first + writes + last
+
+
+def look(directory: int, name: str) -> os.stat_result | None:
+    """What stands at `name`, a link being a link; None when nothing does. Raises `OSError`."""
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def digest_at(directory: int, name: str) -> tuple[Digest, FileStat] | None:
+    """The digest of a regular file and how it looked *before* it was read; None when there is no such file.
+
+    A change during the reading moves its times, so a digest of mixed content can never be taken for the stat's.
+    Raises `OSError`.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
+            return None
+        raise
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return Digest(hashlib.file_digest(file, "sha256").hexdigest()), FileStat.of(found)
+    finally:
+        os.close(descriptor)
+
+
+def compare(
+    path: RelPath,
+    directory: int,
+    name: str,
+    found: os.stat_result,
+    expected: FileStat | None,
+    entry: Entry | None,
+) -> Drift | None:
+    """What became of a file whose stat is not the expected one; None when its content is still `entry`'s."""
+    if not stat.S_ISREG(found.st_mode):
+        return Drift(path, "not_a_file")
+    rule = "appeared" if expected is None else "changed"
+    try:
+        read = digest_at(directory, name)
+    except PermissionError:
+        return Drift(path, rule)
+    if read is None:
+        return Drift(path, "missing")
+    if entry is not None and entry.digest == read[0]:
+        return None
+    return Drift(path, rule, *read)
+
+
+def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:
+    """A failure that is not this path's own, typed: what an operator has to look at."""
+    kind = _ENVIRONMENT.get(error.errno or 0, "io_error")
+    rule = errno.errorcode.get(error.errno or 0, "unknown")
+    if error.errno == errno.ENOSPC:
+        with suppress(OSError):
+            space = os.fstatvfs(staging)
+            rule = "inodes" if space.f_files and not space.f_ffree else "space"
+    where = f" {path}" if path else ""
+    return Problem(kind, f"cannot change{where}: {error.strerror or error}", path, rule)

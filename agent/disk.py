@@ -1,0 +1,229 @@
+"""The only writer under the project root: decide elsewhere, act here, say what is now true.
+
+A file appears by rename and in no other way, from a staging directory on the same file system and outside the
+watched tree, so no reader ever meets half a file. A batch lands all or nothing. Two kinds of failure are told apart:
+
+- *this path is unusable here* (a link or a file where a directory is needed, a case twin): a `Problem`, the rest
+  of the batch lands;
+- *the environment fails* (disk full, no permission, read-only, no descriptors): everything is undone.
+
+What stands at a path is looked at before it is replaced or removed, by stat and, where that differs from what the
+caller knows, by hash. A difference is reported as drift; the database wins unless the caller says otherwise. A file
+that the caller does not know is replaced when the database has that path, and never removed.
+
+Files are not synced one by one (it makes hydration six times slower): `agent.ledger` says why that is safe.
+All calls block for microseconds to milliseconds and are meant for the event loop's own thread: handing each event
+to another thread costs three times as much as the write.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.batch import Batch, DirectoryForm, Drift, Outcome, compare, digest_at, look
+from agent.errors import PathRefused, RootUnusable
+from agent.jail import Blocked, Jail
+from agent.ledger import Done, FileStat
+from agent.model import PROTECTED, Digest, Entry, Operation, RelPath, Remove, Tree, parse_path
+from agent.staging import Stage, Staged, Staging
+
+__all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
+
+_NOTHING: Mapping[RelPath, Entry] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A recorded tree held against the disk.
+
+    `stats`: the files that hold what the tree says, as they look now. `drifts`: the others.
+    """
+
+    stats: dict[RelPath, FileStat]
+    drifts: tuple[Drift, ...]
+
+
+class Disk:
+    """One project root and its staging directory.
+
+    `owner` (uid, gid), `file_mode` and `dir_mode` hold for everything made here, whatever the umask; an executable gets
+    the execute bit wherever `file_mode` lets read.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        staging: Path,
+        *,
+        owner: tuple[int, int] | None = None,
+        file_mode: int = 0o644,
+        dir_mode: int = 0o755,
+    ) -> None:
+        self._root = root
+        self._staging_path = staging
+        self._jail = Jail(root)
+        self._staging = Staging(staging, file_mode=file_mode, owner=owner)
+        self._form = DirectoryForm(dir_mode, owner)
+        self._made: set[RelPath] = set()
+
+    @property
+    def root(self) -> Path:
+        """The project directory."""
+        return self._root
+
+    def open(self, made: Iterable[RelPath] = ()) -> None:
+        """Make sure of root and staging, and lock them against a second agent.
+
+        `made`: directories that an earlier life made (`LedgerState.directories`); they go when their last file goes.
+        Raises `RootUnusable` with a sentence for the operator.
+        """
+        self._made = set(made)
+        try:
+            fresh = not self._root.exists()
+            self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
+            if fresh and self._form.owner is not None:
+                os.chown(self._root, *self._form.owner)
+            root = self._jail.directory("")
+        except OSError as error:
+            raise RootUnusable(f"cannot use the project directory {self._root}: {error.strerror}") from error
+        try:
+            self._check_places(root)
+            self._staging.open(root)
+        except BaseException:
+            self._jail.forget()
+            raise
+
+    def close(self) -> None:
+        """Let go of every descriptor and of the lock. What is staged stays for nobody: the next life clears it."""
+        self._jail.forget()
+        self._staging.close()
+
+    def stage(self) -> Stage:
+        """Begin a file in staging; `Write.staged` names it once finished. Raises `OSError`."""
+        return self._staging.stage()
+
+    def clear_staging(self) -> int:
+        """Remove every leftover of ours; how many there were."""
+        return self._staging.clear()
+
+    def apply(
+        self,
+        operations: Sequence[Operation],
+        known: Mapping[RelPath, FileStat],
+        *,
+        tree: Mapping[RelPath, Entry] = _NOTHING,
+        overwrite_drift: bool = True,
+    ) -> Outcome:
+        """Do a batch, all or nothing, and say what is now true. Of several operations on a path the last counts.
+
+        `known`: the files the agent put there and how they looked then. `tree`: what they held, so that a file that was
+        only touched is told from one that was changed. With `overwrite_drift` False a drifted path is reported, left
+        alone and not in `done`. A file that already holds what a write wants is not written again.
+
+        Raises `ValueError` for a write with no content; nothing of the file system's.
+        """
+        last = {operation.path: operation for operation in operations}
+        batch = Batch(
+            self._jail,
+            self._staging,
+            self._made,
+            self._form,
+            known,
+            tree,
+            overwrite_drift=overwrite_drift,
+        )
+        return batch.run(list(last.values()))
+
+    def discard(self, paths: Iterable[RelPath]) -> Outcome:
+        """Remove files that an earlier life may have left behind (`LedgerState.intended`), whatever they hold."""
+        found = {path: seen for path in paths if (seen := self.look(path)) is not None}
+        return self.apply([Remove(path, Entry(0, None)) for path in found], found)
+
+    def look(self, path: RelPath) -> FileStat | None:
+        """How the regular file at `path` looks now, no link followed; None when there is none."""
+        above, _, name = path.rpartition("/")
+        try:
+            found = look(self._jail.directory(above), name)
+        except (OSError, Blocked):
+            return None
+        return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def read_digest(self, path: RelPath) -> tuple[Digest, FileStat] | None:
+        """What the file at `path` holds, no link followed; None when there is none. Raises `PermissionError`."""
+        above, _, name = path.rpartition("/")
+        try:
+            return digest_at(self._jail.directory(above), name)
+        except (FileNotFoundError, Blocked):
+            return None
+
+    def check(self, path: RelPath, known: FileStat | None, entry: Entry | None) -> Drift | FileStat | None:
+        """Hold one path against what the agent left there.
+
+        A `FileStat` when it is as it should be (newer than `known` if it was only touched), None when there is nothing
+        and should be nothing, else the drift. Raises `OSError` when it cannot be looked at.
+        """
+        above, _, name = path.rpartition("/")
+        try:
+            directory = self._jail.directory(above)
+            found = look(directory, name)
+            should_be = entry is not None and entry.is_file
+            if found is None:
+                return Drift(path, "missing") if should_be else None
+            if known is not None and should_be and FileStat.of(found) == known:
+                return known
+            drift = compare(path, directory, name, found, known, entry)
+            return FileStat.of(found) if drift is None else drift
+        except (FileNotFoundError, Blocked):
+            return Drift(path, "missing") if entry is not None and entry.is_file else None
+
+    def audit(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Audit:
+        """Hold a whole recorded tree against the disk: by stat, and by hash where that differs."""
+        held: dict[RelPath, FileStat] = {}
+        drifts: list[Drift] = []
+        for path, entry in sorted(tree.files().items()):
+            found = self.check(path, stats.get(path), entry)
+            if isinstance(found, FileStat):
+                held[path] = found
+            elif found is not None:
+                drifts.append(found)
+        return Audit(held, tuple(drifts))
+
+    def scan(self) -> dict[RelPath, FileStat]:
+        """Every regular file below the root that a project may have, links and protected directories left out."""
+        return dict(self._walk(""))
+
+    def _walk(self, start: str) -> Iterator[tuple[RelPath, FileStat]]:
+        waiting = [start]
+        while waiting:
+            at = waiting.pop()
+            try:
+                with os.scandir(self._jail.directory(at)) as listing:
+                    entries = [(e.name, e.stat(follow_symlinks=False)) for e in listing]
+            except (FileNotFoundError, Blocked):
+                continue
+            for name, found in entries:
+                if name in PROTECTED:
+                    continue
+                try:
+                    path = parse_path(f"{at}/{name}" if at else name)
+                except PathRefused:
+                    continue
+                if stat.S_ISDIR(found.st_mode):
+                    waiting.append(path)
+                elif stat.S_ISREG(found.st_mode):
+                    yield path, FileStat.of(found)
+
+    def _check_places(self, root: int) -> None:
+        """Root writable, staging outside of it and it outside of staging."""
+        real = self._root.resolve()
+        staging = self._staging_path.resolve()
+        if staging.is_relative_to(real) or real.is_relative_to(staging):
+            raise RootUnusable(
+                f"the staging directory {staging} and the project {real} must not contain each other"
+            )
+        if not os.access(".", os.W_OK | os.X_OK, dir_fd=root, effective_ids=True):
+            raise RootUnusable(f"cannot write in the project directory {self._root}: permission denied")

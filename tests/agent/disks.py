@@ -1,0 +1,59 @@
+"""What the disk's tests share: operations from text, and the tree as a reader sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent.disk import Disk, FileStat, Outcome
+from agent.model import Entry, RelPath, Remove, Write, digest_of
+
+
+def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
+    data = content.encode() if isinstance(content, str) else content
+    return Write(RelPath(path), Entry(version, digest_of(data), len(data), executable), content=data)
+
+
+def remove(path: str, *, version: int = 2) -> Remove:
+    return Remove(RelPath(path), Entry(version, None))
+
+
+def seen(root: Path) -> dict[str, str]:
+    """Every file below `root` as a reader finds it; empty directories as `name/`."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = f"-> {path.readlink()}"
+        elif path.is_file():
+            found[name] = path.read_text()
+        elif not any(path.iterdir()):
+            found[name + "/"] = ""
+    return found
+
+
+def kinds(outcome: Outcome) -> list[tuple[str, str | None, str | None]]:
+    return [(p.kind, p.path, p.rule) for p in outcome.problems]
+
+
+class Agent:
+    """A disk and what an agent would remember of it."""
+
+    def __init__(self, disk: Disk) -> None:
+        self.disk = disk
+        self.known: dict[RelPath, FileStat] = {}
+        self.tree: dict[RelPath, Entry] = {}
+
+    def apply(self, *operations: Write | Remove, overwrite_drift: bool = True) -> Outcome:
+        outcome = self.disk.apply(operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift)
+        for done in outcome.done:
+            path = done.operation.path
+            self.tree[path] = done.operation.entry
+            self.known.pop(path, None)
+            if done.stat is not None:
+                self.known[path] = done.stat
+        return outcome
+
+    def put(self, files: Mapping[str, str]) -> None:
+        outcome = self.apply(*(write(path, content) for path, content in files.items()))
+        assert not outcome.problems, outcome
