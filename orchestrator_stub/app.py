@@ -1,0 +1,411 @@
+"""The routes: parse, check who asks, call, render. What is decided is decided elsewhere.
+
+control plane   /v1/sessions…                       the product's backend, with the service key
+session API     /v1/sessions/{id}/{sync,token,status}   the agent, with its session's token
+operations      /livez /readyz /metrics /openapi.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Literal, TypeVar
+from uuid import UUID
+
+import orjson
+import psycopg
+import psycopg_pool
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from orchestrator_stub.catchup import Catchup, ProjectGone
+from orchestrator_stub.config import Settings
+from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
+from orchestrator_stub.problems import Refusal, render
+from orchestrator_stub.sessions import ENDED, LIVE, Session
+from orchestrator_stub.store import ProjectUnknown, SessionStore
+from orchestrator_stub.tokens import Keyring, SessionClaims, TokenRejected, read_session
+
+log = structlog.get_logger("app")
+
+RETRY_AFTER = 2.0
+"""Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
+
+UP = frozenset({"serving", "degraded"})
+"""Agent states in which the preview answers (protocol: states)."""
+
+Body = TypeVar("Body", bound=BaseModel)
+Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strict=True)]
+
+
+class CreateBody(BaseModel):
+    """`POST /v1/sessions`."""
+
+    model_config = ConfigDict(extra="forbid")
+    project_id: UUID
+    generation: int | None = Field(None, ge=1, le=1_000_000, strict=True)
+    ttl_seconds: float | None = Field(None, ge=60)
+
+
+class SnapshotBody(BaseModel):
+    """`POST /v1/sessions/{id}/snapshot`."""
+
+    model_config = ConfigDict(extra="forbid")
+    rebuild: bool = False
+
+
+class SyncBody(BaseModel):
+    """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
+
+    epoch: Text | None = None
+    revision: int = Field(ge=0, le=2**63 - 1, strict=True)
+    reason: Text
+    paths: (
+        Annotated[list[Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=5000)] | None
+    ) = None
+
+
+class StatusBody(BaseModel):
+    """`PUT …/status`. The whole is kept as it came; these fields are acted on."""
+
+    model_config = ConfigDict(extra="allow")
+    state: Literal[
+        "starting", "hydrating", "installing", "serving", "degraded", "draining", "stopped", "halted"
+    ]
+    revision: int = Field(ge=0, le=2**63 - 1)
+    epoch: Text | None = None
+    tree_hash: Text | None = None
+
+
+class Api:
+    """The routes over one `Control` and its parts."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        control: Control,
+        store: SessionStore,
+        catchup: Catchup,
+        snapshots: SnapshotSource,
+        keys: Keyring,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._control = control
+        self._store = store
+        self._catchup = catchup
+        self._snapshots = snapshots
+        self._keys = keys
+        self._clock = clock
+
+    def routes(self) -> list[BaseRoute]:
+        """To be mounted at the root."""
+        session = "/v1/sessions/{session_id}"
+        return [
+            self._route("/v1/sessions", POST=self.create, GET=self.listing),
+            self._route(session, GET=self.show, DELETE=self.delete),
+            self._route(session + "/snapshot", POST=self.snapshot),
+            self._route(session + "/sync", POST=self.sync),
+            self._route(session + "/token", POST=self.token),
+            self._route(session + "/status", PUT=self.status),
+        ]
+
+    # --- control plane
+
+    async def create(self, request: Request) -> Response:
+        """One session for one `Idempotency-Key`, its machine made or in the making."""
+        self._require_service(request)
+        body = await self._body(request, CreateBody)
+        key = request.headers.get("idempotency-key")
+        if key is not None and not (0 < len(key) <= 255 and key.isprintable()):
+            raise Refusal(
+                400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable characters."
+            )
+        ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
+        try:
+            session, new = await self._control.request(
+                body.project_id, key=key, generation=body.generation, ttl=ttl
+            )
+        except ProjectUnknown:
+            raise Refusal(
+                404, "project_unknown", f"There is no project {body.project_id}. Create it first."
+            ) from None
+        if session.project_id != body.project_id:
+            raise Refusal(
+                422,
+                "idempotency_key_reused",
+                "This Idempotency-Key made a session of another project. Use a new key for a new request.",
+            )
+        if session.state in LIVE:
+            session = await self._control.settled(session.id, self._settings.create_wait) or session
+        return _json(
+            session_form(session),
+            HTTPStatus.CREATED if new else HTTPStatus.OK,
+            {"Location": f"/v1/sessions/{session.id}"},
+        )
+
+    async def listing(self, request: Request) -> Response:
+        """The newest sessions, of one project when `project_id` is given; `ended=true` shows those over as well."""
+        self._require_service(request)
+        project = request.query_params.get("project_id")
+        limit = request.query_params.get("limit", "100")
+        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= 1000):
+            raise Refusal(400, "bad_query", "limit must be a whole number from 1 to 1000.")
+        sessions = await self._store.listing(
+            project_id=None if project is None else _uuid(project, "project_id"),
+            ended=request.query_params.get("ended") == "true",
+            limit=int(limit),
+        )
+        return _json({"sessions": [session_form(session) for session in sessions]})
+
+    async def show(self, request: Request) -> Response:
+        """One session."""
+        self._require_service(request)
+        return _json(session_form(await self._session(request)))
+
+    async def delete(self, request: Request) -> Response:
+        """End the session. Deleting it again is no error; the answer shows how far the end has come."""
+        self._require_service(request)
+        session = await self._control.end((await self._session(request)).id)
+        assert session is not None
+        over = session.state in ENDED
+        return _json(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
+
+    async def snapshot(self, request: Request) -> Response:
+        """A signed snapshot of the session's project as it is now."""
+        self._require_service(request)
+        session = await self._session(request)
+        body = await self._body(request, SnapshotBody)
+        offer = await self._snapshots.offer(session.project_id, rebuild=body.rebuild)
+        return _json({"snapshot_url": offer.url, "manifest": offer.manifest})
+
+    # --- session API
+
+    async def sync(self, request: Request) -> Response:
+        """What happened to the project above the agent's cursor."""
+        session = await self._own_session(request, self._claims(request))
+        body = await self._body(request, SyncBody)
+        return _json(
+            await self._catchup.sync(
+                session.project_id,
+                epoch=body.epoch,
+                revision=body.revision,
+                reason=body.reason,
+                paths=body.paths or (),
+            )
+        )
+
+    async def token(self, request: Request) -> Response:
+        """The next token of the same machine."""
+        session = await self._own_session(request, self._claims(request))
+        token, expires_at = self._control.token_for(session)
+        return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
+
+    async def status(self, request: Request) -> Response:
+        """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
+        claims = self._claims(request)
+        session = await self._find(request, claims)
+        body = await self._body(request, StatusBody)
+        head, tree_hash = await self._catchup.tree_hash(session.project_id)
+        answer: dict[str, Any] = {"epoch": head.epoch, "revision": head.revision, "tree_hash": tree_hash}
+        kept = await self._store.report(
+            session.id,
+            claims.generation,
+            ready=body.state in UP,
+            lease=self._settings.lease_seconds,
+            status=body.model_dump(),
+        )
+        if kept is None:
+            # Another generation's machine has the session, or nobody is to have it any more.
+            return _json({**answer, "action": "stop"})
+        same = body.epoch == head.epoch and body.revision == head.revision
+        if not same or (body.tree_hash is not None and body.tree_hash != tree_hash):
+            answer["action"] = "sync"
+        return _json(answer)
+
+    # --- who asks, and what they say
+
+    def _require_service(self, request: Request) -> None:
+        token = _bearer(request)
+        expected = self._settings.supabase_service_role_key.get_secret_value()
+        if hmac.compare_digest(token.encode(), expected.encode()):
+            return
+        try:
+            role = self._keys.verify(token).get("role")
+        except TokenRejected as error:
+            raise Refusal(401, f"token_{error.reason}", f"The service key is needed: {error}") from None
+        if role != "service_role":
+            raise Refusal(
+                403, "not_the_service", "Only the service key may do this; a session's token cannot."
+            )
+
+    def _claims(self, request: Request) -> SessionClaims:
+        try:
+            return read_session(self._keys, _bearer(request))
+        except TokenRejected as error:
+            raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
+
+    async def _session(self, request: Request) -> Session:
+        session_id = _uuid(request.path_params["session_id"], "session")
+        session = await self._store.get(session_id)
+        if session is None:
+            raise Refusal(404, "session_unknown", f"There is no session {session_id}.")
+        return session
+
+    async def _find(self, request: Request, claims: SessionClaims) -> Session:
+        """The session of the path, which must be the token's. Over is 410."""
+        if _uuid(request.path_params["session_id"], "session") != claims.session_id:
+            raise Refusal(403, "foreign_session", "The token is another session's.")
+        session = await self._session(request)
+        if session.project_id != claims.project_id:
+            raise Refusal(403, "foreign_session", "The token is another project's.")
+        if session.state in ENDED:
+            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+        return session
+
+    async def _own_session(self, request: Request, claims: SessionClaims) -> Session:
+        """The live session that the token's own machine belongs to. A newer machine is 409, no machine 410."""
+        session = await self._find(request, claims)
+        if session.state not in LIVE:
+            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+        if session.generation != claims.generation:
+            raise Refusal(
+                409,
+                "generation_superseded",
+                f"Machine {claims.generation} was replaced by {session.generation}; this one is to stop.",
+                extra={"generation": session.generation},
+            )
+        return session
+
+    async def _body(self, request: Request, form: type[Body]) -> Body:
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > self._settings.body_limit:
+                raise Refusal(413, "body_too_large", f"At most {self._settings.body_limit} bytes are read.")
+        try:
+            return form.model_validate_json(bytes(content) or b"{}")
+        except ValidationError as error:
+            errors = [
+                {"field": ".".join(map(str, item["loc"])) or "body", "problem": item["msg"]}
+                for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
+            ]
+            said = "; ".join(f"{item['field']}: {item['problem']}" for item in errors)
+            raise Refusal(400, "bad_body", said[:1000], extra={"errors": errors}) from None
+
+    def _route(self, path: str, **methods: Callable[[Request], Awaitable[Response]]) -> Route:
+        """One path. A method it does not have is a 405 problem that says which it has."""
+
+        async def endpoint(request: Request) -> Response:
+            respond = methods.get("GET" if request.method == "HEAD" else request.method)
+            if respond is None:
+                allow = ", ".join(sorted(methods))
+                raise Refusal(405, "method_not_allowed", f"This path answers {allow}.", allow=allow)
+            async with asyncio.timeout(self._settings.request_timeout):
+                return await respond(request)
+
+        every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+        return Route(path, guarded(endpoint), methods=every)
+
+
+def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """`endpoint`, with everything it may raise rendered as a problem document."""
+
+    async def respond(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Refusal as refusal:
+            return render(refusal)
+        except ProjectGone:
+            return render(Refusal(410, "project_gone", "The session's project does not exist any more."))
+        except (SnapshotUnavailable, psycopg.OperationalError, psycopg_pool.PoolTimeout, OSError) as error:
+            log.warning(
+                "request.unavailable", path=request.url.path, reason=str(error) or type(error).__name__
+            )
+            what = "snapshot_unavailable" if isinstance(error, SnapshotUnavailable) else "unavailable"
+            detail = "A part of the service does not answer now. Ask again."
+            return render(Refusal(503, what, detail, retry_after=RETRY_AFTER))
+        except ClientDisconnect:
+            return Response(status_code=499)
+
+    return respond
+
+
+async def unknown_path(request: Request, error: Exception) -> Response:
+    """What Starlette itself turns away, in our form."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    kinds = {404: "path_unknown", 405: "method_not_allowed"}
+    detail = {404: f"Nothing is served at {request.url.path}."}.get(status, "The request cannot be served.")
+    return render(Refusal(status, kinds.get(status, "refused"), detail))
+
+
+async def broken(request: Request, error: Exception) -> Response:
+    """A bug: logged with its trace, answered without."""
+    log.error("request.failed", path=request.url.path, method=request.method, exc_info=error)
+    return render(
+        Refusal(500, "internal", "The orchestrator failed; its log says how.", retry_after=RETRY_AFTER)
+    )
+
+
+def application(routes: list[BaseRoute], lifespan: Any = None) -> Starlette:
+    """An ASGI application of `routes` whose every refusal is a problem document."""
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: unknown_path, Exception: broken},
+    )
+
+
+def session_form(session: Session) -> dict[str, Any]:
+    """A session as it travels (protocol: control plane)."""
+    form: dict[str, Any] = {
+        "session_id": str(session.id),
+        "project_id": str(session.project_id),
+        "state": session.state.value,
+        "generation": session.generation,
+        "preview_url": session.preview_url,
+        "created_at": _rfc3339(session.created_at),
+        "expires_at": _rfc3339(session.expires_at),
+        "machine": None,
+    }
+    if session.machine_id is not None:
+        form["machine"] = {"driver": session.machine_driver, "id": session.machine_id}
+        if session.machine_region is not None:
+            form["machine"]["region"] = session.machine_region
+    if session.problem is not None:
+        form["problem"] = session.problem
+    return form
+
+
+def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(body), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json"
+    )
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Refusal(401, "token_missing", "Send the token as `Authorization: Bearer …`.")
+    return token.strip()
+
+
+def _uuid(text: str, what: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise Refusal(404, f"{what}_unknown", f"{what} must be a UUID.") from None
+
+
+def _rfc3339(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

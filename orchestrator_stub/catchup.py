@@ -1,0 +1,171 @@
+"""The answers to *where is the database* and *what did I miss*: the session API's sync and head.
+
+The database itself says what happened since a revision (`public.changes_since`); here its answer is completed with
+the bytes of binary files, or turned into the offer of a snapshot when changes are not the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from orchestrator_stub.control import Offer, SnapshotSource
+
+FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
+"""Reasons for which no difference will do: the agent's tree, or the snapshot it was given, is not what it should be."""
+
+REBUILD: Final = frozenset({"snapshot_rejected"})
+"""Reasons for which a kept snapshot will not do either."""
+
+ASSETS: Final = "project-assets"
+ASSET_DOWNLOADS: Final = 4
+"""Binary files fetched at once for one answer."""
+
+MANIFEST_INLINE: Final = 1000
+"""Files of a manifest that an answer repeats; a longer one is read from the zip, where it is the first entry."""
+
+REMEMBERED_HASHES: Final = 10_000
+"""Tree hashes kept, one a project; each is a few hundred bytes."""
+
+
+class ProjectGone(Exception):
+    """The project of a session does not exist any more."""
+
+
+class Assets(Protocol):
+    """Where the bytes of binary files are."""
+
+    async def download(self, bucket: str, path: str) -> bytes:
+        """The object's bytes. Raises `SnapshotUnavailable` or an `OSError` when they cannot be had now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a project's history stands."""
+
+    epoch: str
+    revision: int
+
+
+class Catchup:
+    """Answers from the database behind `pool`. `inline_limit`: bytes of content one answer may carry."""
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]],
+        snapshots: SnapshotSource,
+        assets: Assets,
+        *,
+        inline_limit: int,
+    ) -> None:
+        self._pool = pool
+        self._snapshots = snapshots
+        self._assets = assets
+        self._inline_limit = inline_limit
+        self._hashes: OrderedDict[UUID, tuple[Head, str]] = OrderedDict()
+
+    async def head(self, project_id: UUID) -> Head:
+        """Where the project stands now. Raises `ProjectGone`."""
+        row = await self._row(
+            "select epoch::text, revision from public.project_heads where project_id = %s", (project_id,)
+        )
+        if row is None:
+            raise ProjectGone(str(project_id))
+        return Head(*row)
+
+    async def tree_hash(self, project_id: UUID) -> tuple[Head, str]:
+        """The head and the hash of exactly that tree, computed once for each revision. Raises `ProjectGone`."""
+        head = await self.head(project_id)
+        kept = self._hashes.get(project_id)
+        if kept is None or kept[0] != head:
+            # One statement: the head and the hash are of one moment.
+            row = await self._row(
+                "select epoch::text, revision, public.project_tree_hash(project_id)"
+                " from public.project_heads where project_id = %s",
+                (project_id,),
+            )
+            if row is None:
+                raise ProjectGone(str(project_id))
+            kept = Head(row[0], row[1]), row[2]
+            self._hashes[project_id] = kept
+            while len(self._hashes) > REMEMBERED_HASHES:
+                self._hashes.popitem(last=False)
+        self._hashes.move_to_end(project_id)
+        return kept
+
+    async def sync(
+        self, project_id: UUID, *, epoch: str | None, revision: int, reason: str, paths: Sequence[str]
+    ) -> dict[str, Any]:
+        """The answer of `POST …/sync`, as it travels. Raises `ProjectGone`, `SnapshotUnavailable`."""
+        if epoch is None or reason in FULL:
+            return _snapshot(await self._snapshots.offer(project_id, rebuild=reason in REBUILD))
+        try:
+            row = await self._row(
+                "select public.changes_since(%s, %s, %s, %s, %s)",
+                (project_id, epoch, revision, list(paths) or None, self._inline_limit),
+            )
+        except psycopg.DatabaseError as error:
+            if error.sqlstate == "PT404":
+                raise ProjectGone(str(project_id)) from None
+            raise
+        assert row is not None
+        answer: dict[str, Any] = row[0]
+        match answer["kind"]:
+            case "current":
+                return answer
+            case "changes" if await self._complete(project_id, answer["changes"]):
+                return answer
+            case "changes":
+                # More bytes than an answer should carry: a delta, or all when the wanted paths are older than that.
+                newer = not paths
+                return _snapshot(
+                    await self._snapshots.offer(project_id, base_revision=revision if newer else None)
+                )
+        base = revision if answer.get("reason") == "too_large" and not paths else None
+        return _snapshot(await self._snapshots.offer(project_id, base_revision=base))
+
+    async def _complete(self, project_id: UUID, changes: list[dict[str, Any]]) -> bool:
+        """Give every binary file of `changes` its bytes. False: together they are too many."""
+        binary = [c for c in changes if c.get("action") == "update" and c.get("content") is None]
+        if not binary:
+            return True
+        row = await self._row(
+            "select coalesce(sum(size_bytes), 0) from public.project_files_current"
+            " where project_id = %s and file_path = any(%s)",
+            (project_id, [c["file_path"] for c in binary]),
+        )
+        if row is not None and row[0] > self._inline_limit:
+            return False
+        slots = asyncio.Semaphore(ASSET_DOWNLOADS)
+
+        async def fetch(change: dict[str, Any]) -> None:
+            async with slots:
+                content = await self._assets.download(ASSETS, f"{project_id}/{change['content_hash']}")
+            change["content"] = base64.b64encode(content).decode()
+            change["encoding"] = "base64"
+
+        await asyncio.gather(*(fetch(change) for change in binary))
+        return True
+
+    async def _row(self, query: str, values: Sequence[object]) -> tuple[Any, ...] | None:
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(query.encode(), values)
+            return await cursor.fetchone()
+
+
+def _snapshot(offer: Offer) -> dict[str, Any]:
+    small = len(offer.manifest.get("files", ())) <= MANIFEST_INLINE
+    return {
+        "kind": "snapshot",
+        "snapshot_url": offer.url,
+        "manifest": offer.manifest if small else None,
+    }
