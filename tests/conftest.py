@@ -2,7 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.migrations import bootstrap, migrate
 from tests.profiles import examples
 
 examples(100, 1_000).register_profile("project", examples(100, 1_000))
 examples(100, 1_000).load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn() -> Iterator[str]:
+    """One PostgreSQL for the test session, as superuser; `database` gives migrated databases on it.
+
+    Embedded, unless PREVIEW_TEST_DATABASE_URL names another server (PostgreSQL 15 or newer, a superuser).
+    Nothing it keeps is worth a disk flush, so it makes none.
+    """
+    given = os.environ.get("PREVIEW_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="preview-test-pg-") as directory, asyncio.Runner() as runner:
+        server = EmbeddedPostgres(
+            Path(directory) / "data",
+            options={"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"},
+        )
+        dsn = runner.run(server.start())
+        try:
+            yield dsn
+        finally:
+            runner.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_dsn: str) -> Iterator[str]:
+    """The name of a migrated database that nobody connects to."""
+    name = f"preview_template_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        server.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        dsn = make_conninfo(postgres_dsn, dbname=name)
+
+        async def prepare() -> None:
+            await bootstrap(dsn)
+            await migrate(dsn)
+
+        asyncio.run(prepare())
+        yield name
+        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def database(postgres_dsn: str, template_database: str) -> Iterator[str]:
+    """The DSN of a fresh, migrated database."""
+    name = f"preview_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        server.execute(
+            sql.SQL("create database {} template {}").format(
+                sql.Identifier(name), sql.Identifier(template_database)
+            )
+        )
+        yield make_conninfo(postgres_dsn, dbname=name)
+        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

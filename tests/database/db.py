@@ -1,0 +1,158 @@
+"""The tests' callers: the owner of everything, and the API's roles with a token's claims, as PostgREST does it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+Json = dict[str, Any]
+
+
+def connect(dsn: str) -> psycopg.Connection[tuple[Any, ...]]:
+    return psycopg.connect(dsn, autocommit=True)
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project and its people, made for one test."""
+
+    id: uuid.UUID
+    owner: uuid.UUID
+    collaborator: uuid.UUID
+    stranger: uuid.UUID
+
+
+def make_project(db: psycopg.Connection[Any]) -> Project:
+    owner, collaborator, stranger = (make_user(db) for _ in range(3))
+    row = db.execute("insert into public.projects (owner_id) values (%s) returning id", [owner]).fetchone()
+    assert row
+    db.execute(
+        "insert into public.project_collaborators (project_id, user_id, added_by) values (%s, %s, %s)",
+        [row[0], collaborator, owner],
+    )
+    return Project(row[0], owner, collaborator, stranger)
+
+
+def make_user(db: psycopg.Connection[Any]) -> uuid.UUID:
+    user = uuid.uuid4()
+    db.execute("insert into auth.users (id, email) values (%s, %s)", [user, f"{user}@example.com"])
+    db.execute("insert into public.user_profiles (id, display_name) values (%s, 'somebody')", [user])
+    return user
+
+
+@contextmanager
+def acting_as(db: psycopg.Connection[Any], role: str, **claims: object) -> Iterator[psycopg.Connection[Any]]:
+    """One transaction as `role` with these claims, reached through `authenticator` as PostgREST does."""
+    with db.transaction():
+        db.execute("set local session authorization authenticator")
+        db.execute(
+            "select set_config('role', %s, true), set_config('request.jwt.claims', %s, true)",
+            [role, json.dumps({"role": role, **claims}, default=str)],
+        )
+        yield db
+
+
+@contextmanager
+def user(db: psycopg.Connection[Any], sub: uuid.UUID) -> Iterator[psycopg.Connection[Any]]:
+    """A signed-in person, with the claims that Supabase Auth gives (`session_id` among them)."""
+    with acting_as(db, "authenticated", sub=sub, session_id=uuid.uuid4(), aal="aal1") as connection:
+        yield connection
+
+
+def one(db: psycopg.Connection[Any], query: str, parameters: Sequence[object] = ()) -> Any:
+    """The only value of the only row."""
+    row = db.execute(query.encode(), parameters).fetchone()
+    assert row is not None, query
+    return row[0]
+
+
+def upsert(
+    db: psycopg.Connection[Any],
+    project: uuid.UUID,
+    path: str,
+    content: str,
+    *,
+    file_type: str | None = None,
+    expected: int | None = None,
+    correlation: str | None = None,
+) -> Json:
+    answer: Json = one(
+        db,
+        "select public.upsert_project_file(%s, %s, %s, %s, %s, %s)",
+        [project, path, content, file_type, expected, correlation],
+    )
+    return answer
+
+
+def delete(
+    db: psycopg.Connection[Any],
+    project: uuid.UUID,
+    path: str,
+    *,
+    expected: int | None = None,
+    correlation: str | None = None,
+) -> Json:
+    answer: Json = one(
+        db, "select public.delete_project_file(%s, %s, %s, %s)", [project, path, expected, correlation]
+    )
+    return answer
+
+
+def apply(
+    db: psycopg.Connection[Any], project: uuid.UUID, changes: object, *, correlation: str | None = None
+) -> Json:
+    answer: Json = one(
+        db,
+        "select public.apply_project_files(%s, %s::jsonb, %s)",
+        [project, json.dumps(changes), correlation],
+    )
+    return answer
+
+
+def changes_since(
+    db: psycopg.Connection[Any],
+    project: uuid.UUID,
+    epoch: str,
+    revision: int,
+    paths: list[str] | None = None,
+    max_bytes: int | None = None,
+) -> Json:
+    answer: Json = one(
+        db, "select public.changes_since(%s, %s, %s, %s, %s)", [project, epoch, revision, paths, max_bytes]
+    )
+    return answer
+
+
+def head(db: psycopg.Connection[Any], project: uuid.UUID) -> tuple[str, int]:
+    row = db.execute(
+        "select epoch::text, revision from public.project_heads where project_id = %s", [project]
+    ).fetchone()
+    assert row
+    return row[0], row[1]
+
+
+def files(db: psycopg.Connection[Any], project: uuid.UUID) -> dict[str, str]:
+    """The current tree: path → hash."""
+    return dict(
+        db.execute(
+            "select file_path, content_hash from public.project_files_current where project_id = %s",
+            [project],
+        ).fetchall()
+    )
+
+
+def messages(db: psycopg.Connection[Any], project: uuid.UUID) -> list[tuple[str, Json]]:
+    """What was broadcast on the project's topic, by revision."""
+    rows = db.execute(
+        "select event, payload, private from realtime.messages where topic = %s"
+        " order by (payload->>'revision')::bigint",
+        [f"project:{project}"],
+    ).fetchall()
+    assert all(private for _, _, private in rows)
+    return [(event, payload) for event, payload, _ in rows]
