@@ -30,12 +30,22 @@ class SnapshotLimits(BaseModel):
     """The ratio is not looked at below this size: a small file of blanks is no attack."""
     snapshot_max_depth: int = Field(64, gt=0)
     """Segments of a path. Deeper than any project, far above what tools that recurse can bear."""
+    snapshot_max_manifest_bytes: int = Field(16 * 2**20, gt=0)
+    """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
     snapshot_connect_seconds: float = Field(10.0, gt=0)
     """To reach the storage. Longer than three retries of a lost SYN (1 + 2 + 4 s)."""
     snapshot_stall_seconds: float = Field(20.0, gt=0)
     """Without a single byte arriving. Above the pause of a CDN that fetches the object first."""
     snapshot_total_seconds: float = Field(600.0, gt=0)
     """For one download. 50 MB at 1 Mbit/s takes 400 s; whoever is slower should see an error, not a spinner."""
+    snapshot_attempts: int = Field(8, ge=1)
+    """Downloads before hydration is called impossible: with the waits below about a minute of a peer being away."""
+    snapshot_attempts_per_url: int = Field(3, ge=1)
+    """Transient failures of one URL before a fresh one is asked for: perhaps it is the object that is ill."""
+    snapshot_retry_seconds: float = Field(0.5, gt=0)
+    """First bound of the full jitter between attempts; doubles each time."""
+    snapshot_retry_max_seconds: float = Field(15.0, gt=0)
+    """Last bound of it. `Retry-After` may ask for more."""
 
 
 class Settings(SnapshotLimits, BaseSettings):
@@ -90,6 +100,10 @@ class Settings(SnapshotLimits, BaseSettings):
     modules_dir: Path | None = None
     """Staged installs and the cache of finished ones; on the file system of `project_dir`, so that they are
     moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one."""
+
+    # --- following the project
+    optimistic_events: bool = False
+    """True: show a front end's events (no revision) at once and undo them unless confirmed within 5 s."""
 
     # --- being watched
     health_host: str = "::"

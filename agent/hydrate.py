@@ -1,0 +1,531 @@
+"""A signed zip becomes a staged tree: streamed, bounded, verified. Nothing here touches the project itself.
+
+`fetch` is one try: it downloads, unpacks into staging while the bytes arrive, and returns only when the archive
+agrees with itself (`agent.unzip`) and with its manifest, file by file. On any failure the staging area is empty
+again. `obtain` is the patience around it: retry what may pass, ask for a fresh URL when it will not, give up when
+the budget is spent. What to do with the staged tree is `agent.plan.reconcile`'s to say and the disk's to do.
+
+Who may be at fault decides the error:
+
+    Unavailable          the way there: network, 429, 5xx, a stream cut short, our own disk full     try again
+    CredentialRejected   the URL: expired, altered, not for this object                              a fresh URL
+    SnapshotRejected     the archive: `rule` says which demand it failed                             a fresh build
+
+The URL is a credential. It is in no message, and no exception that carries it is chained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import orjson
+import tenacity
+
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.errors import (
+    CredentialRejected,
+    HydrationImpossible,
+    MalformedMessage,
+    PathRefused,
+    RootUnusable,
+    SnapshotRejected,
+    Unavailable,
+)
+from agent.model import Digest, Entry, Manifest, ManifestFile, RelPath
+from agent.session import retry_after
+from agent.staging import Stage, Staged
+from agent.unzip import ArchiveEnded, ExecutableFound, FileEnded, FileStarted, ZipReader
+from agent.wire import MANIFEST_PATH, read_manifest
+
+WHAT: Final = "the snapshot"
+
+EXPIRY_LEEWAY: Final = 30.0
+"""Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
+
+MAX_REFUSAL_BYTES: Final = 64 * 1024
+"""Of an error's body: Storage's own are below 200 bytes, a proxy's page may be anything."""
+
+# Storage's codes for "this URL opens nothing" and "there is nothing here" (supabase/storage `codes.ts`); all of
+# them arrive as HTTP 400.
+_URL_CODES: Final = frozenset(
+    {"InvalidJWT", "InvalidSignature", "InvalidToken", "AccessDenied", "ExpiredToken"}
+)
+_OBJECT_CODES: Final = frozenset(
+    {"NoSuchKey", "NoSuchBucket", "EntityTooLarge", "InvalidKey", "TenantNotFound"}
+)
+
+
+class StagingFailed(Unavailable):
+    """Our own disk did not take the staged bytes."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__("the staging directory", error.strerror or type(error).__name__)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a hydration has come; `/status` reads it while `fetch` writes it. Totals are None until known."""
+
+    attempt: int = 0
+    received_bytes: int = 0
+    expected_bytes: int | None = None
+    files: int = 0
+    files_total: int | None = None
+    unpacked_bytes: int = 0
+    unpacked_total: int | None = None
+
+    def restart(self) -> None:
+        """A new attempt begins: nothing of the last one is kept."""
+        self.attempt += 1
+        self.received_bytes = self.files = self.unpacked_bytes = 0
+        self.expected_bytes = self.files_total = self.unpacked_total = None
+
+    def report(self) -> dict[str, int | None]:
+        """For `/status` and the log."""
+        return {
+            "attempt": self.attempt,
+            "received_bytes": self.received_bytes,
+            "expected_bytes": self.expected_bytes,
+            "files": self.files,
+            "files_total": self.files_total,
+            "unpacked_bytes": self.unpacked_bytes,
+            "unpacked_total": self.unpacked_total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSnapshot:
+    """A whole, verified snapshot. Its files wait in staging, except those the caller had already.
+
+    `plain`: the archive had no manifest (the seed's form), so `manifest` is made from what it held: every version
+    0, and epoch and revision mean nothing. `size`: bytes that travelled.
+    """
+
+    manifest: Manifest
+    plain: bool
+    staged: dict[RelPath, Staged]
+    size: int
+
+    @property
+    def names(self) -> dict[RelPath, str]:
+        """The staged names alone, as `agent.plan.reconcile` takes them."""
+        return {path: staged.name for path, staged in self.staged.items()}
+
+
+async def fetch(
+    url: str,
+    *,
+    disk: Disk,
+    http: httpx.AsyncClient,
+    limits: SnapshotLimits,
+    expected_project: str | None = None,
+    progress: Progress | None = None,
+    have: Mapping[RelPath, Entry] | None = None,
+    wall: Callable[[], float] = time.time,
+) -> StagedSnapshot:
+    """Download the snapshot at `url` into staging and verify all of it. One try.
+
+    `expected_project`: the only project whose manifest is accepted. `have`: the tree on disk; a listed file equal
+    to it is checked but not staged, and when all are equal the download ends with the manifest. `wall` gives Unix
+    seconds, to tell an expired URL before asking.
+
+    Raises `Unavailable`, `CredentialRejected`, `SnapshotRejected`, and `MalformedMessage` for what is no URL.
+    """
+    progress = progress if progress is not None else Progress()
+    progress.restart()
+    expires_at = expiry(url)
+    if expires_at is not None and expires_at + EXPIRY_LEEWAY < wall():
+        raise CredentialRejected(f"{WHAT}'s signed URL expired {wall() - expires_at:.0f} s ago")
+    assembly = _Assembly(disk, limits, expected_project, progress, have or {})
+    try:
+        await _download(url, assembly, http, limits, progress, wall)
+        return assembly.finish()
+    except BaseException:
+        assembly.abandon()
+        raise
+
+
+async def obtain(
+    url: str | None,
+    *,
+    renew: Callable[[str], Awaitable[str | None]] | None,
+    disk: Disk,
+    http: httpx.AsyncClient,
+    limits: SnapshotLimits,
+    expected_project: str | None = None,
+    progress: Progress | None = None,
+    have: Mapping[RelPath, Entry] | None = None,
+) -> StagedSnapshot:
+    """`fetch` with patience: full jitter between tries, `Retry-After` obeyed, a fresh URL when this one is no good.
+
+    `renew(reason)` asks the orchestrator for a fresh URL; None when it has none to give. `reason` is
+    `missing`, `expired`, `unavailable`, or the rule a snapshot broke.
+
+    Raises `CredentialRejected` (URL refused, no fresh one to be had), `RootUnusable` (the disk never took it) and
+    `HydrationImpossible` (budget spent), each with one sentence that says why.
+    """
+    on_this_url = 0
+    progress = progress if progress is not None else Progress()
+    retrying = tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(limits.snapshot_attempts),
+        wait=_Patience(limits),
+        retry=tenacity.retry_if_exception_type((Unavailable, SnapshotRejected, CredentialRejected)),
+        reraise=True,
+    )
+
+    async def once() -> StagedSnapshot:
+        nonlocal url, on_this_url
+        if url is None:
+            url, on_this_url = await _fresh(renew, "missing"), 0
+        try:
+            on_this_url += 1
+            return await fetch(
+                url,
+                disk=disk,
+                http=http,
+                limits=limits,
+                expected_project=expected_project,
+                progress=progress,
+                have=have,
+            )
+        except StagingFailed:
+            raise
+        except Unavailable:
+            if on_this_url >= limits.snapshot_attempts_per_url and renew is not None:
+                url, on_this_url = await _fresh(renew, "unavailable", url), 0
+            raise
+        except (SnapshotRejected, CredentialRejected) as refused:
+            if renew is None:
+                raise _Final(refused) from None
+            reason = refused.rule if isinstance(refused, SnapshotRejected) else "expired"
+            fresh = await _fresh(renew, reason)
+            if fresh == url:
+                raise _Final(refused) from None
+            url, on_this_url = fresh, 0
+            raise
+
+    refused: Unavailable | SnapshotRejected | CredentialRejected
+    try:
+        return await retrying(once)
+    except _Final as final:
+        refused = final.reason
+    except (Unavailable, SnapshotRejected, CredentialRejected) as last:
+        refused = last
+    if isinstance(refused, CredentialRejected):
+        raise refused from None
+    if isinstance(refused, StagingFailed):
+        raise RootUnusable(str(refused)) from None
+    raise HydrationImpossible(f"cannot hydrate after {progress.attempt} attempts: {refused}") from None
+
+
+class _Final(Exception):
+    """No further attempt can help. Carries what was wrong."""
+
+    def __init__(self, reason: SnapshotRejected | CredentialRejected) -> None:
+        self.reason = reason
+        super().__init__()
+
+
+async def _fresh(
+    renew: Callable[[str], Awaitable[str | None]] | None, reason: str, otherwise: str | None = None
+) -> str:
+    url = await renew(reason) if renew is not None else None
+    if url is None:
+        url = otherwise
+    if url is None:
+        raise _Final(CredentialRejected(f"{WHAT}'s signed URL is {reason} and nobody has another one"))
+    return url
+
+
+class _Patience(tenacity.wait.wait_base):
+    """Full jitter; at least what the peer asked for; nothing at all when a fresh URL is already there."""
+
+    def __init__(self, limits: SnapshotLimits) -> None:
+        self._jitter = tenacity.wait_random_exponential(
+            multiplier=limits.snapshot_retry_seconds, max=limits.snapshot_retry_max_seconds
+        )
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        if isinstance(error, CredentialRejected):
+            return 0.0
+        asked = error.retry_after if isinstance(error, Unavailable) else None
+        return max(self._jitter(retry_state), asked or 0.0)
+
+
+def expiry(url: str) -> float | None:
+    """When the signed URL's token says it expires, in Unix seconds; None when it does not say."""
+    try:
+        token = parse_qs(urlsplit(url).query).get("token", [""])[0]
+        parts = token.split(".")
+        if len(parts) != 3:
+            return None
+        claims = orjson.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        exp = claims.get("exp")
+    except (ValueError, AttributeError):
+        return None
+    return float(exp) if isinstance(exp, (int, float)) else None
+
+
+async def _download(
+    url: str,
+    assembly: _Assembly,
+    http: httpx.AsyncClient,
+    limits: SnapshotLimits,
+    progress: Progress,
+    wall: Callable[[], float],
+) -> None:
+    """Pour the body into `assembly` as it arrives."""
+    timeout = httpx.Timeout(limits.snapshot_stall_seconds, connect=limits.snapshot_connect_seconds)
+    try:
+        async with (
+            asyncio.timeout(limits.snapshot_total_seconds),
+            http.stream(
+                "GET", url, headers={"accept-encoding": "identity"}, timeout=timeout, follow_redirects=False
+            ) as response,
+        ):
+            if response.status_code != 200:
+                raise await _refusal(response, wall)
+            progress.expected_bytes = _content_length(response)
+            if (progress.expected_bytes or 0) > limits.snapshot_max_compressed_bytes:
+                raise SnapshotRejected("compressed_size", f"{progress.expected_bytes} bytes are announced")
+            async for chunk in response.aiter_raw():
+                assembly.take(chunk)
+                if assembly.sated:
+                    return
+    except TimeoutError:
+        raise Unavailable(WHAT, f"total_time: not here after {limits.snapshot_total_seconds:g} s") from None
+    except httpx.ReadTimeout:
+        raise Unavailable(
+            WHAT, f"no_progress: nothing arrived for {limits.snapshot_stall_seconds:g} s"
+        ) from None
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+        raise MalformedMessage("the snapshot's URL", "it is not an http or https URL") from None
+    except httpx.HTTPError as error:
+        # The class, not the text: httpx writes URLs into some of its messages.
+        raise Unavailable(WHAT, type(error).__name__) from None
+    try:
+        assembly.close()
+    except SnapshotRejected as refused:
+        if refused.rule == "truncated" and progress.expected_bytes is None:
+            # No length was announced, so a connection that died looks like an end.
+            raise Unavailable(WHAT, str(refused)) from None
+        raise
+
+
+async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Exception:
+    """What an answer other than 200 means. Storage says what it means in JSON, under HTTP 400."""
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > MAX_REFUSAL_BYTES:
+            break
+    status = response.status_code
+    code, stated = _storage_code(bytes(body))
+    said = f"HTTP {status}" + (f", {code}" if code else "")
+    if status == 429 or status >= 500 or status == 408:
+        return Unavailable(WHAT, said, retry_after(response.headers.get("retry-after"), wall()))
+    if code in _URL_CODES or status in (401, 403, 410) or stated in ("401", "403"):
+        return CredentialRejected(f"{WHAT}'s signed URL is expired or was refused: {said}")
+    if code in _OBJECT_CODES or status == 404 or stated in ("404", "413"):
+        return SnapshotRejected("missing", f"there is no object at the signed URL: {said}")
+    return Unavailable(WHAT, f"unexpected answer: {said}")
+
+
+def _storage_code(body: bytes) -> tuple[str | None, str | None]:
+    """Storage's `code` (older: `error`) and `statusCode`, when the body is Storage's JSON."""
+    try:
+        told = orjson.loads(body)
+    except ValueError:
+        return None, None
+    if not isinstance(told, dict):
+        return None, None
+    code, stated = told.get("code") or told.get("error"), told.get("statusCode")
+    return (code[:50] if isinstance(code, str) else None), (None if stated is None else str(stated)[:3])
+
+
+def _content_length(response: httpx.Response) -> int | None:
+    value = response.headers.get("content-length", "")
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+@dataclass(slots=True)
+class _Open:
+    """The file being unpacked. `stage` None: its bytes are only checked, the tree has them already."""
+
+    path: RelPath
+    listed: ManifestFile | None
+    stage: Stage | None
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+
+class _Assembly:
+    """What has arrived so far: the reader's state, the manifest, the staged files."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        limits: SnapshotLimits,
+        expected_project: str | None,
+        progress: Progress,
+        have: Mapping[RelPath, Entry],
+    ) -> None:
+        self._disk = disk
+        self._limits = limits
+        self._expected_project = expected_project
+        self._progress = progress
+        self._have = have
+        self._reader = ZipReader(limits, reserved=MANIFEST_PATH)
+        self._manifest: Manifest | None = None
+        self._manifest_bytes: bytearray | None = None
+        self._open: _Open | None = None
+        self._staged: dict[RelPath, Staged] = {}
+        self._checked: set[RelPath] = set()
+        self._executable: set[RelPath] = set()
+        self.sated = False
+        """True once the rest of the archive is not needed: every listed file is in the tree already."""
+
+    def take(self, data: bytes) -> None:
+        """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
+        self._progress.received_bytes += len(data)
+        try:
+            for event in self._reader.feed(data):
+                if isinstance(event, bytes):
+                    self._write(event)
+                elif isinstance(event, FileStarted):
+                    self._start(event)
+                elif isinstance(event, FileEnded):
+                    self._end(event.size)
+                    if self.sated:
+                        return
+                elif isinstance(event, ExecutableFound):
+                    self._executable.add(event.path)
+                elif isinstance(event, ArchiveEnded):
+                    self._check_complete()
+        except OSError as error:
+            raise StagingFailed(error) from None
+
+    def close(self) -> None:
+        """The body is over. Raises `SnapshotRejected` unless the archive is whole."""
+        self._reader.close()
+
+    def finish(self) -> StagedSnapshot:
+        """What was assembled, once `close` is content or `sated` is set."""
+        manifest = self._manifest
+        return StagedSnapshot(
+            manifest if manifest is not None else self._synthesised(),
+            plain=manifest is None,
+            staged=self._staged,
+            size=self._progress.received_bytes,
+        )
+
+    def abandon(self) -> None:
+        """Leave nothing in staging."""
+        if self._open is not None and self._open.stage is not None:
+            self._open.stage.abort()
+        self._open = None
+        self._staged.clear()
+        with suppress(OSError):
+            # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
+            self._disk.clear_staging()
+
+    def _start(self, event: FileStarted) -> None:
+        path = event.path
+        if path == MANIFEST_PATH:
+            self._manifest_bytes = bytearray()
+            return
+        if self._manifest is None:
+            self._open = _Open(path, None, self._disk.stage())
+            return
+        listed = self._manifest.files.get(path)
+        if listed is None:
+            raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
+        if event.size is not None and event.size != listed.size:
+            raise SnapshotRejected(
+                "size_mismatch", f"{path!r} has {event.size} bytes, the manifest says {listed.size}"
+            )
+        # The manifest's own string is kept as the key: one copy of each path, not two.
+        stage = None if _equal(self._have.get(listed.path), listed) else self._disk.stage()
+        self._open = _Open(listed.path, listed, stage)
+
+    def _write(self, piece: bytes) -> None:
+        if self._open is None:
+            assert self._manifest_bytes is not None
+            self._manifest_bytes += piece
+            if len(self._manifest_bytes) > self._limits.snapshot_max_manifest_bytes:
+                raise SnapshotRejected("manifest", "the manifest is too large")
+            return
+        self._progress.unpacked_bytes += len(piece)
+        if self._open.stage is not None:
+            self._open.stage.write(piece)
+        else:
+            self._open.digest.update(piece)
+
+    def _end(self, size: int) -> None:
+        current = self._open
+        if current is None:
+            self._read_manifest()
+            return
+        self._open = None
+        if current.stage is not None:
+            try:
+                staged = current.stage.finish()
+            except BaseException:
+                self._open = current
+                raise
+            self._staged[current.path] = staged
+            digest = staged.digest
+        else:
+            digest = Digest(current.digest.hexdigest())
+            self._checked.add(current.path)
+        listed = current.listed
+        if listed is not None and (size != listed.size or digest != listed.digest):
+            rule = "size_mismatch" if size != listed.size else "hash_mismatch"
+            raise SnapshotRejected(rule, f"{current.path!r} is not what the manifest says")
+        self._progress.files += 1
+
+    def _read_manifest(self) -> None:
+        assert self._manifest_bytes is not None
+        try:
+            manifest = read_manifest(orjson.loads(self._manifest_bytes))
+        except PathRefused as refused:
+            raise SnapshotRejected(refused.rule, f"in the manifest: {refused}") from None
+        except (MalformedMessage, orjson.JSONDecodeError) as malformed:
+            raise SnapshotRejected("manifest", str(malformed)) from None
+        self._manifest_bytes = None
+        if self._expected_project is not None and manifest.project_id != self._expected_project:
+            raise SnapshotRejected("other_project", "the manifest is another project's")
+        self._manifest = manifest
+        self._progress.files_total = len(manifest.files)
+        self._progress.unpacked_total = manifest.total_bytes
+        self.sated = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())
+
+    def _check_complete(self) -> None:
+        if self._manifest is None:
+            return
+        missing = len(self._manifest.files) - len(self._staged) - len(self._checked)
+        if missing:
+            first = next(p for p in self._manifest.files if p not in self._staged and p not in self._checked)
+            raise SnapshotRejected("missing_file", f"{missing} listed files are absent, {first!r} first")
+
+    def _synthesised(self) -> Manifest:
+        """The manifest of an archive that has none."""
+        files = {
+            path: ManifestFile(path, staged.digest, staged.size, 0, path in self._executable)
+            for path, staged in self._staged.items()
+        }
+        return Manifest(self._expected_project or "", "", 0, files, {})
+
+
+def _equal(entry: Entry | None, listed: ManifestFile) -> bool:
+    return entry is not None and entry.digest == listed.digest and entry.executable == listed.executable

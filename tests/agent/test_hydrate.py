@@ -1,0 +1,279 @@
+"""Hydration against real sockets: what is staged, what is refused, and that nothing else is left behind."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.errors import (
+    CredentialRejected,
+    HydrationImpossible,
+    MalformedMessage,
+    SnapshotRejected,
+    Unavailable,
+)
+from agent.hydrate import Progress, StagedSnapshot, expiry, fetch, obtain
+from agent.model import Entry, RelPath, digest_of
+from tests.fakes.origin import Answer, origin
+from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
+
+QUICK = SnapshotLimits(
+    snapshot_stall_seconds=0.3, snapshot_retry_seconds=0.001, snapshot_retry_max_seconds=0.002
+)
+FILES = {
+    "package.json": b"{}",
+    "src/App.tsx": b"export default 1\n" * 40,
+    "public/dot.bin": bytes(range(256)),
+}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk.open()
+    yield disk
+    disk.close()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient() as client:
+        yield client
+
+
+def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
+    return {path: (tmp_path / "staging" / s.name).read_bytes() for path, s in snapshot.staged.items()}
+
+
+def is_clean(tmp_path: Path) -> bool:
+    """Nothing staged, nothing in the project."""
+    return os.listdir(tmp_path / "staging") == [] and os.listdir(tmp_path / "project") == []
+
+
+async def test_a_snapshot_is_staged_whole(disk: Disk, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    data = snapshot(FILES)
+    progress = Progress()
+    async with origin(Answer(data, piece=100)) as server:
+        got = await fetch(
+            server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT, progress=progress
+        )
+    assert staged_files(got, tmp_path) == FILES
+    assert not got.plain
+    assert (got.manifest.epoch, got.manifest.revision, got.size) == (EPOCH, 7, len(data))
+    assert progress.report() == {
+        "attempt": 1,
+        "received_bytes": len(data),
+        "expected_bytes": len(data),
+        "files": 3,
+        "files_total": 3,
+        "unpacked_bytes": sum(map(len, FILES.values())),
+        "unpacked_total": sum(map(len, FILES.values())),
+    }
+    assert os.listdir(tmp_path / "project") == []
+
+
+async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    members = [Member(p.encode(), c) for p, c in FILES.items()] + [Member(b"run.sh", b"#!", mode=0o100755)]
+    async with origin(Answer(archive(members))) as server:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT)
+    assert got.plain
+    assert staged_files(got, tmp_path) == {**FILES, "run.sh": b"#!"}
+    assert {p for p, f in got.manifest.files.items() if f.executable} == {"run.sh"}
+    assert got.manifest.files[RelPath("package.json")].digest == digest_of(b"{}")
+
+
+async def test_files_the_tree_has_are_checked_but_not_staged(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    have = {RelPath("package.json"): Entry(1, digest_of(b"{}"), 2)}
+    async with origin(Answer(snapshot(FILES))) as server:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+    assert set(got.staged) == {"src/App.tsx", "public/dot.bin"}
+    lying = snapshot({**FILES, "package.json": b"[]"}, said=manifest(FILES))
+    async with origin(Answer(lying)) as server:
+        with pytest.raises(SnapshotRejected) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+    assert caught.value.rule == "hash_mismatch"
+
+
+async def test_an_identical_snapshot_ends_with_its_manifest(disk: Disk, http: httpx.AsyncClient) -> None:
+    files = {**FILES, "big.bin": os.urandom(3_000_000)}
+    have = {RelPath(p): Entry(1, digest_of(c), len(c)) for p, c in files.items()}
+    data = snapshot(files)
+    async with origin(Answer(data)) as server:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+    assert got.staged == {}
+    assert set(got.manifest.files) == set(files)
+    assert got.size < len(data) / 2
+
+
+def altered(**changes: object) -> bytes:
+    return snapshot(FILES, said={**manifest(FILES), **changes})
+
+
+def without(path: str) -> bytes:
+    told = manifest(FILES)
+    return snapshot({p: c for p, c in FILES.items() if p != path}, said=told)
+
+
+LIES = {
+    "unlisted": snapshot({**FILES, "extra.txt": b"x"}, said=manifest(FILES)),
+    "missing_file": without("src/App.tsx"),
+    "hash_mismatch": snapshot({**FILES, "package.json": b"[]"}, said=manifest(FILES)),
+    "size_mismatch": snapshot({**FILES, "package.json": b"{ }"}, said=manifest(FILES)),
+    "other_project": altered(project_id="6b0a0000-0000-4000-8000-0000000000ff"),
+    "manifest": altered(format=2),
+    "dot_segment": altered(files=[{"file_path": "../x", "content_hash": "0" * 64, "size": 0, "version": 1}]),
+    "manifest_position": archive([Member(b"a", b"a"), Member(MANIFEST_PATH.encode(), b"{}")]),
+    "not_a_zip": b"<!DOCTYPE html><title>Sign in</title>",
+    "empty": b"",
+    "trailing_data": snapshot(FILES) + b"x",
+}
+
+
+@pytest.mark.parametrize("rule", LIES)
+async def test_what_the_manifest_does_not_bear_out_is_refused_whole(
+    rule: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    async with origin(Answer(LIES[rule])) as server:
+        with pytest.raises(SnapshotRejected) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT)
+    assert caught.value.rule == rule
+    assert is_clean(tmp_path)
+
+
+STORAGE = {
+    "expired": ({"statusCode": "400", "code": "InvalidJWT", "error": "InvalidJWT"}, CredentialRejected),
+    "other path": ({"statusCode": "400", "code": "InvalidSignature"}, CredentialRejected),
+    "older form": (
+        {"statusCode": "400", "error": "InvalidJWT", "message": "jwt expired"},
+        CredentialRejected,
+    ),
+    "no object": ({"statusCode": "404", "code": "NoSuchKey", "error": "not_found"}, SnapshotRejected),
+    "database": ({"statusCode": "544", "code": "DatabaseTimeout"}, Unavailable),
+}
+
+
+@pytest.mark.parametrize("case", STORAGE)
+async def test_storage_is_judged_by_what_its_json_says(
+    case: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    body, error = STORAGE[case]
+    async with origin(Answer(json.dumps(body).encode(), 400)) as server:
+        with pytest.raises(error):
+            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    assert is_clean(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, Unavailable), (403, CredentialRejected), (410, CredentialRejected), (404, SnapshotRejected),
+        (429, Unavailable), (500, Unavailable), (502, Unavailable), (503, Unavailable), (302, Unavailable),
+    ],
+)  # fmt: skip
+async def test_a_status_without_json(
+    status: int, error: type[Exception], disk: Disk, http: httpx.AsyncClient
+) -> None:
+    async with origin(Answer(b"<html>no", status, headers=[("Retry-After", "7")])) as server:
+        with pytest.raises(error) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    if status in (429, 503):
+        assert isinstance(caught.value, Unavailable)
+        assert caught.value.retry_after == 7
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("how", ["close", "reset", "stall"])
+async def test_a_stream_that_dies_can_be_tried_again(
+    how: str, announced: bool, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    data = snapshot({**FILES, "more.bin": os.urandom(200_000)})
+    async with origin(Answer(data, cut=len(data) // 2, how=how, announced=announced)) as server:
+        with pytest.raises(Unavailable) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    assert "SECRET" not in str(caught.value)
+    assert is_clean(tmp_path)
+
+
+async def test_a_slow_drip_ends_with_the_total_time(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
+    async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
+        with pytest.raises(Unavailable, match="total_time"):
+            await fetch(server.url, disk=disk, http=http, limits=limits)
+    assert is_clean(tmp_path)
+
+
+async def test_nobody_listens_and_no_url(disk: Disk, http: httpx.AsyncClient) -> None:
+    async with origin(Answer()) as server:
+        url = server.url
+    with pytest.raises(Unavailable):
+        await fetch(url, disk=disk, http=http, limits=QUICK)
+    for nonsense in ("file:///etc/passwd", "nonsense", "http://[::1"):
+        with pytest.raises(MalformedMessage):
+            await fetch(nonsense, disk=disk, http=http, limits=QUICK)
+
+
+def token(exp: float) -> str:
+    claims = base64.urlsafe_b64encode(json.dumps({"url": "b/p", "exp": exp}).encode()).decode().rstrip("=")
+    return f"e30.{claims}.c2ln"
+
+
+async def test_an_expired_url_is_known_before_asking(disk: Disk, http: httpx.AsyncClient) -> None:
+    async with origin(Answer(snapshot(FILES))) as server:
+        url = server.url.replace("SECRET", token(1000))
+        assert expiry(url) == 1000
+        with pytest.raises(CredentialRejected, match="expired 3600 s ago"):
+            await fetch(url, disk=disk, http=http, limits=QUICK, wall=lambda: 4600)
+        assert server.requests == []
+        await fetch(url, disk=disk, http=http, limits=QUICK, wall=lambda: 999)
+
+
+async def test_transient_failures_are_retried(disk: Disk, http: httpx.AsyncClient, tmp_path: Path) -> None:
+    data = snapshot(FILES)
+    bad = (Answer(b"", 503), Answer(data, cut=50, how="reset"), Answer(data))
+    progress = Progress()
+    async with origin(*bad) as server:
+        got = await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK, progress=progress)
+    assert staged_files(got, tmp_path) == FILES
+    assert progress.attempt == 3
+
+
+async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> None:
+    reasons = []
+    async with origin(
+        Answer(b'{"code":"InvalidJWT"}', 400), Answer(b"junk"), Answer(snapshot(FILES))
+    ) as server:
+
+        async def renew(reason: str) -> str | None:
+            reasons.append(reason)
+            return f"{server.url}&n={len(reasons)}"
+
+        await obtain(None, renew=renew, disk=disk, http=http, limits=QUICK)
+    assert reasons == ["missing", "expired", "not_a_zip"]
+
+
+async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClient) -> None:
+    async with origin(Answer(b"", 503)) as server:
+        with pytest.raises(HydrationImpossible, match=r"after 8 attempts.*HTTP 503") as spent:
+            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
+        assert len(server.requests) == 8
+    assert "SECRET" not in str(spent.value)
+    async with origin(Answer(b'{"code":"InvalidJWT"}', 400)) as server:
+        with pytest.raises(CredentialRejected):
+            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
+    async with origin(Answer(b"junk")) as server:
+        with pytest.raises(HydrationImpossible, match="not_a_zip"):
+            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
