@@ -71,7 +71,7 @@ def find_user(name: str) -> User:
 
 
 def environment(
-    given: Mapping[str, str], *, user: User | None, install: bool = False, **more: str
+    given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
 ) -> dict[str, str]:
     """The program's whole environment: an allow-list of `given`, `DEV_ENV_*`, and `more`."""
     allowed = INHERITED | FOR_INSTALLS if install else INHERITED

@@ -101,7 +101,7 @@ class Project:
         flags = ("--host", host, "--port", str(port), "--strictPort", *(("--force",) if fresh else ()))
         if not SHELL.search(self.script):
             words = shlex.split(self.script)
-            if words and words[0] == "vite" and not words[1:2] == ["build"]:
+            if words and words[0] == "vite" and words[1:2] != ["build"]:
                 return (str(self.modules / ".bin" / "vite"), *words[1:], *flags)
         forward = () if self.manager is Manager.YARN else ("--",)
         extra = flags if "vite" in self.script else ()
@@ -168,7 +168,7 @@ def _read(root: Path, scripts: bool) -> Project:
 
 def _named_manager(package: Mapping[str, Any]) -> Manager:
     named = str(package.get("packageManager", "")).partition("@")[0]
-    return Manager(named) if named in Manager else Manager.NPM
+    return next((m for m in Manager if m.value == named), Manager.NPM)
 
 
 def _needs_tree(package: Mapping[str, Any]) -> bool:

@@ -1,0 +1,139 @@
+"""`/livez`, `/readyz`, `/status`, `/metrics`: a small HTTP server that reads state and changes nothing.
+
+Anybody who reaches the machine can ask, the project's own code included, so it tells no secret, reads no more
+than a request line and its headers, keeps no connection, and waits for nobody longer than a few seconds.
+
+`/livez` is 200 while the loop turns and `alive` says so; a stuck loop does not answer at all, which is what a
+liveness probe is for. `/readyz` is 200 or 503, with the reason as its body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+
+import orjson
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from agent import host
+from agent.config import Settings
+from agent.errors import SettingsError
+
+PATIENCE = 5.0
+"""Seconds for a request to arrive and for its answer to leave."""
+MOST_BYTES = 16 * 1024
+"""Of request line and headers; browsers send 1 KB."""
+MOST_AT_ONCE = 64
+"""Connections. A prober and a scraper need two."""
+
+Answer = tuple[HTTPStatus, str, bytes]
+_ACCEPT = re.compile(rb"(?im)^accept:[ \t]*([^\r\n]*)")
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+
+
+async def serve(
+    settings: Settings,
+    report: Callable[[], Mapping[str, object]],
+    registry: CollectorRegistry,
+    ready: Callable[[], bool],
+    *,
+    alive: Callable[[], bool] = lambda: True,
+    why: Callable[[], str] = lambda: "",
+    on_bound: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Serve until cancelled on HEALTH_HOST and HEALTH_PORT.
+
+    `report` is `/status`; `why` is one sentence that goes with `ready`; `on_bound` gets the port (0 picks one).
+    Raises `SettingsError` when the address cannot be listened on.
+    """
+    listener = _listen(settings.health_host, settings.health_port)
+    open_now = 0
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal open_now
+        open_now += 1
+        try:
+            with contextlib.suppress(
+                OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
+            ):
+                async with asyncio.timeout(PATIENCE):
+                    if open_now > MOST_AT_ONCE:
+                        _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
+                    else:
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        _write(
+                            writer,
+                            answer(head, report, registry, ready, alive, why),
+                            head=head[:5] == b"HEAD ",
+                        )
+                    await writer.drain()
+        finally:
+            open_now -= 1
+            writer.close()
+
+    server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES)
+    on_bound(listener.getsockname()[1])
+    async with server:
+        await server.serve_forever()
+
+
+def answer(
+    request: bytes,
+    report: Callable[[], Mapping[str, object]],
+    registry: CollectorRegistry,
+    ready: Callable[[], bool],
+    alive: Callable[[], bool],
+    why: Callable[[], str],
+) -> Answer:
+    """Status, content type and body for one request's head."""
+    words = request.split(b"\r\n", 1)[0].split(b" ")
+    if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+        return HTTPStatus.BAD_REQUEST, TEXT, b"not HTTP/1\n"
+    if words[0] not in (b"GET", b"HEAD"):
+        return HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"only GET\n"
+    match words[1].split(b"?", 1)[0]:
+        case b"/livez":
+            return _verdict(alive(), "alive", "stuck")
+        case b"/readyz":
+            good = ready()
+            return _verdict(good, "ready", "not ready", why())
+        case b"/status":
+            body = orjson.dumps(report(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            return HTTPStatus.OK, JSON, body
+        case b"/metrics":
+            accept = _ACCEPT.search(request)
+            encode, kind = choose_encoder(accept[1].decode("latin-1") if accept else "")
+            return HTTPStatus.OK, kind, encode(registry)
+    return HTTPStatus.NOT_FOUND, TEXT, b"/livez /readyz /status /metrics\n"
+
+
+def _verdict(good: bool, yes: str, no: str, reason: str = "") -> Answer:
+    said = (yes if good else no) + (f": {reason}" if reason else "")
+    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"{said}\n".encode()
+
+
+def _write(writer: asyncio.StreamWriter, given: Answer, *, head: bool = False) -> None:
+    status, kind, body = given
+    allow = "Allow: GET, HEAD\r\n" if status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    lines = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        f"Cache-Control: no-store\r\n{allow}Connection: close\r\n\r\n"
+    )
+    writer.write(lines.encode() + (b"" if head else body))
+
+
+def _listen(wanted: str, port: int) -> socket.socket:
+    name = host.listening_host(wanted)
+    both = name == "::" and socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        return socket.create_server((name, port), family=family, dualstack_ipv6=both, backlog=MOST_AT_ONCE)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SettingsError([f"HEALTH_PORT: cannot listen on {wanted} port {port}: {reason}"]) from None

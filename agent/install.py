@@ -1,0 +1,307 @@
+"""Dependencies: installed beside the project and swapped in only when whole.
+
+    current    node_modules says it was installed for what the project wants now: nothing to do
+    cached     an earlier install for the same key is hard-linked into place
+    installed  the package manager ran in a staged directory, and its result was swapped in
+
+Until the swap, two renames, the old node_modules and whatever runs on it stay as they are; an install that
+fails, hangs or is killed leaves them so for good. Every step that touches what the project's user owns runs
+as that user: the agent, which may be root, writes nothing there itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from agent import child, project
+from agent.child import Finished, Rights
+from agent.config import Settings
+from agent.model import Problem
+from agent.project import Manager, Project
+from agent.reaper import Reaper
+
+KEPT = 4
+"""Finished installs in the cache: a few lock files back and forth, at some 70 MB each."""
+SHELL_SECONDS = 120.0
+"""For copying, linking, renaming. Measured in tens of milliseconds; a full disk or a slow one must end too."""
+TAIL = 15
+"""Lines of the package manager's last words that a problem shows."""
+
+_STALE_LOCK = re.compile(
+    r"EUSAGE|ERR_PNPM_OUTDATED_LOCKFILE|frozen-lockfile|lockfile needs to be updated|lockfile had changes|YN0028"
+)
+"""How each package manager says that its lock file and package.json disagree."""
+
+LINK = 'cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2"; cp -Rp "$1" "$2"; }'
+SWAP = """
+set -e
+if [ -e "$2" ] || [ -L "$2" ]; then mv "$2" "$3/old"; fi
+mv "$1" "$2" || { [ ! -e "$3/old" ] || mv "$3/old" "$2"; exit 1; }
+"""
+
+
+class How(StrEnum):
+    """What an install came to; the metric's label."""
+
+    CURRENT = "current"
+    CACHED = "cached"
+    INSTALLED = "installed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How it ended. `swapped`: another node_modules is in place now. `usable`: there is one to run with."""
+
+    how: How
+    swapped: bool
+    usable: bool
+    seconds: float
+    problem: Problem | None = None
+
+
+class _Failed(Exception):
+    """One step did not work; the message is for people."""
+
+    def __init__(self, rule: str, detail: str) -> None:
+        self.rule = rule
+        super().__init__(detail)
+
+
+class Installer:
+    """Brings a project's node_modules up to date. One `install` at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        environ: Mapping[str, str],
+        rights: Rights,
+        on_line: Callable[[str], None],
+        reaper: Reaper | None = None,
+    ) -> None:
+        self._directory = settings.modules
+        self._command = settings.install_command
+        self._scripts = settings.install_scripts
+        self._seconds = settings.install_seconds
+        self._rights = rights
+        self._on_line = on_line
+        self._reaper = reaper
+        self._environ = environ
+        self._names = itertools.count(1)
+
+    async def open(self) -> None:
+        """Make the directory for stages and cache, and remove what a killed agent left. Raises OSError."""
+        self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if self._rights.user:
+            os.chown(self._directory, self._rights.user.uid, self._rights.user.gid, follow_symlinks=False)
+        left = [entry.path for entry in os.scandir(self._directory) if _is_left_over(entry.name)]
+        if left:
+            await self._shell('rm -rf -- "$@"', *left)
+
+    async def install(self, wanted: Project) -> Result:
+        """Make `wanted.modules` what the project wants. Never raises for what the project did wrong."""
+        began = time.monotonic()
+
+        def result(how: How, *, swapped: bool = False, problem: Problem | None = None) -> Result:
+            usable = wanted.modules.is_dir() or not wanted.has_dependencies
+            return Result(how, swapped, usable, time.monotonic() - began, problem)
+
+        if not wanted.has_dependencies or project.installed_key(wanted.modules) == wanted.key:
+            return result(How.CURRENT)
+        stage = self._directory / f"stage-{os.getpid()}-{next(self._names)}"
+        try:
+            if await self._from_cache(wanted, stage):
+                return result(How.CACHED, swapped=True)
+            await self._fresh(wanted, stage)
+            return result(How.INSTALLED, swapped=True)
+        except _Failed as failure:
+            return result(How.FAILED, problem=Problem("install_failed", str(failure), rule=failure.rule))
+        finally:
+            await asyncio.shield(self._discard(stage))
+
+    # --- the steps
+
+    async def _from_cache(self, wanted: Project, stage: Path) -> bool:
+        kept = self._directory / "cache" / wanted.key
+        if not (kept / "node_modules").is_dir():
+            return False
+        done = await self._shell(
+            f'mkdir "$3" && {{ {LINK}; }} && {{ touch "$4"; }}',
+            *map(str, (kept / "node_modules", stage / "node_modules", stage, kept)),
+        )
+        if not done.ok:
+            await self._shell('rm -rf -- "$1"', str(stage))
+            return False
+        await self._swap(wanted, stage)
+        return True
+
+    async def _fresh(self, wanted: Project, stage: Path) -> None:
+        await self._prepare(wanted, stage)
+        env = self._environment()
+        commands = [self._command] if self._command else _commands(wanted, scripts=self._scripts)
+        done = await self._manager(commands[0], stage, env)
+        if not done.ok and len(commands) > 1 and any(_STALE_LOCK.search(line) for line in done.tail):
+            self._on_line(f"{wanted.lock} does not match package.json; installing without it")
+            done = await self._manager(commands[1], stage, env)
+        if not done.ok:
+            raise _explained(commands[0], done, self._seconds)
+        sealed = await self._shell(
+            'mkdir -p "$1" && [ ! -L "$1" ] && printf \'{"key": "%s"}\\n\' "$2" >"$1/$3"',
+            str(stage / "node_modules"), wanted.key, project.RECORD,
+        )  # fmt: skip
+        if not sealed.ok:
+            raise _Failed("seal", f"cannot finish the install: {_last(sealed)}")
+        await self._keep(wanted, stage)
+        await self._swap(wanted, stage)
+
+    async def _manager(self, command: Sequence[str], stage: Path, env: Mapping[str, str]) -> Finished:
+        return await child.run(
+            command, cwd=stage, env=env, rights=self._rights, timeout=self._seconds,
+            on_line=self._on_line, reaper=self._reaper,
+        )  # fmt: skip
+
+    async def _prepare(self, wanted: Project, stage: Path) -> None:
+        if wanted.whole_tree or self._command:
+            script = 'mkdir "$2" && cd "$1" && tar --exclude=node_modules --exclude=.git -cf - . | tar -C "$2" -xf -'
+            done = await self._shell(script, str(wanted.root), str(stage))
+        else:
+            script = 'mkdir "$1" && d=$1 && shift && cp -p -- "$@" "$d"'
+            done = await self._shell(script, str(stage), *_manifests(wanted))
+        if not done.ok:
+            raise _Failed("stage", f"cannot stage the install in {stage}: {_last(done)}")
+
+    async def _keep(self, wanted: Project, stage: Path) -> None:
+        """Into the cache, for the next time. That it cannot be kept is no reason to fail."""
+        kept = self._directory / "cache" / wanted.key
+        done = await self._shell(
+            f'mkdir -p "$3" "$4" && {{ {LINK}; }} && {{ mv "$4" "$5" 2>/dev/null || [ -d "$5" ]; }}',
+            str(stage / "node_modules"), str(stage / "kept" / "node_modules"),
+            str(kept.parent), str(stage / "kept"), str(kept),
+        )  # fmt: skip
+        if not done.ok:
+            self._on_line(f"the install is not kept for the next time: {_last(done)}")
+            return
+        with contextlib.suppress(OSError):
+            old = sorted(os.scandir(kept.parent), key=lambda entry: entry.stat().st_mtime)[:-KEPT]
+            if old:
+                await self._shell('rm -rf -- "$@"', *(entry.path for entry in old))
+
+    async def _swap(self, wanted: Project, stage: Path) -> None:
+        done = await self._shell(SWAP, str(stage / "node_modules"), str(wanted.modules), str(stage))
+        if not done.ok:
+            raise _Failed("swap", f"cannot put node_modules in place: {_last(done)}")
+
+    async def _discard(self, stage: Path) -> None:
+        await self._shell('rm -rf -- "$1"', str(stage))
+
+    async def _shell(self, script: str, *arguments: str) -> Finished:
+        return await child.run(
+            ("sh", "-c", script, "install", *arguments), cwd=self._directory, env=self._environment(),
+            rights=self._rights, timeout=SHELL_SECONDS, reaper=self._reaper,
+        )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
+        more = {
+            "CI": "1",
+            "npm_config_update_notifier": "false",
+            "YARN_NODE_LINKER": "node-modules",
+            "YARN_ENABLE_SCRIPTS": str(self._scripts).lower(),
+        }
+        env = child.environment(self._environ, user=self._rights.user, more=more, install=True)
+        if not os.path.isdir(env["HOME"]):
+            env["HOME"] = str(self._directory)
+        return env
+
+
+def _manifests(wanted: Project) -> list[str]:
+    names = [n for n in ("package.json", wanted.lock, *project.BESIDE) if n]
+    return [str(wanted.root / n) for n in names if os.path.lexists(wanted.root / n)]
+
+
+def _commands(wanted: Project, *, scripts: bool) -> list[tuple[str, ...]]:
+    """What to run; the second is for a lock file that does not match package.json."""
+    quiet = () if scripts else ("--ignore-scripts",)
+    match wanted.manager:
+        case Manager.NPM:
+            flags = ("--no-audit", "--no-fund", "--prefer-offline", "--include=dev", *quiet)
+            loose = ("npm", "install", "--no-package-lock" if not wanted.lock else "--no-save", *flags)
+            return [("npm", "ci", *flags), loose] if wanted.lock else [loose]
+        case Manager.PNPM:
+            start = ("pnpm", "install", "--prefer-offline", *quiet)
+            return [(*start, "--frozen-lockfile"), (*start, "--no-frozen-lockfile")][
+                0 if wanted.lock else 1 :
+            ]
+        case Manager.YARN:
+            head = project.read_small(wanted.root / "yarn.lock") if wanted.lock else None
+            if head is not None and b"__metadata:" in head[:4096]:
+                return [("yarn", "install", "--immutable"), ("yarn", "install", "--no-immutable")]
+            start = ("yarn", "install", "--non-interactive", "--prefer-offline", "--production=false", *quiet)
+            return [(*start, "--frozen-lockfile"), start] if wanted.lock else [(*start, "--no-lockfile")]
+        case Manager.BUN:
+            start = ("bun", "install", *quiet)
+            return [(*start, "--frozen-lockfile"), start] if wanted.lock else [start]
+
+
+def _explained(command: Sequence[str], done: Finished, seconds: float) -> _Failed:
+    said = "\n".join(done.tail[-TAIL:])
+    if done.timed_out:
+        return _Failed("timeout", f"{command[0]} did not end within {seconds:g} s\n{said}".rstrip())
+    if done.code == 126 and f"cannot run {command[0]}" in said:
+        return _Failed("missing", f"{command[0]} is not installed here")
+    return _Failed("exit", f"{' '.join(command[:2])} ended with {done.code}\n{said}".rstrip())
+
+
+def _last(done: Finished) -> str:
+    return done.tail[-1] if done.tail else f"exit {done.code}"
+
+
+def _is_left_over(name: str) -> bool:
+    """A stage of an agent that is no more."""
+    if not name.startswith("stage-"):
+        return False
+    pid = name.split("-")[1]
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+async def bake(directory: Path) -> Result:
+    """Install in `directory` as an image does it once for all: no other user, no cache kept."""
+    wanted = project.find(directory)
+    if wanted is None:
+        raise SystemExit(f"no package.json in {directory}")
+    settings = Settings.model_construct(project_dir=directory)
+    installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=_say)
+    await installer.open()
+    try:
+        return await installer.install(wanted)
+    finally:
+        shutil.rmtree(settings.modules)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    outcome = asyncio.run(bake(Path(sys.argv[1]).resolve()))
+    if outcome.problem:
+        sys.exit(outcome.problem.detail)
