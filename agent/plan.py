@@ -235,13 +235,14 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
     """What a verified snapshot asks for. `staged` names, per path, where its bytes wait.
 
     A full one speaks for every path, a delta (`base_revision`) for those it lists. A snapshot older than the tree
-    takes nothing back.
+    takes nothing back. A file equal when the fetch began is not staged; if it changed since, that is a gap.
     """
     cursor = tree.cursor
     other_history = cursor.epoch != manifest.epoch
     if manifest.base_revision is not None and (other_history or cursor.revision < manifest.base_revision):
         return Plan((), tree, Outcome.WAITING, Gap(Reason.EPOCH if other_history else Reason.GAP))
     operations: list[Operation] = []
+    missing: set[RelPath] = set()
     entries: Map[RelPath, Entry] = Map() if other_history else tree.entries
     with entries.mutate() as draft:
         for path, file in manifest.files.items():
@@ -251,6 +252,9 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
             entry = Entry(file.version, file.digest, file.size, file.executable, manifest.revision)
             draft[path] = entry
             if before is None or before.digest != file.digest or before.executable != file.executable:
+                if path not in staged:
+                    missing.add(path)
+                    continue
                 operations.append(Write(path, entry, staged=staged[path]))
         for path, version in _departed(tree, manifest, other_history=other_history):
             before = tree.entries.get(path)

@@ -1,0 +1,61 @@
+"""`preview-agent`: what runs in the container. Each command reads the settings once and exits with a meaning."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from agent import __version__
+from agent.errors import AgentError, SettingsError
+
+EXITS = """exit codes:
+  0   asked to stop, and drained          70  token or snapshot rejected for good
+  1   a bug                               71  project directory unusable
+  64  bad settings                        75  dev server failed for good (DEV_ESSENTIAL=true)
+  69  hydration impossible
+
+Settings come from the environment: PROJECT_ID, SESSION_ID, SNAPSHOT_URL, REALTIME_TOKEN, REALTIME_URL,
+SESSION_API_URL and the knobs that README.md lists."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="preview-agent",
+        description="Keeps a directory, and the dev server that serves it, equal to the database's current tree.",
+        epilog=EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"preview-agent {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="hydrate, start the dev server, follow the project until told to stop")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    _parser().parse_args(argv)
+    try:
+        return _run()
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
+        return error.exit_code
+    except AgentError as error:
+        print(f"preview-agent: {error}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
+        return error.exit_code
+
+
+def _run() -> int:
+    # Imported late: `--help` and a refused environment should not wait for the whole agent.
+    from agent.daemon import run
+    from agent.environment import read_environment
+
+    environ = dict(os.environ)
+    return asyncio.run(run(read_environment(environ), environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

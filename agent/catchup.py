@@ -1,0 +1,101 @@
+"""Asking the database what is missing, through the session API, and fetching the snapshot when that is the answer.
+
+The question is `agent.follow`'s, what the answer means is `agent.plan`'s; here is only the asking, and the one place
+that knows the two ways to a first tree: the URL of the environment, and the session API's offer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import httpx
+from tenacity import RetryCallState, Retrying, wait_random_exponential
+
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.errors import CredentialRejected, SnapshotRejected, Unavailable
+from agent.follow import Request
+from agent.hydrate import Progress, StagedSnapshot, fetch, obtain
+from agent.model import Entry, Problem, RelPath
+from agent.session import SessionApi
+from agent.status import Problems
+from agent.wire import Changes, Current, SnapshotOffer
+
+Answer = Current | Changes | StagedSnapshot
+
+FULL_JITTER = wait_random_exponential(multiplier=0.25, max=15)
+"""Seconds. A thousand agents that lost the orchestrator together must not come back together."""
+
+
+def jitter(attempt: int, error: BaseException | None = None) -> float:
+    """Seconds to wait after the `attempt`th failure (from 1): full jitter, at least what the peer asked for."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = attempt
+    asked = error.retry_after if isinstance(error, Unavailable) else None
+    return max(FULL_JITTER(state), asked or 0.0)
+
+
+@dataclass(slots=True)
+class CatchUp:
+    """`api` None: there is no catch-up, only the snapshot URL of the start. `have` gives the tree as it is now."""
+
+    api: SessionApi | None
+    disk: Disk
+    http: httpx.AsyncClient
+    limits: SnapshotLimits
+    project_id: str
+    problems: Problems
+    have: Callable[[], Mapping[RelPath, Entry]]
+    progress: Progress = field(default_factory=Progress)
+
+    async def ask(self, request: Request) -> Answer:
+        """One question, one answer. Raises whatever made it impossible; asking again is the caller's decision."""
+        if self.api is None:
+            raise Unavailable("catch-up", "SESSION_API_URL is not set")
+        answer = await self.api.sync(
+            request.epoch, request.revision, request.reason.value, sorted(request.paths) or None
+        )
+        self.problems.clear_kinds("session_api_unreachable", "token_refused")
+        if not isinstance(answer, SnapshotOffer):
+            return answer
+        try:
+            staged = await fetch(
+                answer.snapshot_url,
+                disk=self.disk,
+                http=self.http,
+                limits=self.limits,
+                expected_project=self.project_id,
+                progress=self.progress,
+                have=self.have(),
+            )
+        except SnapshotRejected as error:
+            self.problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
+            raise
+        except CredentialRejected as error:
+            # Of the URL, not of our token: the next question brings another.
+            self.problems.add(Problem("snapshot_expired", str(error)))
+            raise Unavailable("the snapshot", str(error)) from None
+        self.problems.clear_kinds("snapshot_rejected", "snapshot_expired")
+        return staged
+
+    async def first(self, url: str | None) -> StagedSnapshot:
+        """The tree to start from: from `url` while it is good, else from what the session API offers.
+
+        Raises `HydrationImpossible`, `CredentialRejected` or `RootUnusable` when there is none to be had.
+        """
+        return await obtain(
+            url,
+            renew=self._offer if self.api is not None else None,
+            disk=self.disk,
+            http=self.http,
+            limits=self.limits,
+            expected_project=self.project_id,
+            progress=self.progress,
+        )
+
+    async def _offer(self, reason: str) -> str | None:
+        """A fresh URL for an agent that has no tree; `reason` tells the orchestrator what was wrong with the last."""
+        assert self.api is not None
+        answer = await self.api.sync(None, 0, reason, None)
+        return answer.snapshot_url if isinstance(answer, SnapshotOffer) else None

@@ -1,0 +1,232 @@
+"""The one place where everything is wired, started, watched and stopped.
+
+Every root task has a name and runs until the end; the first to end ends all. A signal, the orchestrator's `stop`
+and a failure take the same way out: the sync stops between two batches, the dev server's group is stopped, what
+remains is cut off when the grace is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Collection, Coroutine, Mapping
+
+import httpx
+
+from agent import health
+from agent.catchup import CatchUp, jitter
+from agent.config import Settings
+from agent.disk import Disk
+from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.follow import Follower
+from agent.follow import Settings as Clockwork
+from agent.ledger import Ledger
+from agent.model import Problem, RelPath, Tree
+from agent.reaper import Reaper, stop_signals
+from agent.report import Report
+from agent.session import SessionApi
+from agent.status import AgentState, Problems, SyncStatus
+from agent.stream import RealtimeStream
+from agent.supervisor import Supervisor, rights
+from agent.sync import Parts, Sync
+from agent.telemetry import Metrics, configure_logs, get_logger, process_age, redactor_for
+from agent.tokens import Tokens, spread
+
+log = get_logger("daemon")
+
+HEARTBEAT = 30.0
+"""Seconds between two status reports when nothing changes; jittered by a fifth. Long enough to cost nothing with
+100,000 sessions, short enough that the loss of the very last event heals before anybody files a bug."""
+
+CHANGE_LOOK = 0.1
+"""Seconds between looks at whether the state changed; a change is reported at once."""
+
+QUICK = 0.25
+"""Least seconds between two reports, however fast the state flaps."""
+
+
+async def run(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits)."""
+    redactor = redactor_for(settings)
+    configure_logs(settings, redactor)
+    reaper = Reaper()
+    reaper.adopt()
+    metrics = Metrics()
+    problems = Problems(metrics)
+    status = SyncStatus()
+    limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
+    async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
+        first = settings.realtime_token
+        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+        api = (
+            SessionApi(settings.session_api_url, settings.session_id, tokens, http)
+            if settings.session_api_url
+            else None
+        )
+        key = settings.realtime_api_key
+        assert settings.realtime_url is not None, "read_environment requires it"
+        link = RealtimeStream(
+            settings.realtime_url,
+            key.get_secret_value() if key else None,
+            f"realtime:project:{settings.project_id}",
+            api or tokens,
+        )
+        user = rights(settings)[0].user
+        disk = Disk(
+            settings.project_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
+        )
+        ledger = Ledger(settings.state_dir / "ledger.sqlite")
+        follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
+        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
+        catch_up = CatchUp(
+            api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
+        )
+
+        def on_tree(paths: Collection[RelPath]) -> None:
+            supervisor.files_changed(paths)
+
+        sync = Sync(
+            Parts(
+                follower,
+                disk,
+                ledger,
+                link,
+                catch_up,
+                problems,
+                metrics,
+                status,
+                on_tree,
+                supervisor.project_ready,
+            ),
+            snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
+        )
+        report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor)
+        metrics.registry.register(report)
+        stop = asyncio.Event()
+        tasks: dict[str, Callable[[], Coroutine[None, None, None]]] = {
+            "link": link.run,
+            "sync": sync.run,
+            "dev-server": supervisor.run,
+            "health": lambda: health.serve(
+                settings, report.status, metrics.registry, report.ready, why=report.why
+            ),
+            "heartbeat": lambda: _heartbeat(report, api, sync, problems, stop),
+        }
+        try:
+            return await _until_stopped(tasks, settings, report, supervisor, stop)
+        finally:
+            disk.close()
+            ledger.close()
+            reaper.release()
+
+
+async def _until_stopped(
+    root: Mapping[str, Callable[[], Coroutine[None, None, None]]],
+    settings: Settings,
+    report: Report,
+    supervisor: Supervisor,
+    stop: asyncio.Event,
+) -> int:
+    """Run the root tasks until one of them ends or somebody asks; drain; say how the process should end."""
+
+    def asked(number: signal.Signals, count: int) -> None:
+        log.info("agent.signal", signal=number.name, count=count)
+        if count > 1:
+            supervisor.hurry()
+        stop.set()
+
+    with stop_signals(asked):
+        tasks = {asyncio.create_task(start(), name=name): name for name, start in root.items()}
+        waiting = asyncio.create_task(stop.wait(), name="stop")
+        log.info("agent.started", version=report.heartbeat()["agent_version"])
+        await asyncio.wait([*tasks, waiting], return_when=asyncio.FIRST_COMPLETED)
+        ended = [task for task in tasks if task.done()]
+        report.draining = True
+        log.info("agent.draining", grace=settings.stop_grace)
+        waiting.cancel()
+        for task in tasks:
+            task.cancel()
+        _, hanging = await asyncio.wait(tasks, timeout=settings.stop_grace)
+        for task in hanging:
+            log.error("agent.cut_off", task=tasks[task])
+        code = _exit_code(ended, tasks)
+        log.info("agent.stopped", exit=code)
+        return code
+
+
+def _exit_code(ended: Collection[asyncio.Task[None]], names: Mapping[asyncio.Task[None], str]) -> int:
+    """0 when somebody asked; otherwise what the task that ended first died of."""
+    for task in ended:
+        if task.cancelled():
+            continue
+        error = task.exception()
+        if error is None:
+            log.error("agent.task_ended", task=names[task])
+            return 1
+        cause = _first_cause(error)
+        if isinstance(cause, AgentError):
+            log.error("agent.failed", task=names[task], why=str(cause), exit=cause.exit_code)
+            return cause.exit_code
+        log.error("agent.bug", task=names[task], exc_info=cause)
+        return 1
+    return 0
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The first error inside a group of them."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _heartbeat(
+    report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
+) -> None:
+    """Tell the orchestrator how we are, at once on a change; hear where the database is.
+
+    A head that disagrees with the tree heals even the loss of the last event.
+    """
+    sent: object = None
+    due = 0.0
+    was: AgentState | None = None
+    started = False
+    attempt = 0
+    while True:
+        state = report.state
+        if state is not was:
+            log.info("agent.state", state=state.value, before=was.value if was else None)
+            was = state
+        if not started and report.ready():
+            started = True
+            report.metrics.session_start.set(process_age())
+            log.info("agent.ready", seconds=round(process_age(), 3))
+        now = time.monotonic()
+        seen = (state, report.dev.state, report.ready())
+        if api is not None and (now >= due or (seen != sent and attempt == 0)):
+            sent = seen
+            due = now + HEARTBEAT * (0.8 + 0.4 * spread())
+            try:
+                head = await api.report_status(report.heartbeat())
+            except Unavailable as error:
+                attempt += 1
+                due = time.monotonic() + jitter(attempt, error)
+                problems.add(Problem("session_api_unreachable", str(error)))
+            except CredentialRejected as error:
+                if isinstance(error, SessionGone):
+                    raise
+                attempt += 1
+                due = time.monotonic() + HEARTBEAT
+                problems.add(Problem("token_refused", str(error)))
+            else:
+                attempt = 0
+                problems.clear_kinds("session_api_unreachable", "token_refused")
+                if head.action == "stop":
+                    log.info("agent.told_to_stop")
+                    stop.set()
+                sync.hear(head)
+                if head.action == "sync":
+                    sync.hurry()
+            await asyncio.sleep(QUICK)
+        else:
+            await asyncio.sleep(CHANGE_LOOK)

@@ -1,0 +1,149 @@
+"""One picture of the whole agent, put together from its parts for `/status`, `/readyz`, `/metrics` and the heartbeat.
+
+Reads the parts and changes none of them. The agent's own state is derived here at every look.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from agent import __version__
+from agent.catchup import CatchUp
+from agent.config import Settings
+from agent.model import Problem
+from agent.phoenix import LinkState
+from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
+from agent.stream import RealtimeStream
+from agent.supervisor import Supervisor
+from agent.sync import Sync
+from agent.telemetry import Metrics, Redactor
+
+HARMLESS = frozenset({"drift", "path_refused", "path_unusable", "hmr_unreachable"})
+"""Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
+
+
+@dataclass(slots=True)
+class Report(Collector):
+    """Looks at everything; owns nothing. `draining` is set by the daemon alone."""
+
+    settings: Settings
+    sync: Sync
+    sync_status: SyncStatus
+    catch_up: CatchUp
+    link: RealtimeStream
+    dev: Supervisor
+    problems: Problems
+    metrics: Metrics
+    redactor: Redactor
+    draining: bool = False
+
+    @property
+    def state(self) -> AgentState:
+        """The agent as a whole, now."""
+        return agent_state(
+            self.sync_status.phase,
+            self.dev.state.value,
+            link_down_for=self._link_down_for(),
+            draining=self.draining,
+            problems=sum(1 for problem in self._problems() if problem.kind not in HARMLESS),
+        )
+
+    def ready(self) -> bool:
+        """The tree is whole and the preview is served (protocol: /readyz); degraded still is."""
+        hydrated = self.sync_status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED)
+        return hydrated and self.dev.ready and not self.draining
+
+    def heartbeat(self) -> dict[str, object]:
+        """The body of PUT …/status."""
+        tree = self.sync.tree
+        return {
+            "state": self.state.value,
+            "revision": tree.cursor.revision,
+            "epoch": tree.cursor.epoch,
+            "tree_hash": tree.hash(),
+            "dev_server": self.dev.state.value,
+            "problems": self._shown(),
+            "agent_version": __version__,
+        }
+
+    def status(self) -> Mapping[str, object]:
+        """All of it, for people; no secret."""
+        tree = self.sync.tree
+        said: dict[str, object] = {
+            "state": self.state.value,
+            "ready": self.ready(),
+            "agent_version": __version__,
+            "project_id": str(self.settings.project_id),
+            "session_id": str(self.settings.session_id),
+            "uptime_seconds": round(time.time() - self.sync_status.started_at, 3),
+            "revision": tree.cursor.revision,
+            "epoch": tree.cursor.epoch,
+            "islands": sorted(tree.cursor.islands),
+            "head_revision": self.sync.head_revision,
+            "files": len(tree.files()),
+            "catch_up": [reason.value for reason in self.sync.pending],
+            "last_lag_seconds": self.sync_status.last_lag,
+            "last_event_at": self.sync_status.last_event_at,
+            "last_catch_up_at": self.sync_status.last_catch_up_at,
+            "hydrate": {"mode": self.sync_status.mode, **self.catch_up.progress.report()},
+            "link": self.link.report(),
+            "dev_server": self.dev.report(),
+            "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
+            "problems": self._shown(),
+        }
+        clean = self.redactor.value(said)
+        assert isinstance(clean, dict)
+        return clean
+
+    def why(self) -> str:
+        """One sentence that goes with `ready`."""
+        kinds = sorted({problem.kind for problem in self._problems()})
+        return f"{self.state.value}, dev server {self.dev.state.value}" + (
+            f"; {', '.join(kinds)}" if kinds else ""
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """The link's own figures, read at each scrape (a prometheus collector)."""
+        link = self.link.report()
+        state = GaugeMetricFamily(
+            "preview_agent_link_state", "1 for the state the link is in.", labels=["state"]
+        )
+        for each in LinkState:
+            state.add_metric([each.value], float(each is self.link.state))
+        yield state
+        refusals = CounterMetricFamily(
+            "preview_agent_link_refusals", "Connections and joins turned away.", labels=["reason"]
+        )
+        counted = link["refusals"]
+        assert isinstance(counted, dict)
+        for reason, total in counted.items():
+            refusals.add_metric([str(reason)], total)
+        yield refusals
+        jumps = link["clock_jumps"]
+        assert isinstance(jumps, int)
+        yield CounterMetricFamily(
+            "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
+        )
+
+    def _link_down_for(self) -> float:
+        if self.link.state is LinkState.LIVE:
+            return 0.0
+        since = self.link.report()["since"]
+        assert isinstance(since, float)
+        return time.time() - since
+
+    def _problems(self) -> list[Problem]:
+        return [*self.problems.open.values(), *self.link.problems(), *self.dev.problems()]
+
+    def _shown(self) -> object:
+        return self.redactor.value(
+            [
+                {"kind": p.kind, "rule": p.rule, "file_path": p.path, "detail": p.detail}
+                for p in self._problems()
+            ]
+        )

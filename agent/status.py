@@ -1,0 +1,129 @@
+"""What the agent is doing and what is wrong, in one place for `/status`, the heartbeat and the metrics.
+
+The agent's state is derived from its parts, never set: a state that is stored can be wrong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from agent.model import Problem
+from agent.telemetry import Metrics, get_logger
+
+log = get_logger("status")
+
+LINK_PATIENCE = 10.0
+"""Seconds without a live link before the agent calls itself degraded: most reconnects are over by then."""
+
+
+class AgentState(StrEnum):
+    """The agent as a whole (protocol: States)."""
+
+    STARTING = "starting"
+    HYDRATING = "hydrating"
+    INSTALLING = "installing"
+    SERVING = "serving"
+    DEGRADED = "degraded"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    HALTED = "halted"
+
+
+class SyncPhase(StrEnum):
+    """How far the tree is."""
+
+    STARTING = "starting"
+    HYDRATING = "hydrating"
+    FOLLOWING = "following"
+    HALTED = "halted"
+
+
+def agent_state(
+    phase: SyncPhase,
+    dev_server: str,
+    *,
+    link_down_for: float,
+    draining: bool,
+    problems: int,
+) -> AgentState:
+    """The one state that follows from the parts. `link_down_for` in seconds, 0 while the link is live."""
+    if draining:
+        return AgentState.DRAINING
+    if phase is SyncPhase.HALTED:
+        return AgentState.HALTED
+    if phase is not SyncPhase.FOLLOWING:
+        return AgentState(phase.value)
+    if dev_server == "installing":
+        return AgentState.INSTALLING
+    if dev_server in ("failed", "backoff") or problems or link_down_for > LINK_PATIENCE:
+        return AgentState.DEGRADED
+    return AgentState.SERVING if dev_server in ("ready", "absent") else AgentState.STARTING
+
+
+MAX_PROBLEMS = 200
+"""Problems kept one by one; a thousand refused paths must not fill memory or the heartbeat."""
+
+
+@dataclass(slots=True)
+class Problems:
+    """The open problems: raised by whoever meets them, cleared by whoever sees them gone."""
+
+    metrics: Metrics
+    open: dict[tuple[str, str | None], Problem] = field(default_factory=dict)
+    dropped: int = 0
+
+    def add(self, problem: Problem) -> None:
+        """Raise a problem; the same kind on the same path stands once."""
+        key = (problem.kind, problem.path)
+        if key not in self.open:
+            if len(self.open) >= MAX_PROBLEMS:
+                self.dropped += 1
+                return
+            log.warning(
+                "problem.opened",
+                kind=problem.kind,
+                rule=problem.rule,
+                detail=problem.detail,
+                file_path=problem.path,
+            )
+        self.open[key] = problem
+        self._show()
+
+    def clear(self, kind: str, path: str | None = None) -> None:
+        """The problem is gone. Nothing happens when there was none."""
+        if self.open.pop((kind, path), None) is not None:
+            log.info("problem.closed", kind=kind, file_path=path)
+            self._show()
+
+    def clear_path(self, path: str) -> None:
+        """Whatever was wrong with `path` is over."""
+        for kind, where in [key for key in self.open if key[1] == path]:
+            self.clear(kind, where)
+
+    def clear_kinds(self, *kinds: str) -> None:
+        """These kinds are over, on every path."""
+        for kind, where in [key for key in self.open if key[0] in kinds]:
+            self.clear(kind, where)
+
+    def _show(self) -> None:
+        counts = Counter(kind for kind, _ in self.open)
+        self.metrics.problems.clear()
+        for kind, count in counts.items():
+            self.metrics.problems.labels(kind).set(count)
+
+
+@dataclass(slots=True)
+class SyncStatus:
+    """What `sync` has to say; written by it alone. Times are Unix seconds."""
+
+    phase: SyncPhase = SyncPhase.STARTING
+    mode: str | None = None
+    """How the tree came to be: fresh, resume or rebuild."""
+    hydrated_at: float | None = None
+    last_event_at: float | None = None
+    last_catch_up_at: float | None = None
+    last_lag: float | None = None
+    started_at: float = field(default_factory=time.time)

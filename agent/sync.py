@@ -1,0 +1,457 @@
+"""The loop: hydrate → stream → plan → disk → ledger. The only place where the tree changes.
+
+Everything that is decided is decided in `agent.plan` and `agent.follow`; everything here happens in one thread and
+between two awaits, so the tree, the disk and the ledger move together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from agent.batch import Drift
+from agent.catchup import Answer, CatchUp, jitter
+from agent.disk import Disk
+from agent.errors import (
+    AgentError,
+    CredentialRejected,
+    MalformedMessage,
+    PathRefused,
+    SessionGone,
+    Unavailable,
+)
+from agent.follow import Follower, Request
+from agent.hydrate import StagedSnapshot
+from agent.ledger import FileStat, Ledger, LedgerState
+from agent.model import Commit, Cursor, Operation, Problem, RelPath, SnapshotReady, Tree, Write, tree_hash
+from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
+from agent.status import Problems, SyncPhase, SyncStatus
+from agent.stream import EventSource, Received, Resync, Signal
+from agent.telemetry import Metrics, get_logger
+from agent.wire import Changes, Current, Head, read_event
+
+log = get_logger("sync")
+
+DISK_PROBLEMS = (
+    "disk_full",
+    "permission_denied",
+    "read_only",
+    "too_many_open_files",
+    "io_error",
+)
+REFUSED_RETRY = 60.0
+"""Seconds between questions once the token is refused for good: somebody may still mend it."""
+
+TURN = 64
+"""Signals taken before other tasks get their turn, so that a flood cannot starve the heartbeat."""
+
+RESYNC_REASONS = {"overflow": Reason.OVERFLOW}
+
+
+@dataclass(slots=True)
+class Parts:
+    """What the loop stands on. `on_tree`: called with the paths that changed, after they changed."""
+
+    follower: Follower
+    disk: Disk
+    ledger: Ledger
+    source: EventSource
+    catch_up: CatchUp
+    problems: Problems
+    metrics: Metrics
+    status: SyncStatus
+    on_tree: Callable[[Collection[RelPath]], None]
+    on_hydrated: Callable[[], None]
+
+
+class Sync:
+    """See the module. `run` ends only by cancellation or by an error that ends the agent."""
+
+    def __init__(
+        self, parts: Parts, *, snapshot_url: str | None, clock: Callable[[], float] = time.monotonic
+    ):
+        self._p = parts
+        self._follower = parts.follower
+        self._snapshot_url = snapshot_url
+        self._clock = clock
+        self._stats: dict[RelPath, FileStat] = {}
+        self._wake = asyncio.Event()
+        self._asking: asyncio.Task[Answer] | None = None
+        self._request: Request | None = None
+        self._attempt = 0
+        self._doubted: str | None = None
+        self._stopping = False
+
+    # --- what others see and say
+
+    @property
+    def tree(self) -> Tree:
+        """What is true on disk."""
+        return self._follower.tree
+
+    @property
+    def head_revision(self) -> int:
+        """The highest revision heard of."""
+        return self._follower.head_revision
+
+    @property
+    def pending(self) -> tuple[Reason, ...]:
+        """Why a catch-up is wanted."""
+        return self._follower.needs
+
+    def hear(self, head: Head) -> None:
+        """The heartbeat's answer: where the database is."""
+        if self._p.status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
+            self._follower.compare(head, self._clock())
+            self._wake.set()
+
+    def hurry(self) -> None:
+        """The orchestrator asks for a catch-up now."""
+        self._follower.need(Reason.HEAD, self._clock())
+        self._wake.set()
+
+    def drifted(self, drifts: Sequence[Drift], *, restore: bool) -> None:
+        """Files were changed by something else. With `restore` the database's content is fetched for them."""
+        if not restore:
+            return
+        entries = self.tree.entries
+        for drift in drifts:
+            entry = entries.get(drift.path)
+            if entry is not None and entry.is_file:
+                entries = entries.set(drift.path, replace(entry, digest=drift.digest, provisional=True))
+                self._stats.pop(drift.path, None)
+                if drift.stat is not None:
+                    self._stats[drift.path] = drift.stat
+        self._follower.adopt(replace(self.tree, entries=entries))
+        self._follower.doubt((drift.path for drift in drifts), self._clock())
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Make the tree whole, then keep it equal to the database's."""
+        await self._begin()
+        self._p.status.phase = SyncPhase.FOLLOWING
+        self._p.status.hydrated_at = time.time()
+        self._p.on_hydrated()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive(), name="sync-receive")
+                tasks.create_task(self._keep_time(), name="sync-clock")
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """The batch in hand is finished by construction: nothing here can be interrupted between two awaits."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+        self._p.disk.clear_staging()
+
+    # --- the first tree
+
+    async def _begin(self) -> None:
+        loaded = self._p.ledger.load()
+        self._p.disk.open(loaded.directories if loaded else ())
+        self._p.disk.clear_staging()
+        if loaded is not None and loaded.tree.cursor.epoch is not None:
+            self._resume(loaded)
+            return
+        if loaded is not None:
+            self._p.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
+        self._p.status.mode = "rebuild" if self._p.disk.scan() else "fresh"
+        self._p.status.phase = SyncPhase.HYDRATING
+        started = self._clock()
+        staged = await self._p.catch_up.first(self._snapshot_url)
+        plan = self._plan_of(staged)
+        if not self._apply(plan, plan.operations):
+            problems = "; ".join(p.detail for p in self._p.problems.open.values())
+            raise Unavailable("the project directory", f"the snapshot could not be put in place: {problems}")
+        self._p.disk.clear_staging()
+        self._p.ledger.replace(self.tree, self._stats)
+        self._hydrated(staged, self._clock() - started)
+
+    def _resume(self, loaded: LedgerState) -> None:
+        """Go on from where an earlier life was: what the ledger says, corrected by what the disk holds."""
+        self._p.status.mode = "resume"
+        self._p.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
+        audit = self._p.disk.audit(loaded.tree, loaded.stats)
+        self._stats = dict(audit.stats)
+        entries = loaded.tree.entries
+        for drift in audit.drifts:
+            entries = entries.set(
+                drift.path, replace(entries[drift.path], digest=drift.digest, provisional=True)
+            )
+            if drift.stat is not None:
+                self._stats[drift.path] = drift.stat
+        self._follower.adopt(Tree(loaded.tree.cursor, entries))
+        self._follower.doubt((drift.path for drift in audit.drifts), self._clock())
+        self._follower.need(Reason.JOIN, self._clock())
+        log.info(
+            "hydrate.resumed",
+            revision=loaded.tree.cursor.revision,
+            files=len(audit.stats),
+            drifted=len(audit.drifts),
+        )
+
+    def _hydrated(self, staged: StagedSnapshot, seconds: float) -> None:
+        self._p.metrics.hydrate.observe(seconds)
+        if staged.manifest.build_seconds is not None:
+            self._p.metrics.snapshot_build.observe(staged.manifest.build_seconds)
+        log.info(
+            "hydrate.done",
+            mode=self._p.status.mode,
+            revision=self.tree.cursor.revision,
+            files=len(staged.staged),
+            bytes=staged.size,
+            seconds=round(seconds, 3),
+        )
+
+    def _plan_of(self, staged: StagedSnapshot) -> Plan:
+        plan = reconcile(self.tree, staged.manifest, staged.names)
+        if staged.plain:
+            return replace(plan, tree=replace(plan.tree, cursor=Cursor()))
+        return plan
+
+    # --- the loop
+
+    async def _receive(self) -> None:
+        taken = 0
+        while True:
+            self._take(await self._p.source.receive())
+            self._turn()
+            taken += 1
+            if taken % TURN == 0:
+                await asyncio.sleep(0)
+
+    async def _keep_time(self) -> None:
+        while True:
+            self._wake.clear()
+            self._turn()
+            deadline = self._follower.next_deadline()
+            try:
+                async with asyncio.timeout(
+                    None if deadline is None else max(0.0, deadline - self._clock()) + 0.001
+                ):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _take(self, signal: Signal) -> None:
+        now = self._clock()
+        if isinstance(signal, Resync):
+            self._follower.need(RESYNC_REASONS.get(signal.reason, Reason.JOIN), now)
+            self._wake.set()
+            return
+        self._p.status.last_event_at = signal.at
+        commit = self._read(signal)
+        if isinstance(commit, SnapshotReady):
+            self._follower.need(Reason.SNAPSHOT_READY, now)
+            self._wake.set()
+        elif commit is not None:
+            for problem in commit.problems:
+                self._p.problems.add(problem)
+            self._follower.receive(commit, now)
+
+    def _read(self, received: Received) -> Commit | SnapshotReady | None:
+        try:
+            read = read_event(received.event, received.payload)
+        except (MalformedMessage, PathRefused) as error:
+            log.warning("event.malformed", event_type=received.event, why=str(error))
+            self._p.metrics.events.labels(received.event, "malformed").inc()
+            self._follower.need(Reason.DOORBELL, self._clock())
+            self._wake.set()
+            return None
+        if read is None:
+            self._p.metrics.events.labels("other", "unknown").inc()
+        return read
+
+    def _turn(self) -> None:
+        """Do all that can be done now. Synchronous: nothing else sees the tree half-moved."""
+        if self._p.status.phase is SyncPhase.FOLLOWING:
+            while (batch := self._follower.ready(self._clock())) is not None:
+                coalesced = sum(len(commit.changes) for commit, _ in batch.steps) - len(batch.operations)
+                applied = self._apply(batch.plan, batch.operations)
+                self._observe(batch.steps, coalesced if len(batch.steps) > 1 else 0, applied=applied)
+        if self._asking is not None and self._asking.done():
+            self._land(self._asking)
+        if self._asking is None:
+            request = self._follower.request(self._clock())
+            if request is not None:
+                self._ask(request)
+        metrics = self._p.metrics
+        metrics.revision.set(self.tree.cursor.revision)
+        metrics.head_revision.set(self._follower.head_revision)
+        metrics.queue_depth.set(len(self._follower.waiting))
+
+    def _observe(self, steps: Sequence[tuple[Commit, Outcome]], coalesced: int, *, applied: bool) -> None:
+        now = time.time()
+        for commit, outcome in steps:
+            label = outcome.value if applied else "undone"
+            self._p.metrics.events.labels(commit.event, label).inc()
+            if applied and outcome is Outcome.APPLIED and commit.timestamp is not None:
+                lag = max(0.0, now - commit.timestamp)
+                self._p.status.last_lag = lag
+                self._p.metrics.event_lag.observe(lag)
+                log.info(
+                    "event.applied",
+                    event_type=commit.event,
+                    revision=commit.revision,
+                    file_path=commit.changes[0].path if len(commit.changes) == 1 else None,
+                    files=len(commit.changes),
+                    lag_ms=round(lag * 1000, 1),
+                )
+        if coalesced > 0:
+            self._p.metrics.coalesced.inc(coalesced)
+
+    def _apply(self, plan: Plan, operations: Sequence[Operation]) -> bool:
+        """Make the disk, the tree and the ledger follow a plan. False: the environment failed, all was undone."""
+        started = self._clock()
+        for problem in plan.problems:
+            self._p.problems.add(problem)
+        try:
+            new = [o.path for o in operations if isinstance(o, Write) and o.path not in self._stats]
+            self._p.ledger.intend(new)
+            outcome = self._p.disk.apply(operations, self._stats, tree=self.tree.entries)
+        except Unavailable as error:
+            self._p.problems.add(Problem("disk_full", str(error)))
+            self._follower.settle(plan, self._clock(), undone=True)
+            return False
+        for problem in outcome.problems:
+            if problem.kind == "drift":
+                log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
+            else:
+                self._p.problems.add(problem)
+        if outcome.rolled_back:
+            self._follower.settle(plan, self._clock(), undone=True)
+            self._wake.set()
+            return False
+        done = {each.operation.path for each in outcome.done}
+        failed = {operation.path for operation in operations if operation.path not in done}
+        for each in outcome.done:
+            path = each.operation.path
+            if each.stat is None:
+                self._stats.pop(path, None)
+            else:
+                self._stats[path] = each.stat
+            if self._p.problems.open:
+                self._p.problems.clear_path(path)
+        self._follower.settle(plan, self._clock(), failed=failed)
+        try:
+            self._p.ledger.record(outcome.done, self.tree.cursor, made=outcome.made, gone=outcome.gone)
+        except Unavailable as error:
+            self._p.problems.add(Problem("disk_full", str(error)))
+        else:
+            if self._p.problems.open and operations:
+                self._p.problems.clear_kinds(*DISK_PROBLEMS)
+        if operations:
+            self._p.metrics.apply.observe(self._clock() - started)
+            self._p.on_tree(done)
+        if self._follower.next_deadline() is not None:
+            self._wake.set()
+        return True
+
+    # --- catch-up
+
+    def _ask(self, request: Request) -> None:
+        log.info(
+            "sync.asked", reason=request.reason.value, revision=request.revision, paths=len(request.paths)
+        )
+        self._p.metrics.resyncs.labels(request.reason.value).inc()
+        if self._p.catch_up.api is None:
+            # Nothing can be asked; what is missing comes with the next snapshot or event.
+            self._follower.answered(self._clock())
+            self._p.source.caught_up()
+            return
+        self._request = request
+        self._asking = asyncio.create_task(self._p.catch_up.ask(request), name="catch-up")
+        self._asking.add_done_callback(lambda _: self._wake.set())
+
+    def _land(self, asking: asyncio.Task[Answer]) -> None:
+        """Take an answer into the tree, or plan the next question."""
+        now = self._clock()
+        try:
+            answer = asking.result()
+        except AgentError as error:
+            self._asking = None
+            self._failed(error, now)
+            return
+        plan = self._plan_for(answer)
+        if plan is not None:
+            free_at = self._follower.free_at(operation.path for operation in plan.operations)
+            if free_at > now:
+                asyncio.get_running_loop().call_later(free_at - now, self._wake.set)
+                return
+            if not self._accept(answer, plan, now):
+                return
+        self._asking = None
+        self._attempt = 0
+        self._p.status.last_catch_up_at = time.time()
+        self._follower.answered(now, _revision_of(answer))
+        self._p.source.caught_up()
+        log.info(
+            "sync.caught_up",
+            revision=self.tree.cursor.revision,
+            operations=len(plan.operations) if plan else 0,
+            kind=type(answer).__name__.lower(),
+        )
+
+    def _plan_for(self, answer: Answer) -> Plan | None:
+        if isinstance(answer, Current):
+            return None
+        if isinstance(answer, Changes):
+            return catch_up(self.tree, answer)
+        return self._plan_of(answer)
+
+    def _accept(self, answer: Answer, plan: Plan, now: float) -> bool:
+        """Apply an answer. False: it was not possible now, and the question is due again."""
+        if plan.gap is not None and plan.outcome is not Outcome.APPLIED:
+            self._retry(f"the answer did not fit: {plan.gap.reason.value}", now)
+            return False
+        if isinstance(answer, StagedSnapshot):
+            problem = brake(self.tree, plan)
+            wanted = tree_hash({path: file.digest for path, file in answer.manifest.files.items()})
+            if problem is not None and self._doubted != wanted:
+                self._doubted = wanted
+                self._p.status.phase = SyncPhase.HALTED
+                self._p.problems.add(problem)
+                self._retry(problem.detail, now)
+                return False
+            self._doubted = None
+            self._p.problems.clear_kinds("mass_delete")
+            self._p.status.phase = SyncPhase.FOLLOWING
+        if not self._apply(plan, plan.operations):
+            self._retry("the disk could not take the answer", now)
+            return False
+        if isinstance(answer, StagedSnapshot):
+            self._p.disk.clear_staging()
+            self._p.ledger.replace(self.tree, self._stats)
+        return True
+
+    def _retry(self, why: str, now: float) -> None:
+        self._asking = None
+        self._attempt += 1
+        wait = max(1.0, jitter(self._attempt))
+        log.warning("sync.retry", why=why, wait=round(wait, 2))
+        self._p.disk.clear_staging()
+        self._follower.failed(now, wait)
+
+    def _failed(self, error: AgentError, now: float) -> None:
+        if isinstance(error, SessionGone):
+            raise error
+        self._attempt += 1
+        wait = jitter(self._attempt, error)
+        if isinstance(error, CredentialRejected):
+            self._p.problems.add(Problem("token_refused", str(error)))
+            wait = max(wait, REFUSED_RETRY)
+        elif isinstance(error, Unavailable):
+            self._p.problems.add(Problem("session_api_unreachable", str(error)))
+        log.warning("sync.failed", why=str(error), attempt=self._attempt, wait=round(wait, 2))
+        self._p.disk.clear_staging()
+        self._follower.failed(now, wait)
+
+
+def _revision_of(answer: Answer) -> int | None:
+    if isinstance(answer, StagedSnapshot):
+        return None if answer.plain else answer.manifest.revision
+    return answer.revision
