@@ -102,6 +102,9 @@ class Timing:
     replication_within: float = 5.0
     """How long to wait for `Replication connection established` before taking the server for one that does not
     say it. Where it comes later after all, it counts as having fallen behind."""
+    probe_every: float = 60.0
+    """How often the token in force is pushed again although the server has it. A server ignores an identical token
+    without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
     late_tick: float = 1.0
     """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
 
@@ -194,6 +197,9 @@ class Phoenix:
         self._ref = 0
         self._join_ref: str | None = None
         self._joins_expired = 0
+        self._token = ""
+        self._token_unsent = False
+        self._probe_at: float | None = None
         self._join_by: float | None = None
         self._replication_by: float | None = None
         self._replication_ready = False
@@ -232,8 +238,13 @@ class Phoenix:
             return
         if self._join_ref is None:
             self._join(now, token)
+            return
+        self._token = token
+        if self._join_by is None:
+            self._push_token(now)
         else:
-            self._push("access_token", {"access_token": token})
+            # A push before the join's reply may find no channel; it follows the reply.
+            self._token_unsent = True
 
     def behind(self, reason: str) -> None:
         """Something may have been missed; only the next catch-up makes the link live again."""
@@ -267,14 +278,14 @@ class Phoenix:
         """When `tick` must be called at the latest; None without a socket."""
         if self.state not in WITH_SOCKET:
             return None
-        return min(
-            (
-                d
-                for d in (self._heartbeat_at, self._heartbeat_by, self._join_by, self._replication_by)
-                if d is not None
-            ),
-            default=None,
+        deadlines = (
+            self._heartbeat_at,
+            self._heartbeat_by,
+            self._join_by,
+            self._replication_by,
+            self._probe_at,
         )
+        return min((at for at in deadlines if at is not None), default=None)
 
     # --- what time tells us
 
@@ -298,6 +309,8 @@ class Phoenix:
         if self._replication_by is not None and now >= self._replication_by:
             self._replication_by = None
             self._settle()
+        if self._probe_at is not None and now >= self._probe_at:
+            self._push_token(now)
         if self._heartbeat_at is not None and now >= self._heartbeat_at:
             self._heartbeat(now)
         return None
@@ -358,7 +371,7 @@ class Phoenix:
             case "phx_reply":
                 if self._join_by is not None and ref == self._join_ref:
                     return self._join_reply(payload, now)
-                return None if ref is not None and join_ref == self._join_ref else self._ignore("stale")
+                return self._push_reply(ref, payload)
             case "system":
                 return self._system(join_ref, payload)
             case "phx_close" | "phx_error":
@@ -378,6 +391,9 @@ class Phoenix:
         if payload.get("status") == "ok":
             self._joins_expired = 0
             self._caught_up = False
+            self._probe_at = now + self.timing.probe_every
+            if self._token_unsent:
+                self._push_token(now)
             if not self._replication_ready:
                 self._replication_by = now + self.timing.replication_within
             self._move(Cause.JOINED, "join accepted")
@@ -392,6 +408,15 @@ class Phoenix:
         if kind in ("expired", "credential"):
             return self._refuse(reason)
         return self._drop("rate_limited" if kind == "rate_limited" else "join_error", reason)
+
+    def _push_reply(self, ref: object, payload: dict[str, object]) -> Meaning | None:
+        """Success is silent on the pushes we make. The one error that counts: the server has no such channel."""
+        response = payload.get("response")
+        if not isinstance(response, dict) or response.get("reason") != "unmatched topic":
+            return None
+        if self._join_ref is None or not _later(ref, self._join_ref):
+            return self._ignore("stale")
+        return self._drop("channel_gone", "the server does not know our channel any more")
 
     def _system(self, join_ref: object, payload: dict[str, object]) -> Meaning | None:
         message = str(payload.get("message", ""))
@@ -451,7 +476,8 @@ class Phoenix:
 
     def _leave_join(self) -> None:
         self._join_ref = None
-        self._join_by = self._replication_by = None
+        self._join_by = self._replication_by = self._probe_at = None
+        self._token_unsent = False
         self._replication_ready = self._caught_up = False
 
     def _forget(self) -> None:
@@ -477,8 +503,14 @@ class Phoenix:
     def _push(self, event: str, payload: Mapping[str, object]) -> None:
         self._send(self._join_ref, self._next_ref(), self.topic, event, payload)
 
+    def _push_token(self, now: float) -> None:
+        self._push("access_token", {"access_token": self._token})
+        self._token_unsent = False
+        self._probe_at = now + self.timing.probe_every
+
     def _join(self, now: float, token: str) -> None:
         self._leave_join()
+        self._token = token
         self._join_ref = self._next_ref()
         self._join_by = now + self.timing.join_within
         config = {
@@ -498,3 +530,8 @@ class Phoenix:
         self._heartbeat_ref = self._next_ref()
         self._heartbeat_by = now + self.timing.heartbeat_within
         self._send(None, self._heartbeat_ref, "phoenix", "heartbeat", {})
+
+
+def _later(ref: object, join_ref: str) -> bool:
+    """Whether `ref` is of a push made after the join `join_ref`: our refs are numbers that only grow."""
+    return isinstance(ref, str) and ref.isascii() and ref.isdigit() and int(ref[:20]) > int(join_ref)

@@ -23,7 +23,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 import structlog
 from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 
 from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
 from agent.model import Problem
@@ -368,7 +369,7 @@ class RealtimeStream:
             )
         except InvalidStatus as error:
             return self._handshake_refused(error)
-        except (OSError, TimeoutError, InvalidHandshake, EOFError) as error:
+        except (OSError, TimeoutError, WebSocketException, EOFError, UnicodeError) as error:
             # The class, not the text: the URL carries the key.
             return _End("unreachable", f"cannot connect: {type(error).__name__}")
         self._sockets += 1
@@ -412,6 +413,8 @@ class RealtimeStream:
                     return end
         except ConnectionClosed as error:
             frame = error.rcvd
+            if frame is None and error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+                return _End("oversize", f"a frame of more than {self._settings.max_frame} bytes")
             if frame is None:
                 return _End("reset", "the connection broke")
             return _End(f"closed_{int(frame.code)}", f"closed with {int(frame.code)} {frame.reason}".rstrip())
