@@ -1,0 +1,157 @@
+"""The session API's client: what it sends, how it reads answers, and how each refusal is sorted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+import respx
+
+from agent import session as session_module
+from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
+from agent.model import RelPath
+from agent.session import SessionApi, retry_after
+from agent.tokens import Tokens
+from agent.wire import Changes, Current, Head, SnapshotOffer
+from tests.fakes.realtime import jwt
+
+SESSION = UUID("22222222-2222-4222-8222-222222222222")
+BASE = "http://orchestrator.test/api"
+URL = f"{BASE}/v1/sessions/{SESSION}"
+TOKEN = jwt(2_000_000_000, name="secret-token")
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[SessionApi]:
+    async with httpx.AsyncClient() as http:
+        yield SessionApi(BASE + "/", SESSION, Tokens(TOKEN), http, wall=lambda: 1_800_000_000.0)
+
+
+@respx.mock
+async def test_sync_asks_and_reads_each_kind(api: SessionApi) -> None:
+    route = respx.post(f"{URL}/sync").mock(
+        side_effect=[
+            httpx.Response(200, json={"kind": "current", "epoch": "e", "revision": 4}),
+            httpx.Response(
+                200, json={"kind": "changes", "epoch": "e", "revision": 5, "base_revision": 4, "changes": []}
+            ),
+            httpx.Response(200, json={"kind": "snapshot", "snapshot_url": "https://s/x", "manifest": None}),
+        ]
+    )
+    assert await api.sync("e", 4, "joined") == Current("e", 4)
+    assert await api.sync("e", 4, "gap", [RelPath("a/b")]) == Changes("e", 5, 4, ())
+    assert await api.sync(None, 0, "epoch") == SnapshotOffer("https://s/x")
+    bodies = [json.loads(call.request.content) for call in route.calls]
+    assert bodies == [
+        {"epoch": "e", "revision": 4, "reason": "joined"},
+        {"epoch": "e", "revision": 4, "reason": "gap", "paths": ["a/b"]},
+        {"epoch": None, "revision": 0, "reason": "epoch"},
+    ]
+    assert route.calls[0].request.headers["authorization"] == f"Bearer {TOKEN}"
+
+
+@respx.mock
+async def test_a_renewed_token_is_in_force_at_once(api: SessionApi) -> None:
+    newer = jwt(2_000_000_600, name="newer")
+    respx.post(f"{URL}/token").respond(
+        200, json={"realtime_token": newer, "expires_at": "2033-05-18T03:43:20Z"}
+    )
+    status = respx.put(f"{URL}/status").respond(200, json={"epoch": "e", "revision": 1, "action": "sync"})
+    token = await api.renew_token()
+    assert token.value == newer
+    assert api.current() is token
+    assert await api.report_status({"state": "serving"}) == Head("e", 1, None, "sync")
+    assert status.calls[0].request.headers["authorization"] == f"Bearer {newer}"
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, CredentialRejected), (403, CredentialRejected), (404, SessionGone), (410, SessionGone),
+        (409, Superseded), (408, Unavailable), (429, Unavailable), (500, Unavailable), (503, Unavailable),
+        (302, MalformedMessage), (400, MalformedMessage), (422, MalformedMessage),
+    ],
+)  # fmt: skip
+@respx.mock
+async def test_each_refusal_is_sorted_and_tells_its_problem(
+    api: SessionApi, status: int, error: type[Exception]
+) -> None:
+    problem = {"type": "about:blank", "title": "No", "detail": "because of the test", "status": status}
+    respx.post(f"{URL}/sync").respond(status, json=problem, headers={"location": "http://elsewhere.test/"})
+    with pytest.raises(error, match=rf"{status}, No: because of the test") as caught:
+        await api.sync("e", 1, "joined")
+    assert TOKEN not in str(caught.value)
+
+
+@respx.mock
+async def test_the_wait_that_is_asked_for_is_passed_on(api: SessionApi) -> None:
+    respx.post(f"{URL}/sync").respond(503, headers={"Retry-After": "17"}, text="<html>busy</html>")
+    with pytest.raises(Unavailable) as caught:
+        await api.sync("e", 1, "joined")
+    assert caught.value.retry_after == 17
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [httpx.ConnectError("x"), httpx.ReadTimeout("x"), httpx.RemoteProtocolError("x"), httpx.PoolTimeout("x")],
+)
+@respx.mock
+async def test_a_broken_network_is_unavailable(api: SessionApi, failure: Exception) -> None:
+    respx.post(f"{URL}/sync").mock(side_effect=failure)
+    with pytest.raises(Unavailable, match=type(failure).__name__):
+        await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b'{"kind":"other","epoch":"e","revision":1}', b"\xff"]
+)
+@respx.mock
+async def test_an_answer_of_the_wrong_form_is_malformed(api: SessionApi, body: bytes) -> None:
+    respx.post(f"{URL}/sync").respond(200, content=body)
+    with pytest.raises(MalformedMessage):
+        await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"realtime_token": None}, {"realtime_token": "not-a-jwt"}, {"realtime_token": ""}, []]
+)
+@respx.mock
+async def test_a_bad_token_answer_leaves_the_old_token_in_force(api: SessionApi, answer: Any) -> None:
+    respx.post(f"{URL}/token").respond(200, json=answer)
+    with pytest.raises(MalformedMessage):
+        await api.renew_token()
+    current = api.current()
+    assert current is not None
+    assert current.value == TOKEN
+
+
+@respx.mock
+async def test_an_endless_answer_is_not_read_to_its_end(
+    api: SessionApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "MAX_ANSWER_BYTES", 1_000)
+    respx.post(f"{URL}/sync").respond(200, content=b" " * 1_001)
+    with pytest.raises(MalformedMessage, match="larger than 1000 bytes"):
+        await api.sync("e", 1, "joined")
+
+
+async def test_without_a_token_nothing_is_sent() -> None:
+    async with httpx.AsyncClient() as http:
+        api = SessionApi(BASE, SESSION, Tokens(), http)
+        with pytest.raises(CredentialRejected):
+            await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("0.5", 0.5), ("1e9", 3600.0),
+        ("Wed, 21 Oct 2015 07:28:10 GMT", 10.0), ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
+    ],
+)  # fmt: skip
+def test_retry_after_in_both_forms(value: str | None, seconds: float | None) -> None:
+    assert retry_after(value, now=1445412480.0) == seconds
