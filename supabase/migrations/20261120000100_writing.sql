@@ -138,8 +138,9 @@ create view preview.write_gate with (security_invoker = true) as
 comment on view preview.write_gate is
   'The door: `update … set changes = … where project_id = … returning answer`, for the projects that the caller may see.';
 
+-- Its plans are kept: planned anew for each array of changes, they would cost more than the write.
 create function preview.write() returns trigger
-language plpgsql security definer set search_path = '' as $$
+language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' as $$
 declare
   limits preview.settings;
   head public.project_heads;
