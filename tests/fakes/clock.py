@@ -1,0 +1,59 @@
+"""An event loop whose clock belongs to the test: hours pass in seconds, over real sockets.
+
+When nothing is ready to run and no socket has anything to say, the loop does not wait for its next timer: it moves
+its clock there. `loop.time()` is what asyncio's timeouts and sleeps go by, so everything that uses them lives in
+simulated time; only code that asks `time` itself does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SETTLE = 0.0005
+"""Real seconds given to the kernel to carry what was just written over the loopback, before time moves on."""
+
+STUCK = 10.0
+"""Real seconds without a timer or a byte after which the simulation is taken for deadlocked."""
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """A selector loop that jumps over idle time. `now` starts at 0 and is in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._inner = _JumpingSelector(self)
+        super().__init__(self._inner)
+
+    def time(self) -> float:
+        return self.now
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self, loop: SimulatedLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return super().select(0)
+        ready = super().select(SETTLE)
+        if ready:
+            return ready
+        if timeout is None:
+            ready = super().select(STUCK)
+            if not ready:
+                raise RuntimeError("simulated time stands still: no timer, and no socket has anything to say")
+            return ready
+        self._loop.now += timeout
+        return []
+
+
+def simulate(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` in simulated time."""
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        return runner.run(main)
