@@ -1,0 +1,138 @@
+"""The agent accepts every golden message, and says what the orchestrator is told to expect."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from agent.errors import CredentialRejected, SessionGone, Superseded, Unavailable
+from agent.model import Commit, SnapshotReady
+from agent.session import SessionApi
+from agent.tokens import Tokens, read_token
+from agent.wire import Changes, Current, SnapshotOffer, read_event, read_head, read_manifest, read_sync_answer
+from tests.contract.golden import DIRECTORY, assert_same_form, load
+
+EVENTS = sorted(path.stem for path in DIRECTORY.glob("event.*.json"))
+TOKEN = load("token.answer")["realtime_token"]
+
+
+def event(name: str) -> Commit | SnapshotReady | None:
+    message = load(name)
+    return read_event(message["event"], message["payload"])
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_every_event_is_understood(name: str) -> None:
+    read = event(name)
+    assert read is not None
+    assert read.timestamp is not None
+    if isinstance(read, Commit):
+        assert not read.problems
+        assert (read.revision is None) == (name == "event.file_update.seed")
+
+
+def test_an_update_carries_its_bytes_and_a_reference_does_not() -> None:
+    update, reference = event("event.file_update"), event("event.file_update.by_reference")
+    assert isinstance(update, Commit)
+    assert isinstance(reference, Commit)
+    assert update.changes[0].content == b"export default 1\n"
+    assert not update.changes[0].by_reference
+    assert reference.changes[0].by_reference
+
+
+def test_a_doorbell_is_known_for_one() -> None:
+    doorbell = event("event.bulk_apply.doorbell")
+    assert isinstance(doorbell, Commit)
+    assert not doorbell.complete
+    assert not doorbell.changes
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_unknown_fields_are_ignored(name: str) -> None:
+    message = load(name)
+    assert read_event(message["event"], {**message["payload"], "of_tomorrow": {"x": [1]}}) == event(name)
+
+
+def test_manifests_are_understood() -> None:
+    full, delta = read_manifest(load("manifest.full")), read_manifest(load("manifest.delta"))
+    assert full.base_revision is None
+    assert delta.base_revision == 7
+    assert [file.executable for file in full.files.values()] == [False, True]
+    assert dict(delta.deleted) == {"src/old.ts": 5}
+
+
+def test_sync_answers_are_understood() -> None:
+    assert isinstance(read_sync_answer(load("sync.answer.current")), Current)
+    changes = read_sync_answer(load("sync.answer.changes"))
+    assert isinstance(changes, Changes)
+    assert [change.is_delete for change in changes.changes] == [False, True]
+    assert isinstance(read_sync_answer(load("sync.answer.snapshot")), SnapshotOffer)
+
+
+def test_the_status_answers_are_understood() -> None:
+    assert read_head(load("status.answer")).action is None
+    assert read_head(load("status.answer.stop")).action == "stop"
+
+
+class Peer:
+    """An orchestrator that answers one thing and remembers what it was asked."""
+
+    def __init__(self, status: int, answer: object) -> None:
+        self.status, self.answer = status, answer
+        self.asked: list[tuple[str, str, object]] = []
+        http = httpx.AsyncClient(transport=httpx.MockTransport(self._respond))
+        self.api = SessionApi(
+            "http://orchestrator", "3a1f0a52-6a0b-4f6e-8a50-0b6c0a9d1e77", Tokens(TOKEN), http
+        )
+
+    def _respond(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((request.method, request.url.path, json.loads(request.content)))
+        return httpx.Response(self.status, json=self.answer)
+
+
+async def test_sync_is_asked_in_the_golden_form() -> None:
+    peer = Peer(200, load("sync.answer.current"))
+    golden = load("sync.request")
+    await peer.api.sync(golden["epoch"], golden["revision"], golden["reason"])
+    with_paths = load("sync.request.paths")
+    await peer.api.sync(
+        with_paths["epoch"], with_paths["revision"], with_paths["reason"], with_paths["paths"]
+    )
+    assert [body for _, _, body in peer.asked] == [golden, with_paths]
+    assert {(method, path.rpartition("/")[2]) for method, path, _ in peer.asked} == {("POST", "sync")}
+
+
+async def test_a_token_is_taken_from_the_golden_answer() -> None:
+    peer = Peer(200, load("token.answer"))
+    assert (await peer.api.renew_token()).value == TOKEN
+    assert read_token(TOKEN).role == "preview_agent"
+
+
+async def test_status_is_put() -> None:
+    peer = Peer(200, load("status.answer"))
+    head = await peer.api.report_status(load("status.request"))
+    assert head.revision == 10
+    method, path, body = peer.asked[0]
+    assert (method, path.rpartition("/")[2]) == ("PUT", "status")
+    assert_same_form(body, load("status.request"))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, CredentialRejected),
+        (403, CredentialRejected),
+        (404, SessionGone),
+        (409, Superseded),
+        (410, SessionGone),
+        (429, Unavailable),
+        (503, Unavailable),
+    ],
+)
+async def test_problems_are_sorted_by_what_can_be_done(status: int, error: type[Exception]) -> None:
+    peer = Peer(status, {**load("problem"), "status": status})
+    with pytest.raises(error) as raised:
+        await peer.api.sync(None, 0, "start")
+    assert type(raised.value) is error
