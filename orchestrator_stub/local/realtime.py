@@ -147,6 +147,7 @@ class Connection:
         self.version = version
         self.token = token
         self.channels: dict[str, Channel] = {}
+        socket.before_shutdown = self.farewell
 
     def write(self, frame: bytes) -> None:
         """One finished frame. A reader that lets too much pile up is cut off."""
@@ -163,6 +164,11 @@ class Connection:
     def reply(self, push: Push, status: str, response: Any) -> None:
         payload = {"status": status, "response": response}
         self.send(push.topic, "phx_reply", payload, ref=push.ref, join_ref=push.join_ref)
+
+    def farewell(self) -> None:
+        """The server goes, as at a deploy of the real one: 1012 follows."""
+        for channel in self.channels.values():
+            channel.system("ok", SERVER_DISCONNECT)
 
 
 class Realtime:
@@ -615,15 +621,10 @@ class Realtime:
     def _channels(self, connections: Iterable[Connection]) -> list[Channel]:
         return [channel for connection in connections for channel in connection.channels.values()]
 
-    async def drain(self) -> None:
-        """Tell every socket that the server goes, and close it with 1012, as a deploy of the real one does."""
-        await self._close(list(self.connections), 1012)
-
     async def _close(self, connections: list[Connection], code: int) -> None:
         for connection in connections:
             if code == 1012:
-                for channel in connection.channels.values():
-                    channel.system("ok", SERVER_DISCONNECT)
+                connection.farewell()
             await connection.socket.finish(code)
 
     async def act(self, action: str, *, topic: str | None = None, code: int = 1000, size: int = 0) -> int:

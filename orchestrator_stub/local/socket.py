@@ -9,6 +9,7 @@ scope, and the realtime endpoint writes through it, synchronously, with the buff
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -38,11 +39,18 @@ class FrameSocket(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         # At INFO uvicorn prints each handshake's query string, and the API key in it.
         self.logger = _Quiet(self.logger)  # type: ignore[assignment]
+        self.before_shutdown: Callable[[], None] | None = None
+        """Called when the server goes, while frames can still be written; the close with 1012 follows."""
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
         extensions[EXTENSION] = self
         await super().run_asgi()
+
+    def shutdown(self) -> None:
+        if self.before_shutdown is not None:
+            self.before_shutdown()
+        super().shutdown()
 
     @property
     def open(self) -> bool:

@@ -33,6 +33,7 @@ class Local:
     keys: ProjectKeys
     port: int
     dsn: str
+    storage: Path
     http: httpx.AsyncClient
     """With the service key on every request."""
 
@@ -175,7 +176,7 @@ async def serve_local(
         port = listener.getsockname()[1]
         headers = {"apikey": keys.service_key, "authorization": f"Bearer {keys.service_key}"}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as http:
-            yield Local(standing, keys, port, dsn, http)
+            yield Local(standing, keys, port, dsn, storage, http)
     finally:
         server.should_exit = True
         await serving

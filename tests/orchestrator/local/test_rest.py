@@ -1,0 +1,151 @@
+"""RPC and select in PostgREST's form."""
+
+from __future__ import annotations
+
+from uuid import UUID, uuid4
+
+import pytest
+import pytest_asyncio
+
+from tests.fakes.serving import Local
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HASH = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+"""SHA-256 of `hello`."""
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def project(local: Local) -> UUID:
+    return await new_project(local)
+
+
+async def new_project(local: Local, owner: UUID | None = None) -> UUID:
+    owner = owner or uuid4()
+    await local.sql("insert into auth.users (id, email) values (%s, %s)", owner, f"{owner}@example.com")
+    await local.sql("insert into public.user_profiles (id) values (%s)", owner)
+    rows = await local.sql("insert into public.projects (owner_id) values (%s) returning id", owner)
+    found: UUID = rows[0][0]
+    return found
+
+
+def user(local: Local, sub: UUID) -> dict[str, str]:
+    token = local.token("authenticated", sub=str(sub))
+    return {"apikey": local.keys.anon_key, "authorization": f"Bearer {token}"}
+
+
+async def test_a_save_and_what_it_answers(local: Local, project: UUID) -> None:
+    save = {
+        "project_uuid": str(project),
+        "p_file_path": "src/a.ts",
+        "p_content": "hello",
+        "p_file_type": "typescript",
+    }
+    answer = await local.http.post("/rest/v1/rpc/upsert_project_file", json=save)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json; charset=utf-8"
+    body = answer.json()
+    assert (body["file_path"], body["version"], body["content_hash"]) == ("src/a.ts", 1, HASH)
+    listed = await local.http.post("/rest/v1/rpc/list_current_files", json={"project_uuid": str(project)})
+    assert [(f["file_path"], f["version"], f["content_hash"]) for f in listed.json()] == [
+        ("src/a.ts", 1, HASH)
+    ]
+
+
+async def test_a_conflict_is_409_with_the_head_in_details(local: Local, project: UUID) -> None:
+    save = {"project_uuid": str(project), "p_file_path": "a", "p_content": "hello", "p_file_type": "text"}
+    await local.http.post("/rest/v1/rpc/upsert_project_file", json=save)
+    late = {**save, "p_content": "other", "expected_version": 7}
+    answer = await local.http.post("/rest/v1/rpc/upsert_project_file", json=late)
+    assert answer.status_code == 409
+    body = answer.json()
+    assert set(body) == {"code", "details", "hint", "message"}
+    assert body["code"] == "PT409"
+    assert HASH in body["details"]
+
+
+async def test_the_database_decides_who_may_write(local: Local) -> None:
+    owner, stranger = uuid4(), uuid4()
+    project = await new_project(local, owner)
+    save = {"project_uuid": str(project), "p_file_path": "a", "p_content": "hello", "p_file_type": "text"}
+    rpc = "/rest/v1/rpc/upsert_project_file"
+    assert (await local.http.post(rpc, json=save, headers=user(local, owner))).status_code == 200
+    assert (await local.http.post(rpc, json=save, headers=user(local, stranger))).status_code == 404
+    anonymous = {"apikey": local.keys.anon_key, "authorization": f"Bearer {local.keys.anon_key}"}
+    refused = await local.http.post(rpc, json=save, headers=anonymous)
+    assert (refused.status_code, refused.json()["code"]) == (401, "42501")
+    container = local.token(project_id=str(project))
+    answer = await local.http.post(
+        rpc, json=save, headers={"apikey": local.keys.anon_key, "authorization": f"Bearer {container}"}
+    )
+    assert answer.status_code == 403
+    seen = await local.http.get("/rest/v1/projects?select=id", headers=user(local, owner))
+    assert seen.json() == [{"id": str(project)}]
+    assert (await local.http.get("/rest/v1/projects?select=id", headers=user(local, stranger))).json() == []
+
+
+async def test_bad_requests_say_what_is_wrong(local: Local) -> None:
+    unknown = await local.http.post("/rest/v1/rpc/no_such_function", json={"a": 1})
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "PGRST202")
+    unknown = await local.http.post("/rest/v1/rpc/list_current_files", json={"wrong_name": "x"})
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "PGRST202")
+    assert "list_current_files(project_uuid)" in unknown.json()["hint"]
+    hidden = await local.http.post("/rest/v1/rpc/pg_sleep", json={"seconds": 1})
+    assert hidden.status_code == 404
+    malformed = await local.http.post("/rest/v1/rpc/list_current_files", content=b"{")
+    assert (malformed.status_code, malformed.json()["code"]) == (400, "PGRST102")
+    not_a_uuid = await local.http.post("/rest/v1/rpc/list_current_files", json={"project_uuid": "x"})
+    assert (not_a_uuid.status_code, not_a_uuid.json()["code"]) == (400, "22P02")
+
+
+async def test_who_is_nobody(local: Local) -> None:
+    path = "/rest/v1/rpc/list_current_files"
+    bare = {"apikey": "", "authorization": ""}
+    assert (await local.http.post(path, json={}, headers=bare)).status_code == 401
+    wrong = {"apikey": "wrong", "authorization": ""}
+    assert (await local.http.post(path, json={}, headers=wrong)).json()["message"] == "Invalid API key"
+    for token, code in ((local.token(ttl=-60), "PGRST303"), (local.token()[:-5] + "AAAAA", "PGRST301")):
+        answer = await local.http.post(path, json={}, headers={"authorization": f"Bearer {token}"})
+        assert (answer.status_code, answer.json()["code"]) == (401, code)
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+async def test_roles_beyond_the_api_are_out_of_reach(local: Local) -> None:
+    """The project's secret signs it, and still `authenticator` was not granted it."""
+    superuser = {"authorization": f"Bearer {local.token('postgres')}"}
+    answer = await local.http.get("/rest/v1/projects", headers=superuser)
+    assert (answer.status_code, answer.json()["code"]) == (403, "42501")
+
+
+async def test_selecting(local: Local, project: UUID) -> None:
+    for path in ("a.ts", "b.ts", "c.css"):
+        save = {"project_uuid": str(project), "p_file_path": path, "p_content": path, "p_file_type": "text"}
+        assert (await local.http.post("/rest/v1/rpc/upsert_project_file", json=save)).status_code == 200
+    view = "/rest/v1/project_files_current"
+
+    async def paths(query: str) -> list[str]:
+        answer = await local.http.get(f"{view}?select=file_path&project_id=eq.{project}&{query}")
+        assert answer.status_code == 200, answer.text
+        return [row["file_path"] for row in answer.json()]
+
+    assert await paths("order=file_path.desc") == ["c.css", "b.ts", "a.ts"]
+    assert await paths("file_path=in.(a.ts,c.css)&order=file_path") == ["a.ts", "c.css"]
+    assert await paths("file_path=like.%25.ts&order=file_path&limit=1&offset=1") == ["b.ts"]
+    assert await paths("file_path=neq.a.ts&order=file_path") == ["b.ts", "c.css"]
+    single = {"accept": "application/vnd.pgrst.object+json"}
+    one = await local.http.get(
+        f"{view}?select=version&project_id=eq.{project}&file_path=eq.a.ts", headers=single
+    )
+    assert one.json() == {"version": 1}
+    many = await local.http.get(f"{view}?project_id=eq.{project}", headers=single)
+    assert (many.status_code, many.json()["code"]) == (406, "PGRST116")
+    for query in ("file_path=zz.1", "select=a;drop", "limit=x", "no_such_column=eq.1"):
+        assert (await local.http.get(f"{view}?{query}")).status_code == 400
+    assert (await local.http.get("/rest/v1/no_such_view")).status_code == 404
+
+
+async def test_get_calls_only_what_cannot_write(local: Local, project: UUID) -> None:
+    listed = await local.http.get(f"/rest/v1/rpc/list_current_files?project_uuid={project}")
+    assert (listed.status_code, listed.json()) == (200, [])
+    writing = await local.http.get(f"/rest/v1/rpc/delete_project_file?project_uuid={project}&p_file_path=a")
+    assert writing.status_code == 405
