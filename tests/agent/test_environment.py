@@ -1,0 +1,92 @@
+"""A start that is refused says everything that is wrong, at once, without showing a value."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from agent.environment import read_environment
+from agent.errors import SettingsError
+
+
+def jwt(**claims: object) -> str:
+    def part(obj: object) -> str:
+        return base64.urlsafe_b64encode(json.dumps(obj).encode()).decode().rstrip("=")
+
+    return f"{part({'alg': 'HS256'})}.{part(claims)}.c2lnbmF0dXJl"
+
+
+GOOD = {
+    "PROJECT_ID": "7b0c6a1e-3f55-4f0e-9f5e-0d8a5f6b2c11",
+    "SESSION_ID": "3a1f0a52-6a0b-4f6e-8a50-0b6c0a9d1e77",
+    "SNAPSHOT_URL": "https://storage.example/x.zip?token=canary-snapshot",
+    "REALTIME_TOKEN": jwt(role="preview_agent", exp=4_000_000_000),
+    "REALTIME_URL": "wss://project.example/realtime/v1",
+    "SESSION_API_URL": "https://orchestrator.example",
+}
+
+
+def problems(environ: dict[str, str]) -> list[str]:
+    with pytest.raises(SettingsError) as refused:
+        read_environment(environ)
+    assert refused.value.exit_code == 64
+    return list(refused.value.problems)
+
+
+def test_a_whole_environment_is_admitted() -> None:
+    settings = read_environment(
+        {**GOOD, "DEV_COMMAND": "npx vite --port 5173", "HEALTH_PORT": "0", "NOISE": "x"}
+    )
+    assert settings.dev_command == ("npx", "vite", "--port", "5173")
+    assert settings.staging == settings.project_dir.parent / ".preview-sync"
+    assert "canary" not in repr(settings)
+    assert GOOD["REALTIME_TOKEN"] not in repr(settings)
+
+
+def test_every_problem_is_said_at_once_one_line_each() -> None:
+    said = problems(
+        {"PROJECT_ID": "seven", "DEV_PORT": "99999", "REALTIME_URL": "ftp://x", "LOG_LEVEL": "loud"}
+    )
+    names = [line.partition(":")[0] for line in said]
+    assert names == sorted(
+        ["PROJECT_ID", "DEV_PORT", "REALTIME_URL", "LOG_LEVEL", "SESSION_ID", "REALTIME_TOKEN"]
+    )
+    assert all("\n" not in line and "seven" not in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["PROJECT_ID", "SESSION_ID", "REALTIME_TOKEN", "REALTIME_URL"])
+def test_what_is_required_is_named(name: str) -> None:
+    assert problems({k: v for k, v in GOOD.items() if k != name})[0].startswith(f"{name}: is required")
+    assert problems({**GOOD, name: ""})[0].startswith(f"{name}: is required")
+
+
+def test_a_service_role_key_is_refused_wherever_it_hides() -> None:
+    for name in ("SUPABASE_SERVICE_ROLE_KEY", "supabase_service_role_key", "SUPABASE_SECRET_KEY"):
+        (line,) = problems({**GOOD, name: "canary"})
+        assert "service-role key must not be in the container" in line
+        assert "canary" not in line
+    (line,) = problems({**GOOD, "REALTIME_TOKEN": jwt(role="service_role", exp=4_000_000_000)})
+    assert line.startswith("REALTIME_TOKEN: its role is service_role")
+
+
+@pytest.mark.parametrize("token", ["", "x.y", "a.b.c", "not a jwt"])
+def test_a_token_that_is_none_is_refused(token: str) -> None:
+    assert problems({**GOOD, "REALTIME_TOKEN": token})[0].startswith("REALTIME_TOKEN: ")
+
+
+def test_the_process_ends_with_64_and_only_those_lines() -> None:
+    environ = {"PATH": os.environ["PATH"], "PROJECT_ID": "seven", "SUPABASE_SERVICE_ROLE_KEY": "canary-key"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "agent", "run"], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 64
+    assert ended.stdout == ""
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("preview-agent: ") for line in lines)
+    assert "canary" not in ended.stderr
