@@ -168,8 +168,9 @@ async def obtain(
 ) -> StagedSnapshot:
     """`fetch` with patience: full jitter between tries, `Retry-After` obeyed, a fresh URL when this one is no good.
 
-    `renew(reason)` asks the orchestrator for a fresh URL; None when it has none to give. `reason` is
-    `missing`, `expired`, `unavailable`, or the rule a snapshot broke.
+    `renew(reason)` asks the orchestrator for a fresh URL; None when it has none to give. `reason` is one of
+    `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, `snapshot_rejected`: the last
+    wants another archive, not only another URL.
 
     Raises `CredentialRejected` (URL refused, no fresh one to be had), `RootUnusable` (the disk never took it) and
     `HydrationImpossible` (budget spent), each with one sentence that says why.
@@ -186,7 +187,7 @@ async def obtain(
     async def once() -> StagedSnapshot:
         nonlocal url, on_this_url
         if url is None:
-            url, on_this_url = await _fresh(renew, "missing"), 0
+            url, on_this_url = await _fresh(renew, "snapshot_missing"), 0
         try:
             on_this_url += 1
             return await fetch(
@@ -202,13 +203,13 @@ async def obtain(
             raise
         except Unavailable:
             if on_this_url >= limits.snapshot_attempts_per_url and renew is not None:
-                url, on_this_url = await _fresh(renew, "unavailable", url), 0
+                url, on_this_url = await _fresh(renew, "snapshot_unavailable", url), 0
             raise
         except (SnapshotRejected, CredentialRejected) as refused:
             if renew is None:
                 raise _Final(refused) from None
-            reason = refused.rule if isinstance(refused, SnapshotRejected) else "expired"
-            fresh = await _fresh(renew, reason)
+            rejected = isinstance(refused, SnapshotRejected)
+            fresh = await _fresh(renew, "snapshot_rejected" if rejected else "snapshot_expired")
             if fresh == url:
                 raise _Final(refused) from None
             url, on_this_url = fresh, 0
@@ -243,7 +244,7 @@ async def _fresh(
     if url is None:
         url = otherwise
     if url is None:
-        raise _Final(CredentialRejected(f"{WHAT}'s signed URL is {reason} and nobody has another one"))
+        raise _Final(CredentialRejected(f"{reason.replace('_', ' ')}, and there is no other URL to be had"))
     return url
 
 

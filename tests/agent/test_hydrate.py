@@ -262,7 +262,7 @@ async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> 
             return f"{server.url}&n={len(reasons)}"
 
         await obtain(None, renew=renew, disk=disk, http=http, limits=QUICK)
-    assert reasons == ["missing", "expired", "not_a_zip"]
+    assert reasons == ["snapshot_missing", "snapshot_expired", "snapshot_rejected"]
 
 
 async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClient) -> None:

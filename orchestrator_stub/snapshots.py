@@ -1,0 +1,368 @@
+"""Snapshots: the project's current tree as one zip in Storage, behind a URL that expires.
+
+The head and the files are read in one REPEATABLE READ transaction, so the archive is exactly the tree of the revision
+it names; binaries, which are named by their hash and never change, are fetched after it has ended. The archive goes
+to a temporary file first: memory stays flat whatever the project's size, the database is not kept waiting for the
+upload, and the object's name can end in its own hash.
+
+The bytes follow from the revision alone (`created_at` is the time of its commit), so building twice stores once, and
+a revision that was built is only signed again. How long building took is therefore not in the archive: it is in the
+manifest that travels beside it (`build_seconds`), in the metric, and in the returned value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC
+from typing import IO, Any, Final
+from uuid import UUID, uuid4
+from weakref import WeakValueDictionary
+
+import orjson
+import psycopg
+import structlog
+from prometheus_client import CollectorRegistry, Histogram
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from orchestrator_stub.control import Offer, SnapshotUnavailable
+from orchestrator_stub.storage import StorageClient, StorageFailure
+from orchestrator_stub.zipwriter import ArchiveTooLarge, ZipWriter
+
+log = structlog.get_logger("snapshots")
+
+BUCKET: Final = "project-snapshots"
+ASSETS: Final = "project-assets"
+MANIFEST_PATH: Final = ".preview-sync/manifest.json"
+FORMAT: Final = 1
+
+BATCH_BYTES: Final = 4 * 2**20
+"""Of file content read in one query: enough that the round trip does not count, little against memory."""
+
+SPOOL_BYTES: Final = 4 * 2**20
+"""An archive up to this size never touches the disk."""
+
+BUILDS_AT_ONCE: Final = 4
+"""Builds are compression; more of them than cores only makes each later."""
+
+KEPT_FILES: Final = 100_000
+"""Manifest lines remembered for reuse, over all projects: about 40 MB."""
+
+Pool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+_HEAD = """
+select epoch::text, revision, pruned_revision, updated_at from public.project_heads where project_id = %s
+"""
+_FILES = """
+select file_path, content_hash, size_bytes, version, executable, content is null
+from public.project_files
+where project_id = %s and is_current_version and not is_deleted and revision > %s
+order by file_path
+"""
+_DELETED = """
+select file_path, version from public.project_files
+where project_id = %s and is_current_version and is_deleted and revision > %s
+order by file_path
+"""
+_CONTENT = """
+select convert_to(content, 'UTF8') from public.project_files
+where project_id = %s and is_current_version and not is_deleted and revision > %s and content is not null
+  and file_path between %s and %s
+order by file_path
+"""
+
+
+class ProjectUnknown(SnapshotUnavailable):
+    """There is no such project, so there is nothing to build."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One that is in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
+
+    object_path: str
+    manifest: dict[str, Any]
+    bytes: int
+    sha256: str
+    build_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    epoch: str
+    revision: int
+    pruned_revision: int
+    committed_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: str
+    digest: str
+    size: int
+    version: int
+    executable: bool
+    is_binary: bool
+
+
+class Snapshots:
+    """Builds, stores and signs. `expires_in`: seconds that the URLs of `offer` live."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        storage: StorageClient,
+        *,
+        expires_in: int = 600,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        self._pool = pool
+        self._storage = storage
+        self._expires_in = expires_in
+        self._slots = asyncio.Semaphore(BUILDS_AT_ONCE)
+        self._kept: OrderedDict[tuple[UUID, int | None], Snapshot] = OrderedDict()
+        self._locks: WeakValueDictionary[tuple[UUID, int | None], asyncio.Lock] = WeakValueDictionary()
+        self._seconds = Histogram(
+            "preview_orchestrator_snapshot_build_seconds",
+            "From the first query to the object being in Storage.",
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            registry=registry,
+        )
+
+    async def offer(
+        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+    ) -> Offer:
+        """A snapshot of the project's head, signed. One that was built for this head is used again.
+
+        `base_revision`: only what is newer; a full one when that cannot be told any more. `rebuild`: not a kept one,
+        and under a name that no cache has seen. Raises `SnapshotUnavailable`.
+        """
+        key = (project_id, base_revision)
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            kept = None if rebuild else await self._kept_for(project_id, base_revision)
+            if kept is not None:
+                try:
+                    return Offer(await self.signed_url(kept.object_path, self._expires_in), kept.manifest)
+                except SnapshotUnavailable:
+                    log.info("snapshot.gone", project_id=str(project_id), object_path=kept.object_path)
+            snapshot = await self.build(project_id, base_revision=base_revision, anew=rebuild)
+            self._keep(key, snapshot)
+        return Offer(await self.signed_url(snapshot.object_path, self._expires_in), snapshot.manifest)
+
+    async def build(
+        self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
+    ) -> Snapshot:
+        """Build the project's head and store it. `anew`: under a new name even if these bytes are stored already.
+
+        Raises `SnapshotUnavailable`, `ProjectUnknown`.
+        """
+        started = time.perf_counter()
+        try:
+            async with self._slots:
+                with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
+                    manifest, size = await self._write(project_id, base_revision, spool)
+                    digest = await asyncio.to_thread(_sha256, spool)
+                    path = _object_path(project_id, manifest, digest, anew=anew)
+                    await self._store(path, spool, size)
+        except (StorageFailure, ArchiveTooLarge) as error:
+            raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
+        except (psycopg.OperationalError, PoolTimeout) as error:
+            raise SnapshotUnavailable("cannot build a snapshot: the database does not answer") from error
+        seconds = time.perf_counter() - started
+        self._seconds.observe(seconds)
+        log.info(
+            "snapshot.built",
+            project_id=str(project_id),
+            revision=manifest["revision"],
+            base_revision=manifest["base_revision"],
+            files=len(manifest["files"]),
+            bytes=size,
+            seconds=round(seconds, 3),
+        )
+        return Snapshot(path, {**manifest, "build_seconds": round(seconds, 6)}, size, digest, seconds)
+
+    async def signed_url(self, object_path: str, expires_in: int) -> str:
+        """A URL for a stored snapshot. Raises `SnapshotUnavailable`."""
+        try:
+            return await self._storage.sign(BUCKET, object_path, expires_in)
+        except StorageFailure as error:
+            raise SnapshotUnavailable(f"cannot sign a snapshot: {error}") from error
+
+    # --- building
+
+    async def _write(
+        self, project_id: UUID, base_revision: int | None, spool: IO[bytes]
+    ) -> tuple[dict[str, Any], int]:
+        """The archive into `spool`; its manifest and its size."""
+        archive = ZipWriter(spool)
+        async with self._reading() as connection:
+            head = await _head(connection, project_id)
+            base = base_revision
+            if base is not None and not head.pruned_revision <= base <= head.revision:
+                base = None
+            above = -1 if base is None else base
+            files = await _files(connection, project_id, above)
+            deleted = [] if base is None else await _deleted(connection, project_id, above)
+            manifest = _manifest(project_id, head, base, files, deleted)
+            archive.add(MANIFEST_PATH, orjson.dumps(manifest))
+            texts = [file for file in files if not file.is_binary]
+            for batch in _batches(texts):
+                contents = await _contents(connection, project_id, above, batch)
+                await asyncio.to_thread(_add_all, archive, batch, contents)
+        for file in files:
+            if file.is_binary:
+                await self._add_binary(archive, project_id, file)
+        return manifest, archive.finish()
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        """A connection in a transaction that sees one moment of the database."""
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute("set transaction isolation level repeatable read, read only")
+            yield connection
+
+    async def _add_binary(self, archive: ZipWriter, project_id: UUID, file: _File) -> None:
+        archive.begin(file.path, executable=file.executable)
+        digest = hashlib.sha256()
+        async with self._storage.stream(ASSETS, f"{project_id}/{file.digest}") as chunks:
+            async for chunk in chunks:
+                digest.update(chunk)
+                archive.write(chunk)
+        size = archive.end()
+        if digest.hexdigest() != file.digest or size != file.size:
+            raise SnapshotUnavailable(
+                f"cannot build a snapshot: {ASSETS}/{project_id}/{file.digest} does not hold what {file.path!r} "
+                f"is said to be ({size} bytes, {file.size} expected); upload it again"
+            )
+
+    async def _store(self, path: str, spool: IO[bytes], size: int) -> None:
+        try:
+            await self._storage.upload(BUCKET, path, _pieces(spool), size, content_type="application/zip")
+        except StorageFailure as failure:
+            # Same name, same hash, same bytes: somebody stored it already.
+            if failure.code not in ("KeyAlreadyExists", "Duplicate"):
+                raise
+
+    # --- keeping
+
+    async def _kept_for(self, project_id: UUID, base_revision: int | None) -> Snapshot | None:
+        """The kept snapshot, if the project still stands where it stood then."""
+        kept = self._kept.get((project_id, base_revision))
+        if kept is None:
+            return None
+        async with self._pool.connection() as connection:
+            head = await _head(connection, project_id)
+        if (head.epoch, head.revision) != (kept.manifest["epoch"], kept.manifest["revision"]):
+            return None
+        self._kept.move_to_end((project_id, base_revision))
+        return kept
+
+    def _keep(self, key: tuple[UUID, int | None], snapshot: Snapshot) -> None:
+        self._kept[key] = snapshot
+        self._kept.move_to_end(key)
+        lines = sum(len(kept.manifest["files"]) + 1 for kept in self._kept.values())
+        while lines > KEPT_FILES and self._kept:
+            _, dropped = self._kept.popitem(last=False)
+            lines -= len(dropped.manifest["files"]) + 1
+
+
+def _manifest(
+    project_id: UUID,
+    head: _Head,
+    base_revision: int | None,
+    files: Sequence[_File],
+    deleted: Sequence[tuple[str, int]],
+) -> dict[str, Any]:
+    """As protocol.md writes it. Nothing in here depends on when or where it is built."""
+    return {
+        "format": FORMAT,
+        "project_id": str(project_id),
+        "epoch": head.epoch,
+        "revision": head.revision,
+        "base_revision": base_revision,
+        "created_at": head.committed_at,
+        "files": [
+            {
+                "file_path": file.path,
+                "content_hash": file.digest,
+                "size": file.size,
+                "version": file.version,
+                **({"executable": True} if file.executable else {}),
+            }
+            for file in files
+        ],
+        "deleted": [{"file_path": path, "version": version} for path, version in deleted],
+    }
+
+
+def _object_path(project_id: UUID, manifest: dict[str, Any], digest: str, *, anew: bool) -> str:
+    base = manifest["base_revision"]
+    name = f"{manifest['revision']}" if base is None else f"{manifest['revision']}-from-{base}"
+    fresh = f"-{uuid4().hex[:8]}" if anew else ""
+    return f"{project_id}/{name}-{digest[:32]}{fresh}.zip"
+
+
+async def _head(connection: psycopg.AsyncConnection[Any], project_id: UUID) -> _Head:
+    row = await (await connection.execute(_HEAD, (project_id,))).fetchone()
+    if row is None:
+        raise ProjectUnknown(f"there is no project {project_id}")
+    epoch, revision, pruned, moment = row
+    return _Head(epoch, revision, pruned, moment.astimezone(UTC).isoformat())
+
+
+async def _files(connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int) -> list[_File]:
+    rows = await connection.execute(_FILES, (project_id, above))
+    return [_File(*row) for row in await rows.fetchall()]
+
+
+async def _deleted(
+    connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int
+) -> list[tuple[str, int]]:
+    return await (await connection.execute(_DELETED, (project_id, above))).fetchall()
+
+
+async def _contents(
+    connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int, batch: Sequence[_File]
+) -> list[bytes]:
+    """The bytes of a run of files that are neighbours by path."""
+    cursor = connection.cursor(binary=True)
+    await cursor.execute(_CONTENT, (project_id, above, batch[0].path, batch[-1].path))
+    return [row[0] for row in await cursor.fetchall()]
+
+
+def _batches(files: Sequence[_File]) -> Iterator[Sequence[_File]]:
+    """Runs of about `BATCH_BYTES`; a larger file is a run of its own."""
+    begin = total = 0
+    for at, file in enumerate(files):
+        if total and total + file.size > BATCH_BYTES:
+            yield files[begin:at]
+            begin, total = at, 0
+        total += file.size
+    if begin < len(files):
+        yield files[begin:]
+
+
+def _add_all(archive: ZipWriter, batch: Sequence[_File], contents: Sequence[bytes]) -> None:
+    for file, content in zip(batch, contents, strict=True):
+        archive.add(file.path, content, executable=file.executable)
+
+
+def _sha256(spool: IO[bytes]) -> str:
+    spool.seek(0)
+    digest = hashlib.sha256()
+    while piece := spool.read(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+async def _pieces(spool: IO[bytes]) -> AsyncIterator[bytes]:
+    spool.seek(0)
+    while piece := spool.read(256 * 1024):
+        yield piece

@@ -1,0 +1,154 @@
+"""The HTTP client of Supabase Storage: upload, download, sign, list, delete. Hosted and local alike.
+
+Storage hides what it means behind HTTP 400 and says it in a JSON body (`code`, `statusCode`); here that becomes one
+exception that says whether trying again can help. The service key is sent with every call and is in no message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from urllib.parse import quote
+
+import httpx
+import orjson
+
+TIMEOUT: Final = httpx.Timeout(10.0, read=60.0, write=60.0)
+"""Seconds. Storage answers an upload only once the object is stored, hence the longer read."""
+
+MAX_ERROR_BYTES: Final = 64 * 1024
+
+
+class StorageFailure(Exception):
+    """Storage did not do what it was asked.
+
+    `code` is Storage's own word (`NoSuchKey`, `KeyAlreadyExists` …) or `HTTP 502`, or the network error's class.
+    `transient`: the same call may succeed later.
+    """
+
+    def __init__(self, what: str, code: str, *, transient: bool) -> None:
+        self.code = code
+        self.transient = transient
+        super().__init__(f"cannot {what}: {code}")
+
+
+class StorageClient:
+    """`base_url` ends in `/storage/v1`; signed URLs begin with `public_url` when agents reach it by another name."""
+
+    def __init__(
+        self, base_url: str, service_key: str, http: httpx.AsyncClient, *, public_url: str | None = None
+    ) -> None:
+        self._base = base_url.rstrip("/")
+        self._public = (public_url or base_url).rstrip("/")
+        self._headers = {"authorization": f"Bearer {service_key}", "apikey": service_key}
+        self._http = http
+
+    async def upload(
+        self,
+        bucket: str,
+        path: str,
+        content: bytes | AsyncIterator[bytes],
+        size: int,
+        *,
+        content_type: str = "application/octet-stream",
+        cache_seconds: int = 3600,
+    ) -> None:
+        """Store an object that is not there yet; one that is there is left alone and is `KeyAlreadyExists`."""
+        headers = {
+            "content-type": content_type,
+            "content-length": str(size),
+            "cache-control": f"max-age={cache_seconds}",
+            "x-upsert": "false",
+        }
+        await self._call("POST", f"object/{_at(bucket, path)}", f"upload {path}", content, headers)
+
+    async def sign(self, bucket: str, path: str, expires_in: int) -> str:
+        """A URL that opens this object, and nothing else, for `expires_in` seconds."""
+        what = f"sign {path}"
+        body = orjson.dumps({"expiresIn": expires_in})
+        answer = await self._call(
+            "POST", f"object/sign/{_at(bucket, path)}", what, body, {"content-type": "application/json"}
+        )
+        url = answer.get("signedURL") if isinstance(answer, dict) else None
+        if not isinstance(url, str) or not url.startswith("/"):
+            raise StorageFailure(what, "the answer has no signedURL", transient=False)
+        return self._public + url
+
+    async def download(self, bucket: str, path: str) -> bytes:
+        """The whole object."""
+        async with self.stream(bucket, path) as chunks:
+            return b"".join([chunk async for chunk in chunks])
+
+    @asynccontextmanager
+    async def stream(self, bucket: str, path: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The object as it arrives. Reading raises `StorageFailure` too."""
+        what = f"download {path}"
+        url = f"{self._base}/object/authenticated/{_at(bucket, path)}"
+        try:
+            async with self._http.stream("GET", url, headers=self._headers, timeout=TIMEOUT) as response:
+                if response.status_code != 200:
+                    raise await _failure(response, what)
+                yield response.aiter_bytes()
+        except httpx.HTTPError as error:
+            raise StorageFailure(what, type(error).__name__, transient=True) from None
+
+    async def list(self, bucket: str, prefix: str, *, limit: int = 1000) -> list[dict[str, Any]]:
+        """The objects directly below `prefix`, as Storage describes them (`name`, `created_at` …)."""
+        body = orjson.dumps({"prefix": prefix, "limit": limit, "offset": 0})
+        headers = {"content-type": "application/json"}
+        answer = await self._call("POST", f"object/list/{quote(bucket)}", f"list {prefix}", body, headers)
+        return [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
+
+    async def delete(self, bucket: str, paths: Sequence[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+        body = orjson.dumps({"prefixes": list(paths)})
+        headers = {"content-type": "application/json"}
+        await self._call("DELETE", f"object/{quote(bucket)}", f"delete {len(paths)} objects", body, headers)
+
+    async def _call(
+        self, method: str, at: str, what: str, content: bytes | AsyncIterator[bytes], headers: dict[str, str]
+    ) -> Any:
+        try:
+            response = await self._http.request(
+                method,
+                f"{self._base}/{at}",
+                content=content,
+                headers={**self._headers, **headers},
+                timeout=TIMEOUT,
+            )
+        except httpx.HTTPError as error:
+            # The class, not the text: httpx writes URLs into some of its messages.
+            raise StorageFailure(what, type(error).__name__, transient=True) from None
+        if not response.is_success:
+            raise await _failure(response, what)
+        try:
+            return orjson.loads(response.content)
+        except orjson.JSONDecodeError:
+            raise StorageFailure(what, "the answer is not JSON", transient=True) from None
+
+
+def _at(bucket: str, path: str) -> str:
+    return quote(f"{bucket}/{path}")
+
+
+async def _failure(response: httpx.Response, what: str) -> StorageFailure:
+    """What an unsuccessful answer means: JSON with a code below 500 is final, everything else may pass."""
+    body = bytearray()
+    if response.is_stream_consumed:
+        body += response.content[:MAX_ERROR_BYTES]
+    else:
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_ERROR_BYTES:
+                break
+    try:
+        told = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        told = None
+    code = (told.get("code") or told.get("error")) if isinstance(told, dict) else None
+    status = response.status_code
+    if isinstance(told, dict) and str(told.get("statusCode", "")).isdigit():
+        status = int(told["statusCode"])
+    transient = not isinstance(code, str) or status == 429 or status >= 500
+    return StorageFailure(what, code if isinstance(code, str) else f"HTTP {status}", transient=transient)
