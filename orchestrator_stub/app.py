@@ -32,6 +32,7 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
 from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions import ENDED, LIVE, Session
+from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import ProjectUnknown, SessionStore
 from orchestrator_stub.tokens import Keyring, SessionClaims, TokenRejected, read_session
 
@@ -39,6 +40,15 @@ log = structlog.get_logger("app")
 
 RETRY_AFTER = 2.0
 """Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
+
+UNAVAILABLE = (
+    SnapshotUnavailable,
+    StorageFailure,
+    psycopg.OperationalError,
+    psycopg_pool.PoolTimeout,
+    OSError,
+)
+"""What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
 UP = frozenset({"serving", "degraded"})
 """Agent states in which the preview answers (protocol: states)."""
@@ -328,7 +338,7 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
             return render(refusal)
         except ProjectGone:
             return render(Refusal(410, "project_gone", "The session's project does not exist any more."))
-        except (SnapshotUnavailable, psycopg.OperationalError, psycopg_pool.PoolTimeout, OSError) as error:
+        except UNAVAILABLE as error:
             log.warning(
                 "request.unavailable", path=request.url.path, reason=str(error) or type(error).__name__
             )

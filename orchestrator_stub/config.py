@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +139,14 @@ class Settings(BaseSettings):
         if problems:
             raise SettingsError(problems)
         return settings
+
+    @staticmethod
+    def database_url_from_environment() -> str:
+        """`DATABASE_URL` alone, for what needs nothing else. Raises `SettingsError`."""
+        value = os.environ.get("DATABASE_URL")
+        if not value:
+            raise SettingsError(["DATABASE_URL: set it, or give --database-url"])
+        return value
 
 
 class _Explicit(Settings):

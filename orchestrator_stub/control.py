@@ -283,7 +283,14 @@ class Control:
             return
         task = asyncio.create_task(self._guarded(step), name=f"{what} {session_id}")
         self._tasks[key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.pop(key, None)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                # A bug, or a database that is away: the sweeper takes the session up again.
+                log.error("step.failed", step=what, session_id=str(session_id), exc_info=error)
+
+        task.add_done_callback(ended)
 
 
 def _wanted(machine: Machine, known: dict[UUID, Session]) -> bool:

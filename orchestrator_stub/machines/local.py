@@ -48,6 +48,9 @@ STOP_GRACE: Final = 6.0
 RESTARTS: Final = 10
 """As Fly: `restart.policy on-failure` gives up after ten."""
 
+HEALTHY: Final = 30.0
+"""Seconds of life after which earlier failures are forgotten."""
+
 RESTART_DELAY: Final = 0.5
 """Seconds, doubled at each restart up to 8 s."""
 
@@ -71,7 +74,8 @@ class LocalMachines:
     """Runs machines as processes below `root`. `host` is what they listen on.
 
     `command` is the agent's; `dev_port` the port preferred for the preview, taken when it is free;
-    `environment` what the inherited variables are read from.
+    `environment` what the inherited variables are read from. `on_start` is told each process that starts, with its
+    pid; `on_exit` each that ended by itself, with its exit code (minus the signal's number).
     """
 
     kind = "local"
@@ -84,14 +88,18 @@ class LocalMachines:
         command: tuple[str, ...] = (sys.executable, "-P", "-m", "agent", "run"),
         host: str = "127.0.0.1",
         dev_port: int | None = None,
+        restarts: int = RESTARTS,
         on_start: Callable[[Machine, int], None] | None = None,
+        on_exit: Callable[[Machine, int], None] | None = None,
     ) -> None:
         self._root = root.absolute()
         self._environment = {name: environment[name] for name in INHERITED if name in environment}
         self._command = command
         self._host = host
         self._dev_port = dev_port
+        self._restarts = restarts
         self._on_start = on_start
+        self._on_exit = on_exit
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[UUID, asyncio.Lock] = {}
 
@@ -221,13 +229,17 @@ class LocalMachines:
         self, process: asyncio.subprocess.Process, record: Record, directory: Path, env: Mapping[str, str]
     ) -> None:
         """Start the agent again when it ends with an error."""
-        for restart in range(RESTARTS + 1):
+        failures = 0
+        while True:
             code = await process.wait()
-            log.warning("machine.exited", machine=record.name, exit_code=code, restarts=restart)
+            log.info("machine.exited", machine=record.name, exit_code=code)
+            if self._on_exit is not None:
+                self._on_exit(self._machine(record), code)
             await asyncio.to_thread(_kill_strays, directory)
-            if code in FINAL_EXITS or restart == RESTARTS:
+            failures = 1 if time.time() - record.started > HEALTHY else failures + 1
+            if code in FINAL_EXITS or failures > self._restarts:
                 return
-            await asyncio.sleep(min(RESTART_DELAY * 2**restart, 8.0))
+            await asyncio.sleep(min(RESTART_DELAY * 2 ** (failures - 1), 8.0))
             process, record = await self._start(
                 directory, record.name, env, record.dev_port, record.health_port
             )

@@ -1,0 +1,128 @@
+"""`preview-orchestrator dev | serve | migrate | tail`: the command line, and what a failure looks like there."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import psycopg
+
+from orchestrator_stub.config import Settings, SettingsError
+from orchestrator_stub.migrations import MigrationError, bootstrap, migrate
+
+EXIT_FAILED = 1
+EXIT_SETTINGS = 64
+"""As the agent's: bad settings (sysexits EX_USAGE)."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with a meaning: 0 done or asked to stop, 1 failed, 64 bad settings."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = arguments.run(arguments)
+    except SettingsError as error:
+        sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
+        code = EXIT_SETTINGS
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="preview-orchestrator", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    dev = commands.add_parser("dev", help="the whole loop on this machine: database, agent, preview")
+    dev.add_argument("dir", nargs="?", type=Path, default=Path(), help="a Vite project (default: here)")
+    dev.add_argument("--port", type=_port, default=54321, help="of everything but the preview; 0 picks one")
+    dev.add_argument("--state", type=Path, default=Path(".preview-sync"), help="where all of it is kept")
+    dev.add_argument("--json", action="store_true", help="JSON lines on standard output, progress on error")
+    dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
+    dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")
+    dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
+    dev.set_defaults(run=_dev)
+
+    serve = commands.add_parser("serve", help="the control plane, by the environment's settings")
+    serve.set_defaults(run=_serve)
+
+    migration = commands.add_parser("migrate", help="apply supabase/migrations to a database")
+    migration.add_argument("--database-url", help="default: DATABASE_URL")
+    migration.add_argument(
+        "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
+    )
+    migration.set_defaults(run=_migrate)
+
+    tail = commands.add_parser("tail", help="print a project's channel as it happens")
+    tail.add_argument("project", help="the project's id, or `-` for the one of --state")
+    tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
+    tail.set_defaults(run=_tail)
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port is 0 to 65535")
+    return port
+
+
+def _dev(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.dev import CannotStart, DevOptions, run_dev
+
+    options = DevOptions(
+        directory=arguments.dir,
+        state=arguments.state,
+        port=arguments.port,
+        as_json=arguments.json,
+        once=arguments.once,
+        watch=not arguments.no_watch,
+        database_url=arguments.database_url,
+    )
+    try:
+        return asyncio.run(run_dev(options))
+    except CannotStart as error:
+        sys.stderr.write(f"preview-orchestrator: {error}\n")
+    except httpx.HTTPError as error:
+        sys.stderr.write(f"preview-orchestrator: the local stack stopped answering: {error!r}\n")
+    return EXIT_FAILED
+
+
+def _serve(_: argparse.Namespace) -> int:
+    from orchestrator_stub.serve import CannotServe, run_serve
+
+    try:
+        return asyncio.run(run_serve(Settings.from_environment()))
+    except CannotServe as error:
+        sys.stderr.write(f"preview-orchestrator: {error}\n")
+        return EXIT_FAILED
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    dsn = arguments.database_url or Settings.database_url_from_environment()
+
+    async def run() -> list[str]:
+        if arguments.bootstrap:
+            await bootstrap(dsn)
+        return await migrate(dsn)
+
+    try:
+        applied = asyncio.run(run())
+    except (MigrationError, psycopg.Error, OSError) as error:
+        sys.stderr.write(f"preview-orchestrator: cannot migrate: {' '.join(str(error).split())}\n")
+        return EXIT_FAILED
+    sys.stdout.write("".join(f"applied {version}\n" for version in applied) or "nothing to apply\n")
+    return 0
+
+
+def _tail(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.tail import run_tail
+
+    return asyncio.run(run_tail(arguments.project, arguments.state))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,608 @@
+"""`preview-orchestrator dev DIR`: the whole loop on one machine, one command.
+
+    STATE/postgres        the embedded database          STATE/machines/{session}   the agent's machine
+    STATE/storage         Supabase Storage's objects     STATE/editor.json          what of DIR was sent
+    STATE/keys.json       the JWT keys, owner only       STATE/dev.json             where everything is
+
+It runs the same control plane as `serve`, over the local stand-in for Supabase. What it started it stops, in the
+opposite order, on Ctrl-C, on SIGTERM, on SIGHUP and on any failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
+
+import httpx
+import psycopg
+import uvicorn
+from psycopg.conninfo import conninfo_to_dict
+
+from orchestrator_stub.app import application
+from orchestrator_stub.config import Settings
+from orchestrator_stub.editor import Editor, Sent, UserAuth
+from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
+from orchestrator_stub.machines import Machine
+from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
+from orchestrator_stub.service import Server, Service, configure_logs, control_plane
+from orchestrator_stub.tokens import Keyring, local_keyring
+
+HOST: Final = "127.0.0.1"
+
+NODE_NEEDED: Final = (20, 19)
+"""Vite 8's `engines`: ^20.19 || >=22.12."""
+
+LONG: Final = 30 * 24 * 3600.0
+"""Seconds a local session lives: nobody pays for it, and a laptop sleeps for days."""
+
+RESTARTS: Final = 3
+"""Failures in a row of the agent before the start is called off: somebody is waiting for it."""
+
+ONCE_DEADLINE: Final = 300.0
+"""Seconds that `--once` gives the start, most of which is the first `npm install`, and then each of its steps."""
+
+
+class CannotStart(Exception):
+    """Why the stack does not start, and what to do, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevOptions:
+    """The command line of `dev`."""
+
+    directory: Path
+    state: Path
+    port: int = 54321
+    as_json: bool = False
+    once: bool = False
+    watch: bool = True
+    database_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DevInfo:
+    """`STATE/dev.json` (protocol: local stack)."""
+
+    orchestrator_url: str
+    anon_key: str
+    service_key: str
+    database_url: str
+    project_id: str
+    session_id: str
+    project_dir: str
+    preview_url: str
+    health_url: str
+    agent_pid: int
+
+
+class Terminal:
+    """What the person at the terminal sees: progress as it comes, with the seconds since the start.
+
+    With `as_json`, standard output carries JSON lines only, and progress goes to standard error.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def step(self, text: str) -> None:
+        """One line of progress."""
+        stream = sys.stderr if self._as_json else sys.stdout
+        with suppress(BrokenPipeError):
+            stream.write(f"{self.seconds:6.1f} s  {text}\n")
+            stream.flush()
+
+    def show(self, text: str, form: Mapping[str, object]) -> None:
+        """A result: the screen for a person, its JSON form for a program."""
+        with suppress(BrokenPipeError):
+            sys.stdout.write(json.dumps(form) + "\n" if self._as_json else text)
+            sys.stdout.flush()
+
+
+async def run_dev(options: DevOptions) -> int:
+    """Start it all, show where it is, keep it until told to stop. Gives the exit code.
+
+    Raises `CannotStart`; nothing is left running then.
+    """
+    configure_logs("warning", "auto")
+    terminal = Terminal(options.as_json)
+    this = asyncio.current_task()
+    assert this is not None
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            terminal.step("stopping: the agent, its dev server, the database …")
+            this.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop)
+    try:
+        async with AsyncExitStack() as stack:
+            stack.callback(terminal.step, "stopped")
+            await Stack(options, terminal, stack).run()
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+    return 0
+
+
+class Stack:
+    """The parts, started in order; what `stack` holds ends them in the opposite order."""
+
+    def __init__(self, options: DevOptions, terminal: Terminal, stack: AsyncExitStack) -> None:
+        self._options = options
+        self._terminal = terminal
+        self._stack = stack
+        self._state = options.state.absolute()
+        self._pid = 0
+
+    async def run(self) -> None:
+        directory = self._options.directory
+        if not directory.is_dir():
+            raise CannotStart(f"{directory} is no directory; give the directory of a Vite project")
+        if not (directory / "package.json").is_file():
+            raise CannotStart(f"{directory} has no package.json; give the directory of a Vite project")
+        self._lock()
+        listener = self._listen()
+        port = listener.getsockname()[1]
+        node = await _node_version()
+        self._terminal.step(f"starting on port {port} (Node {node}, state in {self._options.state})")
+
+        keys = self._keys()
+        dsn = await self._database()
+        driver = LocalMachines(
+            self._state / "machines",
+            environment=os.environ,
+            host=HOST,
+            dev_port=5173 if self._options.port else None,
+            restarts=RESTARTS,
+            on_start=lambda _, pid: self._agent_started(pid),
+            on_exit=lambda _, code: self._agent_ended(code),
+        )
+        project_keys = ProjectKeys.of(keys)
+        # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
+        self._stack.push_async_callback(_retire_all, driver)
+        settings = _settings(port, dsn, project_keys, self._state)
+        service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
+        await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
+        url = f"http://{HOST}:{port}"
+
+        user_id, project_id = _identities(directory)
+        await self._project(service, user_id, project_id, directory.resolve().name)
+        editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
+        shown = self._options.directory
+        self._say(await editor.send_all(), f"{shown} imported", f"{shown} is as it was sent before")
+
+        machine, session_id = await self._session(url, project_keys, project_id, driver)
+        self._stack.push_async_callback(driver.retire, machine.id)
+        tasks = await self._stack.enter_async_context(_tasks())
+        tasks.append(asyncio.create_task(service.control.run(), name="sweeper"))
+        watching = asyncio.create_task(self._watch(editor), name="watch")
+        tasks.append(watching)
+
+        try:
+            async with asyncio.timeout(ONCE_DEADLINE if self._options.once else None):
+                await self._until_served(machine, driver)
+        except TimeoutError:
+            log = driver.log_path(machine.id)
+            raise CannotStart(
+                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{_tail(log)}"
+            ) from None
+        info = DevInfo(
+            orchestrator_url=url,
+            anon_key=project_keys.anon_key,
+            service_key=project_keys.service_key,
+            database_url=_as_url(dsn),
+            project_id=str(project_id),
+            session_id=str(session_id),
+            project_dir=str(driver.project_dir(session_id)),
+            preview_url=str(machine.preview_url),
+            health_url=str(machine.health_url),
+            agent_pid=self._pid,
+        )
+        self._publish(info)
+        self._terminal.show(self._screen(info, driver.log_path(machine.id)), asdict(info))
+        if self._options.once:
+            await self._once(info, http)
+            return
+        await self._keep(info, machine, driver, watching)
+
+    # --- the parts
+
+    def _lock(self) -> None:
+        """One `dev` at a time on one state directory."""
+        try:
+            self._state.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._state / "dev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CannotStart(f"cannot use the state directory {self._state}: {error.strerror}") from None
+        self._stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise CannotStart(
+                f"another dev (process {owner}) uses {self._options.state}; stop it, or give another --state"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._stack.callback(listener.close)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, self._options.port))
+            listener.listen(1024)
+        except OSError as error:
+            raise CannotStart(
+                f"port {self._options.port} cannot be had ({error.strerror}); "
+                "give another --port, or --port 0 for a free one"
+            ) from None
+        return listener
+
+    def _keys(self) -> Keyring:
+        try:
+            return local_keyring(self._state / "keys.json")
+        except (OSError, ValueError) as error:
+            raise CannotStart(f"cannot use {self._state / 'keys.json'}: {error}; remove it") from None
+
+    async def _database(self) -> str:
+        given = self._options.database_url
+        try:
+            if given is None:
+                server = EmbeddedPostgres(self._state / "postgres")
+                dsn = await server.start()
+                self._stack.push_async_callback(server.stop)
+            else:
+                dsn = given
+            await bootstrap(dsn)
+            applied = await migrate(dsn, MIGRATIONS)
+        except (EmbeddedPostgresError, MigrationError) as error:
+            raise CannotStart(str(error)) from None
+        except (psycopg.Error, OSError) as error:
+            raise CannotStart(f"cannot use the database: {' '.join(str(error).split())}") from None
+        kind = "the given database" if given else "PostgreSQL"
+        self._terminal.step(f"{kind} is up" + (f", {len(applied)} migrations applied" if applied else ""))
+        return dsn
+
+    @asynccontextmanager
+    async def _serve(
+        self, listener: socket.socket, service: Service, dsn: str, keys: ProjectKeys
+    ) -> AsyncIterator[None]:
+        """Control plane and stand-in on one socket, up when this yields."""
+        local = stand_in(dsn, keys, self._state / "storage", faults=True)
+        app = application([*service.routes, *local.routes], lifespan=local.lifespan)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            **uvicorn_options(),
+        )
+        server = Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+        try:
+            while not server.started:
+                if task.done():
+                    raise CannotStart(f"the server did not start: {task.exception()}")
+                await asyncio.sleep(0.005)
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.wait([task], timeout=5)
+
+    async def _project(self, service: Service, user_id: UUID, project_id: UUID, name: str) -> None:
+        """A user and a project of theirs, as a product's sign-up would make them."""
+        async with service.pool.connection() as connection:
+            await connection.execute(
+                "insert into auth.users (id, email) values (%s, %s) on conflict do nothing",
+                (user_id, f"{user_id.hex[:12]}@local.invalid"),
+            )
+            await connection.execute(
+                "insert into public.user_profiles (id, display_name) values (%s, 'you') on conflict do nothing",
+                (user_id,),
+            )
+            await connection.execute(
+                "insert into public.projects (id, owner_id, name) values (%s, %s, %s) on conflict do nothing",
+                (project_id, user_id, name),
+            )
+
+    async def _editor(
+        self, url: str, keys: ProjectKeys, keyring: Keyring, user_id: UUID, project_id: UUID
+    ) -> tuple[Editor, httpx.AsyncClient]:
+        http = await self._stack.enter_async_context(
+            httpx.AsyncClient(
+                base_url=url,
+                headers={"apikey": keys.anon_key},
+                auth=UserAuth(keyring, user_id, time.time),
+                timeout=60,
+                trust_env=False,
+            )
+        )
+        return Editor(self._options.directory, project_id, http, self._state / "editor.json"), http
+
+    async def _session(
+        self, url: str, keys: ProjectKeys, project_id: UUID, driver: LocalMachines
+    ) -> tuple[Machine, UUID]:
+        """The session of the last time with a newer machine, or a new one."""
+        path = self._state / "session.json"
+        key, generation = f"dev-{uuid4()}", 1
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(path.read_text())
+            if kept["project_id"] == str(project_id):
+                key, generation = str(kept["key"]), int(kept["generation"]) + 1
+        headers = {"Authorization": f"Bearer {keys.service_key}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False) as http:
+            while True:
+                # Written first: a key whose session nobody remembers would be a machine nobody ends.
+                path.write_text(
+                    json.dumps({"key": key, "generation": generation, "project_id": str(project_id)})
+                )
+                answer = await http.post(
+                    "/v1/sessions",
+                    json={"project_id": str(project_id), "generation": generation, "ttl_seconds": LONG},
+                    headers={"Idempotency-Key": key},
+                )
+                form = answer.json()
+                if not (answer.is_success and form["state"] in ("draining", "gone")):
+                    break
+                key, generation = f"dev-{uuid4()}", 1
+        if not answer.is_success or form.get("machine") is None:
+            reason = form.get("detail") or form.get("problem") or f"it is {form.get('state')}"
+            raise CannotStart(f"the session did not start: {reason}")
+        machine = await driver.inspect(form["machine"]["id"])
+        if machine is None:
+            raise CannotStart(f"the agent's machine is gone; see the logs in {self._state / 'machines'}")
+        return machine, UUID(form["session_id"])
+
+    # --- while it runs
+
+    async def _watch(self, editor: Editor) -> None:
+        if not self._options.watch:
+            return
+        async for sent in editor.watch():
+            self._say(sent, "saved")
+
+    def _say(self, sent: Sent, what: str, nothing: str | None = None) -> None:
+        if sent.updated or sent.deleted:
+            parts = [f"{sent.updated} written"] * bool(sent.updated)
+            parts += [f"{sent.deleted} deleted"] * bool(sent.deleted)
+            self._terminal.step(f"{what}: {', '.join(parts)}")
+        elif nothing is not None and not sent.skipped:
+            self._terminal.step(nothing)
+        for line in sent.skipped:
+            self._terminal.step(f"left out {line}")
+
+    async def _until_served(self, machine: Machine, driver: LocalMachines) -> None:
+        """Until `/readyz` says 200. Says on the way what the agent is at."""
+        last = ""
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
+            while True:
+                with suppress(httpx.HTTPError):
+                    if (await http.get(f"{machine.health_url}/readyz")).status_code == 200:
+                        return
+                    report = (await http.get(f"{machine.health_url}/status")).json()
+                    if isinstance(report, dict) and report.get("state", "") != last:
+                        last = str(report["state"])
+                        self._terminal.step(f"the agent is {last}")
+                await self._still_there(machine, driver)
+                await asyncio.sleep(0.05)
+
+    async def _still_there(self, machine: Machine, driver: LocalMachines) -> None:
+        now = await driver.inspect(machine.id)
+        if now is None or now.state != "running":
+            log = driver.log_path(machine.id)
+            raise CannotStart(f"the agent ended. Its last words:\n{_tail(log)}\nThe whole log: {log}")
+
+    async def _keep(
+        self, info: DevInfo, machine: Machine, driver: LocalMachines, watching: asyncio.Task[None]
+    ) -> None:
+        """For ever: keep dev.json true, and end when something that should not end does."""
+        while True:
+            if watching.done() and self._options.watch:
+                raise CannotStart(f"the watch over {self._options.directory} ended: {watching.exception()}")
+            await self._still_there(machine, driver)
+            if self._pid != info.agent_pid:
+                info = replace(info, agent_pid=self._pid)
+                self._publish(info)
+                self._terminal.step(f"the agent was started again (process {self._pid})")
+            await asyncio.sleep(0.25)
+
+    def _agent_started(self, pid: int) -> None:
+        self._pid = pid
+
+    def _agent_ended(self, code: int) -> None:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._terminal.step(f"the agent {how}")
+
+    def _publish(self, info: DevInfo) -> None:
+        path = self._state / "dev.json"
+        draft = self._state / "dev.json.new"
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(asdict(info), file, indent=2)
+        draft.rename(path)
+        self._stack.callback(path.unlink, missing_ok=True)
+
+    def _screen(self, info: DevInfo, log: Path | None) -> str:
+        rows = {
+            "Preview": info.preview_url,
+            "Editing": str(self._options.directory.resolve()),
+            "Supabase URL": f"{info.orchestrator_url}   (RPC, Storage, Realtime, /v1/sessions)",
+            "Database": info.database_url,
+            "Agent": f"{info.health_url}/status",
+            "Agent's log": str(log),
+            "All of it": str(self._options.state / "dev.json"),
+        }
+        lines = "".join(f"    {name:<14}{value}\n" for name, value in rows.items())
+        verb = "Save a file" if self._options.watch else "Write through the RPC"
+        return (
+            f"\n  The preview is served, {self._terminal.seconds:.1f} s after the start.\n\n{lines}\n"
+            f"  {verb} and look at the preview. Ctrl-C stops everything and keeps the data.\n\n"
+        )
+
+    async def _once(self, info: DevInfo, http: httpx.AsyncClient) -> None:
+        """One file made, edited and removed again, timed from the save to what the dev server serves."""
+        started = self._terminal.seconds
+        name = f"preview-sync-check-{uuid4().hex[:8]}.js"
+        below = "src" if (self._options.directory / "src").is_dir() else ""
+        path = f"{below}/{name}" if below else name
+        check = Check(self._options, info, http, path)
+        try:
+            timings = {
+                "start_seconds": round(started, 3),
+                "create_to_served_ms": await check.write("made"),
+                "save_to_served_ms": await check.write("edited"),
+                "delete_to_gone_ms": await check.remove(),
+            }
+        finally:
+            (self._options.directory / path).unlink(missing_ok=True)
+        lines = "".join(f"    {name.replace('_', ' '):<22}{value:>9}\n" for name, value in timings.items())
+        self._terminal.show(f"{lines}\n", timings)
+
+
+class Check:
+    """One file that `--once` writes through the directory, or with `--no-watch` through the RPC."""
+
+    def __init__(self, options: DevOptions, info: DevInfo, http: httpx.AsyncClient, path: str) -> None:
+        self._options = options
+        self._info = info
+        self._http = http
+        self._path = path
+
+    async def write(self, what: str) -> float:
+        """Milliseconds from the save to the new content being served."""
+        nonce = f"{what}-{uuid4().hex}"
+        content = f'export const check = "{nonce}";\n'
+        started = time.perf_counter()
+        if self._options.watch:
+            (self._options.directory / self._path).write_text(content)
+        else:
+            await self._rpc("upsert_project_file", {"p_file_path": self._path, "p_content": content})
+        return await self._until(started, lambda served: nonce in served, "serve the new content")
+
+    async def remove(self) -> float:
+        """Milliseconds from the removal to the file not being served any more."""
+        started = time.perf_counter()
+        if self._options.watch:
+            (self._options.directory / self._path).unlink()
+        else:
+            await self._rpc("delete_project_file", {"p_file_path": self._path})
+        return await self._until(
+            started, lambda served: "export const check" not in served, "forget the file"
+        )
+
+    async def _until(self, started: float, done: Any, what: str) -> float:
+        deadline = started + ONCE_DEADLINE
+        async with httpx.AsyncClient(base_url=self._info.preview_url, timeout=10, trust_env=False) as preview:
+            while time.perf_counter() < deadline:
+                with suppress(httpx.HTTPError):
+                    if done((await preview.get(f"/{quote(self._path)}")).text):
+                        return round((time.perf_counter() - started) * 1000, 1)
+                await asyncio.sleep(0.005)
+        raise CannotStart(f"the preview did not {what} within {ONCE_DEADLINE:.0f} s")
+
+    async def _rpc(self, name: str, arguments: Mapping[str, object]) -> None:
+        body = {"project_uuid": self._info.project_id, **arguments}
+        (await self._http.post(f"/rest/v1/rpc/{name}", json=body)).raise_for_status()
+
+
+@asynccontextmanager
+async def _tasks() -> AsyncIterator[list[asyncio.Task[None]]]:
+    """Tasks that end with the block."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _retire_all(driver: LocalMachines) -> None:
+    for machine in await driver.list():
+        await driver.retire(machine.id)
+
+
+async def _node_version() -> str:
+    """The version of the `node` on the PATH. Raises `CannotStart` when it is missing or too old."""
+    needed = ".".join(map(str, NODE_NEEDED))
+    if shutil.which("node") is None:
+        raise CannotStart(f"there is no node on the PATH; install Node.js {needed} or newer")
+    process = await asyncio.create_subprocess_exec(
+        "node", "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    output, _ = await process.communicate()
+    found = re.match(rb"v(\d+)\.(\d+)\.\d+", output)
+    if found is None:
+        raise CannotStart(f"`node --version` does not say a version; install Node.js {needed} or newer")
+    version = found[0].decode().removeprefix("v")
+    if (int(found[1]), int(found[2])) < NODE_NEEDED:
+        raise CannotStart(f"Node {version} is too old for Vite; install Node.js {needed} or newer")
+    return version
+
+
+def _identities(directory: Path) -> tuple[UUID, UUID]:
+    """The local user and the project, the same at every start for the same directory."""
+    return (
+        uuid5(NAMESPACE_URL, "preview-sync:local-user"),
+        uuid5(NAMESPACE_URL, directory.resolve().as_uri()),
+    )
+
+
+def _settings(port: int, dsn: str, keys: ProjectKeys, state: Path) -> Settings:
+    return Settings.of(
+        {
+            "database_url": dsn,
+            "supabase_url": f"http://{HOST}:{port}",
+            "supabase_anon_key": keys.anon_key,
+            "supabase_service_role_key": keys.service_key,
+            "host": HOST,
+            "port": port,
+            "session_ttl_max": LONG,
+            "machines_dir": state / "machines",
+        }
+    )
+
+
+def _as_url(dsn: str) -> str:
+    """A connection string as a URL, which every client reads."""
+    if "://" in dsn:
+        return dsn
+    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    database = parts.pop("dbname", "postgres")
+    return f"postgresql:///{quote(database)}?{urlencode(parts)}"
+
+
+def _tail(log: Path | None, lines: int = 8) -> str:
+    if log is None:
+        return ""
+    with suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return ""

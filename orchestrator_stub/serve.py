@@ -1,0 +1,98 @@
+"""`preview-orchestrator serve`: the control plane over hosted parts, until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+
+import psycopg
+import psycopg_pool
+import structlog
+import uvicorn
+
+from orchestrator_stub.app import application
+from orchestrator_stub.config import Settings
+from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.service import Server, configure_logs, control_plane
+from orchestrator_stub.tokens import Keyring
+
+log = structlog.get_logger("serve")
+
+STOP_GRACE = 10
+"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
+
+
+class CannotServe(Exception):
+    """Why the service does not start, in one line."""
+
+
+async def run_serve(settings: Settings) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
+    configure_logs(settings.log_level, settings.log_format)
+    try:
+        keys = keyring_of(settings)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"cannot read the JWT keys: {error}") from None
+    listener = _listen(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with control_plane(settings, keys, driver_of(settings)) as service:
+            config = uvicorn.Config(
+                application(service.routes),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=STOP_GRACE,
+            )
+            server = Server(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+            sweeping = asyncio.create_task(service.control.run(), name="sweeper")
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            log.info("serving", address="{}:{}".format(*listener.getsockname()[:2]))
+            done, _ = await asyncio.wait([serving, sweeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+            server.should_exit = True
+            sweeping.cancel()
+            stopping.cancel()
+            await asyncio.gather(serving, sweeping, stopping, return_exceptions=True)
+            if stopping not in done:
+                log.error("ended", part=", ".join(task.get_name() for task in done))
+                return 1
+    except (psycopg.OperationalError, psycopg_pool.PoolTimeout) as error:
+        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+    finally:
+        listener.close()
+    return 0
+
+
+def keyring_of(settings: Settings) -> Keyring:
+    """The keys that sign session tokens. Raises `OSError`, `ValueError`."""
+    if settings.jwt_keys_file is not None:
+        return Keyring.open(settings.jwt_keys_file)
+    if settings.supabase_jwt_secret is None:
+        raise ValueError("neither SUPABASE_JWT_SECRET nor JWT_KEYS_FILE is set")
+    return Keyring.from_secret(settings.supabase_jwt_secret.get_secret_value())
+
+
+def driver_of(settings: Settings) -> MachineDriver:
+    """The machine driver that the settings name."""
+    if settings.machine_driver == "local":
+        return LocalMachines(settings.machines_dir, environment=os.environ)
+    raise CannotServe(f"MACHINE_DRIVER={settings.machine_driver} is not available")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    return listener

@@ -1,0 +1,88 @@
+"""One orchestrator put together: pool, storage, snapshots, sessions, sweeper, routes. `serve` and `dev` both run it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psycopg
+import structlog
+import uvicorn
+from prometheus_client import CollectorRegistry
+from psycopg_pool import AsyncConnectionPool
+from starlette.routing import BaseRoute
+
+from orchestrator_stub.app import Api
+from orchestrator_stub.catchup import Catchup
+from orchestrator_stub.config import Settings
+from orchestrator_stub.control import Control
+from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.snapshots import Snapshots
+from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.store import SessionStore
+from orchestrator_stub.tokens import Keyring
+
+POOL_SIZE = 8
+"""Connections of one orchestrator. Every query is a few milliseconds; the database's limit is shared by all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running control plane."""
+
+    routes: list[BaseRoute]
+    control: Control
+    store: SessionStore
+    registry: CollectorRegistry
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+
+@asynccontextmanager
+async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
+    """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database."""
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
+        settings.database_url.get_secret_value(), min_size=1, max_size=POOL_SIZE, open=False, timeout=10
+    )
+    service_key = settings.supabase_service_role_key.get_secret_value()
+    async with pool, httpx.AsyncClient(timeout=30) as http:
+        storage = StorageClient(settings.storage_url, service_key, http)
+        registry = CollectorRegistry()
+        snapshots = Snapshots(pool, storage, expires_in=int(settings.snapshot_url_ttl), registry=registry)
+        store = SessionStore(pool)
+        control = Control(settings, store, snapshots, driver, keys)
+        catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
+        api = Api(settings, control, store, catchup, snapshots, keys)
+        try:
+            yield Service(api.routes(), control, store, registry, pool)
+        finally:
+            await control.close()
+            await driver.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn without signal handlers: whoever runs it decides when it stops, by `should_exit`."""
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def configure_logs(level: str, form: str) -> None:
+    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto)."""
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
