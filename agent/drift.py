@@ -1,0 +1,166 @@
+"""Seeing that something else changed our files: a formatter run inside the container, `git checkout`, a stray script.
+
+The operating system says where to look (`watchfiles`), the ledger's stat and then the hash say whether anything is
+wrong. A write of our own has exactly the stat that was noted when it was made, so it can never be taken for drift.
+Files that we did not write are no drift: build output and lock files come and go as they like.
+
+Watched are the directories that hold our files, each by itself. A recursive watch would put one on every directory of
+`node_modules` and eat the kernel's budget of watches, which the dev server needs too.
+
+Events can be lost (the kernel's queue is bounded, and there is a moment between two sets of watches), so after each
+arming and every few minutes the whole tree is looked at once, by stat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
+
+from agent.disk import Disk, Drift
+from agent.ledger import FileStat
+from agent.model import Entry, RelPath, parents
+
+Claims = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
+"""What the agent believes to be on disk now: the tree's entries, and how each file looked when it was put there.
+
+Asked anew for each look. What it answers must move in one step with the disk: no await between `Disk.apply` and it.
+"""
+
+STEP_MS = 200
+"""Quiet time after which a burst of events is looked at. Also how often the waiting thread wakes when idle."""
+LONGEST_MS = 1000
+"""A burst that does not end is looked at this often."""
+_ROOT = RelPath(".")
+"""The root itself, as events name it."""
+SLICE = 200
+"""Files looked at in one go before other tasks get their turn: about 2 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What changed since the last report.
+
+    `drifts`: new, or other than reported before. `settled`: paths reported earlier that are right again, or no longer
+    ours. `touched`: files that look different but hold what they should; their new looks save hashing them again.
+    """
+
+    drifts: tuple[Drift, ...]
+    settled: tuple[RelPath, ...]
+    touched: Mapping[RelPath, FileStat]
+
+
+class DriftWatch:
+    """Reports what drifts until it is cancelled. `sweep_seconds`: between two looks at everything."""
+
+    def __init__(
+        self, disk: Disk, claims: Claims, report: Callable[[Observed], None], *, sweep_seconds: float = 300.0
+    ) -> None:
+        self._disk = disk
+        self._claims = claims
+        self._report = report
+        self._sweep_seconds = sweep_seconds
+        self._open: dict[RelPath, Drift] = {}
+
+    @property
+    def open(self) -> Mapping[RelPath, Drift]:
+        """The files that are not as they should be now."""
+        return self._open
+
+    async def run(self) -> None:
+        """Watch. Without watches to be had (the kernel's limit) it sweeps, ten times as often."""
+        while True:
+            watched = self._directories()
+            try:
+                notify = RustNotify(self._places(watched), False, False, 0, False, True)
+            except (OSError, WatchfilesRustInternalError):
+                await self._sweep()
+                await asyncio.sleep(self._sweep_seconds / 10)
+                continue
+            with notify:
+                await self._sweep()
+                while await self._turn(notify, watched):
+                    pass
+
+    async def _turn(self, notify: RustNotify, watched: frozenset[RelPath]) -> bool:
+        """Wait for one burst and look. False: other directories are to be watched now."""
+        stop = threading.Event()
+        waiting = asyncio.ensure_future(
+            asyncio.to_thread(notify.watch, LONGEST_MS, STEP_MS, int(self._sweep_seconds * 1000), stop)
+        )
+        try:
+            raw = await asyncio.shield(waiting)
+        finally:
+            stop.set()
+            with suppress(asyncio.CancelledError):
+                await waiting
+        if not isinstance(raw, set):
+            await self._sweep()
+            return True
+        entries, _ = self._claims()
+        changed = {path for _, place in raw if (path := self._relative(place)) is not None}
+        others = changed - entries.keys()
+        # A directory of ours came or went: its watch went with it, and so did everything below.
+        moved = others & (watched | {_ROOT})
+        if moved:
+            changed.update(p for p in entries if _ROOT in moved or not moved.isdisjoint(parents(p)))
+        await self._look_at(changed)
+        return not others or (not moved and self._directories() == watched)
+
+    def _directories(self) -> frozenset[RelPath]:
+        entries, _ = self._claims()
+        return frozenset(
+            parent for path, entry in entries.items() if entry.is_file for parent in parents(path)
+        )
+
+    def _places(self, watched: Iterable[RelPath]) -> list[str]:
+        root = self._disk.root
+        places = (root / path for path in watched)
+        return [str(root), *(str(place) for place in places if place.is_dir() and not place.is_symlink())]
+
+    def _relative(self, place: str) -> RelPath | None:
+        try:
+            return RelPath(Path(place).relative_to(self._disk.root).as_posix())
+        except ValueError:
+            return None
+
+    async def _sweep(self) -> None:
+        entries, _ = self._claims()
+        await self._look_at(entries.keys() | self._open.keys())
+
+    async def _look_at(self, paths: Iterable[RelPath]) -> None:
+        waiting = sorted(paths)
+        for start in range(0, len(waiting), SLICE):
+            if start:
+                await asyncio.sleep(0)
+            self._look_at_slice(waiting[start : start + SLICE])
+
+    def _look_at_slice(self, paths: list[RelPath]) -> None:
+        entries, stats = self._claims()
+        drifts: list[Drift] = []
+        settled: list[RelPath] = []
+        touched: dict[RelPath, FileStat] = {}
+        for path in paths:
+            entry = entries.get(path)
+            found: Drift | FileStat | None = None
+            if entry is not None and entry.is_file:
+                try:
+                    found = self._disk.check(path, stats.get(path), entry)
+                except OSError:
+                    continue
+            if isinstance(found, Drift):
+                if self._open.get(path) != found:
+                    self._open[path] = found
+                    drifts.append(found)
+                continue
+            if self._open.pop(path, None) is not None:
+                settled.append(path)
+            if found is not None and found != stats.get(path):
+                touched[path] = found
+        if drifts or settled or touched:
+            self._report(Observed(tuple(drifts), tuple(settled), touched))
