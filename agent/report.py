@@ -27,7 +27,7 @@ HARMLESS = frozenset({"drift", "path_refused", "path_unusable", "hmr_unreachable
 """Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Report(Collector):
     """Looks at everything; owns nothing. `draining` is set by the daemon alone."""
 

@@ -7,6 +7,7 @@ between two awaits, so the tree, the disk and the ledger move together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +83,7 @@ class Sync:
         self._request: Request | None = None
         self._attempt = 0
         self._doubted: str | None = None
-        self._stopping = False
+        self._asleep_until: float | None = None
 
     # --- what others see and say
 
@@ -228,14 +229,11 @@ class Sync:
         while True:
             self._wake.clear()
             self._turn()
-            deadline = self._follower.next_deadline()
-            try:
-                async with asyncio.timeout(
-                    None if deadline is None else max(0.0, deadline - self._clock()) + 0.001
-                ):
+            deadline = self._asleep_until = self._follower.next_deadline()
+            wait = None if deadline is None else max(0.0, deadline - self._clock()) + 0.001
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
                     await self._wake.wait()
-            except TimeoutError:
-                continue
 
     def _take(self, signal: Signal) -> None:
         now = self._clock()
@@ -279,6 +277,9 @@ class Sync:
             request = self._follower.request(self._clock())
             if request is not None:
                 self._ask(request)
+        deadline = self._follower.next_deadline()
+        if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
+            self._wake.set()
         metrics = self._p.metrics
         metrics.revision.set(self.tree.cursor.revision)
         metrics.head_revision.set(self._follower.head_revision)
@@ -324,7 +325,6 @@ class Sync:
                 self._p.problems.add(problem)
         if outcome.rolled_back:
             self._follower.settle(plan, self._clock(), undone=True)
-            self._wake.set()
             return False
         done = {each.operation.path for each in outcome.done}
         failed = {operation.path for operation in operations if operation.path not in done}
@@ -347,8 +347,6 @@ class Sync:
         if operations:
             self._p.metrics.apply.observe(self._clock() - started)
             self._p.on_tree(done)
-        if self._follower.next_deadline() is not None:
-            self._wake.set()
         return True
 
     # --- catch-up
