@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -307,26 +307,45 @@ def _birth(pid: int) -> float:
 def _alive(record: Record) -> bool:
     try:
         process = psutil.Process(record.pid)
-        return bool(process.create_time() == record.started and process.status() != psutil.STATUS_ZOMBIE)
+        return process.create_time() == record.started and _lives(process)
     except psutil.Error:
         return False
 
 
 def _stop_process(record: Record) -> None:
-    """End one agent and everything it started. Blocks up to `STOP_GRACE` and a little."""
+    """End one agent and everything it started. Blocks up to `STOP_GRACE` and a little.
+
+    The agent may be our child, whose exit status the event loop collects: so it is looked at, never waited for.
+    """
     if not _alive(record):
         return
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(record.pid)
         family = process.children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs([process], timeout=STOP_GRACE)
-        for member in [*left, *family]:
-            if member.is_running():
-                member.kill()
-        psutil.wait_procs([process, *family], timeout=2)
-    except psutil.NoSuchProcess:
-        return
+        _gone([process], STOP_GRACE)
+        for member in (process, *family):
+            with suppress(psutil.NoSuchProcess):
+                if _lives(member):
+                    member.kill()
+        _gone([process, *family], 2.0)
+
+
+def _gone(processes: Sequence[psutil.Process], timeout: float) -> bool:
+    """Whether all of them ended (a zombie has) within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while any(_lives(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _kill_strays(directory: Path) -> None:
