@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agent.disk import Disk, FileStat, Outcome
-from agent.model import Entry, RelPath, Remove, Write, digest_of
+from agent.model import Entry, Operation, RelPath, Remove, Write, digest_of
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
@@ -44,7 +44,7 @@ class Agent:
         self.known: dict[RelPath, FileStat] = {}
         self.tree: dict[RelPath, Entry] = {}
 
-    def apply(self, *operations: Write | Remove, overwrite_drift: bool = True) -> Outcome:
+    def apply(self, *operations: Operation, overwrite_drift: bool = True) -> Outcome:
         outcome = self.disk.apply(operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift)
         for done in outcome.done:
             path = done.operation.path

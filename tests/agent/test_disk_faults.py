@@ -1,0 +1,693 @@
+"""The disk on a sick or hostile machine. Each fault is made for real; what needs root says so when it is skipped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from agent import jail
+from agent.disk import Disk
+from agent.errors import RootUnusable
+from agent.jail import is_twin
+from agent.ledger import Ledger, LedgerState
+from agent.model import Entry, Operation, RelPath, Tree, Write, digest_of
+from tests.agent.disks import Agent, kinds, remove, seen, write
+from tests.profiles import NIGHTLY
+
+NOBODY = 65534
+IS_ROOT = os.geteuid() == 0
+
+
+@contextmanager
+def opened(root: Path, staging: Path) -> Iterator[Agent]:
+    disk = Disk(root, staging)
+    disk.open()
+    try:
+        yield Agent(disk)
+    finally:
+        disk.close()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    with opened(tmp_path / "project", tmp_path / "staging") as agent:
+        yield agent
+        assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "project"
+
+
+# --- file systems of their own
+
+
+def mounted(place: Path, *options: str, kind: str = "tmpfs", source: str = "tmpfs") -> None:
+    if not IS_ROOT:
+        pytest.skip("mounting a small file system needs root")
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), source, str(place)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.skip(f"this machine cannot {' '.join(command)}: {run.stderr.strip()}")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    places: list[Path] = []
+
+    def make(*options: str, kind: str = "tmpfs", source: str = "tmpfs") -> Path:
+        place = tmp_path / f"mount{len(places)}"
+        mounted(place, *options, kind=kind, source=source)
+        places.append(place)
+        return place
+
+    yield make
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., Path]) -> None:
+    small = mount("size=256k")
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"a": "old", "b": "old"})
+        (small / "ballast").write_bytes(bytes(96 * 1024))
+        batch: list[Operation] = [write("a", "new"), remove("b"), write("src/big", bytes(192 * 1024))]
+
+        outcome = agent.apply(*batch)
+        assert outcome.rolled_back
+        assert kinds(outcome) == [("disk_full", "src/big", "space")]
+        assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        assert seen(small / "project") == {"a": "old", "b": "old"}
+        assert os.listdir(small / "staging") == []
+
+        (small / "ballast").unlink()
+        outcome = agent.apply(*batch)
+        assert kinds(outcome) == []
+        assert seen(small / "project") == {"a": "new", "src/big": "\0" * 192 * 1024}
+
+
+@pytest.mark.parametrize("free", range(10))
+def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
+    mount: Callable[..., Path], free: int
+) -> None:
+    """Each number of free inodes stops the batch at another step: staging, the first directory, the second..."""
+    small = mount("nr_inodes=64")
+    before = {"a": "old", "b": "old", "dir/c": "old"}
+    after = {"a": "new", "dir": "file now", "x/one": "1", "y/z/two": "2"}
+    batch: list[Operation] = [
+        write("a", "new"),
+        remove("b"),
+        remove("dir/c"),
+        write("dir", "file now"),
+        write("x/one", "1"),
+        write("y/z/two", "2"),
+    ]
+    with opened(small / "project", small / "staging") as agent:
+        agent.put(before)
+        known = dict(agent.known)
+        taken: list[Path] = []
+        while os.statvfs(small).f_ffree > free:
+            taken.append(small / f"ballast{len(taken)}")
+            taken[-1].touch()
+
+        outcome = agent.apply(*batch)
+        if outcome.rolled_back:
+            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "inodes")]
+            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+            assert seen(small / "project") == before
+            for each in taken:
+                each.unlink()
+            outcome = agent.apply(*batch)
+        assert kinds(outcome) == []
+        assert seen(small / "project") == after
+        assert os.listdir(small / "staging") == []
+        assert known.keys() != agent.known.keys()
+
+
+def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path]) -> None:
+    small = mount("nr_inodes=32")
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"old": "old", "kept": "old"})
+        writes = []
+        for path in ("old", "new", "kept", "needs/a/directory"):
+            stage = agent.disk.stage()
+            stage.write(path.encode())
+            staged = stage.finish()
+            writes.append(Write(RelPath(path), Entry(2, staged.digest, staged.size), staged=staged.name))
+        taken: list[Path] = []
+        while os.statvfs(small).f_ffree > 1:
+            taken.append(small / f"ballast{len(taken)}")
+            taken[-1].touch()
+
+        outcome = agent.apply(*writes)
+        assert outcome.rolled_back
+        assert seen(small / "project") == {"old": "old", "kept": "old"}
+        assert len(os.listdir(small / "staging")) == 4
+
+        for each in taken:
+            each.unlink()
+        outcome = agent.apply(*writes)
+        assert kinds(outcome) == []
+        assert seen(small / "project") == {w.path: w.path for w in writes}
+        assert os.listdir(small / "staging") == []
+
+
+def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[..., Path]) -> None:
+    small = mount("size=1m")
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"a": "old", "b": "old"})
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        outcome = agent.apply(remove("b"), write("a", "new"))
+        assert outcome.rolled_back
+        assert kinds(outcome) == [("read_only", "a", "EROFS")]
+        subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
+        assert seen(small / "project") == {"a": "old", "b": "old"}
+        assert kinds(agent.apply(remove("b"), write("a", "new"))) == []
+        assert seen(small / "project") == {"a": "new"}
+
+
+def test_staging_on_another_file_system_is_refused_at_the_start(
+    mount: Callable[..., Path], tmp_path: Path
+) -> None:
+    disk = Disk(tmp_path / "project", mount() / "staging")
+    with pytest.raises(RootUnusable, match="on another file system than the project; set STAGING_DIR"):
+        disk.open()
+    assert list((tmp_path / "project").iterdir()) == []
+
+
+def test_a_bind_mount_of_the_same_file_system_is_refused_too(tmp_path: Path) -> None:
+    """Both have the same device number; only a rename tells."""
+    (tmp_path / "source").mkdir()
+    mounted(tmp_path / "bound", "bind", kind="none", source=str(tmp_path / "source"))
+    try:
+        with pytest.raises(RootUnusable, match="on another file system"):
+            Disk(tmp_path / "project", tmp_path / "bound/staging").open()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "bound")], check=True)
+
+
+def test_a_mount_inside_the_project_is_one_problem_and_the_rest_lands(root: Path, agent: Agent) -> None:
+    root.mkdir(exist_ok=True)
+    mounted(root / "volume")
+    try:
+        outcome = agent.apply(write("volume/a", "1"), write("b", "1"))
+    finally:
+        subprocess.run(["umount", "-l", str(root / "volume")], check=True)
+    assert kinds(outcome) == [("path_unusable", "volume/a", "other_file_system")]
+    assert seen(root) == {"b": "1", "volume/": ""}
+
+
+# --- not being root
+
+
+@contextmanager
+def as_nobody(*owned: Path) -> Iterator[None]:
+    """Without root's powers: the kernel checks permissions by the effective user."""
+    if not IS_ROOT:
+        yield
+        return
+    for path in owned:
+        os.chown(path, NOBODY, NOBODY)
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def reachable(path: Path) -> None:
+    """pytest's directories are closed to others; the way to this one is opened."""
+    for above in [path, *path.parents]:
+        if above.stat().st_uid == os.geteuid() and above != Path("/"):
+            above.chmod(above.stat().st_mode | 0o011)
+
+
+def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> None:
+    reachable(tmp_path)
+    root, staging = tmp_path / "project", tmp_path / "staging"
+    for path in (root, root / "locked", staging):
+        path.mkdir()
+    with as_nobody(root, staging), opened(root, staging) as agent:
+        agent.put({"a": "old", "b": "old"})
+        if not IS_ROOT:
+            (root / "locked").chmod(0o555)
+        batch: list[Operation] = [
+            write("a", "new"),
+            write("made/x", "new"),
+            write("locked/c", "new"),
+            remove("b"),
+        ]
+
+        outcome = agent.apply(*batch)
+        assert outcome.rolled_back
+        assert kinds(outcome) == [("permission_denied", "locked/c", "EACCES")]
+        assert "cannot change locked/c: Permission denied" in outcome.problems[0].detail
+        assert seen(root) == {"a": "old", "b": "old", "locked/": ""}
+        assert os.listdir(staging) == []
+    (root / "locked").chmod(0o777)
+    with as_nobody(), opened(root, staging) as agent:
+        agent.apply(*batch)
+    assert seen(root) == {"a": "new", "b": "old", "locked/c": "new", "made/x": "new"}
+
+
+def test_a_file_we_may_not_read_is_replaced_nevertheless(tmp_path: Path) -> None:
+    reachable(tmp_path)
+    root, staging = tmp_path / "project", tmp_path / "staging"
+    root.mkdir()
+    staging.mkdir()
+    (root / "a").write_text("theirs")
+    (root / "a").chmod(0)
+    with as_nobody(root, staging), opened(root, staging) as agent:
+        assert kinds(agent.apply(write("a", "new"))) == [("drift", "a", "appeared")]
+        assert seen(root) == {"a": "new"}
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can make a directory that is not its own")
+def test_a_root_we_may_not_write_in_is_refused_at_the_start(tmp_path: Path) -> None:
+    reachable(tmp_path)
+    (tmp_path / "project").mkdir()
+    with (
+        as_nobody(),
+        pytest.raises(RootUnusable, match=r"cannot write in the project directory .*permission denied"),
+    ):
+        Disk(tmp_path / "project", tmp_path / "staging").open()
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can be refused to give files away by dropping its powers")
+def test_an_owner_that_files_cannot_be_given_to_is_refused_at_the_start(tmp_path: Path) -> None:
+    reachable(tmp_path)
+    root, staging = tmp_path / "project", tmp_path / "staging"
+    root.mkdir()
+    staging.mkdir()
+    with as_nobody(root, staging), pytest.raises(RootUnusable, match="cannot give files to 12:34"):
+        Disk(root, staging, owner=(12, 34)).open()
+
+
+# --- descriptors
+
+
+@pytest.mark.parametrize("spare", range(8))
+def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
+    agent: Agent, root: Path, spare: int
+) -> None:
+    agent.put({"a": "old", "b/c": "old"})
+    batch: list[Operation] = [
+        write("a", "new"),
+        write("x/y/z/one", "1"),
+        remove("b/c"),
+        write("w/v/two", "2"),
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    agent.disk._jail.forget()
+    with open(os.devnull) as highest:
+        limit = highest.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit + spare, hard))
+    try:
+        outcome = agent.apply(*batch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if outcome.rolled_back:
+        assert [(p.kind, p.rule) for p in outcome.problems] == [("too_many_open_files", "EMFILE")]
+        assert seen(root) == {"a": "old", "b/c": "old"}
+        outcome = agent.apply(*batch)
+    assert kinds(outcome) == []
+    assert seen(root) == {"a": "new", "x/y/z/one": "1", "w/v/two": "2"}
+
+
+def test_descriptors_do_not_pile_up(agent: Agent) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no /proc to count descriptors in")
+    before = count()
+    for n in range(300):
+        agent.apply(write(f"d{n}/e/f", "x"), write("same", f"{n}"))
+        agent.apply(write(f"same/{n}", "blocked"))
+        agent.disk.read_digest(RelPath(f"d{n}/e/f"))
+        agent.disk.read_digest(RelPath(f"d{n}"))
+    assert count() - before <= 64
+    agent.disk.scan()
+    agent.disk.close()
+    assert count() < before
+    agent.disk.open()
+
+
+# --- links
+
+
+@pytest.fixture(params=["held", "walked"])
+def revalidation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With /proc, where held directories are asked for their place, and as on a system without it."""
+    if request.param == "walked":
+        monkeypatch.setattr(jail, "_place_of", lambda descriptor: "")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("revalidation")
+@pytest.mark.parametrize("depth", ["src", "src/pages"])
+def test_a_directory_replaced_by_a_link_is_not_followed(
+    agent: Agent, root: Path, tmp_path: Path, depth: str
+) -> None:
+    agent.put({"src/pages/home/a": "old", "b": "old"})
+    outside = tmp_path / "outside"
+    (root / depth).rename(outside)
+    (root / depth).symlink_to(outside)
+    before = seen(outside)
+
+    outcome = agent.apply(
+        write("src/pages/home/a", "new"), write("src/pages/home/n", "new"), write("b", "new")
+    )
+    assert kinds(outcome) == [
+        ("path_unusable", "src/pages/home/a", "symlink"),
+        ("path_unusable", "src/pages/home/n", "symlink"),
+    ]
+    assert [done.operation.path for done in outcome.done] == ["b"]
+    assert seen(outside) == before
+
+    outcome = agent.apply(remove("src/pages/home/a"))
+    assert kinds(outcome) == [("path_unusable", "src/pages/home/a", "symlink")]
+    assert seen(outside) == before
+
+    (root / depth).unlink()
+    assert kinds(agent.apply(write("src/pages/home/a", "new"))) == []
+    assert (root / "src/pages/home/a").read_text() == "new"
+    assert seen(outside) == before
+
+
+@pytest.mark.usefixtures("revalidation")
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_held_directory_that_is_no_longer_at_its_path_is_not_written_in(
+    agent: Agent, root: Path, tmp_path: Path, how: str
+) -> None:
+    agent.put({"src/pages/a": "old"})
+    if how == "removed":
+        (root / "src/pages/a").unlink()
+        (root / "src/pages").rmdir()
+    else:
+        (root / "src").rename(tmp_path / "away")
+    if how == "replaced":
+        (root / "src/pages").mkdir(parents=True)
+
+    outcome = agent.apply(write("src/pages/b", "new"))
+    assert kinds(outcome) == []
+    assert (root / "src/pages/b").read_text() == "new"
+    if how != "removed":
+        assert seen(tmp_path / "away") == {"pages/a": "old"}
+
+
+@pytest.mark.usefixtures("revalidation")
+def test_a_link_planted_as_the_file_is_replaced_and_not_followed(
+    agent: Agent, root: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    agent.put({"a": "ours", "b": "ours"})
+    for name in ("a", "b"):
+        (root / name).unlink()
+        (root / name).symlink_to(victim)
+    outcome = agent.apply(write("a", "new"), remove("b"))
+    assert kinds(outcome) == [("drift", "a", "not_a_file"), ("drift", "b", "not_a_file")]
+    assert seen(root) == {"a": "new"}
+    assert victim.read_text() == "precious"
+
+
+def test_a_root_that_moved_away_is_found_again_by_its_path(agent: Agent, root: Path, tmp_path: Path) -> None:
+    agent.put({"src/a": "old"})
+    root.rename(tmp_path / "away")
+    root.mkdir()
+    agent.apply(write("src/b", "new"))
+    assert seen(root) == {"src/b": "new"}
+    assert seen(tmp_path / "away") == {"src/a": "old"}
+
+
+ATTACKER = textwrap.dedent(
+    """
+    import itertools, os, sys
+    src, aside, outside = sys.argv[1:]
+    os.write(1, b"go\\n")
+    for n in itertools.count():
+        try:
+            os.rename(src, aside)
+        except OSError:
+            pass
+        try:
+            os.symlink(outside, src)
+            os.unlink(src)
+        except OSError:
+            pass
+        try:
+            os.rename(aside, src)
+        except OSError:
+            # The writer made a directory of its own meanwhile: it is put away, the first comes back.
+            try:
+                os.rename(src, f"{aside}{n}")
+                os.rename(aside, src)
+            except OSError:
+                pass
+    """
+)
+
+
+@pytest.mark.usefixtures("revalidation")
+def test_links_planted_while_we_write_lead_nowhere(agent: Agent, root: Path, tmp_path: Path) -> None:
+    """A process swaps a directory for a link as fast as it can: whatever the timing, nothing lands behind the link."""
+    outside = tmp_path / "outside"
+    (outside / "deep").mkdir(parents=True)
+    agent.put({"src/deep/a": "old"})
+    attacker = subprocess.Popen(
+        [sys.executable, "-c", ATTACKER, root / "src", tmp_path / "aside", outside], stdout=subprocess.PIPE
+    )
+    refused = landed = 0
+    try:
+        assert attacker.stdout is not None
+        assert attacker.stdout.readline() == b"go\n"
+        for n in range(1000):
+            outcome = agent.apply(write("src/deep/a", f"{n}"), write(f"src/deep/f{n % 7}", f"{n}"))
+            refused += any(p.kind != "drift" for p in outcome.problems)
+            landed += len(outcome.done) == 2
+    finally:
+        attacker.kill()
+        attacker.communicate()
+    assert seen(outside) == {"deep/": ""}
+    assert landed > 10
+    assert refused > 0, "the swapping never got in the way: this run proved nothing"
+
+
+# --- twins
+
+
+def test_composed_and_decomposed_names_are_two_files_and_theirs_is_left_alone(
+    agent: Agent, root: Path
+) -> None:
+    ours = "caf\u00e9.ts"
+    theirs = unicodedata.normalize("NFD", ours)
+    (root / theirs).write_text("theirs")
+    if (root / ours).exists():
+        pytest.skip("this file system takes both names for one")
+    agent.apply(write(ours, "ours"))
+    assert seen(root) == {ours: "ours", theirs: "theirs"}
+    assert set(agent.disk.scan()) == {ours}
+    agent.apply(remove(ours))
+    assert seen(root) == {theirs: "theirs"}
+
+
+def case_blind(mount: Callable[..., Path], tmp_path: Path) -> Path:
+    """A directory blind to case: a tmpfs or an ext4 with casefold, whichever this kernel has."""
+    try:
+        place = mount("casefold")
+    except pytest.skip.Exception:
+        image = tmp_path / "image"
+        with image.open("wb") as file:
+            file.truncate(8 << 20)
+        made = subprocess.run(["mkfs.ext4", "-q", "-O", "casefold", image], check=False)
+        if made.returncode:
+            pytest.skip("this machine has no case-blind file system to try")
+        place = mount("loop", kind="ext4", source=str(image))
+    (place / "blind").mkdir()
+    if subprocess.run(["chattr", "+F", place / "blind"], check=False).returncode:
+        pytest.skip("this machine cannot make a directory case-blind")
+    return place / "blind"
+
+
+def test_case_twins_on_a_case_blind_file_system(mount: Callable[..., Path], tmp_path: Path) -> None:
+    place = case_blind(mount, tmp_path)
+    with opened(place / "project", place / "staging") as agent:
+        agent.put({"Readme.md": "first", "src/a": "1"})
+        outcome = agent.apply(write("README.MD", "twin"), write("SRC/b", "twin"), write("c", "fine"))
+        assert kinds(outcome) == [
+            ("path_unusable", "README.MD", "case_twin"),
+            ("path_unusable", "SRC/b", "case_twin"),
+        ]
+        assert seen(place / "project") == {"Readme.md": "first", "src/a": "1", "c": "fine"}
+        assert kinds(agent.apply(remove("Readme.md"), write("README.MD", "renamed"))) == []
+        assert seen(place / "project") == {"README.MD": "renamed", "src/a": "1", "c": "fine"}
+
+
+def test_what_makes_a_twin(root: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that sees case: two names of one file are no twins as long as both are listed."""
+    agent.put({"Readme": "x"})
+    os.link(root / "Readme", root / "rEADME")
+    directory = os.open(root, os.O_RDONLY)
+    try:
+        found = (root / "rEADME").stat()
+        assert not is_twin(directory, "rEADME", found)
+        assert not is_twin(directory, "123", found)
+        monkeypatch.setattr(os, "listdir", lambda _: ["Readme"])
+        assert is_twin(directory, "rEADME", found)
+    finally:
+        os.close(directory)
+
+
+# --- readers
+
+READER = textwrap.dedent(
+    """
+    import hashlib, os, sys
+    path, stop = sys.argv[1:]
+    reads = torn = missing = 0
+    os.write(1, b"go\\n")
+    while not os.path.exists(stop):
+        for _ in range(50):
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    data = file.read()
+            except FileNotFoundError:
+                missing += 1
+                continue
+            reads += 1
+            torn += hashlib.sha256(data[64:]).hexdigest().encode() != data[:64]
+    print(reads, torn, missing)
+    """
+)
+
+
+def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tmp_path: Path) -> None:
+    """10,000 rewrites of up to 64 KB (2,000 by day), alone and in batches, under two readers that never pause."""
+
+    def content(n: int) -> bytes:
+        body = bytes([n % 256]) * (n * 7919 % 65536)
+        return hashlib.sha256(body).hexdigest().encode() + body
+
+    contents = [content(n) for n in range(64)]
+    agent.apply(write("src/a", contents[0]))
+    stop = tmp_path / "stop"
+    readers = [
+        subprocess.Popen([sys.executable, "-c", READER, root / "src/a", stop], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        for reader in readers:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == b"go\n"
+        for n in range(10_000 if NIGHTLY else 2_000):
+            operations = [write("src/a", contents[n % 64])]
+            if n % 10 == 0:
+                operations.append(write("src/b", "another"))
+            outcome = agent.apply(*operations)
+            assert not outcome.problems
+    finally:
+        stop.touch()
+        counts = [reader.communicate()[0].split() for reader in readers]
+    for reads, torn, missing in counts:
+        assert int(reads) > 200
+        assert (int(torn), int(missing)) == (0, 0)
+
+
+# --- SIGKILL
+
+WRITER = textwrap.dedent(
+    """
+    import os, random, signal, sys
+    from pathlib import Path
+    from agent.disk import Disk
+    from agent.ledger import Ledger, LedgerState
+    from agent.model import Cursor, Entry, RelPath, Remove, Write, digest_of
+
+    home = Path(sys.argv[1])
+    disk, ledger = Disk(home / "project", home / "staging"), Ledger(home / "state/ledger.db")
+    state = ledger.load()
+    disk.open(state.directories if state else ())
+    disk.clear_staging()
+    known = dict(state.stats) if state else {}
+    entries = state.tree.entries if state else {}
+    at = state.tree.cursor.revision if state else 0
+    if state:
+        ours = state.tree.files()
+        disk.discard(path for path in state.intended if path not in ours)
+    chance = random.Random(at)
+    steps = int(sys.argv[2])
+
+    def die(event, arguments):
+        # Before each call that changes a name: the kill falls between any two of them.
+        global steps
+        if event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"):
+            steps -= 1
+            if not steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(die)
+    while True:
+        at += 1
+        operations = {}
+        for _ in range(chance.randrange(1, 6)):
+            path = RelPath(chance.choice(["a", "b", "d/a", "d/e/b", "f/g"]) + str(chance.randrange(4)))
+            if chance.random() < 0.3:
+                operations[path] = Remove(path, Entry(at, None))
+            else:
+                content = f"{path} at {at}".encode()
+                operations[path] = Write(path, Entry(at, digest_of(content), len(content)), content)
+        batch = list(operations.values())
+        ledger.intend([o.path for o in batch if isinstance(o, Write) and o.path not in known])
+        outcome = disk.apply(batch, known)
+        for done in outcome.done:
+            known.pop(done.operation.path, None)
+            if done.stat:
+                known[done.operation.path] = done.stat
+        ledger.record(outcome.done, Cursor("e", at), made=outcome.made, gone=outcome.gone)
+    """
+)
+
+
+def test_a_kill_at_any_point_loses_work_but_never_truth(tmp_path: Path) -> None:
+    """What a restart finds: every file is whole, and as recorded, or known to be in doubt, or known to be ours."""
+    chance = Random(7)
+    in_doubt = 0
+    for _ in range(200 if NIGHTLY else 10):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(chance.randrange(1, 200))]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+        ledger = Ledger(tmp_path / "state/ledger.db")
+        state = ledger.load()
+        ledger.close()
+        state = state or LedgerState(Tree(), {})
+        with opened(tmp_path / "project", tmp_path / "staging") as agent:
+            agent.disk.clear_staging()
+            audit = agent.disk.audit(state.tree, state.stats)
+            claimed = state.tree.files()
+            doubted = {drift.path for drift in audit.drifts}
+            on_disk = agent.disk.scan()
+            assert on_disk.keys() <= claimed.keys() | state.intended
+            assert claimed.keys() == audit.stats.keys() | doubted
+            for path in on_disk:
+                content = (tmp_path / "project" / path).read_bytes()
+                assert content.startswith(f"{path} at ".encode())
+                assert (digest_of(content) == claimed[path].digest) if path in audit.stats else True
+            in_doubt += len(doubted) + len(state.intended)
+    assert in_doubt > 0, "no kill ever fell between the disk and the ledger: this run proved nothing"
