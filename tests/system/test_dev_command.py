@@ -1,0 +1,107 @@
+"""`preview-orchestrator dev` as a person uses it: what it says when it cannot start, what it leaves when it stops."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.system.stack import REPOSITORY, Stack, copy_example, until
+
+pytestmark = pytest.mark.system
+
+
+def dev(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator_stub", "dev", *arguments],
+        cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def assert_one_clear_line(ended: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr + ended.stdout
+    said = [line for line in ended.stderr.splitlines() if line.startswith("preview-orchestrator: ")]
+    assert len(said) == 1, ended.stderr
+    for word in words:
+        assert word in said[0]
+
+
+def test_a_directory_without_package_json_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    state = tmp_path / "state"
+    assert_one_clear_line(dev(str(tmp_path / "app"), "--port", "0", "--state", str(state)), "package.json")
+    assert_one_clear_line(dev(str(tmp_path / "nowhere"), "--port", "0", "--state", str(state)), "nowhere")
+    assert not Stack(tmp_path, state).processes()
+
+
+def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
+    app = copy_example(tmp_path / "app")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = dev(str(app), "--port", port, "--state", str(tmp_path / "state"))
+    assert_one_clear_line(ended, port, "--port")
+    assert not Stack(app, tmp_path / "state").processes()
+
+
+def test_a_node_that_is_too_old_is_one_clear_line(tmp_path: Path) -> None:
+    app = copy_example(tmp_path / "app")
+    old = tmp_path / "bin" / "node"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho v18.19.0\n")
+    old.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{old.parent}:{os.environ['PATH']}"}
+    ended = dev(str(app), "--port", "0", "--state", str(tmp_path / "state"), environ=environ)
+    assert_one_clear_line(ended, "18.19.0", "20.19")
+    assert not Stack(app, tmp_path / "state").processes()
+
+
+def test_ctrl_c_leaves_nothing_and_the_next_start_goes_on(idle_stack: Stack, tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir(mode=0o777)
+    temporary.chmod(0o1777)
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(temporary)
+    try:
+        idle_stack.start()
+        idle_stack.save("src/kept.ts", "export const said = 'kept over the night'\n")
+        until("it is served", lambda: idle_stack.serves("src/kept.ts", "kept over the night"))
+        port = httpx.URL(idle_stack.info["orchestrator_url"]).port
+        preview = httpx.URL(idle_stack.info["preview_url"]).port
+        assert idle_stack.interrupt() == 0, idle_stack.log()
+        assert not idle_stack.processes()
+        assert not list(temporary.iterdir())
+        for each in (port, preview):
+            assert each is not None
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", each)) != 0, f"{each} still listens"
+
+        first = dict(idle_stack.info)
+        idle_stack.start()
+        assert idle_stack.info["project_id"] == first["project_id"]
+        until("it is served again", lambda: idle_stack.serves("src/kept.ts", "kept over the night"))
+
+        again = dev(str(idle_stack.project), "--port", "0", "--state", str(idle_stack.state))
+        assert_one_clear_line(again, "another dev", "--state")
+        assert idle_stack.interrupt() == 0
+        assert not idle_stack.processes()
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
+
+def test_once_edits_measures_and_stops(tmp_path: Path) -> None:
+    app = copy_example(tmp_path / "app")
+    files = {path: path.read_bytes() for path in app.rglob("*") if path.is_file()}
+    ended = dev(str(app), "--port", "0", "--state", str(tmp_path / "state"), "--once")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "save to served" in ended.stdout
+    assert {path: path.read_bytes() for path in app.rglob("*") if path.is_file()} == files
+    assert not Stack(app, tmp_path / "state").processes()
