@@ -192,6 +192,7 @@ class LocalMachines:
             "PROJECT_DIR": str(directory / "project"),
             "STATE_DIR": str(directory / "state"),
             "STAGING_DIR": str(directory / ".preview-sync"),
+            "DEV_HOST": self._host,
             "DEV_PORT": str(dev_port),
             "HEALTH_HOST": self._host,
             "HEALTH_PORT": str(health_port),
