@@ -239,7 +239,9 @@ class RealtimeStream:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_token(), name="link-token")
             tasks.create_task(self._look_around(), name="link-clock")
-            tasks.create_task(self._own_socket(), name="link-socket")
+            # In the body, not as a third child: a group takes no notice of a child that ends as cancelled, and a
+            # link without this one is deaf.
+            await self._own_socket()
 
     async def receive(self) -> Signal:
         """The next signal, in order. One consumer."""
@@ -459,7 +461,8 @@ class RealtimeStream:
         """Make the owner of the socket look up from reading, to end it or to see the new token."""
         if end is not None and self._end_because is None:
             self._end_because = end
-        if self._deadline is not None:
+        if self._deadline is not None and not self._deadline.expired():
+            # Already expiring means that it is about to look up; to reschedule would be an error then.
             self._deadline.reschedule(_now())
 
     async def _goodbye(self, socket: ClientConnection) -> None:

@@ -326,3 +326,14 @@ async def test_doubt_replaces_a_channel_that_went_deaf(server: FakeRealtime, iss
         server.deafen()
         link.stream.doubt("head is 7, the link brought 5")
         await comes_back(link, server)
+
+
+async def test_doubts_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> None:
+    """The owner of the socket is interrupted again while it is already being interrupted."""
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        for _ in range(5):
+            link.stream.doubt("again")
+            await asyncio.sleep(0)
+        await comes_back(link, server)
+        assert link.stream.report()["losses"] == {"doubted": 1}

@@ -8,14 +8,16 @@ simulated time; only code that asks `time` itself does not.
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SETTLE = 0.0005
-"""Real seconds given to the kernel to carry what was just written over the loopback, before time moves on."""
+SETTLE = 4
+"""How often the kernel is asked again, the processor given up in between, before time moves on: what was just
+written to the loopback has arrived then. Were it ever late, it would arrive one timer later in simulated time."""
 
 STUCK = 10.0
 """Real seconds without a timer or a byte after which the simulation is taken for deadlocked."""
@@ -41,9 +43,11 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout <= 0:
             return super().select(0)
-        ready = super().select(SETTLE)
-        if ready:
-            return ready
+        for _ in range(SETTLE):
+            ready = super().select(0)
+            if ready:
+                return ready
+            os.sched_yield()
         if timeout is None:
             ready = super().select(STUCK)
             if not ready:

@@ -60,6 +60,8 @@ class FakeRealtime:
     join_error: str | None = None
     replication_ready: bool = True
     replication_delay: float = 0.0
+    unmatched_topic: bool = False
+    """Answer pushes on a channel that is not there, as Phoenix does."""
     join_error_for: Callable[[str], str | None] = lambda token: None
     # --- what was seen
     sockets: list[ServerConnection] = field(default_factory=list)
@@ -174,6 +176,8 @@ class FakeRealtime:
                 self.pushed_tokens.append(payload["access_token"])
                 if channel := self.channels.get(socket):
                     channel.token = payload["access_token"]
+                elif self.unmatched_topic:
+                    await self._reply(socket, None, ref, topic, "error", {"reason": "unmatched topic"})
             case "phx_leave":
                 self.left += 1
                 self.channels.pop(socket, None)
