@@ -1,0 +1,238 @@
+"""Putting one received change on disk, beside the least anybody could do: a C program's temporary file and rename.
+
+Ours is the agent's own path, from the text of the frame: JSON, SHA-256, the plan's step, the look at what stands there,
+staging, rename, the look at what now stands. The C program has its bytes in memory, checks nothing, and does
+`open, write, close, rename`. Both replace the files of two equal trees on one file system, round robin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import orjson
+
+from agent.disk import Disk, FileStat
+from agent.ledger import Ledger
+from agent.model import Commit, Cursor, RelPath, Tree
+from agent.plan import step
+from agent.wire import read_event
+from bench.results import Row, Unmeasurable, in_turn, ratio_of
+
+SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
+"""Bytes of a file, and the share of the C program's speed that is asked for."""
+
+FILES = 50
+DIRECTORIES = 5
+EPOCH = "00000000-0000-4000-8000-00000000000e"
+
+C_SOURCE = r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    const char *root = argv[1], *staging = argv[2];
+    size_t size = strtoul(argv[3], 0, 10);
+    int files = atoi(argv[4]), directories = atoi(argv[5]), count;
+    long done = 0;
+    char *content = malloc(size), temporary[4096], target[4096];
+    memset(content, 'c', size);
+    while (scanf("%d", &count) == 1) {
+        struct timespec before, after;
+        clock_gettime(CLOCK_MONOTONIC, &before);
+        for (int n = 0; n < count; n++, done++) {
+            int file = done % files;
+            snprintf(temporary, sizeof temporary, "%s/t%ld", staging, done);
+            snprintf(target, sizeof target, "%s/src/part%d/file%d.tsx", root, file % directories, file);
+            int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+            if (fd < 0 || write(fd, content, size) != (ssize_t)size || close(fd) || rename(temporary, target)) {
+                perror(target);
+                return 1;
+            }
+        }
+        clock_gettime(CLOCK_MONOTONIC, &after);
+        printf("%.9f\n", (after.tv_sec - before.tv_sec) + (after.tv_nsec - before.tv_nsec) / 1e9);
+        fflush(stdout);
+    }
+    return 0;
+}
+"""
+
+
+def path_of(number: int) -> str:
+    file = number % FILES
+    return f"src/part{file % DIRECTORIES}/file{file}.tsx"
+
+
+class Ours:
+    """The agent's path, over frames as they come from the socket."""
+
+    def __init__(self, home: Path, size: int, *, with_ledger: bool) -> None:
+        self.disk = Disk(home / "project", home / "staging")
+        self.disk.open()
+        self.ledger = Ledger(home / "state/ledger.db") if with_ledger else None
+        self.tree = Tree(Cursor(EPOCH, 0))
+        self.known: dict[RelPath, FileStat] = {}
+        self.size = size
+        self.revision = 0
+
+    def close(self) -> None:
+        self.disk.close()
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def frames(self, count: int) -> list[bytes]:
+        """The next messages, as Realtime sends them (vsn 2.0.0)."""
+        made = []
+        for number in range(self.revision, self.revision + count):
+            content = f"export const n = {number}; // ".ljust(self.size, "abcdefg\n"[number % 8])
+            payload = {
+                "file_path": path_of(number),
+                "content": content,
+                "content_hash": hashlib.sha256(content.encode()).hexdigest(),
+                "version": number + 1,
+                "timestamp": "2026-11-23T04:00:00.000000+00:00",
+                "sender": "user",
+                "revision": number + 1,
+                "epoch": EPOCH,
+                "file_type": "typescript",
+                "size": self.size,
+                "id": "00000000-0000-4000-8000-000000000001",
+            }
+            message = {"type": "broadcast", "event": "file:update", "payload": payload}
+            made.append(orjson.dumps([None, None, "realtime:project:p", "broadcast", message]))
+        return made
+
+    def take(self, frames: Sequence[bytes]) -> float:
+        """Apply them one by one; seconds a frame."""
+        started = time.perf_counter()
+        for frame in frames:
+            message = orjson.loads(frame)[4]
+            commit = read_event(message["event"], message["payload"])
+            assert isinstance(commit, Commit)
+            plan = step(self.tree, commit)
+            outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
+            for done in outcome.done:
+                assert done.stat is not None
+                self.known[done.operation.path] = done.stat
+            self.tree = plan.tree
+            if self.ledger is not None:
+                self.ledger.record(outcome.done, self.tree.cursor)
+        seconds = time.perf_counter() - started
+        self.revision += len(frames)
+        assert self.tree.cursor.revision == self.revision
+        return seconds / len(frames)
+
+
+class Peer:
+    """The C program, waiting to be told how many to write."""
+
+    def __init__(self, binary: Path, home: Path, size: int) -> None:
+        for number in range(DIRECTORIES):
+            (home / f"project/src/part{number}").mkdir(parents=True)
+        (home / "staging").mkdir()
+        self.process = subprocess.Popen(
+            [
+                str(binary),
+                str(home / "project"),
+                str(home / "staging"),
+                str(size),
+                str(FILES),
+                str(DIRECTORIES),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def take(self, count: int) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline()) / count
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def compile_peer(directory: Path) -> Path:
+    """The C program, built. Raises `Unmeasurable` without a compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise Unmeasurable("no C compiler to build the peer with (Debian: apt-get install gcc libc6-dev)")
+    source = directory / "peer.c"
+    source.write_text(C_SOURCE)
+    binary = directory / "peer"
+    subprocess.run([compiler, "-O2", "-o", str(binary), str(source)], check=True)
+    return binary
+
+
+def measure(home: Path, binary: Path, size: int, bound: float, *, rounds: int, count: int) -> list[Row]:
+    """One size: alone, and with the ledger's record of each change."""
+    ours = Ours(home / "ours", size, with_ledger=False)
+    durable = Ours(home / "durable", size, with_ledger=True)
+    peer = Peer(binary, home / "peer", size)
+
+    def taking(who: Ours) -> Callable[[], float]:
+        def take() -> float:
+            frames = who.frames(count)
+            return who.take(frames)
+
+        return take
+
+    try:
+        samples = in_turn(
+            {"ours": taking(ours), "C": lambda: peer.take(count), "durable": taking(durable)},
+            rounds,
+            warm_up=2,
+        )
+    finally:
+        ours.close()
+        durable.close()
+        peer.close()
+    name = f"apply {size // 1000:,} KB"
+    rows = []
+    for label, key, at_least in ((name, "ours", bound), (f"{name}, recorded", "durable", None)):
+        rows.append(
+            Row(
+                label,
+                ours=median(samples[key]) * 1e6,
+                unit="µs",
+                peer="C temp+rename",
+                theirs=median(samples["C"]) * 1e6,
+                ratio=ratio_of(samples["C"], samples[key]),
+                sense="speed",
+                at_least=at_least,
+                samples=rounds,
+            )
+        )
+    return rows
+
+
+def run(quick: bool = False) -> Sequence[Row]:
+    """All sizes on the file system of the temporary directory."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
+        home = Path(directory)
+        binary = compile_peer(home)
+        for size, bound in SIZES:
+            count = max(10, min(200, 20_000_000 // size))
+            rows += measure(
+                home / str(size),
+                binary,
+                size,
+                bound,
+                rounds=7 if quick else 41,
+                count=count // 4 if quick else count,
+            )
+    return rows

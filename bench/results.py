@@ -1,0 +1,132 @@
+"""What a measurement is: samples of two contestants taken in turn, a ratio with its uncertainty, and a verdict.
+
+The machine's other work disturbs both contestants of a round alike when they run back to back, so ratios are formed
+round by round and only then summarized. The interval is the one that holds the true median with 95 % confidence,
+from the ranks alone, so no shape of noise is assumed. A ratio whose interval lies on neither side of its bound, or is
+too wide to mean anything, is refused as too noisy: no number is better than a wrong one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+WIDEST = 0.30
+"""An interval wider than this share of its median says nothing worth printing."""
+
+
+class Unmeasurable(Exception):
+    """This machine lacks what a measurement needs (a compiler, a peer); the sentence says what."""
+
+
+class Verdict(StrEnum):
+    """What a row comes to. `MEASURED`: there is no bound to meet."""
+
+    MET = "met"
+    NOT_MET = "NOT MET"
+    TOO_NOISY = "too noisy"
+    MEASURED = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The median of the rounds' ratios, and the interval of 95 % confidence around it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory": lower).
+    `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
+    ratio and its bound is on `ours`.
+    """
+
+    name: str
+    ours: float
+    unit: str
+    peer: str | None = None
+    theirs: float | None = None
+    ratio: Ratio | None = None
+    sense: str = "time"
+    at_least: float | None = None
+    at_most: float | None = None
+    samples: int = 0
+    note: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        low, high = (self.ratio.low, self.ratio.high) if self.ratio else (self.ours, self.ours)
+        if self.at_least is not None:
+            if low >= self.at_least:
+                return Verdict.MET
+            return Verdict.NOT_MET if high < self.at_least else Verdict.TOO_NOISY
+        if self.at_most is not None:
+            if high <= self.at_most:
+                return Verdict.MET
+            return Verdict.NOT_MET if low > self.at_most else Verdict.TOO_NOISY
+        if self.ratio is not None and high - low > WIDEST * self.ratio.value:
+            return Verdict.TOO_NOISY
+        return Verdict.MEASURED
+
+    def as_json(self) -> dict[str, object]:
+        """Everything, for machines. A number that was refused is not in it."""
+        noisy = self.verdict is Verdict.TOO_NOISY
+        return {
+            "name": self.name,
+            "verdict": str(self.verdict),
+            "sense": self.sense,
+            "ratio": None if noisy or self.ratio is None else round(self.ratio.value, 4),
+            "interval": None if self.ratio is None else [round(self.ratio.low, 4), round(self.ratio.high, 4)],
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "peer": self.peer,
+            "ours": None if noisy else self.ours,
+            "theirs": None if noisy else self.theirs,
+            "unit": self.unit,
+            "samples": self.samples,
+            "note": self.note,
+        }
+
+
+def in_turn(
+    contestants: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Each contestant once a round, who goes first changing from round to round; what each call returned."""
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warm_up, rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            taken = contestants[name]()
+            if number >= 0:
+                samples[name].append(taken)
+    return samples
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Ours to theirs, round by round. Raises `ValueError` without samples."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    if not ratios:
+        raise ValueError("no samples to compare")
+    low, high = _ranks(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[low], ratios[high])
+
+
+def _ranks(count: int) -> tuple[int, int]:
+    """Between which order statistics the true median lies with 95 % confidence (binomial, p = 1/2)."""
+    below, rank = 0.0, 0
+    while rank < count // 2:
+        below += math.comb(count, rank) / 2**count
+        if below > 0.025:
+            break
+        rank += 1
+    low = max(rank - 1, 0)
+    return low, count - 1 - low
