@@ -1,9 +1,10 @@
 -- The tables: projects, their files with full history, and how far each project's history has come.
 --
--- On a live database: everything here is new and empty, so no lock lasts longer than the catalog change. A `project_files`
--- of an older shape is renamed out of the way (one catalog entry) and adopted by the last migration of this set; the
--- lock_timeout makes us the one who gives up, should a long query hold it.
-set local lock_timeout = '5s';
+-- On a live database: everything large here is new and empty. A `project_files` of an older shape is renamed out of the way
+-- (one catalog entry) and adopted by the last migration of this set; `projects` and `user_profiles` that are there already
+-- get a trigger and foreign keys from empty tables, which scan nothing. Should a long query hold one of them, the
+-- lock_timeout makes us the one who gives up, and whoever queued behind us waited no longer than that.
+set local lock_timeout = '2s';
 
 create schema if not exists preview;
 comment on schema preview is 'What the API does not expose: the write path, its settings, and the control plane''s state.';
@@ -45,6 +46,9 @@ begin
     where table_schema = 'public' and table_name = 'projects' and column_name = 'owner_id'
   ) then
     alter table public.projects rename column user_id to owner_id;  -- the older name of the same thing
+  end if;
+  if exists (select from pg_constraint where conname = 'projects_user_id_fkey' and conrelid = to_regclass('public.projects')) then
+    alter table public.projects rename constraint projects_user_id_fkey to projects_owner_id_fkey;
   end if;
 end $$;
 create table if not exists public.projects (

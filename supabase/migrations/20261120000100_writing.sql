@@ -6,6 +6,7 @@
 -- may call, no privilege to write to the tables, and no way past the versions, the revision, the limits and the broadcast.
 --
 -- On a live database: only new objects.
+set local lock_timeout = '2s';
 
 -- ------------------------------------------------------------------------------------------------ settings
 create table preview.settings (

@@ -2,6 +2,8 @@
 --
 -- Each is one statement with one snapshot, and a writer's rows become visible together with its head: so the revision in
 -- an answer is exactly the tree in it.
+--
+-- On a live database: only new functions.
 
 create function public.list_current_files(project_uuid uuid)
 returns table (

@@ -3,7 +3,9 @@
 -- A member of a project is its owner or a collaborator. Members read everything of it and write through the RPCs. The
 -- service role reads everything and writes files through the same RPCs. A preview container reads one topic.
 --
--- On a live database: policies and grants are catalog changes on tables of this set, taken and released at once.
+-- On a live database: policies and grants are catalog changes, nothing is scanned or rewritten; on tables that were there
+-- before, the lock_timeout makes us the one who gives up.
+set local lock_timeout = '2s';
 
 -- As on Supabase, whatever is made in `public` starts out open to all: close it, then name what is meant.
 revoke all on public.user_profiles, public.projects, public.project_collaborators, public.project_files,
@@ -22,14 +24,18 @@ alter table public.project_files enable row level security;
 alter table public.project_heads enable row level security;
 
 -- The caller's projects, by two indexes; policies on what belongs to a project ask this once for each statement.
-create function preview.my_projects() returns setof uuid
+create function preview.owned_projects() returns setof uuid
 language sql stable security invoker set search_path = '' as $$
   select p.id from public.projects p where p.owner_id = (select auth.uid())
+$$;
+create function preview.my_projects() returns setof uuid
+language sql stable security invoker set search_path = '' as $$
+  select preview.owned_projects()
   union all
   select c.project_id from public.project_collaborators c where c.user_id = (select auth.uid())
 $$;
-revoke all on function preview.my_projects from public;
-grant execute on function preview.my_projects to authenticated;
+revoke all on function preview.owned_projects, preview.my_projects from public;
+grant execute on function preview.owned_projects, preview.my_projects to authenticated;
 
 create policy "a profile is its user's" on public.user_profiles for all to authenticated
   using (id = (select auth.uid())) with check (id = (select auth.uid()));
@@ -44,12 +50,11 @@ create policy "the owner changes the project" on public.projects for update to a
 create policy "the owner deletes the project" on public.projects for delete to authenticated
   using (owner_id = (select auth.uid()));
 
--- No look at `projects` where reading is decided: its own policy looks here.
+-- `projects` is asked through the function alone: its own policy looks here, and PostgreSQL refuses the circle.
 create policy "collaborators see themselves, owners whom they added" on public.project_collaborators for select to authenticated
   using (user_id = (select auth.uid()) or added_by = (select auth.uid()));
 create policy "the owner adds collaborators" on public.project_collaborators for insert to authenticated
-  with check (added_by = (select auth.uid()) and exists (
-    select from public.projects p where p.id = project_id and p.owner_id = (select auth.uid())));
+  with check (added_by = (select auth.uid()) and project_id in (select preview.owned_projects()));
 create policy "owners remove collaborators, who may also leave" on public.project_collaborators for delete to authenticated
   using (user_id = (select auth.uid()) or added_by = (select auth.uid()));
 

@@ -2,6 +2,7 @@
 --
 -- On a live database: new objects only. `prune_project_history` deletes in one statement for each kind and locks the
 -- project's head only while tombstones go, so writers wait for that alone.
+set local lock_timeout = '2s';
 
 create view public.project_history with (security_invoker = true) as
   select f.project_id, f.revision, f.created_at as changed_at, f.created_by as changed_by, u.display_name as changed_by_name,

@@ -4,6 +4,8 @@
 --
 -- On a live database: writers of the old shape were turned away when the first migration renamed the table, so nothing moves
 -- meanwhile; the new table is only appended to, and its readers wait for nobody. Without an old table, this does nothing.
+set local lock_timeout = '2s';
+
 create table preview.legacy_rejects (
   id bigint generated always as identity primary key,
   reason text not null,

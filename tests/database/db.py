@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+
+from agent.model import Digest, RelPath, tree_hash
 
 Json = dict[str, Any]
 
@@ -147,10 +149,15 @@ def files(db: psycopg.Connection[Any], project: uuid.UUID) -> dict[str, str]:
     )
 
 
+def hash_of(tree: Mapping[str, str]) -> str:
+    """The agent's hash of a path → hash tree."""
+    return tree_hash({RelPath(path): Digest(digest) for path, digest in tree.items()})
+
+
 def messages(db: psycopg.Connection[Any], project: uuid.UUID) -> list[tuple[str, Json]]:
     """What was broadcast on the project's topic, by revision."""
     rows = db.execute(
-        "select event, payload, private from realtime.messages where topic = %s"
+        "select event, payload, private from realtime.messages where topic = %s and extension = 'broadcast'"
         " order by (payload->>'revision')::bigint",
         [f"project:{project}"],
     ).fetchall()

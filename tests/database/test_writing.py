@@ -10,7 +10,6 @@ from typing import Any
 import psycopg
 import pytest
 
-from agent.model import tree_hash
 from tests.database.db import (
     Project,
     acting_as,
@@ -19,6 +18,7 @@ from tests.database.db import (
     connect,
     delete,
     files,
+    hash_of,
     head,
     messages,
     one,
@@ -227,7 +227,13 @@ def test_messages_have_the_protocols_fields(db: Db, project: Project) -> None:
         "revision": 2,
         "epoch": epoch,
     }
-    empty = {"action": "update", "file_path": "a", "content": "", "content_hash": sha(""), "version": 1}
+    empty: dict[str, Any] = {
+        "action": "update",
+        "file_path": "a",
+        "content": "",
+        "content_hash": sha(""),
+        "version": 1,
+    }
     assert bulk == {
         "files": [empty | {"encoding": "utf-8"}],
         "sender": "service_role",
@@ -296,7 +302,12 @@ def test_a_binary_file_is_its_hash_and_an_object(db: Db, project: Project) -> No
     answer = apply(db, project.id, [change])
     assert answer["files"][0]["size_bytes"] == 256
     assert apply(db, project.id, [change])["changed"] == 0
-    reference = {"action": "update", "file_path": "logo.png", "content": None, "content_hash": sha(pixel)}
+    reference: dict[str, Any] = {
+        "action": "update",
+        "file_path": "logo.png",
+        "content": None,
+        "content_hash": sha(pixel),
+    }
     reference |= {"version": 1, "encoding": "base64"}
     assert messages(db, project.id)[-1][1]["files"] == [reference]
     assert changes_since(db, project.id, head(db, project.id)[0], 0)["changes"] == [reference]
@@ -336,11 +347,11 @@ def test_notifications_arrive_in_the_order_of_commits(db: Db, database: str, pro
 
 
 def test_the_tree_hash_is_the_agents(db: Db, project: Project) -> None:
-    assert one(db, "select project_tree_hash(%s)", [project.id]) == tree_hash({})
+    assert one(db, "select project_tree_hash(%s)", [project.id]) == hash_of({})
     for path in ("b", "a/z", "a.txt", "ž", "Z", "a-b"):
         upsert(db, project.id, path, path)
     delete(db, project.id, "b")
-    assert one(db, "select project_tree_hash(%s)", [project.id]) == tree_hash(files(db, project.id))  # type: ignore[arg-type]
+    assert one(db, "select project_tree_hash(%s)", [project.id]) == hash_of(files(db, project.id))
 
 
 def test_too_many_writes_in_a_minute_wait(db: Db, project: Project) -> None:

@@ -1,0 +1,305 @@
+"""The migrations: from nothing, from halfway, from an older product's tables; and the runner's refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from orchestrator_stub.migrations import (
+    MIGRATIONS,
+    MigrationError,
+    bootstrap,
+    migrate,
+    read_migrations,
+)
+from tests.database.db import changes_since, connect, files, head, one, upsert
+
+Db = psycopg.Connection[Any]
+
+
+@pytest.fixture
+def blank(postgres_dsn: str) -> Iterator[str]:
+    """A database that Supabase has just made: its parts, none of ours."""
+    name = f"preview_blank_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        server.execute(f"create database {name}".encode())
+        dsn = make_conninfo(postgres_dsn, dbname=name)
+        assert asyncio.run(bootstrap(dsn))
+        yield dsn
+        server.execute(f"drop database {name} with (force)".encode())
+
+
+def shape(dsn: str) -> list[str]:
+    """Everything that `public` and `preview` are made of, as text that can be compared."""
+    queries = {
+        "column": "select table_schema, table_name, column_name, data_type, is_nullable, column_default, collation_name"
+        " from information_schema.columns where table_schema in ('public', 'preview')",
+        "constraint": "select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint"
+        " where connamespace in ('public'::regnamespace, 'preview'::regnamespace)"
+        " and contype <> 'n'",  # the name of a not-null constraint, from PostgreSQL 18 on; columns say it anyway
+        "index": "select schemaname, indexname, indexdef from pg_indexes where schemaname in ('public', 'preview')",
+        "function": "select oid::regprocedure::text, pg_get_functiondef(oid), proacl::text from pg_proc"
+        " where pronamespace in ('public'::regnamespace, 'preview'::regnamespace)",
+        "policy": "select schemaname, tablename, policyname, permissive, roles::text, cmd, qual, with_check"
+        " from pg_policies",
+        "trigger": "select tgrelid::regclass::text, tgname, pg_get_triggerdef(oid) from pg_trigger"
+        " where not tgisinternal",
+        "view": "select schemaname, viewname, definition from pg_views where schemaname in ('public', 'preview')",
+        "relation": "select oid::regclass::text, relkind::text, relacl::text, relrowsecurity, reloptions::text"
+        " from pg_class where relnamespace in ('public'::regnamespace, 'preview'::regnamespace) "
+        " and relkind in ('r', 'v', 'm', 'S')",
+        "bucket": "select id, public, file_size_limit from storage.buckets",
+    }
+    with connect(dsn) as db:
+        return sorted(
+            f"{kind}: {row}"
+            for kind, query in queries.items()
+            for row in db.execute(query.encode()).fetchall()
+        )
+
+
+LEGACY = """
+create table public.user_profiles (id uuid primary key references auth.users (id) on delete cascade,
+  created_at timestamptz not null default now());
+create table public.projects (id uuid primary key default gen_random_uuid(),
+  {owner} uuid not null references public.user_profiles (id) on delete cascade,
+  name text not null default 'untitled', created_at timestamptz not null default now());
+insert into auth.users (id) values ('00000000-0000-4000-8000-000000000001'), ('00000000-0000-4000-8000-000000000002');
+insert into public.user_profiles (id) select id from auth.users;
+insert into public.projects (id, {owner}, name) values
+  ('00000000-0000-4000-8000-0000000000a1', '00000000-0000-4000-8000-000000000001', 'one'),
+  ('00000000-0000-4000-8000-0000000000a2', '00000000-0000-4000-8000-000000000001', 'empty');
+create table public.project_files (id serial primary key, project_id {reference}, {path} text, {content} text,
+  {kind} text, created_by uuid, updated_at timestamptz default '2026-01-01');
+create index project_files_project_id_idx on public.project_files (project_id);
+alter table public.project_files enable row level security;
+create policy "anybody" on public.project_files for all using (true);
+insert into public.project_files (project_id, {path}, {content}, {kind}, created_by) values
+  ('00000000-0000-4000-8000-0000000000a1', 'src/App.tsx', 'app', 'typescript', '00000000-0000-4000-8000-000000000002'),
+  ('00000000-0000-4000-8000-0000000000a1', '/index.html', '<html>', null, null),
+  ('00000000-0000-4000-8000-0000000000a1', './a\\b.css', 'a {{}}', 'css', null),
+  ('00000000-0000-4000-8000-0000000000a1', '../../etc/passwd', 'root', 'text', null),
+  ('00000000-0000-4000-8000-0000000000a1', 'node_modules/x.js', 'x', 'javascript', null),
+  ('00000000-0000-4000-8000-0000000000a1', 'nothing', null, 'text', null),
+  ('00000000-0000-4000-8000-0000000000a1', 'src', 'a file where a directory is', 'text', null),
+  ('00000000-0000-4000-8000-0000000000a1', 'twice', 'older', 'text', null);
+insert into public.project_files (project_id, {path}, {content}, {kind}, updated_at) values
+  ('00000000-0000-4000-8000-0000000000a1', '/twice', 'newer', 'text', '2026-02-02');
+"""
+ONE = uuid.UUID("00000000-0000-4000-8000-0000000000a1")
+VARIANTS = {
+    "path, content, type": {"owner": "owner_id", "path": "path", "content": "content", "kind": "type"},
+    "file_path, content, file_type": {
+        "owner": "user_id",
+        "path": "file_path",
+        "content": "content",
+        "kind": "file_type",
+    },
+    "name, code, language": {"owner": "user_id", "path": "name", "content": "code", "kind": "language"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("reference", ["uuid references public.projects (id)", "text"], ids=["uuid", "text"])
+def test_legacy_rows_become_version_one_of_the_same_schema(
+    blank: str, database: str, variant: dict[str, str], reference: str
+) -> None:
+    with connect(blank) as db:
+        db.execute(LEGACY.format(reference=reference, **variant).encode())
+    applied = asyncio.run(migrate(blank))
+    assert applied == [migration.version for migration in read_migrations(MIGRATIONS)]
+    assert shape(blank) == shape(database)
+    with connect(blank) as db:
+        rows = db.execute(
+            "select file_path, file_type, content, version, revision, created_by::text, updated_at::date::text"
+            " from project_files_current where project_id = %s order by file_path",
+            [ONE],
+        ).fetchall()
+        owner, other = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002"
+        assert rows == [
+            ("a/b.css", "css", "a {}", 1, 1, owner, "2026-01-01"),
+            ("index.html", "html", "<html>", 1, 1, owner, "2026-01-01"),
+            ("src/App.tsx", "typescript", "app", 1, 1, other, "2026-01-01"),
+            ("twice", "text", "newer", 1, 1, owner, "2026-02-02"),
+        ]
+        rejects = db.execute("select reason from preview.legacy_rejects order by reason").fetchall()
+        assert [reason for (reason,) in rejects] == [
+            "a file of that name would be a directory of another",
+            "a newer row has the same path",
+            "it has no content",
+            "its path cannot be used: dot_segment",
+            "its path cannot be used: protected",
+        ]
+        heads = db.execute("select revision from project_heads order by revision").fetchall()
+        assert heads == [(0,), (1,)]
+        epoch, _ = head(db, ONE)
+        assert len(changes_since(db, ONE, epoch, 0)["changes"]) == 4
+        assert upsert(db, ONE, "twice", "newest")["version"] == 2
+        assert len(files(db, ONE)) == 4
+
+
+def test_each_step_alone_ends_where_all_at_once_do(blank: str, database: str) -> None:
+    for migration in read_migrations(MIGRATIONS):
+        assert asyncio.run(migrate(blank, only=1)) == [migration.version]
+    assert asyncio.run(migrate(blank)) == []
+    assert shape(blank) == shape(database)
+
+
+def test_two_that_start_together_apply_each_once(blank: str) -> None:
+    async def both() -> list[list[str]]:
+        return list(await asyncio.gather(migrate(blank), migrate(blank)))
+
+    first, second = sorted(asyncio.run(both()), key=len)
+    assert first == []
+    assert second == [migration.version for migration in read_migrations(MIGRATIONS)]
+
+
+def test_applied_migrations_are_recorded_as_the_cli_does(database: str) -> None:
+    with connect(database) as db:
+        rows = db.execute(
+            "select version, name from supabase_migrations.schema_migrations order by version"
+        ).fetchall()
+    assert rows == [(m.version, m.name) for m in read_migrations(MIGRATIONS)]
+
+
+def test_a_failing_migration_leaves_nothing_of_itself(blank: str, tmp_path: Path) -> None:
+    (tmp_path / "20260101000000_fine.sql").write_text("create table public.fine (id int primary key);")
+    (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int); select 1/0;")
+    with pytest.raises(MigrationError, match="20260102000000_broken: division by zero"):
+        asyncio.run(migrate(blank, tmp_path))
+    with connect(blank) as db:
+        assert one(db, "select to_regclass('public.fine')::text") == "fine"
+        assert one(db, "select to_regclass('public.half')") is None
+    (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int);")
+    assert asyncio.run(migrate(blank, tmp_path)) == ["20260102000000"]
+
+
+def test_names_and_order_are_checked(blank: str, tmp_path: Path) -> None:
+    with pytest.raises(MigrationError, match="no migrations in"):
+        asyncio.run(migrate(blank, tmp_path))
+    (tmp_path / "2026_short.sql").write_text("")
+    with pytest.raises(MigrationError, match="the name must be"):
+        asyncio.run(migrate(blank, tmp_path))
+    (tmp_path / "2026_short.sql").rename(tmp_path / "20260301000000_a.sql")
+    (tmp_path / "20260301000000_b.sql").write_text("")
+    with pytest.raises(MigrationError, match="used twice"):
+        asyncio.run(migrate(blank, tmp_path))
+    (tmp_path / "20260301000000_b.sql").unlink()
+    assert asyncio.run(migrate(blank, tmp_path)) == ["20260301000000"]
+    (tmp_path / "20260201000000_late.sql").write_text("")
+    with pytest.raises(MigrationError, match="only go forward"):
+        asyncio.run(migrate(blank, tmp_path))
+
+
+def test_the_stand_in_for_supabase_can_be_laid_again(database: str) -> None:
+    before = shape(database)
+    assert asyncio.run(bootstrap(database))
+    assert shape(database) == before
+
+
+def test_supabases_own_database_is_left_alone(blank: str) -> None:
+    with connect(blank) as db:
+        db.execute("create role supabase_admin")
+        try:
+            assert asyncio.run(bootstrap(blank)) is False
+        finally:
+            db.execute("drop role supabase_admin")
+
+
+def test_the_seed_is_a_project_that_can_be_shown_twice(database: str) -> None:
+    seed = (MIGRATIONS.parent / "seed.sql").read_bytes()
+    with connect(database) as db:
+        db.execute(seed)
+        db.execute(seed)
+        assert len(files(db, ONE)) == 3
+
+
+def test_a_live_table_is_not_waited_for_for_ever(blank: str) -> None:
+    """A long query on the old table: the migration gives up, changes nothing, and can be run again."""
+    with connect(blank) as db:
+        db.execute(LEGACY.format(reference="text", **VARIANTS["path, content, type"]).encode())
+        with db.transaction():
+            db.execute("select count(*) from public.project_files")
+            with pytest.raises(
+                MigrationError, match="20261120000000_project_files: canceling statement due to lock timeout"
+            ):
+                asyncio.run(migrate(blank))
+        assert one(db, "select to_regnamespace('preview')") is None
+        assert one(db, "select count(*) from public.project_files") == 9
+    assert len(asyncio.run(migrate(blank))) == len(read_migrations(MIGRATIONS))
+
+
+DEBIAN = Path("/usr/lib/postgresql")
+
+
+@pytest.mark.skipif(
+    not shutil.which("runuser") or not list(DEBIAN.glob("*/bin/initdb")) or os.geteuid() != 0,
+    reason="needs Debian's PostgreSQL and root",
+)
+@pytest.mark.nightly
+def test_a_stock_postgresql_does_as_well(tmp_path: Path) -> None:
+    """The same tests on the distribution's server, by PREVIEW_TEST_DATABASE_URL."""
+    binaries = sorted(DEBIAN.glob("*/bin"))[-1]
+    data = Path(f"/tmp/preview-stock-{uuid.uuid4().hex[:8]}")
+    data.mkdir()
+    shutil.chown(data, "postgres", "postgres")
+
+    def run(*command: str | Path) -> None:
+        subprocess.run(
+            ["runuser", "-u", "postgres", "--", *command], check=True, capture_output=True, cwd="/"
+        )
+
+    try:
+        run(
+            binaries / "initdb",
+            "-D",
+            data / "d",
+            "-U",
+            "postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C.UTF-8",
+        )
+        run(
+            binaries / "pg_ctl",
+            "-D",
+            data / "d",
+            "-w",
+            "-l",
+            data / "log",
+            "-o",
+            f"-k {data} -c listen_addresses= -F",
+            "start",
+        )
+        try:
+            url = f"postgresql://postgres@/postgres?host={data}"
+            done = subprocess.run(
+                [
+                    shutil.which("python") or "python",
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "-m",
+                    "not nightly",
+                    "tests/database",
+                ],
+                env=os.environ | {"PREVIEW_TEST_DATABASE_URL": url},
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout[-3000:]
+        finally:
+            run(binaries / "pg_ctl", "-D", data / "d", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(data)
