@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
@@ -96,6 +97,13 @@ class StatusBody(BaseModel):
     tree_hash: Text | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the service itself (`user` None), or a user by their token's claims."""
+
+    user: Mapping[str, Any] | None
+
+
 class Api:
     """The routes over one `Control` and its parts."""
 
@@ -134,8 +142,13 @@ class Api:
 
     async def create(self, request: Request) -> Response:
         """One session for one `Idempotency-Key`, its machine made or in the making."""
-        self._require_service(request)
+        caller = await self._caller(request)
         body = await self._body(request, CreateBody)
+        unknown = Refusal(
+            404, "project_unknown", f"There is no project {body.project_id}, or it is not yours."
+        )
+        if not await self._may(caller, body.project_id):
+            raise unknown
         key = request.headers.get("idempotency-key")
         if key is not None and not (0 < len(key) <= 255 and key.isprintable()):
             raise Refusal(
@@ -147,9 +160,7 @@ class Api:
                 body.project_id, key=key, generation=body.generation, ttl=ttl
             )
         except ProjectUnknown:
-            raise Refusal(
-                404, "project_unknown", f"There is no project {body.project_id}. Create it first."
-            ) from None
+            raise unknown from None
         if session.project_id != body.project_id:
             raise Refusal(
                 422,
@@ -166,13 +177,18 @@ class Api:
 
     async def listing(self, request: Request) -> Response:
         """The newest sessions, of one project when `project_id` is given; `ended=true` shows those over as well."""
-        self._require_service(request)
+        caller = await self._caller(request)
         project = request.query_params.get("project_id")
+        project_id = None if project is None else _uuid(project, "project")
+        if project_id is None and caller.user is not None:
+            raise Refusal(403, "not_allowed", "A user lists the sessions of one project: give project_id.")
+        if project_id is not None and not await self._may(caller, project_id):
+            raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
         limit = request.query_params.get("limit", "100")
         if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= 1000):
             raise Refusal(400, "bad_query", "limit must be a whole number from 1 to 1000.")
         sessions = await self._store.listing(
-            project_id=None if project is None else _uuid(project, "project_id"),
+            project_id=project_id,
             ended=request.query_params.get("ended") == "true",
             limit=int(limit),
         )
@@ -180,21 +196,18 @@ class Api:
 
     async def show(self, request: Request) -> Response:
         """One session."""
-        self._require_service(request)
-        return _json(session_form(await self._session(request)))
+        return _json(session_form(await self._seen(request)))
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""
-        self._require_service(request)
-        session = await self._control.end((await self._session(request)).id)
+        session = await self._control.end((await self._seen(request)).id)
         assert session is not None
         over = session.state in ENDED
         return _json(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
 
     async def snapshot(self, request: Request) -> Response:
         """A signed snapshot of the session's project as it is now."""
-        self._require_service(request)
-        session = await self._session(request)
+        session = await self._seen(request)
         body = await self._body(request, SnapshotBody)
         offer = await self._snapshots.offer(session.project_id, rebuild=body.rebuild)
         return _json({"snapshot_url": offer.url, "manifest": offer.manifest})
@@ -216,8 +229,9 @@ class Api:
         )
 
     async def token(self, request: Request) -> Response:
-        """The next token of the same machine."""
-        session = await self._own_session(request, self._claims(request))
+        """The next token of the same machine, also for one that expired while the machine was down."""
+        claims = self._claims(request, grace=self._settings.token_renew_grace)
+        session = await self._own_session(request, claims)
         token, expires_at = self._control.token_for(session)
         return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
 
@@ -245,31 +259,47 @@ class Api:
 
     # --- who asks, and what they say
 
-    def _require_service(self, request: Request) -> None:
+    async def _caller(self, request: Request) -> Caller:
+        """Who asks the control plane: the service, or a user. A session's token is neither."""
         token = _bearer(request)
         expected = self._settings.supabase_service_role_key.get_secret_value()
         if hmac.compare_digest(token.encode(), expected.encode()):
-            return
+            return Caller(None)
         try:
-            role = self._keys.verify(token).get("role")
+            claims = self._keys.verify(token)
         except TokenRejected as error:
-            raise Refusal(401, f"token_{error.reason}", f"The service key is needed: {error}") from None
-        if role != "service_role":
             raise Refusal(
-                403, "not_the_service", "Only the service key may do this; a session's token cannot."
-            )
+                401, f"token_{error.reason}", f"A service key or a user's token is needed: {error}"
+            ) from None
+        if claims.get("role") == "service_role":
+            return Caller(None)
+        if claims.get("role") == "authenticated" and "project_id" not in claims and claims.get("sub"):
+            return Caller(claims)
+        raise Refusal(403, "not_allowed", "Only the service and a project's members may do this.")
 
-    def _claims(self, request: Request) -> SessionClaims:
+    async def _may(self, caller: Caller, project_id: UUID) -> bool:
+        """Whether the caller has a right to the project. The database's own policies say so."""
+        return caller.user is None or await self._store.sees(caller.user, project_id)
+
+    def _claims(self, request: Request, *, grace: float = 0.0) -> SessionClaims:
         try:
-            return read_session(self._keys, _bearer(request))
+            return read_session(self._keys, _bearer(request), grace=grace)
         except TokenRejected as error:
             raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
+
+    async def _seen(self, request: Request) -> Session:
+        """The session of the path, for a caller of the control plane; to strangers it does not exist."""
+        caller = await self._caller(request)
+        session = await self._session(request)
+        if not await self._may(caller, session.project_id):
+            raise _unknown_session(session.id)
+        return session
 
     async def _session(self, request: Request) -> Session:
         session_id = _uuid(request.path_params["session_id"], "session")
         session = await self._store.get(session_id)
         if session is None:
-            raise Refusal(404, "session_unknown", f"There is no session {session_id}.")
+            raise _unknown_session(session_id)
         return session
 
     async def _find(self, request: Request, claims: SessionClaims) -> Session:
@@ -408,6 +438,10 @@ def _bearer(request: Request) -> str:
     if scheme.lower() != "bearer" or not token.strip():
         raise Refusal(401, "token_missing", "Send the token as `Authorization: Bearer …`.")
     return token.strip()
+
+
+def _unknown_session(session_id: UUID) -> Refusal:
+    return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
 
 
 def _uuid(text: str, what: str) -> UUID:

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from orchestrator_stub.sessions import Timing
 
 _TIMING = Timing()
+_EXAMPLE = Path(__file__).parent.parent / "examples" / "react-app"
 
 
 class SettingsError(Exception):
@@ -57,6 +58,10 @@ class Settings(BaseSettings):
     """The PostgreSQL role in session tokens. `authenticated` where hosted Realtime cannot assume a custom role."""
     token_ttl: float = Field(600, ge=60, le=3600)
     """Seconds. Minutes, because it cannot be taken back; the agent renews at 70 %."""
+    token_renew_grace: float = Field(24 * 3600, ge=0)
+    """Seconds after its expiry for which a token can still be exchanged for a new one, by the current machine of a
+    live session and for nothing else. A machine that restarts has only the token it was born with (Fly does not
+    refresh the environment), so this is the longest a session lives."""
     snapshot_url_ttl: float = Field(600, ge=60, le=3600)
     """Seconds. Above the slowest cold start of a machine, so that the first download still finds it good."""
     session_ttl: float = Field(8 * 3600, ge=60)
@@ -65,6 +70,10 @@ class Settings(BaseSettings):
     """Seconds. More than a day in one machine is a leak, not a session."""
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
+
+    # --- new projects
+    template_dir: Path | None = _EXAMPLE if _EXAMPLE.is_dir() else None
+    """What a project without any file is given at its first session; unset: it stays empty."""
 
     # --- machines
     machine_driver: Literal["local", "container", "fly"] = "local"

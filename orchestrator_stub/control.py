@@ -32,6 +32,7 @@ from orchestrator_stub.machines import (
     MachineState,
 )
 from orchestrator_stub.sessions import LIVE, Event, Session, State, Verdict, judge, machine_name, owner_of
+from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import SessionStore
 from orchestrator_stub.tokens import Keyring, mint_session
 
@@ -69,6 +70,14 @@ class SnapshotSource(Protocol):
         ...
 
 
+class Beginning(Protocol):
+    """What a new project begins with."""
+
+    async def give(self, project_id: UUID) -> bool:
+        """Give it to a project that never had a commit. Safe to repeat."""
+        ...
+
+
 class Control:
     """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims."""
 
@@ -80,6 +89,7 @@ class Control:
         driver: MachineDriver,
         keys: Keyring,
         *,
+        template: Beginning | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
     ) -> None:
@@ -88,6 +98,7 @@ class Control:
         self._snapshots = snapshots
         self._driver = driver
         self._keys = keys
+        self._template = template
         self._clock = clock
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
@@ -132,7 +143,13 @@ class Control:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"machine_refused: {error}")
             return
-        except (MachineError, SnapshotUnavailable, TimeoutError, OSError) as error:
+        except (
+            MachineError,
+            SnapshotUnavailable,
+            StorageFailure,
+            psycopg.OperationalError,
+            OSError,
+        ) as error:
             reason = str(error) or type(error).__name__
             log.warning("session.not_yet", session_id=str(session_id), reason=reason)
             await self._store.let_go(session_id, by=self._name, problem=f"provisioning: {reason}")
@@ -236,6 +253,8 @@ class Control:
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _spec(self, session: Session) -> MachineSpec:
+        if self._template is not None:
+            await self._template.give(session.project_id)
         offer = await self._snapshots.offer(session.project_id)
         token, _ = self.token_for(session)
         settings = self._settings

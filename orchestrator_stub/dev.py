@@ -589,6 +589,7 @@ def _settings(port: int, dsn: str, keys: ProjectKeys, state: Path) -> Settings:
             "host": HOST,
             "port": port,
             "session_ttl_max": LONG,
+            "template_dir": None,
             "machines_dir": state / "machines",
         }
     )

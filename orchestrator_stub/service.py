@@ -25,6 +25,7 @@ from orchestrator_stub.machines import MachineDriver
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
 from orchestrator_stub.store import SessionStore
+from orchestrator_stub.template import Template
 from orchestrator_stub.tokens import Keyring
 
 POOL_SIZE = 8
@@ -54,7 +55,8 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         registry = CollectorRegistry()
         snapshots = Snapshots(pool, storage, expires_in=int(settings.snapshot_url_ttl), registry=registry)
         store = SessionStore(pool)
-        control = Control(settings, store, snapshots, driver, keys)
+        template = Template(settings.template_dir, pool, storage)
+        control = Control(settings, store, snapshots, driver, keys, template=template)
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         api = Api(settings, control, store, catchup, snapshots, keys)
         try:

@@ -7,6 +7,7 @@ so by a `None`. Times are the database's, which is the one clock all orchestrato
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, LiteralString
@@ -187,6 +188,16 @@ class SessionStore:
             " where id = %(id)s and state = any(%(from)s)",
             {"id": session_id, "from": _names(sources(Event.DESTROYED))},
         )
+
+    async def sees(self, claims: Mapping[str, object], project_id: UUID) -> bool:
+        """Whether row level security shows the project to a user with these claims."""
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute(
+                "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', %s, true)",
+                (json.dumps(dict(claims)),),
+            )
+            cursor = await connection.execute("select 1 from public.projects where id = %s", (project_id,))
+            return await cursor.fetchone() is not None
 
     @asynccontextmanager
     async def sweeping(self) -> AsyncIterator[bool]:

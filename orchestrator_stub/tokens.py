@@ -104,10 +104,11 @@ class Keyring:
                 return jwt.encode(dict(claims), key.private, algorithm=key.algorithm, headers=headers)
         raise ValueError("the keyring has no private key to sign with")
 
-    def verify(self, token: str, *, audience: str | None = None) -> dict[str, Any]:
+    def verify(self, token: str, *, audience: str | None = None, grace: float = 0.0) -> dict[str, Any]:
         """The claims of a token that one of the keys signed and that has not expired.
 
-        `audience` None: any, as PostgREST and Realtime do. Raises `TokenRejected`.
+        `audience` None: any, as PostgREST and Realtime do. `grace`: seconds for which an expired one still counts.
+        Raises `TokenRejected`.
         """
         try:
             header = jwt.get_unverified_header(token)
@@ -126,7 +127,7 @@ class Keyring:
                     key.public,
                     algorithms=[key.algorithm],
                     audience=audience,
-                    leeway=LEEWAY,
+                    leeway=LEEWAY + grace,
                     options={"require": ["exp"], "verify_aud": audience is not None},
                 )
             except jwt.InvalidSignatureError:
@@ -231,9 +232,12 @@ def mint_session(
     )
 
 
-def read_session(keys: Keyring, token: str) -> SessionClaims:
-    """Check a session's token: signature, expiry, audience, claims. Raises `TokenRejected`."""
-    claims = keys.verify(token, audience=AUDIENCE)
+def read_session(keys: Keyring, token: str, *, grace: float = 0.0) -> SessionClaims:
+    """Check a session's token: signature, expiry, audience, claims. `grace` as in `Keyring.verify`.
+
+    Raises `TokenRejected`.
+    """
+    claims = keys.verify(token, audience=AUDIENCE, grace=grace)
     try:
         generation = claims["generation"]
         if type(generation) is not int:

@@ -1,0 +1,92 @@
+"""What a new project begins with: the files of one directory, in one commit, through the bulk RPC."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from orchestrator_stub.editor import as_text, scan
+from orchestrator_stub.storage import StorageClient, StorageFailure
+
+ASSETS = "project-assets"
+
+
+class Template:
+    """`directory`'s files. None: new projects stay empty."""
+
+    def __init__(
+        self,
+        directory: Path | None,
+        pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]],
+        storage: StorageClient,
+    ) -> None:
+        self._directory = directory
+        self._pool = pool
+        self._storage = storage
+
+    async def give(self, project_id: UUID) -> bool:
+        """Write the template into a project that never had a commit. False: it had one, or is gone.
+
+        Twice at once is once: each file is written only where no file is, and the second finds the first's.
+        Raises `StorageFailure`, `psycopg.OperationalError`, `OSError`.
+        """
+        if self._directory is None or not await self._is_new(project_id):
+            return False
+        files = await asyncio.to_thread(_read_all, self._directory)
+        changes: list[dict[str, Any]] = []
+        for path, (content, executable) in files.items():
+            digest = hashlib.sha256(content).hexdigest()
+            change = {
+                "file_path": path,
+                "content_hash": digest,
+                "executable": executable,
+                "expected_version": 0,
+            }
+            text = as_text(content)
+            if text is not None:
+                change["content"] = text
+            else:
+                change["encoding"] = "base64"
+                await self._upload(f"{project_id}/{digest}", content)
+            changes.append(change)
+        try:
+            async with self._pool.connection() as connection:
+                await connection.execute(
+                    "select public.apply_project_files(%s, %s::jsonb, 'template')",
+                    (project_id, json.dumps(changes)),
+                )
+        except psycopg.DatabaseError as error:
+            if error.sqlstate in ("PT409", "PT404"):
+                return False
+            raise
+        return True
+
+    async def _is_new(self, project_id: UUID) -> bool:
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(
+                "select revision = 0 from public.project_heads where project_id = %s", (project_id,)
+            )
+            row = await cursor.fetchone()
+            return bool(row and row[0])
+
+    async def _upload(self, path: str, content: bytes) -> None:
+        try:
+            await self._storage.upload(ASSETS, path, content, len(content))
+        except StorageFailure as failure:
+            if failure.code not in ("KeyAlreadyExists", "Duplicate"):
+                raise
+
+
+def _read_all(directory: Path) -> dict[str, tuple[bytes, bool]]:
+    found = {}
+    for path in sorted(scan(directory)):
+        file = directory / path
+        found[path] = (file.read_bytes(), bool(file.stat().st_mode & 0o100))
+    return found
