@@ -1,0 +1,191 @@
+"""A control plane to be tested: a real database, a machine platform in memory, any number of orchestrators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+from psycopg_pool import AsyncConnectionPool
+
+from orchestrator_stub.app import Api, application
+from orchestrator_stub.catchup import Catchup
+from orchestrator_stub.config import Settings
+from orchestrator_stub.control import Control, Offer, SnapshotUnavailable
+from orchestrator_stub.store import SessionStore
+from orchestrator_stub.tokens import Keyring, mint_session, new_es256, new_hs256
+from tests.fakes.machines import FakeMachines, Platform
+
+SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"
+
+Pool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+
+class PaperSnapshots:
+    """Offers that say what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int | None, bool]] = []
+        self.broken = False
+
+    async def offer(
+        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+    ) -> Offer:
+        if self.broken:
+            raise SnapshotUnavailable("the storage is away")
+        self.asked.append((base_revision, rebuild))
+        return Offer(f"https://storage.invalid/{project_id}.zip?token=t", {"files": [], "revision": 1})
+
+
+class PaperAssets:
+    """Binary files by path."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    async def download(self, bucket: str, path: str) -> bytes:
+        return self.objects[f"{bucket}/{path}"]
+
+
+@dataclass
+class World:
+    """Everything outside of the orchestrators, and one orchestrator's parts."""
+
+    settings: Settings
+    pool: Pool
+    keys: Keyring
+    platform: Platform
+    snapshots: PaperSnapshots
+    assets: PaperAssets
+    store: SessionStore
+    control: Control
+    http: httpx.AsyncClient
+
+    async def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        async with self.pool.connection() as connection:
+            cursor = await connection.execute(query.encode(), values)
+            return await cursor.fetchall() if cursor.description else []
+
+    async def user(self) -> UUID:
+        """A new user."""
+        user_id = uuid4()
+        await self.sql("insert into auth.users (id) values (%s)", user_id)
+        await self.sql("insert into public.user_profiles (id) values (%s)", user_id)
+        return user_id
+
+    async def project(self, owner: UUID | None = None) -> UUID:
+        """A new, empty project."""
+        rows = await self.sql(
+            "insert into public.projects (owner_id) values (%s) returning id", owner or await self.user()
+        )
+        return UUID(str(rows[0][0]))
+
+    async def write(self, project_id: UUID, path: str, content: str) -> int:
+        """One save; its revision."""
+        rows = await self.sql("select public.upsert_project_file(%s, %s, %s)", project_id, path, content)
+        return int(rows[0][0]["revision"])
+
+    async def pass_time(self, seconds: float) -> None:
+        """Make everything that is kept `seconds` older: the database's clock is not ours to move."""
+        await self.sql(
+            "update preview.sessions set created_at = created_at - %(s)s, expires_at = expires_at - %(s)s,"
+            " state_since = state_since - %(s)s, claimed_until = claimed_until - %(s)s,"
+            " lease_until = lease_until - %(s)s".replace("%(s)s", f"interval '{seconds} seconds'")
+        )
+
+    def control_of(self, driver: Any = None, store: Any = None) -> Control:
+        """Another orchestrator on the same database and platform."""
+        return Control(
+            self.settings,
+            store or self.store,
+            self.snapshots,
+            driver or FakeMachines(self.platform),
+            self.keys,
+        )
+
+    def token(
+        self, session: dict[str, Any], *, generation: int | None = None, ttl: float = 600, **other: Any
+    ) -> str:
+        """A session's token, right unless told otherwise."""
+        claims = {
+            "project_id": UUID(session["project_id"]),
+            "session_id": UUID(session["session_id"]),
+            "generation": generation or session["generation"],
+            "role": "preview_agent",
+            "now": time.time(),
+            "ttl": ttl,
+            **other,
+        }
+        return mint_session(self.keys, **claims)
+
+    def user_token(self, user_id: UUID) -> str:
+        """What a signed-in user shows."""
+        claims = {
+            "role": "authenticated",
+            "sub": str(user_id),
+            "aud": "authenticated",
+            "exp": time.time() + 60,
+        }
+        return self.keys.sign(claims)
+
+    async def create(
+        self, project_id: UUID, *, key: str | None = None, generation: int | None = None
+    ) -> httpx.Response:
+        """`POST /v1/sessions` as the service."""
+        headers = bearer(SERVICE_KEY) | ({"Idempotency-Key": key} if key else {})
+        body: dict[str, Any] = {"project_id": str(project_id)}
+        if generation is not None:
+            body["generation"] = generation
+        return await self.http.post("/v1/sessions", json=body, headers=headers)
+
+    async def session(self) -> dict[str, Any]:
+        """A session of a new project, as the service is told of it."""
+        answer = await self.create(await self.project())
+        assert answer.status_code == 201, answer.text
+        form: dict[str, Any] = answer.json()
+        return form
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def settings_for(dsn: str, **changed: Any) -> Settings:
+    return Settings.of(
+        {
+            "database_url": dsn,
+            "supabase_url": "https://project.supabase.invalid",
+            "supabase_anon_key": "sb_publishable_tests",
+            "supabase_service_role_key": SERVICE_KEY,
+            "public_url": "https://orchestrator.invalid",
+            "template_dir": None,
+            "create_wait": 5,
+            **changed,
+        }
+    )
+
+
+@asynccontextmanager
+async def control_world(dsn: str, **changed: Any) -> AsyncIterator[World]:
+    """One orchestrator over the database at `dsn`, answering in process."""
+    settings = settings_for(dsn, **changed)
+    keys = Keyring.from_jwks({"keys": [new_es256("e1"), new_hs256("h1")]})
+    platform, snapshots, assets = Platform(), PaperSnapshots(), PaperAssets()
+    pool: Pool = AsyncConnectionPool(dsn, min_size=1, max_size=6, open=False, timeout=5)
+    async with pool:
+        store = SessionStore(pool)
+        control = Control(settings, store, snapshots, FakeMachines(platform), keys)
+        catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
+        api = Api(settings, control, store, catchup, snapshots, keys)
+        transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
+            world = World(settings, pool, keys, platform, snapshots, assets, store, control, http)
+            try:
+                yield world
+            finally:
+                await control.close()

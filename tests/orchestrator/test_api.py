@@ -1,0 +1,431 @@
+"""Every route from both sides: what each kind of caller gets, and what each kind of nonsense gets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from orchestrator_stub.sessions import State
+from orchestrator_stub.tokens import read_session
+from tests.contract.golden import assert_same_form, load
+from tests.orchestrator.control_world import SERVICE_KEY, World, bearer, control_world
+
+SERVICE = bearer(SERVICE_KEY)
+OPTIONAL = frozenset({"region", "problem", "action"})
+
+
+@pytest.fixture
+async def world(database: str) -> AsyncIterator[World]:
+    async with control_world(database) as running:
+        yield running
+
+
+def assert_problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["type"] == f"urn:preview-sync:problem:{kind}", body
+    assert body["status"] == status
+    assert body["detail"]
+    return body
+
+
+def status_report(head: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    report = {"state": "serving", "revision": head["revision"], "epoch": head["epoch"], "problems": []}
+    return {**report, "dev_server": "ready", "agent_version": "0.1.0", **changed}
+
+
+async def report(world: World, session: dict[str, Any], token: str, **changed: Any) -> httpx.Response:
+    return await world.http.put(
+        f"/v1/sessions/{session['session_id']}/status",
+        json=status_report({"revision": 0, "epoch": None}, **changed),
+        headers=bearer(token),
+    )
+
+
+async def sync(world: World, session: dict[str, Any], **body: Any) -> httpx.Response:
+    return await world.http.post(
+        f"/v1/sessions/{session['session_id']}/sync",
+        json={"epoch": None, "revision": 0, "reason": "join", **body},
+        headers=bearer(world.token(session)),
+    )
+
+
+async def head_of(world: World, session: dict[str, Any]) -> dict[str, Any]:
+    answer = await report(world, session, world.token(session))
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+# --- creating
+
+
+async def test_a_session_is_a_machine_with_exactly_the_protocol_s_environment(world: World) -> None:
+    project = await world.project()
+    answer = await world.create(project)
+    assert answer.status_code == 201
+    session = answer.json()
+    assert answer.headers["location"] == f"/v1/sessions/{session['session_id']}"
+    assert_same_form(session, load("session"), optional=OPTIONAL)
+    assert session["state"] == "provisioning"
+    [spec] = world.platform.specs.values()
+    assert set(spec.env) == {
+        "PROJECT_ID", "SESSION_ID", "SNAPSHOT_URL", "REALTIME_TOKEN", "REALTIME_URL", "REALTIME_API_KEY",
+        "SESSION_API_URL", "LOG_LEVEL",
+    }  # fmt: skip
+    assert spec.env["REALTIME_URL"] == "wss://project.supabase.invalid/realtime/v1"
+    assert spec.env["SESSION_API_URL"] == "https://orchestrator.invalid"
+    assert SERVICE_KEY not in "".join(spec.env.values())
+    assert SERVICE_KEY not in repr(spec)
+    assert spec.env["REALTIME_TOKEN"] not in repr(spec)
+    claims = read_session(world.keys, spec.env["REALTIME_TOKEN"])
+    assert (claims.project_id, str(claims.session_id)) == (project, session["session_id"])
+
+
+async def test_the_same_key_is_the_same_session_and_one_machine(world: World) -> None:
+    project = await world.project()
+    answers = await asyncio.gather(*(world.create(project, key="k") for _ in range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert len({answer.json()["session_id"] for answer in answers}) == 1
+    assert len(world.platform.born) == 1
+    other = await world.create(await world.project(), key="k")
+    assert_problem(other, 422, "idempotency_key_reused")
+
+
+async def test_a_newer_generation_replaces_the_machine_and_the_older_is_told_to_stop(world: World) -> None:
+    project = await world.project()
+    first = (await world.create(project, key="k")).json()
+    old = world.token(first)
+    second = (await world.create(project, key="k", generation=2)).json()
+    assert second["session_id"] == first["session_id"]
+    assert second["generation"] == 2
+    assert second["machine"]["id"] != first["machine"]["id"]
+    assert [m.id for m in world.platform.live(UUID(first["session_id"]))] == [second["machine"]["id"]]
+    told = await report(world, first, old)
+    assert told.json()["action"] == "stop"
+    assert_same_form(told.json(), load("status.answer.stop"))
+    body = {"epoch": None, "revision": 0, "reason": "join"}
+    path = f"/v1/sessions/{first['session_id']}"
+    conflict = await world.http.post(f"{path}/sync", json=body, headers=bearer(old))
+    assert assert_problem(conflict, 409, "generation_superseded")["generation"] == 2
+    assert_problem(await world.http.post(f"{path}/token", headers=bearer(old)), 409, "generation_superseded")
+    again = (await world.create(project, key="k", generation=2)).json()
+    assert again["machine"] == second["machine"]
+    older = (await world.create(project, key="k", generation=1)).json()
+    assert older["generation"] == 2
+
+
+async def test_ready_when_the_agent_says_so_and_not_before(world: World) -> None:
+    session = await world.session()
+    token = world.token(session)
+    for state in ("starting", "hydrating", "installing"):
+        await report(world, session, token, state=state)
+        shown = await world.http.get(f"/v1/sessions/{session['session_id']}", headers=SERVICE)
+        assert shown.json()["state"] == "provisioning"
+    answer = await report(world, session, token, state="degraded")
+    assert_same_form(answer.json(), load("status.answer"), optional=OPTIONAL)
+    shown = await world.http.get(f"/v1/sessions/{session['session_id']}", headers=SERVICE)
+    assert shown.json()["state"] == "ready"
+
+
+async def test_a_refused_machine_is_a_failed_session_that_says_why(world: World) -> None:
+    world.platform.refuse = "the image does not exist"
+    session = (await world.create(await world.project())).json()
+    for _ in range(100):
+        shown = (await world.http.get(f"/v1/sessions/{session['session_id']}", headers=SERVICE)).json()
+        if shown["state"] == "failed":
+            break
+        await asyncio.sleep(0.01)
+    assert shown["state"] == "failed"
+    assert "the image does not exist" in shown["problem"]
+    assert not world.platform.machines
+
+
+async def test_a_platform_that_is_away_is_not_the_end(world: World) -> None:
+    world.platform.down = True
+    session = (await world.create(await world.project())).json()
+    assert (session["state"], session["machine"]) == ("provisioning", None)
+    assert "does not answer" in session["problem"]
+    world.platform.down = False
+    await world.control.sweep()
+    shown = (await world.http.get(f"/v1/sessions/{session['session_id']}", headers=SERVICE)).json()
+    assert shown["machine"] is not None
+    assert "problem" not in shown
+
+
+async def test_the_time_to_live_is_bounded(world: World) -> None:
+    project = await world.project()
+    body = {"project_id": str(project), "ttl_seconds": 10**9}
+    session = (await world.http.post("/v1/sessions", json=body, headers=SERVICE)).json()
+    [[seconds]] = await world.sql(
+        "select extract(epoch from expires_at - created_at)::float8 from preview.sessions where id = %s",
+        session["session_id"],
+    )
+    assert seconds == pytest.approx(world.settings.session_ttl_max, abs=1)
+
+
+async def test_ending_twice_is_ending_once(world: World) -> None:
+    session = await world.session()
+    path = f"/v1/sessions/{session['session_id']}"
+    first = await world.http.delete(path, headers=SERVICE)
+    assert first.status_code == 202
+    assert first.json()["state"] == "draining"
+    while (await world.http.get(path, headers=SERVICE)).json()["state"] != "gone":
+        await asyncio.sleep(0.01)
+    assert not world.platform.machines
+    assert (await world.http.delete(path, headers=SERVICE)).status_code == 200
+    token = bearer(world.token(session))
+    body = {"epoch": None, "revision": 0, "reason": "join"}
+    assert_problem(await world.http.post(f"{path}/sync", json=body, headers=token), 410, "session_over")
+    assert_problem(await world.http.post(f"{path}/token", headers=token), 410, "session_over")
+    assert_problem(await report(world, session, world.token(session)), 410, "session_over")
+
+
+async def test_a_draining_agent_is_told_to_stop(world: World) -> None:
+    session = await world.session()
+    world.platform.down = True
+    await world.http.delete(f"/v1/sessions/{session['session_id']}", headers=SERVICE)
+    assert (await report(world, session, world.token(session))).json()["action"] == "stop"
+
+
+# --- following the project
+
+
+async def test_sync_tells_what_happened(world: World) -> None:
+    session = await world.session()
+    project = UUID(session["project_id"])
+    assert (await sync(world, session)).json() == {
+        "kind": "snapshot",
+        "snapshot_url": f"https://storage.invalid/{project}.zip?token=t",
+        "manifest": {"files": [], "revision": 1},
+    }
+    await world.write(project, "src/a.ts", "a\n")
+    head = await head_of(world, session)
+    epoch = head["epoch"]
+    changes = (await sync(world, session, epoch=epoch, revision=0, reason="gap")).json()
+    assert changes["kind"] == "changes"
+    assert [(c["file_path"], c["content"]) for c in changes["changes"]] == [("src/a.ts", "a\n")]
+    current = (await sync(world, session, epoch=epoch, revision=1, reason="head")).json()
+    assert_same_form(current, load("sync.answer.current"))
+    await world.sql("select public.delete_project_file(%s, %s)", project, "src/a.ts")
+    await world.write(project, "src/b.ts", "b\n")
+    changes = (await sync(world, session, epoch=epoch, revision=0, reason="gap")).json()
+    assert_same_form(changes, load("sync.answer.changes"))
+    for other in ({"epoch": str(uuid4())}, {"epoch": epoch, "revision": 99}):
+        assert (await sync(world, session, **other)).json()["kind"] == "snapshot"
+
+
+async def test_what_no_difference_can_mend_is_answered_with_a_snapshot(world: World) -> None:
+    session = await world.session()
+    epoch = (await head_of(world, session))["epoch"]
+    world.snapshots.asked.clear()
+    assert (await sync(world, session, epoch=epoch, reason="tree_hash")).json()["kind"] == "snapshot"
+    assert (await sync(world, session, epoch=None, reason="snapshot_rejected")).json()["kind"] == "snapshot"
+    assert (await sync(world, session, epoch=None, reason="snapshot_expired")).json()["kind"] == "snapshot"
+    assert world.snapshots.asked == [(None, False), (None, True), (None, False)]
+
+
+async def test_binary_files_travel_with_their_bytes(world: World) -> None:
+    session = await world.session()
+    project = session["project_id"]
+    content = bytes(range(256))
+    digest = hashlib.sha256(content).hexdigest()
+    world.assets.objects[f"project-assets/{project}/{digest}"] = content
+    change = {"file_path": "logo.png", "content_hash": digest, "encoding": "base64"}
+    await world.sql(
+        "insert into storage.objects (bucket_id, name, metadata) values ('project-assets', %s, %s)",
+        f"{project}/{digest}",
+        json.dumps({"size": len(content)}),
+    )
+    await world.sql("select public.apply_project_files(%s, %s::jsonb)", project, json.dumps([change]))
+    epoch = (await head_of(world, session))["epoch"]
+    for body in ({"revision": 0}, {"revision": 1, "paths": ["logo.png"], "reason": "reference"}):
+        [sent] = (await sync(world, session, epoch=epoch, **body)).json()["changes"]
+        assert base64.b64decode(sent["content"]) == content
+        assert sent["encoding"] == "base64"
+
+
+async def test_too_much_for_one_answer_becomes_a_delta(database: str) -> None:
+    async with control_world(database, inline_limit=1000) as world:
+        session = await world.session()
+        for path in ("a", "b"):
+            await world.write(UUID(session["project_id"]), path, path * 800)
+        epoch = (await head_of(world, session))["epoch"]
+        world.snapshots.asked.clear()
+        assert (await sync(world, session, epoch=epoch, revision=1)).json()["kind"] == "changes"
+        assert (await sync(world, session, epoch=epoch, revision=0)).json()["kind"] == "snapshot"
+        assert world.snapshots.asked == [(0, False)]
+
+
+async def test_a_heartbeat_tells_the_agent_to_sync_when_it_is_behind_or_different(world: World) -> None:
+    session = await world.session()
+    await world.write(UUID(session["project_id"]), "a", "a")
+    token = world.token(session)
+    head = await head_of(world, session)
+    assert head["action"] == "sync"
+    level = {"revision": head["revision"], "epoch": head["epoch"]}
+    assert "action" not in (await report(world, session, token, **level, tree_hash=head["tree_hash"])).json()
+    assert (await report(world, session, token, **level, tree_hash="0" * 64)).json()["action"] == "sync"
+    line = b"a\0" + hashlib.sha256(b"a").hexdigest().encode() + b"\n"
+    assert head["tree_hash"] == hashlib.sha256(line).hexdigest()
+
+
+async def test_a_token_is_renewed_by_the_machine_it_belongs_to(world: World) -> None:
+    session = await world.session()
+    path = f"/v1/sessions/{session['session_id']}/token"
+    answer = await world.http.post(path, json={}, headers=bearer(world.token(session)))
+    assert_same_form(answer.json(), load("token.answer"))
+    assert str(read_session(world.keys, answer.json()["realtime_token"]).session_id) == session["session_id"]
+    late = world.token(session, ttl=-3600)
+    assert (await world.http.post(path, headers=bearer(late))).status_code == 200, "a machine that restarted"
+    assert_problem(await report(world, session, late), 401, "token_expired")
+    too_late = world.token(session, ttl=-3600 * 48)
+    assert_problem(await world.http.post(path, headers=bearer(too_late)), 401, "token_expired")
+
+
+# --- who may what
+
+
+async def test_a_user_has_previews_of_their_own_projects_only(world: World) -> None:
+    ada, bob = await world.user(), await world.user()
+    project = await world.project(ada)
+    mine, his = bearer(world.user_token(ada)), bearer(world.user_token(bob))
+    body = {"project_id": str(project)}
+    session = (await world.http.post("/v1/sessions", json=body, headers=mine)).json()
+    path = f"/v1/sessions/{session['session_id']}"
+    assert (await world.http.get(path, headers=mine)).status_code == 200
+    listed = await world.http.get("/v1/sessions", params=body, headers=mine)
+    assert [s["session_id"] for s in listed.json()["sessions"]] == [session["session_id"]]
+    assert_problem(await world.http.post("/v1/sessions", json=body, headers=his), 404, "project_unknown")
+    assert_problem(await world.http.get("/v1/sessions", params=body, headers=his), 404, "project_unknown")
+    assert_problem(await world.http.get("/v1/sessions", headers=mine), 403, "not_allowed")
+    for method, where in (("GET", path), ("DELETE", path), ("POST", f"{path}/snapshot")):
+        assert_problem(await world.http.request(method, where, headers=his), 404, "session_unknown")
+    assert (await world.http.delete(path, headers=mine)).status_code == 202
+
+
+async def test_what_a_stolen_session_token_cannot_do(world: World) -> None:
+    """The whole list of docs/security.md, for the routes of this service."""
+    session, other = await world.session(), await world.session()
+    stolen = bearer(world.token(session))
+    own, foreign = (f"/v1/sessions/{s['session_id']}" for s in (session, other))
+    body = {"epoch": None, "revision": 0, "reason": "join"}
+    creation = {"project_id": session["project_id"]}
+    assert_problem(await world.http.post("/v1/sessions", json=creation, headers=stolen), 403, "not_allowed")
+    for method, where in (
+        ("GET", "/v1/sessions"), ("GET", own), ("DELETE", own), ("POST", f"{own}/snapshot"),
+    ):  # fmt: skip
+        assert_problem(await world.http.request(method, where, headers=stolen), 403, "not_allowed")
+    for method, where, sent in (
+        ("POST", f"{foreign}/sync", body),
+        ("POST", f"{foreign}/token", {}),
+        ("PUT", f"{foreign}/status", status_report({"revision": 0, "epoch": None})),
+    ):
+        answer = await world.http.request(method, where, json=sent, headers=stolen)
+        assert_problem(answer, 403, "foreign_session")
+    moved = bearer(world.token(session, project_id=UUID(other["project_id"])))
+    assert_problem(await world.http.post(f"{own}/sync", json=body, headers=moved), 403, "foreign_session")
+
+
+ROUTES = [
+    ("POST", "/v1/sessions"),
+    ("GET", "/v1/sessions"),
+    ("GET", "/v1/sessions/{id}"),
+    ("DELETE", "/v1/sessions/{id}"),
+    ("POST", "/v1/sessions/{id}/snapshot"),
+    ("POST", "/v1/sessions/{id}/sync"),
+    ("POST", "/v1/sessions/{id}/token"),
+    ("PUT", "/v1/sessions/{id}/status"),
+]
+OURS = ("sync", "token", "status")
+
+
+async def test_every_route_asks_who_is_there(world: World) -> None:
+    session = await world.session()
+    expired = world.token(session, ttl=-(10**7))
+    strangers = {"": "token_missing", "Basic eDp5": "token_missing", "Bearer junk": "token_malformed"}
+    for method, route in ROUTES:
+        path = route.replace("{id}", session["session_id"])
+        for header, kind in strangers.items():
+            headers = {"Authorization": header} if header else {}
+            answer = await world.http.request(method, path, json={}, headers=headers)
+            assert_problem(answer, 401, kind)
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert_problem(
+            await world.http.request(method, path, json={}, headers=bearer(expired)), 401, "token_expired"
+        )
+        if route.endswith(OURS):
+            # The all-powerful key is no session's token: a leaked log line of one is not the other.
+            answer = await world.http.request(method, path, json={}, headers=SERVICE)
+            assert_problem(answer, 401, "token_malformed")
+
+
+async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None:
+    session = await world.session()
+    token = bearer(world.token(session))
+    before = await world.sql("select count(*) from preview.sessions")
+    for method, route in ROUTES:
+        headers = token if route.endswith(OURS) else SERVICE
+        path = route.replace("{id}", session["session_id"])
+        wrong = await world.http.request("PATCH", path, headers=headers)
+        assert_problem(wrong, 405, "method_not_allowed")
+        assert method in wrong.headers["allow"]
+        if method in ("POST", "PUT") and not route.endswith("token"):
+            for junk in (
+                b"{",
+                b"[]",
+                b'"x"',
+                b"\xff\xfe",
+                b'{"revision": -1, "project_id": 7, "rebuild": {}}',
+            ):
+                answer = await world.http.request(method, path, content=junk, headers=headers)
+                assert_problem(answer, 400, "bad_body")
+            huge = b'{"x": "' + b"x" * world.settings.body_limit + b'"}'
+            answer = await world.http.request(method, path, content=huge, headers=headers)
+            assert_problem(answer, 413, "body_too_large")
+        for nobody in (str(uuid4()), "junk", "%00"):
+            if "{id}" in route and not route.endswith(OURS):
+                answer = await world.http.request(
+                    method, route.replace("{id}", nobody), json={}, headers=headers
+                )
+                assert_problem(answer, 404, "session_unknown")
+    assert_problem(await world.http.get("/v2/nothing", headers=SERVICE), 404, "path_unknown")
+    unknown = await world.http.post("/v1/sessions", json={"project_id": str(uuid4())}, headers=SERVICE)
+    assert_problem(unknown, 404, "project_unknown")
+    extra = {"project_id": session["project_id"], "machine": "big"}
+    assert_problem(await world.http.post("/v1/sessions", json=extra, headers=SERVICE), 400, "bad_body")
+    long = await world.http.post(
+        "/v1/sessions",
+        json={"project_id": session["project_id"]},
+        headers=SERVICE | {"Idempotency-Key": "k" * 256},
+    )
+    assert_problem(long, 400, "bad_idempotency_key")
+    assert_problem(await world.http.get("/v1/sessions?limit=0", headers=SERVICE), 400, "bad_query")
+    assert await world.sql("select count(*) from preview.sessions") == before, "nothing half-made"
+
+
+async def test_a_part_that_is_away_is_a_503_that_says_when_to_ask_again(world: World) -> None:
+    session = await world.session()
+    world.snapshots.broken = True
+    answer = await sync(world, session)
+    assert_problem(answer, 503, "snapshot_unavailable")
+    assert int(answer.headers["retry-after"]) >= 1
+    await world.pool.close()
+    answer = await sync(world, session)
+    assert_problem(answer, 503, "unavailable")
+    assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_the_states_of_the_answers_are_the_protocol_s() -> None:
+    assert {state.value for state in State} == {
+        "requested", "provisioning", "ready", "draining", "gone", "failed",
+    }  # fmt: skip

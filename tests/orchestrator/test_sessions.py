@@ -1,0 +1,104 @@
+"""The session's life: the table, and what a sweeper makes of it."""
+
+from __future__ import annotations
+
+from uuid import UUID, uuid4
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator_stub.sessions import (
+    ENDED,
+    LIVE,
+    Event,
+    Session,
+    State,
+    Timing,
+    Verdict,
+    judge,
+    machine_name,
+    next_state,
+    owner_of,
+    sources,
+)
+
+NOW = 1_000_000.0
+TIMING = Timing()
+moments = st.floats(NOW - 100_000, NOW + 100_000)
+
+sessions = st.builds(
+    Session,
+    id=st.uuids(),
+    project_id=st.uuids(),
+    state=st.sampled_from(State),
+    generation=st.integers(1, 5),
+    idempotency_key=st.none(),
+    created_at=moments,
+    expires_at=moments,
+    state_since=moments,
+    claimed_until=st.none() | moments,
+    lease_until=st.none() | moments,
+    machine_id=st.none() | st.just("m1"),
+    problem=st.none() | st.just("broken"),
+)
+
+
+def test_every_state_that_is_not_over_has_a_way_to_the_end() -> None:
+    for state in LIVE:
+        assert next_state(state, Event.END) is State.DRAINING
+    assert next_state(State.DRAINING, Event.DESTROYED) is State.GONE
+    assert next_state(State.DRAINING, Event.DESTROYED, problem=True) is State.FAILED
+
+
+def test_what_is_over_stays_over_but_for_a_new_generation() -> None:
+    assert all(next_state(State.GONE, event) is None for event in Event)
+    assert {e for e in Event if next_state(State.FAILED, e)} == {Event.REPLACE}
+
+
+def test_a_late_word_changes_nothing() -> None:
+    assert next_state(State.DRAINING, Event.REPORT) is None
+    assert next_state(State.REQUESTED, Event.REPORT) is None
+    assert State.DRAINING not in sources(Event.TAKE_UP)
+
+
+@given(sessions)
+def test_nothing_in_between_outlives_its_deadline(session: Session) -> None:
+    verdict = judge(session, NOW, TIMING).verdict
+    overdue = session.state_since + TIMING.provision <= NOW or session.expires_at <= NOW
+    if session.state in (State.REQUESTED, State.PROVISIONING) and overdue:
+        assert verdict is Verdict.DRAIN
+    if session.state in ENDED:
+        assert verdict is Verdict.LEAVE
+    if session.state is State.DRAINING:
+        claimed = session.claimed_until is not None and session.claimed_until > NOW
+        assert verdict is (Verdict.LEAVE if claimed else Verdict.DESTROY)
+    if session.state is State.READY and session.lease_until is not None and session.lease_until <= NOW:
+        assert verdict is Verdict.DRAIN
+
+
+@given(sessions)
+def test_a_live_session_in_good_order_is_left_alone(session: Session) -> None:
+    silent = session.lease_until is not None and session.lease_until <= NOW
+    if session.state is State.READY and session.expires_at > NOW and not silent:
+        assert judge(session, NOW, TIMING).verdict is Verdict.LEAVE
+
+
+@given(sessions)
+def test_an_ordinary_end_is_no_problem(session: Session) -> None:
+    judgement = judge(session, NOW, TIMING)
+    if session.expires_at <= NOW:
+        assert judgement.problem is None
+
+
+@given(st.uuids(), st.integers(1, 10**6))
+def test_a_machine_s_name_speaks_of_its_owner(session_id: UUID, generation: int) -> None:
+    name = machine_name(session_id, generation)
+    assert owner_of(name) == (session_id, generation)
+    assert len(name) <= 63, "a DNS label, as machine names become on every platform"
+    assert name != machine_name(uuid4(), generation)
+
+
+@given(st.text())
+def test_a_foreign_name_is_nobody_of_ours(name: str) -> None:
+    owner = owner_of(name)
+    assert owner is None or machine_name(*owner) == name or name.startswith("preview-")
