@@ -14,6 +14,7 @@ import os
 import pwd
 import re
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,9 @@ LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""
 KILL_PATIENCE = 2.0
 """Seconds for the guard to kill and reap everything; measured in milliseconds. Past it the guard is killed."""
+
+LAST_WORDS = 1.0
+"""Seconds for the output to end after the process did; only a leftover that was not found holds it open."""
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -94,15 +98,53 @@ def printable(raw: bytes) -> str:
     return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … cut"
 
 
+class _Output(asyncio.SubprocessProtocol):
+    """Splits a program's output into lines and knows two ends apart: that of the process and that of the pipe.
+
+    asyncio's own `Process.wait` waits for both, and a grandchild that holds the pipe can put off the second
+    for as long as it likes.
+    """
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+        self._rest = b""
+        self.exited = asyncio.Event()
+        self.closed = asyncio.Event()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._on_line(printable(line))
+        if len(self._rest) > 16 * LONGEST_LINE:
+            self._flush()
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd == 1:
+            self._flush()
+            self.closed.set()
+
+    def process_exited(self) -> None:
+        self.exited.set()
+
+    def _flush(self) -> None:
+        if self._rest:
+            self._on_line(printable(self._rest))
+            self._rest = b""
+
+
 class Child:
     """One running program, its guard and its output. Make it with `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, reaper: Reaper | None) -> None:
-        self._process = process
+    def __init__(
+        self, transport: asyncio.SubprocessTransport, output: _Output, reaper: Reaper | None
+    ) -> None:
+        self._transport = transport
+        self._output = output
         self._reaper = reaper
-        self._reading: asyncio.Task[None] | None = None
-        self._ended: asyncio.Task[int] | None = None
+        self.pid = transport.get_pid()
+        """The guard's pid, which is the process group and the session too."""
         self.asked_to_stop = False
+        self._ended = asyncio.create_task(self._wait(), name=f"wait-{self.pid}")
 
     @classmethod
     async def start(
@@ -128,60 +170,40 @@ class Child:
         if rights.user is not None:
             spec |= {"uid": rights.user.uid, "gid": rights.user.gid}
         with reaper.hold() if reaper else contextlib.nullcontext():
-            process = await asyncio.create_subprocess_exec(
+            transport, output = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _Output(on_line),
                 sys.executable, "-I", "-S", GUARD, json.dumps(spec),
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT, cwd="/", env=dict(env), start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                cwd="/", env=dict(env), start_new_session=True,
             )  # fmt: skip
             if reaper:
-                reaper.own(process.pid)
-        child = cls(process, reaper)
-        child._reading = asyncio.create_task(child._read(on_line), name=f"output-{process.pid}")
-        child._ended = asyncio.create_task(child._wait(), name=f"wait-{process.pid}")
-        return child
-
-    @property
-    def pid(self) -> int:
-        """The guard's pid, which is the process group and the session too."""
-        return self._process.pid
-
-    async def _read(self, on_line: Callable[[str], None]) -> None:
-        stream = self._process.stdout
-        assert stream is not None
-        rest = b""
-        while chunk := await stream.read(65536):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                on_line(printable(line))
-            if len(rest) > 16 * LONGEST_LINE:
-                on_line(printable(rest))
-                rest = b""
-        if rest:
-            on_line(printable(rest))
+                reaper.own(transport.get_pid())
+        return cls(transport, output, reaper)
 
     async def _wait(self) -> int:
-        code = await self._process.wait()
+        await self._output.exited.wait()
+        code = self._transport.get_returncode()
+        assert code is not None
         if self._reaper:
             self._reaper.disown(self.pid)
-        assert self._reading is not None
-        # A guard that was killed itself may leave somebody holding the pipe; its last words are not worth a hang.
-        await asyncio.wait({self._reading}, timeout=1.0)
-        self._reading.cancel()
         if code < 0:
             # The guard did not end by itself: what it watched over is still there.
             self._signal(signal.SIGKILL)
-        self._close_lifeline()
+            if self._reaper:
+                self._reaper.kill_strangers()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                await self._output.closed.wait()
+        self._transport.close()
         return code if code >= 0 else 128 - code
 
     async def wait(self) -> int:
         """The exit code, or 128 + the signal; safe to cancel and to ask again."""
-        assert self._ended is not None
         return await asyncio.shield(self._ended)
 
     async def stop(self, grace: float) -> int:
         """TERM to the group, everything killed after `grace` seconds. Returns as `wait`."""
         self.asked_to_stop = True
-        assert self._ended is not None
         self._signal(signal.SIGTERM)
         await asyncio.wait({self._ended}, timeout=grace)
         return await self.kill()
@@ -189,20 +211,18 @@ class Child:
     async def kill(self) -> int:
         """Kill everything now."""
         self.asked_to_stop = True
-        assert self._ended is not None
-        self._close_lifeline()
+        lifeline = self._transport.get_pipe_transport(0)
+        if lifeline is not None:
+            lifeline.close()
         await asyncio.wait({self._ended}, timeout=KILL_PATIENCE)
         if not self._ended.done():
             self._signal(signal.SIGKILL)
         return await self.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    def _close_lifeline(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        if not self._ended.done():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
 
 
 @dataclass(frozen=True, slots=True)

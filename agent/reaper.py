@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from agent.guard import PR_SET_CHILD_SUBREAPER, prctl
+from agent.guard import PR_SET_CHILD_SUBREAPER, descendants, prctl
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -80,6 +80,15 @@ class Reaper:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(stranger, os.WNOHANG)
                     self.reaped += 1
+
+    def kill_strangers(self) -> None:
+        """Kill what was left to us: a guard that was killed itself cannot do it any more."""
+        if sys.platform != "linux":
+            return
+        watched = self._own.union(*(descendants(pid) for pid in self._own))
+        for pid in descendants(os.getpid()) - watched:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _first_dead() -> int | None:

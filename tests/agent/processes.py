@@ -1,0 +1,59 @@
+"""Real processes for tests: asked about by /proc, waited for with a deadline, left by nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `true()`; `TimeoutError` after `seconds`."""
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def running(word: str) -> list[int]:
+    """Living processes with `word` in their command line, this one left out."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                said = Path(f"/proc/{name}/cmdline").read_bytes()
+                if word.encode() in said:
+                    found.append(int(name))
+    return found
+
+
+def of_user(uid: int) -> list[int]:
+    """Living or dead processes of a user."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == uid:
+                    found.append(int(name))
+    return found
+
+
+def zombies_of(pid: int) -> list[int]:
+    """Dead children that `pid` has not waited for."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) == pid:
+                    found.append(int(name))
+    return found
