@@ -102,6 +102,9 @@ class Settings(SnapshotLimits, BaseSettings):
     moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one."""
 
     # --- following the project
+    heartbeat_seconds: float = Field(30.0, ge=0.2)
+    """Between two status reports when nothing changes, spread by a fifth. Long enough to cost nothing with 100,000
+    sessions, short enough that the loss of the very last event heals before anybody reports it."""
     optimistic_events: bool = False
     """True: show a front end's events (no revision) at once and undo them unless confirmed within 5 s."""
 

@@ -35,10 +35,6 @@ from agent.tokens import Tokens, spread
 
 log = get_logger("daemon")
 
-HEARTBEAT = 30.0
-"""Seconds between two status reports when nothing changes; jittered by a fifth. Long enough to cost nothing with
-100,000 sessions, short enough that the loss of the very last event heals before anybody files a bug."""
-
 CHANGE_LOOK = 0.1
 """Seconds between looks at whether the state changed; a change is reported at once."""
 
@@ -111,7 +107,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
             "health": lambda: health.serve(
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
-            "heartbeat": lambda: _heartbeat(report, api, sync, problems, stop),
+            "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),
         }
         try:
             return await _until_stopped(tasks, settings, report, supervisor, stop)
@@ -181,7 +177,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 async def _heartbeat(
-    report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
+    every: float, report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
 ) -> None:
     """Tell the orchestrator how we are, at once on a change; hear where the database is.
 
@@ -205,7 +201,7 @@ async def _heartbeat(
         seen = (state, report.dev.state, report.ready())
         if api is not None and (now >= due or (seen != sent and attempt == 0)):
             sent = seen
-            due = now + HEARTBEAT * (0.8 + 0.4 * spread())
+            due = now + every * (0.8 + 0.4 * spread())
             try:
                 head = await api.report_status(report.heartbeat())
             except Unavailable as error:
@@ -216,7 +212,7 @@ async def _heartbeat(
                 if isinstance(error, SessionGone):
                     raise
                 attempt += 1
-                due = time.monotonic() + HEARTBEAT
+                due = time.monotonic() + every
                 problems.add(Problem("token_refused", str(error)))
             else:
                 attempt = 0

@@ -1,0 +1,261 @@
+"""Whatever breaks, the tree ends equal: the real agent, socket, disk and database; faults made for real."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.profiles import NIGHTLY
+from tests.system.plane import Agent, Plane, Project, eventually, running_plane
+
+pytestmark = pytest.mark.system
+
+FILES = {"readme.md": "# hello\n", "src/a.ts": "a\n", "src/deep/b.ts": "b\n"}
+
+
+@pytest.fixture
+async def plane(database: str, tmp_path: Path) -> AsyncIterator[Plane]:
+    async with running_plane(database, tmp_path) as plane:
+        yield plane
+
+
+@pytest.fixture
+async def project(plane: Plane) -> Project:
+    return await plane.project(FILES)
+
+
+@pytest.fixture
+async def agent(project: Project, tmp_path: Path) -> AsyncIterator[Agent]:
+    """A running agent whose tree is equal."""
+    agent = await project.session(tmp_path / "machine")
+    agent.start()
+    try:
+        await agent.equal()
+        await live(agent)
+        yield agent
+    finally:
+        agent.kill()
+
+
+async def live(agent: Agent) -> None:
+    async def is_live() -> bool:
+        report = await agent.status()
+        return report is not None and report["link"]["state"] == "live"
+
+    await eventually("the link is live", is_live)
+
+
+async def edit_at_random(project: Project, dice: random.Random, edits: int) -> None:
+    """Saves, deletes, bulks and moves on a few paths that get in each other's way."""
+    names = ["a.ts", "b.ts", "c/d.ts", "c/e.ts", "f/g/h.ts"]
+    for _ in range(edits):
+        name = dice.choice(names)
+        match dice.randrange(5):
+            case 0 | 1:
+                await project.save(name, f"{dice.random()}\n" * dice.choice([1, 50]))
+            case 2 if name in await project.files():
+                await project.delete(name)
+            case 3:
+                picked = dice.sample(names, 3)
+                there = await project.files()
+                await project.bulk(
+                    {n: None if n in there and dice.random() < 0.4 else f"{dice.random()}\n" for n in picked}
+                )
+            case _:
+                await project.save(name, "" if dice.random() < 0.2 else f"{dice.randrange(3)}\n")
+
+
+async def test_an_agent_starts_equal_follows_and_stops_clean(agent: Agent, project: Project) -> None:
+    await project.save("src/new/file.ts", "made\n")
+    await project.delete("src/deep/b.ts")
+    await agent.equal()
+    assert not (agent.tree / "src" / "deep").exists(), "a directory we made goes with its last file"
+    assert await agent.stop() == 0
+    assert not list((agent.tree.parent / ".preview-sync").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+async def test_every_stop_signal_drains(project: Project, tmp_path: Path, number: signal.Signals) -> None:
+    agent = await project.session(tmp_path / "machine")
+    agent.start()
+    await agent.equal()
+    assert await agent.stop(number) == 0
+
+
+@pytest.mark.parametrize("fault", ["drop", "duplicate", "reorder"])
+async def test_lost_doubled_and_reordered_events_are_made_good(
+    agent: Agent, project: Project, fault: str
+) -> None:
+    dice = random.Random(fault)
+    for _ in range(6 if not NIGHTLY else 60):
+        await project.faults(**{fault: dice.randrange(1, 6)})
+        await edit_at_random(project, dice, 6)
+    await agent.equal()
+
+
+async def test_the_loss_of_the_very_last_event_heals_by_the_heartbeat(agent: Agent, project: Project) -> None:
+    await project.faults(drop=1)
+    await project.save("src/a.ts", "the last word\n")
+    report = await agent.equal()
+    assert report["link"]["state"] == "live"
+
+
+ACTIONS = [
+    {"action": "close", "code": 1000},
+    {"action": "close", "code": 1001},
+    {"action": "close", "code": 1012},
+    {"action": "abort"},
+    {"action": "expire_tokens"},
+    {"action": "rate_limit"},
+    {"action": "crash"},
+]
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: "-".join(map(str, action.values())))
+async def test_a_broken_channel_comes_back_with_what_was_missed(
+    agent: Agent, project: Project, action: dict[str, object]
+) -> None:
+    before = await agent.status()
+    assert before is not None
+    if action["action"] == "abort":
+        await project.faults(refuse=2, refuse_status=429)
+    await project.faults(**action)
+    await edit_at_random(project, random.Random(str(action)), 8)
+    await agent.equal()
+
+    async def joined_again() -> bool:
+        report = await agent.status()
+        link = report["link"] if report else {}
+        return link.get("state") == "live" and link["joins"] > before["link"]["joins"]
+
+    await eventually("a new join", joined_again)
+    await project.save("src/after.ts", "after\n")
+    await agent.equal()
+
+
+async def test_content_by_reference_is_fetched_and_holds_up_nothing(agent: Agent, project: Project) -> None:
+    big = "x" * 300_000
+    await project.bulk({"big.txt": big, "small.txt": "s\n"})
+    await project.save("other.txt", "o\n")
+    await project.save("big2.txt", big)
+    report = await agent.equal()
+    assert report["files"] == len(FILES) + 4
+
+
+async def test_a_restored_database_is_another_history(agent: Agent, project: Project) -> None:
+    before = (await agent.equal())["epoch"]
+    await project.save("src/a.ts", "will be lost in the restore\n")
+    await agent.equal()
+    async with await psycopg.AsyncConnection.connect(project.plane.dsn, autocommit=True) as connection:
+        await connection.execute(
+            "update public.project_heads set epoch = gen_random_uuid() where project_id = %s",
+            (project.id,),
+        )
+    await project.save("src/a.ts", "after the restore\n")
+    report = await agent.equal()
+    assert report["epoch"] != before
+
+
+async def test_a_file_changed_behind_our_back_is_seen_by_the_tree_hash(
+    agent: Agent, project: Project
+) -> None:
+    """A wrong byte in what the *agent believes* heals too: here its ledger is told a lie between two lives."""
+    await agent.stop()
+    ledger = sqlite3.connect(agent.directory / "state" / "ledger.sqlite")
+    ledger.execute("delete from files where path = 'src/a.ts'")
+    ledger.commit()
+    ledger.close()
+    (agent.tree / "src" / "a.ts").unlink()
+    agent.start()
+    await agent.equal()
+
+
+async def test_the_orchestrator_being_away_stops_nothing_that_is_live(agent: Agent, project: Project) -> None:
+    url = agent.environ["SESSION_API_URL"]
+    agent.kill()
+    agent.environ["SESSION_API_URL"] = "http://127.0.0.1:9"
+    agent.start()
+    await project.save("src/a.ts", "live without catch-up\n")
+
+    async def seen() -> bool:
+        report = await agent.status()
+        return report is not None and any(p["kind"] == "session_api_unreachable" for p in report["problems"])
+
+    await eventually("the problem is shown", seen)
+    agent.kill()
+    agent.environ["SESSION_API_URL"] = url
+    agent.start()
+    await agent.equal()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+async def test_a_full_disk_undoes_the_batch_and_heals_when_there_is_space(
+    project: Project, tmp_path: Path, small: Path
+) -> None:
+    agent = await project.session(tmp_path / "machine", PROJECT_DIR=str(small / "project"))
+    try:
+        agent.start()
+        await agent.equal()
+        await live(agent)
+        filler = small / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"\0" * 4096):
+                pass
+        await project.bulk({"readme.md": None, "src/a.ts": "y" * 50_000})
+
+        async def told() -> bool:
+            report = await agent.status()
+            return report is not None and any(p["kind"] == "disk_full" for p in report["problems"])
+
+        await eventually("disk_full is shown", told)
+        assert agent.files() == {path: text.encode() for path, text in FILES.items()}, "the batch was undone"
+        filler.unlink()
+        report = await agent.equal()
+        assert not [p for p in report["problems"] if p["kind"] == "disk_full"]
+    finally:
+        agent.kill()
+
+
+async def test_killed_at_any_point_it_comes_back_and_ends_equal(project: Project, tmp_path: Path) -> None:
+    """SIGKILL at random points of starting, hydrating, following, catching up."""
+    rounds = 200 if NIGHTLY else 8
+    dice = random.Random(20261120)
+    agent = await project.session(tmp_path / "machine")
+    agent.start()
+    try:
+        for n in range(rounds):
+            editing = asyncio.create_task(edit_at_random(project, random.Random(n), 5))
+            # Not a wait for anything: the moment of the kill is the thing that is varied.
+            await asyncio.sleep(dice.uniform(0, 1.2))
+            agent.kill()
+            await editing
+            agent.start()
+            if n % 8 == 7:
+                report = await agent.equal()
+                assert report["hydrate"]["mode"] in ("resume", "rebuild", "fresh")
+        await agent.equal()
+    finally:
+        agent.kill()
