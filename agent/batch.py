@@ -151,7 +151,9 @@ class Batch:
             self._roll_back()
         finally:
             self._clean(rolled_back=rolled_back)
-        done = tuple(self._done[o.path] for o in operations if o.path in self._done)
+        done = tuple([self._done[o.path] for o in operations if o.path in self._done])
+        if not self._new:
+            return Outcome(done, tuple(self._problems), rolled_back)
         made = tuple(path for path, there in self._new.items() if there)
         gone = tuple(path for path, there in self._new.items() if not there)
         return Outcome(done, tuple(self._problems), rolled_back, made, gone)
@@ -214,10 +216,13 @@ class Batch:
         del self._temps[path]
 
     def _stat_after(self, path: RelPath, directory: int, name: str, temp: Temp) -> FileStat | None:
-        """How the file we put there looks. None when something else has already replaced it."""
-        if temp.descriptor is not None:
-            return FileStat.of(os.fstat(temp.descriptor))
-        now = look(directory, name)
+        """How the file we put there looks. None when something else has already replaced it, or nobody can say."""
+        try:
+            if temp.descriptor is not None:
+                return FileStat.of(os.fstat(temp.descriptor))
+            now = look(directory, name)
+        except OSError:
+            return None
         if now is None or now.st_ino != temp.inode:
             self._problems.append(Drift(path, "missing" if now is None else "changed").problem())
             return None
@@ -232,7 +237,7 @@ class Batch:
             if expected is not None:
                 self._drifted(Drift(path, "missing"))
             return False
-        if expected is not None and expected == FileStat.of(found):
+        if expected is not None and expected.is_of(found):
             return False
         if expected is None and is_twin(directory, name, found):
             raise Blocked(path, "case_twin")
@@ -412,6 +417,8 @@ def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
 
     Compared without case, so that a change of case on a case-blind file system is a removal and then a write.
     """
+    if len(operations) == 1:
+        return operations
     written = {o.path.casefold() for o in operations if isinstance(o, Write)}
     if not written or len(written) == len(operations):
         return operations

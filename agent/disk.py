@@ -126,7 +126,8 @@ class Disk:
 
         Raises `ValueError` for a write with no content; nothing of the file system's.
         """
-        last = {operation.path: operation for operation in operations}
+        if len(operations) > 1:
+            operations = list({operation.path: operation for operation in operations}.values())
         batch = Batch(
             self._jail,
             self._staging,
@@ -136,7 +137,7 @@ class Disk:
             tree,
             overwrite_drift=overwrite_drift,
         )
-        return batch.run(list(last.values()))
+        return batch.run(operations)
 
     def discard(self, paths: Iterable[RelPath]) -> Outcome:
         """Remove files that an earlier life may have left behind (`LedgerState.intended`), whatever they hold."""
@@ -173,7 +174,7 @@ class Disk:
             should_be = entry is not None and entry.is_file
             if found is None:
                 return Drift(path, "missing") if should_be else None
-            if known is not None and should_be and FileStat.of(found) == known:
+            if known is not None and should_be and known.is_of(found):
                 return known
             drift = compare(path, directory, name, found, known, entry)
             return FileStat.of(found) if drift is None else drift

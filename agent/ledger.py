@@ -59,6 +59,15 @@ class FileStat:
     def of(cls, found: os.stat_result) -> FileStat:
         return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    def is_of(self, found: os.stat_result) -> bool:
+        """Whether a file that looks like this has not been touched since."""
+        return (
+            self.ctime_ns == found.st_ctime_ns
+            and self.mtime_ns == found.st_mtime_ns
+            and self.inode == found.st_ino
+            and self.size == found.st_size
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
