@@ -34,6 +34,8 @@ PASSED_ON = "DEV_ENV_"
 """`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
 LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""
+MOST_LINES = 200
+"""Lines looked at of one read of up to 256 KB: a program that prints without end is heard, not followed."""
 KILL_PATIENCE = 2.0
 """Seconds for the guard to kill and reap everything; measured in milliseconds. Past it the guard is killed."""
 
@@ -93,9 +95,9 @@ def environment(
 
 def printable(raw: bytes) -> str:
     """One line of a program's output with nothing in it that a terminal or a log reader would act on."""
-    text = _ESCAPES.sub("", raw.decode(errors="replace")[: 4 * LONGEST_LINE])
-    text = _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text.rstrip("\r"))
-    return text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} … cut"
+    text = _ESCAPES.sub("", raw[: 4 * LONGEST_LINE].decode(errors="replace")).rstrip("\r")
+    end = " … cut" if len(text) > LONGEST_LINE else ""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text[:LONGEST_LINE]) + end
 
 
 class _Output(asyncio.SubprocessProtocol):
@@ -113,6 +115,9 @@ class _Output(asyncio.SubprocessProtocol):
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(lines) > MOST_LINES:
+            self._on_line(f"… {len(lines) - MOST_LINES} lines left out")
+            del lines[:-MOST_LINES]
         for line in lines:
             self._on_line(printable(line))
         if len(self._rest) > 16 * LONGEST_LINE:
