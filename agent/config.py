@@ -105,6 +105,9 @@ class Settings(SnapshotLimits, BaseSettings):
     heartbeat_seconds: float = Field(30.0, ge=0.2)
     """Between two status reports when nothing changes, spread by a fifth. Long enough to cost nothing with 100,000
     sessions, short enough that the loss of the very last event heals before anybody reports it."""
+    drift_policy: Literal["report", "restore", "keep"] = "report"
+    """What happens to a file that something else in the container changed: shown, put back, or left in silence. The
+    database's next word on that path wins in any case."""
     optimistic_events: bool = False
     """True: show a front end's events (no revision) at once and undo them unless confirmed within 5 s."""
 

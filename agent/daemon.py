@@ -96,6 +96,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
                 supervisor.project_ready,
             ),
             snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
+            drift_policy=settings.drift_policy,
         )
         report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor)
         metrics.registry.register(report)

@@ -104,7 +104,7 @@ class DriftWatch:
             return True
         entries, _ = self._claims()
         changed = {path for _, place in raw if (path := self._relative(place)) is not None}
-        others = changed - entries.keys()
+        others = {path for path in changed if path not in entries}
         # A directory of ours came or went: its watch went with it, and so did everything below.
         moved = others & (watched | {_ROOT})
         if moved:
@@ -131,7 +131,7 @@ class DriftWatch:
 
     async def _sweep(self) -> None:
         entries, _ = self._claims()
-        await self._look_at(entries.keys() | self._open.keys())
+        await self._look_at({*entries, *self._open})
 
     async def _look_at(self, paths: Iterable[RelPath]) -> None:
         waiting = sorted(paths)

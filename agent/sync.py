@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from agent.batch import Drift
 from agent.catchup import Answer, CatchUp, jitter
-from agent.disk import Disk
+from agent.disk import Disk, Drift
+from agent.drift import DriftWatch, Observed
 from agent.errors import (
     AgentError,
     CredentialRejected,
@@ -26,7 +27,18 @@ from agent.errors import (
 from agent.follow import Follower, Request
 from agent.hydrate import StagedSnapshot
 from agent.ledger import FileStat, Ledger, LedgerState
-from agent.model import Commit, Cursor, Operation, Problem, RelPath, SnapshotReady, Tree, Write, tree_hash
+from agent.model import (
+    Commit,
+    Cursor,
+    Entry,
+    Operation,
+    Problem,
+    RelPath,
+    SnapshotReady,
+    Tree,
+    Write,
+    tree_hash,
+)
 from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.status import Problems, SyncPhase, SyncStatus
 from agent.stream import EventSource, Received, Resync, Signal
@@ -71,12 +83,19 @@ class Sync:
     """See the module. `run` ends only by cancellation or by an error that ends the agent."""
 
     def __init__(
-        self, parts: Parts, *, snapshot_url: str | None, clock: Callable[[], float] = time.monotonic
-    ):
+        self,
+        parts: Parts,
+        *,
+        snapshot_url: str | None,
+        drift_policy: Literal["report", "restore", "keep"] = "report",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._p = parts
         self._follower = parts.follower
         self._snapshot_url = snapshot_url
         self._clock = clock
+        self._drift_policy = drift_policy
+        self._drift = DriftWatch(parts.disk, self._claims, self._observe_drift)
         self._stats: dict[RelPath, FileStat] = {}
         self._wake = asyncio.Event()
         self._asking: asyncio.Task[Answer] | None = None
@@ -113,22 +132,6 @@ class Sync:
         self._follower.need(Reason.HEAD, self._clock())
         self._wake.set()
 
-    def drifted(self, drifts: Sequence[Drift], *, restore: bool) -> None:
-        """Files were changed by something else. With `restore` the database's content is fetched for them."""
-        if not restore:
-            return
-        entries = self.tree.entries
-        for drift in drifts:
-            entry = entries.get(drift.path)
-            if entry is not None and entry.is_file:
-                entries = entries.set(drift.path, replace(entry, digest=drift.digest, provisional=True))
-                self._stats.pop(drift.path, None)
-                if drift.stat is not None:
-                    self._stats[drift.path] = drift.stat
-        self._follower.adopt(replace(self.tree, entries=entries))
-        self._follower.doubt((drift.path for drift in drifts), self._clock())
-        self._wake.set()
-
     async def run(self) -> None:
         """Make the tree whole, then keep it equal to the database's."""
         await self._begin()
@@ -139,6 +142,7 @@ class Sync:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(), name="sync-receive")
                 tasks.create_task(self._keep_time(), name="sync-clock")
+                tasks.create_task(self._drift.run(), name="sync-drift")
         finally:
             await self._end()
 
@@ -348,6 +352,39 @@ class Sync:
             self._p.metrics.apply.observe(self._clock() - started)
             self._p.on_tree(done)
         return True
+
+    # --- drift
+
+    def _claims(self) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
+        """What is believed to be on disk, for the drift watch to hold against it."""
+        return self.tree.entries, self._stats
+
+    def _observe_drift(self, observed: Observed) -> None:
+        """Files that something else changed, by DRIFT_POLICY; the database's next word on a path wins in any case."""
+        self._stats.update(observed.touched)
+        self._p.metrics.drift_files.set(len(self._drift.open))
+        for path in observed.settled:
+            self._p.problems.clear("drift", path)
+        if self._drift_policy == "report":
+            for drift in observed.drifts:
+                self._p.problems.add(drift.problem())
+        elif self._drift_policy == "restore" and observed.drifts:
+            self._restore(observed.drifts)
+
+    def _restore(self, drifts: Sequence[Drift]) -> None:
+        """Take what stands there for unconfirmed, and ask what should."""
+        entries = self.tree.entries
+        for drift in drifts:
+            log.warning("drift.restoring", file_path=drift.path, rule=drift.rule)
+            entries = entries.set(
+                drift.path, replace(entries[drift.path], digest=drift.digest, provisional=True)
+            )
+            self._stats.pop(drift.path, None)
+            if drift.stat is not None:
+                self._stats[drift.path] = drift.stat
+        self._follower.adopt(replace(self.tree, entries=entries))
+        self._follower.doubt((drift.path for drift in drifts), self._clock())
+        self._wake.set()
 
     # --- catch-up
 

@@ -259,3 +259,49 @@ async def test_killed_at_any_point_it_comes_back_and_ends_equal(project: Project
         await agent.equal()
     finally:
         agent.kill()
+
+
+@pytest.mark.parametrize("policy", ["report", "restore", "keep"])
+async def test_drift_by_policy(project: Project, tmp_path: Path, policy: str) -> None:
+    agent = await project.session(tmp_path / "machine", DRIFT_POLICY=policy)
+    agent.start()
+    try:
+        await agent.equal()
+        await live(agent)
+        (agent.tree / "src" / "a.ts").write_text("changed inside the container\n")
+        (agent.tree / "src" / "deep" / "b.ts").unlink()
+        (agent.tree / "theirs.log").write_text("not the project's\n")
+
+        async def drifted() -> list[str]:
+            report = await agent.status()
+            assert report is not None
+            return sorted(p["file_path"] for p in report["problems"] if p["kind"] == "drift")
+
+        if policy == "restore":
+
+            async def restored() -> bool:
+                return {p: c for p, c in agent.files().items() if p != "theirs.log"} == await project.files()
+
+            await eventually("what was changed is put back", restored)
+        elif policy == "report":
+
+            async def shown() -> bool:
+                return await drifted() == ["src/a.ts", "src/deep/b.ts"]
+
+            await eventually("both are shown", shown)
+        # The database's next word wins whatever the policy, and what is not ours stays.
+        await project.save("src/a.ts", "the database's next word\n")
+        await project.save("src/deep/b.ts", "and on the other\n")
+
+        async def won() -> bool:
+            here = agent.files()
+            return here.pop("theirs.log", b"") == b"not the project's\n" and here == await project.files()
+
+        await eventually("the database wins", won)
+
+        async def closed() -> bool:
+            return await drifted() == []
+
+        await eventually("no drift is left", closed)
+    finally:
+        agent.kill()
