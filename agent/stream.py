@@ -1,6 +1,6 @@
 """The live link: one socket, never deaf for longer than its deadlines, replaced for ever.
 
-A shell round `agent.phoenix`. One task owns the socket and is the only one that reads, writes or closes it; a second
+A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it; a second
 keeps the token fresh; a third looks at the clock once a second, because a machine that was suspended has sockets that
 look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that are either an event or the
 order to catch up, and nothing that could be lost without such an order.
@@ -17,16 +17,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import structlog
 from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
 from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.framing import DirectConnection
 from agent.model import Problem
 from agent.phoenix import (
     Broadcast,
@@ -34,6 +35,7 @@ from agent.phoenix import (
     Dropped,
     Joined,
     LinkState,
+    Meaning,
     Phoenix,
     Refused,
     ReplicationReady,
@@ -48,8 +50,7 @@ log = structlog.get_logger("agent.stream")
 VSN: Final = "2.0.0"
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """An application event. `at`: Unix seconds when its frame was read."""
 
     event: str
@@ -154,9 +155,10 @@ class SignalQueue:
             self.overflows += 1
             self.resync("overflow")
             return False
+        if not self._waiting:
+            self._filled.set()
         self._waiting.append((event, size))
         self._bytes += size
-        self._filled.set()
         return True
 
     def resync(self, reason: str) -> None:
@@ -207,7 +209,9 @@ class RealtimeStream:
         self._renewing = asyncio.Lock()
         self._renew_now = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._deadline: asyncio.Timeout | None = None
+        self._wake = asyncio.Event()
+        self._broken: Exception | None = None
+        self._clock = _now
         self._end_because: _End | None = None
         self._token: Token | None = None
         """The token last seen in force; `_sent` is the one the server was last given."""
@@ -236,6 +240,7 @@ class RealtimeStream:
 
     async def run(self) -> None:
         """Own the link until cancelled; then leave the channel and close the socket."""
+        self._clock = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_token(), name="link-token")
             tasks.create_task(self._look_around(), name="link-clock")
@@ -362,13 +367,14 @@ class RealtimeStream:
                 self._url,
                 compression=None,
                 max_size=self._settings.max_frame,
-                max_queue=(1024, 256),
                 ping_interval=None,
                 open_timeout=self._settings.open_within,
                 close_timeout=self._settings.close_within,
                 user_agent_header="preview-agent",
                 logger=_SILENT,
+                create_connection=DirectConnection,
             )
+            assert isinstance(socket, DirectConnection)
         except InvalidStatus as error:
             return self._handshake_refused(error)
         except (OSError, TimeoutError, WebSocketException, EOFError, UnicodeError) as error:
@@ -391,81 +397,77 @@ class RealtimeStream:
         cause = "rate_limited" if response.status_code == 429 else "handshake"
         return _End(cause, said, response.status_code in (401, 403), wait)
 
-    async def _hold(self, socket: ClientConnection, token: Token) -> _End:
-        """Everything between an open socket and its end. One loop: write what is due, read until something is."""
+    async def _hold(self, socket: DirectConnection, token: Token) -> _End:
+        """Everything between an open socket and its end. One loop: write what is due, wait until something is."""
         phoenix = self._phoenix
         self._end_because = None
         phoenix.opened(_now(), token.value)
+        socket.attach(self._frame, self._wake.set)
         try:
             while True:
                 self._use_newest_token()
                 for text in phoenix.outgoing():
                     async with asyncio.timeout(self._settings.timing.heartbeat_within):
                         await socket.send(text)
-                end = self._end_because
-                if end is None:
-                    try:
-                        async with asyncio.timeout_at(phoenix.next_deadline()) as self._deadline:
-                            end = await self._read(socket)
-                    except TimeoutError:
-                        end = self._end_because or _dropped(phoenix.tick(_now()))
-                    finally:
-                        self._deadline = None
+                if self._end_because is None:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout_at(phoenix.next_deadline()):
+                            await self._wake.wait()
+                self._wake.clear()
+                if self._broken is not None:
+                    raise self._broken
+                end = self._end_because or _closed(socket) or _dropped(phoenix.tick(_now()))
                 if end is not None:
                     return end
-        except ConnectionClosed as error:
-            frame = error.rcvd
-            if frame is None and error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
-                return _End("oversize", f"a frame of more than {self._settings.max_frame} bytes")
-            if frame is None:
-                return _End("reset", "the connection broke")
-            return _End(f"closed_{int(frame.code)}", f"closed with {int(frame.code)} {frame.reason}".rstrip())
+        except ConnectionClosed:
+            return _closed(socket) or _End("reset", "the connection broke")
         except TimeoutError:
             return _End("stalled", "the socket takes no more frames")
 
-    async def _read(self, socket: ClientConnection) -> _End | None:
-        """Read frames until there is something to write or to end."""
-        receive, put = self._phoenix.receive, self._queue.put
-        while True:
-            # Bytes for text frames too: orjson takes them, and bad UTF-8 is junk to count, not a reason to close.
-            frame = await socket.recv(decode=False)
-            meaning = receive(frame, _now())
+    def _frame(self, frame: bytes) -> None:
+        """One message from the socket, in the call that read it. What needs the owner wakes it."""
+        try:
+            meaning = self._phoenix.receive(frame, self._clock())
             self._last_frame_at = at = self._wall()
-            match meaning:
-                case None:
-                    pass
-                case Broadcast(event, payload):
-                    self._last_event_at = at
-                    if not put(Received(event, payload, at), len(frame)):
-                        self._phoenix.behind("overflow")
-                case Joined():
-                    self._joins += 1
-                    self._joined_at = _now()
-                    self._token_problem = None
-                    self._queue.resync("joined")
-                    return None
-                case ReplicationReady():
-                    self._queue.resync("replication_ready")
-                case TokenExpired(reason):
-                    if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
-                        return _End("token_expired", reason)
+            if type(meaning) is Broadcast:
+                self._last_event_at = at
+                if not self._queue.put(Received(meaning.event, meaning.payload, at), len(frame)):
+                    self._phoenix.behind("overflow")
+            elif meaning is not None:
+                self._meant(meaning)
+                self._wake.set()
+        except Exception as error:
+            # A bug, and asyncio would answer it with a closed socket: the owner ends the link with it instead.
+            self._broken = error
+            self._wake.set()
+
+    def _meant(self, meaning: Meaning) -> None:
+        match meaning:
+            case Joined():
+                self._joins += 1
+                self._joined_at = _now()
+                self._token_problem = None
+                self._queue.resync("joined")
+            case ReplicationReady():
+                self._queue.resync("replication_ready")
+            case TokenExpired(reason):
+                if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
+                    self._interrupt(_End("token_expired", reason))
+                else:
                     self._renew_now.set()
-                    return None
-                case Refused(reason):
-                    self._refusals["join"] += 1
-                    return _End("refused", reason, refused=True)
-                case Dropped():
-                    return _dropped(meaning)
+            case Refused(reason):
+                self._refusals["join"] += 1
+                self._interrupt(_End("refused", reason, refused=True))
+            case Dropped(cause, reason):
+                self._interrupt(_End(cause, reason))
 
     def _interrupt(self, end: _End | None = None) -> None:
-        """Make the owner of the socket look up from reading, to end it or to see the new token."""
+        """Wake the owner of the socket, to end it or to see the new token."""
         if end is not None and self._end_because is None:
             self._end_because = end
-        if self._deadline is not None and not self._deadline.expired():
-            # Already expiring means that it is about to look up; to reschedule would be an error then.
-            self._deadline.reschedule(_now())
+        self._wake.set()
 
-    async def _goodbye(self, socket: ClientConnection) -> None:
+    async def _goodbye(self, socket: DirectConnection) -> None:
         self._phoenix.leave()
         with contextlib.suppress(ConnectionClosed, TimeoutError, OSError):
             async with asyncio.timeout(self._settings.close_within):
@@ -569,6 +571,19 @@ _SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _closed(socket: DirectConnection) -> _End | None:
+    """How the connection ended, if it did."""
+    if socket.end is None:
+        return None
+    received, sent = socket.end
+    if received is not None:
+        code = int(received.code)
+        return _End(f"closed_{code}", f"closed with {code} {received.reason}".rstrip())
+    if sent is not None and sent.code == CloseCode.MESSAGE_TOO_BIG:
+        return _End("oversize", "a frame larger than the largest the server is known to send")
+    return _End("reset", "the connection broke")
 
 
 def _dropped(dropped: Dropped | None) -> _End | None:

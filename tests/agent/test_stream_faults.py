@@ -6,11 +6,13 @@ Each ends the same way: the link is live, the tree is equal, and the next commit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from agent.phoenix import LinkState
 from tests.agent.link_world import World, now
@@ -168,7 +170,8 @@ async def forgotten_channel(world: World) -> None:
 async def oversize_frame(world: World) -> None:
     frame = type4(world.server.joins[-1].topic, "file:update", {"content": "x" * (8 * 1024 * 1024)})
     for socket in list(world.server.sockets):
-        await socket.send(frame)
+        with contextlib.suppress(ConnectionClosed):
+            await socket.send(frame)
 
 
 async def junk(world: World) -> None:

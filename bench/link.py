@@ -1,0 +1,237 @@
+"""Receive and decode 1 KB broadcasts: our link against the official `realtime` client, in one run.
+
+One server process sends the same number of the same broadcasts to each client, as fast as it takes them: ours as
+vsn 2 binary frames (what the database's broadcasts are), the official client's as vsn 1 text, which is all it speaks.
+Each runs in its own process and is measured in its own processor time from the first delivery to the last, so that a
+busy machine slows both alike; best of several rounds taken in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+COUNT = 20_000
+ROUNDS = 5
+TOPIC = "realtime:project:p1"
+CONTENT = (
+    """import { useState } from "react";
+import "./App.css";
+
+export default function App() {
+  const [count, setCount] = useState(0);
+  return (
+    <main className="app">
+      <h1>{"Hello, preview"}</h1>
+      <button type="button" onClick={() => setCount((n) => n + 1)}>
+        {`clicked ${count} times`}
+      </button>
+      <p>
+        Edit <code>src/App.tsx</code> and save: the preview follows, and so does every
+        other reader of this page, without a reload.
+      </p>
+    </main>
+  );
+}
+"""
+    + "// padding that a comment would be\n" * 5
+)
+"""A source file, as broadcasts carry; makes the whole payload 1 KB."""
+
+
+def payload(number: int) -> dict[str, Any]:
+    return {
+        "file_path": "src/App.tsx", "content": CONTENT, "content_hash": "0" * 64, "version": number,
+        "timestamp": "2026-11-23T00:00:00Z", "sender": "bench", "revision": number,
+    }  # fmt: skip
+
+
+async def serve_broadcasts() -> None:
+    """The server process: prints its port; sends to whoever joins, in the dialect it asked for."""
+    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.exceptions import ConnectionClosed
+    from websockets.frames import Frame, Opcode
+
+    def wire(version: int) -> list[bytes]:
+        """All frames as they stand on the wire, in blocks, so that the server is never what is measured."""
+        head = bytes((4, len(TOPIC), len("file:update"), 0, 1)) + TOPIC.encode() + b"file:update"
+        blocks, block = [], bytearray()
+        for n in range(COUNT):
+            if version == 1:
+                body = {"type": "broadcast", "event": "file:update", "payload": payload(n)}
+                message = {"topic": TOPIC, "event": "broadcast", "ref": None, "payload": body}
+                frame = Frame(Opcode.TEXT, json.dumps(message).encode())
+            else:
+                frame = Frame(Opcode.BINARY, head + json.dumps(payload(n)).encode())
+            block += frame.serialize(mask=False)
+            if len(block) > 65536 or n == COUNT - 1:
+                blocks.append(bytes(block))
+                block.clear()
+        return blocks
+
+    ready = {1: wire(1), 2: wire(2)}
+
+    async def talk(socket: ServerConnection) -> None:
+        assert socket.request is not None
+        version = 2 if "vsn=2.0.0" in socket.request.path else 1
+        async for message in socket:
+            push = json.loads(message)
+            join_ref, ref, topic, event, _ = (
+                push if version == 2 else (None, push["ref"], push["topic"], push["event"], 0)
+            )
+            answer = {"status": "ok", "response": {"postgres_changes": []}}
+            reply: Any = [join_ref, ref, topic, "phx_reply", answer]
+            if version == 1:
+                reply = {"topic": topic, "event": "phx_reply", "payload": answer, "ref": ref}
+            with contextlib.suppress(ConnectionClosed):
+                await socket.send(json.dumps(reply))
+            if event == "phx_join" and topic == TOPIC:
+                for block in ready[version]:
+                    socket.transport.write(block)
+                    await socket.drain()
+
+    async with serve(talk, "127.0.0.1", 0, compression=None, ping_interval=None) as server:
+        print(next(iter(server.sockets)).getsockname()[1], flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+async def receive_ours(port: int) -> float:
+    """Our link, consumed as sync does it. Returns messages per second."""
+    import structlog
+
+    from agent.stream import RealtimeStream, Received
+    from agent.tokens import Tokens
+    from tests.fakes.realtime import jwt
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    tokens = Tokens(jwt(time.time() + 600, time.time()))
+    link = RealtimeStream(f"ws://127.0.0.1:{port}/realtime/v1", "key", TOPIC, tokens)
+    running = asyncio.create_task(link.run())
+    count = 0
+    began = 0.0
+    while count < COUNT:
+        signal = await link.receive()
+        if isinstance(signal, Received):
+            began = began or time.process_time()
+            count += 1
+    took = time.process_time() - began
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert link.report()["overflows"] == 0
+    return COUNT / took
+
+
+async def receive_official(port: int) -> float:
+    """The `realtime` package with a callback that only counts. Returns messages per second."""
+    from realtime import AsyncRealtimeClient
+
+    client = AsyncRealtimeClient(f"ws://127.0.0.1:{port}/realtime/v1", "key", auto_reconnect=False)
+    done = asyncio.Event()
+    count = 0
+    began = 0.0
+
+    def on_broadcast(_: Any) -> None:
+        nonlocal count, began
+        began = began or time.process_time()
+        count += 1
+        if count == COUNT:
+            done.set()
+
+    channel = client.channel("project:p1")
+    channel.on_broadcast("file:update", on_broadcast)
+    await channel.subscribe()
+    await done.wait()
+    took = time.process_time() - began
+    await client.close()
+    return COUNT / took
+
+
+async def idle(port: int, seconds: float) -> tuple[float, float]:
+    """Our link with nothing to do: resident MB of the process, and the share of a core it uses."""
+    from agent.stream import RealtimeStream
+    from agent.tokens import Tokens
+    from tests.fakes.realtime import jwt
+
+    tokens = Tokens(jwt(time.time() + 600, time.time()))
+    link = RealtimeStream(f"ws://127.0.0.1:{port}/realtime/v1", "key", "realtime:nobody", tokens)
+    running = asyncio.create_task(link.run())
+    await link.receive()
+    link.caught_up()
+    await asyncio.sleep(2)
+    before = time.process_time()
+    await asyncio.sleep(seconds)
+    share = (time.process_time() - before) / seconds
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, share
+
+
+def measure(who: str, port: int) -> list[float]:
+    """One measurement in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.link", who, str(port)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"bench.link {who} failed:\n{done.stderr[-2000:]}")
+    return [float(word) for word in done.stdout.split()[-2:]]
+
+
+def main() -> None:
+    """Print the ratio first, then what it is made of."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "bench.link", "server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        rates: dict[str, list[float]] = {"ours": [], "official": []}
+        for _ in range(ROUNDS):
+            for who, taken in rates.items():
+                taken.append(measure(who, port)[0])
+        ours, official = max(rates["ours"]), max(rates["official"])
+        print(
+            f"receive + decode of {COUNT:,} broadcasts of 1 KB: {ours / official:.1f}x the realtime package"
+        )
+        print(
+            f"  our link             {ours:10,.0f} messages per second of one core   (rounds: {_rounds(rates['ours'])})"
+        )
+        print(
+            f"  realtime (official)  {official:10,.0f} messages per second of one core   (rounds: {_rounds(rates['official'])})"
+        )
+        memory, share = measure("idle", port)
+        print(
+            f"  idle link            {memory:10.0f} MB resident in a process of its own, {share:.3%} of a core"
+        )
+    finally:
+        server.communicate("")
+
+
+def _rounds(rates: list[float]) -> str:
+    return ", ".join(f"{rate:,.0f}" for rate in rates)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["server"]:
+            asyncio.run(serve_broadcasts())
+        case ["ours", port]:
+            print(asyncio.run(receive_ours(int(port))), 0)
+        case ["idle", port]:
+            print(*asyncio.run(idle(int(port), 10)))
+        case ["official", port]:
+            print(asyncio.run(receive_official(int(port))), 0)
+        case _:
+            main()
