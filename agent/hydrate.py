@@ -22,7 +22,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -360,16 +360,6 @@ def _content_length(response: httpx.Response) -> int | None:
     return int(value) if value.isascii() and value.isdigit() else None
 
 
-@dataclass(slots=True)
-class _Open:
-    """The file being unpacked. `stage` None: its bytes are only checked, the tree has them already."""
-
-    path: RelPath
-    listed: ManifestFile | None
-    stage: Stage | None
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-
-
 class _Assembly:
     """What has arrived so far: the reader's state, the manifest, the staged files."""
 
@@ -389,7 +379,10 @@ class _Assembly:
         self._reader = ZipReader(limits, reserved=MANIFEST_PATH)
         self._manifest: Manifest | None = None
         self._manifest_bytes: bytearray | None = None
-        self._open: _Open | None = None
+        self._path: RelPath | None = None
+        self._file: ManifestFile | None = None
+        self._stage: Stage | None = None
+        self._digest: hashlib._Hash | None = None
         self._staged: dict[RelPath, Staged] = {}
         self._checked: set[RelPath] = set()
         self._executable: set[RelPath] = set()
@@ -404,7 +397,7 @@ class _Assembly:
                 if isinstance(event, bytes):
                     self._write(event)
                 elif isinstance(event, FileStarted):
-                    self._start(event)
+                    self._start(event.path, event.size)
                 elif isinstance(event, FileEnded):
                     self._end(event.size)
                     if self.sated:
@@ -432,81 +425,89 @@ class _Assembly:
 
     def abandon(self) -> None:
         """Leave nothing in staging."""
-        if self._open is not None and self._open.stage is not None:
-            self._open.stage.abort()
-        self._open = None
+        if self._stage is not None:
+            with suppress(OSError):
+                self._stage.abort()
+            self._stage = None
         self._staged.clear()
         with suppress(OSError):
             # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
             self._disk.clear_staging()
 
-    def _start(self, event: FileStarted) -> None:
-        path = event.path
+    def _start(self, path: RelPath, size: int | None) -> None:
         if path == MANIFEST_PATH:
             self._manifest_bytes = bytearray()
             return
+        self._path = path
         if self._manifest is None:
-            self._open = _Open(path, None, self._disk.stage())
+            self._stage = self._disk.stage()
             return
-        listed = self._manifest.files.get(path)
+        listed = self._file = self._manifest.files.get(path)
         if listed is None:
             raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
-        if event.size is not None and event.size != listed.size:
+        if size is not None and size != listed.size:
             raise SnapshotRejected(
-                "size_mismatch", f"{path!r} has {event.size} bytes, the manifest says {listed.size}"
+                "size_mismatch", f"{path!r} has {size} bytes, the manifest says {listed.size}"
             )
-        # The manifest's own string is kept as the key: one copy of each path, not two.
-        stage = None if _equal(self._have.get(listed.path), listed) else self._disk.stage()
-        self._open = _Open(listed.path, listed, stage)
+        if self._have and _equal(self._have.get(path), listed):
+            self._digest = hashlib.sha256()
+        else:
+            self._stage = self._disk.stage()
 
     def _write(self, piece: bytes) -> None:
-        if self._open is None:
+        if self._stage is not None:
+            self._stage.write(piece)
+        elif self._digest is not None:
+            self._digest.update(piece)
+        else:
             assert self._manifest_bytes is not None
             self._manifest_bytes += piece
             if len(self._manifest_bytes) > self._limits.snapshot_max_manifest_bytes:
                 raise SnapshotRejected("manifest", "the manifest is too large")
             return
         self._progress.unpacked_bytes += len(piece)
-        if self._open.stage is not None:
-            self._open.stage.write(piece)
-        else:
-            self._open.digest.update(piece)
 
     def _end(self, size: int) -> None:
-        current = self._open
-        if current is None:
+        path, stage = self._path, self._stage
+        if path is None:
             self._read_manifest()
             return
-        self._open = None
-        if current.stage is not None:
-            try:
-                staged = current.stage.finish()
-            except BaseException:
-                self._open = current
-                raise
-            self._staged[current.path] = staged
+        if stage is not None:
+            staged = stage.finish()
+            self._stage = None
             digest = staged.digest
         else:
-            digest = Digest(current.digest.hexdigest())
-            self._checked.add(current.path)
-        listed = current.listed
-        if listed is not None and (size != listed.size or digest != listed.digest):
-            rule = "size_mismatch" if size != listed.size else "hash_mismatch"
-            raise SnapshotRejected(rule, f"{current.path!r} is not what the manifest says")
+            assert self._digest is not None
+            digest = Digest(self._digest.hexdigest())
+            self._digest = None
+        listed = self._file
+        if listed is not None:
+            if size != listed.size or digest != listed.digest:
+                rule = "size_mismatch" if size != listed.size else "hash_mismatch"
+                raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
+            if stage is not None:
+                # The manifest's own strings: of 20,000 files a second copy of each would be megabytes.
+                staged = Staged(staged.name, listed.digest, listed.size)
+        if stage is not None:
+            self._staged[path] = staged
+        else:
+            self._checked.add(path)
+        self._path = self._file = None
         self._progress.files += 1
 
     def _read_manifest(self) -> None:
         assert self._manifest_bytes is not None
         try:
-            manifest = read_manifest(orjson.loads(self._manifest_bytes))
+            told, self._manifest_bytes = orjson.loads(self._manifest_bytes), None
+            manifest = read_manifest(told)
         except PathRefused as refused:
             raise SnapshotRejected(refused.rule, f"in the manifest: {refused}") from None
         except (MalformedMessage, orjson.JSONDecodeError) as malformed:
             raise SnapshotRejected("manifest", str(malformed)) from None
-        self._manifest_bytes = None
         if self._expected_project is not None and manifest.project_id != self._expected_project:
             raise SnapshotRejected("other_project", "the manifest is another project's")
         self._manifest = manifest
+        self._reader.expect(manifest.files)
         self._progress.files_total = len(manifest.files)
         self._progress.unpacked_total = manifest.total_bytes
         self.sated = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())

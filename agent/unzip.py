@@ -24,7 +24,7 @@ an entry, whatever the entry's size.
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -32,13 +32,13 @@ from isal import isal_zlib
 
 from agent.config import SnapshotLimits
 from agent.errors import PathRefused, SnapshotRejected
-from agent.model import RelPath, parents, parse_path
+from agent.model import ManifestFile, RelPath, parents, parse_path
 
 CHUNK = 256 * 1024
 """Bytes. The most one `bytes` event holds: large enough that the cost of a call vanishes, small against memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FileStarted:
     """An entry's bytes follow. `size` in bytes, None when only its data descriptor will say."""
 
@@ -46,7 +46,7 @@ class FileStarted:
     size: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FileEnded:
     """The entry is over and agrees with its own header. `size` in bytes."""
 
@@ -121,6 +121,7 @@ class ZipReader:
         self._identities = bytearray()
         self._entries = 0
         self._size = 0
+        self._listed: Mapping[RelPath, ManifestFile] = {}
         self._parser = self._archive()
         self._failure: SnapshotRejected | None = None
         self._over = False
@@ -134,6 +135,10 @@ class ZipReader:
     def complete(self) -> bool:
         """Whether the end record was read and agreed with."""
         return self._over
+
+    def expect(self, listed: Mapping[RelPath, ManifestFile]) -> None:
+        """Paths that were admitted already, because a manifest names them: they are not examined again."""
+        self._listed = listed
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """What `data` completes, unpacked lazily. Take every event before feeding again.
@@ -208,20 +213,27 @@ class ZipReader:
         _check_features(name, version, flags, method)
         self._at += total
 
-        wide = _wide_fields(name, raw_name, extra)
+        wide = _wide_fields(name, raw_name, extra) if extra else b""
         described = bool(flags & _DESCRIPTOR)
         declared: int | None
         if described:
             # Writers leave zeros or what they know here; what counts is the descriptor after the data.
             declared = None
         else:
-            size, packed = _widen(name, wide, size, packed)
+            if size == _FULL32 or packed == _FULL32:
+                size, packed = _widen(name, wide, size, packed)
             declared = size
             self._check_size(name, size)
         is_directory = name.endswith("/")
         path = self._admit(name, is_directory)
         if not is_directory:
             yield FileStarted(path, declared)
+            if 0 < size <= CHUNK and not described and packed <= len(self._buffer) - self._at:
+                yield self._whole(name, method, crc, packed, size)
+                self._size += size
+                self._identities += _identity(flags, method, crc, packed, size, offset, raw_name)
+                yield FileEnded(size)
+                return
 
         data_start = self._base + self._at
         if method == _STORED:
@@ -257,6 +269,26 @@ class ZipReader:
         self._identities += _identity(flags, method, true_crc, true_packed, true_size, offset, raw_name)
         if not is_directory:
             yield FileEnded(true_size)
+
+    def _whole(self, name: str, method: int, crc: int, packed: int, size: int) -> bytes:
+        """The content of an entry that is in the buffer from end to end: what most entries are, in one call."""
+        end = self._at + packed
+        content = self._buffer[self._at : end]
+        if method == _DEFLATED:
+            inflater = isal_zlib.decompressobj(-15)
+            try:
+                content = inflater.decompress(content, size + 1)
+            except _DeflateError as error:
+                raise SnapshotRejected("bad_deflate", f"{_shown(name)}: {error}") from None
+            if not inflater.eof or inflater.unused_data:
+                raise SnapshotRejected("size_mismatch", f"{_shown(name)} is not as long as it declares")
+        if len(content) != size:
+            raise SnapshotRejected("size_mismatch", f"{_shown(name)} has {len(content)} bytes, not {size}")
+        if isal_zlib.crc32(content) != crc:
+            raise SnapshotRejected("crc_mismatch", f"{_shown(name)} is damaged")
+        self._check_ratio(name, size, packed)
+        self._at = end
+        return content
 
     def _stored(self, size: int) -> Generator[bytes | None, None, None]:
         left = size
@@ -370,8 +402,9 @@ class ZipReader:
         self._at = start + name_length + extra_length + comment_length
         name = _read_name(raw_name)
         _check_features(name, version, flags, method)
-        wide = _wide_fields(name, raw_name, extra)
-        size, packed, offset = _widen(name, wide, size, packed, offset)
+        wide = _wide_fields(name, raw_name, extra) if extra else b""
+        if _FULL32 in (size, packed, offset):
+            size, packed, offset = _widen(name, wide, size, packed, offset)
         identity = _identity(flags, method, crc, packed, size, offset, raw_name)
         begin = index * _IDENTITY_BYTES
         if disk != 0 or identity != self._identities[begin : begin + _IDENTITY_BYTES]:
@@ -443,10 +476,14 @@ class ZipReader:
             if self._entries > 1:
                 raise SnapshotRejected("manifest_position", f"{_shown(name)} is not the first entry")
             return RelPath(name)
-        try:
-            path = parse_path(name[:-1] if is_directory else name)
-        except PathRefused as refused:
-            raise SnapshotRejected(refused.rule, str(refused)) from None
+        listed = self._listed.get(RelPath(name))
+        if listed is not None:
+            path = listed.path
+        else:
+            try:
+                path = parse_path(name[:-1] if is_directory else name)
+            except PathRefused as refused:
+                raise SnapshotRejected(refused.rule, str(refused)) from None
         if path.count("/") >= self._limits.snapshot_max_depth:
             raise SnapshotRejected(
                 "too_deep", f"{_shown(name)} is deeper than {self._limits.snapshot_max_depth}"
@@ -506,14 +543,15 @@ def _read_name(raw: bytes) -> str:
 
 
 def _check_features(name: str, version: int, flags: int, method: int) -> None:
+    if not flags & ~_UNDERSTOOD and method in (_STORED, _DEFLATED) and version & 0xFF <= _VERSION:
+        return
     if flags & _ENCRYPTED:
         raise SnapshotRejected("encrypted", f"{_shown(name)} is encrypted")
     if flags & ~_UNDERSTOOD:
         raise SnapshotRejected("unsupported_flags", f"{_shown(name)} uses the flags {flags:#06x}")
     if method not in (_STORED, _DEFLATED):
         raise SnapshotRejected("unsupported_method", f"{_shown(name)} is packed by method {method}")
-    if version & 0xFF > _VERSION:
-        raise SnapshotRejected("unsupported_version", f"{_shown(name)} needs version {version & 0xFF}")
+    raise SnapshotRejected("unsupported_version", f"{_shown(name)} needs version {version & 0xFF}")
 
 
 def _wide_fields(name: str, raw_name: bytes, extra: bytes) -> bytes:
