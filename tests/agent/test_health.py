@@ -1,0 +1,140 @@
+"""The health server over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from agent import health
+from agent.config import Settings
+from agent.errors import SettingsError
+
+
+@dataclass
+class Agent:
+    """What the server reads."""
+
+    ready: bool = False
+    alive: bool = True
+    port: int = 0
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+
+def settings(host: str = "127.0.0.1", port: int = 0) -> Settings:
+    return Settings(project_id=UUID(int=1), session_id=UUID(int=1), health_host=host, health_port=port)
+
+
+@contextlib.asynccontextmanager
+async def served(agent: Agent, host: str = "127.0.0.1") -> AsyncIterator[httpx.AsyncClient]:
+    bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(
+        health.serve(
+            settings(host), lambda: {"state": "serving", "at": UUID(int=7)}, agent.registry, lambda: agent.ready,
+            alive=lambda: agent.alive, why=lambda: "the dev server is in backoff", on_bound=bound.set_result,
+        )
+    )  # fmt: skip
+    agent.port = await bound
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{agent.port}") as http:
+            yield http
+    finally:
+        server.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await server
+
+
+async def test_ready_and_alive_are_told_apart() -> None:
+    agent = Agent()
+    async with served(agent) as http:
+        answer = await http.get("/readyz")
+        assert (answer.status_code, answer.text) == (503, "not ready: the dev server is in backoff\n")
+        assert (await http.get("/livez")).status_code == 200
+        agent.ready, agent.alive = True, False
+        assert (await http.get("/readyz?x=1")).status_code == 200
+        assert (await http.get("/livez")).text == "stuck\n"
+
+
+async def test_status_is_json_and_metrics_are_in_both_forms() -> None:
+    agent = Agent()
+    Counter("preview_agent_things", "Things.", registry=agent.registry).inc(3)
+    async with served(agent) as http:
+        assert (await http.get("/status")).json() == {"state": "serving", "at": str(UUID(int=7))}
+        plain = await http.get("/metrics")
+        assert plain.headers["content-type"].startswith("text/plain")
+        assert "preview_agent_things_total 3.0" in plain.text
+        modern = await http.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+        assert modern.headers["content-type"].startswith("application/openmetrics-text")
+        assert modern.text.endswith("# EOF\n")
+        head = await http.head("/status")
+        assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_what_it_does_not_do() -> None:
+    async with served(Agent()) as http:
+        assert (await http.get("/")).status_code == 404
+        refused = await http.post("/status", content=b"x")
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    ("sent", "start"),
+    [
+        (b"nonsense\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"GET /livez SPDY/3\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"\x16\x03\x01\x02\x00\r\n\r\n", b"HTTP/1.1 400 "),
+        (b"GET /livez HTTP/1.1\r\nX: " + b"y" * 70_000, b""),
+        (b"", b""),
+    ],
+)
+async def test_nonsense_is_answered_or_dropped_and_harms_nobody(sent: bytes, start: bytes) -> None:
+    agent = Agent()
+    async with served(agent) as http, asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", agent.port)
+        writer.write(sent)
+        if not sent:
+            writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            assert (await reader.read()).startswith(start)
+        writer.close()
+        assert (await http.get("/livez")).status_code == 200
+
+
+async def test_many_silent_connections_do_not_keep_a_prober_out_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health, "PATIENCE", 0.2)
+    agent = Agent()
+    async with served(agent) as http:
+        silent = [
+            await asyncio.open_connection("127.0.0.1", agent.port) for _ in range(health.MOST_AT_ONCE + 5)
+        ]
+        async with asyncio.timeout(5):
+            while (await http.get("/livez")).status_code != 200:
+                await asyncio.sleep(0.01)
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_it_listens_on_both_families() -> None:
+    agent = Agent()
+    async with served(agent, "::") as http:
+        assert (await http.get("/livez")).status_code == 200
+        if health.host.listening_host("::") == "::":
+            async with httpx.AsyncClient() as other:
+                assert (await other.get(f"http://[::1]:{agent.port}/livez")).status_code == 200
+
+
+async def test_a_port_that_is_taken_is_one_clear_line() -> None:
+    agent = Agent()
+    async with served(agent):
+        with pytest.raises(
+            SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
+        ):
+            await health.serve(settings(port=agent.port), dict, CollectorRegistry(), lambda: True)
