@@ -1,0 +1,58 @@
+"""A dev server for tests that misbehaves as told: `python dev_server.py MODE [flags…]`. The port is $PORT.
+
+It serves what Vite would as far as readiness looks: a page, its entry module, no hot-update client.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+mode = sys.argv[1]
+requests = 0
+
+
+class Answers(BaseHTTPRequestHandler):
+    """One request."""
+
+    def do_GET(self) -> None:
+        global requests
+        requests += 1
+        if mode == "dies-on-third" and requests == 3:
+            os._exit(1)
+        if self.path == "/":
+            body, kind, code = PAGE, "text/html", 200
+        elif mode == "outdated" and "--force" not in sys.argv:
+            body, kind, code = "Outdated Optimize Dep", "text/plain", 504
+        elif mode == "broken" and not Path("mended").exists():
+            body, kind, code = "SyntaxError", "text/plain", 500
+        else:
+            body, kind, code = "export default 1", "text/javascript", 200
+        if mode == "endless" and self.path != "/":
+            self.send_response(200)
+            self.end_headers()
+            while True:
+                self.wfile.write(b"x" * 65536)
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+PAGE = '<!doctype html><script type="module" src="/main.js"></script>'
+if mode == "socketless":
+    PAGE += '<script type="module" src="/@vite/client"></script>'
+if mode == "crashes" and not Path("mended").exists():
+    print("Error: a plugin is broken")
+    sys.exit(1)
+if mode == "late":
+    time.sleep(0.7)
+if mode == "never":
+    time.sleep(3600)
+ThreadingHTTPServer(("127.0.0.1", int(os.environ.get("PORT", "0"))), Answers).serve_forever()

@@ -1,0 +1,192 @@
+"""Dev servers that bind late, never, die, hang, lie: real processes, real sockets, short patience."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from agent import supervisor as module
+from agent.config import Settings
+from agent.devserver import Policy, State
+from agent.errors import DevServerFailed
+from agent.model import RelPath
+from agent.supervisor import Supervisor
+from agent.telemetry import Metrics
+from tests.agent.processes import free_port, running, until
+
+SERVER = Path(__file__).with_name("dev_server.py")
+QUICK = Policy(start_timeout=5.0, backoff_first=0.02, backoff_most=0.1, debounce=0.05)
+
+
+@contextlib.asynccontextmanager
+async def supervised(
+    tmp_path: Path, *command: str, policy: Policy = QUICK, essential: bool = False
+) -> AsyncIterator[Supervisor]:
+    project = tmp_path / "project"
+    project.mkdir(exist_ok=True)
+    settings = Settings(
+        project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host="127.0.0.1",
+        dev_port=free_port(), dev_probe_seconds=0.3, dev_essential=essential, dev_stop_seconds=0.3,
+        dev_command=command or None,
+    )  # fmt: skip
+    supervisor = Supervisor(settings, policy=policy, metrics=Metrics(), chance=lambda: 0.5)
+    task = asyncio.create_task(supervisor.run(), name="supervisor")
+    supervisor.project_ready()
+    try:
+        yield supervisor
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ExceptionGroup):
+            await task
+        assert running(str(SERVER)) == []
+
+
+def server(mode: str) -> Sequence[str]:
+    return sys.executable, str(SERVER), mode
+
+
+def reached(supervisor: Supervisor, state: State, restarts: int = 0) -> bool:
+    return supervisor.state is state and supervisor.restarts >= restarts
+
+
+async def test_one_that_binds_late_is_waited_for(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("late")) as supervisor:
+        await until(lambda: supervisor.ready)
+        assert supervisor.restarts == 0
+
+
+async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> None:
+    policy = Policy(start_timeout=0.4, backoff_first=0.02)
+    async with supervised(tmp_path, *server("never"), policy=policy) as supervisor:
+        await until(lambda: supervisor.restarts >= 2)
+        assert supervisor.report()["reason"] == "late"
+        assert not supervisor.ready
+
+
+async def test_one_that_dies_while_serving_is_back_at_once(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("dies-on-third")) as supervisor:
+        await until(lambda: supervisor.ready)
+        await until(lambda: reached(supervisor, State.READY, restarts=1))
+
+
+async def test_a_crash_loop_fails_says_why_and_ends_with_the_right_change(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("crashes")) as supervisor:
+        await until(lambda: supervisor.state is State.FAILED)
+        assert supervisor.restarts == 4
+        (problem,) = supervisor.problems()
+        assert (problem.kind, problem.rule) == ("dev_server_failed", "exit")
+        assert "a plugin is broken" in problem.detail
+        supervisor.files_changed({RelPath("public/picture.png")})
+        await asyncio.sleep(0.3)
+        assert supervisor.state is State.FAILED
+        assert supervisor.restarts == 4
+        (tmp_path / "project" / "mended").touch()
+        supervisor.files_changed({RelPath("vite.config.ts")})
+        await until(lambda: supervisor.ready)
+        assert supervisor.problems() == ()
+
+
+async def test_one_that_is_essential_ends_the_agent_when_it_fails_for_good(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("crashes"), essential=True):
+        (task,) = (t for t in asyncio.all_tasks() if t.get_name() == "supervisor")
+        await until(task.done)
+        error = task.exception()
+        assert isinstance(error, ExceptionGroup)
+        assert isinstance(error.exceptions[0], DevServerFailed)
+        assert error.exceptions[0].exit_code == 75
+
+
+async def test_a_hung_server_is_restarted(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("good")) as supervisor:
+        await until(lambda: supervisor.ready)
+        guard = supervisor.report()["pid"]
+        (program,) = (pid for pid in running(str(SERVER)) if pid != guard)
+        os.kill(program, signal.SIGSTOP)
+        await until(lambda: reached(supervisor, State.READY, restarts=1))
+        restarts = supervisor._metrics.dev_server_restarts.labels("hung")  # type: ignore[union-attr]
+        assert restarts._value.get() == 1
+
+
+async def test_one_whose_entry_module_fails_is_not_ready_and_not_restarted(tmp_path: Path) -> None:
+    policy = Policy(start_timeout=0.4)
+    async with supervised(tmp_path, *server("broken"), policy=policy) as supervisor:
+        await until(lambda: "answers 500" in str(supervisor.report()["detail"]))
+        await asyncio.sleep(0.6)
+        assert (supervisor.state, supervisor.restarts) == (State.STARTING, 0)
+        (tmp_path / "project" / "mended").touch()
+        await until(lambda: supervisor.ready)
+        assert supervisor.restarts == 0
+
+
+async def test_an_answer_without_end_neither_fills_memory_nor_counts_as_served(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("endless")) as supervisor:
+        await until(lambda: supervisor.report()["detail"])
+        assert not supervisor.ready
+
+
+async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SOCKET_PATIENCE", 0.3)
+    async with supervised(tmp_path, *server("socketless")) as supervisor:
+        await until(lambda: supervisor.ready)
+        assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"]
+
+
+async def test_a_port_that_somebody_else_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        project = tmp_path / "project"
+        project.mkdir()
+        settings = Settings(
+            project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host="127.0.0.1",
+            dev_port=other.getsockname()[1], dev_command=tuple(server("good")),
+        )  # fmt: skip
+        supervisor = Supervisor(settings, policy=Policy(backoff_first=0.3, max_crashes=50))
+        task = asyncio.create_task(supervisor.run())
+        supervisor.project_ready()
+        await until(lambda: "port_taken" in {problem.kind for problem in supervisor.problems()})
+    await until(lambda: supervisor.ready)
+    assert supervisor.problems() == ()
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_an_outdated_dependency_cache_is_left_behind_once(tmp_path: Path) -> None:
+    binaries = tmp_path / "project" / "node_modules" / ".bin"
+    binaries.mkdir(parents=True)
+    (tmp_path / "project" / "package.json").write_text('{"scripts": {"dev": "vite"}}')
+    (binaries / "vite").write_text(f'#!/bin/sh\nexec {sys.executable} {SERVER} outdated "$@"\n')
+    (binaries / "vite").chmod(0o755)
+    async with supervised(tmp_path) as supervisor:
+        await until(lambda: supervisor.ready)
+        assert supervisor.restarts == 1
+        assert "--force" in Path(f"/proc/{supervisor.report()['pid']}/cmdline").read_text()
+
+
+async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -> None:
+    async with supervised(
+        tmp_path, "sh", "-c", f"trap '' TERM; {sys.executable} {SERVER} good"
+    ) as supervisor:
+        await until(lambda: supervisor.ready)
+        supervisor.hurry()
+        await until(lambda: supervisor.state is not State.READY, 5)
+
+
+async def test_a_directory_without_package_json_stays_absent(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as supervisor:
+        await asyncio.sleep(0.2)
+        assert supervisor.state is State.ABSENT
+        (tmp_path / "project" / "package.json").write_text('{"scripts": {"dev": "sleep 60"}}')
+        supervisor.files_changed({RelPath("package.json")})
+        await until(lambda: supervisor.state is State.STARTING)
