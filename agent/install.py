@@ -44,6 +44,9 @@ _STALE_LOCK = re.compile(
 """How each package manager says that its lock file and package.json disagree."""
 
 LINK = 'cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2"; cp -Rp "$1" "$2"; }'
+SEAL = """
+mkdir -p "$1" && [ ! -L "$1" ] && printf '{"key": "%s"}\\n' "$2" >"$1/$3"
+"""
 SWAP = """
 set -e
 if [ -e "$2" ] || [ -L "$2" ]; then mv "$2" "$3/old"; fi
@@ -151,26 +154,34 @@ class Installer:
         await self._prepare(wanted, stage)
         env = self._environment()
         commands = [self._command] if self._command else _commands(wanted, scripts=self._scripts)
-        done = await self._manager(commands[0], stage, env)
-        if not done.ok and len(commands) > 1 and any(_STALE_LOCK.search(line) for line in done.tail):
+        done, stale = await self._manager(commands[0], stage, env)
+        if not done.ok and len(commands) > 1 and stale:
             self._on_line(f"{wanted.lock} does not match package.json; installing without it")
-            done = await self._manager(commands[1], stage, env)
+            done, _ = await self._manager(commands[1], stage, env)
         if not done.ok:
             raise _explained(commands[0], done, self._seconds)
-        sealed = await self._shell(
-            'mkdir -p "$1" && [ ! -L "$1" ] && printf \'{"key": "%s"}\\n\' "$2" >"$1/$3"',
-            str(stage / "node_modules"), wanted.key, project.RECORD,
-        )  # fmt: skip
+        sealed = await self._shell(SEAL, str(stage / "node_modules"), wanted.key, project.RECORD)
         if not sealed.ok:
             raise _Failed("seal", f"cannot finish the install: {_last(sealed)}")
         await self._keep(wanted, stage)
         await self._swap(wanted, stage)
 
-    async def _manager(self, command: Sequence[str], stage: Path, env: Mapping[str, str]) -> Finished:
-        return await child.run(
+    async def _manager(
+        self, command: Sequence[str], stage: Path, env: Mapping[str, str]
+    ) -> tuple[Finished, bool]:
+        """Run it; also whether it said that lock file and package.json disagree."""
+        stale = False
+
+        def heard(line: str) -> None:
+            nonlocal stale
+            stale = stale or bool(_STALE_LOCK.search(line))
+            self._on_line(line)
+
+        done = await child.run(
             command, cwd=stage, env=env, rights=self._rights, timeout=self._seconds,
-            on_line=self._on_line, reaper=self._reaper,
+            on_line=heard, reaper=self._reaper,
         )  # fmt: skip
+        return done, stale
 
     async def _prepare(self, wanted: Project, stage: Path) -> None:
         if wanted.whole_tree or self._command:

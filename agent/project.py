@@ -206,11 +206,14 @@ def read_small(path: Path) -> bytes | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
             return None
-        return file.read(LARGEST + 1)
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read(LARGEST + 1)
+    finally:
+        os.close(fd)
 
 
 def installed_key(modules: Path) -> str | None:
