@@ -4,8 +4,8 @@
     ├── SettingsError            the environment is wrong; every problem at once            exit 64
     ├── HydrationImpossible      the retry budget is spent                                  exit 69
     ├── CredentialRejected       token or snapshot URL refused for good                     exit 70
-    ├── SessionGone              the orchestrator does not know this session any more
-    ├── Superseded               a newer machine of this session has taken over
+    ├── SessionGone              the orchestrator does not know this session any more         exit 70
+    ├── Superseded               a newer machine of this session has taken over              exit 70
     ├── RootUnusable             the project directory cannot be written                    exit 71
     ├── DevServerFailed          failed for good and DEV_ESSENTIAL=true                     exit 75
     ├── PathRefused              a path that is never followed and never written
@@ -53,9 +53,13 @@ class CredentialRejected(AgentError):
 class SessionGone(AgentError):
     """The orchestrator ended this session (404 or 410): no later answer for it will differ."""
 
+    exit_code = 70
+
 
 class Superseded(AgentError):
     """The orchestrator answered 409: another generation of this session's machine is the live one."""
+
+    exit_code = 70
 
 
 class RootUnusable(AgentError):

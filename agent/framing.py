@@ -132,9 +132,9 @@ class DirectConnection(ClientConnection):
             elif length == 127:
                 body = at + 10
                 length = int.from_bytes(data[at + 2 : body])
-            if not (first in WHOLE and not data[at + 1] & 0x80 and length <= most) and not (
-                first in CONTROL and data[at + 1] <= 125
-            ):
+            elif length > 127:
+                length = most + 1  # masked, which a server's frame must not be
+            if length > most or (first not in WHOLE and (first not in CONTROL or length > 125)):
                 # Fragments, which this server never sends, and whatever is wrong: all the library's from here on.
                 self._given_up = True
                 super().data_received(data[at:])

@@ -89,6 +89,10 @@ WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkSt
 JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
 
 
+BROADCAST_FRAME: Final = 4
+"""The first byte of a binary frame that carries a broadcast from the server."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Deadlines of the protocol, all in seconds."""
@@ -317,11 +321,14 @@ class Phoenix:
 
     # --- what the server tells us
 
-    def receive(self, frame: str | bytes, now: float) -> Meaning | None:
-        """Read one frame, text (as str or its bytes) or binary. Never raises; None: nothing for the shell to do."""
+    def receive(self, frame: bytes, now: float) -> Meaning | None:
+        """Read one frame, text or binary. Never raises; None: nothing for the shell to do.
+
+        Which of the two it is shows by its first byte: no JSON begins with a 4.
+        """
         if self.state not in WITH_SOCKET:
             return self._ignore("stale")
-        if isinstance(frame, bytes) and frame[:1] == b"\x04":
+        if frame and frame[0] == BROADCAST_FRAME:
             return self._binary(frame)
         try:
             join_ref, ref, topic, event, payload = orjson.loads(frame)

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -248,9 +248,9 @@ class RealtimeStream:
             # link without this one is deaf.
             await self._own_socket()
 
-    async def receive(self) -> Signal:
+    def receive(self) -> Coroutine[object, object, Signal]:
         """The next signal, in order. One consumer."""
-        return await self._queue.get()
+        return self._queue.get()
 
     def caught_up(self) -> None:
         """One catch-up succeeded that began after the last `Resync` was received; a newer one is still to come

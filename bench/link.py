@@ -3,7 +3,7 @@
 One server process sends the same number of the same broadcasts to each client, as fast as it takes them: ours as
 vsn 2 binary frames (what the database's broadcasts are), the official client's as vsn 1 text, which is all it speaks.
 Each runs in its own process and is measured in its own processor time from the first delivery to the last, so that a
-busy machine slows both alike; best of several rounds taken in turn.
+busy machine slows both alike; the rounds are taken in turn.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-COUNT = 20_000
-ROUNDS = 5
+from bench.results import Row, in_turn, ratio_of
+
+DISTINCT = 5_000
+COUNTS = {"ours": 60_000, "official": 10_000}
+"""How many each is sent: about as much work for the one as for the other."""
+
 TOPIC = "realtime:project:p1"
 CONTENT = (
     """import { useState } from "react";
@@ -62,7 +68,7 @@ async def serve_broadcasts() -> None:
         """All frames as they stand on the wire, in blocks, so that the server is never what is measured."""
         head = bytes((4, len(TOPIC), len("file:update"), 0, 1)) + TOPIC.encode() + b"file:update"
         blocks, block = [], bytearray()
-        for n in range(COUNT):
+        for n in range(DISTINCT):
             if version == 1:
                 body = {"type": "broadcast", "event": "file:update", "payload": payload(n)}
                 message = {"topic": TOPIC, "event": "broadcast", "ref": None, "payload": body}
@@ -70,7 +76,7 @@ async def serve_broadcasts() -> None:
             else:
                 frame = Frame(Opcode.BINARY, head + json.dumps(payload(n)).encode())
             block += frame.serialize(mask=False)
-            if len(block) > 65536 or n == COUNT - 1:
+            if len(block) > 65536 or n == DISTINCT - 1:
                 blocks.append(bytes(block))
                 block.clear()
         return blocks
@@ -92,9 +98,10 @@ async def serve_broadcasts() -> None:
             with contextlib.suppress(ConnectionClosed):
                 await socket.send(json.dumps(reply))
             if event == "phx_join" and topic == TOPIC:
-                for block in ready[version]:
-                    socket.transport.write(block)
-                    await socket.drain()
+                for _ in range(COUNTS["ours" if version == 2 else "official"] // DISTINCT):
+                    for block in ready[version]:
+                        socket.transport.write(block)
+                        await socket.drain()
 
     async with serve(talk, "127.0.0.1", 0, compression=None, ping_interval=None) as server:
         print(next(iter(server.sockets)).getsockname()[1], flush=True)
@@ -113,9 +120,9 @@ async def receive_ours(port: int) -> float:
     tokens = Tokens(jwt(time.time() + 600, time.time()))
     link = RealtimeStream(f"ws://127.0.0.1:{port}/realtime/v1", "key", TOPIC, tokens)
     running = asyncio.create_task(link.run())
-    count = 0
+    count, wanted = 0, COUNTS["ours"]
     began = 0.0
-    while count < COUNT:
+    while count < wanted:
         signal = await link.receive()
         if isinstance(signal, Received):
             began = began or time.process_time()
@@ -124,7 +131,7 @@ async def receive_ours(port: int) -> float:
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert link.report()["overflows"] == 0
-    return COUNT / took
+    return wanted / took
 
 
 async def receive_official(port: int) -> float:
@@ -133,14 +140,14 @@ async def receive_official(port: int) -> float:
 
     client = AsyncRealtimeClient(f"ws://127.0.0.1:{port}/realtime/v1", "key", auto_reconnect=False)
     done = asyncio.Event()
-    count = 0
+    count, wanted = 0, COUNTS["official"]
     began = 0.0
 
     def on_broadcast(_: Any) -> None:
         nonlocal count, began
         began = began or time.process_time()
         count += 1
-        if count == COUNT:
+        if count == wanted:
             done.set()
 
     channel = client.channel("project:p1")
@@ -149,7 +156,7 @@ async def receive_official(port: int) -> float:
     await done.wait()
     took = time.process_time() - began
     await client.close()
-    return COUNT / took
+    return wanted / took
 
 
 async def idle(port: int, seconds: float) -> tuple[float, float]:
@@ -174,53 +181,37 @@ async def idle(port: int, seconds: float) -> tuple[float, float]:
 
 def measure(who: str, port: int) -> list[float]:
     """One measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.link", who, str(port)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, "-m", "bench.link", who, str(port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(f"bench.link {who} failed:\n{done.stderr[-2000:]}")
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
-def main() -> None:
-    """Print the ratio first, then what it is made of."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "bench.link", "server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def run(quick: bool) -> Sequence[Row]:
+    """Ours and the official client in turn, then an idle link."""
+    command = [sys.executable, "-m", "bench.link", "server"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         port = int(server.stdout.readline())
-        rates: dict[str, list[float]] = {"ours": [], "official": []}
-        for _ in range(ROUNDS):
-            for who, taken in rates.items():
-                taken.append(measure(who, port)[0])
-        ours, official = max(rates["ours"]), max(rates["official"])
-        print(
-            f"receive + decode of {COUNT:,} broadcasts of 1 KB: {ours / official:.1f}x the realtime package"
-        )
-        print(
-            f"  our link             {ours:10,.0f} messages per second of one core   (rounds: {_rounds(rates['ours'])})"
-        )
-        print(
-            f"  realtime (official)  {official:10,.0f} messages per second of one core   (rounds: {_rounds(rates['official'])})"
-        )
+        contestants = {
+            "ours": lambda: measure("ours", port)[0],
+            "official": lambda: measure("official", port)[0],
+        }
+        samples = in_turn(contestants, 3 if quick else 15)
         memory, share = measure("idle", port)
-        print(
-            f"  idle link            {memory:10.0f} MB resident in a process of its own, {share:.3%} of a core"
-        )
     finally:
         server.communicate("")
-
-
-def _rounds(rates: list[float]) -> str:
-    return ", ".join(f"{rate:,.0f}" for rate in rates)
+    ours, official = samples["ours"], samples["official"]
+    return [
+        Row(
+            "receive + decode, 1 KB broadcasts", median(ours), "messages per core-second", "realtime",
+            median(official), ratio_of(ours, official), sense="speed", at_least=10.0, samples=len(ours),
+        ),
+        Row("idle link, processor", share * 100, "% of a core", sense="time", at_most=0.2, samples=1),
+        Row("idle link, resident", memory, "MB", sense="memory", samples=1, note="a process of its own"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -234,4 +225,4 @@ if __name__ == "__main__":
         case ["official", port]:
             print(asyncio.run(receive_official(int(port))), 0)
         case _:
-            main()
+            raise SystemExit("run as: python -m bench link")
