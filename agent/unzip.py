@@ -280,6 +280,8 @@ class ZipReader:
                 content = inflater.decompress(content, size + 1)
             except _DeflateError as error:
                 raise SnapshotRejected("bad_deflate", f"{_shown(name)}: {error}") from None
+            if not inflater.eof and len(content) <= size:
+                raise SnapshotRejected("bad_deflate", f"the data of {_shown(name)} ends too early")
             if not inflater.eof or inflater.unused_data:
                 raise SnapshotRejected("size_mismatch", f"{_shown(name)} is not as long as it declares")
         if len(content) != size:
