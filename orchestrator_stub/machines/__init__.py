@@ -18,6 +18,8 @@ from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
+import jwt
+
 
 class MachineError(Exception):
     """Root of what a driver raises on purpose."""
@@ -55,6 +57,22 @@ class MachineSpec:
     generation: int
     env: Mapping[str, str] = field(repr=False)
     region: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for an environment with a key that may do everything: no machine is given one."""
+        for name, value in self.env.items():
+            if "SERVICE_ROLE" in name.upper() or value.startswith("sb_secret_") or _is_service_token(value):
+                raise ValueError(f"{name} would give a machine a service-role key")
+
+
+def _is_service_token(value: str) -> bool:
+    """Whether a value is a JWT whose role is `service_role`. Read, not verified: it is ours either way."""
+    if value.count(".") != 2:
+        return False
+    try:
+        return jwt.decode(value, options={"verify_signature": False}).get("role") == "service_role"
+    except jwt.InvalidTokenError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,279 @@
+"""The fly driver against a Machines API with a memory, its faults and its limits; time is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+import respx
+
+from orchestrator_stub.machines import MachineRefused, MachineState, MachineUnavailable
+from orchestrator_stub.machines.fly import FlyMachines, FlyShape, machine_request
+from orchestrator_stub.machines.fly_api import Buckets, Conflict, FlyApi, Rate
+from tests.fakes.clock import simulate
+from tests.fakes.fly import APP, DOCUMENT, TOKEN, Fly
+from tests.fakes.openapi import OpenApi
+from tests.orchestrator.driver_contract import DriverContract, spec_for
+
+SHAPE = FlyShape(app=APP, image="registry.fly.io/previews:v1")
+URL = "http://fly.invalid/v1"
+
+
+def driver_for(fly: Fly, token: str = TOKEN) -> FlyMachines:
+    http = httpx.AsyncClient(transport=fly.transport())
+    buckets = Buckets(clock=fly.clock, sleep=fly.sleep)
+    return FlyMachines(FlyApi(URL, APP, token, http, buckets=buckets, sleep=fly.sleep), SHAPE, http)
+
+
+def api_of(driver: FlyMachines) -> FlyApi:
+    return driver._api
+
+
+def on_fly(test: Callable[[Fly, FlyMachines], Awaitable[Any]], **shape: Any) -> Fly:
+    """Run `test` in simulated time, against a platform whose limits are Fly's. No request may be invalid."""
+
+    async def main() -> Fly:
+        fly = Fly(clock=asyncio.get_running_loop().time, latency=0.05, **shape)
+        driver = driver_for(fly)
+        await test(fly, driver)
+        await driver.close()
+        return fly
+
+    fly = simulate(main())
+    assert fly.invalid == []
+    return fly
+
+
+class TestFly(DriverContract):
+    @pytest.fixture
+    async def driver(self) -> AsyncIterator[FlyMachines]:
+        fly = Fly(per_second=1000, burst=1000)
+        made = driver_for(fly)
+        yield made
+        assert fly.invalid == []
+        await made.close()
+
+
+def test_the_document_is_held_against_the_requests() -> None:
+    if not DOCUMENT.exists():
+        pytest.skip("Fly's OpenAPI document is not beside the checkout")
+    document = OpenApi(DOCUMENT)
+    path = f"/apps/{APP}/machines"
+    request = machine_request(spec_for(), SHAPE)
+    assert document.problems("POST", path, request) == []
+    request["config"]["stop_config"]["timeout"] = 5
+    request["config"]["restart"]["polcy"] = "no"
+    request["config"]["guest"]["cpus"] = "1"
+    request["nmae"] = "x"
+    assert len(document.problems("POST", path, request)) == 4
+
+
+def test_what_a_machine_is_made_of() -> None:
+    request = machine_request(spec_for(SNAPSHOT_URL="https://s.invalid"), SHAPE)
+    config = request["config"]
+    assert config["auto_destroy"] is True
+    assert config["restart"] == {"policy": "on-failure", "max_retries": 10}
+    assert config["stop_config"]["timeout"] == "5s", "a bare number would be nanoseconds"
+    assert config["metrics"] == {"port": 9464, "path": "/metrics"}
+    assert config["guest"]["memory_mb"] % 256 == 0
+    assert "session" not in str(config["metrics"])
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SUPABASE_SERVICE_ROLE_KEY": "x"},
+        {"INNOCENT": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZV9yb2xlIn0.c2ln"},
+        {"INNOCENT": "sb_secret_abc"},
+    ],
+)
+def test_no_machine_is_given_a_key_that_may_do_everything(env: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="service-role"):
+        spec_for(**env)
+
+
+def test_a_reply_that_is_lost_after_the_machine_was_made_makes_no_twin() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = ["lost"]
+        spec = spec_for()
+        machine = await driver.create(spec)
+        assert [m["id"] for m in fly.live()] == [machine.id]
+        assert [action for action, _ in fly.asked] == ["create", "create", "list"]
+
+    on_fly(test)
+
+
+def test_adopting_starts_what_stands_still() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        spec = spec_for()
+        machine = await driver.create(spec)
+        await api_of(driver).stop(machine.id)
+        adopted = await driver.create(spec)
+        assert adopted.id == machine.id
+        assert fly.machines[machine.id]["state"] == "started"
+
+    on_fly(test)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_what_passes_is_tried_again(status: int) -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = [status, status]
+        await driver.create(spec_for())
+        assert len(fly.live()) == 1
+
+    on_fly(test)
+
+
+def test_what_does_not_pass_is_given_up_and_says_so() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = [503] * 20
+        with pytest.raises(MachineUnavailable, match="503"):
+            await driver.create(spec_for())
+        assert len(fly.asked) == 5
+
+    on_fly(test)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_what_is_refused_is_not_tried_again(status: int) -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = [status]
+        with pytest.raises(MachineRefused):
+            await driver.create(spec_for())
+        assert len(fly.asked) == 1
+
+    on_fly(test)
+
+
+def test_a_full_region_is_no_refusal() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = ["full"]
+        with pytest.raises(MachineUnavailable, match="insufficient memory"):
+            await driver.create(spec_for())
+        await driver.create(spec_for())
+
+    on_fly(test)
+
+
+def test_a_bad_token_is_refused_without_being_told() -> None:
+    async def main() -> None:
+        fly = Fly(clock=asyncio.get_running_loop().time)
+        driver = driver_for(fly, token="fo1_a-wrong-one")
+        with pytest.raises(MachineRefused) as caught:
+            await driver.create(spec_for())
+        assert "fo1_" not in str(caught.value)
+
+    simulate(main())
+
+
+def test_a_leased_machine_is_left_to_its_holder() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        machine = await driver.create(spec_for())
+        api = api_of(driver)
+        nonce = await api.lease(machine.id, ttl=30)
+        assert await api.lease(machine.id, ttl=60, nonce=nonce) == nonce
+        with pytest.raises(Conflict):
+            await api.lease(machine.id, ttl=30)
+        with pytest.raises(MachineUnavailable, match="leased"):
+            await driver.destroy(machine.id)
+        await api.release(machine.id, nonce)
+        await api.release(machine.id, nonce)
+        await driver.destroy(machine.id)
+        assert not fly.live()
+
+    on_fly(test)
+
+
+def test_suspend_start_wait_and_metadata() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        machine = await driver.create(spec_for())
+        api = api_of(driver)
+        assert not await api.wait(machine.id, "started", timeout=1), "it takes three seconds"
+        assert await api.wait(machine.id, "started", timeout=30)
+        await api.suspend(machine.id)
+        seen = await driver.inspect(machine.id)
+        assert seen is not None
+        assert seen.state is MachineState.STOPPED
+        await api.start(machine.id)
+        await api.set_metadata(machine.id, "note", "kept")
+        assert fly.machines[machine.id]["config"]["metadata"]["note"] == "kept"
+
+    on_fly(test, start_seconds=3.0)
+
+
+def test_fifty_machines_at_once_never_pass_the_limits() -> None:
+    """At one creation a second they take the better part of a minute, and not one 429 is seen."""
+
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        started = fly.clock()
+        machines = await asyncio.gather(*(driver.create(spec_for()) for _ in range(50)))
+        assert len({machine.id for machine in machines}) == 50
+        assert 45 < fly.clock() - started < 60
+        await asyncio.gather(*(driver.list() for _ in range(30)))
+        await asyncio.gather(*(driver.destroy(machine.id) for machine in machines))
+
+    fly = on_fly(test)
+    assert fly.answers[429] == 0
+    assert sum(action == "list" for action, _ in fly.asked) == 2, "those who ask at once share an answer"
+
+
+def test_a_bucket_gives_a_burst_and_then_its_rate() -> None:
+    async def main() -> list[float]:
+        clock = asyncio.get_running_loop().time
+        buckets = Buckets(clock=clock)
+        taken = []
+
+        async def take() -> None:
+            await buckets.take("create", "app", Rate(2.0, 3))
+            taken.append(clock())
+
+        await asyncio.gather(*(take() for _ in range(6)))
+        await buckets.take("create", "another app", Rate(2.0, 3))
+        return taken
+
+    assert simulate(main()) == [0, 0, 0, 0.5, 1.0, 1.5]
+
+
+@respx.mock
+async def test_junk_from_the_platform_is_a_fault_of_the_platform() -> None:
+    async def no_wait(_: float) -> None:
+        pass
+
+    async with httpx.AsyncClient() as http:
+        api = FlyApi(URL, APP, TOKEN, http, sleep=no_wait)
+        route = respx.post(f"{URL}/apps/{APP}/machines")
+        for answer in (
+            httpx.Response(200, text="<html>"),
+            httpx.Response(200, json=[]),
+            httpx.ConnectError(""),
+        ):
+            route.side_effect = [answer] * 5
+            with pytest.raises(MachineUnavailable):
+                await api.create({"name": "x"})
+        route.side_effect = [
+            httpx.Response(429, headers={"retry-after": "soon"}), httpx.Response(200, json={"id": "m"}),
+        ]  # fmt: skip
+        assert (await api.create({"name": "x"}))["id"] == "m"
+
+
+def test_retry_after_is_obeyed() -> None:
+    waits: list[float] = []
+
+    async def main() -> None:
+        async def note(seconds: float) -> None:
+            waits.append(seconds)
+
+        with respx.mock:
+            respx.post(f"{URL}/apps/{APP}/machines").side_effect = [
+                httpx.Response(429, headers={"retry-after": "20"}),
+                httpx.Response(200, json={"id": "m"}),
+            ]
+            async with httpx.AsyncClient() as http:
+                await FlyApi(URL, APP, TOKEN, http, buckets=Buckets(), sleep=note).create({"name": "x"})
+
+    asyncio.run(main())
+    assert waits[0] >= 20
