@@ -1,21 +1,17 @@
 """The local realtime server's fan-out, beside the two usual ways of doing it in Python.
 
-    python -m bench.realtime_server [--connections 2000] [--messages 100]
-
-Each server runs alone on one core, the readers on another. Every reader joins one topic; then a burst of 1 KB
-broadcasts is published and the clock stops when the last reader has the last one. Ours gets them from PostgreSQL
-(`realtime.send` in one statement), with topics, tokens and channels in between; the peers only copy bytes:
+The servers stand on one core, the readers on another. Every reader joins one topic; then a burst of 1 KB broadcasts is
+published, and the clock stops when the last reader has the last one. Ours gets them from PostgreSQL (`realtime.send` in
+one statement), with topics, tokens and channels in between; the peers only copy bytes:
 
     starlette     one `await websocket.send_text` per socket, uvicorn with `websockets`
     websockets    `websockets.broadcast`, the library's own fan-out
 
-Prints deliveries per second, their ratio to the better peer, the time of a single message to its last reader, and
-resident memory per connection (the server process only; the kernel's socket buffers are not in it).
+Memory is the server process's growth per connection; the kernel's socket buffers are not in it.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import json
@@ -26,8 +22,7 @@ import selectors
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -40,6 +35,7 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import Limits, ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.migrations import bootstrap
@@ -48,16 +44,9 @@ from orchestrator_stub.tokens import Keyring
 PAYLOAD = "x" * 1000
 KEYS = ProjectKeys.of(Keyring.from_secret("a secret for benchmarks only, nobody's"))
 PATH = f"/realtime/v1/websocket?apikey={KEYS.anon_key}&vsn=2.0.0"
+CONNECTIONS = 2_000
 WANTED = 30_000
 """Deliveries per second (issue: the live link)."""
-
-
-@dataclass(frozen=True)
-class Result:
-    name: str
-    per_second: float
-    single_ms: float
-    bytes_per_connection: float
 
 
 # --- the servers, each in a process of its own on one core
@@ -66,7 +55,8 @@ class Result:
 def serve_ours(pipe: Connection, dsn: str, core: int) -> None:
     async def run() -> None:
         with tempfile.TemporaryDirectory() as storage:
-            limits = Limits(connections=None, joins_per_second=None)
+            # The readers never speak again; the real limit would close them after a minute.
+            limits = Limits(connections=None, joins_per_second=None, idle_seconds=3600)
             local = stand_in(dsn, KEYS, Path(storage), limits=limits)
             app = Starlette(routes=local.routes, lifespan=local.lifespan)
             await _serve(pipe, app, uvicorn_options(), None)
@@ -200,7 +190,10 @@ class Readers:
                     return total
                 raise TimeoutError(f"{total} of {until} bytes came")
             for key, _ in ready:
-                total += len(key.fileobj.recv(1 << 20))  # type: ignore[union-attr]
+                chunk = key.fileobj.recv(1 << 20)  # type: ignore[union-attr]
+                if not chunk:
+                    raise ConnectionError("the server closed a reader")
+                total += len(chunk)
         return total
 
     def close(self) -> None:
@@ -209,87 +202,95 @@ class Readers:
         self._selector.close()
 
 
-def measure(name: str, serve: Callable[..., None], dsn: str, connections: int, messages: int) -> Result:
-    """Run one server and everything that is asked of it."""
+class Contestant:
+    """One server in its process with all its readers; `take` times a burst."""
+
+    def __init__(self, serve: Callable[..., None], dsn: str, core: int, connections: int) -> None:
+        self._dsn = dsn if serve is serve_ours else None
+        self._connections = connections
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there, dsn, core), daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        port = self._pipe.recv()
+        before = resident(self._process.pid)
+        self._readers = Readers(port, connections)
+        self.bytes_per_connection = (resident(self._process.pid) - before) / connections
+        self._publish(1)
+        self._size = self._readers.drain(None)
+
+    def take(self, messages: int) -> float:
+        """Seconds until every reader has all of a burst."""
+        start = time.perf_counter()
+        self._publish(messages)
+        self._readers.drain(self._size * messages)
+        return time.perf_counter() - start
+
+    def _publish(self, count: int) -> None:
+        if self._dsn is None:
+            self._pipe.send(count)
+            return
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            connection.execute(
+                "select realtime.send(jsonb_build_object('x', %s::text), 'x', 'bench', false)"
+                " from generate_series(1, %s)",
+                [PAYLOAD, count],
+            )
+
+    def close(self) -> None:
+        self._readers.close()
+        self._pipe.send(0)
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def run(quick: bool) -> Sequence[Row]:
+    """Throughput and memory at 2,000 connections each."""
     cores = sorted(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, dsn, cores[0]), name=name)
-    process.start()
-    assert process.pid is not None
-    try:
-        port = here.recv()
-        os.sched_setaffinity(0, set(cores[1:]) or set(cores))
-        before = resident(process.pid)
-        readers = Readers(port, connections)
-        after = resident(process.pid)
-
-        def publish(count: int) -> None:
-            if serve is not serve_ours:
-                here.send(count)
-                return
-            with psycopg.connect(dsn, autocommit=True) as connection:
-                connection.execute(
-                    "select realtime.send(jsonb_build_object('x', %s::text), 'x', 'bench', false)"
-                    " from generate_series(1, %s)",
-                    [PAYLOAD, count],
-                )
-
-        publish(1)
-        size = readers.drain(None)
-        singles = []
-        for _ in range(10):
-            start = time.perf_counter()
-            publish(1)
-            readers.drain(size)
-            singles.append(time.perf_counter() - start)
-        rates = []
-        for _ in range(3):
-            start = time.perf_counter()
-            publish(messages)
-            readers.drain(size * messages)
-            rates.append(connections * messages / (time.perf_counter() - start))
-        readers.close()
-        here.send(0)
-        process.join(20)
-    finally:
-        os.sched_setaffinity(0, set(cores))
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return Result(name, median(rates), median(singles) * 1000, (after - before) / connections)
-
-
-def main(argv: list[str] | None = None) -> list[Result]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--connections", type=int, default=2000)
-    parser.add_argument("--messages", type=int, default=100)
-    options = parser.parse_args(argv)
+    if len(cores) < 2:
+        raise Unmeasurable("the servers and their readers need a core each")
     _many_files()
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 4 * CONNECTIONS:
+        raise Unmeasurable(f"{4 * CONNECTIONS} open files are needed (ulimit -n)")
+    messages, rounds = (20, 3) if quick else (50, 9)
+    kinds = {"ours": serve_ours, "starlette": serve_starlette, "websockets": serve_websockets}
+    running: dict[str, Contestant] = {}
     with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory, asyncio.Runner() as runner:
         server = EmbeddedPostgres(Path(directory) / "data")
         dsn = runner.run(server.start())
         try:
             runner.run(bootstrap(dsn))
-            kinds = {"ours": serve_ours, "starlette": serve_starlette, "websockets": serve_websockets}
-            results = [
-                measure(name, serve, dsn, options.connections, options.messages)
-                for name, serve in kinds.items()
-            ]
+            os.sched_setaffinity(0, set(cores[1:]))
+            for name, serve in kinds.items():
+                running[name] = Contestant(serve, dsn, cores[0], CONNECTIONS)
+            seconds = in_turn(
+                {name: (lambda one=one: one.take(messages)) for name, one in running.items()}, rounds
+            )
         finally:
+            for one in running.values():
+                one.close()
+            os.sched_setaffinity(0, set(cores))
             runner.run(server.stop())
-    ours, *peers = results
-    best = max(peers, key=lambda r: r.per_second)
-    print(f"realtime server, {options.connections} connections, 1 KB broadcasts, one core")
-    print(f"  ratio to {best.name}: {ours.per_second / best.per_second:.2f} (higher is better)")
-    print(f"  wanted {WANTED:,} deliveries/s: {'met' if ours.per_second >= WANTED else 'NOT MET'}")
-    for r in results:
-        print(
-            f"  {r.name:<11}{r.per_second:>10,.0f} deliveries/s   one message to its last reader"
-            f" {r.single_ms:6.1f} ms   {r.bytes_per_connection / 1024:6.1f} KiB/connection"
+    deliveries = CONNECTIONS * messages
+    rates = {name: [deliveries / taken for taken in each] for name, each in seconds.items()}
+    fan_out = f"fan-out, {CONNECTIONS} connections"
+    rows = [
+        Row(
+            fan_out, median(rates["ours"]), "deliveries/s", sense="speed", at_least=WANTED, samples=rounds,
+            note=f"slowest round {min(rates['ours']):,.0f}",
         )
-    return results
-
-
-if __name__ == "__main__":
-    main()
+    ]  # fmt: skip
+    for peer in ("starlette", "websockets"):
+        rows.append(
+            Row(
+                f"{fan_out}, to {peer}", median(rates["ours"]), "deliveries/s", peer, median(rates[peer]),
+                ratio_of(rates["ours"], rates[peer]), "speed", samples=rounds,
+            )
+        )  # fmt: skip
+    kib = {name: one.bytes_per_connection / 1024 for name, one in running.items()}
+    note = ", ".join(f"{name} {kib[name]:.1f}" for name in ("starlette", "websockets"))
+    rows.append(Row("memory per connection", kib["ours"], "KiB", sense="memory", samples=1, note=note))
+    return rows
