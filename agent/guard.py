@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 """From `linux/prctl.h`."""

@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from agent.guard import PR_SET_CHILD_SUBREAPER, descendants, prctl
+from agent.guard import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -35,9 +35,14 @@ class Reaper:
         """Orphans collected so far."""
 
     def adopt(self) -> None:
-        """Become a subreaper and collect orphans from now on. Call it on the running loop."""
+        """Become a subreaper and collect orphans from now on. Call it on the running loop.
+
+        Also closes `/proc/<agent>/environ` and `mem` to other processes of the same user: where the agent cannot
+        give the project a user of its own, its credentials are at least not one `cat` away.
+        """
         self._loop = asyncio.get_running_loop()
         prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_DUMPABLE, 0)
         self._loop.add_signal_handler(signal.SIGCHLD, self.sweep)
         self.sweep()
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
@@ -19,32 +19,16 @@ from agent.config import Settings
 from agent.devserver import State
 from agent.model import RelPath
 from agent.supervisor import Supervisor
+from tests.agent.conftest import EXAMPLE
+from tests.agent.processes import free_port, running, until
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "react-app"
 SOMEBODY = UUID(int=1)
 
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():
-            await asyncio.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("modules")
-
-
 @pytest.fixture
-def settings(tmp_path: Path, modules: Path) -> Settings:
+def settings(tmp_path: Path, installed: Path) -> Settings:
     project = tmp_path / "project"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("node_modules", "dist"))
     return Settings(
@@ -53,29 +37,19 @@ def settings(tmp_path: Path, modules: Path) -> Settings:
         project_dir=project,
         dev_port=free_port(),
         dev_host="127.0.0.1",
-        modules_dir=modules,
+        modules_dir=installed,
     )
 
 
 @contextlib.asynccontextmanager
 async def kept(supervisor: Supervisor) -> AsyncIterator[Supervisor]:
-    running = asyncio.create_task(supervisor.run())
+    task = asyncio.create_task(supervisor.run())
     try:
         yield supervisor
     finally:
-        running.cancel()
+        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await running
-
-
-def processes_with(text: str) -> list[int]:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError):
-                if text.encode() in Path(f"/proc/{name}/cmdline").read_bytes():
-                    found.append(int(name))
-    return found
+            await task
 
 
 async def test_a_preview_is_installed_started_served_and_gone(settings: Settings) -> None:
@@ -103,12 +77,12 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         report = supervisor.report()
         assert report["entry"] == "/src/main.tsx"
         assert any("ready in" in line for line in report["log"])  # type: ignore[union-attr, attr-defined]
-        program = next(iter(processes_with(f"--port\0{settings.dev_port}\0--strictPort\0")))
+        program = next(iter(running(f"--port\0{settings.dev_port}\0--strictPort\0")))
         told = Path(f"/proc/{program}/environ").read_bytes().split(b"\0")
         assert b"VITE_HI=there" in told
         assert not any(b"secret" in line or b"TOKEN" in line for line in told)
     assert supervisor.state is State.ABSENT
-    assert processes_with(str(settings.dev_port)) == []
+    assert running(str(settings.dev_port)) == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", settings.dev_port)) != 0
 
