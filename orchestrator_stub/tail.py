@@ -1,0 +1,148 @@
+"""`preview-orchestrator tail PROJECT`: a project's channel as it happens, through the official `realtime` client.
+
+The official client on purpose: what it prints is what somebody else's code would get. Its known ways of going deaf
+(it gives up after a few reconnects, and says so at most in its log) are met by looking at it once a second and
+starting it anew.
+
+    12:01:07.412  file:update   r12 v3  src/App.tsx  (1,204 bytes)
+    12:01:09.001  file:delete   r13 v4  src/old.ts
+    12:01:10.550  bulk:apply    r14     3 files: +src/a.ts +src/b.ts -src/c.ts
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import UUID
+
+from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
+
+from orchestrator_stub.config import SettingsError
+
+LOOK_EVERY = 1.0
+"""Seconds between looks at whether the client is still connected and joined."""
+
+JOIN_TIMEOUT = 10
+"""Seconds; the client's own default."""
+
+SHOWN_FILES = 6
+"""Of a bulk; the rest is a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What to listen to, and with which key."""
+
+    realtime_url: str
+    service_key: str
+    project_id: UUID
+
+
+def find_channel(project: str, state: Path) -> Channel:
+    """The channel of `project` on the running local stack; `-` is the project that stack made.
+
+    Raises `SettingsError` when there is no `dev.json` to say where the stack is, or the id is no UUID.
+    """
+    path = state / "dev.json"
+    try:
+        info = json.loads(path.read_text())
+        url, key, made = info["orchestrator_url"], info["service_key"], info["project_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SettingsError(
+            [f"cannot read {path}: is `preview-orchestrator dev` running? (--state says where)"]
+        ) from None
+    try:
+        return Channel(f"{url}/realtime/v1", key, UUID(made if project == "-" else project))
+    except ValueError:
+        raise SettingsError([f"PROJECT must be a project's UUID, or `-`; it is {project!r}"]) from None
+
+
+def describe(event: str, payload: dict[str, Any]) -> str:
+    """One event on one line, without its content. Whatever the payload holds, this does not raise."""
+    revision = f"r{payload['revision']}" if "revision" in payload else ""
+    head = f"{event:<13} {revision:<6}"
+    files = payload.get("files")
+    if event == "bulk:apply" and isinstance(files, list):
+        if payload.get("complete") is False:
+            return f"{head} too many files to name; ask sync"
+        signs = [
+            f"{'-' if file.get('action') == 'delete' else '+'}{_plain(file.get('file_path'))}"
+            for file in files
+            if isinstance(file, dict)
+        ]
+        more = f" … {len(signs) - SHOWN_FILES} more" if len(signs) > SHOWN_FILES else ""
+        return f"{head} {len(signs)} files: {' '.join(signs[:SHOWN_FILES])}{more}"
+    if "file_path" not in payload:
+        return head.rstrip()
+    content, size = payload.get("content"), payload.get("size")
+    if size is None and isinstance(content, str):
+        size = len(content.encode())
+    detail = ""
+    if event == "file:update":
+        detail = f"  ({size:,} bytes)" if isinstance(size, int) else "  (size unknown)"
+        if content is None:
+            detail = f"{detail[:-1]}, by reference)"
+    return f"{head} v{payload.get('version', '?')}  {_plain(payload['file_path'])}{detail}"
+
+
+def _plain(text: object) -> str:
+    """Fit for a terminal: a file's name must not move the cursor."""
+    return "".join(c if c.isprintable() else "�" for c in str(text))
+
+
+async def run_tail(project: str, state: Path, *, out: TextIO | None = None, as_json: bool = False) -> int:
+    """Print until cancelled; `as_json`: the events whole, one JSON object a line. Raises `SettingsError`."""
+    channel, screen = find_channel(project, state), out or sys.stdout
+    # It logs each message it cannot deliver; what matters of that is said here.
+    logging.getLogger("realtime").setLevel(logging.CRITICAL)
+
+    def heard(message: Any) -> None:
+        # The client's listener ends for good when a callback raises.
+        with suppress(Exception):
+            event, payload = str(message["event"]), dict(message["payload"])
+            if as_json:
+                line = json.dumps({"event": event, "payload": payload}, ensure_ascii=False)
+            else:
+                line = f"{datetime.now():%H:%M:%S.%f}"[:-3] + f"  {describe(event, payload)}"
+            screen.write(line + "\n")
+            screen.flush()
+
+    while True:
+        reason = await _listen(channel, heard)
+        sys.stderr.write(f"preview-orchestrator tail: {reason}; connecting again\n")
+        await asyncio.sleep(LOOK_EVERY)
+
+
+async def _listen(channel: Channel, heard: Callable[[Any], None]) -> str:
+    """Until the client is of no use any more; says why."""
+    client = AsyncRealtimeClient(
+        channel.realtime_url, token=channel.service_key, timeout=JOIN_TIMEOUT, max_retries=1
+    )
+    told: list[str] = []
+
+    def status(state: RealtimeSubscribeStates, error: Exception | None) -> None:
+        if state is not RealtimeSubscribeStates.SUBSCRIBED:
+            told.append(f"{state.value.lower().replace('_', ' ')}{f' ({error})' if error else ''}")
+
+    try:
+        subscribed = client.channel(f"project:{channel.project_id}", {"config": {
+            "broadcast": {"ack": False, "self": False}, "presence": {"key": "", "enabled": False}, "private": True,
+        }})  # fmt: skip
+        subscribed.on_broadcast("*", heard)
+        await subscribed.subscribe(status)
+        while client.is_connected and subscribed.is_joined and not told:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(LOOK_EVERY)
+        return told[0] if told else "the connection is lost"
+    except Exception as error:
+        return f"cannot listen: {error}"
+    finally:
+        with suppress(Exception):
+            await client.close()
