@@ -1,0 +1,307 @@
+"""`preview-agent check`: what a person debugging a machine wants to know, one line each.
+
+Looks and changes nothing that stays: no install, no join, no write but a probe file that is removed at once. The
+questions run side by side and each has a deadline, so that a machine without a network is told in seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import websockets
+
+from agent import __version__, host, project
+from agent.config import Settings
+from agent.environment import read_environment
+from agent.errors import MalformedMessage, RootUnusable, SettingsError
+from agent.project import ProjectUnreadable
+from agent.stream import endpoint
+from agent.supervisor import rights
+from agent.telemetry import redactor_for
+from agent.tokens import read_token
+
+PATIENCE = 10.0
+"""Seconds for one question. A TLS handshake through a slow proxy takes two."""
+LEAST_SPACE = 512 * 2**20
+"""Bytes. A snapshot of the largest kind and one install fit in twice that; below it, expect `disk_full`."""
+LEAST_INODES = 20_000
+"""A template's node_modules has a few thousand files and is there twice during a swap."""
+LEAST_NODE = (20, 19)
+"""Vite 8's own requirement."""
+
+
+class Grade(StrEnum):
+    """How bad it is. Only `FAIL` changes the exit code."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line. `exit_code` is what `run` would end with for it; 1 when it would go on and try again."""
+
+    grade: Grade
+    subject: str
+    detail: str
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.grade:<4}  {self.subject:<13} {self.detail}"
+
+
+def ok(subject: str, detail: str) -> Finding:
+    return Finding(Grade.OK, subject, detail)
+
+
+def warn(subject: str, detail: str) -> Finding:
+    return Finding(Grade.WARN, subject, detail)
+
+
+def fail(subject: str, detail: str, exit_code: int = 1) -> Finding:
+    return Finding(Grade.FAIL, subject, detail, exit_code)
+
+
+async def check(environ: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Ask everything, `say` one line each. Returns 0, or the exit code of the first finding that failed."""
+    try:
+        settings = read_environment(environ)
+    except SettingsError as error:
+        for problem in error.problems:
+            say(str(fail("settings", problem, error.exit_code)))
+        return error.exit_code
+    redactor = redactor_for(settings)
+    questions: list[Callable[[Settings], Awaitable[list[Finding]]]] = [
+        _directories, _space, _user, _ports, _node, _project, _token, _snapshot, _realtime, _session_api,
+    ]  # fmt: skip
+    findings = [ok("settings", f"complete; preview-agent {__version__}")]
+    for answers in await asyncio.gather(*(_asked(question, settings) for question in questions)):
+        findings += answers
+    for finding in findings:
+        say(redactor.text(str(finding)))
+    return next((f.exit_code for f in findings if f.grade is Grade.FAIL), 0)
+
+
+async def _asked(
+    question: Callable[[Settings], Awaitable[list[Finding]]], settings: Settings
+) -> list[Finding]:
+    subject = question.__name__.strip("_").replace("_", " ")
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await question(settings)
+    except TimeoutError:
+        return [fail(subject, f"no answer within {PATIENCE:g} s", 69)]
+
+
+# --- this machine
+
+
+async def _directories(settings: Settings) -> list[Finding]:
+    found = []
+    for name, path in (
+        ("PROJECT_DIR", settings.project_dir),
+        ("STAGING_DIR", settings.staging),
+        ("STATE_DIR", settings.state_dir),
+        ("MODULES_DIR", settings.modules),
+    ):
+        try:
+            existing = _writable(path)
+        except OSError as error:
+            found.append(fail(name, f"{path}: {error.strerror}", RootUnusable.exit_code))
+            continue
+        made = "writable" if existing == path else f"will be made in {existing}"
+        found.append(ok(name, f"{path}: {made}"))
+    with contextlib.suppress(OSError):
+        device = _existing(settings.project_dir).stat().st_dev
+        if _existing(settings.staging).stat().st_dev != device:
+            detail = (
+                f"{settings.staging} is on another file system than PROJECT_DIR: nothing could be renamed in"
+            )
+            found.append(fail("STAGING_DIR", detail, RootUnusable.exit_code))
+        if _existing(settings.modules).stat().st_dev != device:
+            found.append(warn("MODULES_DIR", "on another file system than PROJECT_DIR: installs are copied"))
+    return found
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _writable(path: Path) -> Path:
+    """The nearest existing directory at or above `path`. Raises OSError when nothing can be made in it."""
+    existing = _existing(path)
+    with tempfile.TemporaryFile(dir=existing):
+        return existing
+
+
+async def _space(settings: Settings) -> list[Finding]:
+    found = []
+    for name, path in (("disk", settings.project_dir), ("disk", settings.state_dir)):
+        existing = _existing(path)
+        here = os.statvfs(existing)
+        free, inodes = here.f_bavail * here.f_frsize, here.f_favail
+        short = free < LEAST_SPACE or (here.f_files and inodes < LEAST_INODES)
+        counted = f", {inodes:,} inodes" if here.f_files else ""
+        found.append((warn if short else ok)(name, f"{existing}: {free / 2**30:.1f} GiB{counted} free"))
+    return found[:1] if found[0].detail == found[1].detail else found
+
+
+async def _user(settings: Settings) -> list[Finding]:
+    try:
+        allowed, sentence = rights(settings)
+    except SettingsError as error:
+        return [fail("DEV_USER", problem, error.exit_code) for problem in error.problems]
+    found = [(ok if allowed.user else warn)("isolation", sentence)]
+    if allowed.user and settings.project_dir.exists():
+        owner = settings.project_dir.stat().st_uid
+        if owner not in (0, allowed.user.uid):
+            found.append(warn("PROJECT_DIR", f"belongs to uid {owner}, not to {allowed.user.name}"))
+    return found
+
+
+async def _ports(settings: Settings) -> list[Finding]:
+    found = []
+    for name, address, port in (
+        ("DEV_PORT", settings.dev_host, settings.dev_port),
+        ("HEALTH_PORT", settings.health_host, settings.health_port),
+    ):
+        here = host.listening_host(address)
+        free = host.port_is_free(here, port)
+        shown = f"[{here}]:{port}" if ":" in here else f"{here}:{port}"
+        found.append(
+            ok(name, f"{shown} is free") if free else warn(name, f"{shown} is in use: an agent that runs?")
+        )
+    return found
+
+
+async def _node(settings: Settings) -> list[Finding]:
+    node = shutil.which("node")
+    if node is None:
+        return [fail("node", "not found on PATH")]
+    done = await asyncio.to_thread(
+        subprocess.run, [node, "--version"], capture_output=True, text=True, check=False
+    )
+    said = done.stdout.strip()
+    try:
+        version = tuple(int(part) for part in said.removeprefix("v").split(".")[:2])
+    except ValueError:
+        return [warn("node", f"{node} says {said or done.stderr.strip()!r}")]
+    needed = ".".join(map(str, LEAST_NODE))
+    return [
+        ok("node", f"{said} ({node})")
+        if version >= LEAST_NODE
+        else warn("node", f"{said}; Vite needs {needed}")
+    ]
+
+
+async def _project(settings: Settings) -> list[Finding]:
+    try:
+        found = project.find(settings.project_dir, scripts=settings.install_scripts)
+    except ProjectUnreadable as error:
+        return [warn("project", str(error))]
+    if found is None:
+        return [ok("project", "nothing there yet")]
+    current = project.installed_key(found.modules) == found.key or not found.has_dependencies
+    argv = settings.dev_command or found.dev_argv(host=settings.dev_host, port=settings.dev_port, fresh=False)
+    with_lock = f"{found.manager.value}, {found.lock or 'no lock file'}"
+    state = "node_modules is current" if current else "node_modules will be installed"
+    runs = " ".join(argv) if argv else "no dev script: nothing will be started"
+    grade = ok if argv else warn
+    if argv and not settings.dev_command and shutil.which(found.manager.value) is None:
+        return [warn("project", f"{found.manager.value} is not installed here"), grade("project", runs)]
+    return [ok("project", f"{with_lock}; {state}"), grade("project", runs)]
+
+
+# --- what it has to reach
+
+
+async def _token(settings: Settings) -> list[Finding]:
+    if settings.realtime_token is None:
+        return [ok("token", "comes from REALTIME_TOKEN_FILE")] if settings.realtime_token_file else []
+    try:
+        token = read_token(settings.realtime_token.get_secret_value())
+    except MalformedMessage as error:
+        return [fail("token", str(error), 64)]
+    if token.expires_at is None:
+        return [warn("token", f"role {token.role}, without an expiry")]
+    left = token.expires_at - time.time()
+    if left <= 0:
+        way_back = (
+            "SESSION_API_URL can give a new one"
+            if settings.session_api_url
+            else "and there is no way to a new one"
+        )
+        return [
+            (warn if settings.session_api_url else fail)("token", f"expired {-left:.0f} s ago; {way_back}")
+        ]
+    return [ok("token", f"role {token.role}, valid for {left:.0f} s")]
+
+
+async def _snapshot(settings: Settings) -> list[Finding]:
+    if settings.snapshot_url is None:
+        return [warn("snapshot", "SNAPSHOT_URL is not set: only a ledger can be resumed")]
+    url = settings.snapshot_url.get_secret_value()
+    place = urlsplit(url).netloc
+    try:
+        async with (
+            httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http,
+            http.stream("GET", url, headers={"Range": "bytes=0-0"}) as answer,
+        ):
+            size = answer.headers.get("content-range", "").rpartition("/")[2] or answer.headers.get(
+                "content-length"
+            )
+            if answer.status_code in (200, 206):
+                return [ok("snapshot", f"{place} serves {size or 'an unknown number of'} bytes")]
+            return [
+                (warn if settings.session_api_url else fail)(
+                    "snapshot", f"{place} answers {answer.status_code}"
+                )
+            ]
+    except (httpx.HTTPError, OSError) as error:
+        return [fail("snapshot", f"{place}: {_short(error)}", 69)]
+
+
+async def _realtime(settings: Settings) -> list[Finding]:
+    assert settings.realtime_url is not None, "read_environment requires it"
+    key = settings.realtime_api_key.get_secret_value() if settings.realtime_api_key else None
+    place = urlsplit(settings.realtime_url).netloc
+    try:
+        async with websockets.connect(endpoint(settings.realtime_url, key), proxy=None, close_timeout=0.5):
+            return [ok("realtime", f"{place} accepts the socket")]
+    except websockets.InvalidStatus as error:
+        body = bytes(error.response.body or b"")[:200].decode(errors="replace")
+        return [fail("realtime", f"{place} answers {error.response.status_code} {body}".strip())]
+    except (OSError, websockets.WebSocketException) as error:
+        return [fail("realtime", f"{place}: {_short(error)}")]
+
+
+async def _session_api(settings: Settings) -> list[Finding]:
+    if settings.session_api_url is None:
+        return [warn("session api", "SESSION_API_URL is not set: no catch-up, no token renewal")]
+    place = urlsplit(settings.session_api_url).netloc
+    try:
+        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
+            answer = await http.get(settings.session_api_url)
+    except (httpx.HTTPError, OSError) as error:
+        return [fail("session api", f"{place}: {_short(error)}")]
+    grade = warn if answer.status_code >= 500 else ok
+    return [grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")]
+
+
+def _short(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
