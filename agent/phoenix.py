@@ -326,7 +326,7 @@ class Phoenix:
 
         Which of the two it is shows by its first byte: no JSON begins with a 4.
         """
-        if self.state not in WITH_SOCKET:
+        if self._heartbeat_at is None:  # no socket
             return self._ignore("stale")
         if frame and frame[0] == BROADCAST_FRAME:
             return self._binary(frame)
