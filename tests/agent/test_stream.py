@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from agent.errors import CredentialRejected, Unavailable
 from agent.phoenix import LinkState, Timing
-from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal
+from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal, endpoint
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 
@@ -337,3 +339,92 @@ async def test_doubts_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> 
             await asyncio.sleep(0)
         await comes_back(link, server)
         assert link.stream.report()["losses"] == {"doubted": 1}
+
+
+async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Path) -> None:
+    """Platforms that rotate a file need no session API."""
+    file = tmp_path / "token"
+    file.write_text(jwt(time.time() + 600, time.time(), name="one"))
+    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK)
+    async with running(stream) as link:
+        await link.live()
+        second = jwt(time.time() + 1200, time.time(), name="two")
+        (tmp_path / "next").write_text(second)
+        (tmp_path / "next").rename(file)
+        await until(lambda: server.pushed_tokens == [second], "the new token on the channel")
+        assert len(server.joins) == 1
+        assert link.stream.state is LinkState.LIVE
+
+
+async def test_a_rotated_token_file_ends_a_refusal_at_once(server: FakeRealtime, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(jwt(time.time() + 600, time.time(), name="bad"))
+    good = jwt(time.time() + 600, time.time(), name="good")
+    server.join_error_for = lambda token: None if token == good else "Unauthorized: no"
+    slow = replace(QUICK, refused_retry=60.0)
+    async with running(RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=slow)) as link:
+        await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
+        file.write_text(good)
+        await link.live()
+
+
+async def test_a_bug_in_reading_ends_the_link_loudly(
+    server: FakeRealtime, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a deaf link nor an endless reconnect: the first root task to end stops the agent."""
+    stream = stream_to(server, issuer)
+    task = asyncio.create_task(stream.run())
+    await until(lambda: bool(server.channels), "a join")
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(stream._queue, "put", broken)
+    await server.broadcast("file:update", {"revision": 1})
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(task, 5)
+    assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_no_secret_in_report_repr_or_logs(
+    server: FakeRealtime, issuer: Issuer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    asyncio.get_running_loop().set_debug(True)
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        server.abort_sockets()
+        server.refuse_handshake = (401, {})
+        await until(lambda: link.stream.state is LinkState.REFUSED, "refusal")
+        token = issuer.current()
+        assert token is not None
+        said = f"{link.stream.report()} {link.stream!r} {token!r} {link.stream.problems()}"
+    # The library logs for our fake server as well, which is no part of the agent.
+    said += "".join(r.getMessage() for r in caplog.records if r.name != "websockets.server")
+    said += capsys.readouterr().out
+    assert "link.state" in said
+    assert token.value not in said
+    assert token.value.split(".")[1] not in said
+    assert "publishable" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("wss://x.supabase.co/realtime/v1", "wss://x.supabase.co/realtime/v1/websocket?apikey=k&vsn=2.0.0"),
+        (
+            "https://x.supabase.co/realtime/v1/",
+            "wss://x.supabase.co/realtime/v1/websocket?apikey=k&vsn=2.0.0",
+        ),
+        ("ws://h:4000/socket/websocket", "ws://h:4000/socket/websocket?apikey=k&vsn=2.0.0"),
+        ("http://h/socket?vsn=1.0.0&apikey=old&log=1", "ws://h/socket/websocket?log=1&apikey=k&vsn=2.0.0"),
+    ],
+)
+def test_the_endpoint_is_the_official_clients(url: str, expected: str) -> None:
+    assert endpoint(url, "k") == expected
+
+
+@pytest.mark.parametrize("url", ["", "x.supabase.co", "ftp://h/", "ws:///path", "/realtime/v1"])
+def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="must be ws"):
+        endpoint(url, "k")
