@@ -44,6 +44,8 @@ def read_claims(keys: Keyring, token: str, *, now: float) -> Claims:
             raise
         # The signature was found good before the expiry was looked at.
         claims = jwt.decode(token, options={"verify_signature": False})
+    if isinstance(claims["exp"], bool) or not isinstance(claims["exp"], (int, float)):
+        raise TokenRejected("claims", "exp is not a number")
     late = now - claims["exp"]
     if late >= 0:
         raise TokenRejected("expired", f"Token has expired {int(late)} seconds ago")

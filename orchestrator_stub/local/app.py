@@ -21,7 +21,8 @@ from orchestrator_stub.local.access import Pool
 from orchestrator_stub.local.broadcast import Http
 from orchestrator_stub.local.faults import Faults
 from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.realtime import Limits, Realtime
+from orchestrator_stub.local.limits import Limits
+from orchestrator_stub.local.realtime import Realtime
 from orchestrator_stub.local.rest import Rest
 from orchestrator_stub.local.storage import Storage
 
@@ -51,8 +52,8 @@ def stand_in(
 ) -> StandIn:
     """The stand-in over the database at `dsn` (bootstrapped, as a superuser) with files in `storage_dir`.
 
-    The lifespan opens the connections, returns once the database is being listened to, uvicorn, on its
-    way down, closes every socket with 1012. `faults` adds the endpoint that misbehaves on request. `clock` gives Unix seconds.
+    The lifespan opens the connections and begins once the database is being listened to; uvicorn, on its way down,
+    closes every socket with 1012. `faults` adds the endpoint that misbehaves on request. `clock` gives Unix seconds.
     """
     # Checked before use: a restarted database costs nobody a request.
     check = AsyncConnectionPool.check_connection

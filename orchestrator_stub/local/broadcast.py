@@ -35,7 +35,7 @@ class Http:
             Route("/realtime/v1/api/broadcast", self._batch, methods=["POST"]),
             Route("/realtime/v1/api/broadcast/{topic}/events/{event}", self._single, methods=["POST"]),
         ]
-        if self._realtime.faults is not None:
+        if self._realtime.hub.faults is not None:
             routes.append(Route("/realtime/v1/faults", self._faults, methods=["GET", "POST", "DELETE"]))
         return routes
 
@@ -67,7 +67,7 @@ class Http:
         for message, private in messages:
             # As hosted: what this token may not send is left out, and the answer is 202 all the same.
             if not private or await self._may_send(message.topic, claims):
-                self._realtime.publish(message, private)
+                self._realtime.hub.publish(message, private)
         return Response(status_code=202)
 
     async def _single(self, request: Request) -> Response:
@@ -91,7 +91,9 @@ class Http:
         topic = request.path_params["topic"]
         if private and not await self._may_send(topic, claims):
             return _message(403, "Unauthorized")
-        self._realtime.publish(Broadcast(topic, request.path_params["event"], raw, is_json=is_json), private)
+        self._realtime.hub.publish(
+            Broadcast(topic, request.path_params["event"], raw, is_json=is_json), private
+        )
         return Response(status_code=202)
 
     async def _may_send(self, topic: str, claims: Claims) -> bool:
@@ -101,11 +103,11 @@ class Http:
             return False
 
     async def _faults(self, request: Request) -> Response:
-        faults = self._realtime.faults
+        faults = self._realtime.hub.faults
         if faults is None or self._bearer(request) != self._realtime.keys.service_key:
             return _message(401, "Unauthorized")
         if request.method == "DELETE":
-            self._realtime.faults = faults = Faults()
+            self._realtime.hub.faults = faults = Faults()
         if request.method != "POST":
             return JSONResponse(faults.report())
         try:

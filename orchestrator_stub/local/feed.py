@@ -19,6 +19,9 @@ from orchestrator_stub.local.access import Pool
 from orchestrator_stub.local.frames import Broadcast
 
 CHANNEL = "realtime_messages"
+MOST_REPLAYED = 25
+"""As the real server, whatever is asked."""
+
 log = logging.getLogger("preview_orchestrator.realtime")
 
 ROWS = """
@@ -82,14 +85,14 @@ def _read(row: tuple[Any, ...]) -> tuple[Broadcast, bool]:
 
 
 async def replay(pool: Pool, topic: str, since_ms: int, limit: int) -> list[Broadcast]:
-    """The newest private broadcasts of `topic` since a moment (Unix milliseconds), oldest first; at most 25."""
+    """The newest private broadcasts of `topic` since a moment (Unix milliseconds), oldest first."""
     async with pool.connection() as connection:
         cursor = await connection.execute(
             "select id::text, topic, event, payload::text, private, binary_payload from realtime.messages"
             " where topic = %s and private and extension = 'broadcast' and event is not null"
             " and inserted_at >= (to_timestamp(%s / 1000.0) at time zone 'utc')"
             " order by inserted_at desc limit %s",
-            [topic, since_ms, max(1, min(limit, 25))],
+            [topic, since_ms, max(1, min(limit, MOST_REPLAYED))],
         )
         rows = await cursor.fetchall()
     messages = [_read(row)[0] for row in reversed(rows)]

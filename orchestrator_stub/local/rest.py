@@ -283,6 +283,8 @@ def _json(request: Request, text: str | None, is_set: bool) -> Response:
 def _of_database(error: psycopg.Error, anonymous: bool) -> Denied:
     """The answer for an error that PostgreSQL raised."""
     state = error.sqlstate
+    if state is None and not isinstance(error, psycopg.OperationalError):
+        return Denied(400, "22021", " ".join(str(error).split()))  # not even sent, such as a NUL in a text
     if state is None:
         return Denied(503, "PGRST000", "Database client error. Retrying the connection.")
     if re.fullmatch(r"PT[1-5]\d\d", state):

@@ -153,11 +153,11 @@ async def serve_local(
     *,
     faults: bool = True,
     limits: Limits = LIMITS,
-    secret: str = SECRET,
+    keyring: Keyring | None = None,
     clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Local]:
     """A running stand-in over the database at `dsn`."""
-    keys = ProjectKeys.of(Keyring.from_secret(secret))
+    keys = ProjectKeys.of(keyring or Keyring.from_secret(SECRET))
     standing = stand_in(dsn, keys, storage, faults=faults, limits=limits, clock=clock)
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     app = Starlette(routes=standing.routes, lifespan=standing.lifespan)

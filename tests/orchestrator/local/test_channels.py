@@ -13,6 +13,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from orchestrator_stub.tokens import Keyring, new_es256, new_hs256
 from tests.fakes.serving import Local, quick, serve_local
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -299,3 +300,25 @@ async def test_an_idle_socket_is_closed(database: str, tmp_path: Path) -> None:
             await client.frame()
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1000
+
+
+async def test_tokens_of_an_asymmetric_key_count_by_their_kid(database: str, tmp_path: Path) -> None:
+    known, unknown = new_es256("k1"), new_es256("k2")
+    ring = Keyring.from_jwks({"keys": [new_hs256("local"), known]})
+    claims = {"role": "preview_agent", "project_id": PROJECT, "exp": int(time.time() + 60)}
+    good = Keyring.from_jwks({"keys": [known]}).sign(claims)
+    bad = Keyring.from_jwks({"keys": [unknown]}).sign(claims)
+    async with serve_local(database, tmp_path, keyring=ring) as local, local.socket() as client:
+        assert (await client.join(TOPIC, good))["status"] == "ok"
+        refused = await client.join(TOPIC, bad)
+        assert refused["response"]["reason"].startswith("JwtSignerError: ")
+
+
+async def test_a_replay_that_cannot_be_is_refused_and_the_socket_lives(local: Local) -> None:
+    async with local.socket() as client:
+        for since in (10**30, -(10**18)):
+            refused = await client.join(TOPIC, agent(local), broadcast={"replay": {"since": since}})
+            assert refused["response"]["reason"].startswith("UnableToReplayMessages: ")
+        denied = await client.join("nul\0", agent(local))
+        assert denied["response"]["reason"].startswith("Unauthorized: ")
+        assert await client.silent()
