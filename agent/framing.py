@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.frames import Close, Frame, Opcode
 from websockets.protocol import CONNECTING, OPEN
 
@@ -29,8 +29,21 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 FRAGMENT: Final = frozenset({Opcode.TEXT, Opcode.BINARY, Opcode.CONT})
 
 
+class DirectConnect(connect):
+    """`websockets.connect` with a `DirectConnection`, and without redirects: what comes after the handshake is a
+    credential, and it goes to the host of the settings or to nobody.
+    """
+
+    def __init__(self, uri: str, **kwargs: Any) -> None:
+        super().__init__(uri, create_connection=DirectConnection, **kwargs)
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """A redirect is an answer like any other that is not 101."""
+        return exc
+
+
 class DirectConnection(ClientConnection):
-    """For `websockets.connect(create_connection=DirectConnection)`. `recv()` is not to be used.
+    """One open connection. `recv()` is not to be used.
 
     Text arrives as its bytes, not checked for UTF-8: that is for whoever decodes it.
     """

@@ -20,14 +20,12 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import structlog
 from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
-from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
 from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
-from agent.framing import DirectConnection
+from agent.framing import DirectConnect, DirectConnection
 from agent.model import Problem
 from agent.phoenix import (
     Broadcast,
@@ -43,9 +41,10 @@ from agent.phoenix import (
     TokenExpired,
 )
 from agent.session import retry_after
+from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource, spread
 
-log = structlog.get_logger("agent.stream")
+log = get_logger("link")
 
 VSN: Final = "2.0.0"
 
@@ -79,6 +78,9 @@ class EventSource(Protocol):
 
     async def receive(self) -> Signal:
         """The next signal, in order."""
+
+    def receive_now(self) -> Signal | None:
+        """The next signal if one is waiting: what arrived together is planned together."""
 
     def caught_up(self) -> None:
         """One catch-up succeeded that began after the last `Resync` was received."""
@@ -170,9 +172,15 @@ class SignalQueue:
 
     async def get(self) -> Signal:
         """The oldest, waiting for one."""
-        while not self._waiting:
+        while (signal := self.get_now()) is None:
             self._filled.clear()
             await self._filled.wait()
+        return signal
+
+    def get_now(self) -> Signal | None:
+        """The oldest, if there is one."""
+        if not self._waiting:
+            return None
         signal, size = self._waiting.popleft()
         self._bytes -= size
         if isinstance(signal, Resync):
@@ -363,7 +371,7 @@ class RealtimeStream:
                     return _End("no_token", str(error), refused, _asked(error))
         self._sent = token
         try:
-            socket = await connect(
+            socket = await DirectConnect(
                 self._url,
                 compression=None,
                 max_size=self._settings.max_frame,
@@ -372,7 +380,7 @@ class RealtimeStream:
                 close_timeout=self._settings.close_within,
                 user_agent_header="preview-agent",
                 logger=_SILENT,
-                create_connection=DirectConnection,
+                proxy=None,
             )
             assert isinstance(socket, DirectConnection)
         except InvalidStatus as error:

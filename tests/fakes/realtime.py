@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class FakeRealtime:
     """`async with FakeRealtime() as server`; `server.url` is what goes into REALTIME_URL."""
 
     wall: Callable[[], float] = time.time
+    tls: ssl.SSLContext | None = None
     # --- switches
     refuse_handshake: tuple[int, dict[str, str]] | None = None
     mute_heartbeats: bool = False
@@ -81,6 +83,7 @@ class FakeRealtime:
             process_request=self._process_request,
             compression=None,
             ping_interval=None,
+            ssl=self.tls,
         )
         return self
 
@@ -98,7 +101,7 @@ class FakeRealtime:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/realtime/v1"
+        return f"{'wss' if self.tls else 'ws'}://127.0.0.1:{self.port}/realtime/v1"
 
     # --- what tests make happen
 
