@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     tail = commands.add_parser("tail", help="print a project's channel as it happens")
     tail.add_argument("project", help="the project's id, or `-` for the one of --state")
     tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
+    tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
     tail.set_defaults(run=_tail)
     return parser
 
@@ -121,7 +122,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
 def _tail(arguments: argparse.Namespace) -> int:
     from orchestrator_stub.tail import run_tail
 
-    return asyncio.run(run_tail(arguments.project, arguments.state))
+    return asyncio.run(run_tail(arguments.project, arguments.state, as_json=arguments.json))
 
 
 if __name__ == "__main__":

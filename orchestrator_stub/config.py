@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     fly_api_token: SecretStr | None = None
     fly_app: str | None = None
     fly_region: str | None = None
+    fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
+    """Where a machine's preview is reached; `{machine_id}` and `{app}` are filled in. The default is Fly's private
+    network, for a proxy of the product's own that browsers talk to."""
     fly_cpus: int = Field(1, ge=1)
     fly_memory_mb: int = Field(1024, ge=256, multiple_of=256)
     """Vite takes 140-250 MB, npm install three times that; Fly sells multiples of 256."""

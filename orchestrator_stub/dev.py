@@ -41,6 +41,7 @@ from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresE
 from orchestrator_stub.machines import Machine
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
+from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
 from orchestrator_stub.tokens import Keyring, local_keyring
 
@@ -299,7 +300,7 @@ class Stack:
         local = stand_in(dsn, keys, self._state / "storage", faults=True)
         app = application([*service.routes, *local.routes], lifespan=local.lifespan)
         config = uvicorn.Config(
-            app,
+            Measured(app, service.metrics),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=2,

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 
+import httpx
 import psycopg
 import psycopg_pool
 import structlog
@@ -14,8 +15,12 @@ import uvicorn
 
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
-from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.machines import MachineDriver, MachineRefused
+from orchestrator_stub.machines.container import ContainerMachines
+from orchestrator_stub.machines.fly import FlyMachines, FlyShape
+from orchestrator_stub.machines.fly_api import FlyApi
 from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, configure_logs, control_plane
 from orchestrator_stub.tokens import Keyring
 
@@ -44,7 +49,7 @@ async def run_serve(settings: Settings) -> int:
     try:
         async with control_plane(settings, keys, driver_of(settings)) as service:
             config = uvicorn.Config(
-                application(service.routes),
+                Measured(application(service.routes), service.metrics),
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=STOP_GRACE,
@@ -79,10 +84,29 @@ def keyring_of(settings: Settings) -> Keyring:
 
 
 def driver_of(settings: Settings) -> MachineDriver:
-    """The machine driver that the settings name."""
-    if settings.machine_driver == "local":
-        return LocalMachines(settings.machines_dir, environment=os.environ)
-    raise CannotServe(f"MACHINE_DRIVER={settings.machine_driver} is not available")
+    """The machine driver that the settings name. Raises `CannotServe`."""
+    match settings.machine_driver:
+        case "local":
+            return LocalMachines(settings.machines_dir, environment=os.environ)
+        case "container":
+            try:
+                return ContainerMachines(settings.agent_image, cli=settings.container_cli)
+            except MachineRefused as error:
+                raise CannotServe(str(error)) from None
+        case "fly":
+            assert settings.fly_app is not None
+            assert settings.fly_api_token is not None
+            http = httpx.AsyncClient()
+            token = settings.fly_api_token.get_secret_value()
+            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http)
+            shape = FlyShape(
+                settings.fly_app,
+                settings.agent_image,
+                settings.fly_cpus,
+                settings.fly_memory_mb,
+                settings.fly_preview_url,
+            )
+            return FlyMachines(api, shape, http)
 
 
 def _listen(settings: Settings) -> socket.socket:

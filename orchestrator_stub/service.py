@@ -17,11 +17,13 @@ from prometheus_client import CollectorRegistry
 from psycopg_pool import AsyncConnectionPool
 from starlette.routing import BaseRoute
 
+from orchestrator_stub import operations
 from orchestrator_stub.app import Api
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control
 from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.operations import Metrics
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
 from orchestrator_stub.store import SessionStore
@@ -39,7 +41,7 @@ class Service:
     routes: list[BaseRoute]
     control: Control
     store: SessionStore
-    registry: CollectorRegistry
+    metrics: Metrics
     pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 
@@ -60,7 +62,9 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         api = Api(settings, control, store, catchup, snapshots, keys)
         try:
-            yield Service(api.routes(), control, store, registry, pool)
+            metrics = Metrics(registry)
+            routes = [*api.routes(), *operations.routes(pool, metrics)]
+            yield Service(routes, control, store, metrics, pool)
         finally:
             await control.close()
             await driver.close()

@@ -1,0 +1,128 @@
+"""The container driver against an engine of our own, and the same against a real one where one works."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator_stub.machines import MachineRefused, MachineState
+from orchestrator_stub.machines.container import ContainerMachines
+from tests.orchestrator.driver_contract import DriverContract, spec_for
+
+IMAGE = "localhost/preview-sync-test-sleep"
+
+
+def rootfs(*programs: str) -> bytes:
+    """A root file system of these programs and the libraries they need."""
+    files = {Path(str(shutil.which(program))) for program in programs}
+    for program in tuple(files):
+        for word in subprocess.run(["ldd", program], capture_output=True, text=True).stdout.split():
+            if word.startswith("/"):
+                files.add(Path(word))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for file in files:
+            archive.add(file.resolve(), arcname=str(file).lstrip("/"))
+    return packed.getvalue()
+
+
+def working_engine() -> str | None:
+    """The name of an engine that runs containers here, with the image imported; None: there is none."""
+    for cli in ("podman", "docker"):
+        if shutil.which(cli) is None:
+            continue
+        tried = ["run", "--rm", "--pull", "never", "--publish", "127.0.0.1::5173", IMAGE, "sleep", "0"]
+        try:
+            made = subprocess.run(
+                [cli, "import", "-", IMAGE], input=rootfs("sleep", "sh"), capture_output=True, timeout=60
+            )
+            if made.returncode == 0:
+                ran = subprocess.run([cli, *tried], capture_output=True, timeout=60)
+                if ran.returncode == 0:
+                    return cli
+        except subprocess.TimeoutExpired:
+            continue
+    return None
+
+
+@pytest.fixture(scope="module", params=["fake", "real"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A container engine's command: the fake one, and a real one where one works."""
+    if request.param == "real":
+        cli = working_engine()
+        if cli is None:
+            pytest.skip("no container engine runs containers here")
+        yield cli
+        subprocess.run([cli, "rmi", "--force", IMAGE], capture_output=True, timeout=60)
+        return
+    place = tmp_path_factory.mktemp("engine")
+    (place / "state").mkdir()
+    cli = place / "engine"
+    fake = Path(__file__).parents[1] / "fakes" / "engine.py"
+    cli.write_text(f'#!/bin/sh\nENGINE_STATE={place}/state exec {sys.executable} -S {fake} "$@"\n')
+    cli.chmod(0o755)
+    yield str(cli)
+
+
+@pytest.fixture
+async def driver(engine: str) -> AsyncIterator[ContainerMachines]:
+    # The shell is PID 1 and ends on SIGTERM; `sleep` alone would have to be killed.
+    script = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+    made = ContainerMachines(IMAGE, cli=engine, command=("sh", "-c", script))
+    yield made
+    for machine in await made.list():
+        await made.destroy(machine.id)
+
+
+async def call(engine: str, *arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(engine, *arguments, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
+
+
+class TestContainer(DriverContract):
+    """The suite of every driver. `driver` is the module's."""
+
+
+async def test_the_secrets_are_in_the_container_and_on_no_command_line(
+    engine: str, driver: ContainerMachines
+) -> None:
+    spec = spec_for(REALTIME_TOKEN="a-token-that-ps-must-not-show")
+    assert "a-token-that-ps-must-not-show" not in " ".join(driver._creation(spec))
+    machine = await driver.create(spec)
+    [shown] = json.loads(await call(engine, "inspect", machine.id))
+    assert "REALTIME_TOKEN=a-token-that-ps-must-not-show" in shown["Config"]["Env"]
+    assert machine.preview_url is not None
+    assert machine.health_url is not None
+    assert machine.state is MachineState.RUNNING
+
+
+async def test_an_image_that_is_not_there_is_refused(engine: str) -> None:
+    driver = ContainerMachines("localhost/no-such-image-of-ours", cli=engine)
+    with pytest.raises(MachineRefused):
+        await driver.create(spec_for())
+
+
+async def test_an_adopted_container_that_stands_still_is_started(
+    engine: str, driver: ContainerMachines
+) -> None:
+    spec = spec_for()
+    machine = await driver.create(spec)
+    await call(engine, "stop", "--time", "1", machine.id)
+    assert (await driver.create(spec)).state is MachineState.RUNNING
+
+
+def test_no_engine_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineRefused, match="neither podman nor docker"):
+        ContainerMachines("image")
