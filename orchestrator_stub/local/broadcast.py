@@ -35,7 +35,7 @@ class Http:
             Route("/realtime/v1/api/broadcast", self._batch, methods=["POST"]),
             Route("/realtime/v1/api/broadcast/{topic}/events/{event}", self._single, methods=["POST"]),
         ]
-        if self._realtime.hub.faults is not None:
+        if self._realtime.faults is not None:
             routes.append(Route("/realtime/v1/faults", self._faults, methods=["GET", "POST", "DELETE"]))
         return routes
 
@@ -103,11 +103,11 @@ class Http:
             return False
 
     async def _faults(self, request: Request) -> Response:
-        faults = self._realtime.hub.faults
+        faults = self._realtime.faults
         if faults is None or self._bearer(request) != self._realtime.keys.service_key:
             return _message(401, "Unauthorized")
         if request.method == "DELETE":
-            self._realtime.hub.faults = faults = Faults()
+            self._realtime.faults = faults = Faults()
         if request.method != "POST":
             return JSONResponse(faults.report())
         try:

@@ -99,7 +99,7 @@ class Realtime:
         query = parse_qs(scope["query_string"].decode("latin-1"))
         header = dict(scope["headers"]).get(b"x-api-key", b"").decode("latin-1")
         key = header or query.get("apikey", [""])[0]
-        refusal = self._faults.turn_away() if self._faults else None
+        refusal = self.faults.turn_away() if self.faults else None
         if refusal := refusal or self._admission.turn_away(key, len(self.connections)):
             await _refuse(send, *refusal)
             return
@@ -117,8 +117,13 @@ class Realtime:
                 self.hub.remove(channel)
 
     @property
-    def _faults(self) -> Faults | None:
+    def faults(self) -> Faults | None:
+        """The faults in force; to be replaced whole by new ones, or None on a server that cannot misbehave."""
         return self.hub.faults
+
+    @faults.setter
+    def faults(self, faults: Faults | None) -> None:
+        self.hub.faults = faults
 
     async def _converse(self, connection: Connection, receive: Receive, send: Send) -> None:
         while True:
@@ -144,7 +149,7 @@ class Realtime:
 
     async def _take(self, connection: Connection, push: Push) -> None:
         if push.topic == "phoenix":
-            if push.event == "heartbeat" and not (self._faults and self._faults.mute_heartbeats):
+            if push.event == "heartbeat" and not (self.faults and self.faults.mute_heartbeats):
                 connection.reply(push, "ok", {})
             return
         if push.event == "phx_join":
@@ -184,8 +189,8 @@ class Realtime:
         if replaced is not None:
             self.hub.remove(replaced)
         try:
-            if self._faults is not None:
-                await asyncio.sleep(self._faults.join_delay)
+            if self.faults is not None:
+                await asyncio.sleep(self.faults.join_delay)
             channel, after = await self._admission.admit(connection, push)
         except Refused as error:
             if not error.closes:
@@ -196,7 +201,7 @@ class Realtime:
         else:
             self.hub.add(channel)
             self._arm(channel)
-            if not (self._faults and self._faults.mute_joins):
+            if not (self.faults and self.faults.mute_joins):
                 connection.reply(push, "ok", {"postgres_changes": after.changes})
             self._welcome(channel, after)
         if replaced is not None:

@@ -54,4 +54,4 @@ async def served(module_database: str, tmp_path_factory: pytest.TempPathFactory)
 @pytest_asyncio.fixture(loop_scope="module")
 async def local(served: Local) -> AsyncIterator[Local]:
     yield served
-    served.stand_in.realtime.hub.faults = Faults()
+    served.stand_in.realtime.faults = Faults()

@@ -41,7 +41,7 @@ async def served(module_database: str, tmp_path_factory: pytest.TempPathFactory)
 async def local(served: Local) -> AsyncIterator[Local]:
     """The whole stand-in, with its faults, empty, and with refused joins answered at once."""
     yield served
-    served.stand_in.realtime.hub.faults = Faults()
+    served.stand_in.realtime.faults = Faults()
     await served.sql("truncate realtime.messages, storage.objects, auth.users cascade")
     await served.sql("delete from storage.buckets where not starts_with(id, 'project-')")
     for file in served.storage.iterdir():
