@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,20 @@ def test_a_directory_becomes_a_file_within_one_batch(agent: Agent, root: Path, b
 def test_a_renamed_file_is_there_before_the_old_one_goes(agent: Agent) -> None:
     operations: list[Operation] = [remove("old"), write("new", "x"), write("index", "import new")]
     assert [o.path for o in in_order(operations)] == ["new", "index", "old"]
+
+
+def test_a_hydration_goes_directory_by_directory_and_answers_in_its_order(agent: Agent, root: Path) -> None:
+    operations = [write(f"d{n % 100}/f{n}", str(n)) for n in range(1500)]
+    outcome = agent.apply(*operations)
+    assert [done.operation for done in outcome.done] == operations
+    assert agent.disk.scan() == agent.known
+    directories = [operation.path.partition("/")[0] for operation in in_order(operations)]
+    assert sum(a != b for a, b in pairwise(directories)) == 99
+
+    outcome = agent.apply(*(remove(operation.path) for operation in operations))
+    assert len(outcome.done) == 1500
+    assert len(outcome.gone) == 100
+    assert seen(root) == {}
 
 
 def test_an_empty_directory_gives_way_to_a_file(agent: Agent, root: Path) -> None:

@@ -343,3 +343,41 @@ def test_sigkill_at_random_points_many_times(path: Path) -> None:
     chance = random.Random()
     for _ in range(200):
         kill_while_recording(path, chance)
+
+
+STATE_CHANGING = "pwrite64,write,fdatasync,fsync,ftruncate,unlink,unlinkat,rename,renameat"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to kill at a chosen system call")
+def test_sigkill_at_each_system_call_that_changes_a_file(path: Path) -> None:
+    """The first fifty of a fresh ledger's life: made, written ahead, recorded. None loses what was recorded."""
+    reached = 0
+    for number in range(1, 51):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        inject = f"{STATE_CHANGING}:signal=KILL:when={number}"
+        command = [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            os.devnull,
+            "-e",
+            f"trace={STATE_CHANGING}",
+            "-e",
+            f"inject={inject}",
+        ]
+        run = subprocess.run(
+            [*command, sys.executable, "-c", RECORDER, path], capture_output=True, check=False, timeout=60
+        )
+        if "ptrace" in run.stderr.decode():
+            pytest.skip(f"this machine does not let strace attach: {run.stderr.decode().strip()}")
+        lines = run.stdout.rpartition(b"\n")[0].splitlines()
+        said = int(lines[-1]) if lines else 0
+        state = reload(path)
+        if said:
+            assert assert_true_up_to(path, said) <= said + 1
+            reached += 1
+        elif state is not None and state.tree.cursor.revision:
+            assert_true_up_to(path, 1)
+    assert reached > 10
