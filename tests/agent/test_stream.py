@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import ssl
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from agent.errors import CredentialRejected, Unavailable
 from agent.phoenix import LinkState, Timing
 from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal, endpoint
 from agent.tokens import Token, Tokens
+from tests.fakes.clock import SimulatedLoop
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 
 QUICK = LinkSettings(
@@ -41,6 +41,27 @@ QUICK = LinkSettings(
 """The same machine with deadlines that a test can wait for."""
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
+"""The hook that replaces it would apply to every test below its conftest, and rename them."""
+
+
+class SimulatedPolicy(asyncio.DefaultEventLoopPolicy):
+    """Every loop of this module has a clock that jumps: no deadline here depends on how busy the machine is."""
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return SimulatedLoop()
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    return SimulatedPolicy()
+
+
+def wall() -> float:
+    """Unix seconds of the simulation."""
+    return 1_800_000_000.0 + asyncio.get_running_loop().time()
+
+
 class Issuer:
     """A `TokenSource` whose tokens are made here; `refuse` makes it say no."""
 
@@ -53,7 +74,7 @@ class Issuer:
 
     def make(self) -> str:
         self.made += 1
-        now = time.time()
+        now = wall()
         return jwt(now + self.life, now, name=f"token-{self.made}")
 
     def current(self) -> Token | None:
@@ -96,9 +117,9 @@ class Link:
 
 async def until(condition: Callable[[], bool], what: str, within: float = 10.0) -> None:
     """Wait for a condition, or fail saying for what."""
-    deadline = time.monotonic() + within
+    deadline = asyncio.get_running_loop().time() + within
     while not condition():
-        assert time.monotonic() < deadline, f"waited {within} s for {what}"
+        assert asyncio.get_running_loop().time() < deadline, f"waited {within} s for {what}"
         await asyncio.sleep(0.002)
 
 
@@ -118,17 +139,17 @@ async def running(stream: RealtimeStream, *, answer: bool = True) -> AsyncIterat
 
 @pytest.fixture
 async def server() -> AsyncIterator[FakeRealtime]:
-    async with FakeRealtime() as server:
+    async with FakeRealtime(wall=wall) as server:
         yield server
 
 
 @pytest.fixture
-def issuer() -> Issuer:
+async def issuer() -> Issuer:
     return Issuer()
 
 
 def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUICK) -> RealtimeStream:
-    return RealtimeStream(server.url, "publishable", TOPIC, issuer, settings=settings)
+    return RealtimeStream(server.url, "publishable", TOPIC, issuer, settings=settings, wall=wall)
 
 
 async def test_joins_catches_up_and_delivers(server: FakeRealtime, issuer: Issuer) -> None:
@@ -231,10 +252,10 @@ async def test_handshake_429_waits_as_asked(server: FakeRealtime, issuer: Issuer
     server.refuse_handshake = (429, {"Retry-After": "1"})
     async with running(stream_to(server, issuer)) as link:
         await until(lambda: bool(server.requests), "the first attempt")
-        began = time.monotonic()
+        began = asyncio.get_running_loop().time()
         server.refuse_handshake = None
         await link.live()
-        assert time.monotonic() - began > 0.9
+        assert asyncio.get_running_loop().time() - began > 0.9
         assert link.stream.report()["refusals"] == {"429": 1}
 
 
@@ -264,7 +285,7 @@ async def test_a_token_is_refreshed_before_it_ends_and_pushed(server: FakeRealti
 async def test_an_expired_first_token_is_renewed_before_the_handshake(
     server: FakeRealtime, issuer: Issuer
 ) -> None:
-    issuer.tokens = Tokens(jwt(time.time() - 5, time.time() - 600))
+    issuer.tokens = Tokens(jwt(wall() - 5, wall() - 600))
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         assert issuer.asked == 1
@@ -319,7 +340,7 @@ async def test_overflow_becomes_one_resync(server: FakeRealtime, issuer: Issuer)
 
 async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
     slept = 0.0
-    stream = RealtimeStream(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: time.time() + slept)
+    stream = RealtimeStream(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: wall() + slept)
     async with running(stream) as link:
         await link.live()
         slept = 60.0
@@ -350,11 +371,11 @@ async def test_doubts_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> 
 async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Path) -> None:
     """Platforms that rotate a file need no session API."""
     file = tmp_path / "token"
-    file.write_text(jwt(time.time() + 600, time.time(), name="one"))
-    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK)
+    file.write_text(jwt(wall() + 600, wall(), name="one"))
+    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
     async with running(stream) as link:
         await link.live()
-        second = jwt(time.time() + 1200, time.time(), name="two")
+        second = jwt(wall() + 1200, wall(), name="two")
         (tmp_path / "next").write_text(second)
         (tmp_path / "next").rename(file)
         await until(lambda: server.pushed_tokens == [second], "the new token on the channel")
@@ -364,11 +385,13 @@ async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Pa
 
 async def test_a_rotated_token_file_ends_a_refusal_at_once(server: FakeRealtime, tmp_path: Path) -> None:
     file = tmp_path / "token"
-    file.write_text(jwt(time.time() + 600, time.time(), name="bad"))
-    good = jwt(time.time() + 600, time.time(), name="good")
+    file.write_text(jwt(wall() + 600, wall(), name="bad"))
+    good = jwt(wall() + 600, wall(), name="good")
     server.join_error_for = lambda token: None if token == good else "Unauthorized: no"
     slow = replace(QUICK, refused_retry=60.0)
-    async with running(RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=slow)) as link:
+    async with running(
+        RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=slow, wall=wall)
+    ) as link:
         await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
         file.write_text(good)
         await link.live()
@@ -438,7 +461,7 @@ def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
 
 async def test_a_redirect_is_not_followed(issuer: Issuer) -> None:
     """The token goes to the host of the settings or to nobody."""
-    async with FakeRealtime() as elsewhere, FakeRealtime() as server:
+    async with FakeRealtime(wall=wall) as elsewhere, FakeRealtime(wall=wall) as server:
         server.refuse_handshake = (302, {"Location": f"{elsewhere.url}/websocket?vsn=2.0.0"})
         async with running(stream_to(server, issuer)) as link:
             await until(lambda: len(server.requests) >= 3, "three attempts")
@@ -484,7 +507,7 @@ async def test_over_tls_it_is_the_same(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    async with FakeRealtime(tls=tls) as server, running(stream_to(server, issuer)) as link:
+    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
         await link.live()
         for number in range(50):
             await server.broadcast("file:update", {"n": number, "content": "x" * (number * number * 200)})
@@ -500,7 +523,7 @@ async def test_a_certificate_nobody_trusts_gets_no_token(
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    async with FakeRealtime(tls=tls) as server, running(stream_to(server, issuer)) as link:
+    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
         await until(lambda: link.stream.report()["losses"].get("unreachable", 0) >= 2, "two attempts")  # type: ignore[attr-defined]
         assert server.requests == []
         assert "SSLCertVerificationError" in str(link.stream.report()["why"])

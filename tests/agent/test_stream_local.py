@@ -28,7 +28,7 @@ from tests.fakes.serving import Local, serve_local
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SETTINGS = replace(
-    QUICK, timing=replace(QUICK.timing, join_within=2.0, heartbeat_every=0.3, heartbeat_within=0.5)
+    QUICK, timing=replace(QUICK.timing, join_within=5.0, heartbeat_every=1.0, heartbeat_within=2.0)
 )
 
 
@@ -127,7 +127,7 @@ async def test_what_the_database_sends_arrives(local: Local) -> None:
         ({"action": "rate_limit"}, "rate_limited"),
         ({"action": "crash"}, "channel_error"),
         ({"mute_heartbeats": True}, "heartbeat_timeout"),
-        ({"blackout": 1.5}, "heartbeat_timeout"),
+        ({"blackout": 4.0}, "heartbeat_timeout"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
