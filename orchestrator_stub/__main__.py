@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
     dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")
     dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
+    dev.add_argument("--faults", action="store_true", help="let the realtime server misbehave on request")
     dev.set_defaults(run=_dev)
 
     serve = commands.add_parser("serve", help="the control plane, by the environment's settings")
@@ -82,6 +83,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         once=arguments.once,
         watch=not arguments.no_watch,
         database_url=arguments.database_url,
+        faults=arguments.faults,
     )
     try:
         return asyncio.run(run_dev(options))

@@ -75,6 +75,8 @@ class DevOptions:
     once: bool = False
     watch: bool = True
     database_url: str | None = None
+    faults: bool = False
+    """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +299,7 @@ class Stack:
         self, listener: socket.socket, service: Service, dsn: str, keys: ProjectKeys
     ) -> AsyncIterator[None]:
         """Control plane and stand-in on one socket, up when this yields."""
-        local = stand_in(dsn, keys, self._state / "storage", faults=True)
+        local = stand_in(dsn, keys, self._state / "storage", faults=self._options.faults)
         app = application([*service.routes, *local.routes], lifespan=local.lifespan)
         config = uvicorn.Config(
             Measured(app, service.metrics),
