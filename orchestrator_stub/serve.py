@@ -30,6 +30,10 @@ STOP_GRACE = 10
 """Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
 
 
+CONNECT_TIMEOUT = 10
+"""Seconds for the database to be reached at the start; whoever started us starts us again."""
+
+
 class CannotServe(Exception):
     """Why the service does not start, in one line."""
 
@@ -47,6 +51,9 @@ async def run_serve(settings: Settings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     try:
+        dsn = settings.database_url.get_secret_value()
+        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
+            pass
         async with control_plane(settings, keys, driver_of(settings)) as service:
             config = uvicorn.Config(
                 Measured(application(service.routes), service.metrics),

@@ -80,6 +80,8 @@ class Server(uvicorn.Server):
 def configure_logs(level: str, form: str) -> None:
     """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto)."""
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    # It reports each failed attempt of its own retries; what comes of them is ours to say.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -1,0 +1,170 @@
+"""`preview-orchestrator serve` and `migrate` as processes: settings, health, numbers, and a stop in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from orchestrator_stub.migrations import read_migrations
+from orchestrator_stub.operations import openapi_document
+from tests.orchestrator.control_world import SERVICE_KEY, bearer
+
+SECRET = "a secret of at least thirty-two bytes, for the tests"
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator_stub", *arguments],
+        env={"PATH": os.environ["PATH"], **environ}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def settings(dsn: str, **changed: str) -> dict[str, str]:
+    return {
+        "DATABASE_URL": dsn,
+        "SUPABASE_URL": "http://127.0.0.1:9",
+        "SUPABASE_ANON_KEY": "sb_publishable_x",
+        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_KEY,
+        "SUPABASE_JWT_SECRET": SECRET,
+        **changed,
+    }
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def service(database: str, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    environ = settings(database, PORT=str(port), MACHINES_DIR=str(tmp_path / "machines"), LOG_FORMAT="json")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator_stub", "serve"],
+        env={"PATH": os.environ["PATH"], **environ}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2).status_code == 200:
+                break
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield process
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str], port: int) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+        assert http.get("/livez").json() == {"alive": True}
+        assert http.get("/v1/sessions").status_code == 401
+        assert http.get("/v1/sessions", headers=bearer(SERVICE_KEY)).json() == {"sessions": []}
+        assert http.get("/openapi.json").json() == openapi_document()
+        metrics = http.get("/metrics").text
+    assert (
+        'preview_orchestrator_requests_total{method="GET",route="/v1/sessions",status="401"} 1.0' in metrics
+    )
+    assert 'preview_orchestrator_sessions{state="ready"} 0.0' in metrics
+    assert "snapshot_build_seconds" in metrics
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(timeout=15) == 0
+    assert service.stderr is not None
+    said = service.stderr.read()
+    assert SERVICE_KEY not in said
+    assert SECRET not in said
+
+
+def test_every_bad_setting_is_named_at_once() -> None:
+    ended = run("serve", SUPABASE_URL="not a url", PORT="70000", MACHINE_DRIVER="cloud", SERVICE="x")
+    assert ended.returncode == 64
+    lines = ended.stderr.splitlines()
+    for name in ("DATABASE_URL", "SUPABASE_URL", "SUPABASE_ANON_KEY", "SUPABASE_SERVICE_ROLE_KEY", "PORT",
+                 "MACHINE_DRIVER"):  # fmt: skip
+        assert sum(line.startswith(f"preview-orchestrator: {name}:") for line in lines) == 1, name
+    assert "Traceback" not in ended.stderr
+
+
+def test_fly_needs_its_settings() -> None:
+    environ = settings("postgresql:///x", MACHINE_DRIVER="fly")
+    del environ["SUPABASE_JWT_SECRET"]
+    ended = run("serve", **environ)
+    assert ended.returncode == 64
+    for name in ("FLY_API_TOKEN", "FLY_APP", "SUPABASE_JWT_SECRET or JWT_KEYS_FILE"):
+        assert name in ended.stderr
+
+
+def test_what_cannot_be_reached_is_one_clear_line(port: int, tmp_path: Path) -> None:
+    nowhere = settings(f"postgresql://127.0.0.1:{port}/x?connect_timeout=2", PORT="0")
+    ended = run("serve", **nowhere)
+    assert ended.returncode == 1
+    assert "cannot reach the database" in ended.stderr.splitlines()[-1]
+    short = run("serve", **{**nowhere, "SUPABASE_JWT_SECRET": "short"})
+    assert "JWT" in short.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        busy = run("serve", **{**nowhere, "PORT": str(taken.getsockname()[1])})
+    assert "cannot listen" in busy.stderr
+    for each in (ended, short, busy):
+        assert "Traceback" not in each.stderr
+        assert each.returncode == 1
+
+
+def test_migrate_makes_a_plain_database_ours(postgres_dsn: str) -> None:
+    name = f"plain_{os.getpid()}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        server.execute(f"create database {name}".encode())
+        dsn = psycopg.conninfo.make_conninfo(postgres_dsn, dbname=name)
+        try:
+            first = run("migrate", "--bootstrap", DATABASE_URL=dsn)
+            assert first.returncode == 0, first.stderr
+            assert len(first.stdout.splitlines()) == len(
+                read_migrations(Path(__file__).parents[2] / "supabase" / "migrations")
+            )
+            again = run("migrate", "--database-url", dsn)
+            assert again.stdout == "nothing to apply\n"
+        finally:
+            server.execute(f"drop database {name} with (force)".encode())
+    assert run("migrate").returncode == 64
+    gone = run("migrate", "--database-url", dsn)
+    assert gone.returncode == 1
+    assert len(gone.stderr.splitlines()) == 1
+
+
+def test_the_document_names_every_route_and_resolves() -> None:
+    document = openapi_document()
+    assert {(path, method) for path, item in document["paths"].items() for method in item} == {
+        ("/v1/sessions", "post"), ("/v1/sessions", "get"), ("/v1/sessions/{session_id}", "get"),
+        ("/v1/sessions/{session_id}", "delete"), ("/v1/sessions/{session_id}/snapshot", "post"),
+        ("/v1/sessions/{session_id}/sync", "post"), ("/v1/sessions/{session_id}/token", "post"),
+        ("/v1/sessions/{session_id}/status", "put"),
+    }  # fmt: skip
+
+    def references(value: object) -> list[str]:
+        if isinstance(value, dict):
+            own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+            return own + [ref for item in value.values() for ref in references(item)]
+        if isinstance(value, list):
+            return [ref for item in value for ref in references(item)]
+        return []
+
+    found = references(document)
+    assert found
+    for reference in found:
+        target: object = document
+        for part in reference.removeprefix("#/").split("/"):
+            assert isinstance(target, dict)
+            target = target[part]
