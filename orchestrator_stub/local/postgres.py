@@ -101,7 +101,7 @@ class EmbeddedPostgres:
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         try:
-            with self._log.open("ab") as log:
+            with self._log.open("wb") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
                     stdin=subprocess.DEVNULL,
@@ -144,12 +144,6 @@ class EmbeddedPostgres:
         await self.stop()
 
     def _prepare(self, account: pwd.struct_passwd | None) -> None:
-        self._data.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if account is not None:
-            for needed in (self._data, _binary("postgres")):
-                _let_through(needed, account)
-            if self._data.stat().st_uid != account.pw_uid:
-                os.chown(self._data, account.pw_uid, account.pw_gid)
         marker = self._data / "PG_VERSION"
         if marker.exists():
             found = marker.read_text().strip()
@@ -158,12 +152,29 @@ class EmbeddedPostgres:
                     f"cannot use {self._data}: it was made by PostgreSQL {found}, this is {MAJOR}. "
                     "Move it away, or point --state somewhere else."
                 )
-            return
+        elif self._data.exists() and any(self._data.iterdir()):
+            raise EmbeddedPostgresError(f"cannot make {self._data}: it exists but is not empty")
+        else:
+            self._make(account)
+        if account is not None:
+            for needed in (self._data, _binary("postgres")):
+                _let_through(needed, account)
+
+    def _make(self, account: pwd.struct_passwd | None) -> None:
+        """A new data directory appears whole: interrupted half-way, the next start begins again."""
+        draft = self._data.with_name(self._data.name + ".new")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True, mode=0o700)
+        if account is not None:
+            os.chown(draft, account.pw_uid, account.pw_gid)
+            for needed in (draft, _binary("initdb")):
+                _let_through(needed, account)
         made = subprocess.run(
             [
                 _binary("initdb"),
-                *("-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions"),
+                *("-D", draft, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions"),
                 *("--locale-provider=builtin", "--locale=C.UTF-8"),
+                *(["--no-sync"] if self._options.get("fsync") == "off" else []),
             ],
             cwd="/",
             env=_environment(),
@@ -176,10 +187,11 @@ class EmbeddedPostgres:
             extra_groups=None if account is None else [],
         )
         if made.returncode != 0:
-            shutil.rmtree(self._data, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
             raise EmbeddedPostgresError(
                 f"cannot make {self._data}: {made.stderr.strip() or made.stdout.strip()}"
             )
+        draft.rename(self._data)
 
     async def _wait_until_ready(self) -> None:
         assert self._process is not None

@@ -170,8 +170,13 @@ comment on view public.project_files_current is 'The files of today, tombstones 
 
 -- No current file may be a directory of another. Looked at after the whole statement, so that a bulk may turn a file into
 -- a directory; the write path holds the project's head meanwhile, so two writers cannot each make one half of it.
+--
+-- Here and in the write path, a look-up by path reads `file_path >= x order by file_path limit 1` with sorting and table
+-- scans switched off. Any index that begins with project_id could serve an equality; where most projects are small, the
+-- planner takes them for equal, and in a large project reads all of it for each file of a bulk. Only an index by path can
+-- give the order.
 create function preview.no_file_is_a_directory() returns trigger
-language plpgsql set search_path = '' as $$
+language plpgsql set search_path = '' set enable_sort = off set enable_seqscan = off as $$
 declare
   upper_path text;
   lower_path text;
@@ -183,13 +188,16 @@ begin
      from public.project_files below
      where below.project_id = w.project_id and below.is_current_version and not below.is_deleted
        and below.file_path > w.file_path || '/' and below.file_path < w.file_path || '0'  -- '0' follows '/' in ASCII
-     limit 1)
+     order by below.file_path limit 1)
     union all
     (select above.file_path, w.file_path
      from preview.parents(w.file_path) as parent
-     join public.project_files above
-       on above.project_id = w.project_id and above.file_path = parent
-      and above.is_current_version and not above.is_deleted
+     cross join lateral (
+       select f.file_path, f.is_deleted from public.project_files f
+       where f.project_id = w.project_id and f.is_current_version and f.file_path >= parent
+       order by f.file_path limit 1
+     ) above
+     where above.file_path = parent and not above.is_deleted
      limit 1)
   ) as found
   where w.is_current_version and not w.is_deleted

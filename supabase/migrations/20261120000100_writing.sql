@@ -139,9 +139,11 @@ create view preview.write_gate with (security_invoker = true) as
 comment on view preview.write_gate is
   'The door: `update … set changes = … where project_id = … returning answer`, for the projects that the caller may see.';
 
--- Its plans are kept: planned anew for each array of changes, they would cost more than the write.
+-- Its plans are kept: planned anew for each array of changes, they would cost more than the write. What a plan must not
+-- depend on is how the table was when it was made; so a look-up by path leaves no choice (see no_file_is_a_directory).
 create function preview.write() returns trigger
-language plpgsql security definer set search_path = '' set plan_cache_mode = 'force_generic_plan' as $$
+language plpgsql security definer set search_path = ''
+  set plan_cache_mode = 'force_generic_plan' set enable_seqscan = off set enable_sort = off as $$
 declare
   limits preview.settings;
   head public.project_heads;
@@ -210,10 +212,13 @@ begin
     end if;
   end if;
 
-  select c.file_path, c.expected_version, f.version, f.content_hash, f.is_deleted, f.revision into bad
+  select c.file_path, c.expected_version, f.version, f.content_hash, f.is_deleted into bad
   from unnest(new.changes) c
-  left join public.project_files f
-    on f.project_id = new.project_id and f.file_path = c.file_path and f.is_current_version
+  left join lateral (
+    select at.file_path, at.version, at.content_hash, at.is_deleted from public.project_files at
+    where at.project_id = new.project_id and at.is_current_version and at.file_path >= c.file_path
+    order by at.file_path limit 1
+  ) f on f.file_path = c.file_path
   where c.expected_version <> coalesce(f.version, 0)
     and not (c.expected_version = 0 and f.is_deleted)
   limit 1;
@@ -252,8 +257,12 @@ begin
              f.id as was_id, f.version as was_version, f.content_hash as was_hash, f.executable as was_executable,
              coalesce(not f.is_deleted, false) as was_there
       from unnest(new.changes) c
-      left join public.project_files f
-        on f.project_id = new.project_id and f.file_path = c.file_path and f.is_current_version
+      left join lateral (
+        select at.id, at.file_path, at.file_type, at.version, at.content_hash, at.is_deleted, at.executable
+        from public.project_files at
+        where at.project_id = new.project_id and at.is_current_version and at.file_path >= c.file_path
+        order by at.file_path limit 1
+      ) f on f.file_path = c.file_path
     ) n
   ) s;
 
@@ -276,8 +285,7 @@ begin
 
     update public.project_files f
     set is_current_version = false, updated_at = moment, last_modified_by = author
-    from unnest(fresh) s
-    where f.id = s.was_id;
+    where f.id = any (array(select s.was_id from unnest(fresh) s));
 
     insert into public.project_files (
       id, project_id, file_path, file_type, content, content_hash, version, parent_version_id, is_current_version,

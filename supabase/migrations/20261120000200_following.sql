@@ -36,7 +36,9 @@ $$;
 -- comes with content null; its bytes are project-assets/{project_id}/{content_hash}.
 create function public.changes_since(
   project_uuid uuid, epoch text, revision bigint, p_paths text[] default null, p_max_bytes bigint default null
-) returns jsonb language plpgsql stable security invoker set search_path = '' as $$
+) returns jsonb language plpgsql stable security invoker set search_path = ''
+  set enable_sort = off  -- so that it is the index in the order asked for that is read (see no_file_is_a_directory)
+as $$
 #variable_conflict use_column
 declare
   head public.project_heads;
@@ -65,9 +67,11 @@ begin
     return answer || '{"kind": "current"}';
   end if;
   if p_max_bytes is not null then
-    select sum(octet_length(f.content)) into total
-    from public.project_files f
-    where f.project_id = project_uuid and f.is_current_version and f.revision > changes_since.revision;
+    select sum(f.size_bytes) into total
+    from (select c.size_bytes, c.encoding from public.project_files c
+          where c.project_id = project_uuid and c.is_current_version and c.revision > changes_since.revision
+          order by c.revision) f
+    where f.encoding = 'utf-8';
     if total > p_max_bytes then
       return answer || '{"kind": "snapshot", "reason": "too_large"}';
     end if;
@@ -78,14 +82,20 @@ begin
       select coalesce(jsonb_agg(preview.entry_of(c.file_path, c.is_deleted, c.content, c.content_hash, c.version,
                                                  c.encoding, c.executable) order by c.revision, c.file_path), '[]')
       from (
-        select f.file_path, f.is_deleted, f.content, f.content_hash, f.version, f.encoding, f.executable, f.revision
-        from public.project_files f
-        where f.project_id = project_uuid and f.is_current_version and f.revision > changes_since.revision
+        (select f.file_path, f.is_deleted, f.content, f.content_hash, f.version, f.encoding, f.executable, f.revision
+         from public.project_files f
+         where f.project_id = project_uuid and f.is_current_version and f.revision > changes_since.revision
+         order by f.revision)
         union all
-        select f.file_path, f.is_deleted, f.content, f.content_hash, f.version, f.encoding, f.executable, f.revision
-        from public.project_files f
-        where f.project_id = project_uuid and f.is_current_version and f.revision <= changes_since.revision
-          and f.file_path = any (p_paths)
+        select f.*
+        from (select distinct path from unnest(p_paths) path) wanted
+        cross join lateral (
+          select at.file_path, at.is_deleted, at.content, at.content_hash, at.version, at.encoding, at.executable, at.revision
+          from public.project_files at
+          where at.project_id = project_uuid and at.is_current_version and at.file_path >= wanted.path
+          order by at.file_path limit 1
+        ) f
+        where f.file_path = wanted.path and f.revision <= changes_since.revision
       ) c));
 end $$;
 comment on function public.changes_since is 'What became of each path after `revision`; the latest of each, tombstones included.';

@@ -317,10 +317,13 @@ def test_a_binary_file_is_its_hash_and_an_object(db: Db, project: Project) -> No
 
 
 def test_a_lost_broadcast_leaves_the_write_and_the_revision(db: Db, project: Project) -> None:
-    db.execute("alter table realtime.messages add constraint full_up check (payload->>'file_path' <> 'a')")
     notices: list[str] = []
     db.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
-    assert upsert(db, project.id, "a", "1")["revision"] == 1
+    db.execute("alter table realtime.messages add constraint full_up check (payload->>'file_path' <> 'a')")
+    try:
+        assert upsert(db, project.id, "a", "1")["revision"] == 1
+    finally:
+        db.execute("alter table realtime.messages drop constraint full_up")
     assert any("ErrorSendingBroadcastMessage" in notice for notice in notices)
     assert messages(db, project.id) == []
     assert upsert(db, project.id, "b", "2")["revision"] == 2
