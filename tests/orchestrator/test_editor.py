@@ -1,0 +1,229 @@
+"""A directory whose saves become RPCs, against the real endpoints over a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from orchestrator_stub.editor import Editor, Sent, UserAuth, as_text, ignored, path_problem, scan
+from tests.fakes.serving import Local, serve_local
+
+PNG = bytes(range(256))
+
+
+class Desk:
+    """A person's directory, a project of theirs, and the way between."""
+
+    def __init__(self, local: Local, root: Path, project_id: UUID, user_id: UUID, baseline: Path) -> None:
+        self.local = local
+        self.root = root
+        self.project_id = project_id
+        self.baseline = baseline
+        self.http = httpx.AsyncClient(
+            base_url=local.url,
+            headers={"apikey": local.keys.anon_key},
+            auth=UserAuth(local.keys.keyring, user_id, time.time),
+            timeout=20,
+        )
+
+    def editor(self) -> Editor:
+        return Editor(self.root, self.project_id, self.http, self.baseline)
+
+    def put(self, path: str, content: str | bytes) -> Path:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        return file
+
+    async def files(self) -> dict[str, str | None]:
+        """The project as the database has it: path to content, None for a binary."""
+        rows = await self.local.sql(
+            "select file_path, content from public.list_current_files(%s)", self.project_id
+        )
+        return dict(rows)
+
+    async def revision(self) -> int:
+        rows = await self.local.sql(
+            "select revision from public.project_heads where project_id = %s", self.project_id
+        )
+        return int(rows[0][0])
+
+    async def until(self, condition: Callable[[dict[str, str | None]], object]) -> None:
+        async with asyncio.timeout(15):
+            while not condition(await self.files()):
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+    async with serve_local(database, tmp_path / "storage") as local:
+        user_id, project_id = uuid4(), uuid4()
+        await local.sql("insert into auth.users (id) values (%s)", user_id)
+        await local.sql("insert into public.user_profiles (id) values (%s)", user_id)
+        await local.sql("insert into public.projects (id, owner_id) values (%s, %s)", project_id, user_id)
+        root = tmp_path / "app"
+        root.mkdir()
+        made = Desk(local, root, project_id, user_id, tmp_path / "editor.json")
+        yield made
+        await made.http.aclose()
+
+
+async def test_an_import_is_one_commit_of_what_is_the_project_s(desk: Desk) -> None:
+    desk.put("package.json", "{}\n")
+    desk.put("src/App.tsx", "export {}\n")
+    desk.put("logo.png", PNG)
+    desk.put("run.sh", "#!/bin/sh\n").chmod(0o755)
+    for path in (
+        "node_modules/a/b.js",
+        ".git/HEAD",
+        "dist/x.js",
+        ".preview-sync/y",
+        "src/App.tsx~",
+        ".DS_Store",
+    ):
+        desk.put(path, "no")
+    (desk.root / "link").symlink_to("package.json")
+    sent = await desk.editor().send_all()
+    assert sent == Sent(updated=4)
+    assert await desk.files() == {
+        "package.json": "{}\n", "src/App.tsx": "export {}\n", "logo.png": None, "run.sh": "#!/bin/sh\n",
+    }  # fmt: skip
+    assert await desk.revision() == 1
+    rows = await desk.local.sql("select file_path from public.project_files_current where executable")
+    assert rows == [("run.sh",)]
+    assert not await desk.editor().send_all(), "a second start has nothing to send"
+
+
+async def test_what_changed_while_it_was_down_is_sent_and_what_others_wrote_is_left(desk: Desk) -> None:
+    for path in ("kept", "changed", "removed", "theirs"):
+        desk.put(path, "one")
+    await desk.editor().send_all()
+    await desk.local.sql("select public.upsert_project_file(%s, 'theirs', 'theirs')", desk.project_id)
+    await desk.local.sql("select public.upsert_project_file(%s, 'new of theirs', 'x')", desk.project_id)
+    desk.put("changed", "two")
+    (desk.root / "removed").unlink()
+    desk.put("new", "new")
+    assert await desk.editor().send_all() == Sent(updated=2, deleted=1)
+    assert await desk.files() == {
+        "kept": "one", "changed": "two", "theirs": "theirs", "new of theirs": "x", "new": "new",
+    }  # fmt: skip
+
+
+async def test_what_the_database_refuses_is_said_and_the_rest_lands(desk: Desk) -> None:
+    desk.put("good", "x")
+    desk.put("e\u0301", "not composed")
+    desk.put("a\\b", "backslash")
+    desk.put("d", "a file here")
+    await desk.local.sql(
+        "select public.upsert_project_file(%s, 'd/e', 'and a directory there')", desk.project_id
+    )
+    sent = await desk.editor().send_all()
+    assert sent.updated == 1
+    assert {line.split(":")[0] for line in sent.skipped} == {"e\u0301", "a\\b", "d"}
+    assert (await desk.files())["good"] == "x"
+
+
+class Watched:
+    """An editor at work while the block runs."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.sent: list[Sent] = []
+
+    async def __aenter__(self) -> Watched:
+        editor = self.desk.editor()
+        await editor.send_all()
+
+        async def follow() -> None:
+            async for sent in editor.watch():
+                self.sent.append(sent)
+
+        self.task = asyncio.create_task(follow())
+        # The watch is in place once a first save has come through.
+        self.desk.put("watched", "yes")
+        await self.desk.until(lambda files: "watched" in files)
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def test_saves_removals_and_moves_are_followed(desk: Desk) -> None:
+    desk.put("src/a.ts", "a")
+    async with Watched(desk):
+        desk.put("src/b.ts", "b")
+        await desk.until(lambda files: files.get("src/b.ts") == "b")
+        draft = desk.put("src/a.ts.tmp", "a, safely")
+        draft.rename(desk.root / "src/a.ts")
+        await desk.until(lambda files: files.get("src/a.ts") == "a, safely")
+        (desk.root / "src").rename(desk.root / "source")
+        await desk.until(lambda files: set(files) == {"watched", "source/a.ts", "source/b.ts"})
+        shutil.rmtree(desk.root / "source")
+        await desk.until(lambda files: set(files) == {"watched"})
+        desk.put("deep/er/c.ts", "c")
+        await desk.until(lambda files: files.get("deep/er/c.ts") == "c")
+
+
+async def test_many_saves_at_once_are_few_commits(desk: Desk) -> None:
+    async with Watched(desk):
+        before = await desk.revision()
+        for n in range(200):
+            desk.put(f"src/{n}.ts", f"export const n = {n}\n")
+        await desk.until(lambda files: len(files) == 201)
+        assert await desk.revision() - before < 50
+
+
+async def test_a_hundred_quick_saves_end_with_the_last(desk: Desk) -> None:
+    async with Watched(desk):
+        for n in range(100):
+            desk.put("a.ts", f"export const n = {n}\n")
+            await asyncio.sleep(0.002)
+        await desk.until(lambda files: files.get("a.ts") == "export const n = 99\n")
+
+
+async def test_a_stack_that_is_away_for_a_moment_loses_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 2
+    real = desk.http.post
+
+    async def post(*args: Any, **kwargs: Any) -> httpx.Response:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise httpx.ConnectError("refused")
+        return await real(*args, **kwargs)
+
+    monkeypatch.setattr(desk.http, "post", post)
+    desk.put("a", "a")
+    assert await desk.editor().send_all() == Sent(updated=1)
+    assert await desk.files() == {"a": "a"}
+
+
+def test_what_is_no_part_of_a_project(tmp_path: Path) -> None:
+    for path in ("node_modules/x", "a/node_modules/x", ".git/x", "dist/x", "x~", "a/.#x", "4913", "x.log"):
+        assert ignored(path), path
+    for path in ("src/dist.ts", "node_modules.ts", ".env", "x.log.ts", "a/b/c"):
+        assert not ignored(path), path
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "a").write_text("")
+    assert list(scan(tmp_path)) == ["a"]
+
+
+def test_paths_and_texts() -> None:
+    assert path_problem("src/é.ts") is None
+    for path in ("a" * 1025, "b" * 256, "a\\b", "a\nb", "e\u0301", os.fsdecode(b"\xff")):
+        assert path_problem(path), path
+    assert as_text(b"x\0") is None
+    assert as_text(b"\xff") is None
+    assert as_text("ü\r\n".encode()) == "ü\r\n"
