@@ -11,6 +11,7 @@ ends the short way for good: the rest of the connection is the library's, and it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -34,8 +35,9 @@ class DirectConnect(connect):
     credential, and it goes to the host of the settings or to nobody.
     """
 
-    def __init__(self, uri: str, **kwargs: Any) -> None:
-        super().__init__(uri, create_connection=DirectConnection, **kwargs)
+    def __init__(self, uri: str, *, max_size: int, **kwargs: Any) -> None:
+        made: Any = partial(DirectConnection, max_size=max_size)
+        super().__init__(uri, create_connection=made, max_size=max_size, **kwargs)
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         """A redirect is an answer like any other that is not 101."""
@@ -43,13 +45,14 @@ class DirectConnect(connect):
 
 
 class DirectConnection(ClientConnection):
-    """One open connection. `recv()` is not to be used.
+    """One open connection. `recv()` is not to be used. `max_size`: as the protocol's, in bytes.
 
     Text arrives as its bytes, not checked for UTF-8: that is for whoever decodes it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._max_size = max_size
         self._deliver: Callable[[bytes], None] | None = None
         self._ended: Callable[[], None] = _nobody
         self._early: list[bytes] = []
@@ -135,7 +138,7 @@ class DirectConnection(ClientConnection):
         """Take whole frames off the front of `data`; keep what is left of the last."""
         at, size = 0, len(data)
         deliver = self._deliver or self._hand_over
-        most = self.protocol.max_size or size
+        most = self._max_size
         while size - at >= 2:
             first, length = data[at], data[at + 1]
             body = at + 2

@@ -106,7 +106,7 @@ async def both(frames: bytes, cuts: list[int], attach_after: int = 0) -> tuple[A
     feed(plain, answer + frames, cuts)
     expected = (plain.messages, opened_masks(bytes(transport.written[sent:])), ended(plain), transport.closed)
 
-    direct = DirectConnection(protocol())
+    direct = DirectConnection(protocol(), max_size=MOST)
     messages: list[bytes] = []
     ends: list[None] = []
     transport, answer = shake(direct)
@@ -210,8 +210,7 @@ async def test_what_comes_before_anybody_listens_is_kept() -> None:
 @pytest.mark.parametrize("cut", [[], [10], [40, 41, 42]])
 async def test_a_refused_handshake_is_the_librarys(answer: bytes, cut: list[int]) -> None:
     seen = []
-    for way in (ClientConnection, DirectConnection):
-        connection = way(protocol())
+    for connection in (ClientConnection(protocol()), DirectConnection(protocol(), max_size=MOST)):
         shake(connection)
         feed(connection, answer, cut)
         error = connection.protocol.handshake_exc
