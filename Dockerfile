@@ -7,7 +7,8 @@ ARG BASE=docker.io/library/node:22-trixie-slim
 # --- the agent, from its lock, in a directory of its own
 FROM ${BASE} AS agent
 # Behind a proxy that signs for itself: mount its bundle and name it. Known to the build alone, not to the image.
-ARG NODE_EXTRA_CA_CERTS PIP_CERT
+ARG NODE_EXTRA_CA_CERTS
+ARG PIP_CERT
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly check fmt bench lock clean
+.PHONY: help setup dev test test-nightly test-image image check fmt bench lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ test: $(READY) ## unit, contract, database and system tests
 
 test-nightly: $(READY) ## everything, with the long profiles
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+
+image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
+	$(BIN)/python -m tests.image.engine preview-agent
+
+test-image: $(READY) ## build the image and run it for real
+	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image -rs
 
 check: $(READY) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

@@ -31,14 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"preview-agent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="hydrate, start the dev server, follow the project until told to stop")
+    commands.add_parser("check", help="settings, reach, permissions, disk, ports, Node: one line each")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code."""
-    _parser().parse_args(argv)
+    command = _parser().parse_args(argv).command
     try:
-        return _run()
+        return _check() if command == "check" else _run()
     except SettingsError as error:
         for problem in error.problems:
             print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
@@ -55,6 +56,12 @@ def _run() -> int:
 
     environ = dict(os.environ)
     return asyncio.run(run(read_environment(environ), environ))
+
+
+def _check() -> int:
+    from agent.check import check
+
+    return asyncio.run(check(dict(os.environ), print))
 
 
 if __name__ == "__main__":
