@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,11 @@ class Disk:
     def root(self) -> Path:
         """The project directory."""
         return self._root
+
+    @property
+    def made(self) -> Collection[RelPath]:
+        """The directories that this life and earlier ones made."""
+        return self._made
 
     def open(self, made: Iterable[RelPath] = ()) -> None:
         """Make sure of root and staging, and lock them against a second agent.

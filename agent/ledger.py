@@ -133,6 +133,18 @@ class Ledger:
             sql.executemany("insert or ignore into intended values (?)", ((path,) for path in paths))
         self._intentions = True
 
+    def note(
+        self, done: Iterable[Done], *, made: Iterable[RelPath] = (), gone: Iterable[RelPath] = ()
+    ) -> None:
+        """Keep what is now true for the next `record`. Until then a kill costs work: it is found out again.
+
+        `made` and `gone` are directories that the agent made and removed (`Outcome.made`, `Outcome.gone`).
+        """
+        for each in done:
+            self._unwritten[each.operation.path] = each
+        self._made.update(dict.fromkeys(made, True))
+        self._made.update(dict.fromkeys(gone, False))
+
     def record(
         self,
         done: Iterable[Done],
@@ -141,14 +153,8 @@ class Ledger:
         made: Iterable[RelPath] = (),
         gone: Iterable[RelPath] = (),
     ) -> None:
-        """Record what is now true, and the cursor that follows from it, in one transaction.
-
-        `made` and `gone` are directories that the agent made and removed (`Outcome.made`, `Outcome.gone`).
-        """
-        for each in done:
-            self._unwritten[each.operation.path] = each
-        self._made.update(dict.fromkeys(made, True))
-        self._made.update(dict.fromkeys(gone, False))
+        """Record what is now true, noted before or given here, and the cursor that follows, in one transaction."""
+        self.note(done, made=made, gone=gone)
         with self._transaction("record") as sql:
             sql.executemany(
                 "insert or replace into files values (?,?,?,?,?,?,?,?,?,?,?)",

@@ -108,7 +108,14 @@ class Report(Collector):
         )
 
     def collect(self) -> Iterator[Metric]:
-        """The link's own figures, read at each scrape (a prometheus collector)."""
+        """The parts' own figures, read at each scrape (a prometheus collector)."""
+        cursor = self.sync.tree.cursor
+        for name, text, value in (
+            ("revision", "Everything up to this revision is on disk.", cursor.revision),
+            ("head_revision", "The highest revision heard of.", self.sync.head_revision),
+            ("queue_depth", "Events received and not yet applied.", self.sync.queue_depth),
+        ):
+            yield GaugeMetricFamily(f"preview_agent_{name}", text, value=value)
         link = self.link.report()
         state = GaugeMetricFamily(
             "preview_agent_link_state", "1 for the state the link is in.", labels=["state"]

@@ -260,6 +260,10 @@ class RealtimeStream:
         """The next signal, in order. One consumer."""
         return self._queue.get()
 
+    def receive_now(self) -> Signal | None:
+        """The next signal if one is waiting."""
+        return self._queue.get_now()
+
     def caught_up(self) -> None:
         """One catch-up succeeded that began after the last `Resync` was received; a newer one is still to come
         when the queue holds it, and then the link stays behind.

@@ -58,7 +58,12 @@ REFUSED_RETRY = 60.0
 """Seconds between questions once the token is refused for good: somebody may still mend it."""
 
 TURN = 64
-"""Signals taken before other tasks get their turn, so that a flood cannot starve the heartbeat."""
+"""Signals planned together when they arrive together, after which other tasks get their turn: a flood costs fewer
+transactions of the ledger, and cannot starve the heartbeat."""
+
+RECORD_WITHIN = 0.05
+"""Seconds for which the ledger may lag behind the disk: a kill in between costs a look at those files, and the person
+waiting for a save does not wait for its bookkeeping."""
 
 RESYNC_REASONS = {"overflow": Reason.OVERFLOW}
 
@@ -103,6 +108,7 @@ class Sync:
         self._attempt = 0
         self._doubted: str | None = None
         self._asleep_until: float | None = None
+        self._recording: asyncio.TimerHandle | None = None
 
     # --- what others see and say
 
@@ -115,6 +121,11 @@ class Sync:
     def head_revision(self) -> int:
         """The highest revision heard of."""
         return self._follower.head_revision
+
+    @property
+    def queue_depth(self) -> int:
+        """Commits received and not applied."""
+        return len(self._follower.waiting)
 
     @property
     def pending(self) -> tuple[Reason, ...]:
@@ -152,6 +163,7 @@ class Sync:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
         self._p.disk.clear_staging()
+        self._record()
 
     # --- the first tree
 
@@ -173,7 +185,7 @@ class Sync:
             problems = "; ".join(p.detail for p in self._p.problems.open.values())
             raise Unavailable("the project directory", f"the snapshot could not be put in place: {problems}")
         self._p.disk.clear_staging()
-        self._p.ledger.replace(self.tree, self._stats)
+        self._p.ledger.replace(self.tree, self._stats, self._p.disk.made)
         self._hydrated(staged, self._clock() - started)
 
     def _resume(self, loaded: LedgerState) -> None:
@@ -221,13 +233,16 @@ class Sync:
     # --- the loop
 
     async def _receive(self) -> None:
-        taken = 0
+        source = self._p.source
         while True:
-            self._take(await self._p.source.receive())
-            self._turn()
-            taken += 1
-            if taken % TURN == 0:
+            self._take(await source.receive())
+            for _ in range(TURN - 1):
+                if (signal := source.receive_now()) is None:
+                    break
+                self._take(signal)
+            else:
                 await asyncio.sleep(0)
+            self._turn()
 
     async def _keep_time(self) -> None:
         while True:
@@ -284,10 +299,6 @@ class Sync:
         deadline = self._follower.next_deadline()
         if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
             self._wake.set()
-        metrics = self._p.metrics
-        metrics.revision.set(self.tree.cursor.revision)
-        metrics.head_revision.set(self._follower.head_revision)
-        metrics.queue_depth.set(len(self._follower.waiting))
 
     def _observe(self, steps: Sequence[tuple[Commit, Outcome]], coalesced: int, *, applied: bool) -> None:
         now = time.time()
@@ -341,17 +352,26 @@ class Sync:
             if self._p.problems.open:
                 self._p.problems.clear_path(path)
         self._follower.settle(plan, self._clock(), failed=failed)
-        try:
-            self._p.ledger.record(outcome.done, self.tree.cursor, made=outcome.made, gone=outcome.gone)
-        except Unavailable as error:
-            self._p.problems.add(Problem("disk_full", str(error)))
-        else:
-            if self._p.problems.open and operations:
-                self._p.problems.clear_kinds(*DISK_PROBLEMS)
+        self._p.ledger.note(outcome.done, made=outcome.made, gone=outcome.gone)
+        if self._recording is None:
+            loop = asyncio.get_running_loop()
+            self._recording = loop.call_later(RECORD_WITHIN, self._record)
+        if self._p.problems.open and operations:
+            self._p.problems.clear_kinds(*DISK_PROBLEMS)
         if operations:
             self._p.metrics.apply.observe(self._clock() - started)
             self._p.on_tree(done)
         return True
+
+    def _record(self) -> None:
+        """Let the ledger catch up with the tree. What it cannot take now goes with the next record."""
+        if self._recording is not None:
+            self._recording.cancel()
+            self._recording = None
+        try:
+            self._p.ledger.record((), self.tree.cursor)
+        except Unavailable as error:
+            self._p.problems.add(Problem("disk_full", str(error)))
 
     # --- drift
 
@@ -460,7 +480,7 @@ class Sync:
             return False
         if isinstance(answer, StagedSnapshot):
             self._p.disk.clear_staging()
-            self._p.ledger.replace(self.tree, self._stats)
+            self._p.ledger.replace(self.tree, self._stats, self._p.disk.made)
         return True
 
     def _retry(self, why: str, now: float) -> None:
