@@ -119,7 +119,9 @@ def serve_websockets(pipe: Connection, dsn: str, core: int) -> None:
 async def _serve(
     pipe: Connection, app: Starlette, options: dict[str, Any], publish: Callable[[int], Any] | None
 ) -> None:
-    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(4096)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, **options))
     serving = asyncio.create_task(server.serve([listener]))
     while not server.started:

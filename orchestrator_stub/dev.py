@@ -256,7 +256,8 @@ class Stack:
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # Named, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms without it.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._stack.callback(listener.close)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -264,7 +264,10 @@ async def running_plane(dsn: str, directory: Path, **settings: Any) -> AsyncIter
     """Everything up on a free port; everything down at the end. `settings` are the control plane's."""
     keys = Keyring.from_secret("a secret for the tests alone, " * 2)
     project_keys = ProjectKeys.of(keys)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    # The protocol named, as in production: asyncio then sets TCP_NODELAY on what is accepted.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         driver = Specs()
         values = Settings.of(
