@@ -184,6 +184,7 @@ class Stack:
             host=HOST,
             dev_port=5173 if self._options.port else None,
             restarts=RESTARTS,
+            tied=True,
             on_start=lambda _, pid: self._agent_started(pid),
             on_exit=lambda _, code: self._agent_ended(code),
         )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import ctypes
 import json
 import os
 import shutil
@@ -54,6 +55,8 @@ HEALTHY: Final = 30.0
 RESTART_DELAY: Final = 0.5
 """Seconds, doubled at each restart up to 8 s."""
 
+PR_SET_PDEATHSIG: Final = 1
+
 FINAL_EXITS: Final = frozenset({0, 64})
 """Asked to stop, and bad settings: starting again with the same environment cannot help."""
 
@@ -75,7 +78,8 @@ class LocalMachines:
 
     `command` is the agent's; `dev_port` the port preferred for the preview, taken when it is free;
     `environment` what the inherited variables are read from. `on_start` is told each process that starts, with its
-    pid; `on_exit` each that ended by itself, with its exit code (minus the signal's number).
+    pid; `on_exit` each that ended by itself, with its exit code (minus the signal's number). `tied`: the machines
+    are asked to stop when this process disappears (Linux), however it does.
     """
 
     kind = "local"
@@ -89,6 +93,7 @@ class LocalMachines:
         host: str = "127.0.0.1",
         dev_port: int | None = None,
         restarts: int = RESTARTS,
+        tied: bool = False,
         on_start: Callable[[Machine, int], None] | None = None,
         on_exit: Callable[[Machine, int], None] | None = None,
     ) -> None:
@@ -98,6 +103,7 @@ class LocalMachines:
         self._host = host
         self._dev_port = dev_port
         self._restarts = restarts
+        self._tied = tied
         self._on_start = on_start
         self._on_exit = on_exit
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -214,6 +220,7 @@ class LocalMachines:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                preexec_fn=_end_with_parent() if self._tied else None,
             )
         except OSError as error:
             raise MachineRefused(f"cannot start {self._command[0]}: {error}") from None
@@ -267,6 +274,18 @@ class LocalMachines:
             preview_url=f"http://{self._host}:{record.dev_port}",
             health_url=f"http://{self._host}:{record.health_port}",
         )
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """SIGTERM to the agent when the thread that started it is gone. Linux only."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def arrange() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return arrange
 
 
 def free_port(host: str, preferred: int | None = None) -> int:

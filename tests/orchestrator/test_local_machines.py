@@ -212,3 +212,32 @@ async def test_a_pid_that_was_given_to_somebody_else_is_never_signalled(place: P
     stranger.kill()
     await stranger.wait()
     await second.close()
+
+
+PARENT = """
+    import asyncio, os, sys
+    from pathlib import Path
+    from orchestrator_stub.machines.local import LocalMachines
+    from tests.orchestrator.driver_contract import spec_for
+
+    async def main():
+        driver = LocalMachines(
+            Path(sys.argv[1]), environment=os.environ, command=(sys.executable, sys.argv[2]), tied=True
+        )
+        await driver.create(spec_for())
+        await asyncio.sleep(600)
+
+    asyncio.run(main())
+"""
+
+
+async def test_a_tied_machine_ends_with_a_killed_orchestrator(place: Place) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(PARENT), str(place.root), str(place.agent)
+    )
+    await until(lambda: list(place.root.glob("*/up")))
+    [up] = place.root.glob("*/up")
+    agent, child = (int(pid) for pid in up.read_text().split())
+    parent.kill()
+    await parent.wait()
+    await until(lambda: gone(agent) and gone(child))
