@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -51,6 +52,10 @@ WHAT: Final = "the snapshot"
 
 EXPIRY_LEEWAY: Final = 30.0
 """Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
+
+BATCH_BYTES: Final = 256 * 1024
+"""Of the body handed to the thread at a time: few enough to stay small in memory, many enough that the hand-over
+(about 0.1 ms) does not count."""
 
 MAX_REFUSAL_BYTES: Final = 64 * 1024
 """Of an error's body: Storage's own are below 200 bytes, a proxy's page may be anything."""
@@ -300,10 +305,12 @@ async def _download(
             progress.expected_bytes = _content_length(response)
             if (progress.expected_bytes or 0) > limits.snapshot_max_compressed_bytes:
                 raise SnapshotRejected("compressed_size", f"{progress.expected_bytes} bytes are announced")
+            unpacking = _Unpacking(assembly)
             async for chunk in response.aiter_raw():
-                assembly.take(chunk)
+                await unpacking.put(chunk)
                 if assembly.sated:
                     return
+            await unpacking.finish()
     except TimeoutError:
         raise Unavailable(WHAT, f"total_time: not here after {limits.snapshot_total_seconds:g} s") from None
     except httpx.ReadTimeout:
@@ -315,6 +322,8 @@ async def _download(
     except httpx.HTTPError as error:
         # The class, not the text: httpx writes URLs into some of its messages.
         raise Unavailable(WHAT, type(error).__name__) from None
+    if assembly.sated:
+        return
     try:
         assembly.close()
     except SnapshotRejected as refused:
@@ -322,6 +331,45 @@ async def _download(
             # No length was announced, so a connection that died looks like an end.
             raise Unavailable(WHAT, str(refused)) from None
         raise
+
+
+class _Unpacking:
+    """Unpacks in a thread while the next bytes arrive: a slow disk holds up the download, not the event loop.
+
+    At most one batch is being unpacked while the next one fills.
+    """
+
+    def __init__(self, assembly: _Assembly) -> None:
+        self._assembly = assembly
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._running: asyncio.Future[None] | None = None
+
+    async def put(self, chunk: bytes) -> None:
+        """Take a piece of the body. Raises what unpacking an earlier one raised."""
+        self._waiting.append(chunk)
+        self._size += len(chunk)
+        # The first piece goes at once: it begins with the manifest, which may be all that is needed.
+        if self._size >= BATCH_BYTES or self._running is None:
+            await self._settle()
+            self._start()
+
+    async def finish(self) -> None:
+        """Everything is unpacked. Raises what unpacking raised."""
+        await self._settle()
+        if self._waiting:
+            self._start()
+            await self._settle()
+
+    def _start(self) -> None:
+        batch, self._waiting, self._size = self._waiting, [], 0
+        self._running = asyncio.get_running_loop().run_in_executor(None, self._assembly.take_all, batch)
+        # When we are cancelled nobody asks any more; `abandon` waits for the thread.
+        self._running.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _settle(self) -> None:
+        if self._running is not None:
+            await asyncio.shield(self._running)
 
 
 async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Exception:
@@ -361,7 +409,11 @@ def _content_length(response: httpx.Response) -> int | None:
 
 
 class _Assembly:
-    """What has arrived so far: the reader's state, the manifest, the staged files."""
+    """What has arrived so far: the reader's state, the manifest, the staged files.
+
+    `take_all` runs in a thread, everything else on the loop while it does not; the lock is for `abandon`, which a
+    cancellation may call in the middle of it.
+    """
 
     def __init__(
         self,
@@ -386,8 +438,18 @@ class _Assembly:
         self._staged: dict[RelPath, Staged] = {}
         self._checked: set[RelPath] = set()
         self._executable: set[RelPath] = set()
+        self._lock = threading.Lock()
+        self._abandoned = False
         self.sated = False
         """True once the rest of the archive is not needed: every listed file is in the tree already."""
+
+    def take_all(self, batch: Sequence[bytes]) -> None:
+        """`take` each of `batch`, unless the hydration was abandoned or needs no more."""
+        with self._lock:
+            for data in batch:
+                if self._abandoned or self.sated:
+                    return
+                self.take(data)
 
     def take(self, data: bytes) -> None:
         """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
@@ -424,15 +486,17 @@ class _Assembly:
         )
 
     def abandon(self) -> None:
-        """Leave nothing in staging."""
-        if self._stage is not None:
+        """Leave nothing in staging, once the thread has finished the batch it has in hand."""
+        with self._lock:
+            self._abandoned = True
+            if self._stage is not None:
+                with suppress(OSError):
+                    self._stage.abort()
+                self._stage = None
+            self._staged.clear()
             with suppress(OSError):
-                self._stage.abort()
-            self._stage = None
-        self._staged.clear()
-        with suppress(OSError):
-            # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
-            self._disk.clear_staging()
+                # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
+                self._disk.clear_staging()
 
     def _start(self, path: RelPath, size: int | None) -> None:
         if path == MANIFEST_PATH:

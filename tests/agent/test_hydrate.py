@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from agent.errors import (
 )
 from agent.hydrate import Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.model import Entry, RelPath, digest_of
+from agent.staging import Stage
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
 
@@ -277,3 +280,54 @@ async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClien
     async with origin(Answer(b"junk")) as server:
         with pytest.raises(HydrationImpossible, match="not_a_zip"):
             await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
+
+
+async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """Wherever the cancellation falls, the thread in hand is waited for and its files are gone."""
+    data = snapshot({f"src/f{i}.bin": os.urandom(40_000) for i in range(60)})
+    for after in (1, 300_000, 1_000_000, 2_000_000):
+        progress = Progress()
+        async with origin(Answer(data, piece=20_000, pause=0.0005)) as server:
+            hydrating = asyncio.create_task(
+                fetch(server.url, disk=disk, http=http, limits=QUICK, progress=progress)
+            )
+            async with asyncio.timeout(10):
+                while progress.received_bytes < after:
+                    await asyncio.sleep(0)
+            hydrating.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hydrating
+        assert is_clean(tmp_path)
+
+
+async def test_the_loop_is_free_while_a_slow_disk_is_written(
+    disk: Disk, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = threading.Event()
+    go_on = threading.Event()
+
+    def slow(self: Stage, chunk: bytes) -> None:
+        writing.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(Stage, "write", slow)
+    async with origin(Answer(archive([Member(b"a", b"x" * 1000)]))) as server:
+        hydrating = asyncio.create_task(fetch(server.url, disk=disk, http=http, limits=QUICK))
+        async with asyncio.timeout(10):
+            while not writing.is_set():
+                await asyncio.sleep(0.001)
+        go_on.set()
+        await hydrating
+
+
+async def test_the_url_is_in_no_log(
+    disk: Disk, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "agent")
+    async with origin(Answer(b"", 503)) as server:
+        with pytest.raises(Unavailable) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    chain = [str(caught.value), repr(caught.value), repr(caught.value.__cause__)]
+    assert "SECRET" not in " ".join([*chain, caplog.text])
