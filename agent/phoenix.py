@@ -93,6 +93,10 @@ BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""
 
 
+NO_HEAD: Final = b"\x04\0\0\0\0\0"
+"""What no broadcast begins with: its topic would be empty."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Deadlines of the protocol, all in seconds."""
@@ -114,11 +118,14 @@ class Timing:
 
 
 class Broadcast(NamedTuple):
-    """An application event on our topic. A tuple, because there may be a hundred thousand a second of them."""
+    """An application event on our topic. `at`: as given to `receive`, Unix seconds when its frame was read.
+
+    A tuple and not a dataclass, because there may be a hundred thousand a second of them.
+    """
 
     event: str
     payload: dict[str, object]
-    replayed: bool = False
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +198,7 @@ class Phoenix:
     def __init__(self, topic: str, timing: Timing = Timing(), observe: Observer | None = None) -> None:
         self.topic = topic
         self._topic_bytes = topic.encode()
+        self._like: tuple[str, int, bytes] = ("", 0, NO_HEAD)
         self.timing = timing
         self.state = LinkState.CONNECTING
         self.why = "started"
@@ -321,15 +329,16 @@ class Phoenix:
 
     # --- what the server tells us
 
-    def receive(self, frame: bytes, now: float) -> Meaning | None:
+    def receive(self, frame: bytes, now: float, at: float = 0.0) -> Meaning | None:
         """Read one frame, text or binary. Never raises; None: nothing for the shell to do.
 
-        Which of the two it is shows by its first byte: no JSON begins with a 4.
+        Which of the two it is shows by its first byte: no JSON begins with a 4. `at`: Unix seconds, for a broadcast
+        to carry.
         """
         if self._heartbeat_at is None:  # no socket
             return self._ignore("stale")
         if frame and frame[0] == BROADCAST_FRAME:
-            return self._binary(frame)
+            return self._binary(frame, at)
         try:
             join_ref, ref, topic, event, payload = orjson.loads(frame)
         except (ValueError, TypeError):
@@ -337,7 +346,7 @@ class Phoenix:
         if not isinstance(payload, dict) or not isinstance(event, str):
             return self._ignore("unreadable")
         if topic == self.topic:
-            return self._on_channel(join_ref, ref, event, payload, now)
+            return self._on_channel(join_ref, ref, event, payload, now, at)
         if topic == "phoenix" and event == "phx_reply":
             if ref is not None and ref == self._heartbeat_ref:
                 self._heartbeat_ref = self._heartbeat_by = None
@@ -345,37 +354,42 @@ class Phoenix:
             return self._ignore("stale")
         return self._ignore("foreign")
 
-    def _binary(self, frame: bytes) -> Meaning | None:
-        """Type 4: u8 lengths of topic, event and meta, u8 encoding (1 JSON), then the four fields."""
-        if len(frame) < 5:
-            return self._ignore("unreadable")
-        topic_end = 5 + frame[1]
-        event_end = topic_end + frame[2]
-        meta_end = event_end + frame[3]
-        if meta_end > len(frame) or frame[4] != 1:
-            return self._ignore("unreadable")
-        if frame[5:topic_end] != self._topic_bytes:
-            return self._ignore("foreign")
+    def _binary(self, frame: bytes, at: float) -> Meaning | None:
+        """Type 4: u8 lengths of topic, event and meta, u8 encoding (1 JSON), then the four fields.
+
+        The meta is nothing to us. Frames like the last one, up to their meta, are told by one comparison.
+        """
+        event, start, head = self._like
+        if not frame.startswith(head):
+            if len(frame) < 5:
+                return self._ignore("unreadable")
+            topic_end = 5 + frame[1]
+            event_end = topic_end + frame[2]
+            start = event_end + frame[3]
+            if start > len(frame) or frame[4] != 1:
+                return self._ignore("unreadable")
+            if frame[5:topic_end] != self._topic_bytes:
+                return self._ignore("foreign")
+            try:
+                event = frame[topic_end:event_end].decode()
+            except ValueError:
+                return self._ignore("unreadable")
+            self._like = event, start, frame[:event_end]
         try:
-            event = frame[topic_end:event_end].decode()
-            payload = orjson.loads(frame[meta_end:])
-            if event_end != meta_end:
-                return self._broadcast(event, payload, orjson.loads(frame[event_end:meta_end]))
+            payload = orjson.loads(frame[start:])
         except ValueError:
             return self._ignore("unreadable")
-        return Broadcast(event, payload) if type(payload) is dict else self._ignore("unreadable")
-
-    def _broadcast(self, event: object, payload: object, meta: object) -> Meaning | None:
-        if not isinstance(payload, dict) or not isinstance(event, str):
-            return self._ignore("unreadable")
-        return Broadcast(event, payload, isinstance(meta, dict) and meta.get("replayed") is True)
+        return Broadcast(event, payload, at) if type(payload) is dict else self._ignore("unreadable")
 
     def _on_channel(
-        self, join_ref: object, ref: object, event: str, payload: dict[str, object], now: float
+        self, join_ref: object, ref: object, event: str, payload: dict[str, object], now: float, at: float
     ) -> Meaning | None:
         match event:
             case "broadcast":
-                return self._broadcast(payload.get("event"), payload.get("payload"), payload.get("meta"))
+                name, body = payload.get("event"), payload.get("payload")
+                if isinstance(name, str) and isinstance(body, dict):
+                    return Broadcast(name, body, at)
+                return self._ignore("unreadable")
             case "phx_reply":
                 if self._join_by is not None and ref == self._join_ref:
                     return self._join_reply(payload, now)

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
@@ -49,12 +49,8 @@ log = get_logger("link")
 VSN: Final = "2.0.0"
 
 
-class Received(NamedTuple):
-    """An application event. `at`: Unix seconds when its frame was read."""
-
-    event: str
-    payload: dict[str, object]
-    at: float
+Received = Broadcast
+"""An application event: `event`, `payload`, and `at`, Unix seconds when its frame was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,11 +435,11 @@ class RealtimeStream:
     def _frame(self, frame: bytes) -> None:
         """One message from the socket, in the call that read it. What needs the owner wakes it."""
         try:
-            meaning = self._phoenix.receive(frame, self._clock())
             self._last_frame_at = at = self._wall()
+            meaning = self._phoenix.receive(frame, self._clock(), at)
             if type(meaning) is Broadcast:
                 self._last_event_at = at
-                if not self._queue.put(Received(meaning.event, meaning.payload, at), len(frame)):
+                if not self._queue.put(meaning, len(frame)):
                     self._phoenix.behind("overflow")
             elif meaning is not None:
                 self._meant(meaning)
