@@ -32,6 +32,7 @@ from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, process_age, redactor_for
 from agent.tokens import Tokens, spread
+from agent.workspace import Workspace
 
 log = get_logger("daemon")
 
@@ -85,8 +86,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
         sync = Sync(
             Parts(
                 follower,
-                disk,
-                ledger,
+                Workspace(disk, ledger, problems),
                 link,
                 catch_up,
                 problems,

@@ -182,8 +182,9 @@ class Follower:
 
     def adopt(self, tree: Tree) -> None:
         """Take another tree for the truth: what a start, or a look at the disk, has found."""
+        same = tree.cursor.epoch == self.tree.cursor.epoch
+        self.head_revision = max(tree.cursor.revision, self.head_revision if same else 0)
         self.tree = tree
-        self.head_revision = tree.cursor.revision
 
     def _look_for_holes(self, now: float) -> None:
         cursor = self.tree.cursor

@@ -9,34 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from agent.catchup import Answer, CatchUp, jitter
-from agent.disk import Disk, Drift
+from agent.disk import Drift
 from agent.drift import DriftWatch, Observed
 from agent.errors import (
     AgentError,
     CredentialRejected,
     MalformedMessage,
     PathRefused,
+    RootUnusable,
     SessionGone,
     Unavailable,
 )
 from agent.follow import Follower, Request
 from agent.hydrate import StagedSnapshot
-from agent.ledger import FileStat, Ledger, LedgerState
+from agent.ledger import LedgerState
 from agent.model import (
     Commit,
     Cursor,
-    Entry,
-    Operation,
     Problem,
     RelPath,
     SnapshotReady,
     Tree,
-    Write,
     tree_hash,
 )
 from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
@@ -44,16 +42,10 @@ from agent.status import Problems, SyncPhase, SyncStatus
 from agent.stream import EventSource, Received, Resync, Signal
 from agent.telemetry import Metrics, get_logger
 from agent.wire import Changes, Current, Head, read_event
+from agent.workspace import Workspace
 
 log = get_logger("sync")
 
-DISK_PROBLEMS = (
-    "disk_full",
-    "permission_denied",
-    "read_only",
-    "too_many_open_files",
-    "io_error",
-)
 REFUSED_RETRY = 60.0
 """Seconds between questions once the token is refused for good: somebody may still mend it."""
 
@@ -73,8 +65,7 @@ class Parts:
     """What the loop stands on. `on_tree`: called with the paths that changed, after they changed."""
 
     follower: Follower
-    disk: Disk
-    ledger: Ledger
+    workspace: Workspace
     source: EventSource
     catch_up: CatchUp
     problems: Problems
@@ -100,8 +91,9 @@ class Sync:
         self._snapshot_url = snapshot_url
         self._clock = clock
         self._drift_policy = drift_policy
-        self._drift = DriftWatch(parts.disk, self._claims, self._observe_drift)
-        self._stats: dict[RelPath, FileStat] = {}
+        self._drift = DriftWatch(
+            parts.workspace.disk, lambda: parts.workspace.claims(self.tree), self._observe_drift
+        )
         self._wake = asyncio.Event()
         self._asking: asyncio.Task[Answer] | None = None
         self._request: Request | None = None
@@ -162,53 +154,40 @@ class Sync:
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-        self._p.disk.clear_staging()
-        self._record()
+        if self._recording is not None:
+            self._recording.cancel()
+        self._p.workspace.close(self.tree.cursor)
 
     # --- the first tree
 
     async def _begin(self) -> None:
-        loaded = self._p.ledger.load()
-        self._p.disk.open(loaded.directories if loaded else ())
-        self._p.disk.clear_staging()
-        if loaded is not None and loaded.tree.cursor.epoch is not None:
+        workspace = self._p.workspace
+        loaded = workspace.open()
+        if loaded is not None:
             self._resume(loaded)
             return
-        if loaded is not None:
-            self._p.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
-        self._p.status.mode = "rebuild" if self._p.disk.scan() else "fresh"
+        self._p.status.mode = "rebuild" if workspace.holds_files() else "fresh"
         self._p.status.phase = SyncPhase.HYDRATING
         started = self._clock()
         staged = await self._p.catch_up.first(self._snapshot_url)
-        plan = self._plan_of(staged)
-        if not self._apply(plan, plan.operations):
-            problems = "; ".join(p.detail for p in self._p.problems.open.values())
-            raise Unavailable("the project directory", f"the snapshot could not be put in place: {problems}")
-        self._p.disk.clear_staging()
-        self._p.ledger.replace(self.tree, self._stats, self._p.disk.made)
+        if not self._apply(self._plan_of(staged)):
+            problems = "; ".join(problem.detail for problem in self._p.problems.open.values())
+            raise RootUnusable(f"the first snapshot could not be put in place: {problems}")
+        workspace.record_whole(self.tree)
         self._hydrated(staged, self._clock() - started)
 
     def _resume(self, loaded: LedgerState) -> None:
         """Go on from where an earlier life was: what the ledger says, corrected by what the disk holds."""
         self._p.status.mode = "resume"
-        self._p.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
-        audit = self._p.disk.audit(loaded.tree, loaded.stats)
-        self._stats = dict(audit.stats)
-        entries = loaded.tree.entries
-        for drift in audit.drifts:
-            entries = entries.set(
-                drift.path, replace(entries[drift.path], digest=drift.digest, provisional=True)
-            )
-            if drift.stat is not None:
-                self._stats[drift.path] = drift.stat
-        self._follower.adopt(Tree(loaded.tree.cursor, entries))
-        self._follower.doubt((drift.path for drift in audit.drifts), self._clock())
+        tree, drifts = self._p.workspace.audit(loaded)
+        self._follower.adopt(tree)
+        self._follower.doubt((drift.path for drift in drifts), self._clock())
         self._follower.need(Reason.JOIN, self._clock())
         log.info(
             "hydrate.resumed",
-            revision=loaded.tree.cursor.revision,
-            files=len(audit.stats),
-            drifted=len(audit.drifts),
+            revision=tree.cursor.revision,
+            files=len(self._p.workspace.stats),
+            drifted=len(drifts),
         )
 
     def _hydrated(self, staged: StagedSnapshot, seconds: float) -> None:
@@ -288,7 +267,7 @@ class Sync:
         if self._p.status.phase is SyncPhase.FOLLOWING:
             while (batch := self._follower.ready(self._clock())) is not None:
                 coalesced = sum(len(commit.changes) for commit, _ in batch.steps) - len(batch.operations)
-                applied = self._apply(batch.plan, batch.operations)
+                applied = self._apply(batch.plan)
                 self._observe(batch.steps, coalesced if len(batch.steps) > 1 else 0, applied=applied)
         if self._asking is not None and self._asking.done():
             self._land(self._asking)
@@ -320,68 +299,33 @@ class Sync:
         if coalesced > 0:
             self._p.metrics.coalesced.inc(coalesced)
 
-    def _apply(self, plan: Plan, operations: Sequence[Operation]) -> bool:
-        """Make the disk, the tree and the ledger follow a plan. False: the environment failed, all was undone."""
+    def _apply(self, plan: Plan) -> bool:
+        """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started = self._clock()
         for problem in plan.problems:
             self._p.problems.add(problem)
-        try:
-            new = [o.path for o in operations if isinstance(o, Write) and o.path not in self._stats]
-            self._p.ledger.intend(new)
-            outcome = self._p.disk.apply(operations, self._stats, tree=self.tree.entries)
-        except Unavailable as error:
-            self._p.problems.add(Problem("disk_full", str(error)))
-            self._follower.settle(plan, self._clock(), undone=True)
-            return False
-        for problem in outcome.problems:
-            if problem.kind == "drift":
-                log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
-            else:
-                self._p.problems.add(problem)
-        if outcome.rolled_back:
-            self._follower.settle(plan, self._clock(), undone=True)
-            return False
-        done = {each.operation.path for each in outcome.done}
-        failed = {operation.path for operation in operations if operation.path not in done}
-        for each in outcome.done:
-            path = each.operation.path
-            if each.stat is None:
-                self._stats.pop(path, None)
-            else:
-                self._stats[path] = each.stat
-            if self._p.problems.open:
-                self._p.problems.clear_path(path)
-        self._follower.settle(plan, self._clock(), failed=failed)
-        self._p.ledger.note(outcome.done, made=outcome.made, gone=outcome.gone)
+        applied = self._p.workspace.apply(plan.operations, self.tree.entries)
+        self._follower.settle(plan, self._clock(), failed=applied.failed, undone=applied.undone)
+        if applied.undone and applied.done:
+            # Not even the undoing was possible everywhere: the tree says what stands there, not what should.
+            stuck = {each.path: each.entry for each in plan.operations if each.path in applied.done}
+            self._follower.adopt(replace(self.tree, entries=self.tree.entries.update(stuck)))
         if self._recording is None:
-            loop = asyncio.get_running_loop()
-            self._recording = loop.call_later(RECORD_WITHIN, self._record)
-        if self._p.problems.open and operations:
-            self._p.problems.clear_kinds(*DISK_PROBLEMS)
-        if operations:
+            self._recording = asyncio.get_running_loop().call_later(RECORD_WITHIN, self._record)
+        if applied.done:
             self._p.metrics.apply.observe(self._clock() - started)
-            self._p.on_tree(done)
-        return True
+            self._p.on_tree(applied.done)
+        return not applied.undone
 
     def _record(self) -> None:
-        """Let the ledger catch up with the tree. What it cannot take now goes with the next record."""
-        if self._recording is not None:
-            self._recording.cancel()
-            self._recording = None
-        try:
-            self._p.ledger.record((), self.tree.cursor)
-        except Unavailable as error:
-            self._p.problems.add(Problem("disk_full", str(error)))
+        self._recording = None
+        self._p.workspace.record(self.tree.cursor)
 
     # --- drift
 
-    def _claims(self) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
-        """What is believed to be on disk, for the drift watch to hold against it."""
-        return self.tree.entries, self._stats
-
     def _observe_drift(self, observed: Observed) -> None:
         """Files that something else changed, by DRIFT_POLICY; the database's next word on a path wins in any case."""
-        self._stats.update(observed.touched)
+        self._p.workspace.looked(observed)
         self._p.metrics.drift_files.set(len(self._drift.open))
         for path in observed.settled:
             self._p.problems.clear("drift", path)
@@ -393,17 +337,10 @@ class Sync:
 
     def _restore(self, drifts: Sequence[Drift]) -> None:
         """Take what stands there for unconfirmed, and ask what should."""
-        entries = self.tree.entries
-        for drift in drifts:
-            log.warning("drift.restoring", file_path=drift.path, rule=drift.rule)
-            entries = entries.set(
-                drift.path, replace(entries[drift.path], digest=drift.digest, provisional=True)
-            )
-            self._stats.pop(drift.path, None)
-            if drift.stat is not None:
-                self._stats[drift.path] = drift.stat
-        self._follower.adopt(replace(self.tree, entries=entries))
-        self._follower.doubt((drift.path for drift in drifts), self._clock())
+        paths = [drift.path for drift in drifts]
+        log.warning("drift.restoring", files=len(paths), file_path=paths[0])
+        self._follower.adopt(self._p.workspace.unconfirmed(self.tree, drifts))
+        self._follower.doubt(paths, self._clock())
         self._wake.set()
 
     # --- catch-up
@@ -475,12 +412,11 @@ class Sync:
             self._doubted = None
             self._p.problems.clear_kinds("mass_delete")
             self._p.status.phase = SyncPhase.FOLLOWING
-        if not self._apply(plan, plan.operations):
+        if not self._apply(plan):
             self._retry("the disk could not take the answer", now)
             return False
         if isinstance(answer, StagedSnapshot):
-            self._p.disk.clear_staging()
-            self._p.ledger.replace(self.tree, self._stats, self._p.disk.made)
+            self._p.workspace.record_whole(self.tree)
         return True
 
     def _retry(self, why: str, now: float) -> None:
@@ -488,7 +424,7 @@ class Sync:
         self._attempt += 1
         wait = max(1.0, jitter(self._attempt))
         log.warning("sync.retry", why=why, wait=round(wait, 2))
-        self._p.disk.clear_staging()
+        self._p.workspace.disk.clear_staging()
         self._follower.failed(now, wait)
 
     def _failed(self, error: AgentError, now: float) -> None:
@@ -502,7 +438,7 @@ class Sync:
         elif isinstance(error, Unavailable):
             self._p.problems.add(Problem("session_api_unreachable", str(error)))
         log.warning("sync.failed", why=str(error), attempt=self._attempt, wait=round(wait, 2))
-        self._p.disk.clear_staging()
+        self._p.workspace.disk.clear_staging()
         self._follower.failed(now, wait)
 
 

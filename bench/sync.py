@@ -35,6 +35,7 @@ from agent.stream import RealtimeStream
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics
 from agent.tokens import Tokens
+from agent.workspace import Workspace
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
 
 EPOCH = "00000000-0000-4000-8000-00000000000e"
@@ -128,8 +129,9 @@ async def running(place: Path) -> AsyncIterator[Loop]:
             None, disk, http, SnapshotLimits(), "bench", problems, lambda: follower.tree.entries
         )
         hydrated = asyncio.Event()
+        workspace = Workspace(disk, ledger, problems)
         parts = Parts(
-            follower, disk, ledger, stream, catch_up, problems, metrics, SyncStatus(), loop._on_tree, hydrated.set
+            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(), loop._on_tree, hydrated.set
         )  # fmt: skip
         tasks = [asyncio.create_task(stream.run()), asyncio.create_task(Sync(parts, snapshot_url=None).run())]
         try:

@@ -1,0 +1,145 @@
+"""The project directory and what is recorded of it, moved as one: disk, looks, ledger, problems.
+
+`apply` makes the disk follow operations and remembers how each file then looked; the ledger follows a moment later, so
+that nobody who waits for a save waits for its bookkeeping. A kill in between costs a look at those files on the next
+start, never truth: what the ledger says is held against the disk before it is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from immutables import Map
+
+from agent.disk import Disk, Drift
+from agent.drift import Observed
+from agent.errors import Unavailable
+from agent.ledger import FileStat, Ledger, LedgerState
+from agent.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
+from agent.status import Problems
+from agent.telemetry import get_logger
+
+log = get_logger("workspace")
+
+ENVIRONMENT_PROBLEMS = ("disk_full", "permission_denied", "read_only", "too_many_open_files", "io_error")
+"""Kinds that speak of the machine, not of a path: one batch that lands shows that they are over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of a batch. `undone`: the environment failed and everything was taken back."""
+
+    done: frozenset[RelPath] = frozenset()
+    failed: frozenset[RelPath] = frozenset()
+    undone: bool = False
+
+
+class Workspace:
+    """One project directory. Not thread-safe; every method is one step that nothing else sees half done."""
+
+    def __init__(self, disk: Disk, ledger: Ledger, problems: Problems) -> None:
+        self.disk = disk
+        self._ledger = ledger
+        self._problems = problems
+        self.stats: dict[RelPath, FileStat] = {}
+        """How each of our files looked when it was put there."""
+
+    # --- a life's beginning and end
+
+    def open(self) -> LedgerState | None:
+        """Take the directory; what an earlier life recorded, if it can be gone on from. Raises `RootUnusable`.
+
+        Leftovers are removed: staged files, and files that were announced and never recorded.
+        """
+        loaded = self._ledger.load()
+        self.disk.open(loaded.directories if loaded else ())
+        self.disk.clear_staging()
+        if loaded is None:
+            return None
+        self.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
+        return loaded if loaded.tree.cursor.epoch is not None else None
+
+    def audit(self, loaded: LedgerState) -> tuple[Tree, tuple[Drift, ...]]:
+        """The recorded tree, corrected by what the disk holds: what differs is unconfirmed."""
+        audit = self.disk.audit(loaded.tree, loaded.stats)
+        self.stats = dict(audit.stats)
+        return self.unconfirmed(loaded.tree, audit.drifts), audit.drifts
+
+    def holds_files(self) -> bool:
+        """Whether there is anything in the directory already."""
+        return bool(self.disk.scan())
+
+    def close(self, cursor: Cursor) -> None:
+        """Leave nothing in staging and everything in the ledger."""
+        self.disk.clear_staging()
+        self.record(cursor)
+
+    # --- following operations
+
+    def apply(self, operations: Sequence[Operation], entries: Map[RelPath, Entry]) -> Applied:
+        """Do a batch, all or nothing. `entries`: what the disk is believed to hold now."""
+        if not operations:
+            return Applied()
+        try:
+            self._ledger.intend(
+                [each.path for each in operations if isinstance(each, Write) and each.path not in self.stats]
+            )
+        except Unavailable as error:
+            self._problems.add(Problem("disk_full", str(error)))
+            return Applied(undone=True)
+        outcome = self.disk.apply(operations, self.stats, tree=entries)
+        for problem in outcome.problems:
+            if problem.kind == "drift":
+                log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
+            else:
+                self._problems.add(problem)
+        for each in outcome.done:
+            path = each.operation.path
+            if each.stat is None:
+                self.stats.pop(path, None)
+            else:
+                self.stats[path] = each.stat
+            self._problems.clear_path(path)
+        self._ledger.note(outcome.done, made=outcome.made, gone=outcome.gone)
+        done = frozenset(each.operation.path for each in outcome.done)
+        if outcome.rolled_back:
+            return Applied(done, undone=True)
+        self._problems.clear_kinds(*ENVIRONMENT_PROBLEMS)
+        return Applied(done, frozenset(each.path for each in operations) - done)
+
+    def record(self, cursor: Cursor) -> None:
+        """Let the ledger catch up with the disk. What it cannot take now goes with the next record."""
+        try:
+            self._ledger.record((), cursor)
+        except Unavailable as error:
+            self._problems.add(Problem("disk_full", str(error)))
+
+    def record_whole(self, tree: Tree) -> None:
+        """Record the whole tree in place of everything recorded before, and drop what is left in staging."""
+        self.disk.clear_staging()
+        try:
+            self._ledger.replace(tree, self.stats, self.disk.made)
+        except Unavailable as error:
+            self._problems.add(Problem("disk_full", str(error)))
+
+    # --- what others did
+
+    def looked(self, observed: Observed) -> None:
+        """Files that look different and hold what they should: remember the new look."""
+        self.stats.update(observed.touched)
+
+    def unconfirmed(self, tree: Tree, drifts: Iterable[Drift]) -> Tree:
+        """`tree` with what really stands at the drifted paths, marked as not confirmed by the database."""
+        entries = tree.entries
+        for drift in drifts:
+            before = entries.get(drift.path, Entry(0, None))
+            entries = entries.set(drift.path, replace(before, digest=drift.digest, provisional=True))
+            self.stats.pop(drift.path, None)
+            if drift.stat is not None:
+                self.stats[drift.path] = drift.stat
+        return replace(tree, entries=entries)
+
+    def claims(self, tree: Tree) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
+        """What is believed to be on disk, for the drift watch to hold against it."""
+        return tree.entries, self.stats
