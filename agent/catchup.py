@@ -24,6 +24,9 @@ from agent.wire import Changes, Current, SnapshotOffer
 
 Answer = Current | Changes | StagedSnapshot
 
+SNAPSHOT_REJECTED = "snapshot_rejected"
+"""The reason that makes the orchestrator build the snapshot anew instead of offering the kept one."""
+
 FULL_JITTER = wait_random_exponential(multiplier=0.25, max=15)
 """Seconds. A thousand agents that lost the orchestrator together must not come back together."""
 
@@ -48,14 +51,15 @@ class CatchUp:
     problems: Problems
     have: Callable[[], Mapping[RelPath, Entry]]
     progress: Progress = field(default_factory=Progress)
+    _rejected: bool = False
+    """The last snapshot offered was no good: the next question says so, and gets another build of it."""
 
     async def ask(self, request: Request) -> Answer:
         """One question, one answer. Raises whatever made it impossible; asking again is the caller's decision."""
         if self.api is None:
             raise Unavailable("catch-up", "SESSION_API_URL is not set")
-        answer = await self.api.sync(
-            request.epoch, request.revision, request.reason.value, sorted(request.paths) or None
-        )
+        reason = SNAPSHOT_REJECTED if self._rejected else request.reason.value
+        answer = await self.api.sync(request.epoch, request.revision, reason, sorted(request.paths) or None)
         self.problems.clear_kinds("session_api_unreachable", "token_refused")
         if not isinstance(answer, SnapshotOffer):
             return answer
@@ -70,12 +74,14 @@ class CatchUp:
                 have=self.have(),
             )
         except SnapshotRejected as error:
+            self._rejected = True
             self.problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
             raise
         except CredentialRejected as error:
             # Of the URL, not of our token: the next question brings another.
             self.problems.add(Problem("snapshot_expired", str(error)))
             raise Unavailable("the snapshot", str(error)) from None
+        self._rejected = False
         self.problems.clear_kinds("snapshot_rejected", "snapshot_expired")
         return staged
 
@@ -94,8 +100,11 @@ class CatchUp:
             progress=self.progress,
         )
 
-    async def _offer(self, reason: str) -> str | None:
-        """A fresh URL for an agent that has no tree; `reason` tells the orchestrator what was wrong with the last."""
+    async def _offer(self, why: str) -> str | None:
+        """A fresh URL for an agent that has no tree. `why`: `start`, `expired`, `unavailable`, or the rule the last
+        archive broke, and then it has to be built anew.
+        """
         assert self.api is not None
+        reason = why if why in ("start", "expired", "unavailable") else SNAPSHOT_REJECTED
         answer = await self.api.sync(None, 0, reason, None)
         return answer.snapshot_url if isinstance(answer, SnapshotOffer) else None
