@@ -100,11 +100,8 @@ class CatchUp:
             progress=self.progress,
         )
 
-    async def _offer(self, why: str) -> str | None:
-        """A fresh URL for an agent that has no tree. `why`: `start`, `expired`, `unavailable`, or the rule the last
-        archive broke, and then it has to be built anew.
-        """
+    async def _offer(self, reason: str) -> str | None:
+        """A fresh URL for an agent that has no tree; `reason` as `agent.hydrate.obtain` gives it."""
         assert self.api is not None
-        reason = why if why in ("start", "expired", "unavailable") else SNAPSHOT_REJECTED
         answer = await self.api.sync(None, 0, reason, None)
         return answer.snapshot_url if isinstance(answer, SnapshotOffer) else None
