@@ -1,0 +1,232 @@
+"""What the write path costs beside a bare `insert` of the same row, and what catch-up takes, on the embedded server.
+
+Ours is `upsert_project_file` of a new 2 KB file as PostgREST calls it, by the owner of the project: access, path
+rules, hash, revision under the head's lock, the version, the broadcast with its notification, and the answer. The
+peer inserts the finished row into a twin of `project_files`: same columns, constraints and indexes, no trigger, no
+foreign key. Both commit each row, durably, over the same number of connections, in short turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psycopg
+
+from bench.results import Row, in_turn, ratio_of
+from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.migrations import bootstrap, migrate
+
+SIZE = 2_000
+PROJECTS = 50
+REVISIONS = 100_000
+BEHIND = 100
+
+AT_LEAST = 0.35
+"""Of the bare insert's speed, on one connection, for different projects."""
+
+AT_MOST_MS = 5.0
+"""For the last 100 of 100,000 revisions, on the server."""
+
+LINES = "".join(f"export const value{n} = compute({n * 7919 % 1000}, 'item-{n}');\n" for n in range(100))
+
+Db = psycopg.Connection[Any]
+
+BARE = """
+    insert into twin (id, project_id, file_path, file_type, content, content_hash, version, created_by,
+                      last_modified_by, revision, size_bytes)
+    values (%s, %s, %s, 'typescript', %s, %s, 1, %s, %s, %s, %s)
+"""
+
+HISTORY = """
+    insert into public.project_files (project_id, file_path, file_type, content, content_hash, version,
+                                      is_current_version, created_by, revision, size_bytes)
+    select %(project)s, 'src/f' || n %% 2000 || '.ts', 'typescript', repeat('x', 2000), repeat('a', 64), 1 + n / 2000,
+           n >= %(revisions)s - 2000, %(owner)s, n + 1, 2000
+    from generate_series(0, %(revisions)s - 1) n
+"""
+
+
+class Bench:
+    """The people, the projects and the numbering that both contestants share."""
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self.owner = uuid.uuid4()
+        self.number = itertools.count()
+        with psycopg.connect(dsn, autocommit=True) as db:
+            db.execute("update preview.settings set writes_per_minute = 1000000000")
+            db.execute("create table twin (like public.project_files including all)")
+            db.execute("insert into auth.users (id) values (%s)", [self.owner])
+            db.execute("insert into public.user_profiles (id) values (%s)", [self.owner])
+            rows = db.execute(
+                "insert into public.projects (owner_id) select %s from generate_series(1, %s) returning id",
+                [self.owner, PROJECTS],
+            ).fetchall()
+        self.projects = [row[0] for row in rows]
+
+    def connect(self) -> Db:
+        """As PostgREST has it: the role and the claims of the owner, each statement its own transaction."""
+        claims = json.dumps({"role": "authenticated", "sub": str(self.owner)})
+        db = psycopg.connect(self.dsn, autocommit=True, prepare_threshold=0)
+        db.execute("select set_config('request.jwt.claims', %s, false)", [claims])
+        db.execute("set role authenticated")
+        return db
+
+    def connect_bare(self) -> Db:
+        return psycopg.connect(self.dsn, autocommit=True, prepare_threshold=0)
+
+    def content(self, number: int) -> str:
+        return (f"// {number}\n" + LINES)[:SIZE]
+
+    def upsert(self, db: Db) -> None:
+        number = next(self.number)
+        db.execute(
+            "select public.upsert_project_file(%s, %s, %s, 'typescript')",
+            [self.projects[number % PROJECTS], f"src/file{number}.ts", self.content(number)],
+        )
+
+    def insert(self, db: Db) -> None:
+        number = next(self.number)
+        content = self.content(number)
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        project = self.projects[number % PROJECTS]
+        db.execute(
+            BARE,
+            [
+                uuid.uuid4(),
+                project,
+                f"src/file{number}.ts",
+                content,
+                digest,
+                self.owner,
+                self.owner,
+                number + 1,
+                SIZE,
+            ],
+        )
+
+
+def per_second(write: Callable[[Db], None], connections: Sequence[Db], count: int) -> float:
+    """Writes per second, `count` on each of the connections at once."""
+
+    def turn(db: Db) -> None:
+        for _ in range(count):
+            write(db)
+
+    with ThreadPoolExecutor(len(connections)) as threads:
+        started = time.perf_counter()
+        for done in [threads.submit(turn, db) for db in connections]:
+            done.result()
+        return count * len(connections) / (time.perf_counter() - started)
+
+
+def measure_writes(bench: Bench, connections: int, *, rounds: int, count: int, notify: bool = True) -> Row:
+    """`notify` False: without the stand-in's NOTIFY, whose lock makes commits wait in line; the hosted service has none."""
+    with psycopg.connect(bench.dsn, autocommit=True) as db:
+        db.execute(
+            f"alter table realtime.messages {'enable' if notify else 'disable'} trigger announce".encode()
+        )
+    ours = [bench.connect() for _ in range(connections)]
+    bare = [bench.connect_bare() for _ in range(connections)]
+    try:
+        samples = in_turn(
+            {
+                "ours": lambda: per_second(bench.upsert, ours, count),
+                "bare": lambda: per_second(bench.insert, bare, count),
+            },
+            rounds,
+            warm_up=2,
+        )
+    finally:
+        for db in [*ours, *bare]:
+            db.close()
+    return Row(
+        name=f"database: upsert 2 KB, {connections} connection{'s' if connections > 1 else ''}",
+        ours=median(samples["ours"]),
+        unit="/s",
+        peer="bare insert",
+        theirs=median(samples["bare"]),
+        ratio=ratio_of(samples["ours"], samples["bare"]),
+        sense="speed",
+        at_least=AT_LEAST if connections == 1 else None,
+        samples=rounds,
+        note="different projects" + ("" if notify else ", without NOTIFY, as hosted"),
+    )
+
+
+def measure_catch_up(bench: Bench, *, rounds: int) -> Row:
+    """On the server: what EXPLAIN ANALYZE says of the call, the answer made and thrown away."""
+    with psycopg.connect(bench.dsn, autocommit=True) as db:
+        project = bench.projects[0]
+        parameters = {"project": project, "owner": bench.owner, "revisions": REVISIONS}
+        db.execute("delete from public.project_files")
+        db.execute(HISTORY, parameters)
+        db.execute(
+            "update public.project_heads set revision = %(revisions)s where project_id = %(project)s",
+            parameters,
+        )
+        db.execute("analyze public.project_files")
+        row = db.execute(
+            "select epoch::text from public.project_heads where project_id = %s", [project]
+        ).fetchone()
+        assert row is not None
+        call = [project, row[0], REVISIONS - BEHIND]
+    with bench.connect() as db:
+        row = db.execute("select public.changes_since(%s, %s, %s)", call).fetchone()
+        assert row is not None
+        assert len(row[0]["changes"]) == BEHIND
+        taken = []
+        for _ in range(rounds):
+            explained = db.execute(
+                "explain (analyze, timing off, format json) select public.changes_since(%s, %s, %s)",
+                call,
+                prepare=False,
+            ).fetchone()
+            assert explained is not None
+            taken.append(float(explained[0][0]["Execution Time"]))
+    return Row(
+        name=f"database: changes_since, the last {BEHIND} of {REVISIONS:,} revisions",
+        ours=median(taken),
+        unit="ms",
+        at_most=AT_MOST_MS,
+        samples=rounds,
+        note=f"{BEHIND * 2} KB of content in the answer",
+    )
+
+
+async def measure(dsn: str, quick: bool) -> list[Row]:
+    await bootstrap(dsn)
+    await migrate(dsn)
+
+    def all_of_it() -> list[Row]:
+        bench = Bench(dsn)
+        return [
+            measure_writes(bench, 1, rounds=9 if quick else 31, count=50 if quick else 100),
+            measure_writes(bench, 16, rounds=7 if quick else 21, count=10 if quick else 25),
+            measure_writes(bench, 16, rounds=7 if quick else 21, count=10 if quick else 25, notify=False),
+            measure_catch_up(bench, rounds=20 if quick else 100),
+        ]
+
+    return await asyncio.to_thread(all_of_it)
+
+
+def run(quick: bool) -> Sequence[Row]:
+    """A server of its own, with its default durability."""
+
+    async def whole() -> list[Row]:
+        with tempfile.TemporaryDirectory(prefix="preview-bench-pg-") as directory:
+            async with EmbeddedPostgres(Path(directory) / "data") as dsn:
+                return await measure(dsn, quick)
+
+    return asyncio.run(whole())
