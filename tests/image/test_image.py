@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -155,11 +156,12 @@ async def test_a_save_reaches_the_screen_and_the_stop_is_clean(container: Contai
 
     # PID 1 is the agent, and it reaps.
     assert "preview-agent" in container.sh("tr '\\0' ' ' </proc/1/cmdline")
-    container.sh("for i in $(seq 200); do (setsid sleep 0.2 &); done")
+    orphans = "for i in $(seq 200); do (setsid sleep 0.2 &); done; sleep 0.5"
+    await asyncio.to_thread(container.sh, orphans)
     count = "cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z 1 ' || true"
 
     async def no_zombies() -> bool:
-        return container.sh(f"pgrep sleep >/dev/null 2>&1 && echo 1 || {count}").strip() == "0"
+        return (await asyncio.to_thread(container.sh, count)).strip() == "0"
 
     await eventually("200 orphans are reaped", no_zombies, 20)
 
@@ -173,7 +175,7 @@ async def test_a_save_reaches_the_screen_and_the_stop_is_clean(container: Contai
         refused = container.sh(look, "--user", "preview", check=False)
         assert "denied" in refused or "not permitted" in refused, (look, refused)
 
-    code, seconds = container.stop()
+    code, seconds = await asyncio.to_thread(container.stop)
     print(f"stopped with {code} after {seconds:.2f} s")
     assert code == 0, container.log()
     assert seconds < 5
@@ -183,13 +185,13 @@ async def test_a_save_reaches_the_screen_and_the_stop_is_clean(container: Contai
 @pytest.mark.parametrize("signal", ["INT", "HUP", "QUIT"])
 async def test_every_signal_that_means_stop_stops_it(container: Container, signal: str) -> None:
     await eventually("the preview is ready", container.ready, 60)
-    code, seconds = container.stop(signal)
+    code, seconds = await asyncio.to_thread(container.stop, signal)
     assert (code, seconds < 5) == (0, True), container.log()
 
 
 async def test_check_tells_what_there_is(container: Container) -> None:
     await eventually("the preview is ready", container.ready, 60)
-    said = container.sh("preview-agent check", check=False)
+    said = await asyncio.to_thread(container.sh, "preview-agent check", check=False)
     for line in (
         "ok    settings",
         "ok    isolation     runs as preview",

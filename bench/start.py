@@ -1,0 +1,275 @@
+"""Starting and stopping: the agent up to Vite's first page beside Vite started by hand, and what the rest takes.
+
+*First page* starts the same warm project three ways, and asks from outside every few milliseconds until `/` answers
+200: Vite by hand; the agent's supervisor, told that the tree is whole; and the whole agent as a machine starts it,
+against a real database and orchestrator on loopback, with everything that comes before the dev server. *Hydrated*
+says where the time goes for 2,000 files. *Stop* is TERM to the agent with Vite up, a hundred times over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import median, quantiles
+from uuid import UUID
+
+import structlog
+
+from agent.child import Rights
+from agent.config import Settings
+from agent.install import Installer
+from agent.project import find
+from agent.supervisor import Supervisor
+from bench.results import Row, Unmeasurable, ratio_of
+from tests.image.engine import NoEngine
+from tests.image.engine import find as find_engine
+from tests.system.plane import Agent, Plane, eventually, running_plane
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "react-app"
+LOOK = 0.004
+"""Seconds between two looks of the one who waits from outside; the same for all contestants."""
+
+
+def _first_page(port: int, failed: Callable[[], bool]) -> float:
+    """The moment when `/` first answers 200. Raises `RuntimeError` when it never will."""
+    request = f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nAccept: text/html\r\n\r\n".encode()
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not failed():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as asked:
+            asked.sendall(request)
+            if b" 200 " in asked.recv(64):
+                return time.monotonic()
+        time.sleep(LOOK)
+    raise RuntimeError("no page")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def _by_hand(project: Path) -> float:
+    """Seconds from starting Vite in a shell's way to its first page."""
+    port = _free_port()
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--strictPort"]
+    began = time.monotonic()
+    vite = subprocess.Popen(
+        [project / "node_modules" / ".bin" / "vite", *flags], cwd=project, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        return _first_page(port, lambda: vite.poll() is not None) - began
+    finally:
+        os.killpg(vite.pid, signal.SIGKILL)
+        vite.wait()
+
+
+async def _supervised(project: Path) -> float:
+    """Seconds from "the tree is whole" to the first page."""
+    settings = Settings(
+        project_id=UUID(int=1),
+        session_id=UUID(int=1),
+        project_dir=project,
+        dev_host="127.0.0.1",
+        dev_port=_free_port(),
+    )
+    supervisor = Supervisor(settings)
+    running = asyncio.create_task(supervisor.run())
+    await asyncio.sleep(0.05)  # its directory for installs is made before there is a tree
+    began = time.monotonic()
+    supervisor.project_ready()
+    try:
+        return await asyncio.to_thread(_first_page, settings.dev_port, running.done) - began
+    finally:
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+async def _whole(agent: Agent) -> float:
+    """Seconds from the start of the agent's process to the first page."""
+    began = time.monotonic()
+    agent.start()
+    process = agent.process
+    assert process is not None
+    port = int(agent.environ["DEV_PORT"])
+    try:
+        return await asyncio.to_thread(_first_page, port, lambda: process.poll() is not None) - began
+    except RuntimeError:
+        raise RuntimeError(agent.log()[-2000:]) from None
+    finally:
+        await agent.stop()
+
+
+def _moments(log: str) -> list[tuple[str, float]]:
+    """Name and time of the agent's own log lines."""
+    found = []
+    for line in log.splitlines():
+        with contextlib.suppress(ValueError, KeyError):
+            said = json.loads(line)
+            name = said["event"] + (f":{said['state']}" if said["event"] == "dev_server.state" else "")
+            found.append((name, datetime.fromisoformat(said["timestamp"]).timestamp()))
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _plane(directory: Path) -> AsyncIterator[Plane]:
+    from orchestrator_stub.local.postgres import EmbeddedPostgres
+    from orchestrator_stub.migrations import bootstrap, migrate
+
+    server = EmbeddedPostgres(directory / "pg", options={"fsync": "off"})
+    dsn = await server.start()
+    try:
+        await bootstrap(dsn)
+        await migrate(dsn)
+        async with running_plane(dsn, directory / "plane") as plane:
+            yield plane
+    finally:
+        await server.stop()
+
+
+async def _install(project: Path) -> None:
+    """Warm node_modules, and Vite's own cache of dependencies."""
+    shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("node_modules", "dist"))
+    settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project)
+    installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=lambda line: None)
+    await installer.open()
+    wanted = find(project)
+    assert wanted is not None
+    done = await installer.install(wanted)
+    if done.problem:
+        raise Unmeasurable(f"the example cannot be installed: {done.problem.detail.splitlines()[0]}")
+
+
+async def _first_pages(rounds: int, directory: Path, plane: Plane) -> list[Row]:
+    project = directory / "project"
+    await _install(project)
+    files = {
+        str(path.relative_to(EXAMPLE)): path.read_text()
+        for path in sorted(EXAMPLE.rglob("*"))
+        if path.is_file() and not {"node_modules", "dist"} & set(path.parts)
+    }
+    agent = await (await plane.project(files)).session(
+        directory / "machine", PROJECT_DIR=str(project), DEV_PORT=str(_free_port()), LOG_FORMAT="json"
+    )
+    hand: list[float] = []
+    supervised: list[float] = []
+    whole: list[float] = []
+    for number in range(-1, rounds):
+        taken = await asyncio.to_thread(_by_hand, project), await _supervised(project), await _whole(agent)
+        if number >= 0:
+            for samples, one in zip((hand, supervised, whole), taken, strict=True):
+                samples.append(one)
+    return [
+        Row(
+            "tree whole to first page", median(supervised), "s", "vite by hand", median(hand),
+            ratio_of(supervised, hand), at_most=1.25, samples=rounds, note="warm node_modules",
+        ),
+        Row(
+            "agent's process to first page", median(whole), "s", "vite by hand", median(hand),
+            ratio_of(whole, hand), at_most=1.25, samples=rounds,
+            note="a restart: ledger resumed, warm node_modules",
+        ),
+    ]  # fmt: skip
+
+
+async def _hydrated(rounds: int, directory: Path, plane: Plane) -> list[Row]:
+    """2,000 files of 2 KB, no dev server; every start on an empty machine."""
+    source = "export const value = 'something to be written'\n" * 42
+    project = await plane.project(
+        {f"src/part{n // 50:02}/file{n:04}.ts": source + str(n) for n in range(2_000)}
+    )
+    parts: dict[str, list[float]] = {
+        "process to wired": [],
+        "wired to hydrated": [],
+        "process to hydrated": [],
+    }
+    for number in range(rounds):
+        agent = await project.session(directory / f"machine-{number}", LOG_FORMAT="json")
+        began = time.time()
+        agent.start()
+        try:
+            await agent.equal(60)
+        finally:
+            await agent.stop()
+        moments = dict(reversed(_moments(agent.log())))
+        wired, whole = moments["agent.started"] - began, moments["hydrate.done"] - began
+        for name, value in zip(parts, (wired, whole - wired, whole), strict=True):
+            parts[name].append(value)
+        shutil.rmtree(agent.directory)
+    return [Row(f"2,000 files: {name}", median(each), "s", samples=rounds) for name, each in parts.items()]
+
+
+async def _stops(rounds: int, directory: Path, plane: Plane) -> list[Row]:
+    """TERM while a dev server that takes no notice of it is up: the worst case is the one with a bound."""
+    manifest = json.dumps({"scripts": {"dev": "trap '' TERM; while :; do sleep 0.1; done"}})
+    project = await plane.project({"package.json": manifest, "index.html": "<p>hello"})
+    agent = await project.session(directory / "stopped")
+    taken, clean = [], 0
+    for _ in range(rounds):
+        agent.start()
+        await eventually("the dev server is up", lambda: _starting(agent))
+        began = time.monotonic()
+        code = await agent.stop()
+        taken.append(time.monotonic() - began)
+        clean += code == 0 and taken[-1] <= 4.0
+    share = quantiles(taken, n=100, method="inclusive")[98]
+    return [
+        Row("stopped within the grace", clean / rounds, "share", at_least=1.0, samples=rounds),
+        Row("stop of a dev server that ignores TERM, p99", share, "s", at_most=4.0, samples=rounds),
+    ]
+
+
+async def _starting(agent: Agent) -> bool:
+    status = await agent.status()
+    return status is not None and status["dev_server"]["state"] == "starting"
+
+
+def _image() -> list[Row]:
+    """The image's size, where there is an engine and somebody built it."""
+    with contextlib.suppress(NoEngine, subprocess.CalledProcessError, ValueError):
+        engine = find_engine()
+        for tag in ("preview-agent", "localhost/preview-agent:test"):
+            if engine.has(tag):
+                size = int(engine.call("image", "inspect", "--format", "{{.Size}}", tag).stdout)
+                return [
+                    Row(
+                        "image size",
+                        size / 1e6,
+                        "MB",
+                        samples=1,
+                        note="base, agent and the template's modules",
+                    )
+                ]
+    return []
+
+
+async def _measure(quick: bool) -> list[Row]:
+    rounds = 5 if quick else 15
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as name:
+        directory = Path(name)
+        async with _plane(directory) as plane:
+            rows = await _first_pages(rounds, directory, plane)
+            rows += await _hydrated(3 if quick else 9, directory, plane)
+            rows += await _stops(5 if quick else 100, directory, plane)
+    return [*rows, *_image()]
+
+
+def run(quick: bool) -> Sequence[Row]:
+    """See the module. Raises `Unmeasurable` without Node and npm."""
+    if shutil.which("npm") is None:
+        raise Unmeasurable("Node and npm are needed")
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    return asyncio.run(_measure(quick))
