@@ -1,0 +1,132 @@
+"""The measuring itself: what is refused, what is reported, and that the contestants really take turns."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import bench.__main__ as command
+from bench.results import Ratio, Row, Unmeasurable, Verdict, in_turn, ratio_of
+
+
+def row(low: float, value: float, high: float, **bound: float) -> Row:
+    return Row("it", 1.0, "µs", peer="peer", theirs=2.0, ratio=Ratio(value, low, high), **bound)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict"),
+    [
+        (row(0.8, 0.9, 1.0, at_least=0.7), Verdict.MET),
+        (row(0.5, 0.6, 0.65, at_least=0.7), Verdict.NOT_MET),
+        (row(0.6, 0.72, 0.8, at_least=0.7), Verdict.TOO_NOISY),
+        (row(0.1, 0.2, 0.24, at_most=0.25), Verdict.MET),
+        (row(0.3, 0.4, 0.5, at_most=0.25), Verdict.NOT_MET),
+        (row(0.2, 0.24, 0.3, at_most=0.25), Verdict.TOO_NOISY),
+        (row(0.9, 1.0, 1.1), Verdict.MEASURED),
+        (row(0.5, 1.0, 1.5), Verdict.TOO_NOISY),
+        (Row("alone", 47.0, "MB", at_most=48), Verdict.MET),
+        (Row("alone", 49.0, "MB", at_most=48), Verdict.NOT_MET),
+    ],
+)
+def test_a_bound_is_met_only_by_the_whole_interval(measured: Row, verdict: Verdict) -> None:
+    assert measured.verdict is verdict
+
+
+def test_a_refused_number_appears_nowhere() -> None:
+    refused = row(0.6, 0.7213, 0.8, at_least=0.7)
+    assert "0.7213" not in json.dumps(refused.as_json())
+    assert refused.as_json()["ours"] is None
+    assert "0.72" not in command.line(refused)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_interval_holds_the_truth_as_often_as_it_says(seed: int) -> None:
+    chance = random.Random(seed)
+    held = 0
+    for _ in range(400):
+        pairs = [(chance.lognormvariate(0.5, 0.6), chance.lognormvariate(0, 0.6)) for _ in range(31)]
+        ratio = ratio_of([a for a, _ in pairs], [b for _, b in pairs])
+        assert ratio.low <= ratio.value <= ratio.high
+        held += ratio.low <= 2.718281828**0.5 <= ratio.high
+    assert held / 400 > 0.93
+
+
+def test_noise_that_hits_both_of_a_round_cancels() -> None:
+    chance = random.Random(1)
+    busy = [chance.uniform(1, 20) for _ in range(31)]
+    ratio = ratio_of([b * 2 for b in busy], busy)
+    assert (ratio.low, ratio.value, ratio.high) == (2.0, 2.0, 2.0)
+
+
+def test_nothing_measured_is_no_ratio() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        ratio_of([], [])
+
+
+def test_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
+    order: list[str] = []
+
+    def contestant(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    samples = in_turn({name: lambda name=name: contestant(name) for name in "ab"}, 4, warm_up=2)  # type: ignore[misc]
+    assert [len(taken) for taken in samples.values()] == [4, 4]
+    assert min(map(min, samples.values())) > 4
+    assert "".join(order[4:]) == "abba" * 2
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, outcome: Sequence[Row] | Exception, *arguments: str) -> int:
+    def run(quick: bool) -> Sequence[Row]:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(command, "modules", lambda wanted: {"fake": run})
+    return command.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "said"),
+    [
+        ([row(0.8, 0.9, 1.0, at_least=0.7)], 0, "0.90"),
+        ([row(0.5, 0.6, 0.65, at_least=0.7)], 1, "NOT MET"),
+        ([row(0.6, 0.72, 0.8, at_least=0.7)], 3, "too noisy"),
+        (Unmeasurable("no C compiler"), 0, "not measured: no C compiler"),
+        (RuntimeError("a bug"), 2, "a bug"),
+    ],
+)
+def test_the_exit_says_how_it_went(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    outcome: Sequence[Row] | Exception,
+    code: int,
+    said: str,
+) -> None:
+    assert run_with(monkeypatch, outcome, "--json", str(tmp_path / "new/results.json")) == code
+    assert said in capsys.readouterr().out
+    written = json.loads((tmp_path / "new/results.json").read_text())
+    assert written["machine"]["cores"] >= 1
+    assert "fake" in written["results"]
+
+
+def test_an_unknown_name_is_one_line() -> None:
+    with pytest.raises(SystemExit, match="there is no measurement 'nonsense'"):
+        command.main(["nonsense"])
+
+
+def test_the_measurement_of_apply_runs(tmp_path: Path) -> None:
+    from bench.apply import compile_peer, measure
+
+    try:
+        binary = compile_peer(tmp_path)
+    except Unmeasurable as reason:
+        pytest.skip(str(reason))
+    rows = measure(tmp_path / "home", binary, 1000, 0.7, rounds=3, count=5)
+    assert [r.name for r in rows] == ["apply 1 KB", "apply 1 KB, recorded"]
+    assert all(r.ours > 0 and r.theirs and r.ratio for r in rows)
