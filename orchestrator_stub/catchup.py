@@ -119,6 +119,11 @@ class Catchup:
             raise
         assert row is not None
         answer: dict[str, Any] = row[0]
+        if answer["kind"] == "changes":
+            # A path that was asked for and never was: an editor's optimistic write that came to nothing.
+            known = {change["file_path"] for change in answer["changes"]}
+            absent = [path for path in paths if path not in known]
+            answer["changes"] += [{"action": "delete", "file_path": path, "version": 0} for path in absent]
         match answer["kind"]:
             case "current":
                 return answer

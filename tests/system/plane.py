@@ -140,6 +140,12 @@ class Project:
         """The database's current tree; text files only."""
         return {row["file_path"]: row["content"].encode() for row in await self.rpc("list_current_files")}
 
+    async def broadcast(self, event: str, payload: Mapping[str, object]) -> None:
+        """Say something on the project's channel that the database did not say."""
+        message = {"topic": f"project:{self.id}", "event": event, "payload": payload, "private": True}
+        answer = await self.plane.http.post("/realtime/v1/api/broadcast", json={"messages": [message]})
+        assert answer.is_success, answer.text
+
     async def faults(self, **faults: object) -> None:
         """Let the realtime server misbehave."""
         answer = await self.plane.http.post("/realtime/v1/faults", json=faults)
@@ -219,6 +225,11 @@ class Agent:
                 return report
         except httpx.HTTPError:
             return None
+
+    async def metrics(self) -> str:
+        """Its metrics, as a scraper sees them."""
+        async with httpx.AsyncClient(trust_env=False) as http:
+            return (await http.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5)).text
 
     def files(self) -> dict[str, bytes]:
         """What is on disk."""

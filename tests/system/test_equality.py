@@ -305,3 +305,43 @@ async def test_drift_by_policy(project: Project, tmp_path: Path, policy: str) ->
         await eventually("no drift is left", closed)
     finally:
         agent.kill()
+
+
+async def test_an_optimistic_event_shows_at_once_and_is_undone_unless_confirmed(
+    project: Project, tmp_path: Path
+) -> None:
+    agent = await project.session(tmp_path / "machine", OPTIMISTIC_EVENTS="on")
+    agent.start()
+    try:
+        await agent.equal()
+        await live(agent)
+        for path, content in (
+            ("src/a.ts", "typed\n"),
+            ("src/new.ts", "typed\n"),
+            ("src/deep/b.ts", "kept\n"),
+        ):
+            await project.broadcast(
+                "file:update", {"file_path": path, "content": content, "sender": "editor"}
+            )
+
+        async def shown() -> bool:
+            here = agent.files()
+            return (
+                here["src/a.ts"] == b"typed\n" and "src/new.ts" in here and here["src/deep/b.ts"] == b"kept\n"
+            )
+
+        await eventually("the optimistic writes are on disk", shown)
+        await project.save("src/deep/b.ts", "kept\n")
+        report = await agent.equal()
+        assert agent.files()["src/deep/b.ts"] == b"kept\n"
+        assert report["link"]["state"] == "live"
+    finally:
+        agent.kill()
+
+
+async def test_by_default_an_event_without_revision_only_rings(agent: Agent, project: Project) -> None:
+    await project.broadcast("file:update", {"file_path": "src/a.ts", "content": "not the database's word\n"})
+    await project.save("src/after.ts", "after\n")
+    await agent.equal()
+    metrics = await agent.metrics()
+    assert 'preview_agent_events_total{event="file:update",outcome="unrevisioned"} 1.0' in metrics
