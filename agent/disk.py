@@ -65,7 +65,7 @@ class Disk:
     ) -> None:
         self._root = root
         self._staging_path = staging
-        self._jail = Jail(root)
+        self._jail = Jail(root, self._make_root)
         self._staging = Staging(staging, file_mode=file_mode, owner=owner)
         self._form = DirectoryForm(dir_mode, owner)
         self._made: set[RelPath] = set()
@@ -88,10 +88,8 @@ class Disk:
         """
         self._made = set(made)
         try:
-            fresh = not self._root.exists()
-            self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
-            if fresh and self._form.owner is not None:
-                os.chown(self._root, *self._form.owner)
+            if not self._root.exists():
+                self._make_root()
             root = self._jail.directory("")
         except OSError as error:
             raise RootUnusable(f"cannot use the project directory {self._root}: {error.strerror}") from error
@@ -201,6 +199,12 @@ class Disk:
     def scan(self) -> dict[RelPath, FileStat]:
         """Every regular file below the root that a project may have, links and protected directories left out."""
         return dict(self._walk(""))
+
+    def _make_root(self) -> None:
+        self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
+        self._root.chmod(self._form.mode)
+        if self._form.owner is not None:
+            os.chown(self._root, *self._form.owner)
 
     def _walk(self, start: str) -> Iterator[tuple[RelPath, FileStat]]:
         waiting = [start]

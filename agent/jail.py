@@ -38,10 +38,15 @@ class Blocked(Exception):
 
 
 class Jail:
-    """The directories of one root. `hold`: how many stay open, well below the usual limit of 1,024 files."""
+    """The directories of one root.
 
-    def __init__(self, root: Path, *, hold: int = 64) -> None:
+    `make_root` makes the root itself, should it be gone when something is to be made in it. `hold`: how many
+    directories stay open, well below the usual limit of 1,024 files.
+    """
+
+    def __init__(self, root: Path, make_root: Callable[[], None], *, hold: int = 64) -> None:
         self._root = root
+        self._make_root = make_root
         self._hold = max(hold, 2)
         self._held: OrderedDict[str, _Held] = OrderedDict()
 
@@ -56,7 +61,7 @@ class Jail:
         while (descriptor := self._still_there(at)) is None and at:
             at = at.rpartition("/")[0]
         if descriptor is None:
-            descriptor = self._keep("", os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            descriptor = self._keep("", self._open_root(make is not None))
         while at != path:
             end = path.find("/", len(at) + 1) if at else path.find("/")
             below = path if end == -1 else path[:end]
@@ -94,6 +99,16 @@ class Jail:
             _, held = self._held.popitem(last=False)
             os.close(held.descriptor)
         return descriptor
+
+    def _open_root(self, make: bool) -> int:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(self._root, flags)
+        except FileNotFoundError:
+            if not make:
+                raise
+        self._make_root()
+        return os.open(self._root, flags)
 
     def _enter(self, above: int, name: str, path: str, make: Callable[[int, str, str], None] | None) -> int:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from itertools import pairwise
@@ -216,6 +217,17 @@ def test_an_empty_directory_gives_way_to_a_file(agent: Agent, root: Path) -> Non
     (root / "a").mkdir()
     assert kinds(agent.apply(write("a", "file"))) == []
     assert seen(root) == {"a": "file"}
+
+
+def test_a_root_that_was_removed_is_made_again(agent: Agent, root: Path) -> None:
+    agent.put({"src/a": "1", "b": "1"})
+    shutil.rmtree(root)
+    outcome = agent.apply(remove("src/a"))
+    assert kinds(outcome) == [("drift", "src/a", "missing")]
+    outcome = agent.apply(write("b", "2"), write("src/c", "3"))
+    assert kinds(outcome) == [("drift", "b", "missing")]
+    assert seen(root) == {"b": "2", "src/c": "3"}
+    assert set(outcome.made) == {"src"}
 
 
 # --- paths that are unusable here
