@@ -62,14 +62,8 @@ async def acting_as(
     Raises psycopg's `InsufficientPrivilege` when the role was not granted to `authenticator`, and
     `InvalidParameterValue` when it does not exist.
     """
-    wanted = {"request.jwt.claims": orjson.dumps(dict(claims)).decode(), **(settings or {})}
     async with pool.connection() as connection, connection.transaction():
-        await connection.execute(f"set local session authorization {LOGIN_ROLE}")
-        await connection.execute(
-            "select set_config('role', %s, true), set_config('search_path', 'public, extensions', true)"
-            + ", set_config(%s, %s, true)" * len(wanted),
-            [str(claims.get("role", "anon")), *(part for pair in wanted.items() for part in pair)],
-        )
+        await _become(connection, claims, {"search_path": "public, extensions", **(settings or {})})
         yield connection
 
 
@@ -106,7 +100,7 @@ async def ask_read(pool: Pool, topic: str, claims: Claims, *, presence: bool) ->
                 [topic, topic],
             )
             ids = [row[0] for row in await probes.fetchall()]
-            await _become(connection, topic, claims)
+            await _become(connection, claims, {"realtime.topic": topic, "request.headers": "{}"})
             shown = await connection.execute(
                 "select extension from realtime.messages where topic = %s and id = any(%s)", [topic, ids]
             )
@@ -126,7 +120,7 @@ async def ask_write(pool: Pool, topic: str, claims: Claims, known: Policies) -> 
     allowed: dict[str, bool] = {}
     try:
         async with pool.connection() as connection, connection.transaction():
-            await _become(connection, topic, claims)
+            await _become(connection, claims, {"realtime.topic": topic, "request.headers": "{}"})
             for extension in ("broadcast", "presence"):
                 try:
                     async with connection.transaction():
@@ -143,10 +137,18 @@ async def ask_write(pool: Pool, topic: str, claims: Claims, known: Policies) -> 
     return replace(known, write_broadcast=allowed["broadcast"], write_presence=allowed["presence"])
 
 
-async def _become(connection: AsyncConnection[Any], topic: str, claims: Claims) -> None:
-    await connection.execute(f"set local session authorization {LOGIN_ROLE}")
+async def _become(connection: AsyncConnection[Any], claims: Claims, settings: Mapping[str, str]) -> None:
+    """Until the transaction ends: the claims' role, in one round trip, the settings in their order.
+
+    First down to `authenticator`, who can only become what it was granted: a token naming another role fails here.
+    """
+    wanted = {
+        "session_authorization": LOGIN_ROLE,
+        "role": str(claims.get("role", "anon")),
+        "request.jwt.claims": orjson.dumps(dict(claims)).decode(),
+        **settings,
+    }
     await connection.execute(
-        "select set_config('role', %s, true), set_config('realtime.topic', %s, true),"
-        " set_config('request.jwt.claims', %s, true), set_config('request.headers', '{}', true)",
-        [str(claims["role"]), topic, orjson.dumps(dict(claims)).decode()],
+        "select " + ", ".join(["set_config(%s, %s, true)"] * len(wanted)),
+        [part for pair in wanted.items() for part in pair],
     )

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from orchestrator_stub.local.access import Pool
 from orchestrator_stub.local.frames import Broadcast
@@ -30,10 +30,12 @@ from realtime.messages where id = any(%s::uuid[]) and extension = 'broadcast'
 order by array_position(%s::uuid[], id)
 """
 
+FORGET = "delete from realtime.messages where inserted_at < (now() - interval '72 hours') at time zone 'utc'"
+"""The hosted service drops partitions of that age; here it is done at each start."""
+
 
 async def follow(
     dsn: str,
-    pool: Pool,
     publish: Callable[[Broadcast, bool], Awaitable[None]],
     listening: Callable[[bool], None],
 ) -> None:
@@ -43,24 +45,33 @@ async def follow(
     the next one is lost with it, as with the real server's slot; subscribers find out by their revisions.
     """
     async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(psycopg.OperationalError),
+        retry=retry_if_exception_type(psycopg.Error),
         wait=wait_random_exponential(multiplier=0.1, max=5),
-        before_sleep=lambda state: log.warning("realtime.database_lost"),
+        before_sleep=_say_lost,
     ):
         with attempt:
             try:
-                await _follow_one_connection(dsn, pool, publish, listening)
+                await _follow_one_connection(dsn, publish, listening)
             finally:
                 listening(False)
 
 
+def _say_lost(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("realtime.database_lost", extra={"reason": " ".join(str(error).split())})
+
+
 async def _follow_one_connection(
     dsn: str,
-    pool: Pool,
     publish: Callable[[Broadcast, bool], Awaitable[None]],
     listening: Callable[[bool], None],
 ) -> None:
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with (
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection,
+        # Of its own and without transactions: one round trip between a commit and its subscribers.
+        await psycopg.AsyncConnection.connect(dsn, autocommit=True) as reader,
+    ):
+        await reader.execute(FORGET)
         await connection.execute(f"listen {CHANNEL}")
         listening(True)
         while True:
@@ -68,8 +79,7 @@ async def _follow_one_connection(
             ids = [note.payload async for note in connection.notifies(stop_after=1)]
             if not ids:
                 raise psycopg.OperationalError("the listening connection ended")
-            async with pool.connection() as reader:
-                rows = await (await reader.execute(ROWS, [ids, ids])).fetchall()
+            rows = await (await reader.execute(ROWS, [ids, ids])).fetchall()
             for row in rows:
                 message, private = _read(row)
                 await publish(message, private)

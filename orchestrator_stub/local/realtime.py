@@ -82,7 +82,7 @@ class Realtime:
         def listening(yes: bool) -> None:
             self._listening.set() if yes else self._listening.clear()
 
-        await feed.follow(dsn, self.pool, publish, listening)
+        await feed.follow(dsn, publish, listening)
 
     @property
     def listening(self) -> bool:

@@ -158,34 +158,17 @@ class Rest:
                 raise Denied(400, "PGRST102", "Empty or invalid json") from None
         if not isinstance(given, dict):
             raise Denied(400, "PGRST102", "All object keys must match")
-        function = await self._find(name, set(given))
-        if request.method == "GET" and not function.read_only:
-            raise Denied(405, "25006", f"cannot execute {name} in a read-only transaction")
         async with acting_as(self._pool, claims, _settings(request)) as connection:
+            function = await _find(connection, name, set(given))
             if function.read_only:
                 await connection.execute("set transaction read only")
+            elif request.method == "GET":
+                raise Denied(405, "25006", f"cannot execute {name} in a read-only transaction")
             rows = await connection.execute(function.call(sorted(given)), [orjson.dumps(given).decode()])
             row = await rows.fetchone()
         if function.returns_void:
             return Response(status_code=204)
         return _json(request, None if row is None else row[0], function.returns_set)
-
-    async def _find(self, name: str, given: set[str]) -> Function:
-        async with self._pool.connection() as connection:
-            rows = await (await connection.execute(FUNCTIONS, [name])).fetchall()
-        known = [Function(r[0], r[1], r[2], r[3], r[4], tuple(r[5]), tuple(r[6])) for r in rows]
-        for function in sorted(known, key=lambda f: len(f.names)):
-            if function.takes(given):
-                return function
-        wanted = ", ".join(sorted(given))
-        what = f"with parameters {wanted}" if wanted else "without parameters"
-        raise Denied(
-            404, "PGRST202",
-            f"Could not find the function public.{name}({wanted}) in the schema cache",
-            f"Searched for the function public.{name} {what} or with a single unnamed json/jsonb parameter, "
-            "but no matches were found in the schema cache.",
-            f"Perhaps you meant to call {_signature(known[0])}" if known else None,
-        )  # fmt: skip
 
     async def _select(self, request: Request) -> Response:
         """`?select=a,b&column=eq.value&order=a.desc&limit=n`, of one table or view."""
@@ -194,6 +177,25 @@ class Rest:
         async with acting_as(self._pool, claims, _settings(request)) as connection:
             text = await _one(connection, query, values)
         return _json(request, text, True)
+
+
+async def _find(connection: AsyncConnection[Any], name: str, given: set[str]) -> Function:
+    """The exposed function that takes exactly these arguments, looked up anew each time. Raises `Denied`."""
+    rows = await (await connection.execute(FUNCTIONS, [name])).fetchall()
+    known = [Function(r[0], r[1], r[2], r[3], r[4], tuple(r[5]), tuple(r[6])) for r in rows]
+    for function in sorted(known, key=lambda function: len(function.names)):
+        if function.takes(given):
+            return function
+    wanted = ", ".join(sorted(given))
+    what = f"with parameters {wanted}" if wanted else "without parameters"
+    raise Denied(
+        404,
+        "PGRST202",
+        f"Could not find the function public.{name}({wanted}) in the schema cache",
+        f"Searched for the function public.{name} {what} or with a single unnamed json/jsonb parameter, "
+        "but no matches were found in the schema cache.",
+        f"Perhaps you meant to call {_signature(known[0])}" if known else None,
+    )
 
 
 async def _one(connection: AsyncConnection[Any], query: sql.Composed, values: Sequence[Any]) -> str:

@@ -47,6 +47,12 @@ class FrameSocket(WebSocketsSansIOProtocol):
         extensions[EXTENSION] = self
         await super().run_asgi()
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            # A refused handshake is complete as well; uvicorn logs an error otherwise.
+            self.handshake_complete = True
+
     def shutdown(self) -> None:
         if self.before_shutdown is not None:
             self.before_shutdown()
@@ -80,8 +86,10 @@ class FrameSocket(WebSocketsSansIOProtocol):
 def uvicorn_options() -> dict[str, Any]:
     """What `uvicorn.Config` must be told for the realtime endpoint to be itself.
 
-    A listening socket that is handed to uvicorn should be made with `IPPROTO_TCP`: asyncio sets TCP_NODELAY on accepted
-    sockets only where the protocol is named, and each answer of two writes waits 40 ms without it. No compression and no protocol pings (clients of this protocol heartbeat), frames up to 5,000,000 bytes.
+    No compression and no protocol pings (clients of this protocol heartbeat), frames up to 5,000,000 bytes.
+
+    A listening socket that is handed to uvicorn should be made with `IPPROTO_TCP`: asyncio sets TCP_NODELAY on what it
+    accepts only where the protocol is named, and without it each answer of two writes waits 40 ms.
     """
     return {
         "ws": FrameSocket,

@@ -146,9 +146,10 @@ async def test_replay(local: Local) -> None:
 
 
 async def test_limits_use_the_original_words(database: str, tmp_path: Path) -> None:
+    now = time.time()  # and it stays so: rates count by the second
     limits = quick(connections=2, joins_per_second=2, channels_per_connection=1, payload_bytes=1000)
     async with (
-        serve_local(database, tmp_path, limits=limits) as local,
+        serve_local(database, tmp_path, limits=limits, clock=lambda: now) as local,
         local.socket() as client,
         local.socket() as other,
     ):
@@ -202,3 +203,12 @@ async def test_a_reader_that_does_not_read_is_cut_off(database: str, tmp_path: P
                 break
         assert len(local.stand_in.realtime.connections) == 1
         slow.connection.transport.abort()
+
+
+async def test_messages_are_kept_for_three_days(database: str, tmp_path: Path) -> None:
+    async with serve_local(database, tmp_path) as local:
+        await local.send(ROOM, "old", {})
+        await local.sql("update realtime.messages set inserted_at = now() - interval '73 hours'")
+        await local.send(ROOM, "new", {})
+    async with serve_local(database, tmp_path) as local:
+        assert await local.sql("select event from realtime.messages") == [("new",)]

@@ -149,3 +149,45 @@ async def test_get_calls_only_what_cannot_write(local: Local, project: UUID) -> 
     assert (listed.status_code, listed.json()) == (200, [])
     writing = await local.http.get(f"/rest/v1/rpc/delete_project_file?project_uuid={project}&p_file_path=a")
     assert writing.status_code == 405
+
+
+async def test_functions_that_change_under_it(local: Local) -> None:
+    """Nothing is remembered of a schema; every return type has PostgREST's form."""
+
+    async def call(**arguments: object) -> tuple[int, object]:
+        answer = await local.http.post("/rest/v1/rpc/shifting", json=arguments)
+        return answer.status_code, answer.json() if answer.content else None
+
+    await local.sql(
+        "create function public.shifting(a int) returns int language sql stable as 'select a + 1'"
+    )
+    assert await call(a=1) == (200, 2)
+    assert (await call())[0] == 404
+    await local.sql("drop function public.shifting")
+    assert (await call(a=1))[0] == 404
+    await local.sql(
+        "create function public.shifting(b text default 'x') returns setof text"
+        " language sql as 'select b union all select b'"
+    )
+    assert await call() == (200, ["x", "x"])
+    assert await call(b="y") == (200, ["y", "y"])
+    await local.sql("drop function public.shifting")
+    await local.sql("create function public.shifting(b text) returns void language sql as 'select 1'")
+    assert await call(b="y") == (204, None)
+    await local.sql("drop function public.shifting")
+    await local.sql(
+        "create function public.shifting(b text) returns table(x int, y text) language sql as 'select 1, b'"
+    )
+    assert await call(b="y") == (200, [{"x": 1, "y": "y"}])
+    await local.sql("drop function public.shifting")
+    reads_only = "as $$ select current_setting('transaction_read_only') $$"
+    for volatility, wanted in (("stable", "on"), ("volatile", "off")):
+        await local.sql(
+            f"create or replace function public.mode() returns text language sql {volatility} {reads_only}"
+        )
+        assert (await local.http.post("/rest/v1/rpc/mode")).json() == wanted
+    await local.sql("drop function public.mode")
+    await local.sql("drop function public.shifting")
+    await local.sql("create function public.shifting(b text) returns text language sql as 'select b'")
+    assert (await call(b="a\0b"))[0] == 400
+    await local.sql("drop function public.shifting")
