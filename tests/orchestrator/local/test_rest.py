@@ -187,7 +187,6 @@ async def test_functions_that_change_under_it(local: Local) -> None:
         )
         assert (await local.http.post("/rest/v1/rpc/mode")).json() == wanted
     await local.sql("drop function public.mode")
-    await local.sql("drop function public.shifting")
     await local.sql("create function public.shifting(b text) returns text language sql as 'select b'")
     assert (await call(b="a\0b"))[0] == 400
     await local.sql("drop function public.shifting")
