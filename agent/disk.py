@@ -143,7 +143,7 @@ class Disk:
         return batch.run(operations)
 
     def discard(self, paths: Iterable[RelPath]) -> Outcome:
-        """Remove files that an earlier life may have left behind (`LedgerState.intended`), whatever they hold."""
+        """Remove files that an earlier life may have left behind (`LedgerState.leftovers`), whatever they hold."""
         found = {path: seen for path in paths if (seen := self.look(path)) is not None}
         return self.apply([Remove(path, Entry(0, None)) for path in found], found)
 

@@ -82,13 +82,22 @@ class LedgerState:
     """What the ledger claims.
 
     `stats`: how each file looked when it was written. `directories`: those the agent made. `intended`: paths that may
-    have been written although no record followed; those that `tree` does not have are leftovers to discard.
+    have been written although no record followed.
     """
 
     tree: Tree
     stats: dict[RelPath, FileStat]
     directories: frozenset[RelPath] = frozenset()
     intended: frozenset[RelPath] = frozenset()
+
+    @property
+    def leftovers(self) -> frozenset[RelPath]:
+        """Files that an interrupted batch may have put there and the tree does not have: to be discarded.
+
+        A tombstone is no file: a path deleted once and being written anew when the kill came is a leftover too.
+        """
+        entries = self.tree.entries
+        return frozenset(p for p in self.intended if (entry := entries.get(p)) is None or not entry.is_file)
 
 
 class Ledger:

@@ -648,8 +648,7 @@ WRITER = textwrap.dedent(
     entries = state.tree.entries if state else {}
     at = state.tree.cursor.revision if state else 0
     if state:
-        ours = state.tree.files()
-        disk.discard(path for path in state.intended if path not in ours)
+        disk.discard(state.leftovers)
     chance = random.Random(at)
     steps = int(sys.argv[2])
 

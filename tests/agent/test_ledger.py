@@ -148,6 +148,27 @@ def test_intentions_last_until_the_next_record(ledger: Ledger, path: Path) -> No
     assert state.intended == frozenset()
 
 
+def test_leftovers_are_what_was_announced_and_is_no_file_of_the_tree(ledger: Ledger, path: Path) -> None:
+    tombstone = Done(Remove(RelPath("deleted"), Entry(2, None)), None)
+    ledger.record([written("kept", 1), tombstone], Cursor("e", 1))
+    ledger.intend([RelPath("kept"), RelPath("deleted"), RelPath("new")])
+    ledger.close()
+    state = reload(path)
+    assert state is not None
+    assert state.leftovers == {"deleted", "new"}
+
+
+def test_what_was_noted_goes_with_the_next_record(ledger: Ledger, path: Path) -> None:
+    ledger.note([written("a", 1)], made=[RelPath("dir")])
+    ledger.note([written("a", 2), written("b", 1)], gone=[RelPath("dir")])
+    ledger.record([], Cursor("e", 3))
+    ledger.close()
+    state = reload(path)
+    assert state is not None
+    assert {p: e.version for p, e in state.tree.entries.items()} == {"a": 2, "b": 1}
+    assert state.directories == frozenset()
+
+
 def test_intentions_before_anything_was_recorded_are_known_too(ledger: Ledger, path: Path) -> None:
     ledger.intend([RelPath("first")])
     ledger.close()
