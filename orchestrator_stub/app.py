@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from orchestrator_stub.catchup import Catchup, ProjectGone
+from orchestrator_stub.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
 from orchestrator_stub.problems import Refusal, render
@@ -216,8 +216,18 @@ class Api:
 
     async def sync(self, request: Request) -> Response:
         """What happened to the project above the agent's cursor."""
-        session = await self._own_session(request, self._claims(request))
+        claims = self._claims(request)
+        self._check_path(request, claims)
+        standing = await self._store.standing(claims.session_id)
+        if standing is None:
+            raise _unknown_session(claims.session_id)
+        session, epoch, revision = standing
+        self._check_owner(session, claims)
+        self._check_live(session, claims)
         body = await self._body(request, SyncBody)
+        if body.reason not in FULL and not body.paths and (body.epoch, body.revision) == (epoch, revision):
+            # What nearly every question comes to, answered by the one query that is needed anyway.
+            return _json({"kind": "current", "epoch": epoch, "revision": revision})
         return _json(
             await self._catchup.sync(
                 session.project_id,
@@ -304,18 +314,28 @@ class Api:
 
     async def _find(self, request: Request, claims: SessionClaims) -> Session:
         """The session of the path, which must be the token's. Over is 410."""
-        if _uuid(request.path_params["session_id"], "session") != claims.session_id:
-            raise Refusal(403, "foreign_session", "The token is another session's.")
+        self._check_path(request, claims)
         session = await self._session(request)
-        if session.project_id != claims.project_id:
-            raise Refusal(403, "foreign_session", "The token is another project's.")
-        if session.state in ENDED:
-            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+        self._check_owner(session, claims)
         return session
 
     async def _own_session(self, request: Request, claims: SessionClaims) -> Session:
         """The live session that the token's own machine belongs to. A newer machine is 409, no machine 410."""
         session = await self._find(request, claims)
+        self._check_live(session, claims)
+        return session
+
+    def _check_path(self, request: Request, claims: SessionClaims) -> None:
+        if _uuid(request.path_params["session_id"], "session") != claims.session_id:
+            raise Refusal(403, "foreign_session", "The token is another session's.")
+
+    def _check_owner(self, session: Session, claims: SessionClaims) -> None:
+        if session.project_id != claims.project_id:
+            raise Refusal(403, "foreign_session", "The token is another project's.")
+        if session.state in ENDED:
+            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+
+    def _check_live(self, session: Session, claims: SessionClaims) -> None:
         if session.state not in LIVE:
             raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
         if session.generation != claims.generation:
@@ -325,7 +345,6 @@ class Api:
                 f"Machine {claims.generation} was replaced by {session.generation}; this one is to stop.",
                 extra={"generation": session.generation},
             )
-        return session
 
     async def _body(self, request: Request, form: type[Body]) -> Body:
         content = bytearray()

@@ -49,7 +49,13 @@ class Service:
 async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
     """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database."""
     pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
-        settings.database_url.get_secret_value(), min_size=1, max_size=POOL_SIZE, open=False, timeout=10
+        settings.database_url.get_secret_value(),
+        min_size=1,
+        max_size=POOL_SIZE,
+        open=False,
+        timeout=10,
+        # Every statement of ours stands alone or says `transaction()`: no BEGIN and COMMIT round each.
+        kwargs={"autocommit": True},
     )
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool, httpx.AsyncClient(timeout=30) as http:

@@ -83,8 +83,9 @@ def sources(event: Event) -> tuple[State, ...]:
 class Timing:
     """How long things may take. Seconds."""
 
-    provision: float = 180.0
-    """From request to `ready`. A cold image pull on Fly takes about a minute, an install another."""
+    provision: float = 300.0
+    """From request to `ready`. A cold image pull on Fly takes about a minute, an install another; and two hundred
+    sessions asked for at once are made in as many seconds, Fly allowing one a second."""
     lease: float = 120.0
     """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
     claim: float = 60.0

@@ -14,7 +14,7 @@ from typing import Any, Final, LiteralString
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row
+from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
@@ -31,6 +31,11 @@ COLUMNS: Final[LiteralString] = """
   machine_driver, machine_id, machine_region, preview_url, problem
 """
 SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  # noqa: S608 - two literals
+STANDING: Final[LiteralString] = (
+    "select s.*, h.epoch::text, h.revision from ("  # noqa: S608 - literals
+    + SELECT
+    + "where id = %(id)s) s join public.project_heads h on h.project_id = s.project_id"
+)
 RETURNING: Final[LiteralString] = " returning " + COLUMNS
 
 SWEEP_LOCK: Final = 0x70726576  # "prev"
@@ -69,6 +74,17 @@ class SessionStore:
 
     async def get(self, session_id: UUID) -> Session | None:
         return await self._first("where id = %(id)s", {"id": session_id})
+
+    async def standing(self, session_id: UUID) -> tuple[Session, str, int] | None:
+        """A session with the epoch and revision its project stands at, in one statement."""
+        async with self._pool.connection() as connection:
+            cursor = connection.cursor(row_factory=dict_row)
+            await cursor.execute(STANDING, {"id": session_id})
+            row = await cursor.fetchone()
+        if row is None:
+            return None
+        epoch, revision = row.pop("epoch"), row.pop("revision")
+        return _Row(**row).session, epoch, revision
 
     async def listing(self, *, project_id: UUID | None, ended: bool, limit: int) -> Sequence[Session]:
         """The newest sessions first. `ended` False leaves out those in `gone` and `failed`."""

@@ -176,7 +176,9 @@ async def control_world(dsn: str, **changed: Any) -> AsyncIterator[World]:
     settings = settings_for(dsn, **changed)
     keys = Keyring.from_jwks({"keys": [new_es256("e1"), new_hs256("h1")]})
     platform, snapshots, assets = Platform(), PaperSnapshots(), PaperAssets()
-    pool: Pool = AsyncConnectionPool(dsn, min_size=1, max_size=6, open=False, timeout=5)
+    pool: Pool = AsyncConnectionPool(
+        dsn, min_size=1, max_size=6, open=False, timeout=5, kwargs={"autocommit": True}
+    )
     async with pool:
         store = SessionStore(pool)
         control = Control(settings, store, snapshots, FakeMachines(platform), keys)

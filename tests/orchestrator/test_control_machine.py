@@ -162,7 +162,7 @@ class ControlMachine(RuleBasedStateMachine):
         if machines:
             del self.world.platform.machines[machines[nth % len(machines)]]
 
-    @rule(seconds=st.sampled_from([1, 30, 90, 150, 200, 700]))
+    @rule(seconds=st.sampled_from([1, 30, 90, 150, 320, 700]))
     def time_passes(self, seconds: int) -> None:
         self.run(self.world.pass_time(seconds))
 
