@@ -32,14 +32,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="hydrate, start the dev server, follow the project until told to stop")
     commands.add_parser("check", help="settings, reach, permissions, disk, ports, Node: one line each")
+    status = commands.add_parser("status", help="what the running agent is doing, on one screen")
+    status.add_argument("--json", action="store_true", help="the whole report as JSON")
+    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    status.add_argument(
+        "--url", help="of its health server (default: http://127.0.0.1:$HEALTH_PORT, or 9464)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit code."""
-    command = _parser().parse_args(argv).command
+    arguments = _parser().parse_args(argv)
     try:
-        return _check() if command == "check" else _run()
+        match arguments.command:
+            case "check":
+                return _check()
+            case "status":
+                return _status(arguments)
+            case _:
+                return _run()
+    except KeyboardInterrupt:
+        return 130
     except SettingsError as error:
         for problem in error.problems:
             print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
@@ -62,6 +76,13 @@ def _check() -> int:
     from agent.check import check
 
     return asyncio.run(check(dict(os.environ), print))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from agent.screen import show
+
+    url = arguments.url or f"http://127.0.0.1:{os.environ.get('HEALTH_PORT', '9464')}"
+    return show(url, as_json=arguments.json, watch=arguments.watch, say=print)
 
 
 if __name__ == "__main__":

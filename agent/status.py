@@ -6,7 +6,7 @@ The agent's state is derived from its parts, never set: a state that is stored c
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -125,5 +125,6 @@ class SyncStatus:
     hydrated_at: float | None = None
     last_event_at: float | None = None
     last_catch_up_at: float | None = None
-    last_lag: float | None = None
+    lags: deque[float] = field(default_factory=lambda: deque(maxlen=40))
+    """Seconds from commit to rename of the latest events, oldest first."""
     started_at: float = field(default_factory=time.time)

@@ -286,7 +286,7 @@ class Sync:
             self._p.metrics.events.labels(commit.event, label).inc()
             if applied and outcome is Outcome.APPLIED and commit.timestamp is not None:
                 lag = max(0.0, now - commit.timestamp)
-                self._p.status.last_lag = lag
+                self._p.status.lags.append(lag)
                 self._p.metrics.event_lag.observe(lag)
                 log.info(
                     "event.applied",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,3 +109,17 @@ def test_no_secret_is_in_status_or_logs(stack: Stack) -> None:
         assert stack.info["service_key"] not in text
         assert stack.info["anon_key"] not in text
         assert "eyJ" not in text
+
+
+def test_status_is_one_screen_and_its_exit_code_is_readiness(stack: Stack) -> None:
+    command = [sys.executable, "-m", "agent", "status", "--url", stack.info["health_url"]]
+    screen = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert screen.returncode == 0
+    assert screen.stdout.startswith("serving")
+    assert f"revision {stack.status()['revision']} (at the head)" in screen.stdout
+    assert len(screen.stdout.splitlines()) <= 24
+    whole = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=20)
+    assert json.loads(whole.stdout)["session_id"] == stack.info["session_id"]
+    nobody = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True, timeout=20)
+    assert nobody.returncode == 69
+    assert "is it running" in nobody.stdout
