@@ -14,6 +14,7 @@ from uuid import UUID
 
 import httpx
 import pytest
+import websockets
 
 from agent.config import Settings
 from agent.devserver import State
@@ -100,3 +101,75 @@ async def test_a_lock_change_is_one_install_and_one_restart(settings: Settings) 
         assert not (settings.project_dir / "node_modules" / "typescript").exists()
         assert supervisor.problems() == ()
         assert list(settings.modules.glob("stage-*")) == []
+
+
+async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_preview_as_it_is(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Whatever becomes of the install, the running preview answers, byte for byte as before."""
+    settings = settings.model_copy(update={"install_seconds": 0.5})
+    async with kept(Supervisor(settings.model_copy(update={"install_seconds": 120.0}))) as first:
+        first.project_ready()
+        await until(lambda: first.ready, 120)
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    npm = binaries / "npm"
+    npm.write_text("#!/bin/sh\necho working\nsleep 60\n")
+    npm.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
+    manifest = settings.project_dir / "package.json"
+    good = manifest.read_text()
+    async with kept(Supervisor(settings, environ=environ)) as supervisor:
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready, 60)
+        async with httpx.AsyncClient(base_url=supervisor.url) as http:
+            paths = ("/", "/src/App.tsx", "/src/App.css", "/lighthouse.svg")
+            before = [(await http.get(path)).content for path in paths]
+
+            async def complains(rule: str) -> None:
+                supervisor.files_changed({RelPath("package.json")})
+                await until(lambda: [problem.rule for problem in supervisor.problems()] == [rule])
+                assert [(await http.get(path)).content for path in paths] == before
+                assert (supervisor.state, supervisor.restarts) == (State.READY, 0)
+
+            manifest.write_text(good[:-20])
+            await complains("package_json")
+            manifest.write_text(good.replace('"react":', '"no-such-thing": "1.0.0",\n    "react":'))
+            await complains("timeout")
+            npm.write_text("#!/bin/sh\necho there is no such thing >&2\nexit 1\n")
+            await complains("exit")
+            assert "there is no such thing" in supervisor.problems()[0].detail
+            manifest.write_text(good)
+            supervisor.files_changed({RelPath("package.json")})
+            await until(lambda: supervisor.problems() == ())
+            assert supervisor.restarts == 0
+
+
+async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(settings: Settings) -> None:
+    """PREVIEW_HOST is let in, nobody else is, and the hot-update client follows the page's own origin."""
+    supervisor = Supervisor(settings.model_copy(update={"preview_host": "p1.preview.example"}))
+    async with kept(supervisor):
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready, 120)
+        async with httpx.AsyncClient(base_url=supervisor.url) as http:
+            for name, status in (("p1.preview.example", 200), ("rebound.example", 403)):
+                assert (await http.get("/src/App.tsx", headers={"Host": name})).status_code == status
+            client = (await http.get("/@vite/client", headers={"Host": "p1.preview.example"})).text
+        # What the browser computes: wss when the page is https, and the page's own port.
+        assert re.search(
+            r'socketProtocol = null \|\| \(importMetaUrl\.protocol === "https:" \? "wss" : "ws"\)', client
+        )
+        assert re.search(r"hmrPort = null", client)
+        token = re.search(r'wsToken = "([^"]+)"', client)
+        assert token is not None
+
+        def connect(name: str) -> websockets.connect:
+            return websockets.connect(
+                f"ws://{name}:{settings.dev_port}/?token={token[1]}", host="127.0.0.1", proxy=None,
+                origin=websockets.Origin(f"https://{name}"), subprotocols=[websockets.Subprotocol("vite-hmr")],
+            )  # fmt: skip
+
+        async with connect("p1.preview.example") as hot:
+            assert '"connected"' in str(await hot.recv())
+        with pytest.raises(websockets.InvalidHandshake):
+            await connect("rebound.example")
