@@ -82,15 +82,20 @@ class DirectConnection(ClientConnection):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the network, in whatever pieces."""
-        if self._given_up or self.protocol.state is not OPEN:
-            self._open(data)
-        else:
-            if self._rest:
-                self._rest += data
-                if len(self._rest) < self._need:
-                    return
-                data, self._rest = bytes(self._rest), bytearray()
-            self._split(data)
+        at = 0
+        while self._rest and at < len(data):
+            # Only the frame that was cut is put together; the rest of the piece is read where it lies.
+            missing = self._need - len(self._rest)
+            self._rest += data[at : at + missing]
+            at += missing
+            if len(self._rest) >= self._need:
+                whole, self._rest = bytes(self._rest), bytearray()
+                self._split(whole, 0)
+        if at < len(data):
+            if self._given_up or self.protocol.state is not OPEN:
+                self._open(data[at:])
+            else:
+                self._split(data, at)
         if self.end is not None:
             self._ended()
 
@@ -127,16 +132,16 @@ class DirectConnection(ClientConnection):
         head, rest, self._head = self._head[: blank + 4], self._head[blank + 4 :], b""
         super().data_received(head)
         if self.protocol.state is OPEN:
-            self._split(rest)
+            self._split(rest, 0)
         else:
             self._given_up = True
             super().data_received(rest)
 
     # --- the short way
 
-    def _split(self, data: bytes) -> None:
-        """Take whole frames off the front of `data`; keep what is left of the last."""
-        at, size = 0, len(data)
+    def _split(self, data: bytes, at: int) -> None:
+        """Take whole frames off `data` from `at` on; keep what is left of the last."""
+        size = len(data)
         deliver = self._deliver or self._hand_over
         most = self._max_size
         while size - at >= 2:
