@@ -74,3 +74,14 @@ def database(postgres_dsn: str, template_database: str) -> Iterator[str]:
         )
         yield make_conninfo(postgres_dsn, dbname=name)
         server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+@pytest.fixture(scope="module")
+def module_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
+    """The DSN of a database that was fresh when the module's first test began."""
+    name = f"preview_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        made = sql.SQL("create database {} template {}")
+        server.execute(made.format(sql.Identifier(name), sql.Identifier(template_database)))
+        yield make_conninfo(postgres_dsn, dbname=name)
+        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

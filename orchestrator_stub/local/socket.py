@@ -37,8 +37,9 @@ class FrameSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # At INFO uvicorn prints each handshake's query string, and the API key in it.
-        self.logger = _Quiet(self.logger)  # type: ignore[assignment]
+        # At INFO uvicorn prints each handshake's query string, and the API key in it; below that, each frame.
+        self.logger = self.conn.logger = _Quiet(self.logger)  # type: ignore[assignment]
+        self.conn.debug = False
         self.before_shutdown: Callable[[], None] | None = None
         """Called when the server goes, while frames can still be written; the close with 1012 follows."""
 

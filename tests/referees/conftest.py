@@ -5,14 +5,10 @@ from __future__ import annotations
 import fcntl
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
-from uuid import uuid4
+from collections.abc import AsyncIterator
 
-import psycopg
 import pytest
 import pytest_asyncio
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from orchestrator_stub.local.faults import Faults
 from tests.fakes.serving import Local, serve_local
@@ -32,17 +28,6 @@ def packages() -> None:
         quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
         done = subprocess.run([npm, "ci", *quiet], cwd=NODE, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"npm ci failed:\n{done.stderr}"
-
-
-@pytest.fixture(scope="module")
-def module_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
-    """As `database`, for a whole module."""
-    name = f"preview_{uuid4().hex[:12]}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as server:
-        made = sql.SQL("create database {} template {}")
-        server.execute(made.format(sql.Identifier(name), sql.Identifier(template_database)))
-        yield make_conninfo(postgres_dsn, dbname=name)
-        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -5,29 +5,14 @@ Modules that use it run on one loop: `pytestmark = pytest.mark.asyncio(loop_scop
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from uuid import uuid4
 
-import psycopg
 import pytest
 import pytest_asyncio
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from orchestrator_stub.local.faults import Faults
 from tests.fakes.serving import Local, serve_local
-
-
-@pytest.fixture(scope="module")
-def module_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
-    """As `database`, for a whole module."""
-    name = f"preview_{uuid4().hex[:12]}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as server:
-        made = sql.SQL("create database {} template {}")
-        server.execute(made.format(sql.Identifier(name), sql.Identifier(template_database)))
-        yield make_conninfo(postgres_dsn, dbname=name)
-        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -322,3 +323,33 @@ async def test_a_replay_that_cannot_be_is_refused_and_the_socket_lives(local: Lo
         denied = await client.join("nul\0", agent(local))
         assert denied["response"]["reason"].startswith("Unauthorized: ")
         assert await client.silent()
+
+
+async def test_no_key_and_no_token_reaches_a_log(
+    database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serve_local(database, tmp_path) as local:
+        tokens = [agent(local), agent(local, str(uuid4())), agent(local, ttl=-60)]
+        async with local.socket() as client:
+            for token in tokens:
+                await client.join(TOPIC, token)
+                await client.push(f"realtime:{TOPIC}", "access_token", {"access_token": token})
+            await client.connection.send("junk")
+        with pytest.raises(InvalidStatus):
+            async with local.socket(key=tokens[0]):
+                pass
+        sign = f"/storage/v1/object/project-snapshots/x?token={tokens[0]}"
+        await local.http.get(sign)
+        await local.http.post(
+            "/rest/v1/rpc/nothing", json={}, headers={"authorization": f"Bearer {tokens[2]}"}
+        )
+    ours = "\n".join(
+        record.getMessage() + str(record.__dict__)
+        for record in caplog.records
+        if not record.name.startswith(("websockets", "httpx", "httpcore"))  # the test's own clients
+    )
+    assert "realtime.bad_frame" in ours
+    for secret in (*tokens, local.keys.anon_key, local.keys.service_key):
+        assert secret not in ours
+        assert secret.rsplit(".", 1)[1] not in ours
