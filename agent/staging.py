@@ -109,6 +109,7 @@ class Staging:
         except OSError as error:
             raise RootUnusable(f"cannot use the staging directory {self._path}: {error.strerror}") from error
         try:
+            self._make_private()
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._probe(root)
         except BlockingIOError:
@@ -188,6 +189,16 @@ class Staging:
         for name in ours:
             self.discard(name)
         return len(ours)
+
+    def _make_private(self) -> None:
+        """What others can put here, they can make us promote."""
+        found = os.fstat(self._descriptor)
+        if found.st_uid != os.geteuid():
+            raise RootUnusable(
+                f"the staging directory {self._path} belongs to another user (uid {found.st_uid})"
+            )
+        if found.st_mode & 0o077:
+            os.fchmod(self._descriptor, 0o700)
 
     def _create(self, name: str, mode: int) -> int:
         return os.open(name, _CREATE, mode, dir_fd=self._descriptor)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from immutables import Map
 
 from agent.batch import in_order
 from agent.disk import Disk, FileStat
 from agent.errors import RootUnusable
-from agent.model import Cursor, Entry, Operation, RelPath, Tree, Write, digest_of
+from agent.model import Cursor, Entry, Operation, RelPath, Tree, Write, digest_of, parents
 from tests.agent.disks import Agent, kinds, remove, seen, write
+from tests.profiles import examples
 
 
 @pytest.fixture
@@ -200,7 +205,7 @@ def test_a_renamed_file_is_there_before_the_old_one_goes(agent: Agent) -> None:
 
 
 def test_a_hydration_goes_directory_by_directory_and_answers_in_its_order(agent: Agent, root: Path) -> None:
-    operations = [write(f"d{n % 100}/f{n}", str(n)) for n in range(1500)]
+    operations = [write(f"d{n % 100}/f{n}", str(n)) for n in range(1000)]
     outcome = agent.apply(*operations)
     assert [done.operation for done in outcome.done] == operations
     assert agent.disk.scan() == agent.known
@@ -208,7 +213,7 @@ def test_a_hydration_goes_directory_by_directory_and_answers_in_its_order(agent:
     assert sum(a != b for a, b in pairwise(directories)) == 99
 
     outcome = agent.apply(*(remove(operation.path) for operation in operations))
-    assert len(outcome.done) == 1500
+    assert len(outcome.done) == 1000
     assert len(outcome.gone) == 100
     assert seen(root) == {}
 
@@ -228,6 +233,44 @@ def test_a_root_that_was_removed_is_made_again(agent: Agent, root: Path) -> None
     assert kinds(outcome) == [("drift", "b", "missing")]
     assert seen(root) == {"b": "2", "src/c": "3"}
     assert set(outcome.made) == {"src"}
+
+
+SEGMENTS = st.sampled_from(["a", "b", "c"])
+PATHS = st.lists(SEGMENTS, min_size=1, max_size=4).map("/".join)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> dict[str, str]:
+    """What a database can hold: no current path is a directory of another."""
+    tree: dict[str, str] = {}
+    for path, content in draw(st.dictionaries(PATHS, st.text("xyz", max_size=2), max_size=8)).items():
+        if not any(path.startswith(f"{other}/") or other.startswith(f"{path}/") for other in tree):
+            tree[path] = content
+    return tree
+
+
+@examples(40, 2_000)
+@given(st.lists(trees(), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_from_any_tree_to_any_other_in_one_batch(wanted: list[dict[str, str]], chance: Random) -> None:
+    """In whatever order the operations come, the disk ends at exactly the wanted tree, without a problem or a trace."""
+    with tempfile.TemporaryDirectory() as home:
+        disk = Disk(Path(home, "project"), Path(home, "staging"))
+        disk.open()
+        agent = Agent(disk)
+        have: dict[str, str] = {}
+        for tree in wanted:
+            operations: list[Operation] = [remove(path) for path in have if path not in tree]
+            operations += [write(path, tree[path]) for path in tree if have.get(path) != tree[path]]
+            chance.shuffle(operations)
+            outcome = agent.apply(*operations)
+            assert kinds(outcome) == []
+            assert [done.operation for done in outcome.done] == operations
+            assert seen(disk.root) == tree
+            assert disk.scan() == agent.known
+            assert set(disk.made) == {str(p) for path in tree for p in parents(RelPath(path))}
+            assert os.listdir(Path(home, "staging")) == []
+            have = tree
+        disk.close()
 
 
 # --- paths that are unusable here
@@ -373,6 +416,25 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_a_staging_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "staging").write_text("")
     with pytest.raises(RootUnusable, match="cannot use the staging directory"):
+        Disk(tmp_path / "project", tmp_path / "staging").open()
+
+
+def test_a_staging_directory_that_others_could_write_in_is_made_private(tmp_path: Path) -> None:
+    (tmp_path / "staging").mkdir()
+    (tmp_path / "staging").chmod(0o777)
+    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk.open()
+    disk.close()
+    assert stat.S_IMODE((tmp_path / "staging").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that is not its own")
+def test_a_staging_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 12345, 12345)
+    (tmp_path / "staging").symlink_to(theirs)
+    with pytest.raises(RootUnusable, match=r"belongs to another user \(uid 12345\)"):
         Disk(tmp_path / "project", tmp_path / "staging").open()
 
 
