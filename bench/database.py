@@ -132,7 +132,7 @@ def per_second(write: Callable[[Db], None], connections: Sequence[Db], count: in
 
 
 def measure_writes(bench: Bench, connections: int, *, rounds: int, count: int, notify: bool = True) -> Row:
-    """`notify` False: without the stand-in's NOTIFY, whose lock makes commits wait in line; the hosted service has none."""
+    """`notify` False: without the stand-in's NOTIFY, whose lock makes commits wait in line; hosted has none."""
     with psycopg.connect(bench.dsn, autocommit=True) as db:
         db.execute(
             f"alter table realtime.messages {'enable' if notify else 'disable'} trigger announce".encode()
@@ -176,7 +176,7 @@ def measure_catch_up(bench: Bench, *, rounds: int) -> Row:
             "update public.project_heads set revision = %(revisions)s where project_id = %(project)s",
             parameters,
         )
-        db.execute("analyze public.project_files")
+        db.execute("vacuum analyze public.project_files")
         row = db.execute(
             "select epoch::text from public.project_heads where project_id = %s", [project]
         ).fetchone()
