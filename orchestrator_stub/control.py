@@ -115,7 +115,7 @@ class Control:
         session, new = await self._store.create(project_id, key=key, generation=generation or 1, ttl=ttl)
         if not new and session.project_id == project_id and generation and generation > session.generation:
             session = await self._store.replace(session.id, generation, ttl=ttl) or session
-        if session.state in (State.REQUESTED, State.PROVISIONING) and session.machine_id is None:
+        if session.state in LIVE and session.machine_id is None:
             self._start("provision", session.id, self.provision(session.id))
         return session, new
 

@@ -48,6 +48,8 @@ class Event(StrEnum):
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.REQUESTED, Event.TAKE_UP): State.PROVISIONING,
     (State.PROVISIONING, Event.TAKE_UP): State.PROVISIONING,
+    # Its orchestrator was killed before it wrote the machine down, and the agent reported all the same.
+    (State.READY, Event.TAKE_UP): State.READY,
     (State.PROVISIONING, Event.REPORT): State.READY,
     (State.READY, Event.REPORT): State.READY,
     (State.REQUESTED, Event.REPLACE): State.REQUESTED,
@@ -146,13 +148,9 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
         case State.READY:
             if session.lease_until is not None and session.lease_until <= now:
                 return Judgement(Verdict.DRAIN, "lease_lapsed: the machine stopped sending its status")
-            return Judgement(Verdict.LEAVE)
         case _ if session.state_since + timing.provision <= now:
             return Judgement(Verdict.DRAIN, "provision_timeout: the preview did not become ready in time")
-        case _ if session.machine_id is None and not claimed:
-            return Judgement(Verdict.PROVISION)
-        case _:
-            return Judgement(Verdict.LEAVE)
+    return Judgement(Verdict.LEAVE if claimed or session.machine_id is not None else Verdict.PROVISION)
 
 
 def machine_name(session_id: UUID, generation: int) -> str:

@@ -112,14 +112,14 @@ class SessionStore:
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
         """Take one's turn at making (`TAKE_UP`) or ending (`DESTROYED`) the machine; None: not ours to take."""
-        state = State.PROVISIONING if event is Event.TAKE_UP else State.DRAINING
         return await self._one(
-            "update preview.sessions set state = %(state)s,"
-            " state_since = case when state = %(state)s then state_since else now() end,"
+            "update preview.sessions set"
+            " state = case when state = 'requested' then 'provisioning' else state end,"
+            " state_since = case when state = 'requested' then now() else state_since end,"
             " claimed_by = %(by)s, claimed_until = now() + %(seconds)s * interval '1 second'"
             " where id = %(id)s and state = any(%(from)s)"
             " and (claimed_until is null or claimed_until <= now() or claimed_by = %(by)s)",
-            {"id": session_id, "by": by, "seconds": seconds, "state": state, "from": _names(sources(event))},
+            {"id": session_id, "by": by, "seconds": seconds, "from": _names(sources(event))},
         )
 
     async def machine_made(self, session_id: UUID, generation: int, machine: Machine) -> Session | None:

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -236,5 +236,8 @@ class ControlMachine(RuleBasedStateMachine):
 def test_the_control_plane_survives_everything(postgres_dsn: str, database: str, long: bool) -> None:
     with asyncio.Runner() as runner:
         machine = type("Machine", (ControlMachine,), {"database": database, "runner": runner})
-        profile = settings(examples(1000, 1000) if long else examples(50, 50), stateful_step_count=40)
+        # A failure is shown as found: each step is a round of real queries, and shrinking takes minutes of them.
+        phases = (Phase.explicit, Phase.reuse, Phase.generate)
+        number = examples(1000, 1000) if long else examples(50, 50)
+        profile = settings(number, stateful_step_count=40, phases=phases)
         run_state_machine_as_test(machine, settings=profile)

@@ -79,8 +79,27 @@ def test_nothing_in_between_outlives_its_deadline(session: Session) -> None:
 @given(sessions)
 def test_a_live_session_in_good_order_is_left_alone(session: Session) -> None:
     silent = session.lease_until is not None and session.lease_until <= NOW
-    if session.state is State.READY and session.expires_at > NOW and not silent:
+    known = session.machine_id is not None
+    if session.state is State.READY and session.expires_at > NOW and not silent and known:
         assert judge(session, NOW, TIMING).verdict is Verdict.LEAVE
+
+
+def test_a_machine_that_reported_before_it_was_written_down_is_found() -> None:
+    """Its orchestrator was killed between making it and saying so; the agent came up all the same."""
+    orphan = Session(
+        uuid4(),
+        uuid4(),
+        State.READY,
+        1,
+        None,
+        NOW,
+        NOW + 600,
+        NOW,
+        claimed_until=NOW - 1,
+        lease_until=NOW + 60,
+    )
+    assert judge(orphan, NOW, TIMING).verdict is Verdict.PROVISION
+    assert next_state(State.READY, Event.TAKE_UP) is State.READY
 
 
 @given(sessions)
