@@ -53,19 +53,36 @@ class CatchUp:
     progress: Progress = field(default_factory=Progress)
     _rejected: bool = False
     """The last snapshot offered was no good: the next question says so, and gets another build of it."""
+    offered: str | None = field(default=None, repr=False)
+    """URL of the latest `snapshot:ready`: the only answer there is without a session API."""
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether there is anybody, or anything, to get an answer from."""
+        return self.api is not None or self.offered is not None
+
+    def distrust(self) -> None:
+        """Let the next answer be built anew, independently of the last."""
+        self._rejected = True
 
     async def ask(self, request: Request) -> Answer:
         """One question, one answer. Raises whatever made it impossible; asking again is the caller's decision."""
         if self.api is None:
-            raise Unavailable("catch-up", "SESSION_API_URL is not set")
+            if self.offered is None:
+                raise Unavailable("catch-up", "SESSION_API_URL is not set")
+            offer, self.offered = self.offered, None
+            return await self._fetch(offer)
         reason = SNAPSHOT_REJECTED if self._rejected else request.reason.value
         answer = await self.api.sync(request.epoch, request.revision, reason, sorted(request.paths) or None)
         self.problems.clear_kinds("session_api_unreachable", "token_refused")
         if not isinstance(answer, SnapshotOffer):
             return answer
+        return await self._fetch(answer.snapshot_url)
+
+    async def _fetch(self, url: str) -> StagedSnapshot:
         try:
             staged = await fetch(
-                answer.snapshot_url,
+                url,
                 disk=self.disk,
                 http=self.http,
                 limits=self.limits,

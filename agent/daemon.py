@@ -18,9 +18,10 @@ from agent import health
 from agent.catchup import CatchUp, jitter
 from agent.config import Settings
 from agent.disk import Disk
-from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, Unavailable
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
+from agent.headstart import HeadStart
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
@@ -43,11 +44,16 @@ QUICK = 0.25
 """Least seconds between two reports, however fast the state flaps."""
 
 
-async def run(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits)."""
+async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart | None = None) -> int:
+    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits).
+
+    `early`: the dev server that was started before the agent was awake.
+    """
     redactor = redactor_for(settings)
     configure_logs(settings, redactor)
     reaper = Reaper()
+    if early is not None:
+        reaper.own(early.process.pid)
     reaper.adopt()
     metrics = Metrics()
     problems = Problems(metrics)
@@ -75,7 +81,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
         )
         ledger = Ledger(settings.state_dir / "ledger.sqlite")
         follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
-        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
+        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, early=early)
         catch_up = CatchUp(
             api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
         )
@@ -153,7 +159,7 @@ async def _until_stopped(
 
 
 def _exit_code(ended: Collection[asyncio.Task[None]], names: Mapping[asyncio.Task[None], str]) -> int:
-    """0 when somebody asked; otherwise what the task that ended first died of."""
+    """0 when somebody asked, a newer machine of the session included; else what the first task to end died of."""
     for task in ended:
         if task.cancelled():
             continue
@@ -162,6 +168,9 @@ def _exit_code(ended: Collection[asyncio.Task[None]], names: Mapping[asyncio.Tas
             log.error("agent.task_ended", task=names[task])
             return 1
         cause = _first_cause(error)
+        if isinstance(cause, Superseded):
+            log.info("agent.superseded", why=str(cause))
+            return 0
         if isinstance(cause, AgentError):
             log.error("agent.failed", task=names[task], why=str(cause), exit=cause.exit_code)
             return cause.exit_code
@@ -205,13 +214,11 @@ async def _heartbeat(
             due = now + every * (0.8 + 0.4 * spread())
             try:
                 head = await api.report_status(report.heartbeat())
-            except Unavailable as error:
+            except (Unavailable, MalformedMessage) as error:
                 attempt += 1
                 due = time.monotonic() + jitter(attempt, error)
                 problems.add(Problem("session_api_unreachable", str(error)))
             except CredentialRejected as error:
-                if isinstance(error, SessionGone):
-                    raise
                 attempt += 1
                 due = time.monotonic() + every
                 problems.add(Problem("token_refused", str(error)))

@@ -81,6 +81,9 @@ class EventSource(Protocol):
     def caught_up(self) -> None:
         """One catch-up succeeded that began after the last `Resync` was received."""
 
+    def doubt(self, reason: str) -> None:
+        """Something came by another way that should have come by this one: make sure the link is not deaf."""
+
     def report(self) -> dict[str, object]:
         """What `/status` shows of the link."""
 
@@ -104,6 +107,8 @@ class LinkSettings:
     """Between attempts with a credential that was turned away; spread over half to all of it."""
     renew_pause: float = 30.0
     """Least time between two renewals nobody asked for, so that a wrong clock cannot make a loop of them."""
+    renew_within: float = 20.0
+    """For a whole renewal: an answer that trickles in must not hold the link up."""
     rejoin_least: float = 5.0
     """A channel that tells of expiry sooner than this after its join is not joined again on the same socket: the
     backoff stands between us and a loop of joins."""
@@ -508,7 +513,11 @@ class RealtimeStream:
             held = self._look_at_token()
             if held is not None and held is not stale:
                 return held
-            token = await self._tokens.renew_token()
+            try:
+                async with asyncio.timeout(self._settings.renew_within):
+                    token = await self._tokens.renew_token()
+            except TimeoutError:
+                raise Unavailable("the issuer of tokens", "no answer in time") from None
             self._look_at_token()
             return token
 
@@ -541,6 +550,8 @@ class RealtimeStream:
                 await asyncio.sleep(max(self._backoff(failures), _asked(error)))
             else:
                 self._renew_now.clear()
+                if self._joined_at is not None:
+                    self._token_problem = None
                 failures.attempt_number = 0
                 earliest = _now() + self._settings.renew_pause
 

@@ -23,6 +23,7 @@ from agent.errors import (
     PathRefused,
     RootUnusable,
     SessionGone,
+    Superseded,
     Unavailable,
 )
 from agent.follow import Follower, Request
@@ -56,6 +57,9 @@ transactions of the ledger, and cannot starve the heartbeat."""
 RECORD_WITHIN = 0.05
 """Seconds for which the ledger may lag behind the disk: a kill in between costs a look at those files, and the person
 waiting for a save does not wait for its bookkeeping."""
+
+LINK_NEEDS = frozenset({Reason.JOIN, Reason.OVERFLOW})
+"""While one of these is wanted the link has an unanswered `Resync`, and is not live."""
 
 RESYNC_REASONS = {"overflow": Reason.OVERFLOW}
 
@@ -99,6 +103,7 @@ class Sync:
         self._request: Request | None = None
         self._attempt = 0
         self._doubted: str | None = None
+        self._silent = False
         self._asleep_until: float | None = None
         self._recording: asyncio.TimerHandle | None = None
 
@@ -239,9 +244,11 @@ class Sync:
             self._follower.need(RESYNC_REASONS.get(signal.reason, Reason.JOIN), now)
             self._wake.set()
             return
+        self._silent = False
         self._p.status.last_event_at = signal.at
         commit = self._read(signal)
         if isinstance(commit, SnapshotReady):
+            self._p.catch_up.offered = commit.snapshot_url
             self._follower.need(Reason.SNAPSHOT_READY, now)
             self._wake.set()
         elif commit is not None:
@@ -350,7 +357,7 @@ class Sync:
             "sync.asked", reason=request.reason.value, revision=request.revision, paths=len(request.paths)
         )
         self._p.metrics.resyncs.labels(request.reason.value).inc()
-        if self._p.catch_up.api is None:
+        if not self._p.catch_up.can_ask:
             # Nothing can be asked; what is missing comes with the next snapshot or event.
             self._follower.answered(self._clock())
             self._p.source.caught_up()
@@ -376,11 +383,20 @@ class Sync:
                 return
             if not self._accept(answer, plan, now):
                 return
-        self._asking = None
+        lost = self._request is not None and self._request.reason is Reason.HEAD and plan is not None
+        self._asking = self._request = None
         self._attempt = 0
+        self._release()
         self._p.status.last_catch_up_at = time.time()
         self._follower.answered(now, _revision_of(answer))
-        self._p.source.caught_up()
+        if LINK_NEEDS.isdisjoint(self._follower.needs):
+            self._p.source.caught_up()
+        if lost:
+            # One event may be lost on a good link; two heartbeats that found commits with no event between did not
+            # meet a good link. A new socket costs little.
+            if self._silent:
+                self._p.source.doubt("commits are found by the heartbeat alone")
+            self._silent = True
         log.info(
             "sync.caught_up",
             revision=self.tree.cursor.revision,
@@ -404,20 +420,28 @@ class Sync:
             problem = brake(self.tree, plan)
             wanted = tree_hash({path: file.digest for path, file in answer.manifest.files.items()})
             if problem is not None and self._doubted != wanted:
-                self._doubted = wanted
-                self._p.status.phase = SyncPhase.HALTED
-                self._p.problems.add(problem)
+                self._halt(problem, wanted)
                 self._retry(problem.detail, now)
                 return False
-            self._doubted = None
-            self._p.problems.clear_kinds("mass_delete")
-            self._p.status.phase = SyncPhase.FOLLOWING
+            self._release()
         if not self._apply(plan):
             self._retry("the disk could not take the answer", now)
             return False
         if isinstance(answer, StagedSnapshot):
             self._p.workspace.record_whole(self.tree)
         return True
+
+    def _halt(self, problem: Problem, wanted: str) -> None:
+        """The brake: nothing is applied until another build of the snapshot says the same, or something else."""
+        self._doubted = wanted
+        self._p.status.phase = SyncPhase.HALTED
+        self._p.problems.add(problem)
+        self._p.catch_up.distrust()
+
+    def _release(self) -> None:
+        self._doubted = None
+        self._p.problems.clear_kinds("mass_delete")
+        self._p.status.phase = SyncPhase.FOLLOWING
 
     def _retry(self, why: str, now: float) -> None:
         self._asking = None
@@ -428,7 +452,7 @@ class Sync:
         self._follower.failed(now, wait)
 
     def _failed(self, error: AgentError, now: float) -> None:
-        if isinstance(error, SessionGone):
+        if isinstance(error, (SessionGone, Superseded)):
             raise error
         self._attempt += 1
         wait = jitter(self._attempt, error)

@@ -153,11 +153,14 @@ class Project:
 
     async def session(self, directory: Path, **environ: str) -> Agent:
         """A session whose machine is a process below `directory`."""
-        answer = await self.plane.http.post("/v1/sessions", json={"project_id": str(self.id)})
+        key = uuid4().hex
+        answer = await self.plane.http.post(
+            "/v1/sessions", json={"project_id": str(self.id)}, headers={"Idempotency-Key": key}
+        )
         assert answer.is_success, answer.text
         spec = self.plane.driver.made[answer.json()["machine"]["id"]]
         directory.mkdir(parents=True, exist_ok=True)
-        return Agent(self, UUID(answer.json()["session_id"]), directory, {**spec.env, **environ})
+        return Agent(self, UUID(answer.json()["session_id"]), directory, {**spec.env, **environ}, key=key)
 
 
 @dataclass
@@ -170,6 +173,8 @@ class Agent:
     environ: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     port: int = 0
+    key: str = ""
+    """The Idempotency-Key its session was made with."""
 
     @property
     def tree(self) -> Path:

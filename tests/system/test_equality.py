@@ -345,3 +345,63 @@ async def test_by_default_an_event_without_revision_only_rings(agent: Agent, pro
     await agent.equal()
     metrics = await agent.metrics()
     assert 'preview_agent_events_total{event="file:update",outcome="unrevisioned"} 1.0' in metrics
+
+
+async def test_a_link_that_is_deaf_without_a_sign_is_replaced(agent: Agent, project: Project) -> None:
+    """Joined, heartbeats answered, and no event ever comes: what a restarted replication slot leaves behind."""
+    before = await agent.status()
+    assert before is not None
+    await project.faults(drop=1_000_000)
+    for n in range(4):
+        await project.save("src/a.ts", f"said to the deaf {n}\n")
+        await agent.equal()
+
+    async def replaced() -> bool:
+        report = await agent.status()
+        return report is not None and report["link"]["sockets"] > before["link"]["sockets"]
+
+    await eventually("a new socket", replaced)
+
+
+async def test_a_snapshot_that_empties_the_tree_halts_until_another_build_says_the_same(
+    agent: Agent, project: Project
+) -> None:
+    """A restored database that holds one other file is believed, but only when it says so twice."""
+    many = {f"many/{n}.ts": f"{n}\n" for n in range(20)}
+    await project.bulk(many)
+    await agent.equal()
+    await project.faults(drop=1_000_000)
+    async with await psycopg.AsyncConnection.connect(project.plane.dsn, autocommit=True) as connection:
+        await connection.execute(
+            "update public.project_heads set epoch = gen_random_uuid() where project_id = %s", (project.id,)
+        )
+    await project.bulk({**dict.fromkeys(many), **dict.fromkeys(FILES), "only.txt": "the only one\n"})
+
+    async def halted() -> bool:
+        report = await agent.status()
+        return report is not None and report["state"] == "halted"
+
+    await eventually("the brake is on", halted)
+    assert len(agent.files()) == len(many) + len(FILES)
+    report = await agent.equal()
+    assert report["state"] == "serving"
+    assert not report["problems"]
+
+
+async def test_the_newer_machine_of_a_session_wins(agent: Agent, project: Project) -> None:
+    answer = await project.plane.http.post(
+        "/v1/sessions",
+        json={"project_id": str(project.id), "generation": 2},
+        headers={"Idempotency-Key": agent.key},
+    )
+    assert answer.is_success, answer.text
+    assert answer.json()["session_id"] == str(agent.session_id)
+    assert agent.process is not None
+    assert await asyncio.to_thread(agent.process.wait, 20) == 0, agent.log()[-2000:]
+
+
+async def test_the_end_of_a_session_ends_its_agent(agent: Agent, project: Project) -> None:
+    answer = await project.plane.http.delete(f"/v1/sessions/{agent.session_id}")
+    assert answer.is_success, answer.text
+    assert agent.process is not None
+    assert await asyncio.to_thread(agent.process.wait, 20) in (0, 70), agent.log()[-2000:]
