@@ -207,7 +207,7 @@ async def test_a_minted_token_is_no_api_key(local: Local) -> None:
 
 async def test_a_channel_closes_when_its_token_expires_and_the_socket_stays(local: Local) -> None:
     async with local.socket() as client:
-        assert (await client.join(TOPIC, agent(local, ttl=2)))["status"] == "ok"
+        assert (await client.join(TOPIC, agent(local, ttl=3)))["status"] == "ok"
         join_ref = str(client.ref)
         system = await client.frame(timeout=5)
         assert system[3] == "system"
@@ -219,10 +219,10 @@ async def test_a_channel_closes_when_its_token_expires_and_the_socket_stays(loca
 
 async def test_a_new_token_prolongs_without_a_word(local: Local) -> None:
     async with local.socket() as client:
-        await client.join(TOPIC, agent(local, ttl=2))
+        await client.join(TOPIC, agent(local, ttl=3))
         ref = str(client.ref)
         await client.push(f"realtime:{TOPIC}", "access_token", {"access_token": agent(local)}, join_ref=ref)
-        await asyncio.sleep(2.2)
+        await asyncio.sleep(3.1)
         assert await client.silent()
         await local.send(TOPIC, "still", {})
         assert (await client.broadcast())["event"] == "still"
