@@ -1,0 +1,158 @@
+"""The database and the orchestrator say exactly what the golden messages say: no field more, no field less."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+
+from tests.contract.golden import assert_same_form, load
+from tests.system.plane import Agent, Plane, Project, running_plane
+
+BIG = "x" * 300_000
+
+
+@pytest.fixture
+async def plane(database: str, tmp_path: Path) -> AsyncIterator[Plane]:
+    async with running_plane(database, tmp_path) as plane:
+        yield plane
+
+
+@pytest.fixture
+async def project(plane: Plane) -> Project:
+    return await plane.project({"src/App.tsx": "export default 1\n"})
+
+
+@pytest.fixture
+async def agent(project: Project, tmp_path: Path) -> Agent:
+    """A session whose machine is never started: the test speaks in its place."""
+    return await project.session(tmp_path / "machine")
+
+
+async def said(project: Project) -> list[tuple[str, dict[str, Any]]]:
+    """Every message the database sent on the project's topic, oldest first."""
+    async with await psycopg.AsyncConnection.connect(project.plane.dsn) as connection:
+        rows = await connection.execute(
+            "select event, payload from realtime.messages where topic = %s"
+            " order by inserted_at, (payload->>'revision')::int",
+            (f"project:{project.id}",),
+        )
+        return await rows.fetchall()
+
+
+async def call(
+    agent: Agent, method: str, name: str, body: object, token: str | None = None
+) -> httpx.Response:
+    url = f"{agent.environ['SESSION_API_URL']}/v1/sessions/{agent.session_id}/{name}"
+    headers = {"authorization": f"Bearer {token or agent.environ['REALTIME_TOKEN']}"}
+    async with httpx.AsyncClient(trust_env=False) as http:
+        return await http.request(method, url, json=body, headers=headers)
+
+
+async def test_the_database_s_events(project: Project) -> None:
+    await project.save("src/one.ts", "1\n")
+    await project.save("src/big.ts", BIG)
+    await project.delete("src/one.ts")
+    await project.bulk({"src/a.ts": "a\n", "src/big.ts": None})
+    await project.bulk({f"{'p' * 100}/{n:04}.ts": f"{n}\n" for n in range(1500)})
+    messages = (await said(project))[1:]
+    goldens = [
+        "event.file_update",
+        "event.file_update.by_reference",
+        "event.file_delete",
+        "event.bulk_apply",
+        "event.bulk_apply.doorbell",
+    ]
+    assert len(messages) == len(goldens)
+    for (event, payload), name in zip(messages, goldens, strict=True):
+        golden = load(name)
+        assert event == golden["event"]
+        assert_same_form(payload, golden["payload"], optional=frozenset({"id"}), at=name)
+    assert messages[1][1]["content"] is None
+    assert [payload["revision"] for _, payload in messages] == [2, 3, 4, 5, 6]
+
+
+async def test_the_session(project: Project, plane: Plane) -> None:
+    answer = await plane.http.post("/v1/sessions", json={"project_id": str(project.id), "ttl_seconds": 3600})
+    assert_same_form(answer.json(), load("session"), optional=frozenset({"region", "problem"}))
+    shown = await plane.http.get(f"/v1/sessions/{answer.json()['session_id']}")
+    assert_same_form(shown.json(), load("session"), optional=frozenset({"region", "problem"}))
+
+
+async def test_the_environment_is_the_protocol_s_and_holds_no_service_key(agent: Agent, plane: Plane) -> None:
+    required = {
+        "PROJECT_ID",
+        "SESSION_ID",
+        "SNAPSHOT_URL",
+        "REALTIME_TOKEN",
+        "REALTIME_URL",
+        "REALTIME_API_KEY",
+        "SESSION_API_URL",
+    }
+    assert required <= set(agent.environ)
+    assert not any(plane.keys.service_key in value for value in agent.environ.values())
+
+
+async def test_the_sync_answers(agent: Agent, project: Project) -> None:
+    start = await call(agent, "POST", "sync", load("sync.request.start"))
+    assert_same_form(start.json(), load("sync.answer.snapshot"))
+    here = (await project.rpc("changes_since", epoch="none", revision=0)) | {}
+    request = {"epoch": here["epoch"], "revision": here["revision"], "reason": "gap"}
+    assert_same_form((await call(agent, "POST", "sync", request)).json(), load("sync.answer.current"))
+    await project.bulk({"src/a.ts": "a\n", "src/App.tsx": None})
+    assert_same_form((await call(agent, "POST", "sync", request)).json(), load("sync.answer.changes"))
+    paths = {**request, "revision": request["revision"] + 1, "paths": ["src/a.ts", "never/was.ts"]}
+    answer = (await call(agent, "POST", "sync", paths)).json()
+    assert_same_form(answer, load("sync.answer.changes"))
+    assert [(c["file_path"], c["action"]) for c in answer["changes"]] == [
+        ("src/a.ts", "update"), ("never/was.ts", "delete"),
+    ]  # fmt: skip
+
+
+async def test_the_manifest_full_and_delta(agent: Agent, project: Project) -> None:
+    here = await project.rpc("changes_since", epoch="none", revision=0)
+    for n in range(10):
+        await project.save(f"big{n}.txt", BIG)
+    await project.delete("src/App.tsx")
+    requests = {
+        "manifest.full": {"epoch": None, "revision": 0, "reason": "start"},
+        "manifest.delta": {"epoch": here["epoch"], "revision": here["revision"], "reason": "gap"},
+    }
+    for name, request in requests.items():
+        answer = (await call(agent, "POST", "sync", request)).json()
+        assert answer["kind"] == "snapshot", name
+        async with httpx.AsyncClient(trust_env=False) as http:
+            content = (await http.get(answer["snapshot_url"])).content
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        assert archive.namelist()[0] == ".preview-sync/manifest.json"
+        manifest = json.loads(archive.read(".preview-sync/manifest.json"))
+        optional = frozenset({"executable", "build_seconds"})
+        assert_same_form(manifest, load(name), optional=optional)
+        assert (manifest["base_revision"] is None) == (name == "manifest.full")
+
+
+async def test_token_and_status(agent: Agent) -> None:
+    assert_same_form((await call(agent, "POST", "token", {})).json(), load("token.answer"))
+    answer = await call(agent, "PUT", "status", load("status.request"))
+    assert_same_form(answer.json(), load("status.answer"), optional=frozenset({"action"}))
+
+
+@pytest.mark.parametrize(
+    ("status", "token"), [(401, "not a token"), (410, None)], ids=["a wrong token", "a session that is over"]
+)
+async def test_refusals_are_problem_documents(
+    agent: Agent, plane: Plane, status: int, token: str | None
+) -> None:
+    if status == 410:
+        await plane.http.delete(f"/v1/sessions/{agent.session_id}")
+    answer = await call(agent, "POST", "sync", load("sync.request.start"), token)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert_same_form(answer.json(), load("problem"))
