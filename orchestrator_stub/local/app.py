@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from psycopg_pool import AsyncConnectionPool
-from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from orchestrator_stub.local.access import Pool
 from orchestrator_stub.local.broadcast import Http
@@ -62,9 +66,9 @@ def stand_in(
     storage = Storage(pool, keys, storage_dir, clock=clock)
     routes: list[BaseRoute] = [
         *(WebSocketRoute(path, realtime) for path in SOCKET_PATHS),
-        *Http(realtime).routes(),
-        *storage.routes(),
-        *Rest(pool, keys, clock=clock).routes(),
+        *_open_to_browsers(
+            [*Http(realtime).routes(), *storage.routes(), *Rest(pool, keys, clock=clock).routes()]
+        ),
     ]
 
     @asynccontextmanager
@@ -79,3 +83,25 @@ def stand_in(
                 feed.cancel()
 
     return StandIn(routes, lifespan, realtime)
+
+
+def _open_to_browsers(routes: Sequence[Route]) -> list[Route]:
+    """The routes with the gateway's CORS: any origin, because nothing here goes by cookies."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=["*"],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Content-Range", "ETag"],
+    )
+    answered = [Route(r.path, r.endpoint, methods=list(r.methods or ()), middleware=[cors]) for r in routes]
+    asked = [
+        Route(path, _preflight, methods=["OPTIONS"], middleware=[cors])
+        for path in {r.path: None for r in routes}
+    ]
+    return answered + asked
+
+
+async def _preflight(_: Request) -> Response:
+    """An OPTIONS that is no preflight; those are answered by the middleware."""
+    return Response(status_code=204)

@@ -190,3 +190,24 @@ async def test_functions_that_change_under_it(local: Local) -> None:
     await local.sql("create function public.shifting(b text) returns text language sql as 'select b'")
     assert (await call(b="a\0b"))[0] == 400
     await local.sql("drop function public.shifting")
+
+
+async def test_a_page_of_another_origin_may_call(local: Local, project: UUID) -> None:
+    path, origin = "/rest/v1/rpc/list_current_files", {"origin": "https://editor.example"}
+    asking = {
+        **origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "apikey,authorization,content-type,x-client-info",
+    }
+    allowed = await local.http.options(path, headers=asking)
+    assert allowed.status_code == 200
+    assert "POST" in allowed.headers["access-control-allow-methods"]
+    assert "apikey" in allowed.headers["access-control-allow-headers"]
+    answer = await local.http.post(path, json={"project_uuid": str(project)}, headers=origin)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+    refused = await local.http.post(path, json={"project_uuid": "x"}, headers=origin)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (400, "*")
+    await local.sql("insert into storage.buckets (id, name) values ('kept', 'kept')")
+    for at in ("/storage/v1/bucket/kept", path):
+        assert (await local.http.options(at)).status_code == 204
+    assert (await local.http.get("/storage/v1/bucket/kept")).status_code == 200
