@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly test-image image check fmt bench lock clean
+.PHONY: help setup dev test test-nightly test-image image check fmt bench bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ check: $(READY) ## format, lint, types, layers
 fmt: $(READY) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-peers: ## install the peers that bench compares with (Debian, Ubuntu): bsdtar, zip, unzip, curl
+	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl
 
 bench: $(READY) ## side-by-side measurements, ratios first
 	$(BIN)/python -m bench

@@ -16,35 +16,35 @@ class SnapshotLimits(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    snapshot_max_compressed_bytes: int = Field(512 * 2**20, gt=0)
+    snapshot_max_compressed_bytes: int = Field(default=512 * 2**20, gt=0)
     """Of the archive as it travels. Ten times the largest project measured (200 MB unpacks from about 50)."""
-    snapshot_max_bytes: int = Field(2**30, gt=0)
+    snapshot_max_bytes: int = Field(default=2**30, gt=0)
     """Of all files together. A preview's disk is a few GB, and node_modules has to fit beside the project."""
-    snapshot_max_file_bytes: int = Field(100 * 2**20, gt=0)
+    snapshot_max_file_bytes: int = Field(default=100 * 2**20, gt=0)
     """Of one file. Twice what Supabase Storage takes by default (50 MB), so no asset that exists is refused."""
-    snapshot_max_entries: int = Field(50_000, gt=0)
+    snapshot_max_entries: int = Field(default=50_000, gt=0)
     """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
-    snapshot_max_ratio: int = Field(200, gt=0)
+    snapshot_max_ratio: int = Field(default=200, gt=0)
     """Unpacked to packed size of one file. Source text reaches 10, deflate itself 1032, bombs live near that."""
-    snapshot_ratio_floor_bytes: int = Field(8 * 2**20, ge=0)
+    snapshot_ratio_floor_bytes: int = Field(default=8 * 2**20, ge=0)
     """The ratio is not looked at below this size: a small file of blanks is no attack."""
-    snapshot_max_depth: int = Field(64, gt=0)
+    snapshot_max_depth: int = Field(default=64, gt=0)
     """Segments of a path. Deeper than any project, far above what tools that recurse can bear."""
-    snapshot_max_manifest_bytes: int = Field(16 * 2**20, gt=0)
+    snapshot_max_manifest_bytes: int = Field(default=16 * 2**20, gt=0)
     """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
-    snapshot_connect_seconds: float = Field(10.0, gt=0)
+    snapshot_connect_seconds: float = Field(default=10.0, gt=0)
     """To reach the storage. Longer than three retries of a lost SYN (1 + 2 + 4 s)."""
-    snapshot_stall_seconds: float = Field(20.0, gt=0)
+    snapshot_stall_seconds: float = Field(default=20.0, gt=0)
     """Without a single byte arriving. Above the pause of a CDN that fetches the object first."""
-    snapshot_total_seconds: float = Field(600.0, gt=0)
+    snapshot_total_seconds: float = Field(default=600.0, gt=0)
     """For one download. 50 MB at 1 Mbit/s takes 400 s; whoever is slower should see an error, not a spinner."""
-    snapshot_attempts: int = Field(8, ge=1)
+    snapshot_attempts: int = Field(default=8, ge=1)
     """Downloads before hydration is called impossible: with the waits below about a minute of a peer being away."""
-    snapshot_attempts_per_url: int = Field(3, ge=1)
+    snapshot_attempts_per_url: int = Field(default=3, ge=1)
     """Transient failures of one URL before a fresh one is asked for: perhaps it is the object that is ill."""
-    snapshot_retry_seconds: float = Field(0.5, gt=0)
+    snapshot_retry_seconds: float = Field(default=0.5, gt=0)
     """First bound of the full jitter between attempts; doubles each time."""
-    snapshot_retry_max_seconds: float = Field(15.0, gt=0)
+    snapshot_retry_max_seconds: float = Field(default=15.0, gt=0)
     """Last bound of it. `Retry-After` may ask for more."""
 
 

@@ -1,0 +1,387 @@
+"""Hydrating, beside `curl | bsdtar` and beside `curl` then `unzip`; and building a snapshot, beside `zip -r`.
+
+One archive as the orchestrator builds it, one local server (sendfile), the contestants in turn into fresh directories.
+Ours is the agent's own path in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest,
+the plan, promotion by rename. The peers check the CRC and nothing else. Time is until the files are in place; starting
+an interpreter is not in ours, since the agent runs already, and starting a shell is in theirs, at 10 ms.
+
+Memory is the growth of the process's peak above what it held before: `fetched` until the whole archive is verified
+in staging, `hydrated` until it is in place and the tree is known.
+
+Building is from the first query to the object in storage (the local stand-in, in its own process), beside `zip -q -r`
+of the same files to a local file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psycopg
+import uvicorn
+from psycopg_pool import AsyncConnectionPool
+from starlette.applications import Starlette
+
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.hydrate import fetch
+from agent.ledger import FileStat
+from agent.model import RelPath, Tree
+from agent.plan import reconcile
+from bench.results import Row, Unmeasurable, in_turn, ratio_of
+from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.snapshots import Snapshots
+from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.tokens import Keyring
+from orchestrator_stub.zipwriter import ZipWriter
+
+PROJECT = "00000000-0000-4000-8000-000000000001"
+EPOCH = "00000000-0000-4000-8000-00000000000e"
+KEYS = ProjectKeys.of(Keyring.from_secret("a secret for benchmarks only, nobody's"))
+
+MEMORY_MIB = 16.25
+"""16 MiB and one chunk of 256 KiB."""
+
+REPEAT = 0.5
+"""Of the first hydration's time, for hydrating an unchanged project again."""
+
+BUILD = 1.5
+"""Of `zip -r`'s time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An archive to hydrate. `at_most`: of bsdtar's time. `rounds`: of a full run."""
+
+    name: str
+    files: int
+    file_bytes: int
+    is_text: bool
+    at_most: float
+    rounds: int
+
+
+LOADS = (
+    Load("2,000 files, 20 MB", 2_000, 10_000, True, 0.9, 11),
+    Load("20,000 files, 200 MB", 20_000, 10_000, True, 0.9, 7),
+    Load("50 x 4 MB incompressible", 50, 4_000_000, False, 1.2, 11),
+)
+
+
+def contents(load: Load) -> Iterator[tuple[str, bytes]]:
+    """Sorted by path, as a snapshot is. Text packs to a quarter, as source does; the seed is fixed."""
+    chance = random.Random(1)
+    words = [
+        "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(3, 11))) for _ in range(400)
+    ]
+    marks = (" ", " ", " = ", "(", ")", ".", ", ", ";\n", " => {\n    ", "\n  }\n")
+    phrases = ["".join(w + chance.choice(marks) for w in chance.choices(words, k=5)) for _ in range(600)]
+    for number in range(load.files):
+        if load.is_text:
+            text = "".join(chance.choices(phrases, k=load.file_bytes // 30)).encode()
+            content = text[: load.file_bytes].ljust(load.file_bytes)
+        else:
+            content = chance.randbytes(load.file_bytes)
+        yield f"src/part{number // 160:03}/module{number // 16 % 10}/file{number:05}.tsx", content
+
+
+def build_archive(load: Load, path: Path) -> None:
+    """The archive as the orchestrator builds it."""
+    listed = []
+    for name, content in contents(load):
+        digest = hashlib.sha256(content).hexdigest()
+        listed.append({"file_path": name, "content_hash": digest, "size": len(content), "version": 1})
+    manifest = {
+        "format": 1, "project_id": PROJECT, "epoch": EPOCH, "revision": 1, "base_revision": None,
+        "created_at": "2026-01-01T00:00:00+00:00", "files": listed, "deleted": [],
+    }  # fmt: skip
+    with path.open("wb") as file:
+        archive = ZipWriter(file)
+        archive.add(".preview-sync/manifest.json", json.dumps(manifest).encode())
+        for name, content in contents(load):
+            archive.add(name, content)
+        archive.finish()
+
+
+SERVER = """
+import os, socket, sys, threading
+listener = socket.create_server(("127.0.0.1", 0)); print(listener.getsockname()[1], flush=True)
+def serve(connection):
+    with connection, open(sys.argv[1], "rb") as file:
+        head = b""
+        while not head.endswith(b"\\r\\n\\r\\n"):
+            head += connection.recv(65536)
+        size = os.fstat(file.fileno()).st_size
+        connection.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: %d\\r\\n\\r\\n" % size)
+        try:
+            connection.sendfile(file)
+        except ConnectionError:
+            pass
+while True:
+    connection, _ = listener.accept()
+    threading.Thread(target=serve, args=(connection,), daemon=True).start()
+"""
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[str]:
+    """`path` over HTTP, from a process that costs next to nothing."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{int(server.stdout.readline())}/snapshot.zip"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def resident(field: str) -> float:
+    """MiB, as the kernel counts: `VmRSS` now, `VmHWM` at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise Unmeasurable(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> float:
+    """Begin a new peak; where it begins, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+async def hydrate(url: str, directory: Path) -> dict[str, float]:
+    """The agent's path, then the same again onto the finished tree."""
+    disk = Disk(directory / "project", directory / "staging")
+    disk.open()
+    tree, known = Tree(), dict[RelPath, FileStat]()
+    taken: dict[str, float] = {}
+    async with httpx.AsyncClient() as http:
+        before = forget_peak()
+        for name in ("seconds", "again"):
+            started = time.perf_counter()
+            got = await fetch(
+                url,
+                disk=disk,
+                http=http,
+                limits=SnapshotLimits(),
+                expected_project=PROJECT,
+                have=tree.entries,
+            )
+            taken.setdefault("fetched", resident("VmHWM") - before)
+            plan = reconcile(tree, got.manifest, got.names)
+            outcome = disk.apply(plan.operations, known)
+            taken[name] = time.perf_counter() - started
+            taken.setdefault("hydrated", resident("VmHWM") - before)
+            if outcome.problems:
+                raise RuntimeError(f"{outcome.problems[:3]}")
+            known.update((done.operation.path, done.stat) for done in outcome.done if done.stat)
+            tree = plan.tree
+    disk.close()
+    return taken
+
+
+async def build(dsn: str, url: str, project: str) -> dict[str, float]:
+    """One build, stored anew."""
+    async with AsyncConnectionPool(dsn, min_size=1, open=False) as pool, httpx.AsyncClient() as http:
+        await pool.wait()
+        snapshots = Snapshots(pool, StorageClient(f"{url}/storage/v1", KEYS.service_key, http))
+        before = forget_peak()
+        built = await snapshots.build(uuid.UUID(project), anew=True)
+        return {"seconds": built.build_seconds, "grown": resident("VmHWM") - before}
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """What `hydrate` or `build` measures in a fresh process."""
+    command = [sys.executable, "-m", "bench.hydrate", *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def measure_hydration(load: Load, place: Path, rounds: int) -> list[Row]:
+    path, target = place / "snapshot.zip", place / "target"
+    build_archive(load, path)
+    ours: list[dict[str, float]] = []
+
+    def fresh() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        os.sync()
+
+    with serving(path) as url:
+
+        def agent() -> float:
+            fresh()
+            ours.append(in_a_process("--hydrate", url, str(target)))
+            return ours[-1]["seconds"]
+
+        def shell(command: str) -> float:
+            fresh()
+            started = time.perf_counter()
+            subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True)
+            return time.perf_counter() - started
+
+        zipped = place / "download.zip"
+        seconds = in_turn(
+            {
+                "ours": agent,
+                "bsdtar": lambda: shell(f"curl -sf {url} | bsdtar -xf - -C {target}"),
+                "unzip": lambda: shell(f"curl -sf -o {zipped} {url} && unzip -q {zipped} -d {target}"),
+            },
+            rounds,
+        )
+    middle = {name: median(each) * 1000 for name, each in seconds.items()}
+    again = ratio_of([each["again"] for each in ours], [each["seconds"] for each in ours])
+    fetched, hydrated = (max(each[name] for each in ours) for name in ("fetched", "hydrated"))
+    return [
+        Row(f"hydrate {load.name}", middle["ours"], "ms", "bsdtar", middle["bsdtar"],
+            ratio_of(seconds["ours"], seconds["bsdtar"]), at_most=load.at_most, samples=rounds),
+        Row(f"hydrate {load.name}", middle["ours"], "ms", "unzip", middle["unzip"],
+            ratio_of(seconds["ours"], seconds["unzip"]), samples=rounds),
+        Row("  unchanged, again", median(each["again"] for each in ours) * 1000, "ms", "the first time",
+            middle["ours"], again, at_most=REPEAT, samples=len(ours)),
+        Row("  memory, fetched", fetched, "MiB", sense="memory", at_most=MEMORY_MIB, samples=len(ours),
+            note=f"hydrated {hydrated:.1f}: with the tree of {load.files:,} files"),
+    ]  # fmt: skip
+
+
+def serve_storage(pipe: Connection, dsn: str, directory: str) -> None:
+    """The local stand-in for Storage, until killed; tells its port."""
+    local = stand_in(dsn, KEYS, Path(directory))
+    app = Starlette(routes=local.routes, lifespan=local.lifespan)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, **uvicorn_options()))
+
+    async def run() -> None:
+        serving_ = asyncio.create_task(server.serve([listener]))
+        while not server.started:  # noqa: ASYNC110 - uvicorn offers nothing to wait on
+            await asyncio.sleep(0.01)
+        pipe.send(listener.getsockname()[1])
+        await serving_
+
+    asyncio.run(run())
+
+
+def fill(db: psycopg.Connection[Any], load: Load) -> str:
+    """A project with the load's files at revision 1; its id."""
+    user = uuid.uuid4()
+    db.execute("insert into auth.users (id) values (%s)", [user])
+    db.execute("insert into public.user_profiles (id) values (%s)", [user])
+    row = db.execute("insert into public.projects (owner_id) values (%s) returning id", [user]).fetchone()
+    assert row is not None
+    with db.cursor() as cursor:
+        cursor.execute("create temporary table load (path text, content text)")
+        with cursor.copy("copy load from stdin") as copy:
+            for name, content in contents(load):
+                copy.write_row((name, content.decode()))
+        cursor.execute(
+            "insert into public.project_files (project_id, file_path, file_type, content, content_hash, created_by,"
+            " revision, size_bytes) select %s, path, 'typescript', content,"
+            " encode(sha256(convert_to(content, 'UTF8')), 'hex'), %s, 1, octet_length(content) from load",
+            [row[0], user],
+        )
+        cursor.execute("update public.project_heads set revision = 1 where project_id = %s", [row[0]])
+        cursor.execute("drop table load")
+        cursor.execute("analyze public.project_files")
+    return str(row[0])
+
+
+def measure_building(place: Path, rounds: int, quick: bool) -> list[Row]:
+    small, large = LOADS[0], LOADS[1]
+    tree = place / "tree"
+    for name, content in contents(small):
+        file = tree / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    ours: list[dict[str, float]] = []
+    grown: float | None = None
+    with asyncio.Runner() as runner:
+        server = EmbeddedPostgres(place / "data")
+        dsn = runner.run(server.start())
+        ends = multiprocessing.get_context("spawn")
+        here, there = ends.Pipe()
+        storage = ends.Process(target=serve_storage, args=(there, dsn, str(place / "storage")))
+        try:
+            runner.run(bootstrap(dsn))
+            runner.run(migrate(dsn))
+            with psycopg.connect(dsn, autocommit=True) as db:
+                project = fill(db, small)
+                huge = None if quick else fill(db, large)
+            storage.start()
+            if not here.poll(30):
+                raise RuntimeError("the storage did not start")
+            url = f"http://127.0.0.1:{here.recv()}"
+
+            def snapshot() -> float:
+                os.sync()
+                ours.append(in_a_process("--build", dsn, url, project))
+                return ours[-1]["seconds"]
+
+            def zipping() -> float:
+                (place / "peer.zip").unlink(missing_ok=True)
+                os.sync()
+                started = time.perf_counter()
+                subprocess.run(["zip", "-q", "-r", str(place / "peer.zip"), "."], cwd=tree, check=True)
+                return time.perf_counter() - started
+
+            seconds = in_turn({"ours": snapshot, "zip": zipping}, rounds)
+            if huge is not None:
+                grown = in_a_process("--build", dsn, url, huge)["grown"]
+        finally:
+            storage.kill()
+            storage.join()
+            runner.run(server.stop())
+    middle = {name: median(each) * 1000 for name, each in seconds.items()}
+    rows = [
+        Row(f"build {small.name}", middle["ours"], "ms", "zip -r", middle["zip"],
+            ratio_of(seconds["ours"], seconds["zip"]), at_most=BUILD, samples=rounds),
+        Row("  memory", max(each["grown"] for each in ours), "MiB", sense="memory", samples=len(ours)),
+    ]  # fmt: skip
+    if grown is not None:
+        rows.append(Row(f"  memory, {large.name}", grown, "MiB", sense="memory", samples=1))
+    return rows
+
+
+def run(quick: bool) -> Sequence[Row]:
+    """Three loads, then building."""
+    missing = [tool for tool in ("curl", "bsdtar", "unzip", "zip") if shutil.which(tool) is None]
+    if missing:
+        raise Unmeasurable(f"{', '.join(missing)} not installed; `make bench-peers` installs them on Debian")
+    rows: list[Row] = []
+    for load in LOADS[:1] if quick else LOADS:
+        with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
+            rows += measure_hydration(load, Path(directory), 3 if quick else load.rounds)
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
+        rows += measure_building(Path(directory), 3 if quick else LOADS[0].rounds, quick)
+    return rows
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["--hydrate", url, directory]:
+            print(json.dumps(asyncio.run(hydrate(url, Path(directory)))))
+        case ["--build", dsn, url, project]:
+            print(json.dumps(asyncio.run(build(dsn, url, project))))
+        case _:
+            raise SystemExit("python -m bench hydrate")
