@@ -7,6 +7,7 @@ Errors are sorted by what can be done about them: 401 and 403 are final for the 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
@@ -23,6 +24,9 @@ from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """An answer larger than this is not read to its end: sync offers a snapshot long before."""
+
+WHOLE_CALL: Final = 120.0
+"""Seconds for a call from its first byte to its last: `TIMEOUT` is between two bytes, and answers may trickle."""
 
 TIMEOUT: Final = httpx.Timeout(10.0, read=30.0)
 """Seconds. A snapshot may have to be built before sync can answer, hence the longer read."""
@@ -42,12 +46,14 @@ class SessionApi:
         http: httpx.AsyncClient,
         *,
         timeout: httpx.Timeout = TIMEOUT,
+        whole: float = WHOLE_CALL,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._base = f"{base_url.rstrip('/')}/v1/sessions/{session_id}"
         self._tokens = tokens
         self._http = http
         self._timeout = timeout
+        self._whole = whole
         self._wall = wall
 
     def current(self) -> Token | None:
@@ -82,15 +88,20 @@ class SessionApi:
         what = f"session API ({name})"
         headers = {"authorization": f"Bearer {token.value}", "content-type": "application/json"}
         try:
-            async with self._http.stream(
-                method,
-                f"{self._base}/{name}",
-                content=orjson.dumps(body),
-                headers=headers,
-                timeout=self._timeout,
-                follow_redirects=False,
-            ) as response:
+            async with (
+                asyncio.timeout(self._whole),
+                self._http.stream(
+                    method,
+                    f"{self._base}/{name}",
+                    content=orjson.dumps(body),
+                    headers=headers,
+                    timeout=self._timeout,
+                    follow_redirects=False,
+                ) as response,
+            ):
                 content = await _read(response, what)
+        except TimeoutError:
+            raise Unavailable(what, f"no whole answer within {self._whole:g} s") from None
         except httpx.HTTPError as error:
             # The class, not the text: httpx writes URLs and header values into some of its messages.
             raise Unavailable(what, type(error).__name__) from None

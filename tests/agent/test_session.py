@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +19,7 @@ from agent.model import RelPath
 from agent.session import SessionApi, retry_after
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, Head, SnapshotOffer
+from tests.fakes.clock import simulate
 from tests.fakes.realtime import jwt
 
 SESSION = UUID("22222222-2222-4222-8222-222222222222")
@@ -137,6 +140,32 @@ async def test_an_endless_answer_is_not_read_to_its_end(
     respx.post(f"{URL}/sync").respond(200, content=b" " * 1_001)
     with pytest.raises(MalformedMessage, match="larger than 1000 bytes"):
         await api.sync("e", 1, "joined")
+
+
+def test_an_answer_that_trickles_is_given_up() -> None:
+    """Each byte comes in time, the last never does."""
+
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(20)
+
+    async def scenario() -> None:
+        server = await asyncio.start_server(trickle, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(trust_env=False) as http:
+            api = SessionApi(f"http://127.0.0.1:{port}", SESSION, Tokens(TOKEN), http)
+            with pytest.raises(Unavailable, match="no whole answer within 120 s"):
+                await api.sync("e", 1, "joined")
+        assert 119 < asyncio.get_running_loop().time() < 125
+        server.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+    simulate(scenario())
 
 
 async def test_without_a_token_nothing_is_sent() -> None:

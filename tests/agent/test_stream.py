@@ -34,6 +34,7 @@ QUICK = LinkSettings(
     stable_after=1.0,
     refused_retry=0.3,
     renew_pause=0.1,
+    renew_within=0.5,
     rejoin_least=0.05,
     look_every=0.02,
     close_within=0.5,
@@ -527,3 +528,33 @@ async def test_a_certificate_nobody_trusts_gets_no_token(
         await until(lambda: link.stream.report()["losses"].get("unreachable", 0) >= 2, "two attempts")  # type: ignore[attr-defined]
         assert server.requests == []
         assert "SSLCertVerificationError" in str(link.stream.report()["why"])
+
+
+async def test_a_refused_refresh_shows_while_the_link_is_live_and_goes(server: FakeRealtime) -> None:
+    issuer = Issuer(life=1.0)
+    issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
+    async with running(stream_to(server, issuer)) as link:
+        await until(lambda: bool(link.stream.problems()), "the problem")
+        assert link.stream.state is LinkState.LIVE
+        issuer.refuse = None
+        await until(lambda: not link.stream.problems(), "the problem to go")
+        assert link.stream.report()["joins"] == 1
+
+
+async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: FakeRealtime) -> None:
+    issuer = Issuer()
+    issuer.tokens = Tokens(jwt(wall() - 5, wall() - 600))
+    silent = asyncio.Event()
+
+    async def never() -> Token:
+        issuer.asked += 1
+        await silent.wait()
+        raise AssertionError
+
+    issuer.renew_token = never  # type: ignore[method-assign]
+    server.wall = lambda: wall() - 60.0
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        assert issuer.asked >= 1, (
+            "by our clock the token is expired; the server's clock is the one that counts"
+        )
