@@ -10,7 +10,6 @@ step is done. The last step needs no inverse, so a batch of one costs nothing ex
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,8 @@ from functools import partial
 
 from agent.jail import OPEN_DIRECTORY, Blocked, Jail, is_twin
 from agent.ledger import Done, FileStat
-from agent.model import Digest, Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.looks import Drift, compare, look
+from agent.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.staging import Staging, Temp
 
 _UNUSABLE = {
@@ -69,29 +69,6 @@ class Outcome:
     rolled_back: bool
     made: tuple[RelPath, ...] = ()
     gone: tuple[RelPath, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """A file that is not as the agent left it.
-
-    `rule`: `changed`, `missing`, `appeared` (one the agent did not write), `not_a_file`. `digest` and `stat` are what
-    stands there, None when it is no file.
-    """
-
-    path: RelPath
-    rule: str
-    digest: Digest | None = None
-    stat: FileStat | None = None
-
-    def problem(self) -> Problem:
-        told = {
-            "changed": "was changed inside the container",
-            "missing": "was removed inside the container",
-            "appeared": "was put there by something else",
-            "not_a_file": "was replaced by something that is no file",
-        }[self.rule]
-        return Problem("drift", f"{self.path} {told}", self.path, self.rule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +288,7 @@ class Batch:
             else:
                 os.unlink(name, dir_fd=directory)
         self._done[path] = Done(remove, None)
-        self._prune(path)
+        self._prune(path, must=keep)
 
     def _settle_missing(self, path: RelPath) -> None:
         if path in self._known:
@@ -338,8 +315,12 @@ class Batch:
         finally:
             os.close(descriptor)
 
-    def _prune(self, path: RelPath) -> None:
-        """Remove the directories above `path` that we made and that are empty now."""
+    def _prune(self, path: RelPath, *, must: bool = False) -> None:
+        """Remove the directories above `path` that we made and that are empty now.
+
+        `must`: something may have to stand there, so a failure of the environment is one of the batch. Otherwise an
+        empty directory that stays is no reason to undo anything.
+        """
         for directory in reversed(list(parents(path))):
             if directory not in self._made:
                 return
@@ -348,7 +329,11 @@ class Batch:
                 os.rmdir(name, dir_fd=self._jail.directory(above))
             except FileNotFoundError:
                 pass
-            except (OSError, Blocked):
+            except Blocked:
+                return
+            except OSError as error:
+                if must and error.errno in _ENVIRONMENT:
+                    raise
                 return
             self._jail.forget(directory)
             self._forget_directory(directory)
@@ -362,6 +347,7 @@ class Batch:
     # --- undoing
 
     def _roll_back(self) -> None:
+        stuck: set[RelPath] = set()
         for path, undo in reversed(self._undo):
             try:
                 undo()
@@ -369,9 +355,8 @@ class Batch:
                 if path is not None:
                     detail = f"cannot undo the change of {path}: {error}"
                     self._problems.append(Problem("undo_failed", detail, path))
-            else:
-                if path is not None:
-                    self._done.pop(path, None)
+                    stuck.add(path)
+        self._done = {path: done for path, done in self._done.items() if path in stuck}
 
     def _take_back(self, path: RelPath, temp: Temp, saved: str | None) -> None:
         """What we put there goes back to staging, and what stood there before comes back, with no moment between."""
@@ -442,60 +427,6 @@ def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
         else:
             last.append(operation)
     return first + writes + last
-
-
-def look(directory: int, name: str) -> os.stat_result | None:
-    """What stands at `name`, a link being a link; None when nothing does. Raises `OSError`."""
-    try:
-        return os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def digest_at(directory: int, name: str) -> tuple[Digest, FileStat] | None:
-    """The digest of a regular file and how it looked *before* it was read; None when there is no such file.
-
-    A change during the reading moves its times, so a digest of mixed content can never be taken for the stat's.
-    Raises `OSError`.
-    """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(name, flags, dir_fd=directory)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            return None
-        raise
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            return None
-        with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            return Digest(hashlib.file_digest(file, "sha256").hexdigest()), FileStat.of(found)
-    finally:
-        os.close(descriptor)
-
-
-def compare(
-    path: RelPath,
-    directory: int,
-    name: str,
-    found: os.stat_result,
-    expected: FileStat | None,
-    entry: Entry | None,
-) -> Drift | None:
-    """What became of a file whose stat is not the expected one; None when its content is still `entry`'s."""
-    if not stat.S_ISREG(found.st_mode):
-        return Drift(path, "not_a_file")
-    rule = "appeared" if expected is None else "changed"
-    try:
-        read = digest_at(directory, name)
-    except PermissionError:
-        return Drift(path, rule)
-    if read is None:
-        return Drift(path, "missing")
-    if entry is not None and entry.digest == read[0]:
-        return None
-    return Drift(path, rule, *read)
 
 
 def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:

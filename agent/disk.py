@@ -24,10 +24,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.batch import Batch, DirectoryForm, Drift, Outcome, compare, digest_at, look
+from agent.batch import Batch, DirectoryForm, Outcome
 from agent.errors import PathRefused, RootUnusable
 from agent.jail import Blocked, Jail
 from agent.ledger import Done, FileStat
+from agent.looks import Drift, compare, digest_at, look
 from agent.model import PROTECTED, Digest, Entry, Operation, RelPath, Remove, Tree, parse_path
 from agent.staging import Stage, Staged, Staging
 

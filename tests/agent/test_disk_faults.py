@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import os
 import resource
 import signal
@@ -209,6 +211,74 @@ def test_a_mount_inside_the_project_is_one_problem_and_the_rest_lands(root: Path
         subprocess.run(["umount", "-l", str(root / "volume")], check=True)
     assert kinds(outcome) == [("path_unusable", "volume/a", "other_file_system")]
     assert seen(root) == {"b": "1", "volume/": ""}
+
+
+# --- the disk fails at the Nth call, whichever it is
+
+
+class Failing:
+    """Python asks its audit hooks before each of these calls; ours refuses one of them, as a full disk would."""
+
+    CALLS = frozenset({"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"})
+
+    def __init__(self) -> None:
+        self.left = 0
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: object) -> None:
+        if self.left and event in self.CALLS:
+            self.left -= 1
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def failing() -> Iterator[Failing]:
+    failing = Failing()
+    yield failing
+    failing.left = 0
+
+
+def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
+    agent: Agent, root: Path, tmp_path: Path, failing: Failing
+) -> None:
+    before = {"a": "old", "b": "old", "dir/deep/c": "old", "file": "old", "gone/x": "old"}
+    after = {"a": "new", "dir": "a file now", "file/is/a/directory": "new", "new/y": "new", "z": "staged"}
+    for number in itertools.count(1):
+        agent.apply(*(remove(path) for path in agent.known))
+        agent.put(before)
+        assert seen(root) == before
+        made = set(agent.disk.made)
+        stage = agent.disk.stage()
+        stage.write(b"staged")
+        staged = stage.finish()
+        batch: list[Operation] = [
+            write("a", "new"),
+            remove("b"),
+            remove("dir/deep/c"),
+            write("dir", "a file now"),
+            remove("file"),
+            write("file/is/a/directory", "new"),
+            remove("gone/x"),
+            write("new/y", "new"),
+            Write(RelPath("z"), Entry(1, staged.digest, staged.size), staged=staged.name),
+        ]
+        failing.left = number
+        outcome = agent.apply(*batch)
+        beyond, failing.left = failing.left > 0, 0
+        if outcome.rolled_back:
+            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "space")]
+            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+            assert seen(root) == before
+            assert set(agent.disk.made) == made
+            assert os.listdir(tmp_path / "staging") == [staged.name]
+            assert kinds(agent.apply(*batch)) == []
+        # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
+        assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
+        agent.disk.clear_staging()
+        if beyond:
+            break
+    assert number > 30
 
 
 # --- not being root
