@@ -14,10 +14,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
@@ -41,51 +41,24 @@ from agent.phoenix import (
     TokenExpired,
 )
 from agent.session import retry_after
+from agent.signals import EventSource, Received, Resync, Signal, SignalQueue
 from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource, spread
+
+__all__ = [
+    "EventSource",
+    "LinkSettings",
+    "RealtimeStream",
+    "Received",
+    "Resync",
+    "Signal",
+    "SignalQueue",
+    "endpoint",
+]
 
 log = get_logger("link")
 
 VSN: Final = "2.0.0"
-
-
-Received = Broadcast
-"""An application event: `event`, `payload`, and `at`, Unix seconds when its frame was read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resync:
-    """Something may have been missed: catch up from the database, then call `caught_up`.
-
-    `reason` is one word for metrics: joined, replication_ready, overflow.
-    """
-
-    reason: str
-
-
-Signal = Received | Resync
-
-
-class EventSource(Protocol):
-    """Where events come from. Another transport (NATS, a file for replay) is one more of these."""
-
-    async def run(self) -> None:
-        """Own the connection, for ever; ends only by cancellation."""
-
-    async def receive(self) -> Signal:
-        """The next signal, in order."""
-
-    def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting: what arrived together is planned together."""
-
-    def caught_up(self) -> None:
-        """One catch-up succeeded that began after the last `Resync` was received."""
-
-    def doubt(self, reason: str) -> None:
-        """Something came by another way that should have come by this one: make sure the link is not deaf."""
-
-    def report(self) -> dict[str, object]:
-        """What `/status` shows of the link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,60 +106,6 @@ class _End:
     reason: str
     refused: bool = False
     wait: float = 0.0
-
-
-class SignalQueue:
-    """Signals in order, bounded in number and bytes; past a bound all of them become one `Resync`."""
-
-    def __init__(self, most_events: int, most_bytes: int) -> None:
-        self._most_events = most_events
-        self._most_bytes = most_bytes
-        self._waiting: deque[tuple[Signal, int]] = deque()
-        self._bytes = 0
-        self._filled = asyncio.Event()
-        self.resyncs_waiting = 0
-        self.overflows = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def put(self, event: Received, size: int) -> bool:
-        """Add an event of `size` bytes; False: it overflowed, and a `Resync` stands in for all that waited."""
-        if len(self._waiting) >= self._most_events or self._bytes + size > self._most_bytes:
-            self._waiting.clear()
-            self._bytes = self.resyncs_waiting = 0
-            self.overflows += 1
-            self.resync("overflow")
-            return False
-        if not self._waiting:
-            self._filled.set()
-        self._waiting.append((event, size))
-        self._bytes += size
-        return True
-
-    def resync(self, reason: str) -> None:
-        """Add the order to catch up, unless the last thing in the queue already is one."""
-        if not self._waiting or not isinstance(self._waiting[-1][0], Resync):
-            self._waiting.append((Resync(reason), 0))
-            self.resyncs_waiting += 1
-            self._filled.set()
-
-    async def get(self) -> Signal:
-        """The oldest, waiting for one."""
-        while (signal := self.get_now()) is None:
-            self._filled.clear()
-            await self._filled.wait()
-        return signal
-
-    def get_now(self) -> Signal | None:
-        """The oldest, if there is one."""
-        if not self._waiting:
-            return None
-        signal, size = self._waiting.popleft()
-        self._bytes -= size
-        if isinstance(signal, Resync):
-            self.resyncs_waiting -= 1
-        return signal
 
 
 class RealtimeStream:
