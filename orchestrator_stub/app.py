@@ -35,7 +35,7 @@ from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions import ENDED, LIVE, Session
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import ProjectUnknown, SessionStore
-from orchestrator_stub.tokens import Keyring, SessionClaims, TokenRejected, read_session
+from orchestrator_stub.tokens import Keyring, SessionClaims, SessionReader, TokenRejected
 
 log = structlog.get_logger("app")
 
@@ -124,7 +124,7 @@ class Api:
         self._catchup = catchup
         self._snapshots = snapshots
         self._keys = keys
-        self._clock = clock
+        self._tokens = SessionReader(keys, clock)
 
     def routes(self) -> list[BaseRoute]:
         """To be mounted at the root."""
@@ -293,7 +293,7 @@ class Api:
 
     def _claims(self, request: Request, *, grace: float = 0.0) -> SessionClaims:
         try:
-            return read_session(self._keys, _bearer(request), grace=grace)
+            return self._tokens.read(_bearer(request), grace=grace)
         except TokenRejected as error:
             raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
 

@@ -7,6 +7,7 @@ so by a `None`. Times are the database's, which is the one clock all orchestrato
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -34,12 +35,16 @@ SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  
 STANDING: Final[LiteralString] = (
     "select s.*, h.epoch::text, h.revision from ("  # noqa: S608 - literals
     + SELECT
-    + "where id = %(id)s) s join public.project_heads h on h.project_id = s.project_id"
+    + "where id = any(%(ids)s)) s join public.project_heads h on h.project_id = s.project_id"
 )
 RETURNING: Final[LiteralString] = " returning " + COLUMNS
 
 SWEEP_LOCK: Final = 0x70726576  # "prev"
 """The advisory lock of the one sweeper at work."""
+
+
+QUESTIONS_AT_ONCE: Final = 500
+"""Sessions looked up in one query."""
 
 
 class ProjectUnknown(Exception):
@@ -51,6 +56,8 @@ class SessionStore:
 
     def __init__(self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
         self._pool = pool
+        self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, str, int] | None]]] = []
+        self._answering: asyncio.Task[None] | None = None
 
     async def create(
         self, project_id: UUID, *, key: str | None, generation: int, ttl: float
@@ -76,15 +83,46 @@ class SessionStore:
         return await self._first("where id = %(id)s", {"id": session_id})
 
     async def standing(self, session_id: UUID) -> tuple[Session, str, int] | None:
-        """A session with the epoch and revision its project stands at, in one statement."""
+        """A session with the epoch and revision its project stands at.
+
+        Questions that come while one is being answered are asked together in the next query: each answer is of a
+        moment after its question, and a thousand agents that ask at once cost a handful of queries.
+        """
+        answer: asyncio.Future[tuple[Session, str, int] | None] = asyncio.get_running_loop().create_future()
+        self._questions.append((session_id, answer))
+        if self._answering is None:
+            self._answering = asyncio.create_task(self._answer(), name="standing")
+        return await answer
+
+    async def _answer(self) -> None:
+        while self._questions:
+            questions, self._questions = (
+                self._questions[:QUESTIONS_AT_ONCE],
+                self._questions[QUESTIONS_AT_ONCE:],
+            )
+            try:
+                found = await self._standings([session_id for session_id, _ in questions])
+            except Exception as error:  # whoever asked is told, and this goes on with the next
+                for _, answer in questions:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            for session_id, answer in questions:
+                if not answer.done():
+                    answer.set_result(found.get(session_id))
+        self._answering = None
+
+    async def _standings(self, session_ids: Sequence[UUID]) -> dict[UUID, tuple[Session, str, int]]:
         async with self._pool.connection() as connection:
             cursor = connection.cursor(row_factory=dict_row)
-            await cursor.execute(STANDING, {"id": session_id})
-            row = await cursor.fetchone()
-        if row is None:
-            return None
-        epoch, revision = row.pop("epoch"), row.pop("revision")
-        return _Row(**row).session, epoch, revision
+            await cursor.execute(STANDING, {"ids": list(session_ids)})
+            rows = await cursor.fetchall()
+        found = {}
+        for row in rows:
+            epoch, revision = row.pop("epoch"), row.pop("revision")
+            session = _Row(**row).session
+            found[session.id] = (session, epoch, revision)
+        return found
 
     async def listing(self, *, project_id: UUID | None, ended: bool, limit: int) -> Sequence[Session]:
         """The newest sessions first. `ended` False leaves out those in `gone` and `failed`."""

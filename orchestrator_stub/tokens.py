@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -141,6 +141,10 @@ class Keyring:
                 raise TokenRejected("malformed", str(error)) from None
         raise TokenRejected("signature", "the signature does not verify")
 
+    def generation(self) -> object:
+        """Changes (by identity) whenever the keys do: what was verified by other keys must be verified again."""
+        return self._current()
+
     def public_jwks(self) -> dict[str, list[dict[str, Any]]]:
         """What may be published: the asymmetric public keys (a shared secret has no public half)."""
         keys = []
@@ -230,6 +234,34 @@ def mint_session(
             "exp": int(now + ttl),
         }
     )
+
+
+class SessionReader:
+    """`read_session`, remembering the verdict on a token for as long as the keys and the token are good.
+
+    A machine shows the same token hundreds of times; the signature's mathematics is most of what one answer costs.
+    """
+
+    def __init__(self, keys: Keyring, clock: Callable[[], float], *, remember: int = 10_000) -> None:
+        self._keys = keys
+        self._clock = clock
+        self._remember = remember
+        self._known: dict[str, SessionClaims] = {}
+        self._by: object = None
+
+    def read(self, token: str, *, grace: float = 0.0) -> SessionClaims:
+        """As `read_session`. Raises `TokenRejected`."""
+        if (generation := self._keys.generation()) is not self._by:
+            self._known.clear()
+            self._by = generation
+        known = self._known.get(token)
+        if known is not None and self._clock() < known.expires_at + LEEWAY + grace:
+            return known
+        claims = read_session(self._keys, token, grace=grace)
+        if len(self._known) >= self._remember:
+            del self._known[next(iter(self._known))]
+        self._known[token] = claims
+        return claims
 
 
 def read_session(keys: Keyring, token: str, *, grace: float = 0.0) -> SessionClaims:

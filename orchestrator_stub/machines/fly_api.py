@@ -110,7 +110,10 @@ class _Wait(tenacity.wait.wait_base):
 
 
 class FlyApi:
-    """The calls on one app. `http` has no base URL; `token` goes into the header of each call and nowhere else."""
+    """The calls on one app. `http` has no base URL; `token` goes into the header of each call and nowhere else.
+
+    `writes`: the limit of every action that changes something; Fly raises it for an organization on request.
+    """
 
     def __init__(
         self,
@@ -120,6 +123,7 @@ class FlyApi:
         http: httpx.AsyncClient,
         *,
         buckets: Buckets | None = None,
+        writes: Rate = WRITES,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._machines = f"{base_url.rstrip('/')}/apps/{app}/machines"
@@ -127,6 +131,7 @@ class FlyApi:
         self._headers = {"Authorization": f"Bearer {token}"}
         self._http = http
         self._buckets = buckets or Buckets(sleep=sleep)
+        self._writes = writes
         self._sleep = sleep
 
     async def create(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +221,7 @@ class FlyApi:
         path: str,
         *,
         of: str,
-        rate: Rate = WRITES,
+        rate: Rate | None = None,
         final: frozenset[int] = frozenset(),
         headers: Mapping[str, str] | None = None,
         **content: Any,
@@ -231,7 +236,7 @@ class FlyApi:
                 reraise=True,
             ):
                 with attempt:
-                    await self._buckets.take(action, of, rate)
+                    await self._buckets.take(action, of, rate or self._writes)
                     return await self._once(action, method, path, final, headers, content)
         except _Again as error:
             if final and str(error) == "final":

@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator_stub.tokens import (
     Keyring,
+    SessionReader,
     TokenRejected,
     local_keyring,
     mint_session,
@@ -159,3 +160,24 @@ def test_local_keys_are_made_once_and_kept_from_others(tmp_path: Path) -> None:
     token = mint(local_keyring(path))
     assert read_session(local_keyring(path), token).generation == 2
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def test_a_remembered_token_is_forgotten_when_it_expires_and_when_the_keys_change(tmp_path: Path) -> None:
+    path, now = tmp_path / "keys.json", time.time()
+    path.write_text(json.dumps({"keys": [new_hs256("one")]}))
+    keys = Keyring.open(path)
+    clock = [now]
+    reader = SessionReader(keys, lambda: clock[0], remember=2)
+    tokens = [mint(keys, generation=n, now=now - 500, ttl=502) for n in (1, 2, 3)]
+    assert [reader.read(token).generation for token in tokens + tokens] == [1, 2, 3, 1, 2, 3]
+    clock[0] = now + 100
+    assert reader.read(tokens[2]).generation == 3, "the judge of an expiry is the library, by the real clock"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"keys": [new_es256("two")]}))
+    other.rename(path)
+    with pytest.raises(TokenRejected):
+        reader.read(tokens[2])
+    junk = "x.y.z"
+    for _ in range(2):
+        with pytest.raises(TokenRejected):
+            reader.read(junk)

@@ -1,0 +1,284 @@
+"""The control plane: how fast it answers, how many sessions at once it makes, and how long one preview takes.
+
+- `sync`, answering that nothing is missing, beside a bare route of the same server in the same process: token,
+  session and project looked up, against a constant. The client is the same raw socket for both.
+- 200 sessions asked for at once, on a fake Fly that keeps Fly's limits (forty a second here, one a second there):
+  every one ready, none made twice, and not one request above the limit.
+- one session on the local driver, from the request to `ready`, with the snapshot cached: a real agent, a real Vite.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+from uuid import UUID
+
+import httpx
+import psycopg
+import uvicorn
+from psycopg_pool import AsyncConnectionPool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from bench.results import Row, in_turn, ratio_of
+from orchestrator_stub.app import Api, application
+from orchestrator_stub.catchup import Catchup
+from orchestrator_stub.control import Control
+from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.machines.fly import FlyMachines, FlyShape
+from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
+from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.store import SessionStore
+from orchestrator_stub.tokens import Keyring, new_hs256
+from tests.fakes.fly import APP, TOKEN, Fly
+from tests.fakes.machines import Platform
+from tests.orchestrator.control_world import (
+    SERVICE_KEY,
+    PaperAssets,
+    PaperSnapshots,
+    World,
+    bearer,
+    control_world,
+    settings_for,
+)
+from tests.system.stack import Stack, copy_example
+
+AT_LEAST = 0.5
+"""Of the bare route's rate."""
+
+AT_ONCE = 8
+"""Connections of the client: more than the server's one core can serve."""
+
+SESSIONS = 200
+FLY = Rate(40.0, 20)
+
+
+def run(quick: bool) -> Sequence[Row]:
+    """Measure all three."""
+    with tempfile.TemporaryDirectory(prefix="bench-control-") as place, asyncio.Runner() as runner:
+        server = EmbeddedPostgres(Path(place) / "postgres")
+        dsn = runner.run(server.start())
+        try:
+            runner.run(_prepare(dsn))
+            rows = [_sync_rate(dsn, quick), *runner.run(_many(dsn, 50 if quick else SESSIONS))]
+        finally:
+            runner.run(server.stop())
+        return [*rows, *_one_preview(Path(place), 2 if quick else 5)]
+
+
+async def _prepare(dsn: str) -> None:
+    await bootstrap(dsn)
+    await migrate(dsn)
+
+
+# --- sync beside a bare route
+
+
+def _sync_rate(dsn: str, quick: bool) -> Row:
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, dsn), daemon=True)
+    process.start()
+    try:
+        port, sync, bare = ours.recv()
+        seconds = 0.5 if quick else 1.0
+        samples = in_turn(
+            {
+                "sync": lambda: asyncio.run(_rate(port, sync, seconds)),
+                "bare": lambda: asyncio.run(_rate(port, bare, seconds)),
+            },
+            5 if quick else 15,
+        )
+    finally:
+        process.terminate()
+        process.join()
+    return Row(
+        "sync answering `current`",
+        median(samples["sync"]),
+        "answers/s",
+        "a bare route",
+        median(samples["bare"]),
+        ratio_of(samples["sync"], samples["bare"]),
+        sense="speed",
+        at_least=AT_LEAST,
+        samples=len(samples["sync"]),
+    )
+
+
+def _serve(pipe: Connection, dsn: str) -> None:
+    asyncio.run(_serve_until_ended(pipe, dsn))
+
+
+async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
+    async with control_world(dsn) as world:
+        session = await world.session()
+        await world.write(UUID(session["project_id"]), "a.ts", "a\n")
+        [[epoch]] = await world.sql(
+            "select epoch::text from public.project_heads where project_id = %s", session["project_id"]
+        )
+        form = b'{"kind":"current","epoch":"%s","revision":1}' % epoch.encode()
+
+        async def bare(request: Request) -> Response:
+            await request.body()
+            return Response(form, media_type="application/json")
+
+        catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
+        api = Api(world.settings, world.control, world.store, catchup, world.snapshots, world.keys)
+        app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        serving = asyncio.create_task(server.serve([listener]))
+        async with asyncio.timeout(30):
+            while not server.started:
+                if serving.done():
+                    await serving
+                await asyncio.sleep(0.005)
+        body = b'{"epoch":"%s","revision":1,"reason":"head"}' % epoch.encode()
+        token = world.token(session, ttl=3600)
+        sync = _request(f"/v1/sessions/{session['session_id']}/sync", token, body)
+        pipe.send((listener.getsockname()[1], sync, _request("/bare", token, body)))
+        await serving
+
+
+def _request(path: str, token: str, body: bytes) -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def _rate(port: int, request: bytes, seconds: float) -> float:
+    """Answers a second to `AT_ONCE` clients that each wait for the last before the next."""
+    deadline = time.perf_counter() + seconds
+
+    async def client() -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        answered = 0
+        while time.perf_counter() < deadline:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200"), head
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            body = await reader.readexactly(length)
+            assert b'"current"' in body
+            answered += 1
+        writer.close()
+        return answered
+
+    started = time.perf_counter()
+    total = sum(await asyncio.gather(*(client() for _ in range(AT_ONCE))))
+    return total / (time.perf_counter() - started)
+
+
+# --- many at once
+
+
+@asynccontextmanager
+async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
+    settings = settings_for(dsn, create_wait=0)
+    keys = Keyring.from_jwks({"keys": [new_hs256("h")]})
+    snapshots, assets = PaperSnapshots(), PaperAssets()
+    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
+        dsn, min_size=1, max_size=8, open=False, timeout=30, kwargs={"autocommit": True}
+    )
+    async with pool, httpx.AsyncClient(transport=fly.transport()) as http:
+        store = SessionStore(pool)
+        api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
+        driver = FlyMachines(api, FlyShape(APP, "image"))
+        control = Control(settings, store, snapshots, driver, keys)
+        catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
+        routes = Api(settings, control, store, catchup, snapshots, keys).routes()
+        transport = httpx.ASGITransport(application(routes))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
+            yield World(settings, pool, keys, None, snapshots, assets, store, control, client)
+            await control.close()
+
+
+async def _many(dsn: str, count: int) -> list[Row]:
+    fly = Fly(latency=0.05, start_seconds=0.5, per_second=FLY.per_second, burst=FLY.burst)
+    async with _on_fly(dsn, fly) as world:
+        projects = [await world.project() for _ in range(10)]
+        started = time.perf_counter()
+        ready_after: list[float] = []
+
+        async def one(n: int) -> None:
+            session = (await world.create(projects[n % 10], key=f"bench-{n}")).json()
+            session_id = UUID(session["session_id"])
+            while True:
+                mine = [m for m in fly.live() if (owner_of(m["name"]) or (None,))[0] == session_id]
+                if mine:
+                    break
+                await asyncio.sleep(0.05)
+            # What its agent would say once it serves.
+            answer = await world.http.put(
+                f"/v1/sessions/{session_id}/status",
+                json={"state": "serving", "revision": 0},
+                headers=bearer(mine[0]["config"]["env"]["REALTIME_TOKEN"]),
+            )
+            assert answer.status_code == 200, answer.text
+            shown = await world.http.get(f"/v1/sessions/{session_id}", headers=bearer(SERVICE_KEY))
+            assert shown.json()["state"] == "ready", shown.text
+            ready_after.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(one(n) for n in range(count)))
+        assert len(ready_after) == len(fly.live()) == count, "each has one machine"
+        assert len({machine["name"] for machine in fly.live()}) == count
+        assert fly.answers[429] == 0, f"{fly.answers[429]} requests were above Fly's limit"
+        assert not fly.invalid, fly.invalid[:3]
+    floor = max(count - FLY.burst, 0) / FLY.per_second
+    note = f"the limit alone takes {floor:.1f} s; 0 answers 429, 0 machines twice"
+    return [Row(f"{count} sessions at once, fake Fly", max(ready_after), "s until all are ready", note=note)]
+
+
+# --- one preview, for real
+
+
+def _one_preview(place: Path, rounds: int) -> list[Row]:
+    stack = Stack(copy_example(place / "app"), place / "state", ("--no-watch",))
+    answered, hydrated, ready = [], [], []
+    try:
+        stack.start()
+        url, key = stack.info["orchestrator_url"], stack.info["service_key"]
+        with httpx.Client(base_url=url, headers=bearer(key), timeout=60) as http:
+            for _ in range(rounds):
+                started = time.perf_counter()
+                session = http.post("/v1/sessions", json={"project_id": stack.info["project_id"]}).json()
+                answered.append((time.perf_counter() - started) * 1000)
+                project = place / "state" / "machines" / session["session_id"] / "project"
+                seen = 0.0
+                while session["state"] != "ready":
+                    assert time.perf_counter() - started < 120, session
+                    assert session["state"] not in ("failed", "gone"), session
+                    if not seen and (project / "package.json").exists():
+                        seen = (time.perf_counter() - started) * 1000
+                    time.sleep(0.02)
+                    session = http.get(f"/v1/sessions/{session['session_id']}").json()
+                hydrated.append(seen)
+                ready.append((time.perf_counter() - started) * 1000)
+                http.delete(f"/v1/sessions/{session['session_id']}")
+    finally:
+        stack.kill()
+    note = f"with the install of its dependencies; median of {rounds}"
+    return [
+        Row(
+            "session create: answered",
+            median(answered),
+            "ms",
+            note="snapshot signed, token minted, agent started",
+        ),
+        Row("session create: files there", median(hydrated), "ms"),
+        Row("session create: ready", median(ready), "ms", note=note),
+    ]
