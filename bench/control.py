@@ -203,7 +203,7 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         routes = Api(settings, control, store, catchup, snapshots, keys).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
-            yield World(settings, pool, keys, None, snapshots, assets, store, control, client)
+            yield World(settings, pool, keys, Platform(), snapshots, assets, store, control, client)
             await control.close()
 
 
