@@ -283,28 +283,52 @@ def serve_storage(pipe: Connection, dsn: str, directory: str) -> None:
     asyncio.run(run())
 
 
-def fill(db: psycopg.Connection[Any], load: Load) -> str:
-    """A project with the load's files at revision 1; its id."""
+def new_project(db: psycopg.Connection[Any]) -> tuple[str, uuid.UUID]:
+    """A project at revision 1 with no file yet, and its owner."""
     user = uuid.uuid4()
     db.execute("insert into auth.users (id) values (%s)", [user])
     db.execute("insert into public.user_profiles (id) values (%s)", [user])
     row = db.execute("insert into public.projects (owner_id) values (%s) returning id", [user]).fetchone()
     assert row is not None
+    db.execute("update public.project_heads set revision = 1 where project_id = %s", [row[0]])
+    return str(row[0]), user
+
+
+FILL = """
+    insert into public.project_files (project_id, file_path, file_type, content, content_hash, created_by, revision,
+                                      size_bytes)
+    select %s, path, 'typescript', content, encode(sha256(convert_to(content, 'UTF8')), 'hex'), %s, 1,
+           octet_length(content)
+    from load
+"""
+
+
+def fill(db: psycopg.Connection[Any], load: Load) -> str:
+    """A project with the load's files; its id."""
+    project, owner = new_project(db)
     with db.cursor() as cursor:
         cursor.execute("create temporary table load (path text, content text)")
         with cursor.copy("copy load from stdin") as copy:
             for name, content in contents(load):
                 copy.write_row((name, content.decode()))
-        cursor.execute(
-            "insert into public.project_files (project_id, file_path, file_type, content, content_hash, created_by,"
-            " revision, size_bytes) select %s, path, 'typescript', content,"
-            " encode(sha256(convert_to(content, 'UTF8')), 'hex'), %s, 1, octet_length(content) from load",
-            [row[0], user],
-        )
-        cursor.execute("update public.project_heads set revision = 1 where project_id = %s", [row[0]])
+        cursor.execute(FILL, [project, owner])
         cursor.execute("drop table load")
         cursor.execute("analyze public.project_files")
-    return str(row[0])
+    return project
+
+
+def fill_repetitive(db: psycopg.Connection[Any], files: int) -> str:
+    """A project of so many files of 10 KB that pack small: Storage takes objects up to 50 MB by default."""
+    project, owner = new_project(db)
+    db.execute(
+        "create temporary table load as select 'src/d' || n / 100 || '/f' || n || '.ts' as path,"
+        " repeat(md5(n::text) || E'\\n', 303) as content from generate_series(1, %s) n",
+        [files],
+    )
+    db.execute(FILL, [project, owner])
+    db.execute("drop table load")
+    db.execute("analyze public.project_files")
+    return project
 
 
 def measure_building(place: Path, rounds: int, quick: bool) -> list[Row]:
@@ -327,7 +351,7 @@ def measure_building(place: Path, rounds: int, quick: bool) -> list[Row]:
             runner.run(migrate(dsn))
             with psycopg.connect(dsn, autocommit=True) as db:
                 project = fill(db, small)
-                huge = None if quick else fill(db, large)
+                huge = None if quick else fill_repetitive(db, large.files)
             storage.start()
             if not here.poll(30):
                 raise RuntimeError("the storage did not start")
