@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
@@ -64,15 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run() -> int:
-    # Imported late: `--help` and a refused environment should not wait for the whole agent.
+    # Imported late: `--help` should not wait for the whole agent, and neither should the dev server.
+    from agent.headstart import begin
+
+    environ = dict(os.environ)
+    early = begin(environ)
+
+    import asyncio
+
     from agent.daemon import run
     from agent.environment import read_environment
 
-    environ = dict(os.environ)
-    return asyncio.run(run(read_environment(environ), environ))
+    return asyncio.run(run(read_environment(environ), environ, early))
 
 
 def _check() -> int:
+    import asyncio
+
     from agent.check import check
 
     return asyncio.run(check(dict(os.environ), print))

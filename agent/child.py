@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import pwd
 import re
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from agent import guard
-from agent.errors import SettingsError
 from agent.reaper import Reaper
+from agent.rights import Launch, Rights
 
-GUARD = guard.__file__
-INHERITED = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE",
-                       "SSL_CERT_DIR"})  # fmt: skip
-FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-                          "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
-PASSED_ON = "DEV_ENV_"
-"""`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
 LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""
 MOST_LINES = 200
@@ -44,53 +34,6 @@ LAST_WORDS = 1.0
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-@dataclass(frozen=True, slots=True)
-class User:
-    """Whom a program runs as."""
-
-    name: str
-    uid: int
-    gid: int
-    home: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rights:
-    """What a program is allowed. `user` None: the agent's own. `processes`, `files`: RLIMIT_NPROC, _NOFILE."""
-
-    user: User | None = None
-    processes: int | None = None
-    files: int | None = None
-
-
-def find_user(name: str) -> User:
-    """Look up a name or a number. Raises `SettingsError` when there is no such user, or it is root."""
-    try:
-        found = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
-    except KeyError:
-        raise SettingsError([f"DEV_USER: there is no user {name!r} on this machine"]) from None
-    if found.pw_uid == 0:
-        raise SettingsError(["DEV_USER: is root; leave it unset, or name an ordinary user"])
-    return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
-
-
-def environment(
-    given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
-) -> dict[str, str]:
-    """The program's whole environment: an allow-list of `given`, `DEV_ENV_*`, and `more`."""
-    allowed = INHERITED | FOR_INSTALLS if install else INHERITED
-    env = {name: value for name, value in given.items() if name in allowed or name.startswith("LC_")}
-    env["HOME"] = user.home if user else given.get("HOME", "/")
-    if user:
-        env["USER"] = env["LOGNAME"] = user.name
-    env["NO_COLOR"] = "1"
-    env.update(more)
-    for name, value in given.items():
-        if name.startswith(PASSED_ON) and len(name) > len(PASSED_ON):
-            env[name.removeprefix(PASSED_ON)] = value
-    return env
 
 
 def printable(raw: bytes) -> str:
@@ -137,57 +80,128 @@ class _Output(asyncio.SubprocessProtocol):
             self._rest = b""
 
 
-class Child:
-    """One running program, its guard and its output. Make it with `start`."""
+class _Started(Protocol):
+    """A guard's process, whoever started it."""
 
-    def __init__(
-        self, transport: asyncio.SubprocessTransport, output: _Output, reaper: Reaper | None
-    ) -> None:
+    @property
+    def pid(self) -> int: ...
+    def returncode(self) -> int | None: ...
+    def close_lifeline(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Spawned:
+    """One that asyncio started."""
+
+    def __init__(self, transport: asyncio.SubprocessTransport) -> None:
         self._transport = transport
+
+    @property
+    def pid(self) -> int:
+        return self._transport.get_pid()
+
+    def returncode(self) -> int | None:
+        return self._transport.get_returncode()
+
+    def close_lifeline(self) -> None:
+        lifeline = self._transport.get_pipe_transport(0)
+        if lifeline is not None:
+            lifeline.close()
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class _Adopted:
+    """One that was started before there was a loop; a thread waits for it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: _Output) -> None:
+        self._process = process
+        self._pipe: asyncio.ReadTransport | None = None
+        self._waiting = asyncio.create_task(self._wait(output), name=f"adopted-{process.pid}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def read(self, output: _Output) -> None:
+        assert self._process.stdout is not None
+        loop = asyncio.get_running_loop()
+        self._pipe, _ = await loop.connect_read_pipe(lambda: _Pipe(output), self._process.stdout)
+
+    async def _wait(self, output: _Output) -> None:
+        await asyncio.to_thread(self._process.wait)
+        output.process_exited()
+
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    def close_lifeline(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def close(self) -> None:
+        self.close_lifeline()
+        if self._pipe is not None:
+            self._pipe.close()
+
+
+class _Pipe(asyncio.Protocol):
+    """Feeds a pipe into an `_Output`."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+
+    def data_received(self, data: bytes) -> None:
+        self._output.pipe_data_received(1, data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._output.pipe_connection_lost(1, exc)
+
+
+class Child:
+    """One running program, its guard and its output. Make it with `start` or `adopt`."""
+
+    def __init__(self, started: _Started, output: _Output, reaper: Reaper | None) -> None:
+        self._started = started
         self._output = output
         self._reaper = reaper
-        self.pid = transport.get_pid()
+        self.pid = started.pid
         """The guard's pid, which is the process group and the session too."""
         self.asked_to_stop = False
         self._ended = asyncio.create_task(self._wait(), name=f"wait-{self.pid}")
 
     @classmethod
     async def start(
-        cls,
-        argv: Sequence[str],
-        *,
-        cwd: Path,
-        env: Mapping[str, str],
-        rights: Rights,
-        on_line: Callable[[str], None],
-        reaper: Reaper | None = None,
+        cls, launch: Launch, *, on_line: Callable[[str], None], reaper: Reaper | None = None
     ) -> Child:
-        """Run `argv` in `cwd`. `on_line` gets its output, both streams, and must not block or raise.
+        """Run it. `on_line` gets its output, both streams, and must not block or raise.
 
         A program that cannot be run ends with code 126 and one line that says why.
         """
-        spec: dict[str, object] = {
-            "argv": list(argv),
-            "cwd": str(cwd),
-            "processes": rights.processes,
-            "files": rights.files,
-        }
-        if rights.user is not None:
-            spec |= {"uid": rights.user.uid, "gid": rights.user.gid}
         with reaper.hold() if reaper else contextlib.nullcontext():
             transport, output = await asyncio.get_running_loop().subprocess_exec(
-                lambda: _Output(on_line),
-                sys.executable, "-I", "-S", GUARD, json.dumps(spec),
+                lambda: _Output(on_line), *launch.command(),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                cwd="/", env=dict(env), start_new_session=True,
+                cwd="/", env=dict(launch.env), start_new_session=True,
             )  # fmt: skip
             if reaper:
                 reaper.own(transport.get_pid())
-        return cls(transport, output, reaper)
+        return cls(_Spawned(transport), output, reaper)
+
+    @classmethod
+    async def adopt(
+        cls, process: subprocess.Popen[bytes], *, on_line: Callable[[str], None], reaper: Reaper | None = None
+    ) -> Child:
+        """Go on with one that `agent.headstart` started in the same way. The reaper has to own it already."""
+        output = _Output(on_line)
+        adopted = _Adopted(process, output)
+        await adopted.read(output)
+        return cls(adopted, output, reaper)
 
     async def _wait(self) -> int:
         await self._output.exited.wait()
-        code = self._transport.get_returncode()
+        code = self._started.returncode()
         assert code is not None
         if self._reaper:
             self._reaper.disown(self.pid)
@@ -199,7 +213,7 @@ class Child:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 await self._output.closed.wait()
-        self._transport.close()
+        self._started.close()
         return code if code >= 0 else 128 - code
 
     async def wait(self) -> int:
@@ -216,9 +230,7 @@ class Child:
     async def kill(self) -> int:
         """Kill everything now."""
         self.asked_to_stop = True
-        lifeline = self._transport.get_pipe_transport(0)
-        if lifeline is not None:
-            lifeline.close()
+        self._started.close_lifeline()
         await asyncio.wait({self._ended}, timeout=KILL_PATIENCE)
         if not self._ended.done():
             self._signal(signal.SIGKILL)
@@ -261,7 +273,8 @@ async def run(
         if on_line:
             on_line(line)
 
-    child = await Child.start(argv, cwd=cwd, env=env, rights=rights, on_line=heard, reaper=reaper)
+    launch = Launch(tuple(argv), str(cwd), env, rights)
+    child = await Child.start(launch, on_line=heard, reaper=reaper)
     timed_out = False
     try:
         async with asyncio.timeout(timeout):

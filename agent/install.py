@@ -25,11 +25,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from agent import child, project
-from agent.child import Finished, Rights
+from agent.child import Finished
 from agent.config import Settings
 from agent.model import Problem
 from agent.project import Manager, Project
 from agent.reaper import Reaper
+from agent.rights import Rights, environment
 
 KEPT = 4
 """Finished installs in the cache: a few lock files back and forth, at some 70 MB each."""
@@ -230,7 +231,7 @@ class Installer:
             "YARN_NODE_LINKER": "node-modules",
             "YARN_ENABLE_SCRIPTS": str(self._scripts).lower(),
         }
-        env = child.environment(self._environ, user=self._rights.user, more=more, install=True)
+        env = environment(self._environ, user=self._rights.user, more=more, install=True)
         if not os.path.isdir(env["HOME"]):
             env["HOME"] = str(self._directory)
         return env

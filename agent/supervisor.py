@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import child, devserver, host, project, readiness
-from agent.child import Child, Rights
+from agent import devserver, headstart, host, project, readiness
+from agent.child import Child
 from agent.config import Settings
 from agent.devserver import (
     Answered,
@@ -37,11 +37,13 @@ from agent.devserver import (
     Tick,
 )
 from agent.errors import DevServerFailed
+from agent.headstart import HeadStart
 from agent.install import How, Installer, Result
 from agent.model import Problem, RelPath
 from agent.project import Project, ProjectUnreadable
 from agent.readiness import Seen, Verdict
 from agent.reaper import Reaper
+from agent.rights import Launch, Rights, environment, find_user
 from agent.telemetry import Metrics, get_logger, show_state
 
 LOG_LINES = 200
@@ -68,10 +70,13 @@ class Supervisor:
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
         policy: Policy | None = None,
+        early: HeadStart | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`environ` is what the child's allow-list picks from (default: the agent's own).
+        """`environ` is what the child's allow-list picks from (default: the agent's own); `early` is the dev server
+        that `agent.headstart` began, which is this one's from now on: adopted if it is what would be started,
+        killed otherwise.
 
         Raises `SettingsError` when DEV_USER is nobody.
         """
@@ -93,6 +98,8 @@ class Supervisor:
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._child: Child | None = None
+        self._early = early
+        self._ready_as: tuple[Launch, dict[str, str]] | None = None
         self._argv: tuple[str, ...] = ()
         self._prefix = ""
         self._seen: Seen | None = None
@@ -186,18 +193,21 @@ class Supervisor:
         Raises `DevServerFailed` when the server failed for good and the settings call it essential, and
         `OSError` when the directory for installs cannot be made.
         """
-        await self._installer.open()
-        self._show()
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            try:
-                while True:
-                    self._take(await self._next())
-                    if self.state is State.FAILED and self._settings.dev_essential:
-                        raise DevServerFailed(f"the dev server failed for good ({self._machine.reason})")
-            finally:
-                await self._shut_down()
-                self._group = None
+        try:
+            await self._installer.open()
+            self._show()
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                try:
+                    while True:
+                        self._take(await self._next())
+                        if self.state is State.FAILED and self._settings.dev_essential:
+                            raise DevServerFailed(f"the dev server failed for good ({self._machine.reason})")
+                finally:
+                    await self._shut_down()
+                    self._group = None
+        finally:
+            await self._drop_early()
 
     async def _next(self) -> Input:
         due = self._machine.next_due
@@ -221,6 +231,7 @@ class Supervisor:
                 previous=before.state.value,
                 reason=self._machine.reason,
             )
+            self._note()
         for command in commands:
             match command:
                 case Command.INSTALL:
@@ -297,20 +308,21 @@ class Supervisor:
         running = self._command(wanted, fresh=True) if fresh else argv
         self._argv, self._seen, self._start_problem = argv, None, None
         port = self._settings.dev_port
-        if not host.port_is_free(self._host, port):
-            self._start_problem = Problem("port_taken", f"something else listens on port {port}")
-            self._inputs.put_nowait(Exited(generation, "port_taken"))
-            return
-        user = self._rights.user
         more = {"PORT": str(port), "BROWSER": "none"}
         if self._settings.preview_host:
             more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = self._settings.preview_host
-        env = child.environment(self._environ, user=user, more=more)
+        env = environment(self._environ, user=self._rights.user, more=more)
         root = wanted.root if wanted else self._settings.project_dir
+        launch = Launch(running, str(root), env, self._rights)
+        self._ready_as = None if fresh else (launch, more)
         killed_before = host.out_of_memory_kills()
-        running_child = await Child.start(
-            running, cwd=root, env=env, rights=self._rights, on_line=self._heard, reaper=self._reaper
-        )
+        running_child = await self._adopt(launch)
+        if running_child is None:
+            if not host.port_is_free(self._host, port):
+                self._start_problem = Problem("port_taken", f"something else listens on port {port}")
+                self._inputs.put_nowait(Exited(generation, "port_taken"))
+                return
+            running_child = await Child.start(launch, on_line=self._heard, reaper=self._reaper)
         self._child = running_child
         looking = asyncio.create_task(self._look(generation), name=f"look-{generation}")
         try:
@@ -324,6 +336,25 @@ class Supervisor:
             self._log.warning("dev_server.exited", code=code, why=why)
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
+
+    async def _adopt(self, launch: Launch) -> Child | None:
+        """The dev server that was started early, if it is the one that `launch` would start."""
+        early, self._early = self._early, None
+        if early is None:
+            return None
+        child = await Child.adopt(early.process, on_line=self._heard, reaper=self._reaper)
+        fitting = early.launch == launch and (self._install is None or self._install.how is How.CURRENT)
+        self._log.info("dev_server.head_start", adopted=fitting)
+        if fitting:
+            return child
+        await child.kill()
+        return None
+
+    async def _drop_early(self) -> None:
+        """End a dev server that was started early and that nobody asked for."""
+        early, self._early = self._early, None
+        if early:
+            await (await Child.adopt(early.process, on_line=self._heard, reaper=self._reaper)).kill()
 
     async def _stop(self, running: Child) -> None:
         await running.stop(self._settings.dev_stop_seconds)
@@ -394,6 +425,14 @@ class Supervisor:
         elif line.strip():
             self._log.info("dev_server.output", source="dev", line=line)
 
+    def _note(self) -> None:
+        """What is ready now is what the next start begins with; what failed for good is not."""
+        if self.state is State.READY and self._ready_as:
+            launch, more = self._ready_as
+            headstart.remember(self._settings.state_dir, launch, more, self._host, self._settings.dev_port)
+        elif self.state is State.FAILED:
+            headstart.forget(self._settings.state_dir)
+
     def _show(self) -> None:
         if self._metrics:
             show_state(self._metrics.dev_server_state, [s.value for s in State], self.state.value)
@@ -405,7 +444,7 @@ def rights(settings: Settings) -> tuple[Rights, str]:
     if settings.dev_user is None:
         same = "the project's code runs as the agent's own user and could read what the agent can"
         return Rights(None, settings.dev_processes, files), f"none: DEV_USER is not set, {same}"
-    user = child.find_user(settings.dev_user)
+    user = find_user(settings.dev_user)
     if os.geteuid() == user.uid:
         return Rights(None, settings.dev_processes, files), f"none: the agent itself runs as {user.name}"
     if os.geteuid() != 0:

@@ -27,10 +27,10 @@ from uuid import UUID
 
 import structlog
 
-from agent.child import Rights
 from agent.config import Settings
 from agent.install import Installer
 from agent.project import find
+from agent.rights import Rights
 from agent.supervisor import Supervisor
 from bench.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine
@@ -106,7 +106,9 @@ async def _whole(agent: Agent) -> float:
     assert process is not None
     port = int(agent.environ["DEV_PORT"])
     try:
-        return await asyncio.to_thread(_first_page, port, lambda: process.poll() is not None) - began
+        taken = await asyncio.to_thread(_first_page, port, lambda: process.poll() is not None) - began
+        await eventually("ready", lambda: _is(agent, "ready"))
+        return taken
     except RuntimeError:
         raise RuntimeError(agent.log()[-2000:]) from None
     finally:
@@ -220,7 +222,7 @@ async def _stops(rounds: int, directory: Path, plane: Plane) -> list[Row]:
     taken, clean = [], 0
     for _ in range(rounds):
         agent.start()
-        await eventually("the dev server is up", lambda: _starting(agent))
+        await eventually("the dev server is up", lambda: _is(agent, "starting"))
         began = time.monotonic()
         code = await agent.stop()
         taken.append(time.monotonic() - began)
@@ -232,9 +234,10 @@ async def _stops(rounds: int, directory: Path, plane: Plane) -> list[Row]:
     ]
 
 
-async def _starting(agent: Agent) -> bool:
+async def _is(agent: Agent, state: str) -> bool:
+    """Whether the dev server is in `state`."""
     status = await agent.status()
-    return status is not None and status["dev_server"]["state"] == "starting"
+    return status is not None and status["dev_server"]["state"] == state
 
 
 def _image() -> list[Row]:

@@ -15,10 +15,10 @@ from uuid import UUID
 import pytest
 
 from agent import install, project
-from agent.child import Rights, User
 from agent.config import Settings
 from agent.install import How, Installer, Result
 from agent.project import NO_DEPENDENCIES, Manager, Project, ProjectUnreadable, find
+from agent.rights import Rights, User
 from tests.agent.processes import running, until
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
@@ -180,7 +180,7 @@ async def test_an_agent_killed_half_way_leaves_everything_as_it_was_and_the_next
 import asyncio, os, sys
 from pathlib import Path
 from uuid import UUID
-from agent.child import Rights
+from agent.rights import Rights
 from agent.config import Settings
 from agent.install import Installer
 from agent.project import find

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from agent import child
-from agent.child import Child, Rights, User, environment, find_user, printable
+from agent.child import Child, printable
 from agent.errors import SettingsError
+from agent.rights import Launch, Rights, User, environment, find_user
 from tests.agent.processes import of_user, running, until
 
 PLAIN = Rights()
@@ -33,7 +34,7 @@ def word() -> str:
 async def start(
     script: str, on_line: Callable[[str], None] = lambda line: None, rights: Rights = PLAIN
 ) -> Child:
-    return await Child.start(["sh", "-c", script], cwd=Path("/"), env=ENV, rights=rights, on_line=on_line)
+    return await Child.start(Launch(("sh", "-c", script), "/", ENV, rights), on_line=on_line)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +97,15 @@ async def test_nothing_outlives_a_killed_agent_or_guard(word: str, end: str) -> 
     source = f"""
 import asyncio, os, sys
 from pathlib import Path
-from agent.child import Child, Rights
+from agent.child import Child
 from agent.reaper import Reaper
+from agent.rights import Launch, Rights
 async def main():
     reaper = Reaper()
     reaper.adopt()
-    program = await Child.start(
-        ["sh", "-c", {HIDES.format(word=word, then=f"trap '' TERM; sleep 60 # {word}")!r}],
-        cwd=Path("/"), env={ENV!r}, rights=Rights(), on_line=lambda line: print(line, flush=True), reaper=reaper,
-    )
+    script = {HIDES.format(word=word, then=f"trap '' TERM; sleep 60 # {word}")!r}
+    launch = Launch(("sh", "-c", script), "/", {ENV!r}, Rights())
+    program = await Child.start(launch, on_line=lambda line: print(line, flush=True), reaper=reaper)
     print(program.pid, flush=True)
     print("ended", await program.wait(), flush=True)
 asyncio.run(main())

@@ -1,0 +1,157 @@
+"""The dev server of the last time, started before the agent is awake: adopted when it fits, gone when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from agent import headstart
+from agent.config import Settings
+from agent.headstart import LEDGER, RECORD, HeadStart, begin
+from agent.supervisor import Supervisor
+from tests.agent.processes import free_port, running, until
+
+SERVER = Path(__file__).with_name("dev_server.py")
+
+
+class Machine:
+    """One machine's directories, and the environment that its agent is given each time."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.project, self.state = tmp_path / "project", tmp_path / "state"
+        binaries = self.project / "node_modules" / ".bin"
+        binaries.mkdir(parents=True)
+        self.state.mkdir()
+        (self.project / "package.json").write_text('{"scripts": {"dev": "vite"}}')
+        (binaries / "vite").write_text(f'#!/bin/sh\nexec {sys.executable} {SERVER} good "$@" # {tmp_path}\n')
+        (binaries / "vite").chmod(0o755)
+        self.environ = {
+            "PATH": os.environ["PATH"], "HOME": "/", "PROJECT_DIR": str(self.project), "STATE_DIR": str(self.state),
+            "DEV_PORT": str(free_port()), "DEV_HOST": "127.0.0.1", "REALTIME_TOKEN": "secret",
+        }  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def agent(self, early: HeadStart | None = None, **more: str) -> AsyncIterator[Supervisor]:
+        environ = {**self.environ, **more}
+        known = {
+            name.lower(): value for name, value in environ.items() if name.lower() in Settings.model_fields
+        }
+        settings = Settings.model_validate({"project_id": UUID(int=1), "session_id": UUID(int=1), **known})
+        supervisor = Supervisor(settings, environ=environ, early=early)
+        task = asyncio.create_task(supervisor.run())
+        try:
+            yield supervisor
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def has_been_ready(self) -> None:
+        async with self.agent() as supervisor:
+            supervisor.project_ready()
+            await until(lambda: supervisor.ready)
+        (self.state / LEDGER).touch()
+
+    @property
+    def processes(self) -> list[int]:
+        return running(self.environ["DEV_PORT"])
+
+
+@pytest.fixture
+async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+    made = Machine(tmp_path)
+    yield made
+    await until(lambda: running(str(made.project)) == [], 5)
+
+
+def test_its_defaults_are_those_of_the_settings() -> None:
+    fields = Settings.model_fields
+    assert fields["project_dir"].default == Path(headstart.PROJECT_DIR)
+    assert fields["state_dir"].default == Path(headstart.STATE_DIR)
+
+
+async def test_what_was_ready_is_started_early_and_adopted(machine: Machine) -> None:
+    await machine.has_been_ready()
+    assert "secret" not in (machine.state / RECORD).read_text()
+    early = begin(machine.environ)
+    assert early is not None
+    await until(lambda: len(machine.processes) >= 2)
+    async with machine.agent(early) as supervisor:
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready)
+        assert supervisor.report()["pid"] == early.process.pid
+        assert supervisor.restarts == 0
+    assert machine.processes == []
+
+
+async def test_an_adopted_server_that_dies_is_started_again(machine: Machine) -> None:
+    await machine.has_been_ready()
+    early = begin(machine.environ)
+    assert early is not None
+    async with machine.agent(early) as supervisor:
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready)
+        os.killpg(early.process.pid, 9)
+        await until(lambda: supervisor.restarts == 1 and supervisor.ready)
+        assert supervisor.report()["pid"] != early.process.pid
+
+
+async def test_one_that_is_not_what_would_be_started_is_replaced(machine: Machine) -> None:
+    await machine.has_been_ready()
+    early = begin(machine.environ)
+    assert early is not None
+    (machine.project / "package.json").write_text('{"scripts": {"dev": "vite --mode staging"}}')
+    async with machine.agent(early) as supervisor:
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready)
+        assert early.process.returncode == 137
+        assert "staging" in str(supervisor.report()["command"])
+
+
+async def test_one_that_nobody_asks_for_goes_with_the_agent(machine: Machine) -> None:
+    await machine.has_been_ready()
+    early = begin(machine.environ)
+    assert early is not None
+    await until(lambda: machine.processes)
+    async with machine.agent(early) as supervisor:
+        await until(lambda: supervisor._group is not None)  # its loop turns
+        assert not supervisor.ready
+    assert machine.processes == []
+
+
+async def test_an_agent_that_never_wakes_leaves_none(machine: Machine) -> None:
+    """Bad settings end the agent right after the head start."""
+    await machine.has_been_ready()
+    source = "import os; from agent.headstart import begin; assert begin(os.environ); print('begun')"
+    done = await asyncio.create_subprocess_exec(sys.executable, "-c", source, env=machine.environ)
+    assert await done.wait() == 0
+    await until(lambda: machine.processes == [], 5)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda m: (m.state / LEDGER).unlink(),
+        lambda m: (m.state / RECORD).unlink(),
+        lambda m: (m.state / RECORD).write_text("{"),
+        lambda m: (m.state / RECORD).write_text("[]"),
+        lambda m: (m.state / RECORD).write_text(json.dumps({"argv": [], "more": {}, "user": None})),
+        lambda m: (m.project / "package.json").write_text('{"scripts": {"dev": "vite"}, "dependencies": {"a": "1"}}'),
+        lambda m: (m.project / "package.json").write_text("{"),
+        lambda m: m.environ.update(PROJECT_DIR="/nonexistent"),
+        lambda m: m.environ.update(DEV_USER="nobody") if os.geteuid() == 0 else m.environ.update(STATE_DIR="/"),
+    ],
+)  # fmt: skip
+async def test_nothing_is_started_early_when_there_is_a_doubt(machine: Machine, spoil: object) -> None:
+    await machine.has_been_ready()
+    assert callable(spoil)
+    spoil(machine)
+    assert begin(machine.environ) is None
