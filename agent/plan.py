@@ -264,6 +264,8 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
             if before is not None and before.is_file:
                 operations.append(Remove(path, tombstone))
         entries = draft.finish()
+    if missing:
+        return Plan((), tree, Outcome.WAITING, Gap(Reason.REFERENCE, frozenset(missing)))
     after = Cursor(manifest.epoch, manifest.revision) if other_history else cursor.at_least(manifest.revision)
     hole = Gap(Reason.GAP) if after.islands else None
     return Plan(tuple(operations), Tree(after, entries), Outcome.APPLIED, hole)
