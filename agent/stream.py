@@ -147,6 +147,7 @@ class RealtimeStream:
         self._spread = spread()
         self._sent: Token | None = None
         self._attempt = 0
+        self._refused_in_row = 0
         self._joined_at: float | None = None
         self._token_problem: str | None = None
         self._last_frame_at: float | None = None
@@ -266,18 +267,24 @@ class RealtimeStream:
                 await self._hurry.wait()
 
     async def _until_trusted_again(self, end: _End) -> None:
-        """After a refusal: get another token, at once if we can, and spread the attempts out if we cannot."""
+        """After a refusal: another token and another try at once; after more of them, slowly, for ever.
+
+        A token that comes from elsewhere meanwhile, as by a rotated file, ends the wait.
+        """
+        self._refused_in_row += 1
         most = self._settings.refused_retry
         slow = max(end.wait, wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {})))
         refused = self._sent
+        self._token_problem = end.reason
+        waited = self._refused_in_row > 1
+        if waited:
+            await self._pause(slow)
         try:
             renewed = await self._renew(refused) is not refused
         except AgentError as error:
             self._token_problem = f"{end.reason}; {error}"
             renewed = False
-        else:
-            self._token_problem = end.reason
-        if not renewed:
+        if not renewed and not waited:
             await self._pause(slow)
         await self._pause(max(end.wait, self._delay()))
 
@@ -378,6 +385,7 @@ class RealtimeStream:
             case Joined():
                 self._joins += 1
                 self._joined_at = _now()
+                self._refused_in_row = 0
                 self._token_problem = None
                 self._queue.resync("joined")
             case ReplicationReady():

@@ -211,10 +211,10 @@ FAULTS: dict[Fault, float] = {
     rate_limited: ONE_RETRY,
     refused_429: 45 + ONE_RETRY,
     refused_503: 30 + ONE_RETRY,
-    refused_401: 60 + ONE_RETRY,
+    refused_401: 70 + ONE_RETRY,
     token_expired_early: ONE_RETRY,
     token_expired_and_api_down: 30 + ONE_RETRY,
-    token_revoked_then_restored: 60 + ONE_RETRY,
+    token_revoked_then_restored: 70 + ONE_RETRY,
     deaf_channel_and_a_commit: 32 + ONE_RETRY,
     forgotten_channel: 60 + ONE_RETRY,
     oversize_frame: ONE_RETRY,
@@ -257,6 +257,24 @@ def test_a_quiet_shift_is_one_socket_and_a_token_every_seven_minutes() -> None:
             assert (report["sockets"], report["joins"], report["losses"]) == (1, 1, {})
             assert 8 * 3600 / 430 < world.tokens_made < 8 * 3600 / 380
             assert world.server.pushed_tokens[-1] == token.value
+
+    simulate(scenario())
+
+
+def test_a_wrong_api_key_asks_neither_side_in_a_loop() -> None:
+    """An hour of 401: about a try a minute, a token for each, and the problem in sight all the while."""
+
+    async def scenario() -> None:
+        async with World.made() as world:
+            world.server.refuse_handshake = (401, {})
+            await asyncio.sleep(3600)
+            assert world.link.state is LinkState.REFUSED
+            assert world.link.problems()[0].kind == "token_refused"
+            assert 40 < len(world.server.requests) < 130
+            assert world.tokens_made < 130
+            world.server.refuse_handshake = None
+            await world.hears(within=90 + ONE_RETRY)
+            assert world.link.problems() == ()
 
     simulate(scenario())
 
