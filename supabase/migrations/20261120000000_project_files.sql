@@ -100,15 +100,16 @@ $$;
 
 -- The seed's file_type, for writers that do not say it.
 create function preview.file_type_of(path text) returns text
-language sql immutable strict parallel safe set search_path = '' as $$
-  select case lower(substring(path from '\.([^./]+)$'))
+language plpgsql immutable strict parallel safe set search_path = '' as $$
+begin
+  return case lower(substring(path from '\.([^./]+)$'))
     when 'ts' then 'typescript' when 'tsx' then 'typescript' when 'mts' then 'typescript' when 'cts' then 'typescript'
     when 'js' then 'javascript' when 'jsx' then 'javascript' when 'mjs' then 'javascript' when 'cjs' then 'javascript'
     when 'json' then 'json' when 'md' then 'markdown' when 'sql' then 'sql' when 'css' then 'css' when 'html' then 'html'
     when 'svg' then 'svg' when 'yml' then 'yaml' when 'yaml' then 'yaml' when 'py' then 'python' when 'sh' then 'shell'
     else 'text'
-  end
-$$;
+  end;
+end $$;
 
 -- ------------------------------------------------------------------------------------------------ files
 -- Each row is one version of one file; rows are added, and the older one is marked superseded. A deletion is a version

@@ -91,6 +91,12 @@ exception when insufficient_privilege then
 end $$;
 grant usage on schema realtime to preview_agent;
 grant select on realtime.messages to preview_agent;
+do $$
+begin
+  if not has_table_privilege('preview_agent', 'realtime.messages', 'select') then
+    raise warning 'preview_agent may not read realtime.messages on this server. Use tokens with the role authenticated.';
+  end if;
+end $$;
 
 create policy "a container hears its project" on realtime.messages for select to preview_agent
   using (extension = 'broadcast'

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import subprocess
+import tomllib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,18 @@ from orchestrator_stub.migrations import (
     migrate,
     read_migrations,
 )
-from tests.database.db import changes_since, connect, files, head, one, upsert
+from tests.database.db import (
+    acting_as,
+    changes_since,
+    connect,
+    files,
+    head,
+    make_project,
+    messages,
+    one,
+    upsert,
+    user,
+)
 
 Db = psycopg.Connection[Any]
 
@@ -214,6 +227,70 @@ def test_supabases_own_database_is_left_alone(blank: str) -> None:
             assert asyncio.run(bootstrap(blank)) is False
         finally:
             db.execute("drop role supabase_admin")
+
+
+PLATFORM_ROLES = "anon, authenticated, service_role, preview_agent, authenticator, supabase_realtime_admin"
+
+
+@pytest.fixture
+def hosted_role(postgres_dsn: str, template_database: str) -> Iterator[str]:
+    """A role like the hosted service's `postgres`. (It outlives `blank`, on which its privileges hang.)"""
+    role = f"hosted_{uuid.uuid4().hex[:8]}"
+    with connect(postgres_dsn) as server:
+        server.execute(f"create role {role} login createrole bypassrls".encode())
+        server.execute(f"grant {PLATFORM_ROLES} to {role} with admin option".encode())
+        yield role
+        server.execute(f"revoke {PLATFORM_ROLES} from {role} cascade".encode())
+        server.execute(f"drop role {role}".encode())
+
+
+@pytest.fixture
+def hosted(hosted_role: str, blank: str) -> str:
+    """`blank`, seen by one who is no superuser, and to whom the platform's tables do not belong.
+
+    Policies on them it may make all the same (there by an extension of the server, here as a member of the owners).
+    """
+    with connect(blank) as db:
+        db.execute(
+            f"""
+            grant create on database {db.info.dbname} to {hosted_role};
+            grant all on schema public to {hosted_role};
+            grant usage on schema auth, storage to {hosted_role};
+            grant usage on schema realtime to {hosted_role} with grant option;
+            grant all on auth.users, storage.buckets to {hosted_role};
+            alter table storage.objects owner to {hosted_role};
+            grant all on realtime.messages to {hosted_role} with grant option;
+            alter default privileges for role {hosted_role} in schema public
+              grant all on tables to anon, authenticated, service_role;
+            alter default privileges for role {hosted_role} in schema public
+              grant all on functions to anon, authenticated, service_role;
+            """.encode()
+        )
+    return make_conninfo(blank, user=hosted_role)
+
+
+def test_no_superuser_is_needed(hosted: str, blank: str) -> None:
+    assert len(asyncio.run(migrate(hosted))) == len(read_migrations(MIGRATIONS))
+    with connect(blank) as db:
+        project = make_project(db)
+        with user(db, project.owner):
+            assert upsert(db, project.id, "a", "x")["revision"] == 1
+        assert len(messages(db, project.id)) == 1
+        with pytest.raises(psycopg.Error) as error, user(db, project.stranger):
+            upsert(db, project.id, "a", "y")
+        assert error.value.sqlstate == "PT404"
+        with acting_as(db, "preview_agent", project_id=project.id):
+            db.execute("select set_config('realtime.topic', %s, true)", [f"project:{project.id}"])
+            assert one(db, "select count(*) from realtime.messages") == 1
+        with pytest.raises(psycopg.errors.InsufficientPrivilege), acting_as(db, "anon"):
+            db.execute("select * from public.projects")
+
+
+def test_the_layout_is_the_clis() -> None:
+    config = tomllib.loads((MIGRATIONS.parent / "config.toml").read_text())
+    assert config["api"]["schemas"] == ["public"]
+    assert [(MIGRATIONS.parent / path).is_file() for path in config["db"]["seed"]["sql_paths"]] == [True]
+    assert all(re.fullmatch(r"\d{14}_\w+\.sql", path.name) for path in MIGRATIONS.iterdir())
 
 
 def test_the_seed_is_a_project_that_can_be_shown_twice(database: str) -> None:
