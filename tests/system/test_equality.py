@@ -405,3 +405,96 @@ async def test_the_end_of_a_session_ends_its_agent(agent: Agent, project: Projec
     assert answer.is_success, answer.text
     assert agent.process is not None
     assert await asyncio.to_thread(agent.process.wait, 20) in (0, 70), agent.log()[-2000:]
+
+
+async def test_content_that_does_not_match_its_hash_never_reaches_the_disk(
+    agent: Agent, project: Project
+) -> None:
+    report = await agent.equal()
+    lie = {
+        "file_path": "src/a.ts", "content": "a lie\n", "content_hash": "0" * 64, "version": 2,
+        "revision": report["revision"] + 1, "epoch": report["epoch"], "timestamp": "2026-11-20T09:00:00Z",
+    }  # fmt: skip
+    await project.broadcast("file:update", lie)
+
+    async def asked() -> bool:
+        return 'preview_agent_resyncs_total{reason="hash_mismatch"} 1.0' in await agent.metrics()
+
+    await eventually("the database is asked", asked)
+    assert (await agent.equal())["revision"] == report["revision"]
+    await project.save("src/a.ts", "the truth\n")
+    await agent.equal()
+
+
+async def test_hostile_paths_in_an_event_are_refused_and_the_rest_lands(
+    agent: Agent, project: Project
+) -> None:
+    report = await agent.equal()
+    outside = agent.tree.parent / "escaped"
+    files = [
+        {"action": "update", "file_path": path, "content": "x", "version": 1}
+        for path in (
+            "../escaped",
+            "/etc/escaped",
+            "a/../../escaped",
+            "node_modules/x",
+            ".git/config",
+            "a\\b",
+            "a\u0000b",
+        )
+    ]
+    await project.broadcast(
+        "bulk:apply",
+        {"files": [f for f in files if "\0" not in str(f["file_path"])], "revision": report["revision"] + 1,
+         "epoch": report["epoch"], "timestamp": "2026-11-20T09:00:00Z"},
+    )  # fmt: skip
+
+    async def shown() -> bool:
+        now = await agent.status()
+        return now is not None and sum(p["kind"] == "path_refused" for p in now["problems"]) == len(files) - 1
+
+    await eventually("every refusal is shown", shown)
+    assert not outside.exists()
+    assert not (agent.tree / "node_modules").exists()
+    await project.save("src/a.ts", "goes on\n")
+    await agent.equal()
+
+
+async def test_a_snapshot_offered_at_any_time_is_a_question(agent: Agent, project: Project) -> None:
+    before = {path: path.stat().st_mtime_ns for path in agent.tree.rglob("*") if path.is_file()}
+    offer = {
+        "snapshot_url": "http://127.0.0.1:9/x.zip",
+        "manifest": None,
+        "timestamp": "2026-11-20T09:00:00Z",
+    }
+    await project.broadcast("snapshot:ready", offer)
+
+    async def asked() -> bool:
+        return 'preview_agent_resyncs_total{reason="snapshot_ready"} 1.0' in await agent.metrics()
+
+    await eventually("the database is asked", asked)
+    await agent.equal()
+    assert {path: path.stat().st_mtime_ns for path in agent.tree.rglob("*") if path.is_file()} == before
+
+
+async def test_without_a_session_api_offered_snapshots_are_the_way_to_catch_up(
+    project: Project, tmp_path: Path
+) -> None:
+    agent = await project.session(tmp_path / "machine", SESSION_API_URL="")
+    agent.start()
+    try:
+        await agent.equal()
+        await live(agent)
+        assert str((await agent.status() or {})["session_api"]).startswith("absent")
+        await project.faults(drop=1)
+        await project.save("src/a.ts", "missed\n")
+        answer = await project.plane.http.post(f"/v1/sessions/{agent.session_id}/snapshot", json={})
+        offer = {
+            "snapshot_url": answer.json()["snapshot_url"],
+            "manifest": None,
+            "timestamp": "2026-11-20T09:00:00Z",
+        }
+        await project.broadcast("snapshot:ready", offer)
+        await agent.equal()
+    finally:
+        agent.kill()
