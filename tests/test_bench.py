@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import bench.__main__ as command
-from bench.results import Ratio, Row, Unmeasurable, Verdict, in_turn, ratio_of
+from bench.results import Processors, Ratio, Row, Unmeasurable, Verdict, in_turn, ratio_of
 
 
 def row(low: float, value: float, high: float, **bound: float) -> Row:
@@ -28,6 +32,8 @@ def row(low: float, value: float, high: float, **bound: float) -> Row:
         (row(0.2, 0.24, 0.3, at_most=0.25), Verdict.TOO_NOISY),
         (row(0.9, 1.0, 1.1), Verdict.MEASURED),
         (row(0.5, 1.0, 1.5), Verdict.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
+        (row(0.5, 0.6, 0.65, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
         (Row("alone", 47.0, "MB", at_most=48), Verdict.MET),
         (Row("alone", 49.0, "MB", at_most=48), Verdict.NOT_MET),
     ],
@@ -80,6 +86,28 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
     assert "".join(order[4:]) == "abba" * 2
 
 
+def test_a_process_that_has_to_share_its_processor_is_seen_waiting() -> None:
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this kernel does not say how long a process waits")
+    burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+    core = str(min(os.sched_getaffinity(0)))
+    busy = [subprocess.Popen([sys.executable, "-c", burn, core], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for process in busy:
+            assert process.stdout is not None
+            process.stdout.readline()
+        processors = Processors(busy[0].pid)
+        deadline = time.monotonic() + 10
+        while processors.waited() < 0.25 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert processors.waited() >= 0.25
+        assert Processors(2**22 + 1).waited() == 0.0
+    finally:
+        for process in busy:
+            process.kill()
+            process.communicate()
+
+
 def run_with(monkeypatch: pytest.MonkeyPatch, outcome: Sequence[Row] | Exception, *arguments: str) -> int:
     def run(quick: bool) -> Sequence[Row]:
         if isinstance(outcome, Exception):
@@ -128,5 +156,5 @@ def test_the_measurement_of_apply_runs(tmp_path: Path) -> None:
     except Unmeasurable as reason:
         pytest.skip(str(reason))
     rows = measure(tmp_path / "home", binary, 1000, 0.7, rounds=3, count=5)
-    assert [r.name for r in rows] == ["apply 1 KB", "apply 1 KB, recorded"]
+    assert [r.name for r in rows] == ["apply 1 KB", "apply 1 KB, planned, recorded"]
     assert all(r.ours > 0 and r.theirs and r.ratio for r in rows)
