@@ -418,11 +418,14 @@ async def broken(request: Request, error: Exception) -> Response:
 
 def application(routes: list[BaseRoute], lifespan: Any = None) -> Starlette:
     """An ASGI application of `routes` whose every refusal is a problem document."""
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         exception_handlers={HTTPException: unknown_path, Exception: broken},
     )
+    # A path with a slash too many is another path, not a hint to send the token somewhere else.
+    app.router.redirect_slashes = False
+    return app
 
 
 def session_form(session: Session) -> dict[str, Any]:

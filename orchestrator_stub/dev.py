@@ -206,6 +206,7 @@ class Stack:
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
         tasks.append(asyncio.create_task(service.control.run(), name="sweeper"))
+        tasks.append(asyncio.create_task(service.job.run(), name="snapshot job"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 

@@ -64,13 +64,16 @@ async def run_serve(settings: Settings) -> int:
             server = Server(config)
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
             sweeping = asyncio.create_task(service.control.run(), name="sweeper")
+            building = asyncio.create_task(service.job.run(), name="snapshot job")
             stopping = asyncio.create_task(stop.wait(), name="stop")
             log.info("serving", address="{}:{}".format(*listener.getsockname()[:2]))
-            done, _ = await asyncio.wait([serving, sweeping, stopping], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
+            )
             server.should_exit = True
-            sweeping.cancel()
-            stopping.cancel()
-            await asyncio.gather(serving, sweeping, stopping, return_exceptions=True)
+            for task in (sweeping, building, stopping):
+                task.cancel()
+            await asyncio.gather(serving, sweeping, building, stopping, return_exceptions=True)
             if stopping not in done:
                 log.error("ended", part=", ".join(task.get_name() for task in done))
                 return 1

@@ -24,6 +24,7 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control
 from orchestrator_stub.machines import MachineDriver
 from orchestrator_stub.operations import Metrics
+from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
 from orchestrator_stub.store import SessionStore
@@ -40,6 +41,7 @@ class Service:
 
     routes: list[BaseRoute]
     control: Control
+    job: SnapshotJob
     store: SessionStore
     metrics: Metrics
     pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]
@@ -70,7 +72,9 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         try:
             metrics = Metrics(registry)
             routes = [*api.routes(), *operations.routes(pool, metrics)]
-            yield Service(routes, control, store, metrics, pool)
+            dsn = settings.database_url.get_secret_value()
+            job = SnapshotJob(dsn, pool, snapshots, storage, url_ttl=int(settings.snapshot_url_ttl))
+            yield Service(routes, control, job, store, metrics, pool)
         finally:
             await control.close()
             await driver.close()

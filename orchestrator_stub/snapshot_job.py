@@ -1,0 +1,185 @@
+"""The background job behind `create_project_snapshot`: builds what was asked for, says so, and clears away the old.
+
+A request is a row of `public.project_snapshots`; PostgreSQL rings when one is made, and the table is looked at now and
+then all the same, because a ring can be missed. A row is taken with `SKIP LOCKED`, so any number of orchestrators
+share the work; one that was killed over a request leaves it `building`, and after a while another takes it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+import psycopg_pool
+import structlog
+import tenacity
+from psycopg.types.json import Jsonb
+
+from orchestrator_stub.control import SnapshotUnavailable
+from orchestrator_stub.snapshots import BUCKET, Snapshots
+from orchestrator_stub.storage import StorageClient, StorageFailure
+
+log = structlog.get_logger("snapshot_job")
+
+CHANNEL: Final = "snapshot_requests"
+
+LOOK_SECONDS: Final = 30.0
+"""Between two looks at the table when nothing rings."""
+
+ABANDONED: Final = "10 minutes"
+"""After which a request in `building` is taken again: no build takes that long."""
+
+MANIFEST_INLINE: Final = 500
+"""Files of a manifest that the broadcast repeats; a longer one would pass the broadcast's limit."""
+
+KEEP_SECONDS: Final = 24 * 3600.0
+"""How long an archive stays: no session that was given it lives longer."""
+
+CLEAR_SECONDS: Final = 3600.0
+"""Between two clearings."""
+
+TAKE: Final = f"""
+update public.project_snapshots set state = 'building'
+where id = (
+  select id from public.project_snapshots
+  where state = 'requested' or (state = 'building' and created_at < now() - interval '{ABANDONED}')
+  order by created_at for update skip locked limit 1
+)
+returning id, project_id
+"""  # noqa: S608 - a constant
+
+DONE: Final = """
+update public.project_snapshots set state = 'ready', epoch = %s, revision = %s, object_path = %s, size_bytes = %s,
+  problem = null, finished_at = now()
+where id = %s
+"""
+
+FAILED: Final = """
+update public.project_snapshots set state = 'failed', problem = %s, finished_at = now() where id = %s
+"""
+
+RECENT: Final = """
+select distinct project_id from (
+  select project_id, created_at from preview.sessions
+  union all select project_id, created_at from public.project_snapshots
+) known where created_at > now() - interval '3 days'
+"""
+
+Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+
+class SnapshotJob:
+    """One orchestrator's share of the work. `dsn` is for listening: a connection with a session of its own.
+
+    `url_ttl`: seconds that the URL in `snapshot:ready` lives. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        pool: Pool,
+        snapshots: Snapshots,
+        storage: StorageClient,
+        *,
+        url_ttl: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._dsn = dsn
+        self._pool = pool
+        self._snapshots = snapshots
+        self._storage = storage
+        self._url_ttl = url_ttl
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Work for ever. A database that goes away is waited for."""
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((psycopg.Error, psycopg_pool.PoolTimeout)),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
+            before_sleep=lambda state: log.warning("snapshot_job.database_lost"),
+        ):
+            with attempt:
+                await self._work()
+
+    async def take_one(self) -> bool:
+        """Build the oldest request. False: there is none."""
+        async with self._pool.connection() as connection:
+            row = await (await connection.execute(TAKE.encode())).fetchone()
+        if row is None:
+            return False
+        request_id, project_id = row
+        try:
+            snapshot = await self._snapshots.build(project_id)
+            url = await self._snapshots.signed_url(snapshot.object_path, self._url_ttl)
+        except SnapshotUnavailable as error:
+            log.warning("snapshot_job.failed", project_id=str(project_id), reason=str(error))
+            async with self._pool.connection() as connection:
+                await connection.execute(FAILED, (str(error), request_id))
+            return True
+        manifest = snapshot.manifest
+        payload = {
+            "snapshot_url": url,
+            "manifest": manifest if len(manifest["files"]) <= MANIFEST_INLINE else None,
+            "timestamp": datetime.now(UTC).isoformat(),
+        }
+        # Ready and said in one transaction: nobody hears of an archive that the table does not know.
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute(
+                DONE,
+                (manifest["epoch"], manifest["revision"], snapshot.object_path, snapshot.bytes, request_id),
+            )
+            await connection.execute(
+                "select realtime.send(%s, 'snapshot:ready', %s, true)",
+                (Jsonb(payload), f"project:{project_id}"),
+            )
+        return True
+
+    async def clear_old(self) -> int:
+        """Delete archives that no session can still be reading; the newest of each project stays. How many."""
+        async with self._pool.connection() as connection:
+            rows = await (await connection.execute(RECENT)).fetchall()
+        cleared = 0
+        for (project_id,) in rows:
+            cleared += await self._clear_project(project_id)
+        return cleared
+
+    async def _clear_project(self, project_id: UUID) -> int:
+        found = await self._storage.list(BUCKET, f"{project_id}/")
+        dated = sorted((_moment(item.get("created_at")), str(item.get("name"))) for item in found)
+        old = [
+            f"{project_id}/{name}"
+            for made, name in dated[:-1]
+            if made and made < self._clock() - KEEP_SECONDS
+        ]
+        if old:
+            await self._storage.delete(BUCKET, old)
+        return len(old)
+
+    async def _work(self) -> None:
+        cleared_at = self._clock()
+        async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as listener:
+            await listener.execute(f"listen {CHANNEL}".encode())
+            while True:
+                while await self.take_one():
+                    pass
+                if self._clock() - cleared_at > CLEAR_SECONDS:
+                    cleared_at = self._clock()
+                    try:
+                        await self.clear_old()
+                    except StorageFailure as error:
+                        log.warning("snapshot_job.not_cleared", reason=str(error))
+                async for _ in listener.notifies(timeout=LOOK_SECONDS, stop_after=1):
+                    break
+                await asyncio.sleep(0)
+
+
+def _moment(text: object) -> float:
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return 0.0

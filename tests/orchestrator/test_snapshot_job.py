@@ -1,0 +1,134 @@
+"""The job behind `create_project_snapshot`, over a real database and the real storage endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+import pytest
+from psycopg_pool import AsyncConnectionPool
+
+from orchestrator_stub.snapshot_job import SnapshotJob
+from orchestrator_stub.snapshots import BUCKET, Snapshots
+from orchestrator_stub.storage import StorageClient
+from tests.fakes.serving import Local, serve_local
+
+
+class Works:
+    """A project, and jobs that share its requests."""
+
+    def __init__(
+        self, local: Local, pool: AsyncConnectionPool[Any], http: httpx.AsyncClient, project: UUID
+    ) -> None:
+        self.local = local
+        self.project_id = project
+        self.storage = StorageClient(f"{local.url}/storage/v1", local.keys.service_key, http)
+        self.pool = pool
+        self.now = time.time()
+
+    def job(self) -> SnapshotJob:
+        snapshots = Snapshots(self.pool, self.storage)
+        return SnapshotJob(
+            self.local.dsn, self.pool, snapshots, self.storage, url_ttl=60, clock=lambda: self.now
+        )
+
+    async def save(self, content: str) -> None:
+        await self.local.sql("select public.upsert_project_file(%s, 'a.ts', %s)", self.project_id, content)
+
+    async def ask(self) -> str:
+        rows = await self.local.sql("select public.create_project_snapshot(%s)", self.project_id)
+        return str(rows[0][0]["snapshot_id"])
+
+    async def request(self, snapshot_id: str) -> tuple[Any, ...]:
+        rows = await self.local.sql(
+            "select state, revision, object_path, size_bytes, problem from public.project_snapshots where id = %s",
+            snapshot_id,
+        )
+        return rows[0]
+
+
+@pytest.fixture
+async def works(database: str, tmp_path: Path) -> AsyncIterator[Works]:
+    async with serve_local(database, tmp_path / "storage") as local:
+        user_id, project_id = uuid4(), uuid4()
+        await local.sql("insert into auth.users (id) values (%s)", user_id)
+        await local.sql("insert into public.user_profiles (id) values (%s)", user_id)
+        await local.sql("insert into public.projects (id, owner_id) values (%s, %s)", project_id, user_id)
+        pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
+            database, min_size=1, max_size=4, open=False, kwargs={"autocommit": True}
+        )
+        async with pool, httpx.AsyncClient() as http:
+            yield Works(local, pool, http, project_id)
+
+
+async def test_what_is_asked_for_is_built_kept_and_said(works: Works) -> None:
+    await works.save("one")
+    running = asyncio.create_task(works.job().run())
+    try:
+        async with works.local.socket() as phoenix:
+            topic = f"realtime:project:{works.project_id}"
+            token = works.local.token(project_id=str(works.project_id))
+            config = {"broadcast": {"self": False, "ack": False}, "presence": {"key": ""}, "private": True}
+            await phoenix.push(topic, "phx_join", {"config": config, "access_token": token})
+            assert (await phoenix.frame())[3] == "phx_reply"
+            snapshot_id = await works.ask()
+            while True:
+                frame = await phoenix.frame()
+                if "snapshot:ready" in str(frame):
+                    break
+        said = frame[4] if isinstance(frame[4], dict) else {}
+        payload = said.get("payload", said)
+        url = (payload.get("binary") or payload)["snapshot_url"] if isinstance(payload, dict) else ""
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    state, revision, path, size, problem = await works.request(snapshot_id)
+    assert (state, revision, problem) == ("ready", 1, None)
+    assert len(await works.storage.download(BUCKET, path)) == size
+    async with httpx.AsyncClient() as http:
+        assert len((await http.get(url)).content) == size
+
+
+async def test_two_jobs_share_and_none_is_built_twice(works: Works) -> None:
+    await works.save("one")
+    await works.ask()
+    assert sorted(await asyncio.gather(works.job().take_one(), works.job().take_one())) == [False, True]
+    assert not await works.job().take_one()
+
+
+async def test_what_a_killed_orchestrator_left_is_taken_again(works: Works) -> None:
+    await works.save("one")
+    snapshot_id = await works.ask()
+    await works.local.sql("update public.project_snapshots set state = 'building'")
+    assert not await works.job().take_one(), "it may still be at it"
+    await works.local.sql("update public.project_snapshots set created_at = now() - interval '11 minutes'")
+    assert await works.job().take_one()
+    assert (await works.request(snapshot_id))[0] == "ready"
+
+
+async def test_a_build_that_fails_says_why(works: Works) -> None:
+    await works.save("one")
+    snapshot_id = await works.ask()
+    await works.local.sql("update storage.buckets set file_size_limit = 1 where id = %s", BUCKET)
+    assert await works.job().take_one()
+    state, *_, problem = await works.request(snapshot_id)
+    assert state == "failed"
+    assert "cannot build a snapshot" in problem
+
+
+async def test_old_archives_go_and_the_newest_stays(works: Works) -> None:
+    for content in ("one", "two", "three"):
+        await works.save(content)
+        await works.ask()
+        assert await works.job().take_one()
+    assert await works.job().clear_old() == 0
+    works.now += 25 * 3600
+    assert await works.job().clear_old() == 2
+    left = await works.storage.list(BUCKET, f"{works.project_id}/")
+    assert [item["name"].split("-")[0] for item in left] == ["3"]
