@@ -18,12 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
-import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -31,22 +27,22 @@ import httpx
 import orjson
 import tenacity
 
+from agent.assembly import Assembly, StagingFailed
+from agent.assembly import StagedSnapshot as StagedSnapshot
 from agent.config import SnapshotLimits
 from agent.disk import Disk
 from agent.errors import (
     CredentialRejected,
     HydrationImpossible,
     MalformedMessage,
-    PathRefused,
     RootUnusable,
     SnapshotRejected,
     Unavailable,
 )
-from agent.model import Digest, Entry, Manifest, ManifestFile, RelPath
+from agent.model import Entry, RelPath
+from agent.progress import Progress as Progress
+from agent.progress import announced
 from agent.session import retry_after
-from agent.staging import Stage, Staged
-from agent.unzip import ArchiveEnded, ExecutableFound, FileEnded, FileStarted, ZipReader
-from agent.wire import MANIFEST_PATH, read_manifest
 
 WHAT: Final = "the snapshot"
 
@@ -68,63 +64,6 @@ _URL_CODES: Final = frozenset(
 _OBJECT_CODES: Final = frozenset(
     {"NoSuchKey", "NoSuchBucket", "EntityTooLarge", "InvalidKey", "TenantNotFound"}
 )
-
-
-class StagingFailed(Unavailable):
-    """Our own disk did not take the staged bytes."""
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__("the staging directory", error.strerror or type(error).__name__)
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a hydration has come; `/status` reads it while `fetch` writes it. Totals are None until known."""
-
-    attempt: int = 0
-    received_bytes: int = 0
-    expected_bytes: int | None = None
-    files: int = 0
-    files_total: int | None = None
-    unpacked_bytes: int = 0
-    unpacked_total: int | None = None
-
-    def restart(self) -> None:
-        """A new attempt begins: nothing of the last one is kept."""
-        self.attempt += 1
-        self.received_bytes = self.files = self.unpacked_bytes = 0
-        self.expected_bytes = self.files_total = self.unpacked_total = None
-
-    def report(self) -> dict[str, int | None]:
-        """For `/status` and the log."""
-        return {
-            "attempt": self.attempt,
-            "received_bytes": self.received_bytes,
-            "expected_bytes": self.expected_bytes,
-            "files": self.files,
-            "files_total": self.files_total,
-            "unpacked_bytes": self.unpacked_bytes,
-            "unpacked_total": self.unpacked_total,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class StagedSnapshot:
-    """A whole, verified snapshot. Its files wait in staging, except those the caller had already.
-
-    `plain`: the archive had no manifest (the seed's form), so `manifest` is made from what it held: every version
-    0, and epoch and revision mean nothing. `size`: bytes that travelled.
-    """
-
-    manifest: Manifest
-    plain: bool
-    staged: dict[RelPath, Staged]
-    size: int
-
-    @property
-    def names(self) -> dict[RelPath, str]:
-        """The staged names alone, as `agent.plan.reconcile` takes them."""
-        return {path: staged.name for path, staged in self.staged.items()}
 
 
 async def fetch(
@@ -151,7 +90,7 @@ async def fetch(
     expires_at = expiry(url)
     if expires_at is not None and expires_at + EXPIRY_LEEWAY < wall():
         raise CredentialRejected(f"{WHAT}'s signed URL expired {wall() - expires_at:.0f} s ago")
-    assembly = _Assembly(disk, limits, expected_project, progress, have or {})
+    assembly = Assembly(disk, limits, expected_project, progress, have or {})
     try:
         await _download(url, assembly, http, limits, progress, wall)
         return assembly.finish()
@@ -222,7 +161,8 @@ async def obtain(
 
     refused: Unavailable | SnapshotRejected | CredentialRejected
     try:
-        return await retrying(once)
+        async with announced(progress):
+            return await retrying(once)
     except _Final as final:
         refused = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
@@ -285,7 +225,7 @@ def expiry(url: str) -> float | None:
 
 async def _download(
     url: str,
-    assembly: _Assembly,
+    assembly: Assembly,
     http: httpx.AsyncClient,
     limits: SnapshotLimits,
     progress: Progress,
@@ -339,7 +279,7 @@ class _Unpacking:
     At most one batch is being unpacked while the next one fills.
     """
 
-    def __init__(self, assembly: _Assembly) -> None:
+    def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         self._waiting: list[bytes] = []
         self._size = 0
@@ -406,192 +346,3 @@ def _storage_code(body: bytes) -> tuple[str | None, str | None]:
 def _content_length(response: httpx.Response) -> int | None:
     value = response.headers.get("content-length", "")
     return int(value) if value.isascii() and value.isdigit() else None
-
-
-class _Assembly:
-    """What has arrived so far: the reader's state, the manifest, the staged files.
-
-    `take_all` runs in a thread, everything else on the loop while it does not; the lock is for `abandon`, which a
-    cancellation may call in the middle of it.
-    """
-
-    def __init__(
-        self,
-        disk: Disk,
-        limits: SnapshotLimits,
-        expected_project: str | None,
-        progress: Progress,
-        have: Mapping[RelPath, Entry],
-    ) -> None:
-        self._disk = disk
-        self._limits = limits
-        self._expected_project = expected_project
-        self._progress = progress
-        self._have = have
-        self._reader = ZipReader(limits, reserved=MANIFEST_PATH)
-        self._manifest: Manifest | None = None
-        self._manifest_bytes: bytearray | None = None
-        self._path: RelPath | None = None
-        self._file: ManifestFile | None = None
-        self._stage: Stage | None = None
-        self._digest: hashlib._Hash | None = None
-        self._staged: dict[RelPath, Staged] = {}
-        self._checked: set[RelPath] = set()
-        self._executable: set[RelPath] = set()
-        self._lock = threading.Lock()
-        self._abandoned = False
-        self.sated = False
-        """True once the rest of the archive is not needed: every listed file is in the tree already."""
-
-    def take_all(self, batch: Sequence[bytes]) -> None:
-        """`take` each of `batch`, unless the hydration was abandoned or needs no more."""
-        with self._lock:
-            for data in batch:
-                if self._abandoned or self.sated:
-                    return
-                self.take(data)
-
-    def take(self, data: bytes) -> None:
-        """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
-        self._progress.received_bytes += len(data)
-        try:
-            for event in self._reader.feed(data):
-                if isinstance(event, bytes):
-                    self._write(event)
-                elif isinstance(event, FileStarted):
-                    self._start(event.path, event.size)
-                elif isinstance(event, FileEnded):
-                    self._end(event.size)
-                    if self.sated:
-                        return
-                elif isinstance(event, ExecutableFound):
-                    self._executable.add(event.path)
-                elif isinstance(event, ArchiveEnded):
-                    self._check_complete()
-        except OSError as error:
-            raise StagingFailed(error) from None
-
-    def close(self) -> None:
-        """The body is over. Raises `SnapshotRejected` unless the archive is whole."""
-        self._reader.close()
-
-    def finish(self) -> StagedSnapshot:
-        """What was assembled, once `close` is content or `sated` is set."""
-        manifest = self._manifest
-        return StagedSnapshot(
-            manifest if manifest is not None else self._synthesised(),
-            plain=manifest is None,
-            staged=self._staged,
-            size=self._progress.received_bytes,
-        )
-
-    def abandon(self) -> None:
-        """Leave nothing in staging, once the thread has finished the batch it has in hand."""
-        with self._lock:
-            self._abandoned = True
-            if self._stage is not None:
-                with suppress(OSError):
-                    self._stage.abort()
-                self._stage = None
-            self._staged.clear()
-            with suppress(OSError):
-                # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
-                self._disk.clear_staging()
-
-    def _start(self, path: RelPath, size: int | None) -> None:
-        if path == MANIFEST_PATH:
-            self._manifest_bytes = bytearray()
-            return
-        self._path = path
-        if self._manifest is None:
-            self._stage = self._disk.stage()
-            return
-        listed = self._file = self._manifest.files.get(path)
-        if listed is None:
-            raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
-        if size is not None and size != listed.size:
-            raise SnapshotRejected(
-                "size_mismatch", f"{path!r} has {size} bytes, the manifest says {listed.size}"
-            )
-        if self._have and _equal(self._have.get(path), listed):
-            self._digest = hashlib.sha256()
-        else:
-            self._stage = self._disk.stage()
-
-    def _write(self, piece: bytes) -> None:
-        if self._stage is not None:
-            self._stage.write(piece)
-        elif self._digest is not None:
-            self._digest.update(piece)
-        else:
-            assert self._manifest_bytes is not None
-            self._manifest_bytes += piece
-            if len(self._manifest_bytes) > self._limits.snapshot_max_manifest_bytes:
-                raise SnapshotRejected("manifest", "the manifest is too large")
-            return
-        self._progress.unpacked_bytes += len(piece)
-
-    def _end(self, size: int) -> None:
-        path, stage = self._path, self._stage
-        if path is None:
-            self._read_manifest()
-            return
-        if stage is not None:
-            staged = stage.finish()
-            self._stage = None
-            digest = staged.digest
-        else:
-            assert self._digest is not None
-            digest = Digest(self._digest.hexdigest())
-            self._digest = None
-        listed = self._file
-        if listed is not None:
-            if size != listed.size or digest != listed.digest:
-                rule = "size_mismatch" if size != listed.size else "hash_mismatch"
-                raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
-            if stage is not None:
-                # The manifest's own strings: of 20,000 files a second copy of each would be megabytes.
-                staged = Staged(staged.name, listed.digest, listed.size)
-        if stage is not None:
-            self._staged[path] = staged
-        else:
-            self._checked.add(path)
-        self._path = self._file = None
-        self._progress.files += 1
-
-    def _read_manifest(self) -> None:
-        assert self._manifest_bytes is not None
-        try:
-            told, self._manifest_bytes = orjson.loads(self._manifest_bytes), None
-            manifest = read_manifest(told)
-        except PathRefused as refused:
-            raise SnapshotRejected(refused.rule, f"in the manifest: {refused}") from None
-        except (MalformedMessage, orjson.JSONDecodeError) as malformed:
-            raise SnapshotRejected("manifest", str(malformed)) from None
-        if self._expected_project is not None and manifest.project_id != self._expected_project:
-            raise SnapshotRejected("other_project", "the manifest is another project's")
-        self._manifest = manifest
-        self._reader.expect(manifest.files)
-        self._progress.files_total = len(manifest.files)
-        self._progress.unpacked_total = manifest.total_bytes
-        self.sated = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())
-
-    def _check_complete(self) -> None:
-        if self._manifest is None:
-            return
-        missing = len(self._manifest.files) - len(self._staged) - len(self._checked)
-        if missing:
-            first = next(p for p in self._manifest.files if p not in self._staged and p not in self._checked)
-            raise SnapshotRejected("missing_file", f"{missing} listed files are absent, {first!r} first")
-
-    def _synthesised(self) -> Manifest:
-        """The manifest of an archive that has none."""
-        files = {
-            path: ManifestFile(path, staged.digest, staged.size, 0, path in self._executable)
-            for path, staged in self._staged.items()
-        }
-        return Manifest(self._expected_project or "", "", 0, files, {})
-
-
-def _equal(entry: Entry | None, listed: ManifestFile) -> bool:
-    return entry is not None and entry.digest == listed.digest and entry.executable == listed.executable

@@ -26,13 +26,44 @@ from __future__ import annotations
 import struct
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 
 from isal import isal_zlib
 
 from agent.config import SnapshotLimits
 from agent.errors import PathRefused, SnapshotRejected
 from agent.model import ManifestFile, RelPath, parents, parse_path
+from agent.ziprecords import (
+    CENTRAL,
+    CENTRAL_SIGNATURE,
+    DEFLATED,
+    DESCRIPTOR,
+    DESCRIPTOR_SIGNATURE,
+    DOS_DIRECTORY,
+    DOS_VOLUME,
+    END,
+    END64,
+    END64_SIGNATURE,
+    END_SIGNATURE,
+    FULL16,
+    FULL32,
+    IDENTITY_BYTES,
+    LOCAL,
+    LOCAL_SIGNATURE,
+    LOCATOR,
+    LOCATOR_SIGNATURE,
+    STORED,
+    TYPE_DIRECTORY,
+    TYPE_FILE,
+    TYPE_MASK,
+    UNIX_HOSTS,
+    VERSION,
+    check_features,
+    identity_of,
+    read_name,
+    shown,
+    wide_field,
+    widen,
+)
 
 CHUNK = 256 * 1024
 """Bytes. The most one `bytes` event holds: large enough that the cost of a call vanishes, small against memory."""
@@ -70,34 +101,6 @@ class ArchiveEnded:
 
 Event = FileStarted | bytes | FileEnded | ExecutableFound | ArchiveEnded
 
-_LOCAL = struct.Struct("<4s5H3I2H")
-_CENTRAL = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4s4H2IH")
-_END64 = struct.Struct("<4sQ2H2I4Q")
-_LOCATOR = struct.Struct("<4sIQI")
-_CORE = struct.Struct("<2HI3Q")
-
-_LOCAL_SIGNATURE = b"PK\x03\x04"
-_CENTRAL_SIGNATURE = b"PK\x01\x02"
-_END_SIGNATURE = b"PK\x05\x06"
-_END64_SIGNATURE = b"PK\x06\x06"
-_LOCATOR_SIGNATURE = b"PK\x06\x07"
-_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
-
-_ENCRYPTED = 0x1 | 0x40 | 0x2000
-_DESCRIPTOR = 0x8
-_UTF8 = 0x800
-_UNDERSTOOD = 0x6 | _DESCRIPTOR | _UTF8
-_STORED, _DEFLATED = 0, 8
-_VERSION = 45
-_ZIP64_EXTRA, _UNICODE_PATH_EXTRA = 0x0001, 0x7075
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-
-_UNIX_HOSTS = frozenset({3, 19})
-_TYPE_MASK, _TYPE_FILE, _TYPE_DIRECTORY = 0o170000, 0o100000, 0o040000
-_DOS_DIRECTORY, _DOS_VOLUME = 0x10, 0x08
-
-_IDENTITY_BYTES = 16
 
 # The package's own stub calls this class an instance.
 _DeflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
@@ -184,10 +187,10 @@ class ZipReader:
     def _archive(self) -> Generator[Event | None, None, None]:
         yield from self._need(4)
         self._check_first_bytes()
-        while (signature := self._peek(4)) == _LOCAL_SIGNATURE:
+        while (signature := self._peek(4)) == LOCAL_SIGNATURE:
             yield from self._entry()
             yield from self._need(4)
-        if signature not in (_CENTRAL_SIGNATURE, _END_SIGNATURE, _END64_SIGNATURE):
+        if signature not in (CENTRAL_SIGNATURE, END_SIGNATURE, END64_SIGNATURE):
             raise self._unexpected("after an entry", signature)
         yield from self._central_directory()
         yield ArchiveEnded(self._entries, self._size)
@@ -195,33 +198,33 @@ class ZipReader:
     def _entry(self) -> Generator[Event | None, None, None]:
         limits = self._limits
         offset = self._base + self._at
-        while len(self._buffer) - self._at < _LOCAL.size:
+        while len(self._buffer) - self._at < LOCAL.size:
             yield None
-        _, version, flags, method, _, _, crc, packed, size, name_length, extra_length = _LOCAL.unpack_from(
+        _, version, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
             self._buffer, self._at
         )
         self._entries += 1
         if self._entries > limits.snapshot_max_entries:
             raise SnapshotRejected("entries", f"more than {limits.snapshot_max_entries} entries")
-        total = _LOCAL.size + name_length + extra_length
+        total = LOCAL.size + name_length + extra_length
         while len(self._buffer) - self._at < total:
             yield None
-        start = self._at + _LOCAL.size
+        start = self._at + LOCAL.size
         raw_name = self._buffer[start : start + name_length]
         extra = self._buffer[start + name_length : start + name_length + extra_length]
-        name = _read_name(raw_name)
-        _check_features(name, version, flags, method)
+        name = read_name(raw_name)
+        check_features(name, version, flags, method)
         self._at += total
 
-        wide = _wide_fields(name, raw_name, extra) if extra else b""
-        described = bool(flags & _DESCRIPTOR)
+        wide = wide_field(name, raw_name, extra) if extra else b""
+        described = bool(flags & DESCRIPTOR)
         declared: int | None
         if described:
             # Writers leave zeros or what they know here; what counts is the descriptor after the data.
             declared = None
         else:
-            if size == _FULL32 or packed == _FULL32:
-                size, packed = _widen(name, wide, size, packed)
+            if size == FULL32 or packed == FULL32:
+                size, packed = widen(name, wide, size, packed)
             declared = size
             self._check_size(name, size)
         is_directory = name.endswith("/")
@@ -231,12 +234,12 @@ class ZipReader:
             if 0 < size <= CHUNK and not described and packed <= len(self._buffer) - self._at:
                 yield self._whole(name, method, crc, packed, size)
                 self._size += size
-                self._identities += _identity(flags, method, crc, packed, size, offset, raw_name)
+                self._identities += identity_of(flags, method, crc, packed, size, offset, raw_name)
                 yield FileEnded(size)
                 return
 
         data_start = self._base + self._at
-        if method == _STORED:
+        if method == STORED:
             # With a descriptor only an empty entry's end can be known (Info-ZIP writes those to a pipe).
             body = self._stored(0 if described else packed)
         else:
@@ -251,22 +254,22 @@ class ZipReader:
             self._check_size(name, true_size)
             self._check_ratio(name, true_size, self._base + self._at - data_start)
             if is_directory:
-                raise SnapshotRejected("directory_content", f"the directory {_shown(name)} has content")
+                raise SnapshotRejected("directory_content", f"the directory {shown(name)} has content")
             yield piece
         true_packed = self._base + self._at - data_start
 
         if described:
             stated = ((crc, true_crc), (packed, true_packed), (size, true_size))
-            if any(value not in (0, _FULL32, true) for value, true in stated):
-                raise SnapshotRejected("size_mismatch", f"the header of {_shown(name)} disagrees with it")
-            rule = "descriptor_on_stored" if method == _STORED else "descriptor_mismatch"
+            if any(value not in (0, FULL32, true) for value, true in stated):
+                raise SnapshotRejected("size_mismatch", f"the header of {shown(name)} disagrees with it")
+            rule = "descriptor_on_stored" if method == STORED else "descriptor_mismatch"
             yield from self._descriptor(name, rule, true_crc, true_packed, true_size)
         elif true_size != size:
-            raise SnapshotRejected("size_mismatch", f"{_shown(name)} has {true_size} bytes, not {size}")
+            raise SnapshotRejected("size_mismatch", f"{shown(name)} has {true_size} bytes, not {size}")
         elif true_crc != crc:
-            raise SnapshotRejected("crc_mismatch", f"{_shown(name)} is damaged")
+            raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._size += true_size
-        self._identities += _identity(flags, method, true_crc, true_packed, true_size, offset, raw_name)
+        self._identities += identity_of(flags, method, true_crc, true_packed, true_size, offset, raw_name)
         if not is_directory:
             yield FileEnded(true_size)
 
@@ -274,20 +277,20 @@ class ZipReader:
         """The content of an entry that is in the buffer from end to end: what most entries are, in one call."""
         end = self._at + packed
         content = self._buffer[self._at : end]
-        if method == _DEFLATED:
+        if method == DEFLATED:
             inflater = isal_zlib.decompressobj(-15)
             try:
                 content = inflater.decompress(content, size + 1)
             except _DeflateError as error:
-                raise SnapshotRejected("bad_deflate", f"{_shown(name)}: {error}") from None
+                raise SnapshotRejected("bad_deflate", f"{shown(name)}: {error}") from None
             if not inflater.eof and len(content) <= size:
-                raise SnapshotRejected("bad_deflate", f"the data of {_shown(name)} ends too early")
+                raise SnapshotRejected("bad_deflate", f"the data of {shown(name)} ends too early")
             if not inflater.eof or inflater.unused_data:
-                raise SnapshotRejected("size_mismatch", f"{_shown(name)} is not as long as it declares")
+                raise SnapshotRejected("size_mismatch", f"{shown(name)} is not as long as it declares")
         if len(content) != size:
-            raise SnapshotRejected("size_mismatch", f"{_shown(name)} has {len(content)} bytes, not {size}")
+            raise SnapshotRejected("size_mismatch", f"{shown(name)} has {len(content)} bytes, not {size}")
         if isal_zlib.crc32(content) != crc:
-            raise SnapshotRejected("crc_mismatch", f"{_shown(name)} is damaged")
+            raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._check_ratio(name, size, packed)
         self._at = end
         return content
@@ -323,7 +326,7 @@ class ZipReader:
             try:
                 piece = inflater.decompress(window, most)
             except _DeflateError as error:
-                raise SnapshotRejected("bad_deflate", f"{_shown(name)}: {error}") from None
+                raise SnapshotRejected("bad_deflate", f"{shown(name)}: {error}") from None
             used = available - len(inflater.unused_data if inflater.eof else inflater.unconsumed_tail)
             self._at += used
             if left is not None:
@@ -331,14 +334,14 @@ class ZipReader:
             unpacked += len(piece)
             if size is not None and unpacked > size:
                 raise SnapshotRejected(
-                    "size_mismatch", f"{_shown(name)} is longer than the {size} bytes it declares"
+                    "size_mismatch", f"{shown(name)} is longer than the {size} bytes it declares"
                 )
             if piece:
                 yield piece
             elif not used:
-                raise SnapshotRejected("bad_deflate", f"the data of {_shown(name)} ends too early")
+                raise SnapshotRejected("bad_deflate", f"the data of {shown(name)} ends too early")
         if left:
-            raise SnapshotRejected("size_mismatch", f"{_shown(name)} leaves {left} compressed bytes unused")
+            raise SnapshotRejected("size_mismatch", f"{shown(name)} leaves {left} compressed bytes unused")
 
     def _descriptor(
         self, name: str, rule: str, crc: int, packed: int, size: int
@@ -349,23 +352,23 @@ class ZipReader:
         prove the choice. The wide ones come first: of an empty entry the narrow form is a prefix of the wide
         one, and a narrow one is followed by a signature, which no wide one holds at that place.
         """
-        forms = [struct.pack("<4sIQQ", _DESCRIPTOR_SIGNATURE, crc, packed, size)]
-        if packed < _FULL32 and size < _FULL32:
-            forms.append(struct.pack("<4sIII", _DESCRIPTOR_SIGNATURE, crc, packed, size))
+        forms = [struct.pack("<4sIQQ", DESCRIPTOR_SIGNATURE, crc, packed, size)]
+        if packed < FULL32 and size < FULL32:
+            forms.append(struct.pack("<4sIII", DESCRIPTOR_SIGNATURE, crc, packed, size))
         yield from self._need(4)
-        unsigned = 0 if self._peek(4) == _DESCRIPTOR_SIGNATURE else 4
+        unsigned = 0 if self._peek(4) == DESCRIPTOR_SIGNATURE else 4
         for form in forms:
             # Never past the end of a well-formed archive: a directory record and an end record follow.
             yield from self._need(len(form) - unsigned)
             if self._peek(len(form) - unsigned) == form[unsigned:]:
                 self._at += len(form) - unsigned
                 return
-        raise SnapshotRejected(rule, f"the descriptor of {_shown(name)} disagrees with it")
+        raise SnapshotRejected(rule, f"the descriptor of {shown(name)} disagrees with it")
 
     def _central_directory(self) -> Generator[Event | None, None, None]:
         begin = self._base + self._at
         records = 0
-        while self._peek(4) == _CENTRAL_SIGNATURE:
+        while self._peek(4) == CENTRAL_SIGNATURE:
             if records == self._entries:
                 raise SnapshotRejected(
                     "directory_mismatch", "the central directory lists more than was there"
@@ -382,92 +385,92 @@ class ZipReader:
             )
         size = self._base + self._at - begin
         is_wide = False
-        if self._peek(4) == _END64_SIGNATURE:
+        if self._peek(4) == END64_SIGNATURE:
             is_wide = True
             yield from self._end64(begin, size)
             yield from self._need(4)
-        if self._peek(4) != _END_SIGNATURE:
+        if self._peek(4) != END_SIGNATURE:
             raise self._unexpected("where the end record should be", self._peek(4))
         yield from self._end(begin, size, is_wide)
 
     def _central_record(self, index: int) -> Generator[None, None, RelPath | None]:
         """Check one record against the entry streamed at `index`; its path if it has an execute bit."""
-        yield from self._need(_CENTRAL.size)
+        yield from self._need(CENTRAL.size)
         (
             _, made_by, version, flags, method, _, _, crc, packed, size,
             name_length, extra_length, comment_length, disk, _, attributes, offset,
-        ) = _CENTRAL.unpack_from(self._buffer, self._at)  # fmt: skip
-        yield from self._need(_CENTRAL.size + name_length + extra_length + comment_length)
-        start = self._at + _CENTRAL.size
+        ) = CENTRAL.unpack_from(self._buffer, self._at)  # fmt: skip
+        yield from self._need(CENTRAL.size + name_length + extra_length + comment_length)
+        start = self._at + CENTRAL.size
         raw_name = self._buffer[start : start + name_length]
         extra = self._buffer[start + name_length : start + name_length + extra_length]
         self._at = start + name_length + extra_length + comment_length
-        name = _read_name(raw_name)
-        _check_features(name, version, flags, method)
-        wide = _wide_fields(name, raw_name, extra) if extra else b""
-        if _FULL32 in (size, packed, offset):
-            size, packed, offset = _widen(name, wide, size, packed, offset)
-        identity = _identity(flags, method, crc, packed, size, offset, raw_name)
-        begin = index * _IDENTITY_BYTES
-        if disk != 0 or identity != self._identities[begin : begin + _IDENTITY_BYTES]:
+        name = read_name(raw_name)
+        check_features(name, version, flags, method)
+        wide = wide_field(name, raw_name, extra) if extra else b""
+        if FULL32 in (size, packed, offset):
+            size, packed, offset = widen(name, wide, size, packed, offset)
+        identity = identity_of(flags, method, crc, packed, size, offset, raw_name)
+        begin = index * IDENTITY_BYTES
+        if disk != 0 or identity != self._identities[begin : begin + IDENTITY_BYTES]:
             raise SnapshotRejected(
                 "directory_mismatch",
-                f"record {index} of the central directory, {_shown(name)}, is not what was streamed there",
+                f"record {index} of the central directory, {shown(name)}, is not what was streamed there",
             )
         is_directory = name.endswith("/")
-        if attributes & _DOS_VOLUME or bool(attributes & _DOS_DIRECTORY) > is_directory:
-            raise SnapshotRejected("entry_type", f"{_shown(name)} is marked as a volume or a directory")
-        if made_by >> 8 not in _UNIX_HOSTS:
+        if attributes & DOS_VOLUME or bool(attributes & DOS_DIRECTORY) > is_directory:
+            raise SnapshotRejected("entry_type", f"{shown(name)} is marked as a volume or a directory")
+        if made_by >> 8 not in UNIX_HOSTS:
             return None
         mode = attributes >> 16
-        expected = _TYPE_DIRECTORY if is_directory else _TYPE_FILE
-        if mode & _TYPE_MASK not in (0, expected):
-            raise SnapshotRejected("entry_type", f"{_shown(name)} is a link or a special file")
+        expected = TYPE_DIRECTORY if is_directory else TYPE_FILE
+        if mode & TYPE_MASK not in (0, expected):
+            raise SnapshotRejected("entry_type", f"{shown(name)} is a link or a special file")
         return RelPath(name) if mode & 0o111 and not is_directory else None
 
     def _end64(self, begin: int, size: int) -> Generator[None, None, None]:
         position = self._base + self._at
-        yield from self._need(_END64.size + _LOCATOR.size)
+        yield from self._need(END64.size + LOCATOR.size)
         _, rest, _, version, disk, start_disk, here, entries, directory_size, directory_at = (
-            _END64.unpack_from(self._buffer, self._at)
+            END64.unpack_from(self._buffer, self._at)
         )
-        if rest != _END64.size - 12 or version & 0xFF > _VERSION:
+        if rest != END64.size - 12 or version & 0xFF > VERSION:
             raise SnapshotRejected("bad_header", "the zip64 end record has a form we do not know")
         if (disk, start_disk, here, entries, directory_size, directory_at) != (
             0, 0, self._entries, self._entries, size, begin,
         ):  # fmt: skip
             raise SnapshotRejected("end_mismatch", "the zip64 end record disagrees with the archive")
-        signature, disk, end64_at, disks = _LOCATOR.unpack_from(self._buffer, self._at + _END64.size)
-        if (signature, disk, end64_at, disks) != (_LOCATOR_SIGNATURE, 0, position, 1):
+        signature, disk, end64_at, disks = LOCATOR.unpack_from(self._buffer, self._at + END64.size)
+        if (signature, disk, end64_at, disks) != (LOCATOR_SIGNATURE, 0, position, 1):
             raise SnapshotRejected("end_mismatch", "the zip64 locator does not point at its record")
-        self._at += _END64.size + _LOCATOR.size
+        self._at += END64.size + LOCATOR.size
 
     def _end(self, begin: int, size: int, is_wide: bool) -> Generator[None, None, None]:
-        yield from self._need(_END.size)
-        _, disk, start_disk, here, entries, directory_size, directory_at, comment_length = _END.unpack_from(
+        yield from self._need(END.size)
+        _, disk, start_disk, here, entries, directory_size, directory_at, comment_length = END.unpack_from(
             self._buffer, self._at
         )
         expected = (
-            (disk, 0, _FULL16),
-            (start_disk, 0, _FULL16),
-            (here, self._entries, _FULL16),
-            (entries, self._entries, _FULL16),
-            (directory_size, size, _FULL32),
-            (directory_at, begin, _FULL32),
+            (disk, 0, FULL16),
+            (start_disk, 0, FULL16),
+            (here, self._entries, FULL16),
+            (entries, self._entries, FULL16),
+            (directory_size, size, FULL32),
+            (directory_at, begin, FULL32),
         )
         if any(stated != true and not (is_wide and stated == full) for stated, true, full in expected):
             raise SnapshotRejected("end_mismatch", "the end record disagrees with the archive")
-        yield from self._need(_END.size + comment_length)
-        comment = self._buffer[self._at + _END.size : self._at + _END.size + comment_length]
-        if _END_SIGNATURE in comment:
+        yield from self._need(END.size + comment_length)
+        comment = self._buffer[self._at + END.size : self._at + END.size + comment_length]
+        if END_SIGNATURE in comment:
             raise SnapshotRejected("trailing_data", "the archive's comment hides another end record")
-        self._at += _END.size + comment_length
+        self._at += END.size + comment_length
 
     # --- the rules
 
     def _check_first_bytes(self) -> None:
         first = self._peek(4)
-        if first in (_LOCAL_SIGNATURE, _END_SIGNATURE, _END64_SIGNATURE):
+        if first in (LOCAL_SIGNATURE, END_SIGNATURE, END64_SIGNATURE):
             return
         shown = self._buffer[self._at : self._at + 24]
         raise SnapshotRejected("not_a_zip", f"what arrived begins with {shown!r}")
@@ -476,7 +479,7 @@ class ZipReader:
         """The entry's path, when nothing streamed before stands in its way."""
         if name == self._reserved:
             if self._entries > 1:
-                raise SnapshotRejected("manifest_position", f"{_shown(name)} is not the first entry")
+                raise SnapshotRejected("manifest_position", f"{shown(name)} is not the first entry")
             return RelPath(name)
         listed = self._listed.get(RelPath(name))
         if listed is not None:
@@ -488,21 +491,21 @@ class ZipReader:
                 raise SnapshotRejected(refused.rule, str(refused)) from None
         if path.count("/") >= self._limits.snapshot_max_depth:
             raise SnapshotRejected(
-                "too_deep", f"{_shown(name)} is deeper than {self._limits.snapshot_max_depth}"
+                "too_deep", f"{shown(name)} is deeper than {self._limits.snapshot_max_depth}"
             )
         # A known directory's own parents are known: no path is ever in both sets.
         if path.rpartition("/")[0] not in self._directories:
             for parent in parents(path):
                 if parent in self._files:
-                    raise SnapshotRejected("path_clash", f"{_shown(parent)} is a file and a directory")
+                    raise SnapshotRejected("path_clash", f"{shown(parent)} is a file and a directory")
                 self._directories.add(parent)
         if path in self._files:
             rule = "path_clash" if is_directory else "duplicate"
-            raise SnapshotRejected(rule, f"{_shown(name)} is there twice")
+            raise SnapshotRejected(rule, f"{shown(name)} is there twice")
         if is_directory:
             self._directories.add(path)
         elif path in self._directories:
-            raise SnapshotRejected("path_clash", f"{_shown(name)} is a file and a directory")
+            raise SnapshotRejected("path_clash", f"{shown(name)} is a file and a directory")
         else:
             self._files.add(path)
         return path
@@ -511,7 +514,7 @@ class ZipReader:
         limits = self._limits
         if size > limits.snapshot_max_file_bytes:
             raise SnapshotRejected(
-                "file_size", f"{_shown(name)} is larger than {limits.snapshot_max_file_bytes} bytes"
+                "file_size", f"{shown(name)} is larger than {limits.snapshot_max_file_bytes} bytes"
             )
         if self._size + size > limits.snapshot_max_bytes:
             raise SnapshotRejected("total_size", f"more than {limits.snapshot_max_bytes} bytes unpacked")
@@ -520,7 +523,7 @@ class ZipReader:
         limits = self._limits
         if size > limits.snapshot_ratio_floor_bytes and size > packed * limits.snapshot_max_ratio:
             raise SnapshotRejected(
-                "ratio", f"{_shown(name)} unpacks to more than {limits.snapshot_max_ratio} times its size"
+                "ratio", f"{shown(name)} unpacks to more than {limits.snapshot_max_ratio} times its size"
             )
 
     # --- the buffer
@@ -534,69 +537,3 @@ class ZipReader:
 
     def _unexpected(self, where: str, found: bytes) -> SnapshotRejected:
         return SnapshotRejected("unexpected_bytes", f"{found!r} {where}, at byte {self._base + self._at}")
-
-
-def _read_name(raw: bytes) -> str:
-    """UTF-8, flagged or not: without the flag the standard says CP437, but Unix writers mean UTF-8 (Info-ZIP)."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        raise SnapshotRejected("name_encoding", f"the name {raw[:100]!r} is not UTF-8") from None
-
-
-def _check_features(name: str, version: int, flags: int, method: int) -> None:
-    if not flags & ~_UNDERSTOOD and method in (_STORED, _DEFLATED) and version & 0xFF <= _VERSION:
-        return
-    if flags & _ENCRYPTED:
-        raise SnapshotRejected("encrypted", f"{_shown(name)} is encrypted")
-    if flags & ~_UNDERSTOOD:
-        raise SnapshotRejected("unsupported_flags", f"{_shown(name)} uses the flags {flags:#06x}")
-    if method not in (_STORED, _DEFLATED):
-        raise SnapshotRejected("unsupported_method", f"{_shown(name)} is packed by method {method}")
-    raise SnapshotRejected("unsupported_version", f"{_shown(name)} needs version {version & 0xFF}")
-
-
-def _wide_fields(name: str, raw_name: bytes, extra: bytes) -> bytes:
-    """The zip64 field's body, empty when there is none. Refuses a second name that differs from the first."""
-    wide = b""
-    at = 0
-    while at < len(extra):
-        if at + 4 > len(extra):
-            raise SnapshotRejected("bad_extra", f"the extra field of {_shown(name)} is cut")
-        kind, length = struct.unpack_from("<HH", extra, at)
-        body = extra[at + 4 : at + 4 + length]
-        if len(body) != length:
-            raise SnapshotRejected("bad_extra", f"the extra field of {_shown(name)} is cut")
-        if kind == _ZIP64_EXTRA:
-            if wide:
-                raise SnapshotRejected("bad_extra", f"{_shown(name)} has two zip64 fields")
-            wide = body
-        elif kind == _UNICODE_PATH_EXTRA and body[5:] != raw_name:
-            raise SnapshotRejected("name_mismatch", f"{_shown(name)} has a second, other name")
-        at += 4 + length
-    return wide
-
-
-def _widen(name: str, wide: bytes, *values: int) -> tuple[int, ...]:
-    """`values` with those that are all ones taken, in order, from the zip64 field."""
-    widened = []
-    for value in values:
-        if value == _FULL32:
-            if len(wide) < 8:
-                raise SnapshotRejected("bad_extra", f"{_shown(name)} lacks a zip64 field")
-            value = int.from_bytes(wide[:8], "little")
-            wide = wide[8:]
-        widened.append(value)
-    return tuple(widened)
-
-
-def _identity(
-    flags: int, method: int, crc: int, packed: int, size: int, offset: int, raw_name: bytes
-) -> bytes:
-    """What the local header and the central directory must both say of an entry, in a few bytes."""
-    core = _CORE.pack(flags, method, crc, packed, size, offset)
-    return blake2b(core + raw_name, digest_size=_IDENTITY_BYTES).digest()
-
-
-def _shown(name: str) -> str:
-    return repr(name)[:200]
