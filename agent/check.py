@@ -37,7 +37,7 @@ PATIENCE = 10.0
 LEAST_SPACE = 512 * 2**20
 """Bytes. A snapshot of the largest kind and one install fit in twice that; below it, expect `disk_full`."""
 LEAST_INODES = 20_000
-"""A template's node_modules has a few thousand files and is there twice during a swap."""
+"""The example has 600 entries in node_modules, larger projects a hundred times that, and twice during a swap."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""
 

@@ -83,8 +83,8 @@ class Settings(SnapshotLimits, BaseSettings):
     dev_essential: bool = False
     """True: a dev server that failed for good ends the agent with exit 75."""
     dev_processes: int | None = Field(None, gt=0)
-    """RLIMIT_NPROC, threads included, of all that DEV_USER runs. Default 512 with a DEV_USER (Vite and an npm
-    install together use about 60), none without: there it would count the other programs of that user."""
+    """RLIMIT_NPROC, threads included, of all that DEV_USER runs. Default 512 with a DEV_USER (Vite uses 20
+    threads on two cores, npm 11), none without: there it would count the other programs of that user."""
     dev_files: int = Field(65536, gt=0)
     """RLIMIT_NOFILE of the project's programs. Bundlers open a file a module; Node itself asks for all it may."""
     dev_probe_seconds: float = Field(5.0, gt=0)

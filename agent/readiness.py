@@ -17,7 +17,7 @@ import httpx
 import websockets
 
 MOST_BYTES = 2 * 2**20
-"""Of one answer. Vite's own client is 40 KB, an entry module a few."""
+"""Of one answer. Vite's own client is 220 KB, an entry module a few."""
 MOST_DEPENDENCIES = 16
 """Pre-bundled dependencies of the entry module that are asked for: they are where a stale cache shows."""
 REDIRECTS = 3

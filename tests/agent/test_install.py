@@ -257,6 +257,38 @@ async def test_npm_installs_from_the_lock_and_without_it_when_the_two_disagree(t
     assert (bench.root / "package-lock.json").read_bytes() == lock, "the database is the source of truth"
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("manager", "make_lock"),
+    [
+        ("pnpm", ["pnpm", "install", "--lockfile-only"]),
+        ("yarn", ["yarn", "install", "--ignore-scripts"]),
+        ("bun", ["bun", "install", "--lockfile-only"]),
+    ],
+)
+async def test_the_other_package_managers_do_the_same(
+    tmp_path: Path, manager: str, make_lock: list[str]
+) -> None:
+    """Against the registry, with whichever of them is on PATH."""
+    if shutil.which(manager) is None:
+        pytest.skip(f"{manager} is not installed here")
+    bench = Bench(tmp_path)
+    write(bench.root, dependencies={"react": "^19.0.0"})
+    await asyncio.to_thread(subprocess.run, make_lock, cwd=bench.root, check=True, capture_output=True)
+    shutil.rmtree(bench.root / "node_modules", ignore_errors=True)
+    wanted = find(bench.root)
+    assert wanted is not None
+    assert wanted.manager.value == manager
+    assert (await bench.install(wanted)).how is How.INSTALLED
+    changed = write(bench.root, dependencies={"react": "^19.0.0", "csstype": "^3.0.0"})
+    assert (await bench.install(changed)).how is How.INSTALLED
+    assert any("does not match package.json" in line for line in bench.lines)
+    shutil.rmtree(wanted.modules)
+    assert (await bench.install(changed)).how is How.CACHED
+    for name in ("react", "csstype"):
+        assert (wanted.modules / name / "package.json").exists()
+
+
 @needs_npm
 @pytest.mark.parametrize("allowed", [False, True])
 async def test_scripts_run_only_when_they_may(tmp_path: Path, allowed: bool) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -190,3 +190,31 @@ async def test_a_directory_without_package_json_stays_absent(tmp_path: Path) -> 
         (tmp_path / "project" / "package.json").write_text('{"scripts": {"dev": "sleep 60"}}')
         supervisor.files_changed({RelPath("package.json")})
         await until(lambda: supervisor.state is State.STARTING)
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A control group with 32 MB, where this machine lets us make one."""
+    for parent, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        group = Path(parent, f"preview-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(32 * 2**20))
+        except OSError:
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("no control group for memory can be made here")
+
+
+async def test_a_kill_for_memory_is_recognised(tmp_path: Path, small_memory: Path) -> None:
+    script = f"echo $$ >{small_memory}/cgroup.procs; exec perl -e '$x = q(x) x 300_000_000; sleep 60'"
+    async with supervised(tmp_path, "sh", "-c", script) as supervisor:
+        await until(lambda: supervisor.state in (State.BACKOFF, State.FAILED))
+        assert supervisor.report()["reason"] == "oom"
