@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bench
-from bench.results import Row, Unmeasurable, Verdict
+from bench.results import BUSIEST, Row, Unmeasurable, Verdict
 
 Run = Callable[[bool], Sequence[Row]]
 
@@ -66,9 +66,12 @@ def line(row: Row) -> str:
     if row.theirs is not None and not noisy:
         figures += f", {row.peer} {row.theirs:,.1f}"
     spread = f" [{row.ratio.low:.2f}–{row.ratio.high:.2f}]" if row.ratio is not None else ""
-    return f"{ratio:>7}{spread:<14} {bound:<9} {row.verdict:<10} {row.name:<34} {row.sense:<7} {figures}" + (
-        f"  ({row.note})" if row.note else ""
-    )
+    text = f"{ratio:>7}{spread:<14} {bound:<9} {row.verdict:<10} {row.name:<34} {row.sense:<7} {figures}"
+    if row.waited > BUSIEST:
+        text += f"  (waited for a processor {row.waited:.0%} of the time)"
+    if row.note:
+        text += f"  ({row.note})"
+    return text
 
 
 def machine() -> dict[str, object]:

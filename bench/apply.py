@@ -34,6 +34,7 @@ SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
 
 FILES = 50
 DIRECTORIES = 5
+LINE = "  const [count, setCount] = useState(0); // how often it was clicked\n"
 EPOCH = "00000000-0000-4000-8000-00000000000e"
 
 C_SOURCE = r"""
@@ -87,6 +88,7 @@ class Ours:
         self.tree = Tree(Cursor(EPOCH, 0))
         self.known: dict[RelPath, FileStat] = {}
         self.size = size
+        self.rest = LINE * (size // len(LINE) + 1)
         self.revision = 0
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ class Ours:
         """The next messages, as Realtime sends them (vsn 2.0.0)."""
         made = []
         for number in range(self.revision, self.revision + count):
-            content = f"export const n = {number}; // ".ljust(self.size, "abcdefg\n"[number % 8])
+            content = f"export const n = {number};\n{self.rest}"[: self.size]
             payload = {
                 "file_path": path_of(number),
                 "content": content,

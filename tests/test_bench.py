@@ -47,6 +47,7 @@ def test_a_refused_number_appears_nowhere() -> None:
     assert "0.7213" not in json.dumps(refused.as_json())
     assert refused.as_json()["ours"] is None
     assert "0.72" not in command.line(refused)
+    assert "waited for a processor 42%" in command.line(row(0.8, 0.9, 1.0, waited=0.42))
 
 
 @pytest.mark.parametrize("seed", range(5))
