@@ -125,8 +125,9 @@ create table public.project_files (
   version integer not null default 1,
   parent_version_id uuid references public.project_files (id) on delete set null,
   is_current_version boolean not null default true,
-  created_by uuid not null references public.user_profiles (id),
-  last_modified_by uuid references public.user_profiles (id),
+  -- Deferred: a person's own projects go with them, and are gone when this is looked at, at the end of the transaction.
+  created_by uuid not null references public.user_profiles (id) deferrable initially deferred,
+  last_modified_by uuid references public.user_profiles (id) deferrable initially deferred,
   created_at timestamptz default now(),
   updated_at timestamptz default now(),
   -- Ours, on top of the seed.

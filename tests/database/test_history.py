@@ -180,3 +180,15 @@ def test_a_deleted_project_takes_everything_along(db: Db, project: Project) -> N
     for table in ("project_files", "project_heads", "project_snapshots", "project_collaborators"):
         assert one(db, f"select count(*) from {table}") == 0
     assert one(db, "select count(*) from preview.answers") == 0
+
+
+def test_a_person_goes_with_their_projects_but_history_keeps_who_wrote(db: Db, project: Project) -> None:
+    with user(db, project.collaborator):
+        upsert(db, project.id, "a", "theirs")
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        db.execute("delete from auth.users where id = %s", [project.collaborator])
+    with user(db, project.owner):
+        upsert(db, project.id, "a", "mine")
+    db.execute("delete from auth.users where id = %s", [project.owner])
+    assert one(db, "select count(*) from projects") == 0
+    assert one(db, "select count(*) from project_files") == 0

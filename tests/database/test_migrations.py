@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 import uuid
 from collections.abc import Iterator
@@ -324,7 +325,7 @@ DEBIAN = Path("/usr/lib/postgresql")
     reason="needs Debian's PostgreSQL and root",
 )
 @pytest.mark.nightly
-def test_a_stock_postgresql_does_as_well(tmp_path: Path) -> None:
+def test_a_stock_postgresql_does_as_well() -> None:
     """The same tests on the distribution's server, by PREVIEW_TEST_DATABASE_URL."""
     binaries = sorted(DEBIAN.glob("*/bin"))[-1]
     data = Path(f"/tmp/preview-stock-{uuid.uuid4().hex[:8]}")
@@ -337,39 +338,23 @@ def test_a_stock_postgresql_does_as_well(tmp_path: Path) -> None:
         )
 
     try:
+        cluster: list[str | Path] = ["-D", data / "d"]
         run(
             binaries / "initdb",
-            "-D",
-            data / "d",
+            *cluster,
             "-U",
             "postgres",
             "--auth=trust",
             "--encoding=UTF8",
             "--locale=C.UTF-8",
         )
-        run(
-            binaries / "pg_ctl",
-            "-D",
-            data / "d",
-            "-w",
-            "-l",
-            data / "log",
-            "-o",
-            f"-k {data} -c listen_addresses= -F",
-            "start",
-        )
+        options = f"-k {data} -c listen_addresses= -F"
+        run(binaries / "pg_ctl", *cluster, "-w", "-l", data / "log", "-o", options, "start")
         try:
             url = f"postgresql://postgres@/postgres?host={data}"
             done = subprocess.run(
-                [
-                    shutil.which("python") or "python",
-                    "-m",
-                    "pytest",
-                    "-q",
-                    "-m",
-                    "not nightly",
-                    "tests/database",
-                ],
+                [sys.executable, "-m", "pytest", "-q", "-m", "not nightly", "tests/database"],
+                cwd=MIGRATIONS.parents[1],
                 env=os.environ | {"PREVIEW_TEST_DATABASE_URL": url},
                 check=False,
                 capture_output=True,
@@ -377,6 +362,6 @@ def test_a_stock_postgresql_does_as_well(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stdout[-3000:]
         finally:
-            run(binaries / "pg_ctl", "-D", data / "d", "-m", "immediate", "stop")
+            run(binaries / "pg_ctl", *cluster, "-m", "immediate", "stop")
     finally:
         shutil.rmtree(data)
