@@ -189,6 +189,16 @@ async def test_every_signal_that_means_stop_stops_it(container: Container, signa
     assert (code, seconds < 5) == (0, True), container.log()
 
 
+async def test_a_restarted_container_goes_on_with_what_it_had(container: Container) -> None:
+    await eventually("the preview is ready", container.ready, 60)
+    await asyncio.to_thread(container.engine.call, "restart", "--time", "10", container.name)
+    began = time.monotonic()
+    await eventually("the preview is ready again", container.ready, 60)
+    print(f"\nready {time.monotonic() - began:.2f} s after the restart")
+    assert '"adopted": true' in container.log()
+    assert "hydrate.resumed" in container.log()
+
+
 async def test_check_tells_what_there_is(container: Container) -> None:
     await eventually("the preview is ready", container.ready, 60)
     said = await asyncio.to_thread(container.sh, "preview-agent check", check=False)
