@@ -41,7 +41,7 @@ alter table preview.answers enable row level security;
 create type preview.change as (
   action text,            -- update | delete
   file_path text,
-  file_type text,         -- null: kept, or by the name
+  file_type text,         -- null: kept, or by the name; `binary` for what is none of the texts
   content text,           -- null with a hash: a binary file in the project-assets bucket
   content_hash text,
   executable boolean,     -- null: as it was
@@ -245,11 +245,17 @@ begin
                 end as changed
     from (
       select c.action, c.file_path, c.content,
-             coalesce(c.file_type, f.file_type, preview.file_type_of(c.file_path)) as file_type, f.file_type as was_type,
+             coalesce(
+               c.file_type,
+               case when c.action = 'delete' or f.encoding = case when c.content is null then 'base64' else 'utf-8' end
+                    then f.file_type end,
+               case when c.content is null then 'binary' else preview.file_type_of(c.file_path) end
+             ) as file_type, f.file_type as was_type,
              case when c.action = 'delete' then null
                   when c.content is null then c.content_hash
                   else encode(sha256(convert_to(c.content, 'UTF8')), 'hex') end as content_hash,
-             case when c.action = 'update' and c.content is null then 'base64' else 'utf-8' end as encoding,
+             case when c.action = 'delete' then coalesce(f.encoding, 'utf-8')
+                  when c.content is null then 'base64' else 'utf-8' end as encoding,
              case when c.action = 'delete' then 0
                   when c.content is null then (
                     select coalesce((o.metadata ->> 'size')::bigint, 0) from storage.objects o
@@ -260,7 +266,7 @@ begin
              coalesce(not f.is_deleted, false) as was_there
       from unnest(new.changes) c
       left join lateral (
-        select at.id, at.file_path, at.file_type, at.version, at.content_hash, at.is_deleted, at.executable
+        select at.id, at.file_path, at.file_type, at.encoding, at.version, at.content_hash, at.is_deleted, at.executable
         from public.project_files at
         where at.project_id = new.project_id and at.is_current_version and at.file_path >= c.file_path
         order by at.file_path limit 1

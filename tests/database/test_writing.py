@@ -312,7 +312,11 @@ def test_a_binary_file_is_its_hash_and_an_object(db: Db, project: Project) -> No
     assert messages(db, project.id)[-1][1]["files"] == [reference]
     assert changes_since(db, project.id, head(db, project.id)[0], 0)["changes"] == [reference]
     assert upsert(db, project.id, "logo.png", "text now")["version"] == 2
+    assert answer["files"][0]["file_type"] == "binary"
     back = one(db, "select restore_project_file(%s, 'logo.png', 1)", [project.id])
+    assert back["file_type"] == "binary"
+    delete(db, project.id, "logo.png")
+    assert upsert(db, project.id, "logo.png", "text again")["file_type"] == "text"
     assert (back["version"], back["content_hash"], back["size_bytes"]) == (3, sha(pixel), 256)
 
 
