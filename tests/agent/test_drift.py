@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from immutables import Map
 
 from agent.disk import Disk
 from agent.drift import DriftWatch, Observed
@@ -28,7 +29,7 @@ class Watched:
         self.root = root
         self.agent = agent
         self.reports: list[Observed] = []
-        self.watch = DriftWatch(agent.disk, lambda: (agent.tree, agent.known), self.reports.append)
+        self.watch = DriftWatch(agent.disk, lambda: (Map(agent.tree), agent.known), self.reports.append)
 
     @property
     def open(self) -> dict[str, str]:
@@ -185,7 +186,7 @@ async def test_without_watches_it_sweeps(tmp_path: Path, monkeypatch: pytest.Mon
     agent = Agent(disk)
     agent.put({"a": "1"})
     seen: list[Observed] = []
-    watch = DriftWatch(disk, lambda: (agent.tree, agent.known), seen.append, sweep_seconds=0.1)
+    watch = DriftWatch(disk, lambda: (Map(agent.tree), agent.known), seen.append, sweep_seconds=0.1)
     task = asyncio.create_task(watch.run())
     (tmp_path / "project/a").write_text("theirs")
     async with asyncio.timeout(DEADLINE):

@@ -22,6 +22,7 @@ from immutables import Map
 from agent.errors import RootUnusable, Unavailable
 from agent.ledger import Done, FileStat, Ledger, LedgerState
 from agent.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
+from tests.profiles import examples
 
 ROWS = 40
 
@@ -74,6 +75,7 @@ entries = st.builds(
 tombstones = st.builds(Entry, st.integers(0, 2**53), st.none(), revision=st.integers(0, 9))
 
 
+@examples(40, 1_000)
 @given(
     st.lists(st.tuples(st.dictionaries(names, entries | tombstones), stats, cursors), max_size=6),
     st.booleans(),
