@@ -23,6 +23,7 @@ from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control
 from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.offers import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.operations import Metrics
 from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import Snapshots
@@ -63,7 +64,11 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
     async with pool, httpx.AsyncClient(timeout=30) as http:
         storage = StorageClient(settings.storage_url, service_key, http)
         registry = CollectorRegistry()
-        snapshots = Snapshots(pool, storage, expires_in=int(settings.snapshot_url_ttl), registry=registry)
+        url_ttl = int(settings.snapshot_url_ttl)
+        builder = Snapshots(pool, storage, expires_in=url_ttl, registry=registry)
+        redis_url = settings.redis_url
+        offers: OfferCache = RedisOffers(redis_url.get_secret_value()) if redis_url else PostgresOffers(pool)
+        snapshots = KeptSnapshots(pool, builder, offers, url_ttl=url_ttl, registry=registry)
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
         control = Control(settings, store, snapshots, driver, keys, template=template)
@@ -73,11 +78,12 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
             metrics = Metrics(registry)
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             dsn = settings.database_url.get_secret_value()
-            job = SnapshotJob(dsn, pool, snapshots, storage, url_ttl=int(settings.snapshot_url_ttl))
+            job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
             yield Service(routes, control, job, store, metrics, pool)
         finally:
             await control.close()
             await driver.close()
+            await offers.close()
 
 
 class Server(uvicorn.Server):
