@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly test-image image check fmt bench bench-peers lock clean
+.PHONY: help setup dev test test-nightly test-image image check fmt fuzz bench bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ check: $(READY) ## format, lint, types, layers
 fmt: $(READY) ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(READY) ## fuzz the zip reader (SECONDS=60); installs atheris, which nothing else needs
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris==3.1.0'
+	$(BIN)/python -m tests.fuzz.unzip .fuzz/unzip -max_total_time=$(or $(SECONDS),60)
 
 bench-peers: ## install the peers that bench compares with (Debian, Ubuntu): bsdtar, zip, unzip, curl
 	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl

@@ -1,0 +1,98 @@
+"""Fuzzing the zip reader, guided by coverage: `make fuzz` (atheris), one minute by default.
+
+What must hold for any bytes at all: the reader ends in the archive's end or in `SnapshotRejected`, the pieces they
+come in make no difference, and whatever it accepts, Python's own reader sees as the same files. Seeds are the archives
+of the tests; what the fuzzer finds worth keeping goes to the directory given, and what it breaks belongs in
+`tests/agent`.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+
+from agent.config import SnapshotLimits
+from agent.errors import SnapshotRejected
+from agent.unzip import FileStarted, ZipReader
+from agent.wire import MANIFEST_PATH
+
+LIMITS = SnapshotLimits(
+    snapshot_max_bytes=1_000_000, snapshot_max_file_bytes=500_000, snapshot_max_entries=200
+)
+
+
+def read(pieces: Iterable[bytes]) -> list[tuple[str, bytes]] | str:
+    """The files in order, or the rule that refused them."""
+    reader = ZipReader(LIMITS, reserved=MANIFEST_PATH)
+    files: list[tuple[str, bytes]] = []
+    try:
+        for piece in pieces:
+            for event in reader.feed(piece):
+                if isinstance(event, FileStarted):
+                    files.append((event.path, b""))
+                elif isinstance(event, bytes):
+                    name, content = files.pop()
+                    files.append((name, content + event))
+        reader.close()
+    except SnapshotRejected as refused:
+        return refused.rule
+    return files
+
+
+def check(data: bytes) -> None:
+    """Raises `AssertionError`, or whatever the reader should not have raised."""
+    whole = read([data])
+    step = data[0] % 61 + 1 if data else 1
+    assert isinstance(read(data[at : at + step] for at in range(0, len(data), step)), str) == isinstance(
+        whole, str
+    )
+    if isinstance(whole, str):
+        return
+    with zipfile.ZipFile(BytesIO(data)) as theirs:
+        seen = [(_name(info), theirs.read(info)) for info in theirs.infolist() if not info.is_dir()]
+    assert seen == whole
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    """The name as we read it: UTF-8 also without the flag."""
+    return info.filename if info.flag_bits & 0x800 else info.filename.encode("cp437").decode()
+
+
+def seeds() -> dict[str, bytes]:
+    """The archives that the tests make, by name."""
+    from tests.agent.test_unzip_hostile import GRAMMAR
+    from tests.fakes.zips import Member, archive, snapshot
+
+    files = {"package.json": b"{}", "src/App.tsx": b"export default 1\n" * 40, "bin/x": bytes(range(256))}
+    wide = struct.pack("<HHQQ", 1, 16, 5, 5)
+    return {
+        "plain": snapshot(files),
+        "described": snapshot(files, described=True),
+        "zip64": archive([Member(b"a", b"12345", method=0, size=0xFFFFFFFF, packed_size=0xFFFFFFFF,
+                                 extra=wide, version=45)], zip64=True),
+        "comment": archive([Member(b"d/", mode=0o040755), Member(b"d/a", b"x")], comment=b"made by hand"),
+        **{name: data for name, (data, _) in GRAMMAR.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    import atheris  # type: ignore[import-not-found, unused-ignore]
+
+    directory = Path(sys.argv[1] if len(sys.argv) > 1 else ".fuzz/unzip")
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(seeds().values()):
+        (directory / f"seed-{number:03}").write_bytes(data)
+    atheris.instrument_all()
+    atheris.Setup(
+        [sys.argv[0], str(directory), "-max_len=4096", "-timeout=10", "-rss_limit_mb=1024", *sys.argv[2:]],
+        check,
+    )
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
