@@ -240,13 +240,15 @@ class RealtimeStream:
             if end.refused:
                 await self._until_trusted_again(end)
             else:
-                await self._pause(max(end.wait, self._delay()))
+                await asyncio.sleep(end.wait)
+                await self._pause(self._delay())
             self._phoenix.retry()
 
     def _ended(self, end: _End) -> None:
         if self._joined_at is not None and _now() - self._joined_at >= self._settings.stable_after:
             self._attempt = 0
         self._joined_at = None
+        self._hurry.clear()
         self._attempt += 1
         self._losses[end.cause] += 1
         if end.refused:
@@ -261,7 +263,6 @@ class RealtimeStream:
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, unless there is a reason to hurry: a new token after a refusal, a machine that woke up."""
-        self._hurry.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._hurry.wait()
@@ -273,7 +274,8 @@ class RealtimeStream:
         """
         self._refused_in_row += 1
         most = self._settings.refused_retry
-        slow = max(end.wait, wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {})))
+        await asyncio.sleep(end.wait)
+        slow = wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {}))
         refused = self._sent
         self._token_problem = end.reason
         waited = self._refused_in_row > 1
@@ -286,7 +288,7 @@ class RealtimeStream:
             renewed = False
         if not renewed and not waited:
             await self._pause(slow)
-        await self._pause(max(end.wait, self._delay()))
+        await asyncio.sleep(self._delay())
 
     async def _one_socket(self) -> _End:
         """From connecting to the end of the socket."""
@@ -424,7 +426,8 @@ class RealtimeStream:
         if token is not self._token:
             self._token = token
             self._token_seen_at = self._wall()
-            self._hurry.set()
+            if self._phoenix.state is LinkState.REFUSED:
+                self._hurry.set()
             self._interrupt()
         return token
 
@@ -511,8 +514,9 @@ class RealtimeStream:
         level("link.state", source=str(source), cause=str(cause), state=str(target), why=why)
 
 
-_SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # noqa: LOG001 - outside the tree: no root level wakes it
-"""The library logs frames and URLs at debug level, and both carry credentials."""
+_SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # noqa: LOG001
+"""The library logs frames and URLs at debug level, and both carry credentials. Outside the tree of loggers, so that no
+level set at its root wakes this one."""
 
 
 def _now() -> float:

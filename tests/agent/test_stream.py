@@ -260,6 +260,23 @@ async def test_handshake_429_waits_as_asked(server: FakeRealtime, issuer: Issuer
         assert link.stream.report()["refusals"] == {"429": 1}
 
 
+async def test_a_new_token_does_not_cut_short_what_was_asked_for(
+    server: FakeRealtime, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(jwt(wall() + 600, wall(), name="one"))
+    server.refuse_handshake = (429, {"Retry-After": "5"})
+    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
+    async with running(stream) as link:
+        await until(lambda: link.stream.state is LinkState.BACKOFF, "the refusal")
+        server.refuse_handshake = None
+        began = wall()
+        file.write_text(jwt(wall() + 1200, wall(), name="two"))
+        await link.live()
+        assert 5 <= wall() - began < 6
+        assert len(server.requests) == 2
+
+
 async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(
     server: FakeRealtime, issuer: Issuer
 ) -> None:
