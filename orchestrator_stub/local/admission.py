@@ -12,7 +12,6 @@ from typing import Any
 from uuid import uuid4
 
 import psycopg
-from psycopg_pool import PoolTimeout
 
 from orchestrator_stub.local import feed
 from orchestrator_stub.local.access import Claims, Policies, Pool, ask_read, ask_write, read_claims
@@ -21,8 +20,6 @@ from orchestrator_stub.local.hub import Channel, Connection
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.limits import Limits, Rate
 from orchestrator_stub.tokens import TokenRejected
-
-DATABASE_GONE = psycopg.OperationalError, PoolTimeout
 
 
 class Refused(Exception):
@@ -133,6 +130,13 @@ class Admission:
         """Whether the channel's token may broadcast; asked once for each token."""
         return not channel.private or bool((await self._written(channel)).write_broadcast)
 
+    async def may_broadcast(self, topic: str, claims: Claims) -> bool:
+        """The same over HTTP, where there is no channel."""
+        try:
+            return bool((await ask_write(self._pool, topic, claims, Policies())).write_broadcast)
+        except psycopg.Error:
+            return False
+
     async def may_track(self, channel: Channel) -> bool:
         """Whether it may be seen. To read presence is asked with it, when the join did not."""
         if not channel.private:
@@ -140,7 +144,7 @@ class Admission:
         if channel.policies.read_presence is None:
             try:
                 read = await ask_read(self._pool, channel.topic, channel.claims, presence=True)
-            except DATABASE_GONE:
+            except psycopg.OperationalError:
                 return False
             channel.policies = Policies(read.read_broadcast, read.read_presence)
         return bool((await self._written(channel)).write_presence)
@@ -151,7 +155,7 @@ class Admission:
                 channel.policies = await ask_write(
                     self._pool, channel.topic, channel.claims, channel.policies
                 )
-            except (psycopg.Error, PoolTimeout):
+            except psycopg.Error:
                 return Policies()
         return channel.policies
 
@@ -160,7 +164,7 @@ class Admission:
             return Policies()
         try:
             policies = await ask_read(self._pool, channel.topic, claims, presence=channel.presence_enabled)
-        except DATABASE_GONE:
+        except psycopg.OperationalError:
             sentence = "Realtime was unable to connect to the project database"
             raise Refused("UnableToConnectToProject", sentence) from None
         if not policies.readable:
@@ -177,7 +181,7 @@ class Admission:
             raise Refused("UnableToReplayMessages", "Replay params are not valid")
         try:
             return await feed.replay(self._pool, channel.topic, since, limit)
-        except (psycopg.Error, PoolTimeout):
+        except psycopg.Error:
             raise Refused("UnableToReplayMessages", "Realtime was unable to replay messages") from None
 
 

@@ -11,17 +11,15 @@ import asyncio
 from typing import Any
 
 import orjson
-import psycopg
-from psycopg_pool import PoolTimeout
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from orchestrator_stub.local.access import Claims, Policies, ask_write, read_claims
+from orchestrator_stub.local.access import Claims
+from orchestrator_stub.local.admission import Refused
 from orchestrator_stub.local.faults import ACTIONS, BadFault, Faults
 from orchestrator_stub.local.frames import Broadcast
 from orchestrator_stub.local.realtime import Realtime
-from orchestrator_stub.tokens import TokenRejected
 
 
 class Http:
@@ -40,19 +38,16 @@ class Http:
         return routes
 
     def _claims(self, request: Request) -> Claims:
-        """Raises `TokenRejected`."""
+        """Raises `Refused`."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             token = request.headers.get("apikey", "")
-        claims = read_claims(self._realtime.keys.keyring, token, now=self._realtime.clock())
-        if not isinstance(claims.get("role"), str):
-            raise TokenRejected("claims", "no role")
-        return claims
+        return self._realtime.admission.read(token)
 
     async def _batch(self, request: Request) -> Response:
         try:
             claims = self._claims(request)
-        except TokenRejected:
+        except Refused:
             return _message(401, "Unauthorized")
         try:
             body = orjson.loads(await request.body())
@@ -66,14 +61,14 @@ class Http:
             )
         for message, private in messages:
             # As hosted: what this token may not send is left out, and the answer is 202 all the same.
-            if not private or await self._may_send(message.topic, claims):
+            if not private or await self._realtime.admission.may_broadcast(message.topic, claims):
                 self._realtime.hub.publish(message, private)
         return Response(status_code=202)
 
     async def _single(self, request: Request) -> Response:
         try:
             claims = self._claims(request)
-        except TokenRejected:
+        except Refused:
             return _message(401, "Unauthorized")
         private = request.query_params.get("private") == "true"
         raw = await request.body()
@@ -89,18 +84,12 @@ class Http:
         if len(raw) > self._realtime.limits.payload_bytes:
             return JSONResponse({"errors": {"payload": ["Payload size exceeds tenant limit"]}}, 422)
         topic = request.path_params["topic"]
-        if private and not await self._may_send(topic, claims):
+        if private and not await self._realtime.admission.may_broadcast(topic, claims):
             return _message(403, "Unauthorized")
         self._realtime.hub.publish(
             Broadcast(topic, request.path_params["event"], raw, is_json=is_json), private
         )
         return Response(status_code=202)
-
-    async def _may_send(self, topic: str, claims: Claims) -> bool:
-        try:
-            return bool((await ask_write(self._realtime.pool, topic, claims, Policies())).write_broadcast)
-        except (psycopg.Error, PoolTimeout):
-            return False
 
     async def _faults(self, request: Request) -> Response:
         faults = self._realtime.faults

@@ -64,7 +64,7 @@ class Realtime:
         self.clock = clock
         self.hub = Hub(self.limits, faults, clock)
         self.connections: set[Connection] = set()
-        self._admission = Admission(pool, keys, self.limits, clock)
+        self.admission = Admission(pool, keys, self.limits, clock)
         self._listening = asyncio.Event()
 
     # --- the feed from the database
@@ -100,7 +100,7 @@ class Realtime:
         header = dict(scope["headers"]).get(b"x-api-key", b"").decode("latin-1")
         key = header or query.get("apikey", [""])[0]
         refusal = self.faults.turn_away() if self.faults else None
-        if refusal := refusal or self._admission.turn_away(key, len(self.connections)):
+        if refusal := refusal or self.admission.turn_away(key, len(self.connections)):
             await _refuse(send, *refusal)
             return
         socket = scope["extensions"].get(EXTENSION)
@@ -191,7 +191,7 @@ class Realtime:
         try:
             if self.faults is not None:
                 await asyncio.sleep(self.faults.join_delay)
-            channel, after = await self._admission.admit(connection, push)
+            channel, after = await self.admission.admit(connection, push)
         except Refused as error:
             if not error.closes:
                 await asyncio.sleep(self.limits.join_error_delay)
@@ -248,7 +248,7 @@ class Realtime:
         if not self.hub.holds(channel):
             return
         try:
-            self._admission.read(channel.token)
+            self.admission.read(channel.token)
         except Refused as error:
             self.hub.shut(channel, error.sentence)
         else:
@@ -259,7 +259,7 @@ class Realtime:
         if not isinstance(token, str) or token.startswith("sb_") or token == channel.token:
             return
         try:
-            await self._admission.renew(channel, token)
+            await self.admission.renew(channel, token)
         except Refused as error:
             self.hub.shut(channel, error.sentence)
         else:
@@ -268,7 +268,7 @@ class Realtime:
     # --- what clients send
 
     async def _broadcast(self, channel: Channel, push: Push, payload: dict[str, Any]) -> None:
-        if not await self._admission.may_send(channel):
+        if not await self.admission.may_send(channel):
             return
         event = str(payload.get("event", ""))
         if push.raw is not None:
@@ -292,7 +292,7 @@ class Realtime:
                 if not isinstance(tracked, dict):
                     reason = "Presence track payload must be a map"
                     channel.connection.reply(push, "error", {"reason": reason})
-                elif not await self._admission.may_track(channel):
+                elif not await self.admission.may_track(channel):
                     channel.connection.reply(push, "error", {})
                 else:
                     channel.connection.reply(push, "ok", {})

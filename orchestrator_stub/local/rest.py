@@ -116,11 +116,11 @@ class Rest:
                 return response
             except Denied as error:
                 return _error(error)
-            except psycopg.Error as error:
-                return _error(_of_database(error, self._is_anonymous(request)))
             except PoolTimeout:
                 message = "Timed out acquiring connection from connection pool."
                 return _error(Denied(504, "PGRST003", message))
+            except psycopg.Error as error:
+                return _error(_of_database(error, self._is_anonymous(request)))
 
         return answer
 

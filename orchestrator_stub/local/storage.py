@@ -26,7 +26,6 @@ import orjson
 import psycopg
 from psycopg.errors import InsufficientPrivilege, UniqueViolation
 from psycopg.types.json import Jsonb
-from psycopg_pool import PoolTimeout
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -114,7 +113,7 @@ class Storage:
             except InsufficientPrivilege:
                 text = "new row violates row-level security policy"
                 return JSONResponse(StorageError(403, "AccessDenied", text, "Unauthorized").body, 400)
-            except (psycopg.OperationalError, PoolTimeout):
+            except psycopg.OperationalError:
                 # 544 is Storage's own number for this.
                 text = "The connection to the database timed out"
                 return JSONResponse(StorageError(544, "DatabaseTimeout", text).body, 544)
