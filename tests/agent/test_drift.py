@@ -69,7 +69,7 @@ async def watching(tmp_path: Path, files: dict[str, str]) -> AsyncIterator[Watch
 
 
 def reported(watched: Watched) -> set[str]:
-    return {d.path for seen in watched.reports for d in seen.drifts} - {"mark"}
+    return {str(d.path) for seen in watched.reports for d in seen.drifts} - {"mark"}
 
 
 async def test_our_own_writes_are_never_drift(tmp_path: Path) -> None:
