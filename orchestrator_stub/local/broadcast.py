@@ -21,6 +21,12 @@ from orchestrator_stub.local.faults import ACTIONS, BadFault, Faults
 from orchestrator_stub.local.frames import Broadcast
 from orchestrator_stub.local.realtime import Realtime
 
+CLOSE_CODES = frozenset({1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014})
+"""What an endpoint may send in a close frame (RFC 6455, 7.4, and its registry), beside 3000 to 4999."""
+
+MOST_OVERSIZE = 64 * 1024 * 1024
+"""Bytes of an oversize frame: beyond any client's limit, within anybody's memory."""
+
 
 class Http:
     """The realtime server's HTTP side."""
@@ -102,19 +108,29 @@ class Http:
         try:
             body = orjson.loads(await request.body())
             return JSONResponse(await self._inject(faults, body))
-        except (orjson.JSONDecodeError, BadFault, TypeError) as error:
+        except (orjson.JSONDecodeError, BadFault) as error:
             return _message(422, str(error))
 
     async def _inject(self, faults: Faults, body: Any) -> dict[str, Any]:
-        """`{"action": …, "topic"?, "code"?, "size"?}` or settings by name. Raises `BadFault`, `TypeError`."""
+        """`{"action": …, "topic"?, "code"?, "size"?}` or settings by name. Raises `BadFault`."""
         if not isinstance(body, dict):
             raise BadFault("a fault is an object")
         if "action" not in body:
             faults.set(body, now=asyncio.get_running_loop().time())
             return faults.report()
         action = body.pop("action")
-        if action not in ACTIONS:
+        if not isinstance(action, str) or action not in ACTIONS:
             raise BadFault(f"no action {action!r}; there are {', '.join(sorted(ACTIONS))}")
+        for name, value in body.items():
+            match name, value:
+                case "topic", str():
+                    pass
+                case "code", int() if value in CLOSE_CODES or 3000 <= value <= 4999:
+                    pass
+                case "size", int() if 0 <= value <= MOST_OVERSIZE:
+                    pass
+                case _:
+                    raise BadFault(f"no parameter {name!r} with the value {value!r}")
         return {"done": await self._realtime.act(action, **body)}
 
     def _bearer(self, request: Request) -> str:

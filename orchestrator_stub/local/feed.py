@@ -30,6 +30,9 @@ from realtime.messages where id = any(%s::uuid[]) and extension = 'broadcast'
 order by array_position(%s::uuid[], id)
 """
 
+AT_ONCE = 64
+"""Rows read in one query: a broadcast may have 256 KB, and a burst thousands of them."""
+
 FORGET = "delete from realtime.messages where inserted_at < (now() - interval '72 hours') at time zone 'utc'"
 """The hosted service drops partitions of that age; here it is done at each start."""
 
@@ -79,11 +82,12 @@ async def _follow_one_connection(
             ids = [note.payload async for note in connection.notifies(stop_after=1)]
             if not ids:
                 raise psycopg.OperationalError("the listening connection ended")
-            rows = await (await reader.execute(ROWS, [ids, ids])).fetchall()
-            for row in rows:
-                message, private = _read(row)
-                await publish(message, private)
-                await asyncio.sleep(0)
+            for start in range(0, len(ids), AT_ONCE):
+                some = ids[start : start + AT_ONCE]
+                for row in await (await reader.execute(ROWS, [some, some])).fetchall():
+                    message, private = _read(row)
+                    await publish(message, private)
+                    await asyncio.sleep(0)
 
 
 def _read(row: tuple[Any, ...]) -> tuple[Broadcast, bool]:
