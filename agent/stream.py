@@ -551,8 +551,12 @@ def endpoint(url: str, api_key: str | None) -> str:
     """
     parts = urlsplit(url)
     scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
+    try:
+        parts.port  # noqa: B018 - raises when it is none
+    except ValueError:
+        scheme = None
     if scheme is None or not parts.hostname:
-        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host")
+        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host and a possible port")
     path = parts.path.rstrip("/")
     if not path.endswith("/websocket"):
         path += "/websocket"

@@ -471,7 +471,9 @@ def test_the_endpoint_is_the_official_clients(url: str, expected: str) -> None:
     assert endpoint(url, "k") == expected
 
 
-@pytest.mark.parametrize("url", ["", "x.supabase.co", "ftp://h/", "ws:///path", "/realtime/v1"])
+@pytest.mark.parametrize(
+    "url", ["", "x.supabase.co", "ftp://h/", "ws:///path", "/realtime/v1", "ws://h:99999/x"]
+)
 def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="must be ws"):
         endpoint(url, "k")
