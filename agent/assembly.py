@@ -152,6 +152,8 @@ class Assembly:
         listed = self._file = self._manifest.files.get(path)
         if listed is None:
             raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
+        if path in self._staged or path in self._checked:
+            raise SnapshotRejected("duplicate", f"{path!r} is there twice")
         if size is not None and size != listed.size:
             raise SnapshotRejected(
                 "size_mismatch", f"{path!r} has {size} bytes, the manifest says {listed.size}"

@@ -140,7 +140,10 @@ class ZipReader:
         return self._over
 
     def expect(self, listed: Mapping[RelPath, ManifestFile]) -> None:
-        """Paths that were admitted already, because a manifest names them: they are not examined again."""
+        """Files that a manifest names: their paths were examined already, and are not kept a second time here.
+
+        So that one of them does not come twice is, from here on, for the caller to see.
+        """
         self._listed = listed
 
     def feed(self, data: bytes) -> Iterator[Event]:
@@ -496,17 +499,17 @@ class ZipReader:
         # A known directory's own parents are known: no path is ever in both sets.
         if path.rpartition("/")[0] not in self._directories:
             for parent in parents(path):
-                if parent in self._files:
+                if parent in self._files or parent in self._listed:
                     raise SnapshotRejected("path_clash", f"{shown(parent)} is a file and a directory")
                 self._directories.add(parent)
-        if path in self._files:
+        if path in self._files or (is_directory and path in self._listed):
             rule = "path_clash" if is_directory else "duplicate"
             raise SnapshotRejected(rule, f"{shown(name)} is there twice")
         if is_directory:
             self._directories.add(path)
         elif path in self._directories:
             raise SnapshotRejected("path_clash", f"{shown(name)} is a file and a directory")
-        else:
+        elif listed is None:
             self._files.add(path)
         return path
 

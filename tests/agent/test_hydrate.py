@@ -83,6 +83,16 @@ async def test_a_snapshot_is_staged_whole(disk: Disk, http: httpx.AsyncClient, t
     assert os.listdir(tmp_path / "project") == []
 
 
+async def test_a_directory_entry_over_a_listed_file_is_refused(disk: Disk, http: httpx.AsyncClient) -> None:
+    told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": b"1"})).encode())
+    directory = Member(b"a/", b"", method=0, mode=0o040755)
+    for members in ([told, directory, Member(b"a", b"1")], [told, Member(b"a", b"1"), directory]):
+        async with origin(Answer(archive(members))) as server:
+            with pytest.raises(SnapshotRejected) as caught:
+                await fetch(server.url, disk=disk, http=http, limits=QUICK)
+        assert caught.value.rule == "path_clash"
+
+
 async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
     disk: Disk, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
@@ -137,6 +147,20 @@ LIES = {
     "other_project": altered(project_id="6b0a0000-0000-4000-8000-0000000000ff"),
     "manifest": altered(format=2),
     "dot_segment": altered(files=[{"file_path": "../x", "content_hash": "0" * 64, "size": 0, "version": 1}]),
+    "duplicate": archive(
+        [
+            Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": b"1"})).encode()),
+            Member(b"a", b"1"),
+            Member(b"a", b"1"),
+        ]
+    ),
+    "path_clash": archive(
+        [
+            Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a/b": b"1", "a": b"1"})).encode()),
+            Member(b"a/b", b"1"),
+            Member(b"a", b"1"),
+        ]
+    ),
     "manifest_position": archive([Member(b"a", b"a"), Member(MANIFEST_PATH.encode(), b"{}")]),
     "not_a_zip": b"<!DOCTYPE html><title>Sign in</title>",
     "empty": b"",
