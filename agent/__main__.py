@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from agent import __version__
 from agent.errors import AgentError, SettingsError
@@ -37,7 +38,42 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--url", help="of its health server (default: http://127.0.0.1:$HEALTH_PORT, or 9464)"
     )
+    record = commands.add_parser("record", help="write a scenario from the live channel, until Ctrl-C")
+    record.add_argument("scenario", type=Path, help="the file to write; its snapshot goes beside it as .zip")
+    record.add_argument("--seconds", type=float, help="end by itself")
+    replay = commands.add_parser(
+        "replay", help="run recorded scenarios against a directory; 0 when all end equal"
+    )
+    replay.add_argument("scenario", type=Path, nargs="+", help="JSON Lines, as `record` writes them")
+    replay.add_argument(
+        "--directory", type=Path, help="where to keep project, staging and ledger (default: temporary)"
+    )
+    replay.add_argument(
+        "--real-time", action="store_true", help="at the recorded pace instead of as fast as it goes"
+    )
+    replay.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="deliver in a disorder that SEED reproduces"
+    )
+    replay.add_argument(
+        "--duplicate", type=_probability, default=0.0, metavar="P", help="deliver twice, with probability P"
+    )
+    replay.add_argument(
+        "--drop", type=_probability, default=0.0, metavar="P", help="lose, with probability P"
+    )
+    replay.add_argument("--disconnect", type=int, default=0, metavar="N", help="break the channel N times")
+    replay.add_argument(
+        "--crash", type=int, default=0, metavar="N", help="kill the loop N times, without a farewell"
+    )
+    replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
+    replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
     return parser
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("a probability is 0 to 1")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _check()
             case "status":
                 return _status(arguments)
+            case "record":
+                return _record(arguments)
+            case "replay":
+                return _replay(arguments)
             case _:
                 return _run()
     except KeyboardInterrupt:
@@ -90,6 +130,42 @@ def _status(arguments: argparse.Namespace) -> int:
 
     url = arguments.url or f"http://127.0.0.1:{os.environ.get('HEALTH_PORT', '9464')}"
     return show(url, as_json=arguments.json, watch=arguments.watch, say=print)
+
+
+def _record(arguments: argparse.Namespace) -> int:
+    import structlog
+
+    from agent.environment import read_environment
+    from agent.record import record
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    return record(read_environment(os.environ), arguments.scenario, arguments.seconds, print)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    import structlog
+
+    from agent.replay import replay_all
+    from agent.scenario import Mischief
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    mischief = Mischief(
+        seed=arguments.shuffle or 0,
+        shuffle=arguments.shuffle is not None,
+        duplicate=arguments.duplicate,
+        drop=arguments.drop,
+        disconnect=arguments.disconnect,
+        crash=arguments.crash,
+    )
+    return replay_all(
+        arguments.scenario,
+        arguments.directory,
+        print,
+        mischief=mischief,
+        real_time=arguments.real_time,
+        json_report=arguments.json,
+        junit=arguments.junit,
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from agent.model import (
     tree_hash,
 )
 from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
+from agent.signals import EventSource, Received, Resync, Signal
 from agent.status import Problems, SyncPhase, SyncStatus
-from agent.stream import EventSource, Received, Resync, Signal
 from agent.telemetry import Metrics, get_logger
 from agent.wire import Changes, Current, Head, read_event
 from agent.workspace import Workspace
