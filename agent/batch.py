@@ -5,6 +5,10 @@ changes. Then: removals that stand in the way of a write (a file that becomes a 
 a file), the writes as given, the other removals. So a renamed module is there under its new name before the old
 one goes. Each step that changes a name leaves its inverse; what a name stood for waits in staging until the last
 step is done. The last step needs no inverse, so a batch of one costs nothing extra.
+
+Nothing may happen to a file before its new content is there: a second name for it (a hard link to keep it by) would
+already be an event, a watcher would look, find the old content, and drop what follows within 5 ms (chokidar does).
+Therefore old and new change places in one step, and where the file system cannot do that, the old is copied.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from agent.jail import OPEN_DIRECTORY, Blocked, Jail, is_twin
 from agent.ledger import Done, FileStat
 from agent.looks import Drift, compare, look
 from agent.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
-from agent.staging import Staging, Temp
+from agent.staging import NO_EXCHANGE, Staging, Temp, exchange
 
 _UNUSABLE = {
     errno.ENAMETOOLONG: "name_too_long",
@@ -46,9 +50,6 @@ _ENVIRONMENT = {
     errno.EMFILE: "too_many_open_files",
     errno.ENFILE: "too_many_open_files",
 }
-
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What file systems and kernels say that do not let us make a second name for a file."""
 
 MANY = 1_000
 """Operations from which on they are done directory by directory, so that a hydration opens each directory once: half
@@ -189,10 +190,13 @@ class Batch:
             self._done[path] = Done(write, FileStat.of(found))
             return
         temp = self._temps[path]
-        saved = self._save(directory, name) if keep and found is not None else None
-        os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         if keep:
-            self._undo.append((path, partial(self._take_back, path, temp, saved)))
+            undo = self._replace(directory, name, temp) if found is not None else None
+            if undo is None:
+                os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+            self._undo.append((path, partial(undo or self._take_back, path, temp)))
+        else:
+            os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         self._done[path] = Done(write, self._stat_after(path, directory, name, temp))
         temp.close()
         del self._temps[path]
@@ -237,18 +241,22 @@ class Batch:
         if not self._overwrite_drift:
             raise _Kept
 
-    def _save(self, directory: int, name: str) -> str:
-        """Give what `name` stands for a second name in staging, by link, or by copy where links are not to be had."""
-        saved = self._staging.new_name()
+    def _replace(self, directory: int, name: str, temp: Temp) -> Callable[[RelPath, Temp], None] | None:
+        """Put `temp` where something stands and keep that; how to undo it. None: it has gone meanwhile."""
         staging = self._staging.descriptor
         try:
-            os.link(name, saved, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
+            exchange(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            if error.errno not in NO_LINKS:
+            if error.errno not in NO_EXCHANGE:
                 raise
             saved = self._copy(directory, name)
-        self._saved.append(saved)
-        return saved
+            self._saved.append(saved)
+            os.rename(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
+            return partial(self._copy_back, saved)
+        self._saved.append(temp.name)
+        return self._change_back
 
     def _copy(self, directory: int, name: str) -> str:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -358,21 +366,36 @@ class Batch:
                     stuck.add(path)
         self._done = {path: done for path, done in self._done.items() if path in stuck}
 
-    def _take_back(self, path: RelPath, temp: Temp, saved: str | None) -> None:
-        """What we put there goes back to staging, and what stood there before comes back, with no moment between."""
+    def _take_back(self, path: RelPath, temp: Temp) -> None:
+        """What we put where nothing was goes back to staging, unless something else has taken its place."""
+        above, _, name = path.rpartition("/")
+        directory = self._jail.directory(above)
+        found = look(directory, name)
+        if found is not None and found.st_ino == temp.inode:
+            os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        self._temps[path] = temp
+
+    def _change_back(self, path: RelPath, temp: Temp) -> None:
+        """What stood there and what we put there change places again."""
+        above, _, name = path.rpartition("/")
+        directory = self._jail.directory(above)
+        try:
+            exchange(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+        except FileNotFoundError:
+            os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+        self._saved.remove(temp.name)
+        self._temps[path] = temp
+
+    def _copy_back(self, saved: str, path: RelPath, temp: Temp) -> None:
+        """The copy of what stood there appears again; what we put there goes back to staging if it is needed there."""
         above, _, name = path.rpartition("/")
         directory = self._jail.directory(above)
         staging = self._staging.descriptor
-        self._temps[path] = temp
-        if saved is None:
-            found = look(directory, name)
-            if found is not None and found.st_ino == temp.inode:
-                os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging)
-            return
         if path in self._staged:
             with suppress(OSError):
                 os.link(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
         os.rename(saved, name, src_dir_fd=staging, dst_dir_fd=directory)
+        self._temps[path] = temp
 
     def _put_back(self, path: RelPath, saved: str) -> None:
         above, _, name = path.rpartition("/")

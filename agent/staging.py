@@ -7,6 +7,7 @@ setting must not cost anybody a file.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -14,6 +15,7 @@ import itertools
 import os
 import re
 import secrets
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,12 @@ from agent.model import Digest
 
 _OURS = re.compile(r"stage-[0-9a-f]{8}-[0-9a-f]+")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_RENAME_EXCHANGE = 2
+
+NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What systems say that cannot exchange two names: some network and FUSE file systems, gVisor, anything but Linux."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,3 +252,14 @@ def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
         rest = memoryview(content)[written:]
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+
+
+def exchange(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+    """Let two names change what they stand for, in one step (renameat2(2), which `os` lacks). Raises `OSError`."""
+    sys.audit("os.rename", source, target, src_dir_fd, dst_dir_fd)
+    call = getattr(_LIBC, "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(src_dir_fd, os.fsencode(source), dst_dir_fd, os.fsencode(target), _RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

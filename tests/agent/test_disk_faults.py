@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import itertools
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -19,7 +21,7 @@ from random import Random
 
 import pytest
 
-from agent import jail
+from agent import batch, jail
 from agent.disk import Disk
 from agent.errors import RootUnusable
 from agent.jail import is_twin
@@ -87,9 +89,9 @@ def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., P
     with opened(small / "project", small / "staging") as agent:
         agent.put({"a": "old", "b": "old"})
         (small / "ballast").write_bytes(bytes(96 * 1024))
-        batch: list[Operation] = [write("a", "new"), remove("b"), write("src/big", bytes(192 * 1024))]
+        operations: list[Operation] = [write("a", "new"), remove("b"), write("src/big", bytes(192 * 1024))]
 
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
         assert outcome.rolled_back
         assert kinds(outcome) == [("disk_full", "src/big", "space")]
         assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
@@ -97,7 +99,7 @@ def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., P
         assert os.listdir(small / "staging") == []
 
         (small / "ballast").unlink()
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
         assert kinds(outcome) == []
         assert seen(small / "project") == {"a": "new", "src/big": "\0" * 192 * 1024}
 
@@ -110,7 +112,7 @@ def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
     small = mount("nr_inodes=64")
     before = {"a": "old", "b": "old", "dir/c": "old"}
     after = {"a": "new", "dir": "file now", "x/one": "1", "y/z/two": "2"}
-    batch: list[Operation] = [
+    operations: list[Operation] = [
         write("a", "new"),
         remove("b"),
         remove("dir/c"),
@@ -126,14 +128,14 @@ def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
             taken.append(small / f"ballast{len(taken)}")
             taken[-1].touch()
 
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
         if outcome.rolled_back:
             assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "inodes")]
             assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
             assert seen(small / "project") == before
             for each in taken:
                 each.unlink()
-            outcome = agent.apply(*batch)
+            outcome = agent.apply(*operations)
         assert kinds(outcome) == []
         assert seen(small / "project") == after
         assert os.listdir(small / "staging") == []
@@ -232,6 +234,18 @@ class Failing:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.fixture(params=["exchange", "copy"])
+def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a batch keeps what it replaces: by exchanging names, or as on a system that cannot."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    if request.param == "copy":
+        monkeypatch.setattr(batch, "exchange", refuse)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def failing() -> Iterator[Failing]:
     failing = Failing()
@@ -239,6 +253,7 @@ def failing() -> Iterator[Failing]:
     failing.left = 0
 
 
+@pytest.mark.usefixtures("keeping")
 def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
     agent: Agent, root: Path, tmp_path: Path, failing: Failing
 ) -> None:
@@ -252,7 +267,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
         stage = agent.disk.stage()
         stage.write(b"staged")
         staged = stage.finish()
-        batch: list[Operation] = [
+        operations: list[Operation] = [
             write("a", "new"),
             remove("b"),
             remove("dir/deep/c"),
@@ -264,7 +279,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             Write(RelPath("z"), Entry(1, staged.digest, staged.size), staged=staged.name),
         ]
         failing.left = number
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
         beyond, failing.left = failing.left > 0, 0
         if outcome.rolled_back:
             assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "space")]
@@ -272,7 +287,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             assert seen(root) == before
             assert set(agent.disk.made) == made
             assert os.listdir(tmp_path / "staging") == [staged.name]
-            assert kinds(agent.apply(*batch)) == []
+            assert kinds(agent.apply(*operations)) == []
         # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
         assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
         agent.disk.clear_staging()
@@ -317,14 +332,14 @@ def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> Non
         agent.put({"a": "old", "b": "old"})
         if not IS_ROOT:
             (root / "locked").chmod(0o555)
-        batch: list[Operation] = [
+        operations: list[Operation] = [
             write("a", "new"),
             write("made/x", "new"),
             write("locked/c", "new"),
             remove("b"),
         ]
 
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
         assert outcome.rolled_back
         assert kinds(outcome) == [("permission_denied", "locked/c", "EACCES")]
         assert "cannot change locked/c: Permission denied" in outcome.problems[0].detail
@@ -332,7 +347,7 @@ def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> Non
         assert os.listdir(staging) == []
     (root / "locked").chmod(0o777)
     with as_nobody(), opened(root, staging) as agent:
-        agent.apply(*batch)
+        agent.apply(*operations)
     assert seen(root) == {"a": "new", "b": "old", "locked/c": "new", "made/x": "new"}
 
 
@@ -377,7 +392,7 @@ def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
     agent: Agent, root: Path, spare: int
 ) -> None:
     agent.put({"a": "old", "b/c": "old"})
-    batch: list[Operation] = [
+    operations: list[Operation] = [
         write("a", "new"),
         write("x/y/z/one", "1"),
         remove("b/c"),
@@ -389,13 +404,13 @@ def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
         limit = highest.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit + spare, hard))
     try:
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if outcome.rolled_back:
         assert [(p.kind, p.rule) for p in outcome.problems] == [("too_many_open_files", "EMFILE")]
         assert seen(root) == {"a": "old", "b/c": "old"}
-        outcome = agent.apply(*batch)
+        outcome = agent.apply(*operations)
     assert kinds(outcome) == []
     assert seen(root) == {"a": "new", "x/y/z/one": "1", "w/v/two": "2"}
 
@@ -697,6 +712,30 @@ def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tm
     for reads, torn, missing in counts:
         assert int(reads) > 200
         assert (int(torn), int(missing)) == (0, 0)
+
+
+@pytest.mark.usefixtures("keeping")
+def test_nothing_happens_to_a_file_before_its_new_content_is_there(agent: Agent, root: Path) -> None:
+    """A watcher looks when the first event comes. Were it one of ours (a second link), it would find the old content.
+
+    The kernel's first word on the old file must be that it is no longer at its path, or has lost its last name.
+    """
+    if not sys.platform.startswith("linux"):
+        pytest.skip("inotify is Linux's")
+    attributes, modified, deleted, moved = 0x4, 0x2, 0x400, 0x800
+    agent.put({"a": "old", "b": "old"})
+    libc = ctypes.CDLL(None, use_errno=True)
+    watcher = libc.inotify_init1(os.O_NONBLOCK)
+    try:
+        mask = attributes | modified | deleted | moved
+        assert libc.inotify_add_watch(watcher, os.fsencode(root / "a"), mask) >= 0
+        outcome = agent.apply(write("a", "new"), write("b", "new"))
+        assert len(outcome.done) == 2
+        raw = os.read(watcher, 4096)
+    finally:
+        os.close(watcher)
+    events = [struct.unpack_from("<iIII", raw, at)[1] for at in range(0, len(raw), 16)]
+    assert events[0] == moved or events[:2] == [attributes, deleted]
 
 
 # --- SIGKILL

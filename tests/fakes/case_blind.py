@@ -167,7 +167,10 @@ class CaseBlind:
         return self.move(node, struct.unpack_from("<Q", body)[0], body[8:])
 
     def rename2(self, node: Node, body: bytes, uid: int, gid: int) -> bytes:
-        return self.move(node, struct.unpack_from("<Q", body)[0], body[16:])
+        target, flags = struct.unpack_from("<QI", body)
+        if flags:
+            raise Refused(errno.EINVAL)
+        return self.move(node, target, body[16:])
 
     def move(self, node: Node, target: int, names: bytes) -> bytes:
         old, new = (part.decode() for part in names.split(b"\0")[:2])
