@@ -194,11 +194,8 @@ async def _hydrated(rounds: int, directory: Path, plane: Plane) -> list[Row]:
     project = await plane.project(
         {f"src/part{n // 50:02}/file{n:04}.ts": source + str(n) for n in range(2_000)}
     )
-    parts: dict[str, list[float]] = {
-        "process to wired": [],
-        "wired to hydrated": [],
-        "process to hydrated": [],
-    }
+    names = ("process to wired", "download, verify, promote", "process to hydrated")
+    parts: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         agent = await project.session(directory / f"machine-{number}", LOG_FORMAT="json")
         began = time.time()
