@@ -98,11 +98,13 @@ begin
   end if;
 end $$;
 
+-- Realtime asks with the topic in a setting and a row of that topic; the row is held to it too, lest somebody who could set
+-- the one read all the others.
 create policy "a container hears its project" on realtime.messages for select to preview_agent
-  using (extension = 'broadcast'
+  using (extension = 'broadcast' and topic = (select realtime.topic())
     and (select realtime.topic()) = 'project:' || ((select auth.jwt()) ->> 'project_id'));
 create policy "members hear their projects" on realtime.messages for select to authenticated
-  using (extension = 'broadcast' and case
+  using (extension = 'broadcast' and topic = (select realtime.topic()) and case
     when (select auth.jwt()) ? 'project_id'
       then (select realtime.topic()) = 'project:' || ((select auth.jwt()) ->> 'project_id')
     else substring((select realtime.topic()) from '^project:([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})$')::uuid

@@ -43,7 +43,7 @@ grant usage on schema extensions to preview_agent;  -- to call these very functi
 set local role preview_agent;
 set local request.jwt.claims = '{"role": "preview_agent", "project_id": "aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa"}';
 set local realtime.topic = 'project:aaaaaaaa-aaaa-4aaa-8aaa-aaaaaaaaaaaa';
-select is((select count(*)::int from realtime.messages where topic = realtime.topic()), 2, 'a container hears its project');
+select is((select count(*)::int from realtime.messages), 2, 'a container hears its project');
 select throws_ok($$ insert into realtime.messages (topic, extension) values ('x', 'broadcast') $$, '42501', null, 'and says nothing');
 select throws_ok($$ select 1 from public.project_files $$, '42501', null, 'and reads no file');
 select throws_ok($$ select 1 from public.projects $$, '42501', null, 'and no project');
