@@ -32,7 +32,7 @@ from orchestrator_stub.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
 from orchestrator_stub.problems import Refusal, render
-from orchestrator_stub.sessions import ENDED, LIVE, Session
+from orchestrator_stub.sessions import ENDED, LIVE, Session, State
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import ProjectUnknown, SessionStore
 from orchestrator_stub.tokens import Keyring, SessionClaims, SessionReader, TokenRejected
@@ -105,7 +105,7 @@ class Caller:
 
 
 class Api:
-    """The routes over one `Control` and its parts."""
+    """The routes over one `Control` and its parts. `on_ready` is told how long each session took to become so."""
 
     def __init__(
         self,
@@ -117,6 +117,7 @@ class Api:
         keys: Keyring,
         *,
         clock: Callable[[], float] = time.time,
+        on_ready: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._settings = settings
         self._control = control
@@ -124,6 +125,7 @@ class Api:
         self._catchup = catchup
         self._snapshots = snapshots
         self._keys = keys
+        self._on_ready = on_ready
         self._tokens = SessionReader(keys, clock)
 
     def routes(self) -> list[BaseRoute]:
@@ -262,6 +264,8 @@ class Api:
         if kept is None:
             # Another generation's machine has the session, or nobody is to have it any more.
             return _json({**answer, "action": "stop"})
+        if session.state is not State.READY and kept.state is State.READY:
+            self._on_ready(kept.state_since - kept.created_at)
         same = body.epoch == head.epoch and body.revision == head.revision
         if not same or (body.tree_hash is not None and body.tree_hash != tree_hash):
             answer["action"] = "sync"

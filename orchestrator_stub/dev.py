@@ -479,7 +479,10 @@ class Stack:
         name = f"preview-sync-check-{uuid4().hex[:8]}.js"
         below = "src" if (self._options.directory / "src").is_dir() else ""
         path = f"{below}/{name}" if below else name
-        check = Check(self._options, info, http, path)
+        preview = await self._stack.enter_async_context(
+            httpx.AsyncClient(base_url=info.preview_url, timeout=10, trust_env=False)
+        )
+        check = Check(self._options, info, http, preview, path)
         try:
             created = await check.write("made")
             # Two writes to one path at once would measure the agent's spacing of them, not the way of one save.
@@ -499,10 +502,18 @@ class Stack:
 class Check:
     """One file that `--once` writes through the directory, or with `--no-watch` through the RPC."""
 
-    def __init__(self, options: DevOptions, info: DevInfo, http: httpx.AsyncClient, path: str) -> None:
+    def __init__(
+        self,
+        options: DevOptions,
+        info: DevInfo,
+        http: httpx.AsyncClient,
+        preview: httpx.AsyncClient,
+        path: str,
+    ) -> None:
         self._options = options
         self._info = info
         self._http = http
+        self._preview = preview
         self._path = path
 
     async def write(self, what: str) -> float:
@@ -529,12 +540,12 @@ class Check:
 
     async def _until(self, started: float, done: Any, what: str) -> float:
         deadline = started + ONCE_DEADLINE
-        async with httpx.AsyncClient(base_url=self._info.preview_url, timeout=10, trust_env=False) as preview:
-            while time.perf_counter() < deadline:
-                with suppress(httpx.HTTPError):
-                    if done((await preview.get(f"/{quote(self._path)}")).text):
-                        return round((time.perf_counter() - started) * 1000, 1)
-                await asyncio.sleep(0.005)
+        while time.perf_counter() < deadline:
+            with suppress(httpx.HTTPError):
+                if done((await self._preview.get(f"/{quote(self._path)}")).text):
+                    return round((time.perf_counter() - started) * 1000, 1)
+            # Each look is work for the dev server and for this very loop: often enough to see, no oftener.
+            await asyncio.sleep(0.01)
         raise CannotStart(f"the preview did not {what} within {ONCE_DEADLINE:.0f} s")
 
     async def _rpc(self, name: str, arguments: Mapping[str, object]) -> None:

@@ -42,6 +42,12 @@ class Metrics:
             ["route"],
             registry=registry,
         )
+        self.ready_seconds = Histogram(
+            PREFIX + "session_ready_seconds",
+            "From a session's creation to its agent saying that the preview is served.",
+            buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300),
+            registry=registry,
+        )
         self.sessions = Gauge(PREFIX + "sessions", "Sessions by state.", ["state"], registry=registry)
 
 

@@ -73,9 +73,9 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         template = Template(settings.template_dir, pool, storage)
         control = Control(settings, store, snapshots, driver, keys, template=template)
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
-        api = Api(settings, control, store, catchup, snapshots, keys)
+        metrics = Metrics(registry)
+        api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
-            metrics = Metrics(registry)
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             dsn = settings.database_url.get_secret_value()
             job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)

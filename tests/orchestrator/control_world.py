@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +171,9 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
 
 
 @asynccontextmanager
-async def control_world(dsn: str, **changed: Any) -> AsyncIterator[World]:
+async def control_world(
+    dsn: str, *, on_ready: Callable[[float], None] = lambda seconds: None, **changed: Any
+) -> AsyncIterator[World]:
     """One orchestrator over the database at `dsn`, answering in process."""
     settings = settings_for(dsn, **changed)
     keys = Keyring.from_jwks({"keys": [new_es256("e1"), new_hs256("h1")]})
@@ -183,7 +185,7 @@ async def control_world(dsn: str, **changed: Any) -> AsyncIterator[World]:
         store = SessionStore(pool)
         control = Control(settings, store, snapshots, FakeMachines(platform), keys)
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
-        api = Api(settings, control, store, catchup, snapshots, keys)
+        api = Api(settings, control, store, catchup, snapshots, keys, on_ready=on_ready)
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(settings, pool, keys, platform, snapshots, assets, store, control, http)

@@ -137,6 +137,16 @@ async def test_ready_when_the_agent_says_so_and_not_before(world: World) -> None
     assert shown.json()["state"] == "ready"
 
 
+async def test_how_long_it_took_is_told_once(database: str) -> None:
+    told: list[float] = []
+    async with control_world(database, on_ready=told.append) as world:
+        session = await world.session()
+        await world.pass_time(7)
+        for _ in range(2):
+            await report(world, session, world.token(session))
+    assert told == [pytest.approx(7, abs=2)]
+
+
 async def test_a_refused_machine_is_a_failed_session_that_says_why(world: World) -> None:
     world.platform.refuse = "the image does not exist"
     session = (await world.create(await world.project())).json()

@@ -238,6 +238,6 @@ def test_the_control_plane_survives_everything(postgres_dsn: str, database: str,
         machine = type("Machine", (ControlMachine,), {"database": database, "runner": runner})
         # A failure is shown as found: each step is a round of real queries, and shrinking takes minutes of them.
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
-        number = examples(1000, 1000) if long else examples(50, 50)
+        number = examples(1000, 1000) if long else examples(30, 30)
         profile = settings(number, stateful_step_count=40, phases=phases)
         run_state_machine_as_test(machine, settings=profile)
