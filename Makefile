@@ -48,7 +48,7 @@ fmt: $(READY) ## format and fix what can be fixed
 
 fuzz: $(READY) ## fuzz the zip reader (SECONDS=60); installs atheris, which nothing else needs
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris==3.1.0'
-	$(BIN)/python -m tests.fuzz.unzip .fuzz/unzip -max_total_time=$(or $(SECONDS),60)
+	$(BIN)/python -m tests.fuzz .fuzz/unzip -max_total_time=$(or $(SECONDS),60)
 
 bench-peers: ## install the peers that bench compares with (Debian, Ubuntu): bsdtar, zip, unzip, curl
 	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl

@@ -9,11 +9,9 @@ of the tests; what the fuzzer finds worth keeping goes to the directory given, a
 from __future__ import annotations
 
 import struct
-import sys
 import zipfile
 from collections.abc import Iterable
 from io import BytesIO
-from pathlib import Path
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
@@ -77,22 +75,3 @@ def seeds() -> dict[str, bytes]:
         "comment": archive([Member(b"d/", mode=0o040755), Member(b"d/a", b"x")], comment=b"made by hand"),
         **{name: data for name, (data, _) in GRAMMAR.items()},
     }  # fmt: skip
-
-
-def main() -> None:
-    import atheris  # type: ignore[import-not-found, unused-ignore]
-
-    directory = Path(sys.argv[1] if len(sys.argv) > 1 else ".fuzz/unzip")
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(seeds().values()):
-        (directory / f"seed-{number:03}").write_bytes(data)
-    atheris.instrument_all()
-    atheris.Setup(
-        [sys.argv[0], str(directory), "-max_len=4096", "-timeout=10", "-rss_limit_mb=1024", *sys.argv[2:]],
-        check,
-    )
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()
