@@ -96,6 +96,7 @@ class Installer:
         reaper: Reaper | None = None,
     ) -> None:
         self._directory = settings.modules
+        self._project_dir = settings.project_dir
         self._command = settings.install_command
         self._scripts = settings.install_scripts
         self._seconds = settings.install_seconds
@@ -106,10 +107,17 @@ class Installer:
         self._names = itertools.count(1)
 
     async def open(self) -> None:
-        """Make the directory for stages and cache, and remove what a killed agent left. Raises OSError."""
+        """Make the directory for stages and cache, and remove what a killed agent left. Raises OSError.
+
+        A project directory that somebody made as root is given to the project's user, who has to put node_modules
+        there; what is in it stays as it is.
+        """
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if self._rights.user:
-            os.chown(self._directory, self._rights.user.uid, self._rights.user.gid, follow_symlinks=False)
+        if user := self._rights.user:
+            os.chown(self._directory, user.uid, user.gid, follow_symlinks=False)
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._project_dir, follow_symlinks=False).st_uid == 0:
+                    os.chown(self._project_dir, user.uid, user.gid, follow_symlinks=False)
         left = [entry.path for entry in os.scandir(self._directory) if _is_left_over(entry.name)]
         if left:
             await self._shell('rm -rf -- "$@"', *left)

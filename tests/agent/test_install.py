@@ -309,12 +309,12 @@ async def test_an_install_is_done_by_the_projects_user(tmp_path: Path) -> None:
     for directory in (bench.root, *bench.root.parents):
         if directory.stat().st_uid == 0 and directory.is_relative_to(tmp_path.parents[1]):
             directory.chmod(0o755)
-    os.chown(bench.root, 54_323, 54_323)
     result = await bench.install(wanted)
     assert result.problem is None, result.problem
     assert bench.lines[-1].startswith("54323 ")
     assert not bench.lines[-1].endswith("/nonexistent")
     assert (wanted.modules / "thing" / "made").stat().st_uid == 54_323
+    assert bench.root.stat().st_uid == 54_323
 
 
 # --- reading the project
