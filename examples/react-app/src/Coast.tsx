@@ -61,7 +61,7 @@ export function Coast({ hour, boats }: { hour: Hour; boats: number }) {
         const { x, y, r } = starAt(index)
         return <circle key={index} cx={x} cy={y} r={r} fill="#fff" className="star" />
       })}
-      <circle cx={hour.sun.x} cy={hour.sun.y} r="44" fill={hour.sun.colour} className="sun" />
+      <circle cx={hour.sun.x} cy={hour.sun.y} r="44" fill={hour.sun.colour} color={hour.sun.colour} className="sun" />
 
       <rect y={HORIZON} width={WIDTH} height={HEIGHT - HORIZON} fill="url(#sea)" />
       {Array.from({ length: boats }, (_, index) => (
@@ -76,7 +76,7 @@ export function Coast({ hour, boats }: { hour: Hour; boats: number }) {
           transform="translate(1000 190) rotate(180)"
         />
       )}
-      <path d="M 880 420 Q 920 372 985 366 Q 1080 356 1200 384 V 520 H 850 Z" fill="#3a3340" />
+      <path d="M 880 420 Q 920 372 985 366 Q 1080 356 1200 384 V 640 H 820 Z" fill="#3a3340" />
       <path d="M 976 372 L 986 212 H 1014 L 1024 372 Z" fill="#f6efe3" />
       <path d="M 979 324 L 982.5 268 H 1017.5 L 1021 324 Z" fill="#d8483e" />
       <rect x="980" y="204" width="40" height="8" rx="2" fill="#3a3340" />
