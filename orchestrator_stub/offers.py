@@ -18,8 +18,6 @@ from weakref import WeakValueDictionary
 import orjson
 import psycopg
 import psycopg_pool
-import redis.asyncio
-import redis.exceptions
 import structlog
 from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
@@ -126,6 +124,11 @@ class RedisOffers:
     """In Redis, under `preview:offer:{project}:{stamp}`. `clock` in seconds, monotonic."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        # Not at the top: most installations, and every `dev`, start without it.
+        import redis.asyncio
+        import redis.exceptions
+
+        self._away = (redis.exceptions.RedisError, OSError)
         self._redis = redis.asyncio.Redis.from_url(
             url, socket_timeout=REDIS_TIMEOUT, socket_connect_timeout=REDIS_TIMEOUT
         )
@@ -154,7 +157,7 @@ class RedisOffers:
             return None
         try:
             return await command()
-        except (redis.exceptions.RedisError, OSError) as error:
+        except self._away as error:
             self._rests_until = self._clock() + REDIS_REST
             log.warning("offers.away", where="redis", reason=type(error).__name__)
             return None
