@@ -223,6 +223,8 @@ class Control:
         known = {session.id: session for session in sessions}
         due: list[Coroutine[Any, Any, Any]] = []
         for session in sessions:
+            if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
+                log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
             judgement = judge(session, now, self._settings.timing)
             match judgement.verdict:
                 case Verdict.PROVISION:
