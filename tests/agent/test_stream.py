@@ -177,6 +177,26 @@ async def test_is_not_live_before_catch_up(server: FakeRealtime, issuer: Issuer)
         assert link.stream.state is LinkState.LIVE
 
 
+async def test_a_catch_up_does_not_answer_a_resync_nobody_has_seen(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
+    """It began before: what the second order is about may not be in it."""
+    server.replication_delay = 0.05
+    stream = stream_to(server, issuer)
+    task = asyncio.create_task(stream.run())
+    try:
+        assert await stream.receive() == Resync("joined")
+        await until(lambda: stream.report()["queue_depth"] == 1, "the second order")
+        stream.caught_up()
+        assert stream.state is LinkState.CATCHING_UP
+        assert await stream.receive() == Resync("replication_ready")
+        stream.caught_up()
+        assert stream.state is LinkState.LIVE
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_heartbeats_keep_it_alive(server: FakeRealtime, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await until(lambda: server.heartbeats >= 3, "three heartbeats")

@@ -279,6 +279,43 @@ def test_a_wrong_api_key_asks_neither_side_in_a_loop() -> None:
     simulate(scenario())
 
 
+def test_half_a_minute_of_being_joined_earns_a_fresh_backoff() -> None:
+    async def scenario() -> None:
+        async with World.made() as world:
+            await listener_gone_for_two_minutes(world)
+            await world.hears(within=30 + ONE_RETRY)
+            grown = world.link.report()["attempt"]
+            assert isinstance(grown, int)
+            assert grown > 4
+            await cut(world)
+            await world.until(lambda: world.link.report()["attempt"] == grown + 1, "the loss", 5)
+            await world.hears(within=30 + ONE_RETRY)
+            await asyncio.sleep(31)
+            await cut(world)
+            await world.until(lambda: world.link.report()["attempt"] == 1, "a fresh start", 5)
+            await world.hears(within=ONE_RETRY)
+
+    simulate(scenario())
+
+
+def test_a_refusal_long_after_another_is_a_first_one() -> None:
+    """Only refusals in a row are retried slowly."""
+
+    async def scenario() -> None:
+        async with World.made() as world:
+            for _ in range(3):
+                await world.hears(within=5)
+                await asyncio.sleep(60)
+                world.server.refuse_handshake = (401, {})
+                seen = len(world.server.requests)
+                await cut(world)
+                await world.until(lambda: len(world.server.requests) > seen, "the refusal", 5)  # noqa: B023
+                world.server.refuse_handshake = None
+                await world.hears(within=ONE_RETRY)
+
+    simulate(scenario())
+
+
 FLAPS = [fault for fault in FAULTS if fault not in (slow_network, no_replication_feed)]
 
 
