@@ -105,7 +105,7 @@ class Caller:
 
 
 class Api:
-    """The routes over one `Control` and its parts. `on_ready` is told how long each session took to become so."""
+    """The routes over one `Control` and its parts. `on_ready` is told how long each machine took to become so."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class Api:
             # Another generation's machine has the session, or nobody is to have it any more.
             return _json({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
-            self._on_ready(kept.state_since - kept.created_at)
+            self._on_ready(kept.state_since - session.state_since)
         same = body.epoch == head.epoch and body.revision == head.revision
         if not same or (body.tree_hash is not None and body.tree_hash != tree_hash):
             answer["action"] = "sync"

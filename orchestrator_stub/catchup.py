@@ -25,6 +25,9 @@ FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
 REBUILD: Final = frozenset({"snapshot_rejected"})
 """Reasons for which a kept snapshot will not do either."""
 
+RESIGN: Final = frozenset({"snapshot_expired", "snapshot_unavailable"})
+"""Reasons for which a kept URL will not do: the agent has tried it."""
+
 ASSETS: Final = "project-assets"
 ASSET_DOWNLOADS: Final = 4
 """Binary files fetched at once for one answer."""
@@ -107,7 +110,9 @@ class Catchup:
     ) -> dict[str, Any]:
         """The answer of `POST …/sync`, as it travels. Raises `ProjectGone`, `SnapshotUnavailable`."""
         if epoch is None or reason in FULL:
-            return _snapshot(await self._snapshots.offer(project_id, rebuild=reason in REBUILD))
+            return _snapshot(
+                await self._snapshots.offer(project_id, rebuild=reason in REBUILD, resign=reason in RESIGN)
+            )
         try:
             row = await self._row(
                 "select public.changes_since(%s, %s, %s, %s, %s)",

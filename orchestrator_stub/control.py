@@ -61,9 +61,15 @@ class SnapshotSource(Protocol):
     """Where snapshots come from."""
 
     async def offer(
-        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+        self,
+        project_id: UUID,
+        *,
+        base_revision: int | None = None,
+        rebuild: bool = False,
+        resign: bool = False,
     ) -> Offer:
         """A snapshot of the project's head. `base_revision`: only what is newer. `rebuild`: not a kept one.
+        `resign`: under a URL that nobody has tried yet.
 
         Raises `SnapshotUnavailable`.
         """

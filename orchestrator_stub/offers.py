@@ -8,6 +8,7 @@ never be out of date; it can only be of no use any more.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ class Builder(Protocol):
 class KeptSnapshots:
     """A `SnapshotSource` that builds a revision once, for all orchestrators, and signs it seldom.
 
-    `url_ttl`: seconds that a URL lives. `clock` gives Unix seconds.
+    `url_ttl`: seconds that a URL lives. `scope`: where the URLs lead; those kept for another storage, or for this
+    one under another address, are not offered. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class KeptSnapshots:
         cache: OfferCache,
         *,
         url_ttl: int,
+        scope: str = "",
         registry: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -193,6 +196,7 @@ class KeptSnapshots:
         self._builder = builder
         self._cache = cache
         self._url_ttl = url_ttl
+        self._scope = hashlib.sha256(scope.encode()).hexdigest()[:16]
         self._clock = clock
         self._locks: WeakValueDictionary[tuple[UUID, str], asyncio.Lock] = WeakValueDictionary()
         self._offers = Counter(
@@ -203,16 +207,28 @@ class KeptSnapshots:
         )
 
     async def offer(
-        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+        self,
+        project_id: UUID,
+        *,
+        base_revision: int | None = None,
+        rebuild: bool = False,
+        resign: bool = False,
     ) -> Offer:
-        """A snapshot of the project's head, signed. Raises `SnapshotUnavailable`."""
+        """A snapshot of the project's head, signed. `rebuild`: not a kept archive; `resign`: not a kept URL.
+
+        Raises `SnapshotUnavailable`.
+        """
         stamp = await self._stamp(project_id, base_revision)
         lock = self._locks.setdefault((project_id, stamp), asyncio.Lock())
         async with lock:
             if rebuild:
                 await self._cache.drop(project_id, stamp)
             kept = await self._cache.get(project_id, stamp)
-            if kept is not None and kept.url_until - self._clock() > self._url_ttl * URL_RESERVE:
+            if (
+                not resign
+                and kept is not None
+                and kept.url_until - self._clock() > self._url_ttl * URL_RESERVE
+            ):
                 self._offers.labels("kept").inc()
                 return Offer(kept.url, kept.manifest)
             if kept is not None:
@@ -222,7 +238,7 @@ class KeptSnapshots:
                     log.info("offers.gone", project_id=str(project_id), object_path=kept.object_path)
             built = await self._builder.build(project_id, base_revision=base_revision, anew=rebuild)
             # A save may have come between: the archive is of the revision that it names, and is kept as that.
-            stamp = _stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
+            stamp = self._stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
             return await self._signed(project_id, stamp, built.object_path, built.manifest, "built")
 
     async def _signed(
@@ -246,11 +262,11 @@ class KeptSnapshots:
             raise SnapshotUnavailable("cannot offer a snapshot: the database does not answer") from error
         if row is None:
             raise SnapshotUnavailable(f"cannot offer a snapshot: there is no project {project_id}")
-        return _stamp_of(row[0], row[1], base_revision)
+        return self._stamp_of(row[0], row[1], base_revision)
 
-
-def _stamp_of(epoch: str, revision: int, base: int | None) -> str:
-    return f"{epoch}:{revision}" if base is None else f"{epoch}:{revision}:from:{base}"
+    def _stamp_of(self, epoch: str, revision: int, base: int | None) -> str:
+        whole = f"{self._scope}:{epoch}:{revision}"
+        return whole if base is None else f"{whole}:from:{base}"
 
 
 def _key(project_id: UUID, stamp: str) -> str:

@@ -44,7 +44,7 @@ class Metrics:
         )
         self.ready_seconds = Histogram(
             PREFIX + "session_ready_seconds",
-            "From a session's creation to its agent saying that the preview is served.",
+            "From the wish for a machine to its agent saying that the preview is served.",
             buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300),
             registry=registry,
         )

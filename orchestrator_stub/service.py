@@ -68,7 +68,9 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         builder = Snapshots(pool, storage, expires_in=url_ttl, registry=registry)
         redis_url = settings.redis_url
         offers: OfferCache = RedisOffers(redis_url.get_secret_value()) if redis_url else PostgresOffers(pool)
-        snapshots = KeptSnapshots(pool, builder, offers, url_ttl=url_ttl, registry=registry)
+        snapshots = KeptSnapshots(
+            pool, builder, offers, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
+        )
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
         control = Control(settings, store, snapshots, driver, keys, template=template)

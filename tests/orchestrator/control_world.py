@@ -31,14 +31,21 @@ class PaperSnapshots:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int | None, bool]] = []
+        self.resigned = 0
         self.broken = False
 
     async def offer(
-        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
+        self,
+        project_id: UUID,
+        *,
+        base_revision: int | None = None,
+        rebuild: bool = False,
+        resign: bool = False,
     ) -> Offer:
         if self.broken:
             raise SnapshotUnavailable("the storage is away")
         self.asked.append((base_revision, rebuild))
+        self.resigned += resign
         return Offer(f"https://storage.invalid/{project_id}.zip?token=t", {"files": [], "revision": 1})
 
 

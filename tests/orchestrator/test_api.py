@@ -242,6 +242,7 @@ async def test_what_no_difference_can_mend_is_answered_with_a_snapshot(world: Wo
     assert (await sync(world, session, epoch=None, reason="snapshot_rejected")).json()["kind"] == "snapshot"
     assert (await sync(world, session, epoch=None, reason="snapshot_expired")).json()["kind"] == "snapshot"
     assert world.snapshots.asked == [(None, False), (None, True), (None, False)]
+    assert world.snapshots.resigned == 1, "a URL that was tried is not offered again"
 
 
 async def test_binary_files_travel_with_their_bytes(world: World) -> None:

@@ -148,6 +148,18 @@ async def test_a_revision_is_built_once_for_all_and_signed_seldom(world: World, 
     assert builder.built == [(None, False), (None, False), (0, False)]
 
 
+async def test_a_url_that_leads_nowhere_is_not_offered_again(world: World, cache: OfferCache) -> None:
+    project, now = await world.project(), [1000.0]
+    builder = PaperBuilder(world)
+    here = source(world, builder, cache, now)
+    first = await here.offer(project)
+    assert (await here.offer(project, resign=True)).url != first.url
+    moved = KeptSnapshots(
+        world.pool, builder, cache, url_ttl=TTL, scope="http://127.0.0.1:2", clock=lambda: now[0]
+    )
+    assert (await moved.offer(project)).url not in {first.url, (await here.offer(project)).url}
+
+
 async def test_a_broken_or_vanished_archive_is_built_anew(world: World, cache: OfferCache) -> None:
     project, now = await world.project(), [1000.0]
     builder = PaperBuilder(world)
