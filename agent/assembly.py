@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -86,13 +87,13 @@ class Assembly:
         self.sated = False
         """True once the rest of the archive is not needed: every listed file is in the tree already."""
 
-    def take_all(self, batch: Sequence[bytes]) -> None:
-        """`take` each of `batch`, unless the hydration was abandoned or needs no more."""
+    def take_all(self, waiting: deque[bytes]) -> None:
+        """`take` what waits until nothing does, or the hydration was abandoned, or no more is needed."""
         with self._lock:
-            for data in batch:
-                if self._abandoned or self.sated:
-                    return
-                self.take(data)
+            while waiting and not self._abandoned:
+                data = waiting.popleft()
+                if not self.sated:
+                    self.take(data)
 
     def take(self, data: bytes) -> None:
         """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
@@ -129,9 +130,9 @@ class Assembly:
         )
 
     def abandon(self) -> None:
-        """Leave nothing in staging, once the thread has finished the batch it has in hand."""
+        """Leave nothing in staging, once the thread has finished the piece it has in hand."""
+        self._abandoned = True
         with self._lock:
-            self._abandoned = True
             if self._stage is not None:
                 with suppress(OSError):
                     self._stage.abort()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
@@ -49,9 +50,9 @@ WHAT: Final = "the snapshot"
 EXPIRY_LEEWAY: Final = 30.0
 """Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
 
-BATCH_BYTES: Final = 256 * 1024
-"""Of the body handed to the thread at a time: few enough to stay small in memory, many enough that the hand-over
-(about 0.1 ms) does not count."""
+MAX_WAITING: Final = 16
+"""Pieces of the body (64 KB each, as httpx hands them out) that may wait for the thread: enough that it seldom has
+to be woken, a megabyte of memory at most."""
 
 MAX_REFUSAL_BYTES: Final = 64 * 1024
 """Of an error's body: Storage's own are below 200 bytes, a proxy's page may be anything."""
@@ -276,34 +277,35 @@ async def _download(
 class _Unpacking:
     """Unpacks in a thread while the next bytes arrive: a slow disk holds up the download, not the event loop.
 
-    At most one batch is being unpacked while the next one fills.
+    The thread goes on as long as something waits. RACE: it may find nothing and end just before a piece is added, while
+    its future does not say so yet; that piece then waits for the next one, or for `finish`.
     """
 
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
-        self._waiting: list[bytes] = []
-        self._size = 0
+        self._waiting: deque[bytes] = deque()
         self._running: asyncio.Future[None] | None = None
 
     async def put(self, chunk: bytes) -> None:
         """Take a piece of the body. Raises what unpacking an earlier one raised."""
         self._waiting.append(chunk)
-        self._size += len(chunk)
-        # The first piece goes at once: it begins with the manifest, which may be all that is needed.
-        if self._size >= BATCH_BYTES or self._running is None:
+        if self._running is None or self._running.done():
             await self._settle()
             self._start()
+        elif len(self._waiting) >= MAX_WAITING:
+            await self._settle()
 
     async def finish(self) -> None:
         """Everything is unpacked. Raises what unpacking raised."""
         await self._settle()
-        if self._waiting:
+        while self._waiting:
             self._start()
             await self._settle()
 
     def _start(self) -> None:
-        batch, self._waiting, self._size = self._waiting, [], 0
-        self._running = asyncio.get_running_loop().run_in_executor(None, self._assembly.take_all, batch)
+        self._running = asyncio.get_running_loop().run_in_executor(
+            None, self._assembly.take_all, self._waiting
+        )
         # When we are cancelled nobody asks any more; `abandon` waits for the thread.
         self._running.add_done_callback(lambda done: done.cancelled() or done.exception())
 
