@@ -43,6 +43,12 @@ START_DEADLINE = 30.0
 STOP_DEADLINE = 10.0
 """Seconds for a fast shutdown before an immediate one."""
 
+ORPHANS = "pre-existing shared memory block"
+"""What the server says when processes of an earlier one still run on its data."""
+
+MAX_SOCKET_PATH = 104
+"""Bytes of a Unix socket's name: 108 on Linux, 104 on macOS, the ending zero counted."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -85,9 +91,25 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError("the embedded PostgreSQL is started already")
         account = await asyncio.to_thread(_account)
         await asyncio.to_thread(self._prepare, account)
-        self._sockets = Path(tempfile.mkdtemp(prefix="preview-pg-"))
-        if account is not None:
-            os.chown(self._sockets, account.pw_uid, account.pw_gid)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + START_DEADLINE
+        while True:
+            try:
+                await self._launch(account)
+            except EmbeddedPostgresError as error:
+                await self.stop()
+                # After a kill, the old server's own processes notice only when they next look, and go.
+                if ORPHANS not in str(error) or loop.time() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+            except BaseException:
+                await self.stop()
+                raise
+            else:
+                return self.dsn()
+
+    async def _launch(self, account: pwd.struct_passwd | None) -> None:
+        self._sockets = self._socket_directory(account)
         settings = {
             "listen_addresses": "",
             "unix_socket_directories": str(self._sockets),
@@ -100,25 +122,20 @@ class EmbeddedPostgres:
         command = [str(_binary("postgres")), "-D", str(self._data)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
-        try:
-            with self._log.open("wb") as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    env=_environment(),
-                    user=_uid(account),
-                    group=_gid(account),
-                    extra_groups=None if account is None else [],
-                    preexec_fn=_die_with_parent(),
-                )
-            await self._wait_until_ready()
-        except BaseException:
-            await self.stop()
-            raise
-        return self.dsn()
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_environment(),
+                user=_uid(account),
+                group=_gid(account),
+                extra_groups=None if account is None else [],
+                preexec_fn=_die_with_parent(),
+            )
+        await self._wait_until_ready()
 
     async def stop(self) -> None:
         """Stop in order, and at once if that takes too long. Safe to call twice, or on a server that died."""
@@ -131,9 +148,9 @@ class EmbeddedPostgres:
                     process.send_signal(signum)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), STOP_DEADLINE)
-        if self._sockets is not None:
+        if self._sockets is not None and self._sockets != self._data:
             shutil.rmtree(self._sockets, ignore_errors=True)
-            self._sockets = None
+        self._sockets = None
 
     async def __aenter__(self) -> str:
         return await self.start()
@@ -192,6 +209,15 @@ class EmbeddedPostgres:
                 f"cannot make {self._data}: {made.stderr.strip() or made.stdout.strip()}"
             )
         draft.rename(self._data)
+
+    def _socket_directory(self, account: pwd.struct_passwd | None) -> Path:
+        """The data directory, which nobody else may enter; a temporary one when its name is too long for a socket."""
+        if len(os.fsencode(self._data)) + len("/.s.PGSQL.5432.lock") < MAX_SOCKET_PATH:
+            return self._data
+        made = Path(tempfile.mkdtemp(prefix="preview-pg-"))
+        if account is not None:
+            os.chown(made, account.pw_uid, account.pw_gid)
+        return made
 
     async def _wait_until_ready(self) -> None:
         assert self._process is not None

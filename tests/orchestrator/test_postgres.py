@@ -21,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 from orchestrator_stub.local.postgres import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
 
 FAST = {"fsync": "off"}
+LONG = "select count(*) from generate_series(1, 6000000) n where n % 7 = 3"
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,27 @@ async def test_a_session_in_the_middle_of_something_does_not_hold_up_the_stop(da
 
 async def test_it_starts_again_after_it_was_killed(data: Path) -> None:
     server = EmbeddedPostgres(data, options=FAST)
-    await server.start()
+    dsn = await server.start()
+    busy = await psycopg.AsyncConnection.connect(dsn)
+    working = asyncio.create_task(
+        busy.execute(LONG)
+    )  # its process outlives the kill: it is too busy to notice
+
+    def works() -> bool:
+        with psycopg.connect(dsn) as other:
+            seen = other.execute(
+                "select 1 from pg_stat_activity where pid = %s and state = 'active' and query = %s",
+                [busy.info.backend_pid, LONG],
+            )
+            return seen.fetchone() is not None
+
+    await asyncio.to_thread(wait_for, works)
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     await server.stop()
     dsn = await server.start()
+    await asyncio.wait([working])
+    await busy.close()
     async with await psycopg.AsyncConnection.connect(dsn) as db:
         assert await (await db.execute("select word from kept")).fetchone() == ("still here",)
     await server.stop()
@@ -182,4 +199,7 @@ async def test_somebody_elses_directory_is_left_alone() -> None:
         (draft / "PG_VERSION").write_text("18\n")
         async with EmbeddedPostgres(data, options=FAST) as dsn:
             psycopg.connect(dsn).close()
+            assert conninfo_to_dict(dsn)["host"] == str(data), "a short name: no directory beside it"
         assert not draft.exists()
+        assert stat.S_IMODE(data.stat().st_mode) == 0o700
+        assert not list(data.glob(".s.PGSQL*"))
