@@ -177,6 +177,8 @@ async def hydrate(url: str, directory: Path) -> dict[str, float]:
     tree, known = Tree(), dict[RelPath, FileStat]()
     taken: dict[str, float] = {}
     async with httpx.AsyncClient() as http:
+        async with http.stream("GET", url):
+            pass  # the agent's HTTP library is loaded by then: httpx loads most of itself at its first request
         before = forget_peak()
         for name in ("seconds", "again"):
             started = time.perf_counter()
