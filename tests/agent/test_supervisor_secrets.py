@@ -57,13 +57,14 @@ const walk = (at) => {
   for (const name of fs.readdirSync(at)) attempt('state', at, () => fs.readFileSync(`${at}/${name}`))
 }
 try { walk(process.env.VITE_STATE) } catch {}
-fs.writeFileSync('findings.json', JSON.stringify({ found, tried, uid: process.getuid() }))
+fs.writeFileSync('findings.new', JSON.stringify({ found, tried, uid: process.getuid() }))
+fs.renameSync('findings.new', 'findings.json')
 export default {}
 """
 
 AGENT = """
 import asyncio, os, sys
-from agent.config import Settings
+from agent.environment import read_settings
 from agent.reaper import Reaper
 from agent.supervisor import Supervisor
 
@@ -71,7 +72,7 @@ async def main():
     token = os.environ["REALTIME_TOKEN"]  # in memory too
     reaper = Reaper()
     reaper.adopt()
-    supervisor = Supervisor(Settings(), reaper=reaper)
+    supervisor = Supervisor(read_settings(os.environ), reaper=reaper)
     supervisor.project_ready()
     await supervisor.run()
 
