@@ -73,7 +73,8 @@ def _port(text: str) -> int:
 
 
 def _dev(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.dev import CannotStart, DevOptions, run_dev
+    from orchestrator_stub.dev import run_dev
+    from orchestrator_stub.dev_screen import CannotStart, DevOptions
 
     options = DevOptions(
         directory=arguments.dir,

@@ -18,13 +18,12 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote, urlencode
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
@@ -35,6 +34,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
+from orchestrator_stub.dev_screen import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.editor import Editor, Sent, UserAuth
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
@@ -43,6 +43,7 @@ from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
+from orchestrator_stub.smoke import ONCE_DEADLINE, Check
 from orchestrator_stub.tokens import Keyring, local_keyring
 
 HOST: Final = "127.0.0.1"
@@ -55,72 +56,6 @@ LONG: Final = 30 * 24 * 3600.0
 
 RESTARTS: Final = 3
 """Failures in a row of the agent before the start is called off: somebody is waiting for it."""
-
-ONCE_DEADLINE: Final = 300.0
-"""Seconds that `--once` gives the start, most of which is the first `npm install`, and then each of its steps."""
-
-
-class CannotStart(Exception):
-    """Why the stack does not start, and what to do, in one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class DevOptions:
-    """The command line of `dev`."""
-
-    directory: Path
-    state: Path
-    port: int = 54321
-    as_json: bool = False
-    once: bool = False
-    watch: bool = True
-    database_url: str | None = None
-    faults: bool = False
-    """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
-
-
-@dataclass(frozen=True, slots=True)
-class DevInfo:
-    """`STATE/dev.json` (protocol: local stack)."""
-
-    orchestrator_url: str
-    anon_key: str
-    service_key: str
-    database_url: str
-    project_id: str
-    session_id: str
-    project_dir: str
-    preview_url: str
-    health_url: str
-    agent_pid: int
-
-
-class Terminal:
-    """What the person at the terminal sees: progress as it comes, with the seconds since the start.
-
-    With `as_json`, standard output carries JSON lines only, and progress goes to standard error.
-    """
-
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def step(self, text: str) -> None:
-        """One line of progress."""
-        stream = sys.stderr if self._as_json else sys.stdout
-        with suppress(BrokenPipeError):
-            stream.write(f"{self.seconds:6.1f} s  {text}\n")
-            stream.flush()
-
-    def show(self, text: str, form: Mapping[str, object]) -> None:
-        """A result: the screen for a person, its JSON form for a program."""
-        with suppress(BrokenPipeError):
-            sys.stdout.write(json.dumps(form) + "\n" if self._as_json else text)
-            sys.stdout.flush()
 
 
 async def run_dev(options: DevOptions) -> int:
@@ -231,7 +166,9 @@ class Stack:
             agent_pid=self._pid,
         )
         self._publish(info)
-        self._terminal.show(self._screen(info, driver.log_path(machine.id)), asdict(info))
+        self._terminal.show(
+            screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
+        )
         if self._options.once:
             await self._once(info, http)
             return
@@ -456,23 +393,6 @@ class Stack:
         draft.rename(path)
         self._stack.callback(path.unlink, missing_ok=True)
 
-    def _screen(self, info: DevInfo, log: Path | None) -> str:
-        rows = {
-            "Preview": info.preview_url,
-            "Editing": str(self._options.directory.resolve()),
-            "Supabase URL": f"{info.orchestrator_url}   (RPC, Storage, Realtime, /v1/sessions)",
-            "Database": info.database_url,
-            "Agent": f"{info.health_url}/status",
-            "Agent's log": str(log),
-            "All of it": str(self._options.state / "dev.json"),
-        }
-        lines = "".join(f"    {name:<14}{value}\n" for name, value in rows.items())
-        verb = "Save a file" if self._options.watch else "Write through the RPC"
-        return (
-            f"\n  The preview is served, {self._terminal.seconds:.1f} s after the start.\n\n{lines}\n"
-            f"  {verb} and look at the preview. Ctrl-C stops everything and keeps the data.\n\n"
-        )
-
     async def _once(self, info: DevInfo, http: httpx.AsyncClient) -> None:
         """One file made, edited and removed again, timed from the save to what the dev server serves."""
         started = self._terminal.seconds
@@ -497,60 +417,6 @@ class Stack:
             (self._options.directory / path).unlink(missing_ok=True)
         lines = "".join(f"    {name.replace('_', ' '):<22}{value:>9}\n" for name, value in timings.items())
         self._terminal.show(f"{lines}\n", timings)
-
-
-class Check:
-    """One file that `--once` writes through the directory, or with `--no-watch` through the RPC."""
-
-    def __init__(
-        self,
-        options: DevOptions,
-        info: DevInfo,
-        http: httpx.AsyncClient,
-        preview: httpx.AsyncClient,
-        path: str,
-    ) -> None:
-        self._options = options
-        self._info = info
-        self._http = http
-        self._preview = preview
-        self._path = path
-
-    async def write(self, what: str) -> float:
-        """Milliseconds from the save to the new content being served."""
-        nonce = f"{what}-{uuid4().hex}"
-        content = f'export const check = "{nonce}";\n'
-        started = time.perf_counter()
-        if self._options.watch:
-            (self._options.directory / self._path).write_text(content)
-        else:
-            await self._rpc("upsert_project_file", {"p_file_path": self._path, "p_content": content})
-        return await self._until(started, lambda served: nonce in served, "serve the new content")
-
-    async def remove(self) -> float:
-        """Milliseconds from the removal to the file not being served any more."""
-        started = time.perf_counter()
-        if self._options.watch:
-            (self._options.directory / self._path).unlink()
-        else:
-            await self._rpc("delete_project_file", {"p_file_path": self._path})
-        return await self._until(
-            started, lambda served: "export const check" not in served, "forget the file"
-        )
-
-    async def _until(self, started: float, done: Any, what: str) -> float:
-        deadline = started + ONCE_DEADLINE
-        while time.perf_counter() < deadline:
-            with suppress(httpx.HTTPError):
-                if done((await self._preview.get(f"/{quote(self._path)}")).text):
-                    return round((time.perf_counter() - started) * 1000, 1)
-            # Each look is work for the dev server and for this very loop: often enough to see, no oftener.
-            await asyncio.sleep(0.01)
-        raise CannotStart(f"the preview did not {what} within {ONCE_DEADLINE:.0f} s")
-
-    async def _rpc(self, name: str, arguments: Mapping[str, object]) -> None:
-        body = {"project_uuid": self._info.project_id, **arguments}
-        (await self._http.post(f"/rest/v1/rpc/{name}", json=body)).raise_for_status()
 
 
 @asynccontextmanager

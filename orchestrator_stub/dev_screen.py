@@ -1,0 +1,93 @@
+"""What the person at the terminal of `dev` says and sees: options, progress, the screen, the one line of a failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class CannotStart(Exception):
+    """Why the stack does not start, and what to do, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevOptions:
+    """The command line of `dev`."""
+
+    directory: Path
+    state: Path
+    port: int = 54321
+    as_json: bool = False
+    once: bool = False
+    watch: bool = True
+    database_url: str | None = None
+    faults: bool = False
+    """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevInfo:
+    """`STATE/dev.json` (protocol: local stack)."""
+
+    orchestrator_url: str
+    anon_key: str
+    service_key: str
+    database_url: str
+    project_id: str
+    session_id: str
+    project_dir: str
+    preview_url: str
+    health_url: str
+    agent_pid: int
+
+
+class Terminal:
+    """What the person at the terminal sees: progress as it comes, with the seconds since the start.
+
+    With `as_json`, standard output carries JSON lines only, and progress goes to standard error.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def step(self, text: str) -> None:
+        """One line of progress."""
+        stream = sys.stderr if self._as_json else sys.stdout
+        with suppress(BrokenPipeError):
+            stream.write(f"{self.seconds:6.1f} s  {text}\n")
+            stream.flush()
+
+    def show(self, text: str, form: Mapping[str, object]) -> None:
+        """A result: the screen for a person, its JSON form for a program."""
+        with suppress(BrokenPipeError):
+            sys.stdout.write(json.dumps(form) + "\n" if self._as_json else text)
+            sys.stdout.flush()
+
+
+def screen(options: DevOptions, info: DevInfo, log: Path | None, seconds: float) -> str:
+    """Where everything is, once the preview is served. `seconds`: since the start."""
+    rows = {
+        "Preview": info.preview_url,
+        "Editing": str(options.directory.resolve()),
+        "Supabase URL": f"{info.orchestrator_url}   (RPC, Storage, Realtime, /v1/sessions)",
+        "Database": info.database_url,
+        "Agent": f"{info.health_url}/status",
+        "Agent's log": str(log),
+        "All of it": str(options.state / "dev.json"),
+    }
+    lines = "".join(f"    {name:<14}{value}\n" for name, value in rows.items())
+    verb = "Save a file" if options.watch else "Write through the RPC"
+    return (
+        f"\n  The preview is served, {seconds:.1f} s after the start.\n\n{lines}\n"
+        f"  {verb} and look at the preview. Ctrl-C stops everything and keeps the data.\n\n"
+    )
