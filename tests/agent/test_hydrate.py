@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from agent.config import SnapshotLimits
 from agent.disk import Disk
@@ -236,7 +237,7 @@ async def test_a_stream_that_dies_can_be_tried_again(
 async def test_a_slow_drip_ends_with_the_total_time(
     disk: Disk, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
+    limits = replace(QUICK, snapshot_total_seconds=0.2)
     async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
         with pytest.raises(Unavailable, match="total_time"):
             await fetch(server.url, disk=disk, http=http, limits=limits)
