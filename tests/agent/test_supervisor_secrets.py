@@ -83,13 +83,11 @@ asyncio.run(main())
 @needs_root
 @pytest.mark.parametrize("user", ["nobody", None], ids=["own-user", "same-user-as-in-a-container"])
 async def test_a_hostile_vite_config_finds_no_credential(
-    tmp_path: Path, installed: Path, user: str | None
+    open_path: Path, installed: Path, user: str | None
 ) -> None:
     """With a DEV_USER nothing can be read. Without one, the same user still reads neither environ nor memory, so
     long as it has none of the capabilities that a container's root lacks too."""
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
-    project, state = tmp_path / "project", tmp_path / "state"
+    project, state = open_path / "project", open_path / "state"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("node_modules", "dist"))
     secret = secrets.token_hex(24)
     (project / "needle").write_text(secret[::-1])
