@@ -234,7 +234,7 @@ async def _token(settings: Settings) -> list[Finding]:
     if settings.realtime_token is None:
         return [ok("token", "comes from REALTIME_TOKEN_FILE")] if settings.realtime_token_file else []
     try:
-        token = read_token(settings.realtime_token.get_secret_value())
+        token = read_token(settings.realtime_token.reveal())
     except MalformedMessage as error:
         return [fail("token", str(error), 64)]
     if token.expires_at is None:
@@ -255,7 +255,7 @@ async def _token(settings: Settings) -> list[Finding]:
 async def _snapshot(settings: Settings) -> list[Finding]:
     if settings.snapshot_url is None:
         return [warn("snapshot", "SNAPSHOT_URL is not set: only a ledger can be resumed")]
-    url = settings.snapshot_url.get_secret_value()
+    url = settings.snapshot_url.reveal()
     place = urlsplit(url).netloc
     try:
         async with (
@@ -278,7 +278,7 @@ async def _snapshot(settings: Settings) -> list[Finding]:
 
 async def _realtime(settings: Settings) -> list[Finding]:
     assert settings.realtime_url is not None, "read_environment requires it"
-    key = settings.realtime_api_key.get_secret_value() if settings.realtime_api_key else None
+    key = settings.realtime_api_key.reveal() if settings.realtime_api_key else None
     place = urlsplit(settings.realtime_url).netloc
     try:
         async with websockets.connect(endpoint(settings.realtime_url, key), proxy=None, close_timeout=0.5):

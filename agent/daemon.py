@@ -22,6 +22,7 @@ from agent.errors import AgentError, CredentialRejected, MalformedMessage, Super
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
+from agent.host import give_memory_back, keep_memory_small
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
@@ -49,6 +50,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
 
     `early`: the dev server that was started before the agent was awake.
     """
+    keep_memory_small()
     redactor = redactor_for(settings)
     configure_logs(settings, redactor)
     reaper = Reaper()
@@ -61,7 +63,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         first = settings.realtime_token
-        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+        tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
         api = (
             SessionApi(settings.session_api_url, settings.session_id, tokens, http)
             if settings.session_api_url
@@ -71,7 +73,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         assert settings.realtime_url is not None, "read_environment requires it"
         link = RealtimeStream(
             settings.realtime_url,
-            key.get_secret_value() if key else None,
+            key.reveal() if key else None,
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
@@ -89,6 +91,10 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         def on_tree(paths: Collection[RelPath]) -> None:
             supervisor.files_changed(paths)
 
+        def on_hydrated() -> None:
+            give_memory_back()
+            supervisor.project_ready()
+
         sync = Sync(
             Parts(
                 follower,
@@ -99,9 +105,9 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 metrics,
                 status,
                 on_tree,
-                supervisor.project_ready,
+                on_hydrated,
             ),
-            snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
+            snapshot_url=settings.snapshot_url.reveal() if settings.snapshot_url else None,
             drift_policy=settings.drift_policy,
         )
         report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor)

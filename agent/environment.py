@@ -6,13 +6,15 @@ has no place in the container: neither as a variable nor as the role of the toke
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+import msgspec
 
-from agent.config import Settings
+from agent.config import Secret, Settings
 from agent.errors import MalformedMessage, SettingsError
 from agent.tokens import read_token
 
@@ -23,6 +25,11 @@ SERVICE_KEYS = (
     "SUPABASE_SECRET_KEY",
 )
 """Names under which a service-role key is commonly handed out."""
+
+REQUIRED = frozenset({"project_id", "session_id"})
+COMMANDS = frozenset({"dev_command", "install_command"})
+WORDS = {"on": "true", "yes": "true", "off": "false", "no": "false"}
+"""How people write yes and no besides true, false, 1 and 0."""
 
 URLS = {
     "SNAPSHOT_URL": ("http", "https"),
@@ -39,24 +46,55 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
         for name in SERVICE_KEYS
         if name in given
     ]
-    settings: Settings | None = None
-    try:
-        known = {name: given[name.upper()] for name in Settings.model_fields if name.upper() in given}
-        settings = Settings.model_validate(known)
-    except ValidationError as error:
-        problems += [_sentence(each) for each in error.errors(include_url=False, include_input=False)]
-    problems += _missing(given) + _urls(given) + _token(given)
-    if problems or settings is None:
+    values, unreadable = _values(given)
+    problems += unreadable + _missing(given) + _urls(given) + _token(given)
+    if problems:
         raise SettingsError(sorted(problems))
-    return settings
+    return Settings(**values)
 
 
-def _sentence(error: ErrorDetails) -> str:
-    name = str(error["loc"][0]).upper() if error["loc"] else "environment"
-    if error["type"] == "missing":
-        return f"{name}: is required and not set"
-    text = error["msg"]
-    return f"{name}: {text[:1].lower()}{text[1:]}"
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings alone, whatever else `run` may need. Raises `SettingsError`."""
+    values, problems = _values({name.upper(): value for name, value in environ.items() if value != ""})
+    if problems:
+        raise SettingsError(sorted(problems))
+    return Settings(**values)
+
+
+def _values(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Every setting that is given and can be read, and a sentence for each that cannot."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, kind in get_type_hints(Settings, include_extras=True).items():
+        text = given.get(name.upper())
+        if text is None:
+            if name in REQUIRED:
+                problems.append(f"{name.upper()}: is required and not set")
+            continue
+        try:
+            values[name] = msgspec.convert(_spelled(name, text), kind, strict=False, dec_hook=_own_types)
+        except (msgspec.ValidationError, ValueError) as error:
+            problems.append(f"{name.upper()}: {_reason(str(error), text)}")
+    return values, problems
+
+
+def _spelled(name: str, text: str) -> object:
+    """The text as the reader takes it: a command is written as in a shell, and run without one; yes is true."""
+    if name in COMMANDS:
+        return tuple(shlex.split(text)) or None
+    return WORDS.get(text.lower(), text)
+
+
+def _own_types(kind: type, value: object) -> object:
+    if kind is Path or kind is Secret:
+        return kind(str(value))
+    raise NotImplementedError(kind)
+
+
+def _reason(said: str, text: str) -> str:
+    """What was wrong, in lower case and without the value: it may be a secret in the wrong place."""
+    said = said.replace(text, "…") if text else said
+    return said[:1].lower() + said[1:]
 
 
 def _missing(given: Mapping[str, str]) -> list[str]:
@@ -75,7 +113,7 @@ def _urls(given: Mapping[str, str]) -> list[str]:
             continue
         try:
             parts = urlsplit(given[name])
-            good = parts.scheme in schemes and bool(parts.hostname)
+            good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
         except ValueError:
             good = False
         if not good:

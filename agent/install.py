@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from uuid import UUID
 
 from agent import child, project
 from agent.child import Finished
@@ -303,12 +304,16 @@ def _is_left_over(name: str) -> bool:
     return False
 
 
+NOBODY = UUID(int=0)
+"""An image is baked for no session."""
+
+
 async def bake(directory: Path) -> Result:
     """Install in `directory` as an image does it once for all: no other user, no cache kept."""
     wanted = project.find(directory)
     if wanted is None:
         raise SystemExit(f"no package.json in {directory}")
-    settings = Settings.model_construct(project_dir=directory)
+    settings = Settings(project_id=NOBODY, session_id=NOBODY, project_dir=directory)
     installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=_say)
     await installer.open()
     try:

@@ -49,10 +49,10 @@ class Recorder:
         first = settings.realtime_token
         key = settings.realtime_api_key
         async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
-            tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+            tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
             api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
             topic = f"realtime:project:{settings.project_id}"
-            link = RealtimeStream(settings.realtime_url, key.get_secret_value() if key else None, topic, api)
+            link = RealtimeStream(settings.realtime_url, key.reveal() if key else None, topic, api)
             joined = asyncio.create_task(link.run(), name="link")
             try:
                 async with asyncio.timeout(60):

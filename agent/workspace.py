@@ -57,7 +57,7 @@ class Workspace:
         self.disk.clear_staging()
         if loaded is None:
             return None
-        self.disk.discard(path for path in loaded.intended if path not in loaded.tree.entries)
+        self.disk.discard(loaded.leftovers)
         return loaded if loaded.tree.cursor.epoch is not None else None
 
     def audit(self, loaded: LedgerState) -> tuple[Tree, tuple[Drift, ...]]:

@@ -74,6 +74,25 @@ def test_a_service_role_key_is_refused_wherever_it_hides() -> None:
     assert line.startswith("REALTIME_TOKEN: its role is service_role")
 
 
+@pytest.mark.parametrize("url", ["ftp://x", "ws://", "ws://h:99999/x", "nonsense", "ws://h:0/"])
+def test_a_url_that_leads_nowhere_is_refused(url: str) -> None:
+    (line,) = problems({**GOOD, "REALTIME_URL": url})
+    assert line.startswith("REALTIME_URL: must be a URL")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("on", True), ("yes", True), ("1", True), ("off", False), ("False", False)]
+)
+def test_yes_and_no_are_understood_as_people_write_them(text: str, value: bool) -> None:
+    assert read_environment({**GOOD, "OPTIMISTIC_EVENTS": text}).optimistic_events is value
+
+
+def test_a_secret_in_the_wrong_place_is_not_shown() -> None:
+    (line,) = problems({**GOOD, "DRIFT_POLICY": "canary"})
+    assert line.startswith("DRIFT_POLICY: ")
+    assert "canary" not in line
+
+
 @pytest.mark.parametrize("token", ["", "x.y", "a.b.c", "not a jwt"])
 def test_a_token_that_is_none_is_refused(token: str) -> None:
     assert problems({**GOOD, "REALTIME_TOKEN": token})[0].startswith("REALTIME_TOKEN: ")

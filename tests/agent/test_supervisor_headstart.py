@@ -15,6 +15,7 @@ import pytest
 
 from agent import headstart
 from agent.config import Settings
+from agent.environment import read_settings
 from agent.headstart import LEDGER, RECORD, HeadStart, begin
 from agent.supervisor import Supervisor
 from tests.agent.processes import free_port, running, until
@@ -41,10 +42,7 @@ class Machine:
     @contextlib.asynccontextmanager
     async def agent(self, early: HeadStart | None = None, **more: str) -> AsyncIterator[Supervisor]:
         environ = {**self.environ, **more}
-        known = {
-            name.lower(): value for name, value in environ.items() if name.lower() in Settings.model_fields
-        }
-        settings = Settings.model_validate({"project_id": UUID(int=1), "session_id": UUID(int=1), **known})
+        settings = read_settings({"PROJECT_ID": str(UUID(int=1)), "SESSION_ID": str(UUID(int=1)), **environ})
         supervisor = Supervisor(settings, environ=environ, early=early)
         task = asyncio.create_task(supervisor.run())
         try:
@@ -73,9 +71,9 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
 
 
 def test_its_defaults_are_those_of_the_settings() -> None:
-    fields = Settings.model_fields
-    assert fields["project_dir"].default == Path(headstart.PROJECT_DIR)
-    assert fields["state_dir"].default == Path(headstart.STATE_DIR)
+    settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1))
+    assert settings.project_dir == Path(headstart.PROJECT_DIR)
+    assert settings.state_dir == Path(headstart.STATE_DIR)
 
 
 async def test_what_was_ready_is_started_early_and_adopted(machine: Machine) -> None:

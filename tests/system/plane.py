@@ -175,6 +175,8 @@ class Agent:
     port: int = 0
     key: str = ""
     """The Idempotency-Key its session was made with."""
+    python: str = sys.executable
+    """The interpreter that runs it."""
 
     @property
     def tree(self) -> Path:
@@ -198,7 +200,7 @@ class Agent:
         }
         with (self.directory / "agent.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent", "run"],
+                [self.python, "-m", "agent", "run"],
                 env=environ,
                 stdout=log,
                 stderr=log,
