@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
@@ -37,8 +38,11 @@ async def test_a_recording_replays_to_the_same_tree(database: str, tmp_path: Pat
 
         listening = asyncio.create_task(listen())
 
+        numbers = itertools.count()
+
         async def events() -> bool:
-            await project.save("src/probe.ts", f"{len(heard)}\n")
+            # Another content each time: a repeat is no commit, and says nothing.
+            await project.save("src/probe.ts", f"{next(numbers)}\n")
             return any("file:update" in line for line in heard)
 
         await eventually("the recorder is on the channel", events, 30)
