@@ -141,9 +141,7 @@ class Report(Collector):
     def _link_down_for(self) -> float:
         if self.link.state is LinkState.LIVE:
             return 0.0
-        since = self.link.report()["since"]
-        assert isinstance(since, float)
-        return time.time() - since
+        return time.time() - self.link.since
 
     def _problems(self) -> list[Problem]:
         return [*self.problems.open.values(), *self.link.problems(), *self.dev.problems()]

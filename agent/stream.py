@@ -167,6 +167,11 @@ class RealtimeStream:
         """What the link is doing."""
         return self._phoenix.state
 
+    @property
+    def since(self) -> float:
+        """Since when it has been doing that, Unix seconds."""
+        return self._state_since
+
     async def run(self) -> None:
         """Own the link until cancelled; then leave the channel and close the socket."""
         self._clock = asyncio.get_running_loop().time
