@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -161,26 +160,6 @@ async def receive_official(port: int) -> float:
     return wanted / took
 
 
-async def idle(port: int, seconds: float) -> tuple[float, float]:
-    """Our link with nothing to do: resident MB of the process, and the share of a core it uses."""
-    from agent.stream import RealtimeStream
-    from agent.tokens import Tokens
-    from tests.fakes.realtime import jwt
-
-    tokens = Tokens(jwt(time.time() + 600, time.time()))
-    link = RealtimeStream(f"ws://127.0.0.1:{port}/realtime/v1", "key", "realtime:nobody", tokens)
-    running = asyncio.create_task(link.run())
-    await link.receive()
-    link.caught_up()
-    await asyncio.sleep(2)
-    before = time.process_time()
-    await asyncio.sleep(seconds)
-    share = (time.process_time() - before) / seconds
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, share
-
-
 def measure(who: str, port: int) -> list[float]:
     """One measurement in a process of its own."""
     command = [sys.executable, "-m", "bench.link", who, str(port)]
@@ -191,7 +170,7 @@ def measure(who: str, port: int) -> list[float]:
 
 
 def run(quick: bool) -> Sequence[Row]:
-    """Ours and the official client in turn, then an idle link."""
+    """Ours and the official client in turn."""
     command = [sys.executable, "-m", "bench.link", "server"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -202,7 +181,6 @@ def run(quick: bool) -> Sequence[Row]:
             "official": lambda: measure("official", port)[0],
         }
         samples = in_turn(contestants, 3 if quick else 15)
-        memory, share = measure("idle", port)
     finally:
         server.communicate("")
     ours, official = samples["ours"], samples["official"]
@@ -211,8 +189,6 @@ def run(quick: bool) -> Sequence[Row]:
             "receive + decode, 1 KB broadcasts", median(ours), "messages per core-second", "realtime",
             median(official), ratio_of(ours, official), sense="speed", at_least=10.0, samples=len(ours),
         ),
-        Row("idle link, processor", share * 100, "% of a core", sense="time", at_most=0.2, samples=1),
-        Row("idle link, resident", memory, "MB", sense="memory", samples=1, note="a process of its own"),
     ]  # fmt: skip
 
 
@@ -222,8 +198,6 @@ if __name__ == "__main__":
             asyncio.run(serve_broadcasts())
         case ["ours", port]:
             print(asyncio.run(receive_ours(int(port))), 0)
-        case ["idle", port]:
-            print(*asyncio.run(idle(int(port), 10)))
         case ["official", port]:
             print(asyncio.run(receive_official(int(port))), 0)
         case _:
