@@ -26,6 +26,7 @@ from agent.jail import OPEN_DIRECTORY, Blocked, Jail, is_twin
 from agent.ledger import Done, FileStat
 from agent.looks import Drift, compare, look
 from agent.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.problems import ProblemKind
 from agent.staging import NO_EXCHANGE, Staging, Temp, exchange
 
 _UNUSABLE = {
@@ -42,7 +43,7 @@ _UNUSABLE = {
 }
 """What a system error says about this path alone. Every other error is the environment's."""
 
-_ENVIRONMENT = {
+_ENVIRONMENT: Mapping[int, ProblemKind] = {
     errno.ENOSPC: "disk_full",
     errno.EDQUOT: "disk_full",
     errno.EACCES: "permission_denied",

@@ -16,6 +16,7 @@ from typing import NewType
 from immutables import Map
 
 from agent.errors import PathRefused
+from agent.problems import ProblemKind
 
 RelPath = NewType("RelPath", str)
 """A path that passed `parse_path`: relative, `/`-separated, NFC, no tricks."""
@@ -182,7 +183,7 @@ class Change:
 class Problem:
     """Something wrong that a person should see: `kind` is the metric's label, `rule` its refinement."""
 
-    kind: str
+    kind: ProblemKind
     detail: str
     path: str | None = None
     rule: str | None = None

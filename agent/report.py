@@ -17,13 +17,14 @@ from agent.catchup import CatchUp
 from agent.config import Settings
 from agent.model import Problem
 from agent.phoenix import LinkState
+from agent.problems import ProblemKind
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor
 from agent.sync import Sync
 from agent.telemetry import Metrics, Redactor
 
-HARMLESS = frozenset({"drift", "path_refused", "path_unusable", "hmr_unreachable"})
+HARMLESS: frozenset[ProblemKind] = frozenset({"drift", "path_refused", "path_unusable", "hmr_unreachable"})
 """Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 

@@ -13,22 +13,7 @@ import httpx
 import orjson
 
 from agent.errors import Unavailable
-
-REMEDIES: Mapping[str, str] = {
-    "disk_full": "free space on the project's file system; it is retried by itself",
-    "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
-    "read_only": "mount the project's file system writable",
-    "too_many_open_files": "raise the limit of open files",
-    "session_api_unreachable": "check SESSION_API_URL and the orchestrator; live events go on",
-    "token_refused": "the session is over or its key was rotated; start a new session",
-    "mass_delete": "a snapshot would delete most files; check the project in the database",
-    "install_failed": "mend package.json or its lock file; the old preview stays until then",
-    "drift": "something in the container changed files; DRIFT_POLICY=restore puts them back",
-    "path_refused": "rename the file; its path can never be written",
-    "path_unusable": "something else stands at that path in the container",
-    "snapshot_rejected": "it is built anew by itself; if it goes on, look at the orchestrator's log",
-}
-"""What a person can do about a kind of problem."""
+from agent.problems import REMEDIES
 
 SPARKS = "▁▂▃▄▅▆▇█"
 

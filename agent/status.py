@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agent.model import Problem
+from agent.problems import ProblemKind
 from agent.telemetry import Metrics, get_logger
 
 log = get_logger("status")
@@ -72,7 +73,7 @@ class Problems:
     """The open problems: raised by whoever meets them, cleared by whoever sees them gone."""
 
     metrics: Metrics
-    open: dict[tuple[str, str | None], Problem] = field(default_factory=dict)
+    open: dict[tuple[ProblemKind, str | None], Problem] = field(default_factory=dict)
     dropped: int = 0
 
     def add(self, problem: Problem) -> None:
@@ -92,7 +93,7 @@ class Problems:
         self.open[key] = problem
         self._show()
 
-    def clear(self, kind: str, path: str | None = None) -> None:
+    def clear(self, kind: ProblemKind, path: str | None = None) -> None:
         """The problem is gone. Nothing happens when there was none."""
         if self.open.pop((kind, path), None) is not None:
             log.info("problem.closed", kind=kind, file_path=path)
@@ -103,7 +104,7 @@ class Problems:
         for kind, where in [key for key in self.open if key[1] == path]:
             self.clear(kind, where)
 
-    def clear_kinds(self, *kinds: str) -> None:
+    def clear_kinds(self, *kinds: ProblemKind) -> None:
         """These kinds are over, on every path."""
         for kind, where in [key for key in self.open if key[0] in kinds]:
             self.clear(kind, where)

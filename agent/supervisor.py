@@ -40,6 +40,7 @@ from agent.errors import DevServerFailed
 from agent.headstart import HeadStart
 from agent.install import How, Installer, Result
 from agent.model import Problem, RelPath
+from agent.problems import ProblemKind
 from agent.project import Project, ProjectUnreadable
 from agent.readiness import Seen, Verdict
 from agent.reaper import Reaper
@@ -151,7 +152,9 @@ class Supervisor:
         found = [self._install_problem, self._start_problem]
         if self.state in (State.FAILED, State.BACKOFF) and self._machine.reason != "install":
             last = "\n".join(list(self._lines)[-10:])
-            found.append(Problem(f"dev_server_{self.state}", last or "no output", rule=self._machine.reason))
+            failed = self.state is State.FAILED
+            kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
+            found.append(Problem(kind, last or "no output", rule=self._machine.reason))
         if self.ready and self._seen and self._seen.verdict is Verdict.SOCKETLESS:
             found.append(Problem("hmr_unreachable", self._seen.detail))
         return tuple(problem for problem in found if problem)

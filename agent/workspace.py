@@ -17,12 +17,19 @@ from agent.drift import Observed
 from agent.errors import Unavailable
 from agent.ledger import FileStat, Ledger, LedgerState
 from agent.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
+from agent.problems import ProblemKind
 from agent.status import Problems
 from agent.telemetry import get_logger
 
 log = get_logger("workspace")
 
-ENVIRONMENT_PROBLEMS = ("disk_full", "permission_denied", "read_only", "too_many_open_files", "io_error")
+ENVIRONMENT_PROBLEMS: tuple[ProblemKind, ...] = (
+    "disk_full",
+    "permission_denied",
+    "read_only",
+    "too_many_open_files",
+    "io_error",
+)
 """Kinds that speak of the machine, not of a path: one batch that lands shows that they are over."""
 
 
