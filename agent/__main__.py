@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="hydrate, start the dev server, follow the project until told to stop")
     commands.add_parser("check", help="settings, reach, permissions, disk, ports, Node: one line each")
-    status = commands.add_parser("status", help="what the running agent is doing, on one screen")
+    status = commands.add_parser(
+        "status",
+        help="what the running agent is doing, on one screen",
+        epilog="exit codes: 0 ready, 1 running and not ready, 69 nobody answers",
+    )
     status.add_argument("--json", action="store_true", help="the whole report as JSON")
     status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     status.add_argument(
@@ -93,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _run()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read us has seen enough (`| head`); what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SettingsError as error:
         for problem in error.problems:
             print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
@@ -129,7 +138,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from agent.screen import show
 
     url = arguments.url or f"http://127.0.0.1:{os.environ.get('HEALTH_PORT', '9464')}"
-    return show(url, as_json=arguments.json, watch=arguments.watch, say=print)
+    # A terminal without UTF-8 shows question marks instead of the line of lags, and everything else.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return show(
+        url, sys.stdout, sys.stderr, as_json=arguments.json, watch=arguments.watch, environ=os.environ
+    )
 
 
 def _record(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,20 @@
 """`preview-agent status`: the running agent's own report on one screen, for people who look at a machine.
 
-Reads `/status` over HTTP like anybody else; nothing here knows the agent's insides.
+Reads `/status` over HTTP like anybody else; nothing here knows the agent's insides. On a terminal lines are wrapped to
+its width and the words that matter are coloured (unless NO_COLOR is set); into a pipe goes plain text, one screen after
+another. What the report quotes, the dev server's output and paths, loses its control characters first: a project must
+not write to the operator's terminal.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import textwrap
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 import httpx
 import orjson
@@ -16,47 +23,141 @@ from agent.errors import Unavailable
 from agent.problems import REMEDIES
 
 SPARKS = "▁▂▃▄▅▆▇█"
+MARGIN = 13
+"""Columns before what a row says."""
+MOST_PATHS = 3
+"""Of one kind of problem; a thousand refused paths have one remedy."""
+EVERY = 1.0
+"""Seconds between two looks with `--watch`."""
+
+GREEN, YELLOW, RED, DIM, PLAIN = "32", "33", "31", "2", ""
+COLOURS = {
+    **dict.fromkeys(("serving", "live", "ready"), GREEN),
+    **dict.fromkeys(("halted", "stopped", "failed", "refused"), RED),
+}
+"""Of states; what is on its way somewhere is yellow."""
+
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a screen is drawn. `columns` None: as long as they come."""
+
+    columns: int | None = None
+    colour: bool = False
+
+    def paint(self, text: str, colour: str) -> str:
+        """`text`, coloured where there is colour."""
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
+
+    def row(self, label: str, text: str, colour: str = PLAIN, colour_of_text: str = PLAIN) -> Iterator[str]:
+        """One row, wrapped below itself. `colour`: of the first word; `colour_of_text`: of all the rest."""
+        whole = f"{label:<{MARGIN}}{text}"
+        lines = [whole]
+        if self.columns is not None:
+            indent = " " * min(MARGIN, self.columns // 3)
+            lines = textwrap.wrap(whole, self.columns, subsequent_indent=indent, break_on_hyphens=False)
+        for number, line in enumerate(lines):
+            at = len(label.ljust(MARGIN)) if number == 0 else 0
+            word = re.match(r"\S*", line[at:])
+            end = at + (len(word[0]) if word and colour and number == 0 else 0)
+            yield (
+                self.paint(line[:at], DIM)
+                + self.paint(line[at:end], colour)
+                + self.paint(line[end:], colour_of_text)
+            )
+
+
+PIPE = Look()
+
+
+def look_of(out: TextIO, environ: Mapping[str, str]) -> Look:
+    """How to draw on `out`: the width of its terminal, colour unless the person said no (no-color.org)."""
+    if not out.isatty():
+        return PIPE
+    colour = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return Look(max(20, os.get_terminal_size(out.fileno()).columns), colour)
 
 
 def read_status(url: str) -> dict[str, Any]:
-    """The report at `url` (the health server's base). Raises `Unavailable` when nobody answers."""
+    """The report at `url` (the health server's base). Raises `Unavailable` when no agent answers."""
     try:
         answer = httpx.get(f"{url.rstrip('/')}/status", timeout=5, trust_env=False)
         answer.raise_for_status()
-        report: dict[str, Any] = orjson.loads(answer.content)
-    except (httpx.HTTPError, ValueError) as error:
+        report = orjson.loads(answer.content)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Unavailable(f"the agent at {url}", type(error).__name__) from None
+    if not isinstance(report, dict) or "agent_version" not in report:
+        raise Unavailable(f"the agent at {url}", "what answers there is something else")
     return report
 
 
-def render(report: Mapping[str, Any], *, now: float) -> str:
-    """The screen for `report`. `now` in Unix seconds."""
-    link, dev, hydrate = report["link"], report["dev_server"], report["hydrate"]
+def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[str]:
+    """The screen's lines for `report`. `now` in Unix seconds."""
+    report = _printable(report)
+    link, dev, lags = report["link"], report["dev_server"], report["recent_lags_seconds"]
     behind = report["head_revision"] - report["revision"]
-    head = "at the head" if behind <= 0 else f"{behind} behind {report['head_revision']}"
-    mode = hydrate["mode"] or "no tree yet"
-    lines = [
-        f"{report['state']}{'' if report['ready'] else ' (not ready)'}   preview-agent {report['agent_version']},"
-        f" up {_span(report['uptime_seconds'])}",
-        f"  project    {report['project_id']}   session {report['session_id']}",
-        f"  tree       revision {report['revision']} ({head}), {report['files']} files, {mode}",
-        f"  lag        {sparkline(report['recent_lags_seconds'])}  last {_ms(report['last_lag_seconds'])}",
-        f"  link       {link['state']} since {_ago(link['since'], now)}; last frame {_ago(link['last_frame_at'], now)},"
-        f" event {_ago(link['last_event_at'], now)}, catch-up {_ago(link['last_catch_up_at'], now)}",
-        f"  dev server {dev['state']}{_because(dev['reason'])} at {dev['url']}, {dev['restarts']} restarts",
+    head = "at the head" if behind <= 0 else f"{behind} behind the head, {report['head_revision']}"
+    state = report["state"]
+    summary = f"{'' if report['ready'] else '(not ready)   '}preview-agent {report['agent_version']}"
+    room = (
+        None
+        if look.columns is None
+        else max(8, look.columns - MARGIN - len("   last 9999 ms, worst 9999 ms"))
+    )
+    rows: list[tuple[str, str, str]] = [
+        ("  project", report["project_id"], PLAIN),
+        ("  session", report["session_id"], PLAIN),
+        ("  tree", f"revision {report['revision']} ({head}), {report['files']} files", PLAIN),
+        ("  lag", f"{sparkline(lags[-room:] if room else lags)}   {_lags(lags)}", PLAIN),
+        (
+            "  link",
+            f"{link['state']}{_because(link['why'] if link['state'] != 'live' else None)} for"
+            f" {_span(max(0.0, now - link['since']))}; last frame {_ago(link['last_frame_at'], now)},"
+            f" event {_ago(link['last_event_at'], now)}, catch-up {_ago(link['last_catch_up_at'], now)}",
+            COLOURS.get(link["state"], YELLOW),
+        ),
+        (
+            "  dev server",
+            f"{dev['state']}{_because(dev['reason'])} at {dev['url']}, restarted {_times(dev['restarts'])}",
+            COLOURS.get(dev["state"], YELLOW),
+        ),
     ]
     if report["catch_up"]:
-        lines.append(f"  catch-up   wanted: {', '.join(report['catch_up'])}")
-    for problem in report["problems"]:
-        where = f" {problem['file_path']}" if problem["file_path"] else ""
-        first = str(problem["detail"]).splitlines()[0] if problem["detail"] else ""
-        lines.append(f"  ! {problem['kind']}{where}: {first}")
-        if problem["kind"] in REMEDIES:
-            lines.append(f"      → {REMEDIES[problem['kind']]}")
-    return "\n".join(lines)
+        rows.append(("  catch-up", f"wanted: {', '.join(report['catch_up'])}", PLAIN))
+    uptime = f"up {_span(report['uptime_seconds'])}, {report['hydrate']['mode'] or 'no tree yet'}"
+    lines = [f"{look.paint(state, COLOURS.get(state, YELLOW))} {summary}, {uptime}"]
+    for label, text, colour in rows:
+        lines += look.row(label, text, colour)
+    return lines + list(_problems(report["problems"], look))
 
 
-def sparkline(values: list[float]) -> str:
+def _problems(problems: Sequence[Mapping[str, Any]], look: Look) -> Iterator[str]:
+    """Each kind once, with its first paths and what to do about it."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        kinds.setdefault(problem["kind"], []).append(problem)
+    for kind, found in kinds.items():
+        yield from look.row("  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED)
+        for problem in found[:MOST_PATHS]:
+            yield from look.row("", _told(problem))
+        if len(found) > MOST_PATHS:
+            yield from look.row("", f"… and {len(found) - MOST_PATHS} more in --json")
+        remedy = REMEDIES.get(kind)  # type: ignore[call-overload]
+        if remedy:
+            yield from look.row("", f"→ {remedy}", colour_of_text=YELLOW)
+
+
+def _told(problem: Mapping[str, Any]) -> str:
+    """One problem in one line: of a log's tail what looks like the reason."""
+    path, detail = problem["file_path"], str(problem["detail"] or "")
+    lines = [line.strip() for line in detail.splitlines() if line.strip()]
+    told = " / ".join([line for line in lines if "error" in line.lower()][:3] or lines[-3:])
+    return told if not path or path in told else f"{path}: {told}"
+
+
+def sparkline(values: Sequence[float]) -> str:
     """One character a value, on a scale from nothing to the largest."""
     top = max(values, default=0.0)
     return "".join(SPARKS[min(7, int(8 * value / top))] if top else SPARKS[0] for value in values) or "–"
@@ -64,31 +165,92 @@ def sparkline(values: list[float]) -> str:
 
 def show(
     url: str,
+    out: TextIO,
+    err: TextIO,
     *,
     as_json: bool,
     watch: bool,
-    say: Callable[[str], None],
+    environ: Mapping[str, str],
     sleep: Callable[[float], None] = time.sleep,
 ) -> int:
     """Print the status of the agent at `url`; with `watch` again every second until interrupted.
 
-    Returns 0 when it is ready, 1 when not, 69 when nobody answers.
+    Returns 0 when it is ready, 1 when it is not, 69 when nobody answers: with `watch`, at the last look.
     """
-    while True:
-        try:
-            report = read_status(url)
-        except Unavailable as error:
+    code, drawn = 69, Drawn(out)
+    try:
+        while True:
+            lines: list[str] = []
+            try:
+                report = read_status(url)
+            except Unavailable as error:
+                code, sorry = 69, f"{error}; is it running, and is this its HEALTH_PORT?"
+                if not watch or as_json:
+                    err.write(f"{sorry}\n")
+                    err.flush()
+                else:
+                    lines = textwrap.wrap(sorry, look_of(out, environ).columns or len(sorry))
+            else:
+                code = 0 if report["ready"] else 1
+                if as_json:
+                    option = orjson.OPT_INDENT_2 if out.isatty() and not watch else 0
+                    lines = [orjson.dumps(report, option=option).decode()]
+                else:
+                    lines = render(report, now=time.time(), look=look_of(out, environ))
+            drawn.draw(lines, again=watch and not as_json)
             if not watch:
-                say(f"{error}; is it running, and is this its HEALTH_PORT?")
-                return 69
-            text, code = str(error), 69
+                return code
+            sleep(EVERY)
+    except KeyboardInterrupt:
+        drawn.end()
+        return code
+
+
+class Drawn:
+    """What stands on the terminal, to be drawn over in place; into a pipe, one screen after another."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._height = 0
+        self._size: os.terminal_size | None = None
+
+    def draw(self, lines: Sequence[str], *, again: bool) -> None:
+        """Draw `lines`; with `again` over those of the last time, and no more of them than the terminal has."""
+        if not again:
+            self._out.write("".join(f"{line}\n" for line in lines))
+        elif not self._out.isatty():
+            self._out.write("".join(f"{line}\n" for line in [*lines, ""]))
         else:
-            code = 0 if report["ready"] else 1
-            text = orjson.dumps(report).decode() if as_json else render(report, now=time.time())
-        say(f"\x1b[2J\x1b[H{text}" if watch and not as_json else text)
-        if not watch:
-            return code
-        sleep(1.0)
+            size = os.get_terminal_size(self._out.fileno())
+            if len(lines) >= size.lines:
+                lines = [*lines[: size.lines - 2], f"… {len(lines) - size.lines + 2} more lines"]
+            home = f"\x1b[{self._height}A" if self._height else ""
+            if self._size not in (None, size):
+                home = "\x1b[2J\x1b[H"  # the terminal has wrapped what was there in its own way
+            body = "".join(f"\x1b[K{line}\n" for line in lines)
+            # Without automatic wrapping a line that is wider than it looks is cut, and the count stays right.
+            self._out.write(f"\r{home}\x1b[?7l{body}\x1b[?7h\x1b[J")
+            self._height, self._size = len(lines), size
+        self._out.flush()
+
+    def end(self) -> None:
+        """The last screen stays, and the prompt comes below it."""
+        if self._height:
+            self._out.write("\n")
+            self._out.flush()
+
+
+def _printable(value: Any) -> Any:
+    """`value` without anything that a terminal would take for an order."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("", value)
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
+
+
+def _lags(lags: Sequence[float]) -> str:
+    return f"last {_ms(lags[-1])}, worst {_ms(max(lags))}" if lags else "no event yet"
 
 
 def _span(seconds: float) -> str:
@@ -101,8 +263,12 @@ def _ago(moment: float | None, now: float) -> str:
     return "never" if moment is None else f"{_span(max(0.0, now - moment))} ago"
 
 
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1000:.0f} ms"
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
 
 
 def _because(reason: str | None) -> str:
