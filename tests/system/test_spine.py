@@ -122,4 +122,4 @@ def test_status_is_one_screen_and_its_exit_code_is_readiness(stack: Stack) -> No
     assert json.loads(whole.stdout)["session_id"] == stack.info["session_id"]
     nobody = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True, timeout=20)
     assert nobody.returncode == 69
-    assert "is it running" in nobody.stdout
+    assert "is it running" in nobody.stderr
