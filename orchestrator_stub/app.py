@@ -21,7 +21,7 @@ import orjson
 import psycopg
 import psycopg_pool
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -55,7 +55,20 @@ UP = frozenset({"serving", "degraded"})
 """Agent states in which the preview answers (protocol: states)."""
 
 Body = TypeVar("Body", bound=BaseModel)
-Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strict=True)]
+NO_NUL = r"^[^\x00]*$"
+"""PostgreSQL's text holds every character but this one."""
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strict=True, pattern=NO_NUL)]
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""JSON has one kind of number: 7.0 is a whole one, "7" and true are none."""
+
+Revision = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1), WHOLE]
 
 
 class CreateBody(BaseModel):
@@ -63,25 +76,29 @@ class CreateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     project_id: UUID
-    generation: int | None = Field(None, ge=1, le=1_000_000, strict=True)
-    ttl_seconds: float | None = Field(None, ge=60)
+    generation: Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE] | None = None
+    ttl_seconds: float | None = Field(None, ge=60, strict=True)
 
 
 class SnapshotBody(BaseModel):
     """`POST /v1/sessions/{id}/snapshot`."""
 
     model_config = ConfigDict(extra="forbid")
-    rebuild: bool = False
+    rebuild: Annotated[bool, Field(strict=True)] = False
 
 
 class SyncBody(BaseModel):
     """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
 
     epoch: Text | None = None
-    revision: int = Field(ge=0, le=2**63 - 1, strict=True)
+    revision: Revision
     reason: Text
     paths: (
-        Annotated[list[Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=5000)] | None
+        Annotated[
+            list[Annotated[str, StringConstraints(max_length=1024, strict=True, pattern=NO_NUL)]],
+            Field(max_length=5000),
+        ]
+        | None
     ) = None
 
 
@@ -92,7 +109,7 @@ class StatusBody(BaseModel):
     state: Literal[
         "starting", "hydrating", "installing", "serving", "degraded", "draining", "stopped", "halted"
     ]
-    revision: int = Field(ge=0, le=2**63 - 1)
+    revision: Revision
     epoch: Text | None = None
     tree_hash: Text | None = None
 
@@ -152,9 +169,9 @@ class Api:
         if not await self._may(caller, body.project_id):
             raise unknown
         key = request.headers.get("idempotency-key")
-        if key is not None and not (0 < len(key) <= 255 and key.isprintable()):
+        if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
             raise Refusal(
-                400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable characters."
+                400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable ASCII characters."
             )
         ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
         try:
@@ -187,13 +204,12 @@ class Api:
         if project_id is not None and not await self._may(caller, project_id):
             raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
         limit = request.query_params.get("limit", "100")
-        if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit) <= 1000):
+        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4 and 1 <= int(limit) <= 1000):
             raise Refusal(400, "bad_query", "limit must be a whole number from 1 to 1000.")
-        sessions = await self._store.listing(
-            project_id=project_id,
-            ended=request.query_params.get("ended") == "true",
-            limit=int(limit),
-        )
+        ended = request.query_params.get("ended", "false")
+        if ended not in ("true", "false"):
+            raise Refusal(400, "bad_query", "ended must be true or false.")
+        sessions = await self._store.listing(project_id=project_id, ended=ended == "true", limit=int(limit))
         return _json({"sessions": [session_form(session) for session in sessions]})
 
     async def show(self, request: Request) -> Response:
@@ -211,6 +227,8 @@ class Api:
         """A signed snapshot of the session's project as it is now."""
         session = await self._seen(request)
         body = await self._body(request, SnapshotBody)
+        if session.state not in LIVE:
+            raise _over(session)
         offer = await self._snapshots.offer(session.project_id, rebuild=body.rebuild)
         return _json({"snapshot_url": offer.url, "manifest": offer.manifest})
 
@@ -259,7 +277,7 @@ class Api:
             claims.generation,
             ready=body.state in UP,
             lease=self._settings.lease_seconds,
-            status=body.model_dump(),
+            status=body.model_dump_json(),
         )
         if kept is None:
             # Another generation's machine has the session, or nobody is to have it any more.
@@ -337,11 +355,11 @@ class Api:
         if session.project_id != claims.project_id:
             raise Refusal(403, "foreign_session", "The token is another project's.")
         if session.state in ENDED:
-            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+            raise _over(session)
 
     def _check_live(self, session: Session, claims: SessionClaims) -> None:
         if session.state not in LIVE:
-            raise Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
+            raise _over(session)
         if session.generation != claims.generation:
             raise Refusal(
                 409,
@@ -367,18 +385,14 @@ class Api:
             raise Refusal(400, "bad_body", said[:1000], extra={"errors": errors}) from None
 
     def _route(self, path: str, **methods: Callable[[Request], Awaitable[Response]]) -> Route:
-        """One path. A method it does not have is a 405 problem that says which it has."""
+        """One path and its methods."""
 
         async def endpoint(request: Request) -> Response:
-            respond = methods.get("GET" if request.method == "HEAD" else request.method)
-            if respond is None:
-                allow = ", ".join(sorted(methods))
-                raise Refusal(405, "method_not_allowed", f"This path answers {allow}.", allow=allow)
+            respond = methods["GET" if request.method == "HEAD" else request.method]
             async with asyncio.timeout(self._settings.request_timeout):
                 return await respond(request)
 
-        every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-        return Route(path, guarded(endpoint), methods=every)
+        return Route(path, guarded(endpoint), methods=[*methods])
 
 
 def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -406,10 +420,13 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 async def unknown_path(request: Request, error: Exception) -> Response:
     """What Starlette itself turns away, in our form."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    kinds = {404: "path_unknown", 405: "method_not_allowed"}
-    detail = {404: f"Nothing is served at {request.url.path}."}.get(status, "The request cannot be served.")
-    return render(Refusal(status, kinds.get(status, "refused"), detail))
+    assert isinstance(error, HTTPException)
+    allow = (error.headers or {}).get("Allow")
+    kind, detail = {
+        404: ("path_unknown", f"Nothing is served at {request.url.path}."),
+        405: ("method_not_allowed", f"This path answers {allow}."),
+    }.get(error.status_code, ("refused", "The request cannot be served."))
+    return render(Refusal(error.status_code, kind, detail, allow=allow))
 
 
 async def broken(request: Request, error: Exception) -> Response:
@@ -468,6 +485,10 @@ def _bearer(request: Request) -> str:
 
 def _unknown_session(session_id: UUID) -> Refusal:
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
+
+
+def _over(session: Session) -> Refusal:
+    return Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
 
 
 def _uuid(text: str, what: str) -> UUID:

@@ -16,7 +16,6 @@ from uuid import UUID
 
 import psycopg
 from psycopg.rows import class_row, dict_row
-from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.machines import Machine
@@ -188,21 +187,22 @@ class SessionStore:
         )
 
     async def report(
-        self, session_id: UUID, generation: int, *, ready: bool, lease: float, status: Mapping[str, object]
+        self, session_id: UUID, generation: int, *, ready: bool, lease: float, status: str
     ) -> Session | None:
-        """A heartbeat of the machine of `generation`. None: the session or the generation is over."""
+        """A heartbeat of the machine of `generation`; `status` is JSON. None: the session or the generation is over."""
         return await self._one(
             "update preview.sessions set"
             " state = case when %(ready)s then 'ready' else state end,"
             " state_since = case when %(ready)s and state <> 'ready' then now() else state_since end,"
-            " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s, status_at = now()"
+            " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s::jsonb, status_at = now()"
             " where id = %(id)s and generation = %(generation)s and state = any(%(from)s)",
             {
                 "id": session_id,
                 "generation": generation,
                 "ready": ready,
                 "lease": lease,
-                "status": Jsonb(dict(status)),
+                # jsonb holds every character but NUL, and an agent repeats what other programs said.
+                "status": status.replace("\\u0000", "\\ufffd"),
                 "from": _names(sources(Event.REPORT)),
             },
         )

@@ -46,7 +46,8 @@ def status_report(head: dict[str, Any], **changed: Any) -> dict[str, Any]:
 async def report(world: World, session: dict[str, Any], token: str, **changed: Any) -> httpx.Response:
     return await world.http.put(
         f"/v1/sessions/{session['session_id']}/status",
-        json=status_report({"revision": 0, "epoch": None}, **changed),
+        # `json.dumps` writes NaN, as lax clients do; `json=` would not.
+        content=json.dumps(status_report({"revision": 0, "epoch": None}, **changed)),
         headers=bearer(token),
     )
 
@@ -193,6 +194,7 @@ async def test_ending_twice_is_ending_once(world: World) -> None:
         await asyncio.sleep(0.01)
     assert not world.platform.machines
     assert (await world.http.delete(path, headers=SERVICE)).status_code == 200
+    assert_problem(await world.http.post(f"{path}/snapshot", headers=SERVICE), 410, "session_over")
     token = bearer(world.token(session))
     body = {"epoch": None, "revision": 0, "reason": "join"}
     assert_problem(await world.http.post(f"{path}/sync", json=body, headers=token), 410, "session_over")
@@ -288,6 +290,17 @@ async def test_a_heartbeat_tells_the_agent_to_sync_when_it_is_behind_or_differen
     assert (await report(world, session, token, **level, tree_hash="0" * 64)).json()["action"] == "sync"
     line = b"a\0" + hashlib.sha256(b"a").hexdigest().encode() + b"\n"
     assert head["tree_hash"] == hashlib.sha256(line).hexdigest()
+
+
+async def test_a_report_is_kept_whatever_text_is_in_it(world: World) -> None:
+    """PostgreSQL's jsonb holds neither a NUL nor NaN, and an agent repeats what other programs said."""
+    session = await world.session()
+    token = world.token(session)
+    odd = [{"kind": "install_failed", "detail": "exit\0 code \U0001f4a5"}]
+    answer = await report(world, session, token, problems=odd, **{"\0": 2**70, "rate": float("nan")})
+    assert answer.status_code == 200, answer.text
+    [[kept]] = await world.sql("select status from preview.sessions where id = %s", session["session_id"])
+    assert kept["problems"][0]["detail"].endswith("\U0001f4a5")
 
 
 async def test_a_token_is_renewed_by_the_machine_it_belongs_to(world: World) -> None:
@@ -387,9 +400,10 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
     for method, route in ROUTES:
         headers = token if route.endswith(OURS) else SERVICE
         path = route.replace("{id}", session["session_id"])
-        wrong = await world.http.request("PATCH", path, headers=headers)
-        assert_problem(wrong, 405, "method_not_allowed")
-        assert method in wrong.headers["allow"]
+        for unknown_method in ("PATCH", "TRACE", "BREW"):
+            wrong = await world.http.request(unknown_method, path, headers=headers)
+            assert_problem(wrong, 405, "method_not_allowed")
+            assert method in wrong.headers["allow"]
         if method in ("POST", "PUT") and not route.endswith("token"):
             for junk in (
                 b"{",
@@ -403,7 +417,12 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
             huge = b'{"x": "' + b"x" * world.settings.body_limit + b'"}'
             answer = await world.http.request(method, path, content=huge, headers=headers)
             assert_problem(answer, 413, "body_too_large")
-        for nobody in (str(uuid4()), "junk", "%00"):
+            if route.endswith("sync"):
+                for odd in ({"epoch": "\0"}, {"epoch": "x", "paths": ["a\0b"]}):
+                    body = {"epoch": None, "revision": 0, "reason": "gap", **odd}
+                    answer = await world.http.request(method, path, json=body, headers=headers)
+                    assert_problem(answer, 400, "bad_body")
+        for nobody in (str(uuid4()), "junk", "%00", "%ff"):
             if "{id}" in route and not route.endswith(OURS):
                 answer = await world.http.request(
                     method, route.replace("{id}", nobody), json={}, headers=headers
@@ -414,13 +433,17 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
     assert_problem(unknown, 404, "project_unknown")
     extra = {"project_id": session["project_id"], "machine": "big"}
     assert_problem(await world.http.post("/v1/sessions", json=extra, headers=SERVICE), 400, "bad_body")
-    long = await world.http.post(
-        "/v1/sessions",
-        json={"project_id": session["project_id"]},
-        headers=SERVICE | {"Idempotency-Key": "k" * 256},
-    )
-    assert_problem(long, 400, "bad_idempotency_key")
-    assert_problem(await world.http.get("/v1/sessions?limit=0", headers=SERVICE), 400, "bad_query")
+    for key in ("k" * 256, "", "\u00e9", "a\tb"):
+        answer = await world.http.post(
+            "/v1/sessions",
+            json={"project_id": session["project_id"]},
+            headers=SERVICE | {"Idempotency-Key": key.encode("latin-1")},
+        )
+        assert_problem(answer, 400, "bad_idempotency_key")
+    for query in ("limit=0", "limit=1001", "limit=x", "limit=" + "9" * 5000, "ended=maybe"):
+        assert_problem(await world.http.get(f"/v1/sessions?{query}", headers=SERVICE), 400, "bad_query")
+    for query in ("project_id=junk", f"project_id={uuid4()}x"):
+        assert_problem(await world.http.get(f"/v1/sessions?{query}", headers=SERVICE), 404, "project_unknown")
     assert await world.sql("select count(*) from preview.sessions") == before, "nothing half-made"
 
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from orchestrator_stub.migrations import read_migrations
-from orchestrator_stub.operations import openapi_document
+from orchestrator_stub.openapi import openapi_document
 from tests.orchestrator.control_world import SERVICE_KEY, bearer
 
 SECRET = "a secret of at least thirty-two bytes, for the tests"

@@ -1,0 +1,186 @@
+"""The document of the routes, as OpenAPI 3.1: what `/openapi.json` serves and what the routes are held against.
+
+Bodies that come in are described by the very models that read them (`app.CreateBody` …); what goes out is written
+down here, with every status a caller of that route may meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator_stub import __version__
+from orchestrator_stub.app import CreateBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.sessions import State
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+UUID: Schema = {"type": "string", "format": "uuid"}
+TIME: Schema = {"type": "string", "format": "date-time"}
+URL: Schema = {"type": "string", "format": "uri"}
+WHOLE: Schema = {"type": "integer", "minimum": 0}
+
+
+def _object(optional: Schema | None = None, /, **required: Schema) -> Schema:
+    return {"type": "object", "required": [*required], "properties": {**required, **(optional or {})}}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+MANIFEST: Schema = _or_null({"type": "object"})
+"""As protocol.md writes it; null when it is too long to repeat: it is the archive's first entry anyway."""
+
+SCHEMAS: Schema = {
+    "Problem": _object(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
+    "Session": _object(
+        {"problem": TEXT},
+        session_id=UUID,
+        project_id=UUID,
+        state={"type": "string", "enum": [state.value for state in State]},
+        generation={"type": "integer", "minimum": 1},
+        preview_url=_or_null(URL),
+        created_at=TIME,
+        expires_at=TIME,
+        machine=_or_null(_object({"region": TEXT}, driver=TEXT, id=TEXT)),
+    ),
+    "Sessions": _object(sessions={"type": "array", "items": _ref("Session")}),
+    "Snapshot": _object(snapshot_url=URL, manifest=MANIFEST),
+    "Change": _object(
+        {
+            "content": _or_null(TEXT),
+            "content_hash": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+            "encoding": {"enum": ["utf-8", "base64"]},
+        },
+        action={"enum": ["update", "delete"]},
+        file_path=TEXT,
+        version=WHOLE,
+    ),
+    "Sync": {
+        "oneOf": [
+            _object(kind={"const": "current"}, epoch=UUID, revision=WHOLE),
+            _object(
+                kind={"const": "changes"},
+                epoch=UUID,
+                revision=WHOLE,
+                base_revision=WHOLE,
+                changes={"type": "array", "items": _ref("Change")},
+            ),
+            _object(kind={"const": "snapshot"}, snapshot_url=URL, manifest=MANIFEST),
+        ]
+    },
+    "Token": _object(realtime_token=TEXT, expires_at=TIME),
+    "Head": _object(
+        {"action": {"enum": ["sync", "stop"]}},
+        epoch=UUID,
+        revision=WHOLE,
+        tree_hash={"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    ),
+    **{form.__name__: form.model_json_schema() for form in (CreateBody, SnapshotBody, SyncBody, StatusBody)},
+}
+
+SAID = {
+    200: "Done.",
+    201: "Made.",
+    202: "Under way.",
+    400: "The request is malformed.",
+    401: "No token, or one that is not to be believed.",
+    403: "The token is good, and not for this.",
+    404: "There is no such project or session, or it is not the caller's.",
+    409: "Another generation's machine has the session.",
+    410: "The session is over, or its project does not exist any more.",
+    413: "The body is too large.",
+    422: "The Idempotency-Key made a session of another project.",
+    503: "A part of the service does not answer now; Retry-After says when to ask again.",
+}
+ALWAYS = (400, 401, 403, 404, 503)
+"""What any route may answer."""
+
+PARAMETERS: Schema = {
+    "session": {"name": "session_id", "in": "path", "required": True, "schema": UUID},
+    "key": {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "schema": {"type": "string", "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+    },
+    "project": {"name": "project_id", "in": "query", "schema": UUID},
+    "ended": {"name": "ended", "in": "query", "schema": {"type": "boolean"}},
+    "limit": {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000}},
+}
+
+
+def _operation(
+    summary: str,
+    callers: tuple[str, ...],
+    answer: str,
+    *parameters: str,
+    body: str = "",
+    also: tuple[int, ...] = (),
+) -> Schema:
+    said = {"content": {"application/json": {"schema": _ref(answer)}}}
+    problem = {"content": {"application/problem+json": {"schema": _ref("Problem")}}}
+    statuses = sorted({200, *ALWAYS, *also, *([413] if body else [])})
+    operation: Schema = {
+        "summary": summary,
+        "security": [{caller: []} for caller in callers],
+        "parameters": [PARAMETERS[name] for name in parameters],
+        "responses": {
+            str(status): {"description": SAID[status], **(said if status < 300 else problem)}
+            for status in statuses
+        },
+    }
+    if body:
+        content = {"application/json": {"schema": _ref(body)}}
+        operation["requestBody"] = {"required": body != "SnapshotBody", "content": content}
+    return operation
+
+
+def openapi_document() -> Schema:
+    """The routes of the control plane and of the session API."""
+    product, agent = ("service", "user"), ("session",)
+    one = "/v1/sessions/{session_id}"
+    live = (409, 410)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "preview-sync orchestrator", "version": __version__},
+        "paths": {
+            "/v1/sessions": {
+                "post": _operation(
+                    "Make a session", product, "Session", "key", body="CreateBody", also=(201, 422)
+                ),
+                "get": _operation("List sessions", product, "Sessions", "project", "ended", "limit"),
+            },
+            one: {
+                "get": _operation("Show a session", product, "Session", "session"),
+                "delete": _operation("End a session", product, "Session", "session", also=(202,)),
+            },
+            f"{one}/snapshot": {
+                "post": _operation(
+                    "Offer a snapshot", product, "Snapshot", "session", body="SnapshotBody", also=(410,)
+                )
+            },
+            f"{one}/sync": {
+                "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=live)
+            },
+            f"{one}/token": {"post": _operation("Renew the token", agent, "Token", "session", also=live)},
+            f"{one}/status": {
+                "put": _operation("Heartbeat", agent, "Head", "session", body="StatusBody", also=(410,))
+            },
+        },
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                name: {"type": "http", "scheme": "bearer", "description": description}
+                for name, description in (
+                    ("service", "The service key."),
+                    ("user", "A user's access token."),
+                    ("session", "The session's own token."),
+                )
+            },
+        },
+    }
