@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.agent.disks import mounted
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "react-app"
 
@@ -23,3 +26,19 @@ def open_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="preview-test-") as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts file systems, and unmounts them at the end."""
+    places: list[Path] = []
+
+    def make(*options: str, kind: str = "tmpfs", source: str = "tmpfs") -> Path:
+        place = tmp_path / f"mount{len(places)}"
+        mounted(place, *options, kind=kind, source=source)
+        places.append(place)
+        return place
+
+    yield make
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from agent.disk import Disk, FileStat, Outcome
 from agent.model import Entry, Operation, RelPath, Remove, Write, digest_of
@@ -57,3 +62,25 @@ class Agent:
     def put(self, files: Mapping[str, str]) -> None:
         outcome = self.apply(*(write(path, content) for path, content in files.items()))
         assert not outcome.problems, outcome
+
+
+@contextmanager
+def opened(root: Path, staging: Path) -> Iterator[Agent]:
+    """An agent's disk for as long as the block lasts."""
+    disk = Disk(root, staging)
+    disk.open()
+    try:
+        yield Agent(disk)
+    finally:
+        disk.close()
+
+
+def mounted(place: Path, *options: str, kind: str = "tmpfs", source: str = "tmpfs") -> None:
+    """Mount a file system of its own; skips, with the reason, where that cannot be done."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place.mkdir(exist_ok=True)
+    command = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), source, str(place)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.skip(f"this machine cannot {' '.join(command)}: {run.stderr.strip()}")

@@ -27,21 +27,11 @@ from agent.errors import RootUnusable
 from agent.jail import is_twin
 from agent.ledger import Ledger, LedgerState
 from agent.model import Entry, Operation, RelPath, Tree, Write, digest_of
-from tests.agent.disks import Agent, kinds, remove, seen, write
+from tests.agent.disks import Agent, kinds, mounted, opened, remove, seen, write
 from tests.profiles import NIGHTLY
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
-
-
-@contextmanager
-def opened(root: Path, staging: Path) -> Iterator[Agent]:
-    disk = Disk(root, staging)
-    disk.open()
-    try:
-        yield Agent(disk)
-    finally:
-        disk.close()
 
 
 @pytest.fixture
@@ -57,31 +47,6 @@ def root(tmp_path: Path) -> Path:
 
 
 # --- file systems of their own
-
-
-def mounted(place: Path, *options: str, kind: str = "tmpfs", source: str = "tmpfs") -> None:
-    if not IS_ROOT:
-        pytest.skip("mounting a small file system needs root")
-    place.mkdir(exist_ok=True)
-    command = ["mount", "-t", kind, *(["-o", ",".join(options)] if options else []), source, str(place)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        pytest.skip(f"this machine cannot {' '.join(command)}: {run.stderr.strip()}")
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    places: list[Path] = []
-
-    def make(*options: str, kind: str = "tmpfs", source: str = "tmpfs") -> Path:
-        place = tmp_path / f"mount{len(places)}"
-        mounted(place, *options, kind=kind, source=source)
-        places.append(place)
-        return place
-
-    yield make
-    for place in places:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., Path]) -> None:
