@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, HttpUrl, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from orchestrator_stub.sessions import Timing
 
 _TIMING = Timing()
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "react-app"
+
+
+def _words(text: object) -> object:
+    return shlex.split(text) if isinstance(text, str) else text
 
 
 class SettingsError(Exception):
@@ -83,6 +88,10 @@ class Settings(BaseSettings):
     """Of the container and fly drivers."""
     container_cli: str | None = None
     """`podman` or `docker`; default: the first of them on the PATH."""
+    container_options: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
+    """Further options of the engine's `run`, as on its command line: `--network previews`. Where root may not raise its
+    own limits (inside a container, say), podman needs `--ulimit nofile=1024:1024 --ulimit nproc=1000:1000`: it asks for
+    a million of each."""
     fly_api_url: HttpUrl = HttpUrl("https://api.machines.dev/v1")
     fly_api_token: SecretStr | None = None
     fly_app: str | None = None

@@ -100,7 +100,9 @@ def driver_of(settings: Settings) -> MachineDriver:
             return LocalMachines(settings.machines_dir, environment=os.environ)
         case "container":
             try:
-                return ContainerMachines(settings.agent_image, cli=settings.container_cli)
+                return ContainerMachines(
+                    settings.agent_image, cli=settings.container_cli, options=settings.container_options
+                )
             except MachineRefused as error:
                 raise CannotServe(str(error)) from None
         case "fly":

@@ -37,9 +37,9 @@ PIDS: Final = 512
 """Processes of one container: a fork bomb ends here."""
 
 STATES: Final = {
-    "created": MachineState.STARTING,
-    "configured": MachineState.STARTING,
-    "initialized": MachineState.STARTING,
+    "created": MachineState.STOPPED,  # what an engine leaves that could not start it
+    "configured": MachineState.STOPPED,
+    "initialized": MachineState.STOPPED,
     "restarting": MachineState.STARTING,
     "running": MachineState.RUNNING,
     "stopping": MachineState.RUNNING,

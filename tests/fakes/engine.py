@@ -35,7 +35,7 @@ def change(name: str, status: str) -> None:
     path_of(name).write_text(json.dumps({**read(name), "State": {"Status": status}}))
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str], status: str) -> None:
     parser = argparse.ArgumentParser()
     for option in (
         "name",
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
     made = {
         "Name": given.name,
         "Created": datetime.now(UTC).isoformat(),
-        "State": {"Status": "running"},
+        "State": {"Status": status},
         "Config": {"Env": [f"{name}={os.environ[name]}" for name in given.env], "Labels": {label: value}},
         "NetworkSettings": {"Ports": ports},
     }
@@ -78,8 +78,8 @@ def run(arguments: list[str]) -> None:
 
 def main() -> None:
     command, *arguments = sys.argv[1:]
-    if command == "run":
-        run(arguments)
+    if command in ("run", "create"):
+        run(arguments, "running" if command == "run" else "created")
     elif command in ("container", "inspect"):
         print(json.dumps([read(arguments[-1])]))
     elif command == "ps":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -21,22 +20,10 @@ import pytest
 from agent import project
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port
-from tests.image.engine import TAG, Engine, NoEngine, find
+from tests.image.engine import TAG, Engine
 from tests.system.plane import Project, eventually, running_plane
 
 pytestmark = pytest.mark.image
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    if os.environ.get("PREVIEW_TEST_IMAGE") != "build":
-        pytest.skip("`make test-image` builds and runs the image")
-    try:
-        found = find()
-    except NoEngine as error:
-        pytest.skip(str(error))
-    found.build(TAG)
-    return found
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,34 +37,50 @@ def rootfs(*programs: str) -> bytes:
     return packed.getvalue()
 
 
-def working_engine() -> str | None:
-    """The name of an engine that runs containers here, with the image imported; None: there is none."""
+LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000")
+"""Podman asks for a million open files and processes when root runs it. Root without CAP_SYS_RESOURCE may not raise
+its hard limits, and runc ends with `error setting rlimit type 7` (files), then 6 (processes): not permitted."""
+
+
+def working_engine() -> tuple[str, tuple[str, ...]] | str:
+    """An engine that runs containers here and the options it needs, with the image imported; else why there is none."""
+    why = "neither podman nor docker is here"
     for cli in ("podman", "docker"):
         if shutil.which(cli) is None:
             continue
-        tried = ["run", "--rm", "--pull", "never", "--publish", "127.0.0.1::5173", IMAGE, "sleep", "0"]
-        try:
-            made = subprocess.run(
-                [cli, "import", "-", IMAGE], input=rootfs("sleep", "sh"), capture_output=True, timeout=60
-            )
-            if made.returncode == 0:
-                ran = subprocess.run([cli, *tried], capture_output=True, timeout=60)
-                if ran.returncode == 0:
-                    return cli
-        except subprocess.TimeoutExpired:
-            continue
-    return None
+        for options in ((), LIMITS):
+            tried = ["run", "--rm", "--pull", "never", "--publish", "127.0.0.1::5173", *options, IMAGE]
+            try:
+                made = subprocess.run(
+                    [cli, "import", "-", IMAGE], input=rootfs("sleep", "sh"), capture_output=True, timeout=60
+                )
+                ran = subprocess.run([cli, *tried, "sleep", "0"], capture_output=True, timeout=60)
+            except subprocess.TimeoutExpired:
+                why = f"{cli} takes over a minute"
+                continue
+            if made.returncode == ran.returncode == 0:
+                return cli, options
+            why = f"{cli}: {(made.stderr + ran.stderr).decode(errors='replace').strip()[-300:]}"
+    return why
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A container engine's command, and the options without which it runs nothing here."""
+
+    cli: str
+    options: tuple[str, ...] = ()
 
 
 @pytest.fixture(scope="module", params=["fake", "real"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A container engine's command: the fake one, and a real one where one works."""
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The fake engine, and a real one where one works."""
     if request.param == "real":
-        cli = working_engine()
-        if cli is None:
-            pytest.skip("no container engine runs containers here")
-        yield cli
-        subprocess.run([cli, "rmi", "--force", IMAGE], capture_output=True, timeout=60)
+        found = working_engine()
+        if isinstance(found, str):
+            pytest.skip(f"no container engine runs containers here: {found}")
+        yield Engine(*found)
+        subprocess.run([found[0], "rmi", "--force", IMAGE], capture_output=True, timeout=60)
         return
     place = tmp_path_factory.mktemp("engine")
     (place / "state").mkdir()
@@ -70,21 +88,23 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     fake = Path(__file__).parents[1] / "fakes" / "engine.py"
     cli.write_text(f'#!/bin/sh\nENGINE_STATE={place}/state exec {sys.executable} -S {fake} "$@"\n')
     cli.chmod(0o755)
-    yield str(cli)
+    yield Engine(str(cli))
 
 
 @pytest.fixture
-async def driver(engine: str) -> AsyncIterator[ContainerMachines]:
+async def driver(engine: Engine) -> AsyncIterator[ContainerMachines]:
     # The shell is PID 1 and ends on SIGTERM; `sleep` alone would have to be killed.
     script = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
-    made = ContainerMachines(IMAGE, cli=engine, command=("sh", "-c", script))
+    made = ContainerMachines(IMAGE, cli=engine.cli, options=engine.options, command=("sh", "-c", script))
     yield made
     for machine in await made.list():
         await made.destroy(machine.id)
 
 
-async def call(engine: str, *arguments: str) -> str:
-    process = await asyncio.create_subprocess_exec(engine, *arguments, stdout=asyncio.subprocess.PIPE)
+async def call(engine: Engine, *arguments: str, **environ: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        engine.cli, *arguments, stdout=asyncio.subprocess.PIPE, env={**os.environ, **environ}
+    )
     output, _ = await process.communicate()
     assert process.returncode == 0
     return output.decode()
@@ -95,7 +115,7 @@ class TestContainer(DriverContract):
 
 
 async def test_the_secrets_are_in_the_container_and_on_no_command_line(
-    engine: str, driver: ContainerMachines
+    engine: Engine, driver: ContainerMachines
 ) -> None:
     spec = spec_for(REALTIME_TOKEN="a-token-that-ps-must-not-show")
     assert "a-token-that-ps-must-not-show" not in " ".join(driver._creation(spec))
@@ -107,18 +127,31 @@ async def test_the_secrets_are_in_the_container_and_on_no_command_line(
     assert machine.state is MachineState.RUNNING
 
 
-async def test_an_image_that_is_not_there_is_refused(engine: str) -> None:
-    driver = ContainerMachines("localhost/no-such-image-of-ours", cli=engine)
+async def test_an_image_that_is_not_there_is_refused(engine: Engine) -> None:
+    driver = ContainerMachines("localhost/no-such-image-of-ours", cli=engine.cli)
     with pytest.raises(MachineRefused):
         await driver.create(spec_for())
 
 
 async def test_an_adopted_container_that_stands_still_is_started(
-    engine: str, driver: ContainerMachines
+    engine: Engine, driver: ContainerMachines
 ) -> None:
     spec = spec_for()
     machine = await driver.create(spec)
     await call(engine, "stop", "--time", "1", machine.id)
+    assert (await driver.create(spec)).state is MachineState.RUNNING
+
+
+async def test_a_container_that_never_started_is_started_at_the_next_try(
+    engine: Engine, driver: ContainerMachines
+) -> None:
+    """What is left when the engine made a container and could not start it, or was killed between the two."""
+    spec = spec_for(REALTIME_TOKEN="t")
+    creation = [word for word in driver._creation(spec) if word != "--detach"][1:]
+    await call(engine, "create", *creation, **spec.env)
+    left = await driver.inspect(spec.name)
+    assert left is not None
+    assert left.state is MachineState.STOPPED
     assert (await driver.create(spec)).state is MachineState.RUNNING
 
 

@@ -27,10 +27,11 @@ import uvicorn
 from agent.model import RelPath, digest_of, tree_hash
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
+from orchestrator_stub.control import Control
 from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
-from orchestrator_stub.machines import Machine, MachineSpec, MachineState
+from orchestrator_stub.machines import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.service import Server, control_plane
 from orchestrator_stub.tokens import Keyring
 
@@ -87,6 +88,8 @@ class Plane:
     keys: ProjectKeys
     http: httpx.AsyncClient
     driver: Specs
+    """What made the machines, unless the test brought a driver of its own."""
+    control: Control
 
     async def project(self, files: Mapping[str, str]) -> Project:
         """A project of a user of its own, holding `files`."""
@@ -278,15 +281,25 @@ class Agent:
 
 
 @contextlib.asynccontextmanager
-async def running_plane(dsn: str, directory: Path, **settings: Any) -> AsyncIterator[Plane]:
-    """Everything up on a free port; everything down at the end. `settings` are the control plane's."""
+async def running_plane(
+    dsn: str,
+    directory: Path,
+    *,
+    machines: MachineDriver | None = None,
+    host: str = "127.0.0.1",
+    **settings: Any,
+) -> AsyncIterator[Plane]:
+    """Everything up on a free port of the address `host`; everything down at the end.
+
+    `machines` makes the machines instead of `Plane.driver`. `settings` are the control plane's.
+    """
     keys = Keyring.from_secret("a secret for the tests alone, " * 2)
     project_keys = ProjectKeys.of(keys)
     # The protocol named, as in production: asyncio then sets TCP_NODELAY on what is accepted.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         listener.listen(1024)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"http://{host}:{listener.getsockname()[1]}"
         driver = Specs()
         values = Settings.of(
             {
@@ -300,7 +313,7 @@ async def running_plane(dsn: str, directory: Path, **settings: Any) -> AsyncIter
                 **settings,
             }
         )
-        async with control_plane(values, keys, driver) as service:
+        async with control_plane(values, keys, machines or driver) as service:
             local = stand_in(dsn, project_keys, directory / "storage", faults=True)
             app = application([*service.routes, *local.routes], lifespan=local.lifespan)
             server = Server(uvicorn.Config(app, log_config=None, access_log=False, **uvicorn_options()))
@@ -316,7 +329,7 @@ async def running_plane(dsn: str, directory: Path, **settings: Any) -> AsyncIter
                 async with httpx.AsyncClient(
                     base_url=url, headers=headers, timeout=30, trust_env=False
                 ) as http:
-                    yield Plane(url, dsn, project_keys, http, driver)
+                    yield Plane(url, dsn, project_keys, http, driver, service.control)
             finally:
                 server.should_exit = True
                 await asyncio.wait([serving], timeout=10)
