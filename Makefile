@@ -50,8 +50,9 @@ fuzz: $(READY) ## fuzz the zip reader (SECONDS=60); installs atheris, which noth
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris==3.1.0'
 	$(BIN)/python -m tests.fuzz .fuzz/unzip -max_total_time=$(or $(SECONDS),60)
 
-bench-peers: ## install the peers that bench compares with (Debian, Ubuntu): bsdtar, zip, unzip, curl
-	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl
+bench-peers: ## install all the peers that bench compares with (Debian, Ubuntu)
+	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl gcc libc6-dev \
+	  inotify-tools rsync lsyncd syncthing unison
 
 bench: $(READY) ## side-by-side measurements, ratios first
 	$(BIN)/python -m bench

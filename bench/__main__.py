@@ -44,8 +44,13 @@ def modules(wanted: Sequence[str]) -> dict[str, Run]:
             found[name] = run
     for name in wanted:
         if name not in found:
-            raise SystemExit(f"bench: there is no measurement {name!r}; there are: {', '.join(names)}")
+            raise SystemExit(f"bench: there is no measurement {name!r}; there are: {', '.join(modules(()))}")
     return found
+
+
+def figure(ratio: float) -> str:
+    """Two decimals, or two figures of a small one."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def line(row: Row) -> str:
@@ -56,16 +61,17 @@ def line(row: Row) -> str:
     elif noisy:
         ratio = "?"
     else:
-        ratio = f"{row.ratio.value:.2f}"
+        ratio = figure(row.ratio.value)
     bound = ""
     if row.at_least is not None:
         bound = f"≥ {row.at_least:g}"
     elif row.at_most is not None:
         bound = f"≤ {row.at_most:g}"
-    figures = "" if noisy else f"{row.ours:,.1f} {row.unit}"
-    if row.theirs is not None and not noisy:
-        figures += f", {row.peer} {row.theirs:,.1f}"
-    spread = f" [{row.ratio.low:.2f}–{row.ratio.high:.2f}]" if row.ratio is not None else ""
+    if noisy:
+        figures = f"against {row.peer}" if row.peer else ""
+    else:
+        figures = f"{row.ours:,.1f} {row.unit}" + (f", {row.peer} {row.theirs:,.1f}" if row.theirs else "")
+    spread = f" [{figure(row.ratio.low)}–{figure(row.ratio.high)}]" if row.ratio is not None else ""
     text = f"{ratio:>7}{spread:<14} {bound:<9} {row.verdict:<10} {row.name:<34} {row.sense:<7} {figures}"
     if row.waited > BUSIEST:
         text += f"  (waited for a processor {row.waited:.0%} of the time)"

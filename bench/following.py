@@ -1,0 +1,143 @@
+"""The agent's own link, loop, disk and ledger on a directory, following a channel on loopback.
+
+The server has one channel and lets the agent in. What is to be said there comes either from this process (`commit`) or
+from an editor's own socket, as a save that another machine makes: two hops to the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Collection
+from pathlib import Path
+
+import httpx
+import orjson
+import structlog
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from agent.catchup import CatchUp
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.follow import Follower
+from agent.ledger import Ledger
+from agent.model import Cursor, RelPath, Tree, digest_of
+from agent.status import Problems, SyncStatus
+from agent.stream import RealtimeStream
+from agent.sync import Parts, Sync
+from agent.telemetry import Metrics
+from agent.tokens import Tokens
+from agent.workspace import Workspace
+
+EPOCH = "00000000-0000-4000-8000-00000000000e"
+TOPIC = "realtime:project:bench"
+TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoicHJldmlld19hZ2VudCIsImV4cCI6NDAwMDAwMDAwMH0.c2ln"
+
+
+class Channel:
+    """A server with one channel: it lets the agent in and sends what it is told to."""
+
+    def __init__(self) -> None:
+        self.joined = asyncio.Event()
+        self._socket: ServerConnection | None = None
+        self.revision = 0
+
+    async def serve(self, socket: ServerConnection) -> None:
+        """One connection: `{` is an editor's save, `[` is Phoenix, all else comes back as it is."""
+        async for text in socket:
+            if isinstance(text, str) and text.startswith("{"):
+                save = orjson.loads(text)
+                await self.commit(save["path"], save["content"])
+                continue
+            if isinstance(text, bytes) or not text.startswith("["):
+                await socket.send(text)
+                continue
+            join_ref, ref, topic, event, _ = orjson.loads(text)
+            reply = {"status": "ok", "response": {"postgres_changes": []}}
+            with contextlib.suppress(ConnectionClosed):  # one that leaves does not wait for the answer
+                await socket.send(orjson.dumps([join_ref, ref, topic, "phx_reply", reply]).decode())
+            if event == "phx_join":
+                self._socket = socket
+                self.joined.set()
+
+    async def commit(self, path: str, content: str) -> None:
+        """One file's update, as the database would say it."""
+        assert self._socket is not None
+        self.revision += 1
+        payload = {
+            "file_path": path, "content": content, "content_hash": digest_of(content.encode()),
+            "version": self.revision, "revision": self.revision, "epoch": EPOCH, "size": len(content),
+            "timestamp": "2026-11-20T09:00:00.000000Z", "sender": "bench", "encoding": "utf-8", "file_type": "text",
+        }  # fmt: skip
+        frame = [
+            None,
+            None,
+            TOPIC,
+            "broadcast",
+            {"type": "broadcast", "event": "file:update", "payload": payload},
+        ]
+        await self._socket.send(orjson.dumps(frame).decode())
+
+
+class Loop:
+    """The agent's loop on a directory, following a channel."""
+
+    def __init__(self, channel: Channel, url: str) -> None:
+        self.channel, self.url = channel, url
+        self.landed: dict[str, float] = {}
+        self._changed = asyncio.Event()
+
+    def _on_tree(self, paths: Collection[RelPath]) -> None:
+        now = time.perf_counter()
+        for path in paths:
+            self.landed[path] = now
+        self._changed.set()
+
+    async def until(self, path: str, after: float) -> float:
+        """When `path` was renamed into place, after the moment `after`."""
+        while self.landed.get(path, 0.0) < after:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.landed[path]
+
+
+@contextlib.asynccontextmanager
+async def running(place: Path) -> AsyncIterator[Loop]:
+    """Server and loop on one event loop, as two hops over loopback."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    channel = Channel()
+    async with serve(channel.serve, "127.0.0.1", 0, compression=None) as server, httpx.AsyncClient() as http:
+        port = next(iter(server.sockets)).getsockname()[1]
+        loop = Loop(channel, f"ws://127.0.0.1:{port}")
+        metrics = Metrics()
+        problems = Problems(metrics)
+        disk = Disk(place / "project", place / "staging")
+        # A ledger to resume from: what is measured is following, not hydrating.
+        earlier = Ledger(place / "ledger.sqlite")
+        earlier.replace(Tree(Cursor(EPOCH, 0)), {})
+        earlier.close()
+        ledger = Ledger(place / "ledger.sqlite")
+        follower = Follower(Tree())
+        stream = RealtimeStream(loop.url, "key", TOPIC, Tokens(TOKEN))
+        catch_up = CatchUp(
+            None, disk, http, SnapshotLimits(), "bench", problems, lambda: follower.tree.entries
+        )
+        hydrated = asyncio.Event()
+        workspace = Workspace(disk, ledger, problems)
+        parts = Parts(
+            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(), loop._on_tree, hydrated.set
+        )  # fmt: skip
+        tasks = [asyncio.create_task(stream.run()), asyncio.create_task(Sync(parts, snapshot_url=None).run())]
+        try:
+            async with asyncio.timeout(20):
+                await hydrated.wait()
+                await channel.joined.wait()
+            yield loop
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            disk.close()
+            ledger.close()

@@ -1,0 +1,234 @@
+"""From a save to the file on the other side, beside the programs that mirror directories: one edit, and five hundred.
+
+Ours twice. *Event*: an editor's socket to a server to the agent's link, loop, ledger and disk, two hops over loopback:
+what a mirroring program does, in our way. *Save*: the whole product, from the call of the database's function to a real
+agent's rename, with PostgreSQL's own durability, its row lock, version, revision and broadcast on the way, and for five
+hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
+word on the other side's directory, and take turns round by round.
+
+A mirror that takes a second for one edit makes six a round, at moments spread evenly over its second; the slowest of
+the six then stands for its p99, which is in its favour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+
+import orjson
+import psycopg
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from websockets.asyncio.client import ClientConnection, connect
+
+from bench.following import running
+from bench.landing import Landing
+from bench.peers import DEADLINE, FILES, MIRRORS, Mirror, content_of, name_of, pauses
+from bench.results import Row, in_turn, ratio_of
+from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.migrations import bootstrap, migrate
+from tests.system.plane import Project, eventually, running_plane
+
+EVENT, SAVE = "event", "save"
+EDITS = 100
+PAUSE = 0.01
+"""Seconds between two of our edits at the longest."""
+
+BURST_AT_MOST = {"lsyncd": 0.25}
+"""Of a mirror's time for a burst of events; 1 of the others': none may be faster."""
+
+
+class Event:
+    """Saves as frames on an editor's own socket."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+
+    async def save(self, files: dict[str, str]) -> None:
+        for name, content in files.items():
+            await self._socket.send(orjson.dumps({"path": f"src/{name}", "content": content}).decode())
+
+
+class Save:
+    """Saves by the database's own functions: one file by itself, many in one transaction."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    async def save(self, files: dict[str, str]) -> None:
+        paths = {f"src/{name}": content for name, content in files.items()}
+        if len(paths) == 1:
+            await self._project.save(*paths.popitem())
+        else:
+            await self._project.bulk(dict(paths))
+
+
+class Ours:
+    """One of our two ways, on the portal's event loop."""
+
+    def __init__(self, editor: Event | Save, target: Path) -> None:
+        self._editor = editor
+        self._landing = Landing(target)
+        self._number = 0
+        self._chance = random.Random(2)
+
+    async def edit_all(self) -> list[float]:
+        taken = []
+        for pause in pauses(EDITS, PAUSE, self._chance):
+            await asyncio.sleep(pause)
+            taken.append(await self._save(1))
+        return taken
+
+    async def burst(self) -> float:
+        return await self._save(FILES)
+
+    async def _save(self, count: int) -> float:
+        files = {name_of(n): content_of(n) for n in range(self._number, self._number + count)}
+        self._number += count
+        sizes = {name: len(content) for name, content in files.items()}
+        self._landing.forget()
+        began = time.perf_counter()
+        saving = asyncio.ensure_future(self._editor.save(files))
+        landed = await self._landing.arrival(sizes, DEADLINE)
+        await saving
+        return landed - began
+
+
+@contextlib.asynccontextmanager
+async def event(place: Path) -> AsyncIterator[Ours]:
+    """The agent's loop in this process; an editor's socket to its server."""
+    (place / "project" / "src").mkdir(parents=True)
+    async with running(place) as loop, connect(loop.url, compression=None) as socket:
+        yield Ours(Event(socket), place / "project" / "src")
+
+
+@contextlib.asynccontextmanager
+async def save(place: Path) -> AsyncIterator[Ours]:
+    """Database, stand-in and control plane in this process; a real agent beside it."""
+    async with EmbeddedPostgres(place / "pg") as dsn:
+        await bootstrap(dsn)
+        await migrate(dsn)
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as db:
+            await db.execute("update preview.settings set writes_per_minute = 1000000000")
+        async with running_plane(dsn, place / "plane") as plane:
+            project = await plane.project({f"src/{name_of(n)}": "// new\n" for n in range(FILES)})
+            agent = await project.session(place / "machine", HEARTBEAT_SECONDS="30")
+            agent.start()
+            try:
+
+                async def live() -> bool:
+                    report = await agent.status()
+                    return (
+                        report is not None and report["link"]["state"] == "live" and report["files"] == FILES
+                    )
+
+                await eventually("the agent is live", live, 60)
+                yield Ours(Save(project), agent.tree / "src")
+            finally:
+                await agent.stop()
+
+
+class Contest:
+    """All contestants by name, ours first; each starts at its first turn."""
+
+    def __init__(self, portal: BlockingPortal, place: Path, stack: contextlib.ExitStack) -> None:
+        self._portal, self._place, self._stack = portal, place, stack
+        self._ours: dict[str, Ours] = {}
+        self.mirrors: dict[str, Mirror] = {}
+        for kind in MIRRORS:
+            if not kind.missing():
+                mirror = kind(place / kind.__name__)
+                stack.callback(mirror.stop)
+                self.mirrors[mirror.name] = mirror
+
+    def edits(self, name: str) -> list[float]:
+        if name in self.mirrors:
+            return self.mirrors[name].edit_all()
+        return self._portal.call(self._our(name).edit_all)
+
+    def burst(self, name: str) -> float:
+        if name in self.mirrors:
+            return self.mirrors[name].burst()
+        return self._portal.call(self._our(name).burst)
+
+    def names(self) -> list[str]:
+        return [EVENT, SAVE, *self.mirrors]
+
+    def _our(self, name: str) -> Ours:
+        if name not in self._ours:
+            place = self._place / name
+            place.mkdir()
+            context = (event if name == EVENT else save)(place)
+            self._ours[name] = self._stack.enter_context(self._portal.wrap_async_context_manager(context))
+        return self._ours[name]
+
+
+def slowest(taken: Sequence[float]) -> float:
+    """p99 where there are a hundred, else the slowest of the few."""
+    return quantiles(taken, n=100, method="inclusive")[98] if len(taken) >= EDITS else max(taken)
+
+
+def _rows(
+    label: str, samples: dict[str, list[float]], ours: str, bounds: Callable[[str], float | None]
+) -> list[Row]:
+    return [
+        Row(
+            label, median(samples[ours]) * 1e3, "ms", name, median(samples[name]) * 1e3,
+            ratio_of(samples[ours], samples[name]), at_most=bounds(name), samples=len(samples[ours]),
+        )
+        for name in samples
+        if name not in (EVENT, SAVE)
+    ]  # fmt: skip
+
+
+def latency(contest: Contest, rounds: int) -> list[Row]:
+    """p50 and p99 of one edit."""
+    p99: dict[str, list[float]] = {name: [] for name in contest.names()}
+
+    def turn(name: str) -> float:
+        taken = contest.edits(name)
+        p99[name].append(slowest(taken))
+        return median(taken)
+
+    p50 = in_turn({name: lambda name=name: turn(name) for name in contest.names()}, rounds)  # type: ignore[misc]
+    p99 = {name: taken[-rounds:] for name, taken in p99.items()}
+    rows = []
+    for ours, label, bound in ((EVENT, "event to file", 1.0), (SAVE, "save in PostgreSQL to file", None)):
+        for share, samples in (("p50", p50), ("p99", p99)):
+            rows += _rows(f"{label}, {share}", samples, ours, lambda peer, bound=bound: bound)  # type: ignore[misc]
+    return rows
+
+
+def burst(contest: Contest, rounds: int) -> list[Row]:
+    """From the first of five hundred to the last rename."""
+    samples = in_turn({name: lambda name=name: contest.burst(name) for name in contest.names()}, rounds)  # type: ignore[misc]
+    return [
+        *_rows(
+            f"burst of {FILES} files, events",
+            samples,
+            EVENT,
+            lambda peer: BURST_AT_MOST.get(peer, 1.0),
+        ),
+        *_rows(f"{FILES} files saved in one transaction", samples, SAVE, lambda peer: None),
+    ]
+
+
+def run(quick: bool = False) -> Sequence[Row]:
+    """Everything against everyone who is installed; who is not, is said."""
+    for kind in MIRRORS:
+        if kind.missing():
+            print(
+                f"  {kind.name}: not measured, {', '.join(kind.missing())} not installed; see `make bench-peers`"
+            )
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-mirror-") as name,
+        start_blocking_portal() as portal,
+        contextlib.ExitStack() as stack,
+    ):
+        contest = Contest(portal, Path(name), stack)
+        return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else 15)]

@@ -1,0 +1,109 @@
+"""The contestants of the mirror: a landing is seen once it is whole, each peer mirrors, and nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench.landing import Landing, NotLanded
+from bench.peers import FILES, MIRRORS, Mirror, content_of, name_of, pauses
+
+
+def put(directory: Path, name: str, content: str) -> None:
+    (directory / ".staged").write_text(content)
+    os.rename(directory / ".staged", directory / name)
+
+
+def test_a_file_has_landed_when_all_of_it_is_under_its_name(tmp_path: Path) -> None:
+    landing = Landing(tmp_path)
+    try:
+        put(tmp_path, "a", "old")
+        landing.forget()
+        with pytest.raises(NotLanded, match="1 of 1 files"):
+            landing.wait({"a": 3}, 0.01)  # what was forgotten is not seen again
+        put(tmp_path, "a", "half")
+        put(tmp_path, "other", "whole!")
+        with pytest.raises(NotLanded):
+            landing.wait({"a": 6}, 0.01)
+        put(tmp_path, "a", "whole!")
+        (tmp_path / "b").write_text("in place")
+        assert landing.wait({"a": 6, "b": 8}, 1) > 0
+    finally:
+        landing.close()
+
+
+async def test_the_same_on_an_event_loop(tmp_path: Path) -> None:
+    landing = Landing(tmp_path)
+    try:
+        waiting = asyncio.create_task(landing.arrival({"a": 1, "b": 1}, 5))
+        await asyncio.sleep(0)
+        put(tmp_path, "a", "1")
+        put(tmp_path, "b", "1")
+        assert await waiting > 0
+        with pytest.raises(NotLanded, match="1 of 1"):
+            await landing.arrival({"c": 1}, 0.01)
+    finally:
+        landing.close()
+
+
+def test_no_two_contents_of_a_file_in_a_row_are_of_one_size() -> None:
+    assert name_of(3) == name_of(3 + FILES)
+    assert len(content_of(3)) != len(content_of(3 + FILES))
+
+
+def test_edits_meet_every_part_of_a_period() -> None:
+    import random
+
+    spread = sorted(pauses(6, 1.0, random.Random(3)))
+    assert all(n / 6 <= pause <= (n + 1) / 6 for n, pause in enumerate(spread))
+
+
+@pytest.mark.parametrize("kind", MIRRORS, ids=lambda kind: kind.name)
+def test_a_peer_mirrors_and_is_gone_after_it(kind: type[Mirror], tmp_path: Path) -> None:
+    if missing := kind.missing():
+        pytest.skip(f"{', '.join(missing)} not installed; `make bench-peers`")
+    assert kind.version()[0].isdigit()
+    mirror = kind(tmp_path / "place")
+    mirror.edits = 1
+    try:
+        (taken,) = mirror.edit_all()
+        assert 0 < taken < 30
+    finally:
+        mirror.stop()
+    left = [p.cmdline() for p in psutil.process_iter() if str(tmp_path) in " ".join(_command(p))]
+    assert not left
+
+
+def test_both_of_ours_land_and_every_row_names_its_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import ExitStack
+
+    from anyio.from_thread import start_blocking_portal
+
+    from bench import mirror
+
+    monkeypatch.setattr(mirror, "MIRRORS", [kind for kind in MIRRORS if kind.name == "inotifywait + cp"])
+    monkeypatch.setattr(mirror, "EDITS", 3)
+    with start_blocking_portal() as portal, ExitStack() as stack:
+        contest = mirror.Contest(portal, tmp_path, stack)
+        for peer in contest.mirrors.values():
+            peer.edits = 3
+        rows = [*mirror.latency(contest, 1), *mirror.burst(contest, 1)]
+        if not contest.mirrors:
+            assert len(contest.edits(mirror.SAVE)) == 3
+            pytest.skip("inotifywait not installed; `make bench-peers`")
+    assert len(rows) == 6
+    assert all(row.peer == "inotifywait + cp" and row.ratio and row.ours > 0 for row in rows)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        command: list[str] = process.cmdline()
+        return command
+    except psutil.Error:
+        return []
