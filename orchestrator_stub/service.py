@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from psycopg_pool import AsyncConnectionPool
 from starlette.routing import BaseRoute
+from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub import operations
 from orchestrator_stub.app import Api
@@ -88,8 +90,35 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
             await offers.close()
 
 
+class Dated:
+    """ASGI: every answer says the second it was made in. Agents measure their clocks against it, and uvicorn's own
+    `Date` is made ten ticks apart: up to a second too old on top of its resolution.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = formatdate(usegmt=True).encode()
+                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
+            await send(message)
+
+        await self._app(scope, receive, dated)
+
+
 class Server(uvicorn.Server):
-    """uvicorn without signal handlers: whoever runs it decides when it stops, by `should_exit`."""
+    """uvicorn with an honest `Date` and without signal handlers: whoever runs it stops it, by `should_exit`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        config.app = Dated(config.app)
+        config.date_header = False
+        super().__init__(config)
 
     def capture_signals(self) -> Any:
         return nullcontext()

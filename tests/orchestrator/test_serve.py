@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -168,3 +169,18 @@ def test_the_document_names_every_route_and_resolves() -> None:
         for part in reference.removeprefix("#/").split("/"):
             assert isinstance(target, dict)
             target = target[part]
+
+
+def test_the_date_is_the_second_of_the_answer(service: subprocess.Popen[str], port: int) -> None:
+    """Agents bound their clocks' skew by it, so it is no older than its own resolution."""
+    seen = set()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+        for _ in range(80):
+            sent = time.time()
+            (date,) = http.get("/livez").headers.get_list("date")
+            received = time.time()
+            moment = parsedate_to_datetime(date).timestamp()
+            assert int(sent) <= moment <= received
+            seen.add(moment)
+            time.sleep(0.03)
+    assert len(seen) >= 2
