@@ -7,7 +7,7 @@ that knows the two ways to a first tree: the URL of the environment, and the ses
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 from tenacity import RetryCallState, Retrying, wait_random_exponential
@@ -53,6 +53,8 @@ class CatchUp:
     progress: Progress = field(default_factory=Progress)
     _rejected: bool = False
     """The last snapshot offered was no good: the next question says so, and gets another build of it."""
+    _built: float | None = None
+    """Seconds that building the snapshot offered last took; its archive cannot say so itself."""
     offered: str | None = field(default=None, repr=False)
     """URL of the latest `snapshot:ready`: the only answer there is without a session API."""
 
@@ -77,7 +79,16 @@ class CatchUp:
         self.problems.clear_kinds("session_api_unreachable", "token_refused")
         if not isinstance(answer, SnapshotOffer):
             return answer
-        return await self._fetch(answer.snapshot_url)
+        self._hear(answer)
+        return self._with_build_time(await self._fetch(answer.snapshot_url))
+
+    def _hear(self, offer: SnapshotOffer) -> None:
+        self._built = offer.manifest.build_seconds if offer.manifest is not None else None
+
+    def _with_build_time(self, staged: StagedSnapshot) -> StagedSnapshot:
+        if self._built is None:
+            return staged
+        return replace(staged, manifest=replace(staged.manifest, build_seconds=self._built))
 
     async def _fetch(self, url: str) -> StagedSnapshot:
         try:
@@ -107,7 +118,7 @@ class CatchUp:
 
         Raises `HydrationImpossible`, `CredentialRejected` or `RootUnusable` when there is none to be had.
         """
-        return await obtain(
+        staged = await obtain(
             url,
             renew=self._offer if self.api is not None else None,
             disk=self.disk,
@@ -116,9 +127,13 @@ class CatchUp:
             expected_project=self.project_id,
             progress=self.progress,
         )
+        return self._with_build_time(staged)
 
     async def _offer(self, reason: str) -> str | None:
         """A fresh URL for an agent that has no tree; `reason` as `agent.hydrate.obtain` gives it."""
         assert self.api is not None
         answer = await self.api.sync(None, 0, reason, None)
-        return answer.snapshot_url if isinstance(answer, SnapshotOffer) else None
+        if not isinstance(answer, SnapshotOffer):
+            return None
+        self._hear(answer)
+        return answer.snapshot_url

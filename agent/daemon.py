@@ -28,6 +28,8 @@ from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
+from agent.skew import ClockSkew
+from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
 from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor, rights
@@ -55,7 +57,10 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     """
     keep_memory_small()
     redactor = redactor_for(settings)
+    for secret in credentials(environ):
+        redactor.add(secret)
     configure_logs(settings, redactor)
+    spans = open_spans(environ, settings.project_id, settings.session_id)
     reaper = Reaper()
     if early is not None:
         reaper.own(early.process.pid)
@@ -63,12 +68,13 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     metrics = Metrics()
     problems = Problems(metrics)
     status = SyncStatus()
+    skew = ClockSkew()
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         first = settings.realtime_token
         tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
         api = (
-            SessionApi(settings.session_api_url, settings.session_id, tokens, http)
+            SessionApi(settings.session_api_url, settings.session_id, tokens, http, skew=skew)
             if settings.session_api_url
             else None
         )
@@ -109,11 +115,13 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 status,
                 on_tree,
                 on_hydrated,
+                skew,
+                spans,
             ),
             snapshot_url=settings.snapshot_url.reveal() if settings.snapshot_url else None,
             drift_policy=settings.drift_policy,
         )
-        report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor)
+        report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor, skew)
         metrics.registry.register(report)
         stop = asyncio.Event()
         tasks: dict[str, Callable[[], Coroutine[None, None, None]]] = {
@@ -131,6 +139,8 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
             disk.close()
             ledger.close()
             reaper.release()
+            if spans is not None:
+                spans.close()
 
 
 async def _until_stopped(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from agent.model import Commit, Operation, Problem, RelPath, Tree
 from agent.plan import Gap, Outcome, Plan, Reason, settle, step
+from agent.trace import TraceParent
 from agent.wire import Head
 
 SPACING = 0.075
@@ -64,6 +65,11 @@ class Batch:
     @property
     def paths(self) -> frozenset[RelPath]:
         return frozenset(operation.path for operation in self.operations)
+
+    @property
+    def trace(self) -> TraceParent | None:
+        """Of the latest commit that has one."""
+        return next((commit.trace for commit, _ in reversed(self.steps) if commit.trace is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +326,12 @@ class Follower:
     def needs(self) -> tuple[Reason, ...]:
         """Why a catch-up is wanted, for status."""
         return tuple(self._needs)
+
+    @property
+    def pending_paths(self) -> frozenset[RelPath]:
+        """Paths whose content only an answer of the database can bring."""
+        needs = [*self._needs.values(), *(self._asked or {}).values()]
+        return frozenset().union(*(need.paths for need in needs))
 
     def next_deadline(self) -> float | None:
         """When `ready` or `request` may have something to say without anything arriving."""

@@ -17,6 +17,7 @@ from immutables import Map
 
 from agent.errors import PathRefused
 from agent.problems import ProblemKind
+from agent.trace import TraceParent
 
 RelPath = NewType("RelPath", str)
 """A path that passed `parse_path`: relative, `/`-separated, NFC, no tricks."""
@@ -194,7 +195,8 @@ class Commit:
     """One transaction of the project: `file:update`, `file:delete` or `bulk:apply`.
 
     `revision` and `epoch` None: the seed's plain form. `complete` False: a doorbell without its changes.
-    `timestamp`: Unix seconds of the commit. `problems`: per-path refusals found while reading it.
+    `timestamp`: Unix seconds of the commit, by the database's clock; `received_at`: of its frame, by ours.
+    `problems`: per-path refusals found while reading it. `trace`: the writer's span.
     """
 
     event: str
@@ -205,6 +207,8 @@ class Commit:
     sender: str | None = None
     complete: bool = True
     problems: tuple[Problem, ...] = ()
+    trace: TraceParent | None = None
+    received_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ Reads the parts and changes none of them. The agent's own state is derived here 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -18,6 +19,7 @@ from agent.config import Settings
 from agent.model import Problem
 from agent.phoenix import LinkState
 from agent.problems import ProblemKind
+from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor
@@ -41,6 +43,7 @@ class Report(Collector):
     problems: Problems
     metrics: Metrics
     redactor: Redactor
+    skew: ClockSkew
     draining: bool = False
 
     @property
@@ -87,6 +90,7 @@ class Report(Collector):
             "islands": sorted(tree.cursor.islands),
             "head_revision": self.sync.head_revision,
             "files": len(tree.files()),
+            "pending_files": len(self.sync.pending_paths),
             "catch_up": [reason.value for reason in self.sync.pending],
             "last_lag_seconds": self.sync_status.lags[-1] if self.sync_status.lags else None,
             "recent_lags_seconds": list(self.sync_status.lags),
@@ -95,6 +99,8 @@ class Report(Collector):
             "hydrate": {"mode": self.sync_status.mode, **self.catch_up.progress.report()},
             "link": self.link.report(),
             "dev_server": self.dev.report(),
+            "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
+            "clock": self._clock(),
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(),
         }
@@ -115,9 +121,25 @@ class Report(Collector):
         for name, text, value in (
             ("revision", "Everything up to this revision is on disk.", cursor.revision),
             ("head_revision", "The highest revision heard of.", self.sync.head_revision),
-            ("queue_depth", "Events received and not yet applied.", self.sync.queue_depth),
+            ("pending_files", "Paths waiting for content by reference.", len(self.sync.pending_paths)),
+            ("queue_depth", "Events received and not yet applied.", self._waiting()),
         ):
             yield GaugeMetricFamily(f"preview_agent_{name}", text, value=value)
+        if (known := self._skew_bounds()) is not None:
+            yield GaugeMetricFamily(
+                "preview_agent_clock_skew_seconds",
+                "The orchestrator's clock minus ours, as the lag is corrected for; absent until it has answered.",
+                value=known.estimate,
+            )
+            yield GaugeMetricFamily(
+                "preview_agent_clock_skew_uncertainty_seconds",
+                "The most by which the skew, and so the lag, may be wrong.",
+                value=known.uncertainty,
+            )
+        problems = GaugeMetricFamily("preview_agent_problems", "Open problems.", labels=["kind"])
+        for kind, count in sorted(Counter(problem.kind for problem in self._problems()).items()):
+            problems.add_metric([kind], count)
+        yield problems
         link = self.link.report()
         state = GaugeMetricFamily(
             "preview_agent_link_state", "1 for the state the link is in.", labels=["state"]
@@ -138,6 +160,28 @@ class Report(Collector):
         yield CounterMetricFamily(
             "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
         )
+
+    def _waiting(self) -> int:
+        queued = self.link.report()["queue_depth"]
+        assert isinstance(queued, int)
+        return self.sync.queue_depth + queued
+
+    def _skew_bounds(self) -> Bounds | None:
+        return self.skew.bounds(Moment(time.time(), time.monotonic()))
+
+    def _clock(self) -> Mapping[str, object] | None:
+        """What is known of the orchestrator's clock; None while nothing is."""
+        known = self._skew_bounds()
+        if known is None:
+            return None
+        return {
+            "skew_seconds": round(known.estimate, 4),
+            "uncertainty_seconds": round(known.uncertainty, 4),
+            "at_least_seconds": round(known.low, 4),
+            "at_most_seconds": round(known.high, 4),
+            "answers": known.answers,
+            "resets": self.skew.resets,
+        }
 
     def _link_down_for(self) -> float:
         if self.link.state is LinkState.LIVE:

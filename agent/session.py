@@ -19,6 +19,7 @@ import orjson
 
 from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
 from agent.model import RelPath
+from agent.skew import ClockSkew, Moment
 from agent.tokens import Token, Tokens
 from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
 
@@ -35,7 +36,8 @@ TIMEOUT: Final = httpx.Timeout(10.0, read=30.0)
 class SessionApi:
     """The session's own endpoints, Bearer the token in force. Also a `TokenSource`.
 
-    `http` is the agent's shared client; nothing of its defaults is relied on.
+    `http` is the agent's shared client; nothing of its defaults is relied on. `skew` learns from every answer how
+    far the orchestrator's clock is from ours.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class SessionApi:
         timeout: httpx.Timeout = TIMEOUT,
         whole: float = WHOLE_CALL,
         wall: Callable[[], float] = time.time,
+        skew: ClockSkew | None = None,
     ) -> None:
         self._base = f"{base_url.rstrip('/')}/v1/sessions/{session_id}"
         self._tokens = tokens
@@ -55,6 +58,7 @@ class SessionApi:
         self._timeout = timeout
         self._whole = whole
         self._wall = wall
+        self._skew = skew or ClockSkew()
 
     def current(self) -> Token | None:
         """The token in force."""
@@ -87,6 +91,7 @@ class SessionApi:
             raise CredentialRejected("there is no session token to call the session API with")
         what = f"session API ({name})"
         headers = {"authorization": f"Bearer {token.value}", "content-type": "application/json"}
+        sent = self._moment()
         try:
             async with (
                 asyncio.timeout(self._whole),
@@ -99,6 +104,7 @@ class SessionApi:
                     follow_redirects=False,
                 ) as response,
             ):
+                self._look_at_clock(response, sent)
                 content = await _read(response, what)
         except TimeoutError:
             raise Unavailable(what, f"no whole answer within {self._whole:g} s") from None
@@ -111,6 +117,14 @@ class SessionApi:
             except ValueError:
                 raise MalformedMessage(f"{name} answer", "not JSON") from None
         raise self._refusal(what, response, content)
+
+    def _moment(self) -> Moment:
+        return Moment(self._wall(), time.monotonic())
+
+    def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
+        date = moment_of(response.headers.get("date"))
+        if date is not None:
+            self._skew.answered(date, sent, self._moment())
 
     def _refusal(self, what: str, response: httpx.Response, content: bytes) -> Exception:
         status, detail = response.status_code, _problem(content)
@@ -149,6 +163,14 @@ def _problem(content: bytes) -> str:
     return ": ".join(text for text in said if isinstance(text, str))[:200]
 
 
+def moment_of(value: str | None) -> float | None:
+    """Unix seconds of an HTTP date; None when absent or unreadable."""
+    try:
+        return None if value is None else parsedate_to_datetime(value).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
 def retry_after(value: str | None, now: float) -> float | None:
     """Seconds to wait from a `Retry-After` header, either of its forms; None when absent or unreadable.
 
@@ -159,8 +181,8 @@ def retry_after(value: str | None, now: float) -> float | None:
     try:
         wait = float(value)
     except ValueError:
-        try:
-            wait = parsedate_to_datetime(value).timestamp() - now
-        except (ValueError, TypeError):
+        moment = moment_of(value)
+        if moment is None:
             return None
+        wait = moment - now
     return min(max(wait, 0.0), 3600.0) if wait == wait else None

@@ -6,7 +6,7 @@ The agent's state is derived from its parts, never set: a state that is stored c
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -83,6 +83,7 @@ class Problems:
             if len(self.open) >= MAX_PROBLEMS:
                 self.dropped += 1
                 return
+            self.metrics.problems_opened.labels(problem.kind).inc()
             log.warning(
                 "problem.opened",
                 kind=problem.kind,
@@ -91,13 +92,11 @@ class Problems:
                 file_path=problem.path,
             )
         self.open[key] = problem
-        self._show()
 
     def clear(self, kind: ProblemKind, path: str | None = None) -> None:
         """The problem is gone. Nothing happens when there was none."""
         if self.open.pop((kind, path), None) is not None:
             log.info("problem.closed", kind=kind, file_path=path)
-            self._show()
 
     def clear_path(self, path: str) -> None:
         """Whatever was wrong with `path` is over."""
@@ -109,11 +108,15 @@ class Problems:
         for kind, where in [key for key in self.open if key[0] in kinds]:
             self.clear(kind, where)
 
-    def _show(self) -> None:
-        counts = Counter(kind for kind, _ in self.open)
-        self.metrics.problems.clear()
-        for kind, count in counts.items():
-            self.metrics.problems.labels(kind).set(count)
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The event that reached the disk last. `lag` in seconds; `traceparent` is its writer's, when it has one."""
+
+    event: str
+    revision: int | None
+    lag: float
+    traceparent: str | None
 
 
 @dataclass(slots=True)
@@ -128,4 +131,5 @@ class SyncStatus:
     last_catch_up_at: float | None = None
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=40))
     """Seconds from commit to rename of the latest events, oldest first."""
+    last_applied: Applied | None = None
     started_at: float = field(default_factory=time.time)

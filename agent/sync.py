@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agent.catchup import Answer, CatchUp, jitter
@@ -28,6 +28,7 @@ from agent.errors import (
 )
 from agent.follow import Follower, Request
 from agent.hydrate import StagedSnapshot
+from agent.lag import LagMeter
 from agent.ledger import LedgerState
 from agent.model import (
     Commit,
@@ -40,8 +41,11 @@ from agent.model import (
 )
 from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.signals import EventSource, Received, Resync, Signal
+from agent.skew import ClockSkew
+from agent.spans import SpanSink
 from agent.status import Problems, SyncPhase, SyncStatus
-from agent.telemetry import Metrics, get_logger
+from agent.telemetry import Metrics, get_logger, traced
+from agent.trace import read_traceparent
 from agent.wire import Changes, Current, Head, read_event
 from agent.workspace import Workspace
 
@@ -77,6 +81,8 @@ class Parts:
     status: SyncStatus
     on_tree: Callable[[Collection[RelPath]], None]
     on_hydrated: Callable[[], None]
+    skew: ClockSkew = field(default_factory=ClockSkew)
+    spans: SpanSink | None = None
 
 
 class Sync:
@@ -98,6 +104,7 @@ class Sync:
         self._drift = DriftWatch(
             parts.workspace.disk, lambda: parts.workspace.claims(self.tree), self._observe_drift
         )
+        self._lag = LagMeter(parts.metrics, parts.status, parts.skew, parts.spans)
         self._wake = asyncio.Event()
         self._asking: asyncio.Task[Answer] | None = None
         self._request: Request | None = None
@@ -123,6 +130,11 @@ class Sync:
     def queue_depth(self) -> int:
         """Commits received and not applied."""
         return len(self._follower.waiting)
+
+    @property
+    def pending_paths(self) -> frozenset[RelPath]:
+        """Paths whose content a catch-up has to bring."""
+        return self._follower.pending_paths
 
     @property
     def pending(self) -> tuple[Reason, ...]:
@@ -197,8 +209,10 @@ class Sync:
 
     def _hydrated(self, staged: StagedSnapshot, seconds: float) -> None:
         self._p.metrics.hydrate.observe(seconds)
-        if staged.manifest.build_seconds is not None:
-            self._p.metrics.snapshot_build.observe(staged.manifest.build_seconds)
+        self._built(staged)
+        if self._p.spans is not None:
+            now = time.time()
+            self._p.spans.record("preview.hydrate", now - seconds, now, {"preview.files": len(staged.staged)})
         log.info(
             "hydrate.done",
             mode=self._p.status.mode,
@@ -207,6 +221,10 @@ class Sync:
             bytes=staged.size,
             seconds=round(seconds, 3),
         )
+
+    def _built(self, staged: StagedSnapshot) -> None:
+        if staged.manifest.build_seconds is not None:
+            self._p.metrics.snapshot_build.observe(staged.manifest.build_seconds)
 
     def _plan_of(self, staged: StagedSnapshot) -> Plan:
         plan = reconcile(self.tree, staged.manifest, staged.names)
@@ -246,6 +264,10 @@ class Sync:
             return
         self._silent = False
         self._p.status.last_event_at = signal.at
+        with traced(read_traceparent(signal.payload.get("traceparent"))):
+            self._receive_event(signal, now)
+
+    def _receive_event(self, signal: Received, now: float) -> None:
         commit = self._read(signal)
         if isinstance(commit, SnapshotReady):
             self._p.catch_up.offered = commit.snapshot_url
@@ -258,7 +280,7 @@ class Sync:
 
     def _read(self, received: Received) -> Commit | SnapshotReady | None:
         try:
-            read = read_event(received.event, received.payload)
+            read = read_event(received.event, received.payload, received.at)
         except (MalformedMessage, PathRefused) as error:
             log.warning("event.malformed", event_type=received.event, why=str(error))
             self._p.metrics.events.labels(received.event, "malformed").inc()
@@ -274,8 +296,11 @@ class Sync:
         if self._p.status.phase is SyncPhase.FOLLOWING:
             while (batch := self._follower.ready(self._clock())) is not None:
                 coalesced = sum(len(commit.changes) for commit, _ in batch.steps) - len(batch.operations)
-                applied = self._apply(batch.plan)
-                self._observe(batch.steps, coalesced if len(batch.steps) > 1 else 0, applied=applied)
+                with traced(batch.trace):
+                    applied = self._apply(batch.plan)
+                self._lag.observe(batch.steps, applied=applied)
+                if len(batch.steps) > 1 and coalesced > 0:
+                    self._p.metrics.coalesced.inc(coalesced)
         if self._asking is not None and self._asking.done():
             self._land(self._asking)
         if self._asking is None:
@@ -285,26 +310,6 @@ class Sync:
         deadline = self._follower.next_deadline()
         if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
             self._wake.set()
-
-    def _observe(self, steps: Sequence[tuple[Commit, Outcome]], coalesced: int, *, applied: bool) -> None:
-        now = time.time()
-        for commit, outcome in steps:
-            label = outcome.value if applied else "undone"
-            self._p.metrics.events.labels(commit.event, label).inc()
-            if applied and outcome is Outcome.APPLIED and commit.timestamp is not None:
-                lag = max(0.0, now - commit.timestamp)
-                self._p.status.lags.append(lag)
-                self._p.metrics.event_lag.observe(lag)
-                log.info(
-                    "event.applied",
-                    event_type=commit.event,
-                    revision=commit.revision,
-                    file_path=commit.changes[0].path if len(commit.changes) == 1 else None,
-                    files=len(commit.changes),
-                    lag_ms=round(lag * 1000, 1),
-                )
-        if coalesced > 0:
-            self._p.metrics.coalesced.inc(coalesced)
 
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
@@ -387,6 +392,7 @@ class Sync:
         self._asking = self._request = None
         self._attempt = 0
         self._release()
+        self._lag.caught_up(self.tree.cursor)
         self._p.status.last_catch_up_at = time.time()
         self._follower.answered(now, _revision_of(answer))
         if LINK_NEEDS.isdisjoint(self._follower.needs):
@@ -429,6 +435,7 @@ class Sync:
             return False
         if isinstance(answer, StagedSnapshot):
             self._p.workspace.record_whole(self.tree)
+            self._built(answer)
         return True
 
     def _halt(self, problem: Problem, wanted: str) -> None:

@@ -7,6 +7,7 @@ Metrics carry no project, session or path: Fly keeps every label it ever saw.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -28,6 +29,7 @@ from prometheus_client import (
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from agent.config import Settings
+from agent.trace import TraceParent
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Seconds. From one rename to a machine that slept through five minutes."""
@@ -53,9 +55,8 @@ class Metrics:
     coalesced: Counter = field(init=False)
     installs: Counter = field(init=False)
     dev_server_restarts: Counter = field(init=False)
-    pending_files: Gauge = field(init=False)
+    problems_opened: Counter = field(init=False)
     drift_files: Gauge = field(init=False)
-    problems: Gauge = field(init=False)
     dev_server_state: Gauge = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,9 +82,10 @@ class Metrics:
         self.coalesced = counter("coalesced_total", "Writes that a newer one of the same path made needless.")
         self.installs = counter("installs_total", "Dependency installs.", "result")
         self.dev_server_restarts = counter("dev_server_restarts_total", "Dev server restarts.", "reason")
-        self.pending_files = gauge("pending_files", "Paths waiting for content by reference.")
+        self.problems_opened = counter(
+            "problems_opened_total", "Problems opened, also those that closed between two scrapes.", "kind"
+        )
         self.drift_files = gauge("drift_files", "Files changed by something else inside the container.")
-        self.problems = gauge("problems", "Open problems.", "kind")
         self.dev_server_state = gauge("dev_server_state", "1 for the state the dev server is in.", "state")
 
 
@@ -170,6 +172,13 @@ def configure_logs(settings: Settings, redactor: Redactor) -> None:
     structlog.contextvars.bind_contextvars(
         project_id=str(settings.project_id), session_id=str(settings.session_id)
     )
+
+
+def traced(trace: TraceParent | None) -> contextlib.AbstractContextManager[object]:
+    """Every log line written meanwhile carries `trace_id`; nothing is done without a trace."""
+    if trace is None:
+        return contextlib.nullcontext()
+    return structlog.contextvars.bound_contextvars(trace_id=trace.trace_id)
 
 
 def process_age() -> float:

@@ -26,13 +26,16 @@ from agent.model import (
     digest_of,
     parse_path,
 )
+from agent.trace import read_traceparent
 
 COMMIT_EVENTS = frozenset({"file:update", "file:delete", "bulk:apply"})
 SNAPSHOT_FORMAT = 1
 MANIFEST_PATH = ".preview-sync/manifest.json"
 
 
-def read_event(event: str, payload: Mapping[str, object]) -> Commit | SnapshotReady | None:
+def read_event(
+    event: str, payload: Mapping[str, object], received_at: float | None = None
+) -> Commit | SnapshotReady | None:
     """The commit or offer that a broadcast carries; None for an event we do not know.
 
     Content that does not match its hash is dropped and the change becomes one by reference, so that the true
@@ -64,6 +67,8 @@ def read_event(event: str, payload: Mapping[str, object]) -> Commit | SnapshotRe
         sender=_optional_text(payload, "sender", event),
         complete=payload.get("complete") is not False,
         problems=problems,
+        trace=read_traceparent(payload.get("traceparent")),
+        received_at=received_at,
     )
 
 

@@ -1,0 +1,131 @@
+"""The agent's part of a distributed trace, as OpenTelemetry spans; nothing unless somebody collects them.
+
+The SDK is an extra (`pip install 'preview-sync[otel]'`) of some nine megabytes in memory, so it is imported only
+when OTEL_EXPORTER_OTLP_ENDPOINT says where spans go. Its other OTEL_* variables work as its own documentation says;
+none of them reaches the project's code.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+from uuid import UUID
+
+from agent import __version__
+from agent.telemetry import get_logger
+from agent.trace import TraceParent
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+log = get_logger("spans")
+
+ENDPOINT: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+HEADERS: Final = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+"""Where a collector's credentials are: the redactor has to know them."""
+
+EXPORT_SECONDS: Final = "2"
+"""For one export, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise; a collector is near, and spans may be lost."""
+
+FLUSH_SECONDS: Final = 0.5
+"""At the end, for what has not been sent: the rest of the grace belongs to the dev server."""
+
+Attributes = Mapping[str, str | int | float | None]
+
+
+class SpanSink(Protocol):
+    """Whoever takes finished spans."""
+
+    def record(
+        self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
+    ) -> None:
+        """One span, from `start` to `end` in Unix seconds. Attributes that are None are left out."""
+
+
+class Spans:
+    """Spans on their way to a collector, sent by a thread of the SDK's own."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("preview-agent", __version__)
+
+    def record(
+        self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
+    ) -> None:
+        """See `SpanSink`."""
+        from opentelemetry.context import Context
+        from opentelemetry.trace import (
+            NonRecordingSpan,
+            SpanContext,
+            SpanKind,
+            TraceFlags,
+            set_span_in_context,
+        )
+
+        context = Context()
+        if parent is not None:
+            remote = SpanContext(
+                int(parent.trace_id, 16), int(parent.span_id, 16), True, TraceFlags(int(parent.flags, 16))
+            )
+            context = set_span_in_context(NonRecordingSpan(remote), context)
+        span = self._tracer.start_span(
+            name,
+            context,
+            SpanKind.CONSUMER,
+            {key: value for key, value in attributes.items() if value is not None},
+            start_time=int(start * 1e9),
+        )
+        span.end(int(max(start, end) * 1e9))
+
+    def close(self) -> None:
+        """Send what there is, for at most `FLUSH_SECONDS`."""
+        ending = threading.Thread(target=self._provider.shutdown, name="spans-shutdown", daemon=True)
+        ending.start()
+        ending.join(FLUSH_SECONDS)
+
+
+def credentials(environ: Mapping[str, str]) -> list[str]:
+    """Every value of the collector's headers, and each pair whole."""
+    found = []
+    for name in HEADERS:
+        for pair in environ.get(name, "").split(","):
+            found += [pair.strip(), pair.partition("=")[2].strip()]
+    return [text for text in found if text]
+
+
+def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -> Spans | None:
+    """Where spans go, if `environ`, which must be the process's own, says so. None: nowhere."""
+    if not environ.get(ENDPOINT):
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as missing:
+        log.error(
+            "spans.unavailable",
+            why=f"{ENDPOINT} is set and the OpenTelemetry SDK is not installed ({missing.name}); no spans are sent",
+            remedy="pip install 'preview-sync[otel]', or unset the variable",
+        )
+        return None
+    said = {
+        "service.version": __version__,
+        "preview.project_id": str(project_id),
+        "preview.session_id": str(session_id),
+    }
+    if not environ.get("OTEL_SERVICE_NAME"):
+        said["service.name"] = "preview-agent"
+    timeout = environ.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or environ.get("OTEL_EXPORTER_OTLP_TIMEOUT")
+    exporter = OTLPSpanExporter(timeout=float(timeout or EXPORT_SECONDS))
+    provider = TracerProvider(resource=Resource.create(said), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    log.info("spans.on", sdk=_version())
+    return Spans(provider)
+
+
+def _version() -> str:
+    from opentelemetry.sdk.version import __version__ as version
+
+    return version
