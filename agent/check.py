@@ -27,6 +27,7 @@ from agent.config import Settings
 from agent.environment import read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.project import ProjectUnreadable
+from agent.sight import Sight
 from agent.stream import endpoint
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
@@ -85,7 +86,8 @@ async def check(environ: Mapping[str, str], say: Callable[[str], None]) -> int:
         return error.exit_code
     redactor = redactor_for(settings)
     questions: list[Callable[[Settings], Awaitable[list[Finding]]]] = [
-        _directories, _space, _user, _ports, _node, _project, _token, _snapshot, _realtime, _session_api,
+        _directories, _space, *([_live] if settings.shadow else [_user]), _ports,
+        *([] if settings.shadow else [_node, _project]), _token, _snapshot, _realtime, _session_api,
     ]  # fmt: skip
     findings = [ok("settings", f"complete; preview-agent {__version__}")]
     for answers in await asyncio.gather(*(_asked(question, settings) for question in questions)):
@@ -111,12 +113,11 @@ async def _asked(
 
 async def _directories(settings: Settings) -> list[Finding]:
     found = []
-    for name, path in (
-        ("PROJECT_DIR", settings.project_dir),
-        ("STAGING_DIR", settings.staging),
-        ("STATE_DIR", settings.state_dir),
-        ("MODULES_DIR", settings.modules),
-    ):
+    tree = "SHADOW_DIR" if settings.shadow else "PROJECT_DIR"
+    ours = {tree: settings.tree_dir, "STAGING_DIR": settings.staging, "STATE_DIR": settings.state_dir}
+    if not settings.shadow:
+        ours["MODULES_DIR"] = settings.modules
+    for name, path in ours.items():
         try:
             existing = _writable(path)
         except OSError as error:
@@ -125,13 +126,11 @@ async def _directories(settings: Settings) -> list[Finding]:
         made = "writable" if existing == path else f"will be made in {existing}"
         found.append(ok(name, f"{path}: {made}"))
     with contextlib.suppress(OSError):
-        device = _existing(settings.project_dir).stat().st_dev
+        device = _existing(settings.tree_dir).stat().st_dev
         if _existing(settings.staging).stat().st_dev != device:
-            detail = (
-                f"{settings.staging} is on another file system than PROJECT_DIR: nothing could be renamed in"
-            )
+            detail = f"{settings.staging} is on another file system than {tree}: nothing could be renamed in"
             found.append(fail("STAGING_DIR", detail, RootUnusable.exit_code))
-        if _existing(settings.modules).stat().st_dev != device:
+        if not settings.shadow and _existing(settings.modules).stat().st_dev != device:
             found.append(warn("MODULES_DIR", "on another file system than PROJECT_DIR: installs are copied"))
     return found
 
@@ -149,9 +148,21 @@ def _writable(path: Path) -> Path:
         return existing
 
 
+async def _live(settings: Settings) -> list[Finding]:
+    """The directory that is only looked at."""
+    live = settings.project_dir
+    if not live.exists():
+        return [warn("PROJECT_DIR", f"{live} is not there yet; every file will be missing in it")]
+    try:
+        files = await asyncio.to_thread(Sight(live).scan)
+    except OSError as error:
+        return [fail("PROJECT_DIR", f"{live} cannot be read: {error.strerror}")]
+    return [ok("PROJECT_DIR", f"{live} is compared and never touched: {len(files)} files")]
+
+
 async def _space(settings: Settings) -> list[Finding]:
     found = []
-    for name, path in (("disk", settings.project_dir), ("disk", settings.state_dir)):
+    for name, path in (("disk", settings.tree_dir), ("disk", settings.state_dir)):
         existing = _existing(path)
         here = os.statvfs(existing)
         free, inodes = here.f_bavail * here.f_frsize, here.f_favail
@@ -176,10 +187,10 @@ async def _user(settings: Settings) -> list[Finding]:
 
 async def _ports(settings: Settings) -> list[Finding]:
     found = []
-    for name, address, port in (
-        ("DEV_PORT", settings.dev_host, settings.dev_port),
-        ("HEALTH_PORT", settings.health_host, settings.health_port),
-    ):
+    listening = [("HEALTH_PORT", settings.health_host, settings.health_port)]
+    if not settings.shadow:
+        listening.insert(0, ("DEV_PORT", settings.dev_host, settings.dev_port))
+    for name, address, port in listening:
         here = host.listening_host(address)
         free = host.port_is_free(here, port)
         shown = f"[{here}]:{port}" if ":" in here else f"{here}:{port}"

@@ -89,7 +89,20 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
     project_dir: Path = Path("/app/project")
     state_dir: Path = Path("/var/lib/preview-agent")
     staging_dir: Path | None = None
-    """Same file system as `project_dir`, outside the watched tree; default `.preview-sync` beside it."""
+    """Same file system as the tree, outside of it; default `.preview-sync` beside it."""
+
+    # --- beside another flow
+    sync_mode: Literal["live", "shadow"] = "live"
+    """`shadow`: hydrate and follow into SHADOW_DIR, compare PROJECT_DIR with it, which another flow keeps, and never
+    touch that; no dev server is started. The step before switching a project over."""
+    shadow_dir: Path | None = None
+    """The tree of `shadow`; default `.preview-shadow` beside PROJECT_DIR."""
+    shadow_settle_seconds: Annotated[float, Meta(gt=0)] = 10.0
+    """How long a difference must stand, with both sides at rest, before it is one. Five looks, and above the delay of
+    a flow that polls every few seconds; set it above the slowest save of the flow that is compared with."""
+    shadow_ignore: tuple[str, ...] = ("dist", "build", ".vite", ".cache", "*.log", "*.tsbuildinfo")
+    """Names, with `*` and `?`, whose files are no difference when only the live directory has them: build output. What
+    the database has is compared whatever its name. `node_modules` and `.git` are never looked at."""
 
     # --- the dev server
     dev_command: tuple[str, ...] | None = None
@@ -141,8 +154,25 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
     """Seconds. Below Fly's default kill timeout of 5 s, so that the drain ends before the machine does."""
 
     @property
+    def shadow(self) -> bool:
+        """Whether another flow keeps PROJECT_DIR, and we look on."""
+        return self.sync_mode == "shadow"
+
+    @property
+    def tree_dir(self) -> Path:
+        """The directory that the agent keeps equal to the database."""
+        if not self.shadow:
+            return self.project_dir
+        return self.shadow_dir or self.project_dir.parent / ".preview-shadow"
+
+    @property
     def staging(self) -> Path:
-        return self.staging_dir or self.project_dir.parent / ".preview-sync"
+        return self.staging_dir or self.tree_dir.parent / ".preview-sync"
+
+    @property
+    def ledger(self) -> Path:
+        """What was written, by mode: after the switch nothing of the other flow's is taken for ours."""
+        return self.state_dir / ("shadow.sqlite" if self.shadow else "ledger.sqlite")
 
     @property
     def modules(self) -> Path:

@@ -16,6 +16,7 @@ import httpx
 
 from agent import health
 from agent.catchup import CatchUp, jitter
+from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
 from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, Unavailable
@@ -28,6 +29,8 @@ from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
+from agent.shadow import Shadow
+from agent.sight import Sight
 from agent.skew import ClockSkew
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
@@ -86,23 +89,29 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
-        user = rights(settings)[0].user
+        user = None if settings.shadow else rights(settings)[0].user
         disk = Disk(
-            settings.project_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
+            settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
         )
-        ledger = Ledger(settings.state_dir / "ledger.sqlite")
+        ledger = Ledger(settings.ledger)
         follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
         supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, early=early)
         catch_up = CatchUp(
             api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
         )
 
+        shadow = _shadow(settings, problems, follower) if settings.shadow else None
+
         def on_tree(paths: Collection[RelPath]) -> None:
-            supervisor.files_changed(paths)
+            if shadow is None:
+                supervisor.files_changed(paths)
 
         def on_hydrated() -> None:
             give_memory_back()
-            supervisor.project_ready()
+            if shadow is None:
+                supervisor.project_ready()
+            else:
+                shadow.hydrated()
 
         sync = Sync(
             Parts(
@@ -121,13 +130,15 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
             snapshot_url=settings.snapshot_url.reveal() if settings.snapshot_url else None,
             drift_policy=settings.drift_policy,
         )
-        report = Report(settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor, skew)
+        report = Report(
+            settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor, skew, shadow
+        )
         metrics.registry.register(report)
         stop = asyncio.Event()
         tasks: dict[str, Callable[[], Coroutine[None, None, None]]] = {
             "link": link.run,
             "sync": sync.run,
-            "dev-server": supervisor.run,
+            **({"dev-server": supervisor.run} if shadow is None else {"shadow": shadow.run}),
             "health": lambda: health.serve(
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
@@ -141,6 +152,13 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
             reaper.release()
             if spans is not None:
                 spans.close()
+
+
+def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shadow:
+    """What compares the other flow's directory with our tree."""
+    comparison = Comparison(settings.shadow_settle_seconds, settings.shadow_ignore)
+    log.info("shadow.begun", live_dir=str(settings.project_dir), shadow_dir=str(settings.tree_dir))
+    return Shadow(Sight(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
 
 
 async def _until_stopped(

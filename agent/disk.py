@@ -19,17 +19,15 @@ to another thread costs three times as much as the write.
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agent.batch import Batch, DirectoryForm, Outcome
-from agent.errors import PathRefused, RootUnusable
-from agent.jail import Blocked, Jail
+from agent.errors import RootUnusable
 from agent.ledger import Done, FileStat
-from agent.looks import Drift, compare, digest_at, look
-from agent.model import PROTECTED, Digest, Entry, Operation, RelPath, Remove, Tree, parse_path
+from agent.looks import Drift
+from agent.model import Entry, Operation, RelPath, Remove
+from agent.sight import Audit, Sight
 from agent.staging import Stage, Staged, Staging
 
 __all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
@@ -37,18 +35,7 @@ __all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "St
 _NOTHING: Mapping[RelPath, Entry] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Audit:
-    """A recorded tree held against the disk.
-
-    `stats`: the files that hold what the tree says, as they look now. `drifts`: the others.
-    """
-
-    stats: dict[RelPath, FileStat]
-    drifts: tuple[Drift, ...]
-
-
-class Disk:
+class Disk(Sight):
     """One project root and its staging directory.
 
     `owner` (uid, gid), `file_mode` and `dir_mode` hold for everything made here, whatever the umask; an executable gets
@@ -64,17 +51,11 @@ class Disk:
         file_mode: int = 0o644,
         dir_mode: int = 0o755,
     ) -> None:
-        self._root = root
+        super().__init__(root, make_root=self._make_root)
         self._staging_path = staging
-        self._jail = Jail(root, self._make_root)
         self._staging = Staging(staging, file_mode=file_mode, owner=owner)
         self._form = DirectoryForm(dir_mode, owner)
         self._made: set[RelPath] = set()
-
-    @property
-    def root(self) -> Path:
-        """The project directory."""
-        return self._root
 
     @property
     def made(self) -> Collection[RelPath]:
@@ -103,7 +84,7 @@ class Disk:
 
     def close(self) -> None:
         """Let go of every descriptor and of the lock. What is staged stays for nobody: the next life clears it."""
-        self._jail.forget()
+        super().close()
         self._staging.close()
 
     def stage(self) -> Stage:
@@ -148,85 +129,11 @@ class Disk:
         found = {path: seen for path in paths if (seen := self.look(path)) is not None}
         return self.apply([Remove(path, Entry(0, None)) for path in found], found)
 
-    def look(self, path: RelPath) -> FileStat | None:
-        """How the regular file at `path` looks now, no link followed; None when there is none."""
-        above, _, name = path.rpartition("/")
-        try:
-            found = look(self._jail.directory(above), name)
-        except (OSError, Blocked):
-            return None
-        return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
-
-    def read_digest(self, path: RelPath) -> tuple[Digest, FileStat] | None:
-        """What the file at `path` holds, no link followed; None when there is none. Raises `PermissionError`."""
-        above, _, name = path.rpartition("/")
-        try:
-            return digest_at(self._jail.directory(above), name)
-        except (FileNotFoundError, Blocked):
-            return None
-
-    def check(self, path: RelPath, known: FileStat | None, entry: Entry | None) -> Drift | FileStat | None:
-        """Hold one path against what the agent left there.
-
-        A `FileStat` when it is as it should be (newer than `known` if it was only touched), None when there is nothing
-        and should be nothing, else the drift. Raises `OSError` when it cannot be looked at.
-        """
-        above, _, name = path.rpartition("/")
-        try:
-            directory = self._jail.directory(above)
-            found = look(directory, name)
-            should_be = entry is not None and entry.is_file
-            if found is None:
-                return Drift(path, "missing") if should_be else None
-            if known is not None and should_be and known.is_of(found):
-                return known
-            drift = compare(path, directory, name, found, known, entry)
-            return FileStat.of(found) if drift is None else drift
-        except (FileNotFoundError, Blocked):
-            return Drift(path, "missing") if entry is not None and entry.is_file else None
-
-    def audit(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Audit:
-        """Hold a whole recorded tree against the disk: by stat, and by hash where that differs."""
-        held: dict[RelPath, FileStat] = {}
-        drifts: list[Drift] = []
-        for path, entry in sorted(tree.files().items()):
-            found = self.check(path, stats.get(path), entry)
-            if isinstance(found, FileStat):
-                held[path] = found
-            elif found is not None:
-                drifts.append(found)
-        return Audit(held, tuple(drifts))
-
-    def scan(self) -> dict[RelPath, FileStat]:
-        """Every regular file below the root that a project may have, links and protected directories left out."""
-        return dict(self._walk(""))
-
     def _make_root(self) -> None:
         self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
         self._root.chmod(self._form.mode)
         if self._form.owner is not None:
             os.chown(self._root, *self._form.owner)
-
-    def _walk(self, start: str) -> Iterator[tuple[RelPath, FileStat]]:
-        waiting = [start]
-        while waiting:
-            at = waiting.pop()
-            try:
-                with os.scandir(self._jail.directory(at)) as listing:
-                    entries = [(e.name, e.stat(follow_symlinks=False)) for e in listing]
-            except (FileNotFoundError, Blocked):
-                continue
-            for name, found in entries:
-                if name in PROTECTED:
-                    continue
-                try:
-                    path = parse_path(f"{at}/{name}" if at else name)
-                except PathRefused:
-                    continue
-                if stat.S_ISDIR(found.st_mode):
-                    waiting.append(path)
-                elif stat.S_ISREG(found.st_mode):
-                    yield path, FileStat.of(found)
 
     def _check_places(self, root: int) -> None:
         """Root writable, staging outside of it and it outside of staging."""

@@ -27,7 +27,8 @@ SERVICE_KEYS = (
 """Names under which a service-role key is commonly handed out."""
 
 REQUIRED = frozenset({"project_id", "session_id"})
-COMMANDS = frozenset({"dev_command", "install_command"})
+WORD_LISTS = frozenset({"dev_command", "install_command", "shadow_ignore"})
+"""Written as in a shell, and read without one."""
 WORDS = {"on": "true", "yes": "true", "off": "false", "no": "false"}
 """How people write yes and no besides true, false, 1 and 0."""
 
@@ -50,7 +51,29 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     problems += unreadable + _missing(given) + _urls(given) + _token(given)
     if problems:
         raise SettingsError(sorted(problems))
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.shadow:
+        _apart(settings)
+    return settings
+
+
+def _apart(settings: Settings) -> None:
+    """Nothing of ours may stand in the directory that is only looked at. Raises `SettingsError`."""
+    live = settings.project_dir.resolve()
+    ours = {
+        "SHADOW_DIR": settings.tree_dir, "STAGING_DIR": settings.staging, "STATE_DIR": settings.state_dir
+    }  # fmt: skip
+    problems = [
+        f"{name}: {path} is inside PROJECT_DIR, which SYNC_MODE=shadow never touches"
+        for name, path in ours.items()
+        if path.resolve().is_relative_to(live)
+    ]
+    if live.is_relative_to(settings.tree_dir.resolve()):
+        problems.append(
+            f"SHADOW_DIR: {settings.tree_dir} contains PROJECT_DIR, which is not the agent's to write"
+        )
+    if problems:
+        raise SettingsError(problems)
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -79,8 +102,8 @@ def _values(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _spelled(name: str, text: str) -> object:
-    """The text as the reader takes it: a command is written as in a shell, and run without one; yes is true."""
-    if name in COMMANDS:
+    """The text as the reader takes it: words as in a shell; yes is true."""
+    if name in WORD_LISTS:
         return tuple(shlex.split(text)) or None
     return WORDS.get(text.lower(), text)
 

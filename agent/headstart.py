@@ -6,7 +6,7 @@ the standard library, is to start exactly what was ready when it last ran; the s
 reckoning, it would have started the same, and kills it otherwise. Whether the preview is *ready* is decided as ever.
 
 Nothing is started early on a machine that was never ready, without a ledger, whose dependencies are not those that
-package.json asks for now, or whose port is taken.
+package.json asks for now, or whose port is taken; nor in shadow mode, which has no dev server.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def begin(environ: Mapping[str, str]) -> HeadStart | None:
     """Start what the last run had ready; None when there is a reason not to. Never raises for what it finds."""
     state = Path(environ.get("STATE_DIR") or STATE_DIR)
     directory = Path(environ.get("PROJECT_DIR") or PROJECT_DIR)
+    if (environ.get("SYNC_MODE") or "live") != "live":
+        return None
     try:
         noted = json.loads((state / RECORD).read_bytes())
         launch = _launch(noted, environ)

@@ -19,6 +19,7 @@ from agent.config import Settings
 from agent.model import Problem
 from agent.phoenix import LinkState
 from agent.problems import ProblemKind
+from agent.shadow import Shadow
 from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.stream import RealtimeStream
@@ -26,7 +27,9 @@ from agent.supervisor import Supervisor
 from agent.sync import Sync
 from agent.telemetry import Metrics, Redactor
 
-HARMLESS: frozenset[ProblemKind] = frozenset({"drift", "path_refused", "path_unusable", "hmr_unreachable"})
+HARMLESS: frozenset[ProblemKind] = frozenset(
+    {"drift", "path_refused", "path_unusable", "hmr_unreachable", "shadow_difference"}
+)
 """Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 
@@ -44,6 +47,8 @@ class Report(Collector):
     metrics: Metrics
     redactor: Redactor
     skew: ClockSkew
+    shadow: Shadow | None = None
+    """With SYNC_MODE=shadow: it stands where the dev server is otherwise."""
     draining: bool = False
 
     @property
@@ -58,9 +63,10 @@ class Report(Collector):
         )
 
     def ready(self) -> bool:
-        """The tree is whole and the preview is served (protocol: /readyz); degraded still is."""
+        """The tree is whole and the preview is served (protocol: /readyz), or compared; degraded still is."""
         hydrated = self.sync_status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED)
-        return hydrated and self.dev.ready and not self.draining
+        served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
+        return hydrated and served and not self.draining
 
     def heartbeat(self) -> dict[str, object]:
         """The body of PUT …/status."""
@@ -101,6 +107,8 @@ class Report(Collector):
             "dev_server": self.dev.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
+            "sync_mode": self.settings.sync_mode,
+            "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(),
         }
@@ -160,6 +168,8 @@ class Report(Collector):
         yield CounterMetricFamily(
             "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
         )
+        if self.shadow is not None:
+            yield from self.shadow.collect()
 
     def _waiting(self) -> int:
         queued = self.link.report()["queue_depth"]

@@ -118,7 +118,9 @@ def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[
             f" event {_ago(link['last_event_at'], now)}, catch-up {_ago(link['last_catch_up_at'], now)}",
             COLOURS.get(link["state"], YELLOW),
         ),
-        (
+        _shadow(report["shadow"], now)
+        if report.get("shadow")
+        else (
             "  dev server",
             f"{dev['state']}{_because(dev['reason'])} at {dev['url']}, restarted {_times(dev['restarts'])}",
             COLOURS.get(dev["state"], YELLOW),
@@ -131,6 +133,19 @@ def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[
     for label, text, colour in rows:
         lines += look.row(label, text, colour)
     return lines + list(_problems(report["problems"], look))
+
+
+def _shadow(shadow: Mapping[str, Any], now: float) -> tuple[str, str, str]:
+    """The row that stands where the dev server's does otherwise."""
+    if not shadow["looks"]:
+        return "  shadow", f"of {shadow['live_dir']}: not compared yet", YELLOW
+    found = ", ".join(f"{count} {rule}" for rule, count in shadow["differences"].items() if count)
+    since = shadow["equal_since"]
+    verdict = f"equal for {_span(max(0.0, now - since))}" if since is not None else found
+    flight = f", {shadow['unsettled']} in flight" if shadow["unsettled"] else ""
+    looked = f"{shadow['files']} files, looked {_ago(shadow['looked_at'], now)}"
+    colour = YELLOW if since is None else PLAIN
+    return "  shadow", f"of {shadow['live_dir']}: {verdict}{flight}; {looked}", colour
 
 
 def _problems(problems: Sequence[Mapping[str, Any]], look: Look) -> Iterator[str]:

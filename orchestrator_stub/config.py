@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
 
+    sync_mode: Literal["live", "shadow"] = "live"
+    """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md)."""
+
     # --- new projects
     template_dir: Path | None = _EXAMPLE if _EXAMPLE.is_dir() else None
     """What a project without any file is given at its first session; unset: it stays empty."""

@@ -281,6 +281,7 @@ class Control:
                 "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),
                 "SESSION_API_URL": settings.agent_facing_url,
                 "LOG_LEVEL": settings.log_level,
+                **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )
 

@@ -60,6 +60,21 @@ def test_the_screen_at_rest() -> None:
     ]
 
 
+def test_in_shadow_mode_the_comparison_stands_where_the_dev_server_does() -> None:
+    shadow = {
+        "live_dir": "/srv/app", "looks": 5, "looked_at": NOW - 1, "files": 9, "equal_since": NOW - 90,
+        "unsettled": 0, "differences": {"differs": 0, "missing": 0, "extra": 0, "unreadable": 0}, "paths": [],
+    }  # fmt: skip
+
+    def row(**other: Any) -> str:
+        return render(report(shadow={**shadow, **other}), now=NOW)[-1]
+
+    assert row(looks=0) == "  shadow     of /srv/app: not compared yet"
+    assert row() == "  shadow     of /srv/app: equal for 90 s; 9 files, looked 1 s ago"
+    found = row(equal_since=None, unsettled=2, differences={"differs": 1, "missing": 2, "extra": 0})
+    assert found == "  shadow     of /srv/app: 1 differs, 2 missing, 2 in flight; 9 files, looked 1 s ago"
+
+
 def test_what_is_wrong_says_what_to_do_once_for_each_kind() -> None:
     refused = [problem("path_refused", f"a{n}\\b", f"cannot use path 'a{n}\\b': backslash") for n in range(9)]
     last = "GET /\nSyntaxError: boom\n    at parse (x.js)\n    at main (y.js)"

@@ -145,6 +145,7 @@ async def test_an_agent_that_never_wakes_leaves_none(machine: Machine) -> None:
         lambda m: (m.project / "package.json").write_text('{"scripts": {"dev": "vite"}, "dependencies": {"a": "1"}}'),
         lambda m: (m.project / "package.json").write_text("{"),
         lambda m: m.environ.update(PROJECT_DIR="/nonexistent"),
+        lambda m: m.environ.update(SYNC_MODE="shadow"),
         lambda m: m.environ.update(DEV_USER="nobody") if os.geteuid() == 0 else m.environ.update(STATE_DIR="/"),
     ],
 )  # fmt: skip

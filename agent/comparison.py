@@ -1,0 +1,112 @@
+"""Where two directories that should hold the same do not: what the database says, and what another flow has put there.
+
+Pure; time is passed in, in monotonic seconds. Both sides move while a save travels, each at its own pace, so a
+difference counts only when *it stood*: both sides as they are now for the settling time. Whatever moves on either side
+starts that time anew, so a file in flight is never a difference, and a person who types does not make one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import translate
+
+from agent.model import Digest, Entry, Problem, RelPath
+
+
+class Rule(StrEnum):
+    """How a path differs."""
+
+    DIFFERS = "differs"
+    MISSING = "missing"
+    EXTRA = "extra"
+    UNREADABLE = "unreadable"
+
+
+TOLD: Mapping[Rule, str] = {
+    Rule.DIFFERS: "holds something else than the database",
+    Rule.MISSING: "is in the database and not in the live directory",
+    Rule.EXTRA: "is in the live directory and not in the database",
+    Rule.UNREADABLE: "cannot be read in the live directory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One path that stood as it is for the settling time. `since`: when it was first seen so."""
+
+    path: RelPath
+    rule: Rule
+    since: float
+
+    def problem(self) -> Problem:
+        """As status, metrics, log and heartbeat show it."""
+        return Problem("shadow_difference", f"{self.path} {TOLD[self.rule]}", self.path, self.rule.value)
+
+
+Pair = tuple[Digest | None, Digest | None]
+"""What the database wants at a path (None: nothing) and what was found (None: it cannot be read, or nothing)."""
+
+
+class Comparison:
+    """See the module. `settle` in seconds; `ignore`: file name patterns whose *extra* files are no difference.
+
+    A path that the database has, or had, is compared whatever its name: build output is what a pattern is for.
+    """
+
+    def __init__(self, settle: float, ignore: Iterable[str] = ()) -> None:
+        self.settle = settle
+        self._ignored = re.compile("|".join(map(translate, ignore)) or r"(?!)")
+        self._standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
+        self.open: Mapping[RelPath, Difference] = {}
+        """The differences that stand, by path."""
+        self.compared = 0
+        """Files that were held against each other at the latest look."""
+
+    def look(
+        self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | None], now: float
+    ) -> None:
+        """Take in what both sides hold now. `found`: the files that are there; None for one that cannot be read."""
+        standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
+
+        def unequal(path: RelPath, rule: Rule, pair: Pair) -> None:
+            before = self._standing.get(path)
+            same = before is not None and before[:2] == (rule, pair)
+            standing[path] = before if before is not None and same else (rule, pair, now)
+
+        self.compared = 0
+        for path, entry in wanted.items():
+            if entry.digest is None:
+                continue
+            self.compared += 1
+            if path not in found:
+                unequal(path, Rule.MISSING, (entry.digest, None))
+            elif (here := found[path]) != entry.digest:
+                rule = Rule.UNREADABLE if here is None else Rule.DIFFERS
+                unequal(path, rule, (entry.digest, here))
+        for path, here in found.items():
+            known = wanted.get(path)
+            if (known is None and not self._is_ignored(path)) or (known is not None and known.digest is None):
+                unequal(path, Rule.EXTRA, (None, here))
+        self._standing = standing
+        self.open = {
+            path: Difference(path, rule, since)
+            for path, (rule, _, since) in sorted(standing.items())
+            if now - since >= self.settle
+        }
+
+    @property
+    def unsettled(self) -> int:
+        """Paths that differ now and may be in flight."""
+        return len(self._standing) - len(self.open)
+
+    def counts(self) -> dict[str, int]:
+        """How many differences stand, by rule; every rule is there."""
+        counted = Counter(difference.rule for difference in self.open.values())
+        return {rule.value: counted[rule] for rule in Rule}
+
+    def _is_ignored(self, path: RelPath) -> bool:
+        return any(self._ignored.fullmatch(segment) for segment in path.split("/"))

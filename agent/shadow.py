@@ -1,0 +1,173 @@
+"""SYNC_MODE=shadow: what the other flow has put into the live directory, held against what the database says.
+
+The agent hydrates and follows into a directory of its own (SHADOW_DIR); here somebody else's directory (PROJECT_DIR)
+is looked at, over and over, and never touched: there is no `Disk` on it, only a `Sight`. Looking goes by stat, and by
+hash where the stat is not the one that the hash was taken at. It is done in a thread, so that the link and the tree do
+not wait for a slow disk.
+
+Polled, not watched: a watch on every directory of somebody else's tree takes from the kernel's budget that their dev
+server lives on, and sees nothing on some network mounts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from agent.comparison import Comparison
+from agent.ledger import FileStat
+from agent.model import Digest, Entry, Problem, RelPath
+from agent.sight import Sight
+from agent.status import Problems
+from agent.telemetry import get_logger
+
+log = get_logger("shadow")
+
+LOOKS = 5
+"""In one settling time: what moved and moved back in between is not taken for what stood."""
+IDLE_SHARE = 50
+"""A look that took long is followed by a rest this many times as long: at most 2 % of a core."""
+MOST_SHOWN = 50
+"""Differences shown one by one; the rest is counted. The list of problems must keep room for the others."""
+RACY_NS = 100_000_000
+"""Nanoseconds. A file that was changed this shortly before it was read may change again within the clock's tick, and
+look the same: its hash is not kept for the next look (git's racily clean entries)."""
+
+
+@dataclass(slots=True)
+class Shadow:
+    """See the module. `wanted` gives the tree as the database has it; `look` may begin once `hydrated` is called."""
+
+    live: Sight
+    comparison: Comparison
+    problems: Problems
+    wanted: Callable[[], Mapping[RelPath, Entry]]
+    clock: Callable[[], float] = time.monotonic
+    looks: int = 0
+    looked_at: float | None = None
+    """Unix seconds."""
+    equal_since: float | None = None
+    """Unix seconds since when no difference stood; None while one does, or before the first look."""
+    _known: dict[RelPath, tuple[FileStat, Digest]] = field(default_factory=dict)
+    _shown: set[RelPath] = field(default_factory=set)
+    _hydrated: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopping: bool = False
+
+    def hydrated(self) -> None:
+        """There is a whole tree to compare with."""
+        self._hydrated.set()
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        await self._hydrated.wait()
+        try:
+            while True:
+                started = self.clock()
+                await self._turn()
+                rest = max(self.comparison.settle / LOOKS, IDLE_SHARE * (self.clock() - started))
+                await asyncio.sleep(rest)
+        finally:
+            self.live.close()
+
+    async def _turn(self) -> None:
+        reading = asyncio.ensure_future(asyncio.to_thread(self.read))
+        try:
+            found = await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            self._stopping = True
+            with suppress(OSError):
+                await reading
+            raise
+        except OSError as error:
+            self.problems.add(
+                Problem("live_unreadable", f"cannot look at {self.live.root}: {error.strerror}")
+            )
+            return
+        self.problems.clear("live_unreadable")
+        self.compare(found)
+
+    def read(self) -> dict[RelPath, Digest | None]:
+        """The live directory's files and what they hold. Raises `OSError` when it cannot be looked at."""
+        found: dict[RelPath, Digest | None] = {}
+        known: dict[RelPath, tuple[FileStat, Digest]] = {}
+        for path, stat in self.live.scan().items():
+            if self._stopping:
+                break
+            before = self._known.get(path)
+            if before is not None and before[0] == stat:
+                found[path], known[path] = before[1], before
+                continue
+            try:
+                read = self.live.read_digest(path)
+            except OSError:
+                found[path] = None
+                continue
+            if read is None:
+                continue
+            found[path] = read[0]
+            if time.time_ns() - max(read[1].mtime_ns, read[1].ctime_ns) > RACY_NS:
+                known[path] = read[1], read[0]
+        self._known = known
+        return found
+
+    def compare(self, found: Mapping[RelPath, Digest | None]) -> None:
+        """Hold `found` against the tree, and tell what came of it."""
+        before = self.comparison.counts()
+        self.comparison.look(self.wanted(), found, self.clock())
+        self.looks += 1
+        self.looked_at = time.time()
+        standing = self.comparison.open
+        if standing:
+            self.equal_since = None
+        elif self.equal_since is None:
+            self.equal_since = self.looked_at
+        shown = dict(list(standing.items())[:MOST_SHOWN])
+        for path in self._shown - shown.keys():
+            self.problems.clear("shadow_difference", path)
+        for difference in shown.values():
+            self.problems.add(difference.problem())
+        self._shown = set(shown)
+        counts = self.comparison.counts()
+        if counts != before or self.looks == 1:
+            log.info("shadow.compared", files=self.comparison.compared, **counts)
+
+    def report(self) -> dict[str, object]:
+        """For status."""
+        now = self.clock()
+        return {
+            "live_dir": str(self.live.root),
+            "looks": self.looks,
+            "looked_at": self.looked_at,
+            "files": self.comparison.compared,
+            "equal_since": self.equal_since,
+            "unsettled": self.comparison.unsettled,
+            "differences": self.comparison.counts(),
+            "paths": [
+                {"file_path": each.path, "rule": each.rule.value, "seconds": round(now - each.since, 1)}
+                for each in list(self.comparison.open.values())[:MOST_SHOWN]
+            ],
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures, read at each scrape."""
+        differences = GaugeMetricFamily(
+            "preview_agent_shadow_differences",
+            "Files that differ between the live directory and the database, by how.",
+            labels=["rule"],
+        )
+        for rule, count in self.comparison.counts().items():
+            differences.add_metric([rule], count)
+        yield differences
+        for name, text, value in (
+            ("files", "Files compared at the latest look.", self.comparison.compared),
+            ("unsettled_files", "Files that differ and may be in flight.", self.comparison.unsettled),
+        ):
+            yield GaugeMetricFamily(f"preview_agent_shadow_{name}", text, value=value)
+        yield CounterMetricFamily(
+            "preview_agent_shadow_looks", "Looks at the live directory.", value=self.looks
+        )
