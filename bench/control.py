@@ -19,13 +19,10 @@ from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
 from uuid import UUID
 
 import httpx
-import psycopg
 import uvicorn
-from psycopg_pool import AsyncConnectionPool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -34,6 +31,7 @@ from bench.results import Row, in_turn, ratio_of
 from orchestrator_stub.app import Api, application
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.control import Control
+from orchestrator_stub.database import pool_of
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
@@ -191,10 +189,7 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
     settings = settings_for(dsn, create_wait=0)
     keys = Keyring.from_jwks({"keys": [new_hs256("h")]})
     snapshots, assets = PaperSnapshots(), PaperAssets()
-    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
-        dsn, min_size=1, max_size=8, open=False, timeout=30, kwargs={"autocommit": True}
-    )
-    async with pool, httpx.AsyncClient(transport=fly.transport()) as http:
+    async with pool_of(dsn, timeout=30) as pool, httpx.AsyncClient(transport=fly.transport()) as http:
         store = SessionStore(pool)
         api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
         driver = FlyMachines(api, FlyShape(APP, "image"))

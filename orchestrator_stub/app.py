@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
 import orjson
-import psycopg
-import psycopg_pool
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.applications import Starlette
@@ -31,6 +29,7 @@ from starlette.routing import BaseRoute, Route
 from orchestrator_stub.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
+from orchestrator_stub.database import AWAY, Head
 from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions import ENDED, LIVE, Session, State
 from orchestrator_stub.storage import StorageFailure
@@ -42,13 +41,7 @@ log = structlog.get_logger("app")
 RETRY_AFTER = 2.0
 """Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
 
-UNAVAILABLE = (
-    SnapshotUnavailable,
-    StorageFailure,
-    psycopg.OperationalError,
-    psycopg_pool.PoolTimeout,
-    OSError,
-)
+UNAVAILABLE = (SnapshotUnavailable, StorageFailure, *AWAY, OSError)
 """What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
 UP = frozenset({"serving", "degraded"})
@@ -236,18 +229,12 @@ class Api:
 
     async def sync(self, request: Request) -> Response:
         """What happened to the project above the agent's cursor."""
-        claims = self._claims(request)
-        self._check_path(request, claims)
-        standing = await self._store.standing(claims.session_id)
-        if standing is None:
-            raise _unknown_session(claims.session_id)
-        session, epoch, revision = standing
-        self._check_owner(session, claims)
-        self._check_live(session, claims)
+        claims, session, head = await self._own(request)
+        _check_current(session, claims)
         body = await self._body(request, SyncBody)
-        if body.reason not in FULL and not body.paths and (body.epoch, body.revision) == (epoch, revision):
+        if body.reason not in FULL and not body.paths and _stands_at(body, head):
             # What nearly every question comes to, answered by the one query that is needed anyway.
-            return _json({"kind": "current", "epoch": epoch, "revision": revision})
+            return _json({"kind": "current", "epoch": head.epoch, "revision": head.revision})
         return _json(
             await self._catchup.sync(
                 session.project_id,
@@ -260,17 +247,16 @@ class Api:
 
     async def token(self, request: Request) -> Response:
         """The next token of the same machine, also for one that expired while the machine was down."""
-        claims = self._claims(request, grace=self._settings.token_renew_grace)
-        session = await self._own_session(request, claims)
+        claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
+        _check_current(session, claims)
         token, expires_at = self._control.token_for(session)
         return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
 
     async def status(self, request: Request) -> Response:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
-        claims = self._claims(request)
-        session = await self._find(request, claims)
+        claims, session, head = await self._own(request)
         body = await self._body(request, StatusBody)
-        head, tree_hash = await self._catchup.tree_hash(session.project_id)
+        head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
         answer: dict[str, Any] = {"epoch": head.epoch, "revision": head.revision, "tree_hash": tree_hash}
         kept = await self._store.report(
             session.id,
@@ -284,8 +270,7 @@ class Api:
             return _json({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)
-        same = body.epoch == head.epoch and body.revision == head.revision
-        if not same or (body.tree_hash is not None and body.tree_hash != tree_hash):
+        if not _stands_at(body, head) or (body.tree_hash is not None and body.tree_hash != tree_hash):
             answer["action"] = "sync"
         return _json(answer)
 
@@ -313,60 +298,35 @@ class Api:
         """Whether the caller has a right to the project. The database's own policies say so."""
         return caller.user is None or await self._store.sees(caller.user, project_id)
 
-    def _claims(self, request: Request, *, grace: float = 0.0) -> SessionClaims:
-        try:
-            return self._tokens.read(_bearer(request), grace=grace)
-        except TokenRejected as error:
-            raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
-
     async def _seen(self, request: Request) -> Session:
         """The session of the path, for a caller of the control plane; to strangers it does not exist."""
         caller = await self._caller(request)
-        session = await self._session(request)
-        if not await self._may(caller, session.project_id):
-            raise _unknown_session(session.id)
-        return session
-
-    async def _session(self, request: Request) -> Session:
         session_id = _uuid(request.path_params["session_id"], "session")
         session = await self._store.get(session_id)
-        if session is None:
+        if session is None or not await self._may(caller, session.project_id):
             raise _unknown_session(session_id)
         return session
 
-    async def _find(self, request: Request, claims: SessionClaims) -> Session:
-        """The session of the path, which must be the token's. Over is 410."""
-        self._check_path(request, claims)
-        session = await self._session(request)
-        self._check_owner(session, claims)
-        return session
+    async def _own(self, request: Request, *, grace: float = 0.0) -> tuple[SessionClaims, Session, Head]:
+        """What the token says, its session, and where the project stands. `grace` as in `Keyring.verify`.
 
-    async def _own_session(self, request: Request, claims: SessionClaims) -> Session:
-        """The live session that the token's own machine belongs to. A newer machine is 409, no machine 410."""
-        session = await self._find(request, claims)
-        self._check_live(session, claims)
-        return session
-
-    def _check_path(self, request: Request, claims: SessionClaims) -> None:
+        Over is 410. The session may be draining, or have another machine by now: see `_check_current`.
+        """
+        try:
+            claims = self._tokens.read(_bearer(request), grace=grace)
+        except TokenRejected as error:
+            raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
         if _uuid(request.path_params["session_id"], "session") != claims.session_id:
             raise Refusal(403, "foreign_session", "The token is another session's.")
-
-    def _check_owner(self, session: Session, claims: SessionClaims) -> None:
+        standing = await self._store.standing(claims.session_id)
+        if standing is None:
+            raise _unknown_session(claims.session_id)
+        session, head = standing
         if session.project_id != claims.project_id:
             raise Refusal(403, "foreign_session", "The token is another project's.")
         if session.state in ENDED:
             raise _over(session)
-
-    def _check_live(self, session: Session, claims: SessionClaims) -> None:
-        if session.state not in LIVE:
-            raise _over(session)
-        if session.generation != claims.generation:
-            raise Refusal(
-                409,
-                "generation_superseded",
-                f"Machine {claims.generation} was replaced by {session.generation}; this one is to stop.",
-                extra={"generation": session.generation},
-            )
+        return claims, session, head
 
     async def _body(self, request: Request, form: type[Body]) -> Body:
         content = bytearray()
@@ -485,6 +445,23 @@ def _bearer(request: Request) -> str:
 
 def _unknown_session(session_id: UUID) -> Refusal:
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
+
+
+def _check_current(session: Session, claims: SessionClaims) -> None:
+    """Only the machine that the session has now may go on: a newer one is 409, none wanted 410."""
+    if session.state not in LIVE:
+        raise _over(session)
+    if session.generation != claims.generation:
+        raise Refusal(
+            409,
+            "generation_superseded",
+            f"Machine {claims.generation} was replaced by {session.generation}; this one is to stop.",
+            extra={"generation": session.generation},
+        )
+
+
+def _stands_at(body: SyncBody | StatusBody, head: Head) -> bool:
+    return (body.epoch, body.revision) == (head.epoch, head.revision)
 
 
 def _over(session: Session) -> Refusal:

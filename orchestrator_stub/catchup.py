@@ -10,14 +10,13 @@ import asyncio
 import base64
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.control import Offer, SnapshotSource
+from orchestrator_stub.database import Head, Pool, fetch_one
 
 FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
 """Reasons for which no difference will do: the agent's tree, or the snapshot it was given, is not what it should be."""
@@ -51,20 +50,12 @@ class Assets(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Where a project's history stands."""
-
-    epoch: str
-    revision: int
-
-
 class Catchup:
     """Answers from the database behind `pool`. `inline_limit`: bytes of content one answer may carry."""
 
     def __init__(
         self,
-        pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]],
+        pool: Pool,
         snapshots: SnapshotSource,
         assets: Assets,
         *,
@@ -76,22 +67,16 @@ class Catchup:
         self._inline_limit = inline_limit
         self._hashes: OrderedDict[UUID, tuple[Head, str]] = OrderedDict()
 
-    async def head(self, project_id: UUID) -> Head:
-        """Where the project stands now. Raises `ProjectGone`."""
-        row = await self._row(
-            "select epoch::text, revision from public.project_heads where project_id = %s", (project_id,)
-        )
-        if row is None:
-            raise ProjectGone(str(project_id))
-        return Head(*row)
+    async def tree_hash(self, project_id: UUID, head: Head) -> tuple[Head, str]:
+        """A head, this one or a later, and the hash of exactly that tree, computed once for each revision.
 
-    async def tree_hash(self, project_id: UUID) -> tuple[Head, str]:
-        """The head and the hash of exactly that tree, computed once for each revision. Raises `ProjectGone`."""
-        head = await self.head(project_id)
+        Raises `ProjectGone`.
+        """
         kept = self._hashes.get(project_id)
         if kept is None or kept[0] != head:
             # One statement: the head and the hash are of one moment.
-            row = await self._row(
+            row = await fetch_one(
+                self._pool,
                 "select epoch::text, revision, public.project_tree_hash(project_id)"
                 " from public.project_heads where project_id = %s",
                 (project_id,),
@@ -114,7 +99,8 @@ class Catchup:
                 await self._snapshots.offer(project_id, rebuild=reason in REBUILD, resign=reason in RESIGN)
             )
         try:
-            row = await self._row(
+            row = await fetch_one(
+                self._pool,
                 "select public.changes_since(%s, %s, %s, %s, %s)",
                 (project_id, epoch, revision, list(paths) or None, self._inline_limit),
             )
@@ -148,7 +134,8 @@ class Catchup:
         binary = [c for c in changes if c.get("action") == "update" and c.get("content") is None]
         if not binary:
             return True
-        row = await self._row(
+        row = await fetch_one(
+            self._pool,
             "select coalesce(sum(size_bytes), 0) from public.project_files_current"
             " where project_id = %s and file_path = any(%s)",
             (project_id, [c["file_path"] for c in binary]),
@@ -165,11 +152,6 @@ class Catchup:
 
         await asyncio.gather(*(fetch(change) for change in binary))
         return True
-
-    async def _row(self, query: str, values: Sequence[object]) -> tuple[Any, ...] | None:
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute(query.encode(), values)
-            return await cursor.fetchone()
 
 
 def _snapshot(offer: Offer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import Offer, SnapshotUnavailable
+from orchestrator_stub.database import AWAY, Pool, fetch_one, head_of
 from orchestrator_stub.snapshots import Snapshot
 
 log = structlog.get_logger("offers")
@@ -39,8 +40,6 @@ REDIS_TIMEOUT: Final = 0.5
 
 REDIS_REST: Final = 5.0
 """Seconds during which a Redis that failed is not asked again: not every session should wait for it."""
-
-Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +113,7 @@ class PostgresOffers:
 
     async def _run(self, query: str, *values: object) -> tuple[Any, ...] | None:
         try:
-            async with self._pool.connection() as connection:
-                return await (await connection.execute(query.encode(), values)).fetchone()
+            return await fetch_one(self._pool, query, values)
         except (psycopg.Error, psycopg_pool.PoolTimeout) as error:
             log.warning("offers.away", where="postgres", reason=type(error).__name__)
             return None
@@ -252,17 +250,12 @@ class KeptSnapshots:
 
     async def _stamp(self, project_id: UUID, base_revision: int | None) -> str:
         try:
-            async with self._pool.connection() as connection:
-                cursor = await connection.execute(
-                    "select epoch::text, revision from public.project_heads where project_id = %s",
-                    (project_id,),
-                )
-                row = await cursor.fetchone()
-        except (psycopg.OperationalError, psycopg_pool.PoolTimeout) as error:
+            head = await head_of(self._pool, project_id)
+        except AWAY as error:
             raise SnapshotUnavailable("cannot offer a snapshot: the database does not answer") from error
-        if row is None:
+        if head is None:
             raise SnapshotUnavailable(f"cannot offer a snapshot: there is no project {project_id}")
-        return self._stamp_of(row[0], row[1], base_revision)
+        return self._stamp_of(head.epoch, head.revision, base_revision)
 
     def _stamp_of(self, epoch: str, revision: int, base: int | None) -> str:
         whole = f"{self._scope}:{epoch}:{revision}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import psycopg
 import psycopg_pool
@@ -16,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator_stub.database import Pool
 from orchestrator_stub.openapi import openapi_document
 from orchestrator_stub.sessions import State
 
@@ -23,8 +23,6 @@ READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""
 
 PREFIX = "preview_orchestrator_"
-
-Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 
 class Metrics:

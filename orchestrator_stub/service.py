@@ -11,11 +11,9 @@ from email.utils import formatdate
 from typing import Any
 
 import httpx
-import psycopg
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
-from psycopg_pool import AsyncConnectionPool
 from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
@@ -24,6 +22,7 @@ from orchestrator_stub.app import Api
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control
+from orchestrator_stub.database import Pool, pool_of
 from orchestrator_stub.machines import MachineDriver
 from orchestrator_stub.offers import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.operations import Metrics
@@ -33,9 +32,6 @@ from orchestrator_stub.storage import StorageClient
 from orchestrator_stub.store import SessionStore
 from orchestrator_stub.template import Template
 from orchestrator_stub.tokens import Keyring
-
-POOL_SIZE = 8
-"""Connections of one orchestrator. Every query is a few milliseconds; the database's limit is shared by all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +43,19 @@ class Service:
     job: SnapshotJob
     store: SessionStore
     metrics: Metrics
-    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+    pool: Pool
 
 
 @asynccontextmanager
 async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
     """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database."""
-    pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]] = AsyncConnectionPool(
-        settings.database_url.get_secret_value(),
-        min_size=1,
-        max_size=POOL_SIZE,
-        open=False,
-        timeout=10,
-        # Every statement of ours stands alone or says `transaction()`: no BEGIN and COMMIT round each.
-        kwargs={"autocommit": True},
-    )
+    dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
-    async with pool, httpx.AsyncClient(timeout=30) as http:
+    async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
         storage = StorageClient(settings.storage_url, service_key, http)
         registry = CollectorRegistry()
         url_ttl = int(settings.snapshot_url_ttl)
-        builder = Snapshots(pool, storage, expires_in=url_ttl, registry=registry)
+        builder = Snapshots(pool, storage, registry=registry)
         redis_url = settings.redis_url
         offers: OfferCache = RedisOffers(redis_url.get_secret_value()) if redis_url else PostgresOffers(pool)
         snapshots = KeptSnapshots(
@@ -81,7 +69,6 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
-            dsn = settings.database_url.get_secret_value()
             job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
             yield Service(routes, control, job, store, metrics, pool)
         finally:

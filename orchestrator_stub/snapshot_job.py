@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import psycopg
@@ -21,6 +21,7 @@ import tenacity
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import SnapshotUnavailable
+from orchestrator_stub.database import Pool
 from orchestrator_stub.snapshots import BUCKET, Snapshots
 from orchestrator_stub.storage import StorageClient, StorageFailure
 
@@ -69,8 +70,6 @@ select distinct project_id from (
   union all select project_id, created_at from public.project_snapshots
 ) known where created_at > now() - interval '3 days'
 """
-
-Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 
 class SnapshotJob:

@@ -16,22 +16,20 @@ import asyncio
 import hashlib
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC
 from typing import IO, Any, Final
 from uuid import UUID, uuid4
-from weakref import WeakValueDictionary
 
 import orjson
 import psycopg
 import structlog
 from prometheus_client import CollectorRegistry, Histogram
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from orchestrator_stub.control import Offer, SnapshotUnavailable
+from orchestrator_stub.control import SnapshotUnavailable
+from orchestrator_stub.database import AWAY, Pool
 from orchestrator_stub.storage import StorageClient, StorageFailure
 from orchestrator_stub.zipwriter import ArchiveTooLarge, ZipWriter
 
@@ -50,11 +48,6 @@ SPOOL_BYTES: Final = 4 * 2**20
 
 BUILDS_AT_ONCE: Final = 4
 """Builds are compression; more of them than cores only makes each later."""
-
-KEPT_FILES: Final = 100_000
-"""Manifest lines remembered for reuse, over all projects: about 40 MB."""
-
-Pool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 _HEAD = """
 select epoch::text, revision, pruned_revision, updated_at from public.project_heads where project_id = %s
@@ -112,49 +105,20 @@ class _File:
 
 
 class Snapshots:
-    """Builds, stores and signs. `expires_in`: seconds that the URLs of `offer` live."""
+    """Builds, stores and signs."""
 
     def __init__(
-        self,
-        pool: Pool,
-        storage: StorageClient,
-        *,
-        expires_in: int = 600,
-        registry: CollectorRegistry | None = None,
+        self, pool: Pool, storage: StorageClient, *, registry: CollectorRegistry | None = None
     ) -> None:
         self._pool = pool
         self._storage = storage
-        self._expires_in = expires_in
         self._slots = asyncio.Semaphore(BUILDS_AT_ONCE)
-        self._kept: OrderedDict[tuple[UUID, int | None], Snapshot] = OrderedDict()
-        self._locks: WeakValueDictionary[tuple[UUID, int | None], asyncio.Lock] = WeakValueDictionary()
         self._seconds = Histogram(
             "preview_orchestrator_snapshot_build_seconds",
             "From the first query to the object being in Storage.",
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
             registry=registry,
         )
-
-    async def offer(
-        self, project_id: UUID, *, base_revision: int | None = None, rebuild: bool = False
-    ) -> Offer:
-        """A snapshot of the project's head, signed. One that was built for this head is used again.
-
-        `base_revision`: only what is newer; a full one when that cannot be told any more. `rebuild`: not a kept one,
-        and under a name that no cache has seen. Raises `SnapshotUnavailable`.
-        """
-        key = (project_id, base_revision)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            kept = None if rebuild else await self._kept_for(project_id, base_revision)
-            if kept is not None:
-                try:
-                    return Offer(await self.signed_url(kept.object_path, self._expires_in), kept.manifest)
-                except SnapshotUnavailable:
-                    log.info("snapshot.gone", project_id=str(project_id), object_path=kept.object_path)
-            snapshot = await self.build(project_id, base_revision=base_revision, anew=rebuild)
-            self._keep(key, snapshot)
-        return Offer(await self.signed_url(snapshot.object_path, self._expires_in), snapshot.manifest)
 
     async def build(
         self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
@@ -173,7 +137,7 @@ class Snapshots:
                     await self._store(path, spool, size)
         except (StorageFailure, ArchiveTooLarge) as error:
             raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
-        except (psycopg.OperationalError, PoolTimeout) as error:
+        except AWAY as error:
             raise SnapshotUnavailable("cannot build a snapshot: the database does not answer") from error
         seconds = time.perf_counter() - started
         self._seconds.observe(seconds)
@@ -249,28 +213,6 @@ class Snapshots:
             # Same name, same hash, same bytes: somebody stored it already.
             if failure.code not in ("KeyAlreadyExists", "Duplicate"):
                 raise
-
-    # --- keeping
-
-    async def _kept_for(self, project_id: UUID, base_revision: int | None) -> Snapshot | None:
-        """The kept snapshot, if the project still stands where it stood then."""
-        kept = self._kept.get((project_id, base_revision))
-        if kept is None:
-            return None
-        async with self._pool.connection() as connection:
-            head = await _head(connection, project_id)
-        if (head.epoch, head.revision) != (kept.manifest["epoch"], kept.manifest["revision"]):
-            return None
-        self._kept.move_to_end((project_id, base_revision))
-        return kept
-
-    def _keep(self, key: tuple[UUID, int | None], snapshot: Snapshot) -> None:
-        self._kept[key] = snapshot
-        self._kept.move_to_end(key)
-        lines = sum(len(kept.manifest["files"]) + 1 for kept in self._kept.values())
-        while lines > KEPT_FILES and self._kept:
-            _, dropped = self._kept.popitem(last=False)
-            lines -= len(dropped.manifest["files"]) + 1
 
 
 def _manifest(

@@ -16,8 +16,8 @@ from uuid import UUID
 
 import psycopg
 from psycopg.rows import class_row, dict_row
-from psycopg_pool import AsyncConnectionPool
 
+from orchestrator_stub.database import Head, Pool
 from orchestrator_stub.machines import Machine
 from orchestrator_stub.sessions import ENDED, Event, Session, State, sources
 
@@ -53,9 +53,9 @@ class ProjectUnknown(Exception):
 class SessionStore:
     """`preview.sessions`, through `pool`. Raises `psycopg.OperationalError` when the database is not there."""
 
-    def __init__(self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]]) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, str, int] | None]]] = []
+        self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, Head] | None]]] = []
         self._answering: asyncio.Task[None] | None = None
 
     async def create(
@@ -81,13 +81,13 @@ class SessionStore:
     async def get(self, session_id: UUID) -> Session | None:
         return await self._first("where id = %(id)s", {"id": session_id})
 
-    async def standing(self, session_id: UUID) -> tuple[Session, str, int] | None:
-        """A session with the epoch and revision its project stands at.
+    async def standing(self, session_id: UUID) -> tuple[Session, Head] | None:
+        """A session, and where its project stands.
 
         Questions that come while one is being answered are asked together in the next query: each answer is of a
         moment after its question, and a thousand agents that ask at once cost a handful of queries.
         """
-        answer: asyncio.Future[tuple[Session, str, int] | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[tuple[Session, Head] | None] = asyncio.get_running_loop().create_future()
         self._questions.append((session_id, answer))
         if self._answering is None:
             self._answering = asyncio.create_task(self._answer(), name="standing")
@@ -111,16 +111,16 @@ class SessionStore:
                     answer.set_result(found.get(session_id))
         self._answering = None
 
-    async def _standings(self, session_ids: Sequence[UUID]) -> dict[UUID, tuple[Session, str, int]]:
+    async def _standings(self, session_ids: Sequence[UUID]) -> dict[UUID, tuple[Session, Head]]:
         async with self._pool.connection() as connection:
             cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(STANDING, {"ids": list(session_ids)})
             rows = await cursor.fetchall()
         found = {}
         for row in rows:
-            epoch, revision = row.pop("epoch"), row.pop("revision")
+            head = Head(row.pop("epoch"), row.pop("revision"))
             session = _Row(**row).session
-            found[session.id] = (session, epoch, revision)
+            found[session.id] = (session, head)
         return found
 
     async def listing(self, *, project_id: UUID | None, ended: bool, limit: int) -> Sequence[Session]:

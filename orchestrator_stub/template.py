@@ -10,8 +10,8 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool
 
+from orchestrator_stub.database import Pool, head_of
 from orchestrator_stub.editor import as_text, scan
 from orchestrator_stub.storage import StorageClient, StorageFailure
 
@@ -24,7 +24,7 @@ class Template:
     def __init__(
         self,
         directory: Path | None,
-        pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]],
+        pool: Pool,
         storage: StorageClient,
     ) -> None:
         self._directory = directory
@@ -69,12 +69,8 @@ class Template:
         return True
 
     async def _is_new(self, project_id: UUID) -> bool:
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute(
-                "select revision = 0 from public.project_heads where project_id = %s", (project_id,)
-            )
-            row = await cursor.fetchone()
-            return bool(row and row[0])
+        head = await head_of(self._pool, project_id)
+        return head is not None and head.revision == 0
 
     async def _upload(self, path: str, content: bytes) -> None:
         try:

@@ -97,6 +97,10 @@ class _Again(Exception):
         super().__init__(reason)
 
 
+class _NotYet(Exception):
+    """The state that was waited for did not come within the time that was given."""
+
+
 class _Wait(tenacity.wait.wait_base):
     """Full jitter, and at least what was asked for."""
 
@@ -167,10 +171,8 @@ class FlyApi:
         """Whether the machine came to `state` within `timeout` seconds (1 to 60)."""
         query = {"state": state, "timeout": str(max(1, min(timeout, 60)))}
         try:
-            await self._call(
-                "wait", "GET", f"/{machine_id}/wait", of=machine_id, params=query, final=frozenset({408})
-            )
-        except _Again:
+            await self._call("wait", "GET", f"/{machine_id}/wait", of=machine_id, params=query)
+        except _NotYet:
             return False
         return True
 
@@ -222,25 +224,22 @@ class FlyApi:
         *,
         of: str,
         rate: Rate | None = None,
-        final: frozenset[int] = frozenset(),
         headers: Mapping[str, str] | None = None,
         **content: Any,
     ) -> Any:
-        """One call, tried again while that can help. `final`: statuses that are an answer, raised as `_Again`."""
+        """One call, tried again while that can help. Raises `Conflict`, `NotThere`, `MachineError`."""
         try:
             async for attempt in tenacity.AsyncRetrying(
                 stop=tenacity.stop_after_attempt(ATTEMPTS),
                 wait=_Wait(),
-                retry=tenacity.retry_if_exception(lambda e: isinstance(e, _Again) and str(e) != "final"),
+                retry=tenacity.retry_if_exception_type(_Again),
                 sleep=self._sleep,
                 reraise=True,
             ):
                 with attempt:
                     await self._buckets.take(action, of, rate or self._writes)
-                    return await self._once(action, method, path, final, headers, content)
+                    return await self._once(action, method, path, headers, content)
         except _Again as error:
-            if final and str(error) == "final":
-                raise
             raise MachineUnavailable(f"cannot {action} on Fly: {error}", error.retry_after) from None
         raise AssertionError("unreachable: the loop returns or raises")
 
@@ -249,7 +248,6 @@ class FlyApi:
         action: str,
         method: str,
         path: str,
-        final: frozenset[int],
         headers: Mapping[str, str] | None,
         content: Mapping[str, Any],
     ) -> Any:
@@ -267,8 +265,8 @@ class FlyApi:
         if response.is_success:
             return _json(response)
         status, said = response.status_code, _said(response)
-        if status in final:
-            raise _Again("final")
+        if status == 408 and action == "wait":
+            raise _NotYet
         if status in RETRIED:
             raise _Again(f"HTTP {status} {said}".strip(), _seconds(response.headers.get("retry-after")))
         if status in (412, 422) and any(word in said.lower() for word in NO_ROOM):

@@ -10,20 +10,17 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
-import psycopg
-from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.app import Api, application
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, Offer, SnapshotUnavailable
+from orchestrator_stub.database import Pool, pool_of
 from orchestrator_stub.store import SessionStore
 from orchestrator_stub.tokens import Keyring, mint_session, new_es256, new_hs256
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"
-
-Pool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
 
 
 class PaperSnapshots:
@@ -185,10 +182,7 @@ async def control_world(
     settings = settings_for(dsn, **changed)
     keys = Keyring.from_jwks({"keys": [new_es256("e1"), new_hs256("h1")]})
     platform, snapshots, assets = Platform(), PaperSnapshots(), PaperAssets()
-    pool: Pool = AsyncConnectionPool(
-        dsn, min_size=1, max_size=6, open=False, timeout=5, kwargs={"autocommit": True}
-    )
-    async with pool:
+    async with pool_of(dsn, size=6, timeout=5) as pool:
         store = SessionStore(pool)
         control = Control(settings, store, snapshots, FakeMachines(platform), keys)
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)

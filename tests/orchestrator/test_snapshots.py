@@ -18,6 +18,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.control import SnapshotUnavailable
+from orchestrator_stub.offers import KeptSnapshots, PostgresOffers
 from orchestrator_stub.snapshots import BUCKET, Snapshot, Snapshots
 from orchestrator_stub.storage import StorageClient, StorageFailure
 from tests.fakes.serving import Local, serve_local
@@ -165,24 +166,25 @@ async def test_the_moment_is_one_although_others_write(world: World) -> None:
 
 async def test_an_offer_is_built_once_and_signed_again(world: World) -> None:
     await world.put({"a": "1"})
-    first, second = await asyncio.gather(*(world.snapshots.offer(world.project_id) for _ in range(2)))
+    kept = KeptSnapshots(world.pool, world.snapshots, PostgresOffers(world.pool), url_ttl=600)
+    first, second = await asyncio.gather(*(kept.offer(world.project_id) for _ in range(2)))
     assert first.manifest == second.manifest
     answer = await world.http.get(first.url)
     assert answer.status_code == 200
     assert "apikey" not in answer.request.headers
-    listed = await world.storage.list(BUCKET, str(world.project_id))
-    assert len(listed) == 1
+    assert len(await world.storage.list(BUCKET, str(world.project_id))) == 1
 
-    anew = await world.snapshots.offer(world.project_id, rebuild=True)
+    anew = await kept.offer(world.project_id, rebuild=True)
     assert anew.url.partition("?")[0] != first.url.partition("?")[0]
-    kept = await world.snapshots.offer(world.project_id)
-    assert kept.url.partition("?")[0] == anew.url.partition("?")[0]
+    assert (await kept.offer(world.project_id)).url == anew.url
 
     names = [
         f"{world.project_id}/{o['name']}" for o in await world.storage.list(BUCKET, str(world.project_id))
     ]
     await world.storage.delete(BUCKET, names)
-    assert (await world.http.get((await world.snapshots.offer(world.project_id)).url)).status_code == 200
+    # The machine's agent finds that its URL leads nowhere, and asks for one that it has not tried.
+    again = await kept.offer(world.project_id, resign=True)
+    assert (await world.http.get(again.url)).status_code == 200
 
 
 async def test_a_url_expires(world: World) -> None:
