@@ -7,6 +7,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from agent import __version__
@@ -47,14 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("scenario", type=Path, help="the file to write; its snapshot goes beside it as .zip")
     record.add_argument("--seconds", type=float, help="end by itself")
     replay = commands.add_parser(
-        "replay", help="run recorded scenarios against a directory; 0 when all end equal"
+        "replay",
+        help="run recorded scenarios against a directory; 0 when all end equal",
+        epilog="exit codes: 0 all ended as expected, 1 one did not (and how), 64 one cannot be read",
     )
     replay.add_argument("scenario", type=Path, nargs="+", help="JSON Lines, as `record` writes them")
     replay.add_argument(
-        "--directory", type=Path, help="where to keep project, staging and ledger (default: temporary)"
+        "--directory", type=Path, help="empty or new, for project, staging and ledger (default: temporary)"
     )
     replay.add_argument(
         "--real-time", action="store_true", help="at the recorded pace instead of as fast as it goes"
+    )
+    replay.add_argument(
+        "--dev-server",
+        action="store_true",
+        help="with the project's dev server, which must serve the end (DEV_COMMAND and the like as for run)",
     )
     replay.add_argument(
         "--shuffle", type=int, metavar="SEED", help="deliver in a disorder that SEED reproduces"
@@ -65,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--drop", type=_probability, default=0.0, metavar="P", help="lose, with probability P"
     )
-    replay.add_argument("--disconnect", type=int, default=0, metavar="N", help="break the channel N times")
+    replay.add_argument("--disconnect", type=_count, default=0, metavar="N", help="break the channel N times")
     replay.add_argument(
-        "--crash", type=int, default=0, metavar="N", help="kill the loop N times, without a farewell"
+        "--crash", type=_count, default=0, metavar="N", help="kill the loop N times, without a farewell"
     )
     replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
     replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
@@ -75,10 +84,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("a probability is 0 to 1")
-    return value
+    with suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no probability from 0 to 1")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,14 +168,16 @@ def _record(arguments: argparse.Namespace) -> int:
     from agent.record import record
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    return record(read_environment(os.environ), arguments.scenario, arguments.seconds, print)
+    return record(
+        read_environment(os.environ), arguments.scenario, arguments.seconds, partial(print, flush=True)
+    )
 
 
 def _replay(arguments: argparse.Namespace) -> int:
     import structlog
 
-    from agent.replay import replay_all
-    from agent.scenario import Mischief
+    from agent.mischief import Mischief
+    from agent.replay import Manner, replay_all
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     mischief = Mischief(
@@ -171,12 +188,12 @@ def _replay(arguments: argparse.Namespace) -> int:
         disconnect=arguments.disconnect,
         crash=arguments.crash,
     )
+    environ = dict(os.environ) if arguments.dev_server else None
     return replay_all(
         arguments.scenario,
         arguments.directory,
-        print,
-        mischief=mischief,
-        real_time=arguments.real_time,
+        partial(print, flush=True),
+        manner=Manner(mischief, real_time=arguments.real_time, environ=environ),
         json_report=arguments.json,
         junit=arguments.junit,
     )

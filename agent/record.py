@@ -1,150 +1,308 @@
 """Write a scenario from a live channel: the snapshot to begin with, and every event as it came.
 
-Needs what `run` needs of the environment. What an event does not carry is fetched at once, so that the scenario stands
-by itself. It ends with Ctrl-C or after `seconds`, and only then is the expectation known and the header written.
+Needs what `run` needs of the environment. The scenario must stand by itself, so what the channel did not bring is
+fetched from the database and written as an event that was lost: a hole in the revisions, what was said while the
+connection was down, content by reference that has changed again since, the true files of another epoch. It ends with
+Ctrl-C or after `seconds`, and only then is the expectation known and the header written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import orjson
 
 from agent.config import Settings
-from agent.errors import CredentialRejected, MalformedMessage, Unavailable
-from agent.model import Commit, RelPath
-from agent.replay import files_of, manifest_of
+from agent.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
+from agent.model import Change, Commit, RelPath, digest_of
 from agent.scenario import FORMAT, Log, Scenario, read_scenario
+from agent.scenariofile import files_of, manifest_of
 from agent.session import SessionApi
 from agent.signals import Received, Resync
 from agent.stream import RealtimeStream
 from agent.tokens import Tokens
-from agent.wire import Changes, SnapshotOffer, read_event
+from agent.wire import Changes, Current, SnapshotOffer, read_event
+
+JOIN_SECONDS = 60.0
+"""How long the first join may take before the recording is given up."""
 
 
 class Recorder:
     """One recording into `path`, with its snapshot beside it as `<name>.zip`."""
 
-    def __init__(self, settings: Settings, path: Path, say: Callable[[str], None]) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: Settings, path: Path, say: Callable[[str], None], http: httpx.AsyncClient
+    ) -> None:
+        """Raises `SettingsError` when the settings do not say where to listen and ask."""
+        if settings.session_api_url is None or settings.realtime_url is None:
+            raise SettingsError(
+                ["recording needs SESSION_API_URL, to ask for what the channel does not bring"]
+            )
         self._path = path
         self._say = say
-        self._steps: list[dict[str, object]] = []
+        self._http = http
+        self._lines: list[dict[str, object]] = []
+        self._behind = False
+        first, key = settings.realtime_token, settings.realtime_api_key
+        tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
+        self._api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
+        topic = f"realtime:project:{settings.project_id}"
+        self._link = RealtimeStream(settings.realtime_url, key.reveal() if key else None, topic, self._api)
+        self._log = Log(str(settings.project_id), "", 0, {})
+        self._started = 0.0
 
     async def run(self, seconds: float | None) -> Scenario:
         """Record until cancelled or for `seconds`; the scenario that was written.
 
-        Raises `Unavailable` or `CredentialRejected` when there is no snapshot to begin with.
+        Raises `Unavailable` or `CredentialRejected` when there is nothing to begin with, or when the end is not known;
+        what was heard until then is written in either case, without an expectation.
         """
-        settings = self._settings
-        if settings.session_api_url is None or settings.realtime_url is None:
-            raise CredentialRejected("recording needs SESSION_API_URL and REALTIME_URL")
-        first = settings.realtime_token
-        key = settings.realtime_api_key
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
-            tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
-            api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
-            topic = f"realtime:project:{settings.project_id}"
-            link = RealtimeStream(settings.realtime_url, key.reveal() if key else None, topic, api)
-            joined = asyncio.create_task(link.run(), name="link")
+        joined = asyncio.create_task(self._link.run(), name="link")
+        try:
             try:
-                async with asyncio.timeout(60):
-                    await link.receive()
-                archive = await self._snapshot(api, http)
-                await self._listen(link, api, seconds)
-            finally:
-                joined.cancel()
-                await asyncio.gather(joined, return_exceptions=True)
-            return self._write(archive)
+                async with asyncio.timeout(JOIN_SECONDS):
+                    await self._link.receive()
+            except TimeoutError:
+                why = self._link.report()["why"]
+                raise Unavailable("the channel", f"not joined within {JOIN_SECONDS:.0f} s ({why})") from None
+            archive = await self._begin()
+            self._say(f"listening from revision {self._log.revision}")
+            self._started = time.monotonic()
+            try:
+                async with asyncio.timeout(seconds):
+                    while True:
+                        await self._take(await self._link.receive())
+            except (TimeoutError, asyncio.CancelledError):
+                await self._fill("the end")
+            except BaseException:
+                self._write(archive, known=False)
+                raise
+        finally:
+            joined.cancel()
+            await asyncio.gather(joined, return_exceptions=True)
+        scenario = self._write(archive, known=not self._behind)
+        if self._behind:
+            raise Unavailable(f"the end of {self._path}", "the database could not be asked; it has no expect")
+        return scenario
 
-    async def _snapshot(self, api: SessionApi, http: httpx.AsyncClient) -> bytes:
-        offer = await api.sync(None, 0, "snapshot_missing")
+    async def _begin(self) -> bytes:
+        offer = await self._api.sync(None, 0, "snapshot_missing")
         if not isinstance(offer, SnapshotOffer):
             raise MalformedMessage("sync answer", "no snapshot was offered")
-        answer = await http.get(offer.snapshot_url)
+        archive = await self._fetch(offer.snapshot_url)
+        manifest = manifest_of(archive)
+        if manifest is None:
+            raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
+        self._log = Log(
+            manifest["project_id"], manifest["epoch"], int(manifest["revision"]), files_of(archive)
+        )
+        return archive
+
+    async def _fetch(self, url: str) -> bytes:
+        try:
+            answer = await self._http.get(url)
+        except httpx.HTTPError as error:
+            raise Unavailable("the snapshot", type(error).__name__) from None
         if not answer.is_success:
             raise Unavailable("the snapshot", f"HTTP {answer.status_code}")
         return answer.content
 
-    async def _listen(self, link: RealtimeStream, api: SessionApi, seconds: float | None) -> None:
-        started = time.monotonic()
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            async with asyncio.timeout(seconds):
-                while True:
-                    heard = await link.receive()
-                    at_ms = round((time.monotonic() - started) * 1000)
-                    if isinstance(heard, Resync):
-                        self._steps.append({"at_ms": at_ms, "fault": "disconnect"})
-                        self._say(f"{at_ms / 1000:8.3f} s  rejoined ({heard.reason})")
-                        continue
-                    step: dict[str, object] = {"at_ms": at_ms, "event": heard.event, "payload": heard.payload}
-                    if contents := await self._contents(heard, api):
-                        step["bytes"] = contents
-                    self._steps.append(step)
-                    self._say(f"{at_ms / 1000:8.3f} s  {heard.event}")
+    # --- what comes
 
-    async def _contents(self, received: Received, api: SessionApi) -> dict[RelPath, str]:
-        """The bytes that the event only refers to, as they are in the database now."""
+    async def _take(self, heard: Received | Resync) -> None:
+        if isinstance(heard, Resync):
+            await self._fill(f"joined again, {heard.reason}", fault=True)
+            self._link.caught_up()
+            return
+        if self._behind:
+            await self._fill("what was missed")
         try:
-            read = read_event(received.event, received.payload)
-        except MalformedMessage:
-            return {}
-        wanted = (
-            [change.path for change in read.changes if change.by_reference]
-            if isinstance(read, Commit)
-            else []
-        )
-        if not wanted or not isinstance(read, Commit) or read.epoch is None or read.revision is None:
-            return {}
-        answer = await api.sync(read.epoch, read.revision, "reference", wanted)
-        if not isinstance(answer, Changes):
-            raise Unavailable("the content of a file by reference", "the answer was no list of changes")
-        return {
-            change.path: base64.b64encode(change.content).decode()
-            for change in answer.changes
-            if change.path in wanted and change.content is not None
-        }
+            read = read_event(heard.event, heard.payload)
+        except (MalformedMessage, PathRefused):
+            read = None
+        contents: dict[RelPath, bytes] = {}
+        if isinstance(read, Commit) and read.revision is not None:
+            if read.epoch not in (None, self._log.epoch) or not read.complete:
+                await self._fill(f"what {heard.event} only announces")
+            elif read.revision > self._log.revision + 1:
+                await self._fill("a hole", below=read.revision)
+            if read.revision > self._log.revision:
+                contents = await self._contents(read)
+        self._append(heard.event, heard.payload, contents)
+        self._say(f"{self._at_ms() / 1000:8.3f} s  {heard.event}")
 
-    def _write(self, archive: bytes) -> Scenario:
+    async def _contents(self, read: Commit) -> dict[RelPath, bytes]:
+        """The bytes that the event only refers to; none when the database has moved on, and then it says to what."""
+        wanted = {change.path: change.digest for change in read.changes if change.by_reference}
+        if not wanted or read.epoch is None or read.revision is None:
+            return {}
+        found: Mapping[RelPath, bytes] = {}
+        try:
+            answer = await self._api.sync(read.epoch, read.revision, "reference", sorted(wanted))
+            if isinstance(answer, Changes):
+                found = {c.path: c.content for c in answer.changes if c.content is not None}
+            elif isinstance(answer, SnapshotOffer):
+                found = files_of(await self._fetch(answer.snapshot_url))
+        except (Unavailable, MalformedMessage):
+            self._behind = True
+        contents = {path: found[path] for path in wanted if path in found}
+        if {path: digest_of(content) for path, content in contents.items()} == wanted:
+            return contents
+        await self._fill("content that has changed again", below=read.revision + 1)
+        return {}
+
+    # --- what did not come
+
+    async def _fill(self, why: str, *, below: int | None = None, fault: bool = False) -> None:
+        """Ask for everything above what is written and write it as one event that was lost.
+
+        `below`: an event of this revision is to be written next. `fault`: the connection broke, whatever the answer.
+        """
+        try:
+            changes, epoch, revision = await self._missing()
+        except Unavailable as error:
+            self._behind = True
+            self._say(f"{error}; asking again with the next event")
+            changes, epoch, revision = (), self._log.epoch, self._log.revision
+        else:
+            self._behind = False
+        if below is not None and epoch == self._log.epoch:
+            revision = min(revision, below - 1)
+        lost = (epoch, revision) != (self._log.epoch, self._log.revision)
+        if fault or lost:
+            step: dict[str, object] = {"at_ms": self._at_ms(), "fault": "disconnect"}
+            self._lines.append({**step, "lost": 1} if lost else step)
+        if lost:
+            stamp = datetime.now(UTC).isoformat()
+            files = [_item(change) for change in changes]
+            self._append(
+                "bulk:apply", {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}, {}
+            )
+            why = f"{why}: {len(files)} files up to revision {revision}"
+        if fault or lost:
+            self._say(f"{self._at_ms() / 1000:8.3f} s  {why}")
+
+    async def _missing(self) -> tuple[Iterable[Change], str, int]:
+        """What the database has above what is written, and where it stands."""
+        answer = await self._api.sync(self._log.epoch, self._log.revision, "gap")
+        if isinstance(answer, Current):
+            return (), answer.epoch, answer.revision
+        if isinstance(answer, Changes):
+            return answer.changes, answer.epoch, answer.revision
+        archive = await self._fetch(answer.snapshot_url)
+        manifest, files = manifest_of(archive), files_of(archive)
+        if manifest is None:
+            raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
+        versions = {item["file_path"]: int(item["version"]) for item in manifest["files"]}
+        changes = [
+            Change(path, digest_of(content), versions[path], content) for path, content in files.items()
+        ]
+        if manifest.get("base_revision") is None:
+            gone = self._log.files().keys() - files.keys()
+            changes += [Change(path, None, self._log.rows[path].version + 1) for path in sorted(gone)]
+        else:
+            changes += [
+                Change(RelPath(item["file_path"]), None, int(item["version"])) for item in manifest["deleted"]
+            ]
+        return changes, manifest["epoch"], int(manifest["revision"])
+
+    # --- what is written
+
+    def _append(self, event: str, payload: Mapping[str, object], contents: Mapping[RelPath, bytes]) -> None:
+        line: dict[str, object] = {"at_ms": self._at_ms(), "event": event, "payload": payload}
+        if contents:
+            line["bytes"] = {path: base64.b64encode(each).decode() for path, each in contents.items()}
+        self._lines.append(line)
+        step = read_scenario(_lines([_header(self._log, "x.zip"), line])).steps[0]
+        self._log.commit(step, str(self._path))
+
+    def _at_ms(self) -> int:
+        return round((time.monotonic() - self._started) * 1000)
+
+    def _write(self, archive: bytes, *, known: bool) -> Scenario:
         manifest = manifest_of(archive)
+        assert manifest is not None
         snapshot = self._path.with_suffix(".zip")
-        header: dict[str, object] = {
-            "scenario": FORMAT,
-            "project_id": manifest["project_id"],
+        header = {
+            **_header(self._log, snapshot.name),
             "epoch": manifest["epoch"],
             "revision": manifest["revision"],
-            "snapshot": snapshot.name,
         }
-        lines = [header, *self._steps]
-        scenario = read_scenario("\n".join(orjson.dumps(line).decode() for line in lines))
-        log = Log(scenario.project_id, scenario.epoch, scenario.revision, files_of(archive))
-        for step in scenario.steps:
-            if step.event is not None:
-                log.commit(step)
-        header["expect"] = {"tree_hash": log.head()["tree_hash"]}
-        snapshot.write_bytes(archive)
-        self._path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-        return scenario
+        if known:
+            header["expect"] = {"tree_hash": self._log.head()["tree_hash"]}
+        text = _lines([header, *self._lines])
+        for path, content in ((snapshot, archive), (self._path, text.encode())):
+            unfinished = path.with_name(f"{path.name}.part")
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+        return read_scenario(text, str(self._path))
+
+
+def _header(log: Log, snapshot: str) -> dict[str, object]:
+    return {
+        "scenario": FORMAT,
+        "project_id": log.project_id,
+        "epoch": log.epoch,
+        "revision": log.revision,
+        "snapshot": snapshot,
+    }
+
+
+def _lines(lines: Iterable[Mapping[str, object]]) -> str:
+    return "".join(f"{orjson.dumps(line).decode()}\n" for line in lines)
+
+
+def _item(change: Change) -> dict[str, object]:
+    """One change as a bulk carries it."""
+    if change.content is None:
+        return {"action": "delete", "file_path": change.path, "version": change.version}
+    return {
+        "action": "update",
+        "file_path": change.path,
+        "content": base64.b64encode(change.content).decode(),
+        "encoding": "base64",
+        "content_hash": change.digest,
+        "version": change.version,
+        "executable": change.executable,
+    }
 
 
 def record(settings: Settings, path: Path, seconds: float | None, say: Callable[[str], None]) -> int:
-    """The command: record until Ctrl-C or for `seconds`; 0 when a scenario was written."""
+    """The command: record until Ctrl-C or for `seconds`; 0 when a scenario was written whole.
+
+    Raises `SettingsError` when it cannot be written where it should go, before anything is recorded.
+    """
+    if not path.parent.is_dir():
+        raise SettingsError([f"cannot record into {path}: there is no directory {path.parent}"])
+    if path.suffix == ".zip":
+        raise SettingsError([f"cannot record into {path}: .zip is the name of the snapshot beside it"])
+    for each in (path, path.with_suffix(".zip")):
+        if each.exists():
+            raise SettingsError([f"cannot record into {path}: {each} exists; remove it or name another"])
 
     async def until_stopped() -> Scenario:
-        recording = asyncio.create_task(Recorder(settings, path, say).run(seconds))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, recording.cancel)
-        return await recording
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+            recording = asyncio.create_task(Recorder(settings, path, say, http).run(seconds))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, recording.cancel)
+            return await recording
 
     say(f"recording into {path}; Ctrl-C ends it")
-    scenario = asyncio.run(until_stopped())
+    try:
+        scenario = asyncio.run(until_stopped())
+    except asyncio.CancelledError:
+        say("ended before there was anything to record; nothing is written")
+        return 130
+    except Unavailable as error:
+        say(f"preview-agent: {error}")
+        return 69
     say(f"{len(scenario.steps)} steps in {path}; replay it with: preview-agent replay {path}")
     return 0

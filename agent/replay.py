@@ -1,233 +1,179 @@
 """Run a scenario against a directory with the agent's own loop, disk and ledger, and say whether it ended as it should.
 
 Only the two ends are other than in a container: events come from the scenario instead of a socket, and the session API
-is answered by the scenario's log. Everything between is the code that runs in production.
+is answered by the scenario's log. Everything between is the code that runs in production. As fast as it goes means in
+simulated time: what the loop waits for (a hole's patience, a backoff, the next look of a heartbeat) is waited for on
+a clock that jumps, so a replay costs what its work costs, and ends the same on a busy machine. In real time, and with
+the dev server, which is a process of its own, the clock is the real one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
+import os
+import socket
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from xml.etree.ElementTree import Element, SubElement, tostring
 
 import httpx
+import msgspec
 import orjson
 
-from agent.batch import Outcome
 from agent.catchup import CatchUp
-from agent.config import SnapshotLimits
-from agent.disk import Disk
-from agent.errors import AgentError, MalformedMessage
+from agent.config import Settings, SnapshotLimits
+from agent.devserver import State
+from agent.environment import read_settings
+from agent.errors import AgentError, MalformedMessage, SettingsError
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.ledger import Ledger
-from agent.model import Cursor, Problem, RelPath, Tree, digest_of, tree_hash
-from agent.scenario import Broken, Committed, Log, Mischief, Scenario, Step, play, read_scenario
+from agent.lives import FullDisk, Killable, Life, ScenarioSource
+from agent.mischief import Broken, Committed, Delivered, Happening, Mischief, play
+from agent.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
+from agent.scenario import Log
+from agent.scenariofile import Loaded, load
 from agent.session import SessionApi
-from agent.signals import Received, Resync, Signal
+from agent.signals import Received, Resync
+from agent.simulated import SimulatedLoop
 from agent.status import Problems, SyncStatus
+from agent.supervisor import Supervisor
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics
 from agent.tokens import Tokens
+from agent.verdict import Result, as_json, as_junit, compare
 from agent.wire import MANIFEST_PATH, read_head
-from agent.workspace import Workspace
 
 HOST = "http://scenario"
-SETTLE_SECONDS = 30.0
-"""How long the end may take: the longest patience of the loop is 30 s, and nothing in a scenario needs it."""
+SETTLE_SECONDS = 180.0
+"""How long the end may take, on the clock of the replay: the longest patience of the loop is 60 s, and two of them may
+follow each other."""
+DEV_SECONDS = 400.0
+"""How long the dev server may take to serve the end: an install has 300 s, a start 60."""
+QUIET = 1.0
+"""Seconds for which the dev server must want nothing: longer than its debounce of saves."""
 
-TOKEN = "eyJhbGciOiJub25lIn0.eyJyb2xlIjoicHJldmlld19hZ2VudCJ9.eA"  # noqa: S105 - opens nothing
 NONE = Mischief()
 """The scenario as it is."""
 
-MOST_SHOWN = 20
-"""Differences printed; a tree that is all wrong needs no thousand lines."""
-
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """How a replay ended. `differences`: one line each, empty when it ended as it should."""
+class Manner:
+    """How to replay. `environ`: of the dev server, when there is to be one."""
 
-    name: str
-    seconds: float
-    delivered: int
-    committed: int
-    faults: int
-    catch_ups: int
-    tree_hash: str
-    expected_hash: str
-    differences: tuple[str, ...] = ()
+    mischief: Mischief = NONE
+    real_time: bool = False
+    optimistic: bool = False
+    environ: Mapping[str, str] | None = None
 
     @property
-    def ok(self) -> bool:
-        return not self.differences
-
-    def line(self) -> str:
-        """One line for a person."""
-        what = f"{self.committed} commits, {self.delivered} delivered, {self.faults} faults, {self.catch_ups} catch-ups"
-        return f"{'ok' if self.ok else 'NOT EQUAL'}  {self.name}: {what}, {self.seconds:.2f} s"
-
-
-@dataclass(slots=True)
-class ScenarioSource:
-    """An `EventSource` whose other end is the replay."""
-
-    waiting: asyncio.Queue[Signal] = field(default_factory=asyncio.Queue)
-
-    async def run(self) -> None:
-        """Nothing to own."""
-        await asyncio.Event().wait()
-
-    async def receive(self) -> Signal:
-        """The next signal, in order."""
-        return await self.waiting.get()
-
-    def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting."""
-        return None if self.waiting.empty() else self.waiting.get_nowait()
-
-    def caught_up(self) -> None:
-        """The link has no state here."""
-
-    def doubt(self, reason: str) -> None:
-        """The link is never deaf here; it loses what the scenario says."""
-
-    def report(self) -> dict[str, object]:
-        """For symmetry with a real link."""
-        return {"state": "replay", "queue_depth": self.waiting.qsize()}
-
-
-class FullDisk(Disk):
-    """A disk that is full for the next `failures` batches: everything is undone, as `ENOSPC` has it."""
-
-    failures = 0
-
-    def apply(self, operations, known, **options):  # type: ignore[no-untyped-def]
-        """As `Disk.apply`, unless it is full."""
-        if operations and self.failures:
-            self.failures -= 1
-            return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
-        return super().apply(operations, known, **options)
-
-
-class Killable(Workspace):
-    """A workspace whose life may end without a farewell."""
-
-    killed = False
-
-    def close(self, cursor: Cursor) -> None:
-        """Record, unless this life was killed."""
-        if not self.killed:
-            super().close(cursor)
-
-    def record(self, cursor: Cursor) -> None:
-        """Record, unless this life was killed."""
-        if not self.killed:
-            super().record(cursor)
+    def simulated(self) -> bool:
+        return not self.real_time and self.environ is None
 
 
 class Replay:
-    """One run of one scenario in `directory`, which holds project, staging and ledger."""
+    """One run of one scenario in `directory`, which will hold project, staging and ledger."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        directory: Path,
-        archive: bytes | None,
-        *,
-        mischief: Mischief,
-        real_time: bool,
-        optimistic: bool = False,
-    ) -> None:
-        self._scenario = scenario
+    def __init__(self, loaded: Loaded, directory: Path, manner: Manner) -> None:
+        self._scenario = loaded.scenario
         self._directory = directory
-        self._mischief = mischief
-        self._real_time = real_time
-        self._optimistic = optimistic
-        self._archive = archive
-        files = files_of(archive) if archive is not None else scenario.snapshot
-        assert not isinstance(files, str)
-        self._log = Log(scenario.project_id, scenario.epoch, scenario.revision, files)
-        self._source = ScenarioSource()
-        self._life: asyncio.Task[None] | None = None
-        self._workspace: Killable | None = None
-        self._sync: Sync | None = None
-        self._follower: Follower | None = None
-        self._failures = 0
+        self._manner = manner
+        scenario = loaded.scenario
+        self._log = Log(scenario.project_id, scenario.epoch, scenario.revision, loaded.files)
+        self._first = loaded.archive if loaded.archive is not None else self._zip()
+        self._tokens = 0
+        self._now: Life | None = None
+        self._settings = None if manner.environ is None else _dev_settings(manner.environ, directory)
         self.catch_ups = 0
         self.delivered = self.committed = self.faults = 0
+        self.dev_server: str | None = None
+        self._unserved: tuple[str, ...] = ()
 
     @property
     def project(self) -> Path:
         """The directory that is compared at the end."""
         return self._directory / "project"
 
+    @property
+    def _life(self) -> Life:
+        assert self._now is not None
+        return self._now
+
     async def run(self) -> None:
         """Play all steps, then wait until nothing is left to do. Raises what ended the loop, and `TimeoutError`."""
-        async with httpx.AsyncClient(transport=httpx.MockTransport(self._respond)) as http:
-            self._http = http
+        async with httpx.AsyncClient(
+            transport=httpx.MockTransport(self._respond), trust_env=False
+        ) as self._http:
             await self._begin_life()
-            started = time.monotonic()
+            clock = asyncio.get_running_loop().time
+            started = clock()
             try:
-                for happening in play(self._scenario.steps, self._mischief):
-                    await self._happen(happening, started)
+                for happening in play(self._scenario.steps, self._manner.mischief):
+                    if self._manner.real_time and isinstance(happening, Committed):
+                        await asyncio.sleep(max(0.0, started + happening.step.at_ms / 1000 - clock()))
+                    await self._happen(happening)
                 await self._settle()
+                await self._serve()
             finally:
-                await self._end_life()
+                await self._life.end()
 
-    async def _happen(self, happening: Committed | Broken | object, started: float) -> None:
+    async def _happen(self, happening: Happening) -> None:
         if isinstance(happening, Committed):
-            if self._real_time:
-                await asyncio.sleep(max(0.0, started + happening.step.at_ms / 1000 - time.monotonic()))
             self._log.commit(happening.step)
             self.committed += 1
         elif isinstance(happening, Broken):
             self.faults += 1
             await self._break(happening.fault)
-        else:
-            step: Step = happening.step  # type: ignore[attr-defined]
+        elif isinstance(happening, Delivered):
+            step = happening.step
             assert step.event is not None
-            self._source.waiting.put_nowait(Received(step.event, dict(step.payload), time.time()))
+            self._life.source.waiting.put_nowait(Received(step.event, dict(step.payload), time.time()))
             self.delivered += 1
             await asyncio.sleep(0)
+        else:
+            await asyncio.sleep(happening.seconds)
 
     async def _break(self, fault: str) -> None:
+        life = self._life
         match fault:
-            case "disconnect" | "expire_token":
-                self._source.waiting.put_nowait(Resync("joined"))
+            case "disconnect":
+                life.source.waiting.put_nowait(Resync("joined"))
+            case "expire_token":
+                # What the link does then: the next token, and a join with it.
+                self._tokens += 1
+                await life.api.renew_token()
+                life.source.waiting.put_nowait(Resync("joined"))
             case "disk_full":
-                self._failures = 1
-                if isinstance(self._disk, FullDisk):
-                    self._disk.failures += 1
+                life.disk.failures += 1
             case "restart_agent":
-                await self._end_life()
+                await life.end()
                 await self._begin_life()
             case "crash":
-                assert self._workspace is not None
-                self._workspace.killed = True
-                await self._end_life()
+                life.workspace.killed = True
+                await life.end()
                 await self._begin_life()
 
     async def _begin_life(self) -> None:
-        self._source = ScenarioSource()
+        source = ScenarioSource()
         metrics = Metrics()
         problems = Problems(metrics)
-        self._disk = FullDisk(self.project, self._directory / "staging")
-        self._ledger = Ledger(self._directory / "ledger.sqlite")
-        follower = self._follower = Follower(Tree(), Clockwork(optimistic=self._optimistic))
-        tokens = Tokens(TOKEN)
-        self._workspace = Killable(self._disk, self._ledger, problems)
+        disk = FullDisk(self.project, self._directory / "staging")
+        ledger = Ledger(self._directory / "ledger.sqlite")
+        follower = Follower(Tree(), Clockwork(optimistic=self._manner.optimistic))
+        workspace = Killable(disk, ledger, problems)
+        api = SessionApi(HOST, "replay", Tokens(self._token()), self._http)
+        dev = None
+        if self._settings is not None:
+            dev = Supervisor(self._settings, environ=self._manner.environ)
         catch_up = CatchUp(
-            SessionApi(HOST, "replay", tokens, self._http),
-            self._disk,
+            api,
+            disk,
             self._http,
             SnapshotLimits(),
             self._scenario.project_id,
@@ -235,63 +181,94 @@ class Replay:
             lambda: follower.tree.entries,
         )
         hydrated = asyncio.Event()
+
+        def on_hydrated() -> None:
+            hydrated.set()
+            if dev is not None:
+                dev.project_ready()
+
         parts = Parts(
             follower,
-            self._workspace,
-            self._source,
+            workspace,
+            source,
             catch_up,
             problems,
             metrics,
             SyncStatus(),
-            lambda _: None,
-            hydrated.set,
+            dev.files_changed if dev is not None else lambda _: None,
+            on_hydrated,
         )
-        self._sync = Sync(parts, snapshot_url=f"{HOST}/snapshot.zip")
-        self._source.waiting.put_nowait(Resync("joined"))
-        self._life = asyncio.create_task(self._sync.run(), name="replayed-sync")
+        sync = Sync(
+            parts,
+            snapshot_url=f"{HOST}/snapshot.zip",
+            drift_policy="off" if self._manner.simulated else "report",
+            clock=asyncio.get_running_loop().time,
+        )
+        source.waiting.put_nowait(Resync("joined"))
+        self._now = Life(source, disk, ledger, workspace, follower, sync, api, dev)
+        life = asyncio.create_task(sync.run(), name="replayed-sync")
+        self._now.tasks.append(life)
+        if dev is not None:
+            self._now.tasks.append(asyncio.create_task(dev.run(), name="replayed-dev-server"))
         ready = asyncio.create_task(hydrated.wait())
-        await asyncio.wait([ready, self._life], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ready, life], return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
-        if self._life.done():
-            self._life.result()
-
-    async def _end_life(self) -> None:
-        assert self._life is not None
-        self._life.cancel()
-        result = (await asyncio.gather(self._life, return_exceptions=True))[0]
-        self._disk.close()
-        self._ledger.close()
-        if isinstance(result, Exception):
-            raise result
+        self._now.look()
 
     async def _settle(self) -> None:
         """Until the loop is at rest at the log's head, asked as a heartbeat asks."""
-        assert self._sync is not None
-        assert self._follower is not None
-        assert self._life is not None
+        life, wait, at_rest = self._life, 0.02, 0
         async with asyncio.timeout(SETTLE_SECONDS):
-            while not (
-                self._source.waiting.empty()
-                and self._follower.settled
-                and (self._sync.tree.cursor.epoch, self._sync.tree.cursor.revision)
-                == (self._log.epoch, self._log.revision)
-            ):
-                if self._life.done():
-                    self._life.result()
-                self._sync.hear(read_head(self._log.head()))
-                await asyncio.sleep(0.02)
-            self._sync.hear(read_head(self._log.head()))
+            # Once more after it was first at rest: what the last question finds must be seen to as well.
+            while at_rest < 2:
+                life.look()
+                life.sync.hear(read_head(self._log.head()))
+                await asyncio.sleep(wait)
+                cursor = life.sync.tree.cursor
+                there = (cursor.epoch, cursor.revision) == (self._log.epoch, self._log.revision)
+                at_rest = (
+                    at_rest + 1 if there and life.source.waiting.empty() and life.follower.settled else 0
+                )
+                wait = min(wait * 1.2, 1.0)
+
+    async def _serve(self) -> None:
+        """Until the dev server serves the end, or will not."""
+        dev = self._life.dev
+        if dev is None:
+            return
+        clock = asyncio.get_running_loop().time
+        deadline, quiet_since = clock() + DEV_SECONDS, clock()
+        while clock() < min(deadline, quiet_since + QUIET):
+            self._life.look()
+            await asyncio.sleep(0.05)
+            if dev.state not in (State.READY, State.ABSENT, State.FAILED) or dev.installing:
+                quiet_since = clock()
+        self.dev_server = dev.state.value
+        problems = dev.problems()
+        if problems or dev.state not in (State.READY, State.ABSENT):
+            said = [line for problem in problems for line in problem.detail.splitlines()]
+            self._unserved = (f"the dev server is {dev.state} at the end", *(f"    {line}" for line in said))
+
+    # --- the scenario's orchestrator and storage
 
     def _respond(self, request: httpx.Request) -> httpx.Response:
-        """The scenario's orchestrator and storage."""
-        if request.url.path == "/snapshot.zip":
-            first = self._archive is not None and self._log.revision == self._scenario.revision
-            archive = self._archive if first and self._archive is not None else self._zip()
-            return httpx.Response(200, stream=httpx.ByteStream(archive))
+        name = request.url.path.rpartition("/")[2]
+        if name == "snapshot.zip":
+            return httpx.Response(200, stream=httpx.ByteStream(self._first))
+        if name == "current.zip":
+            return httpx.Response(200, stream=httpx.ByteStream(self._zip()))
+        if name == "token":
+            return httpx.Response(200, json={"realtime_token": self._token(), "expires_at": None})
         self.catch_ups += 1
+        if request.headers["authorization"] != f"Bearer {self._token()}":
+            return httpx.Response(401, json={"title": "token_expired"})
         return httpx.Response(
-            200, json=self._log.answer(orjson.loads(request.content), f"{HOST}/snapshot.zip")
+            200, json=self._log.answer(orjson.loads(request.content), f"{HOST}/current.zip")
         )
+
+    def _token(self) -> str:
+        claims = json.dumps({"role": "preview_agent", "jti": self._tokens}).encode()
+        return f"eyJhbGciOiJub25lIn0.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.eA"
 
     def _zip(self) -> bytes:
         whole = io.BytesIO()
@@ -301,123 +278,88 @@ class Replay:
                 archive.writestr(path, content)
         return whole.getvalue()
 
-    def differences(self) -> list[str]:
-        """What is not as it should be, one line each."""
-        expect = self._scenario.expect
+    # --- the end
+
+    def verdict(self, name: str, seconds: float, problems: Sequence[str]) -> Result:
+        """How it ended; `problems`: why it did not end by itself."""
+        expect, here = self._scenario.expect, self._files()
         wanted = self._log.files()
-        if expect is not None and expect.files is not None:
-            wanted = {path: text.encode() for path, text in expect.files.items()}
-        here = {
-            RelPath(path.relative_to(self.project).as_posix()): path.read_bytes()
-            for path in self.project.rglob("*")
-            if path.is_file() and not path.is_symlink()
-        }
-        lines = [
-            _difference(path, here.get(path), wanted.get(path))
-            for path in sorted(here.keys() | wanted.keys())
-        ]
-        found = [line for line in lines if line]
-        if not found and expect is not None and self.tree_hash() != expect.tree_hash:
-            found = [f"tree hash {self.tree_hash()[:12]}…, expected {expect.tree_hash[:12]}…"]
-        return found
-
-    def tree_hash(self) -> str:
-        """Of what is on disk now."""
-        return tree_hash(
-            {
-                RelPath(path.relative_to(self.project).as_posix()): digest_of(path.read_bytes())
-                for path in self.project.rglob("*")
-                if path.is_file()
-            }
+        expected_hash = str(self._log.head()["tree_hash"])
+        if expect is not None:
+            expected_hash = expect.tree_hash
+            if expect.files is not None:
+                wanted = {path: text.encode() for path, text in expect.files.items()}
+        found = tree_hash({path: digest_of(content) for path, content in here.items()})
+        differences = [*problems, *compare(here, wanted), *self._unserved]
+        if not differences and found != expected_hash:
+            differences = [
+                f"the tree is what the scenario's events say, {found[:12]}…, and expect says {expected_hash[:12]}…"
+            ]
+        return Result(
+            name,
+            seconds,
+            self.delivered,
+            self.committed,
+            self.faults,
+            self.catch_ups,
+            found,
+            expected_hash,
+            self.dev_server,
+            tuple(differences),
         )
 
-    @property
-    def expected_hash(self) -> str:
-        """Of the expectation, or of the log where there is none."""
-        return (
-            self._scenario.expect.tree_hash if self._scenario.expect else str(self._log.head()["tree_hash"])
-        )
+    def _files(self) -> dict[RelPath, bytes]:
+        """What is on disk, but for what the project's own programs put there."""
+        here: dict[RelPath, bytes] = {}
+        for above, directories, names in os.walk(self.project):
+            directories[:] = [name for name in directories if name not in PROTECTED]
+            for name in names:
+                path = Path(above, name)
+                if path.is_file() and not path.is_symlink():
+                    here[RelPath(path.relative_to(self.project).as_posix())] = path.read_bytes()
+        if self._life.dev is not None:
+            ours = self._life.sync.tree.entries
+            here = {path: content for path, content in here.items() if path in ours}
+        return here
 
 
-def _difference(path: RelPath, here: bytes | None, wanted: bytes | None) -> str | None:
-    if here == wanted:
-        return None
-    if here is None:
-        return f"- {path}: missing"
-    if wanted is None:
-        return f"+ {path}: should not be there"
-    return f"! {path}: {_shown(here)} instead of {_shown(wanted)}"
+def _dev_settings(environ: Mapping[str, str], directory: Path) -> Settings:
+    """The settings of the dev server: the environment's, but for where things are."""
+    nobody = "00000000-0000-0000-0000-000000000000"
+    given = {key: value for key, value in environ.items() if key.upper() not in ("PROJECT_ID", "SESSION_ID")}
+    settings = read_settings({**given, "PROJECT_ID": nobody, "SESSION_ID": nobody})
+    port = settings.dev_port
+    if "DEV_PORT" not in environ:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+    return msgspec.structs.replace(
+        settings,
+        project_dir=directory / "project",
+        state_dir=directory,
+        modules_dir=settings.modules_dir or directory / "modules",
+        dev_host=environ.get("DEV_HOST") or "127.0.0.1",
+        dev_port=port,
+    )
 
 
-def _shown(content: bytes) -> str:
-    head = content[:40].decode(errors="replace")
-    return f"{head!r}{'…' if len(content) > 40 else ''} ({len(content)} bytes)"
-
-
-def manifest_of(archive: bytes) -> dict[str, Any]:
-    """The manifest inside a snapshot that is trusted already."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as whole:
-        manifest: dict[str, Any] = orjson.loads(whole.read(MANIFEST_PATH))
-        return manifest
-
-
-def files_of(archive: bytes) -> dict[RelPath, bytes]:
-    """The files inside a snapshot that is trusted already."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as whole:
-        return {
-            RelPath(name): whole.read(name)
-            for name in whole.namelist()
-            if name != MANIFEST_PATH and name[-1] != "/"
-        }
-
-
-def load(path: Path) -> tuple[Scenario, bytes | None]:
-    """The scenario at `path` and the snapshot beside it. Raises `MalformedMessage`."""
-    try:
-        scenario = read_scenario(path.read_text())
-        archive = (
-            (path.parent / scenario.snapshot).read_bytes() if isinstance(scenario.snapshot, str) else None
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise MalformedMessage(f"scenario {path}", str(error)) from None
-    return scenario, archive
-
-
-def replay(
-    path: Path,
-    directory: Path | None = None,
-    *,
-    mischief: Mischief = NONE,
-    real_time: bool = False,
-    optimistic: bool = False,
-) -> Result:
-    """Replay the scenario at `path`. `directory`: where; None: a temporary one.
+def replay(path: Path, directory: Path | None = None, manner: Manner | None = None) -> Result:
+    """Replay the scenario at `path`. `directory`: an empty or new one; None: a temporary one.
 
     Raises `MalformedMessage` for a scenario that cannot be read.
     """
-    scenario, archive = load(path)
+    loaded, manner = load(path), manner or Manner()
     with tempfile.TemporaryDirectory(prefix="preview-replay-") as temporary:
-        where = directory or Path(temporary)
-        run = Replay(scenario, where, archive, mischief=mischief, real_time=real_time, optimistic=optimistic)
+        run = Replay(loaded, directory or Path(temporary), manner)
         started = time.monotonic()
         problems: list[str] = []
         try:
-            asyncio.run(run.run())
+            with asyncio.Runner(loop_factory=SimulatedLoop if manner.simulated else None) as runner:
+                runner.run(run.run())
         except TimeoutError:
             problems = [f"not at rest after {SETTLE_SECONDS:.0f} s"]
         except AgentError as error:
             problems = [f"the loop ended: {error}"]
-        return Result(
-            path.stem,
-            time.monotonic() - started,
-            run.delivered,
-            run.committed,
-            run.faults,
-            run.catch_ups,
-            run.tree_hash(),
-            run.expected_hash,
-            (*problems, *run.differences()),
-        )
+        return run.verdict(path.stem, time.monotonic() - started, problems)
 
 
 def replay_all(
@@ -425,38 +367,52 @@ def replay_all(
     directory: Path | None,
     say: Callable[[str], None],
     *,
-    mischief: Mischief,
-    real_time: bool,
+    manner: Manner,
     json_report: Path | None,
     junit: Path | None,
 ) -> int:
-    """Replay every scenario, say one line for each and a diff where one fails; 0 when all ended as they should."""
+    """Replay every scenario, say one line for each and a diff where one fails.
+
+    Returns 0 when all ended as they should, 1 when one did not, 64 when one could not be read. Raises `SettingsError`
+    when there is nowhere to work or to report.
+    """
+    places = _places(paths, directory)
+    for report in (json_report, junit):
+        if report is not None and (report.is_dir() or not report.parent.is_dir()):
+            raise SettingsError([f"cannot write {report}: it is a directory, or there is none for it"])
     results = []
-    for path in paths:
-        result = replay(path, directory, mischief=mischief, real_time=real_time)
+    for path, place in zip(paths, places, strict=True):
+        try:
+            result = replay(path, place, manner)
+        except MalformedMessage as error:
+            result = Result(path.stem, unreadable=str(error))
         results.append(result)
-        say(result.line())
-        for line in result.differences[:MOST_SHOWN]:
-            say(f"    {line}")
-        if len(result.differences) > MOST_SHOWN:
-            say(f"    … and {len(result.differences) - MOST_SHOWN} more")
+        for line in result.lines():
+            say(line)
     if json_report is not None:
-        body = {"mischief": asdict(mischief), "results": [{**asdict(r), "ok": r.ok} for r in results]}
-        json_report.write_bytes(orjson.dumps(body, option=orjson.OPT_INDENT_2))
+        json_report.write_bytes(as_json(results, manner.mischief))
     if junit is not None:
-        junit.write_text(_junit(results))
-    return 0 if all(result.ok for result in results) else 1
+        junit.write_text(as_junit(results, manner.mischief), encoding="utf-8")
+    if any(result.differences for result in results):
+        return 1
+    return 0 if all(result.ok for result in results) else 64
 
 
-def _junit(results: Sequence[Result]) -> str:
-    """The report in the form that CI services read."""
-    suite = Element("testsuite", name="preview-agent replay", tests=str(len(results)))
-    suite.set("failures", str(sum(1 for result in results if not result.ok)))
-    for result in results:
-        case = SubElement(
-            suite, "testcase", classname="scenario", name=result.name, time=f"{result.seconds:.3f}"
-        )
-        if not result.ok:
-            failure = SubElement(case, "failure", message=result.differences[0])
-            failure.text = "\n".join(result.differences)
-    return tostring(suite, encoding="unicode", xml_declaration=True)
+def _places(paths: Sequence[Path], directory: Path | None) -> list[Path | None]:
+    """Where each scenario is run: `directory` itself for one, one below it for each of several."""
+    if directory is None:
+        return [None] * len(paths)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise SettingsError([f"cannot replay into {directory}: it is not an empty directory; name a new one"])
+    if len(paths) == 1:
+        return [directory]
+    taken: set[str] = set()
+    places: list[Path | None] = []
+    for path in paths:
+        name, number = path.stem, 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(name)
+        places.append(directory / name)
+    return places

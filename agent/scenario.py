@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import orjson
@@ -50,6 +50,8 @@ class Step:
     fault: str | None = None
     lost: int = 0
     """Events after this fault that are not delivered."""
+    line: int = 0
+    """Where it stands in the file, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,73 +66,108 @@ class Scenario:
     expect: Expect | None = None
 
 
-def read_scenario(text: str) -> Scenario:
-    """Parse a scenario. Raises `MalformedMessage` naming the line."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+def read_scenario(text: str, name: str = "scenario") -> Scenario:
+    """Parse a scenario; `name` is how its author knows it. Raises `MalformedMessage` naming the line."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise MalformedMessage("scenario", "it is empty")
-    header = _object(*lines[0])
-    if header.get("scenario") != FORMAT:
-        raise MalformedMessage("scenario, line 1", f"scenario is {header.get('scenario')!r}, not {FORMAT}")
-    try:
-        expect = header.get("expect")
+        raise MalformedMessage(name, "it is empty")
+    reader = _Reader(name)
+    scenario = reader.header(*lines[0])
+    steps = [reader.step(number, line) for number, line in lines[1:]]
+    for before, after in pairwise(steps):
+        if after.at_ms < before.at_ms:
+            where = f"{name}, line {after.line}"
+            raise MalformedMessage(where, f"at_ms is {after.at_ms}, before that of the step above it")
+    return replace(scenario, steps=tuple(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Takes lines apart, and says which one and what about it when that cannot be done."""
+
+    name: str
+
+    def header(self, number: int, line: str) -> Scenario:
+        where, given = self._object(number, line)
+        if given.get("scenario") != FORMAT:
+            found = given.get("scenario")
+            raise MalformedMessage(where, f"scenario is {found!r}; a header with {FORMAT} is the first line")
+        for key in ("project_id", "epoch"):
+            if not isinstance(given.get(key), str) or not given[key]:
+                raise MalformedMessage(where, f"{key} is missing or not text")
         return Scenario(
-            project_id=str(header["project_id"]),
-            epoch=str(header["epoch"]),
-            revision=int(header["revision"]),
-            snapshot=_snapshot(header["snapshot"]),
-            steps=tuple(_step(number, _object(number, line)) for number, line in lines[1:]),
-            expect=None if expect is None else _expect(expect),
+            project_id=given["project_id"],
+            epoch=given["epoch"],
+            revision=_whole(where, given, "revision"),
+            snapshot=self._snapshot(where, given.get("snapshot")),
+            steps=(),
+            expect=None if given.get("expect") is None else self._expect(where, given["expect"]),
         )
-    except (KeyError, TypeError, ValueError, PathRefused) as error:
-        raise MalformedMessage("scenario, line 1", f"{type(error).__name__}: {error}") from None
+
+    def step(self, number: int, line: str) -> Step:
+        where, given = self._object(number, line)
+        at_ms, event, fault = _whole(where, given, "at_ms"), given.get("event"), given.get("fault")
+        if (event is None) == (fault is None):
+            raise MalformedMessage(where, "a step has either an event or a fault")
+        if fault is not None:
+            if fault not in FAULTS:
+                raise MalformedMessage(where, f"fault {fault!r} is none of {', '.join(FAULTS)}")
+            lost = _whole(where, given, "lost") if "lost" in given else 0
+            return Step(at_ms, fault=fault, lost=lost, line=number)
+        if not isinstance(event, str) or not isinstance(given.get("payload"), dict):
+            raise MalformedMessage(where, "an event has a name and a payload, an object")
+        try:
+            contents = {
+                parse_path(path): base64.b64decode(coded, validate=True)
+                for path, coded in given.get("bytes", {}).items()
+            }
+        except (binascii.Error, AttributeError, TypeError, ValueError, PathRefused) as error:
+            raise MalformedMessage(where, f"bytes is not an object of paths and base64: {error}") from None
+        return Step(at_ms, event, given["payload"], contents, line=number)
+
+    def _object(self, number: int, line: str) -> tuple[str, dict[str, Any]]:
+        where = f"{self.name}, line {number}"
+        try:
+            parsed = orjson.loads(line)
+        except ValueError as error:
+            raise MalformedMessage(where, f"not JSON: {error}") from None
+        if not isinstance(parsed, dict):
+            raise MalformedMessage(where, "not an object")
+        return where, parsed
+
+    def _snapshot(self, where: str, given: Any) -> Mapping[RelPath, bytes] | str:
+        if isinstance(given, str) and given not in ("", ".", "..") and not {"/", "\\", "\0"} & set(given):
+            return given
+        if not isinstance(given, dict) or not isinstance(given.get("files"), dict):
+            reason = "snapshot is neither the name of a zip beside the scenario nor an object with files"
+            raise MalformedMessage(where, reason)
+        return {path: text.encode() for path, text in self._files(where, "snapshot", given["files"]).items()}
+
+    def _expect(self, where: str, given: Any) -> Expect:
+        if not isinstance(given, dict) or not isinstance(given.get("tree_hash"), str):
+            raise MalformedMessage(where, "expect has no tree_hash")
+        if given.get("files") is None:
+            return Expect(given["tree_hash"])
+        files = self._files(where, "expect", given["files"])
+        true = tree_hash({path: digest_of(text.encode()) for path, text in files.items()})
+        if true != given["tree_hash"]:
+            raise MalformedMessage(where, f"expect's tree_hash is not that of its files, which is {true}")
+        return Expect(given["tree_hash"], files)
+
+    def _files(self, where: str, what: str, given: Any) -> dict[RelPath, str]:
+        if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+            raise MalformedMessage(where, f"the files of {what} are not an object of paths and texts")
+        try:
+            return {parse_path(path): text for path, text in given.items()}
+        except PathRefused as refused:
+            raise MalformedMessage(where, f"in {what}: {refused}") from None
 
 
-def _object(number: int, line: str) -> dict[str, Any]:
-    try:
-        parsed = orjson.loads(line)
-    except ValueError as error:
-        raise MalformedMessage(f"scenario, line {number}", f"not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise MalformedMessage(f"scenario, line {number}", "not an object")
-    return parsed
-
-
-def _snapshot(given: Any) -> Mapping[RelPath, bytes] | str:
-    if isinstance(given, str):
-        return given
-    return {parse_path(path): text.encode() for path, text in given["files"].items()}
-
-
-def _expect(given: Any) -> Expect:
-    files = given.get("files")
-    return Expect(
-        given["tree_hash"],
-        None if files is None else {parse_path(path): text for path, text in files.items()},
-    )
-
-
-def _step(number: int, given: dict[str, Any]) -> Step:
-    where = f"scenario, line {number}"
-    at_ms, event, fault = given.get("at_ms"), given.get("event"), given.get("fault")
-    if not isinstance(at_ms, int) or at_ms < 0:
-        raise MalformedMessage(where, "at_ms is not a whole number of at least 0")
-    if (event is None) == (fault is None):
-        raise MalformedMessage(where, "a step has either an event or a fault")
-    if fault is not None:
-        if fault not in FAULTS:
-            raise MalformedMessage(where, f"fault {fault!r} is none of {', '.join(FAULTS)}")
-        return Step(at_ms, fault=fault, lost=int(given.get("lost", 0)))
-    if not isinstance(event, str) or not isinstance(given.get("payload"), dict):
-        raise MalformedMessage(where, "an event has a name and a payload")
-    try:
-        contents = {
-            parse_path(path): base64.b64decode(coded, validate=True)
-            for path, coded in given.get("bytes", {}).items()
-        }
-    except (binascii.Error, AttributeError, PathRefused) as error:
-        raise MalformedMessage(where, f"bytes: {error}") from None
-    return Step(at_ms, event, given["payload"], contents)
+def _whole(where: str, given: Mapping[str, Any], key: str) -> int:
+    value = given.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MalformedMessage(where, f"{key} is not a whole number of at least 0")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +194,7 @@ class Log:
         self.rows = {path: Row(1, content, False, revision) for path, content in files.items()}
         self._past: set[str] = set()
 
-    def commit(self, step: Step) -> None:
+    def commit(self, step: Step, name: str = "scenario") -> None:
         """Take a step's event as committed. What no database says (junk, no revision, an epoch that is over) is not.
 
         Raises `MalformedMessage` when bytes that the event does not carry are not in the scenario either.
@@ -176,13 +213,14 @@ class Log:
         elif read.revision <= self.revision:
             return
         self.revision = read.revision
+        where = f"{name}, line {step.line}"
         for change in read.changes:
-            self._take(change, step.contents, read.revision)
+            self._take(change, step.contents, where)
         if not read.complete:
             for path, content in step.contents.items():
-                self._take(Change(path, digest_of(content), None, content), {}, read.revision)
+                self._take(Change(path, digest_of(content), None, content), {}, where)
 
-    def _take(self, change: Change, contents: Mapping[RelPath, bytes], revision: int) -> None:
+    def _take(self, change: Change, contents: Mapping[RelPath, bytes], where: str) -> None:
         before = self.rows.get(change.path)
         version = change.version if change.version is not None else (before.version + 1 if before else 1)
         content = change.content
@@ -191,9 +229,9 @@ class Log:
             if content is None and before is not None and before.digest == change.digest:
                 content = before.content
             if content is None or digest_of(content) != change.digest:
-                reason = f"the bytes of {change.path} are not in it, or not the right ones"
-                raise MalformedMessage("scenario", reason)
-        self.rows[change.path] = Row(version, content, change.executable, revision)
+                reason = f"the bytes of {change.path} are missing, or do not have the hash {change.digest}"
+                raise MalformedMessage(where, reason)
+        self.rows[change.path] = Row(version, content, change.executable, self.revision)
 
     def files(self) -> dict[RelPath, bytes]:
         """The current tree."""
@@ -260,77 +298,3 @@ class Log:
             ],
             "deleted": [],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Mischief:
-    """What the channel does to deliveries on top of the scenario's own faults. Probabilities in 0…1."""
-
-    seed: int = 0
-    shuffle: bool = False
-    duplicate: float = 0.0
-    drop: float = 0.0
-    disconnect: int = 0
-    crash: int = 0
-
-    reach: int = 5
-    """How many events later a shuffled or doubled one may come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """The step at `index` is in the log now."""
-
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """The step's event reaches the agent."""
-
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A fault happens: one of `FAULTS`, or `crash`."""
-
-    fault: str
-
-
-def play(steps: Sequence[Step], mischief: Mischief) -> Iterator[Committed | Delivered | Broken]:
-    """The steps as they happen to an agent: commits in their order, deliveries as the channel would have them.
-
-    An event is never delivered before it is committed, because the database never says what it has not done.
-    """
-    dice = random.Random(mischief.seed)  # noqa: S311 - a reproducible disorder is the point
-    waiting: list[tuple[float, Step]] = []
-    extra = _extra_faults(len(steps), mischief, dice)
-    lost = 0
-    for number, step in enumerate(steps):
-        for fault in extra.get(number, ()):
-            yield Broken(fault)
-        if step.fault is not None:
-            yield Broken(step.fault)
-            lost = max(lost, step.lost)
-            continue
-        yield Committed(step)
-        if lost:
-            lost -= 1
-        elif dice.random() >= mischief.drop:
-            waiting.append((number + (dice.uniform(0, mischief.reach) if mischief.shuffle else 0), step))
-            if dice.random() < mischief.duplicate:
-                waiting.append((number + dice.uniform(0, mischief.reach), step))
-        waiting.sort(key=lambda due: due[0])
-        while waiting and waiting[0][0] <= number:
-            yield Delivered(waiting.pop(0)[1])
-    for _, step in waiting:
-        yield Delivered(step)
-
-
-def _extra_faults(steps: int, mischief: Mischief, dice: random.Random) -> dict[int, list[str]]:
-    extra: dict[int, list[str]] = {}
-    for fault, times in (("disconnect", mischief.disconnect), ("crash", mischief.crash)):
-        for _ in range(times):
-            extra.setdefault(dice.randrange(max(steps, 1)), []).append(fault)
-    return extra

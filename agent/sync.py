@@ -93,9 +93,10 @@ class Sync:
         parts: Parts,
         *,
         snapshot_url: str | None,
-        drift_policy: Literal["report", "restore", "keep"] = "report",
+        drift_policy: Literal["report", "restore", "keep", "off"] = "report",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`drift_policy`: as the setting; `off` where nothing else can touch the directory and nobody looks at it."""
         self._p = parts
         self._follower = parts.follower
         self._snapshot_url = snapshot_url
@@ -162,7 +163,8 @@ class Sync:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(), name="sync-receive")
                 tasks.create_task(self._keep_time(), name="sync-clock")
-                tasks.create_task(self._drift.run(), name="sync-drift")
+                if self._drift_policy != "off":
+                    tasks.create_task(self._drift.run(), name="sync-drift")
         finally:
             await self._end()
 

@@ -17,9 +17,9 @@ from agent import session as session_module
 from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
 from agent.model import RelPath
 from agent.session import SessionApi, retry_after
+from agent.simulated import simulate
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, Head, SnapshotOffer
-from tests.fakes.clock import simulate
 from tests.fakes.realtime import jwt
 
 SESSION = UUID("22222222-2222-4222-8222-222222222222")

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.errors import CredentialRejected, Unavailable
 from agent.phoenix import LinkState, Timing
+from agent.simulated import SimulatedLoop
 from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal, endpoint
 from agent.tokens import Token, Tokens
-from tests.fakes.clock import SimulatedLoop
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 
 QUICK = LinkSettings(

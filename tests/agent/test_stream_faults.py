@@ -15,8 +15,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from agent.phoenix import LinkState
+from agent.simulated import simulate
 from tests.agent.link_world import World, now
-from tests.fakes.clock import simulate
 from tests.fakes.realtime import type4
 from tests.profiles import NIGHTLY
 

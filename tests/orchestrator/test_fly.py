@@ -10,10 +10,10 @@ import httpx
 import pytest
 import respx
 
+from agent.simulated import simulate
 from orchestrator_stub.machines import MachineRefused, MachineState, MachineUnavailable
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape, machine_request
 from orchestrator_stub.machines.fly_api import Buckets, Conflict, FlyApi, Rate
-from tests.fakes.clock import simulate
 from tests.fakes.fly import APP, DOCUMENT, TOKEN, Fly
 from tests.fakes.openapi import OpenApi
 from tests.orchestrator.driver_contract import DriverContract, spec_for

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.replay import replay
-from agent.scenario import Mischief
+from agent.mischief import Mischief
+from agent.replay import Manner, replay
 from tests.system.plane import eventually, running_plane
 
 pytestmark = pytest.mark.system
@@ -62,4 +62,4 @@ async def test_a_recording_replays_to_the_same_tree(database: str, tmp_path: Pat
     assert result.differences == ()
     assert result.tree_hash == expected
     rough = Mischief(7, shuffle=True, duplicate=0.5, drop=0.5, disconnect=2, crash=1)
-    assert (await asyncio.to_thread(replay, path, tmp_path / "rough", mischief=rough)).differences == ()
+    assert (await asyncio.to_thread(replay, path, tmp_path / "rough", Manner(rough))).differences == ()

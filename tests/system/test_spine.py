@@ -104,7 +104,7 @@ def test_the_dev_server_does_not_get_our_secrets(stack: Stack) -> None:
 def test_no_secret_is_in_status_or_logs(stack: Stack) -> None:
     told = json.dumps(stack.status())
     logs = "".join(path.read_text() for path in stack.state.rglob("agent.log"))
-    assert "agent.ready" in logs
+    assert "agent.started" in logs
     for text in (told, logs):
         assert stack.info["service_key"] not in text
         assert stack.info["anon_key"] not in text

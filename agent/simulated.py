@@ -1,8 +1,11 @@
-"""An event loop whose clock belongs to the test: hours pass in seconds, over real sockets.
+"""An event loop whose clock jumps over idle time: hours pass in seconds, over real sockets.
 
 When nothing is ready to run and no socket has anything to say, the loop does not wait for its next timer: it moves
 its clock there. `loop.time()` is what asyncio's timeouts and sleeps go by, so everything that uses them lives in
-simulated time; only code that asks `time` itself does not.
+simulated time; only code that asks `time` itself does not. Work in the loop's threads takes no simulated time: while
+there is any, the clock stands.
+
+A replay as fast as it goes runs in it, and so do the tests whose deadlines must not depend on how busy a machine is.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import os
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 SETTLE = 4
 """How often the kernel is asked again, the processor given up in between, before time moves on: what was just
@@ -28,11 +33,22 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._inner = _JumpingSelector(self)
-        super().__init__(self._inner)
+        self.in_threads = 0
+        super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
         return self.now
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        future = super().run_in_executor(executor, func, *args)
+        self.in_threads += 1
+        future.add_done_callback(self._back)
+        return future
+
+    def _back(self, _: asyncio.Future[Any]) -> None:
+        self.in_threads -= 1
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -48,6 +64,8 @@ class _JumpingSelector(selectors.DefaultSelector):
             if ready:
                 return ready
             os.sched_yield()
+        if self._loop.in_threads:
+            return super().select(STUCK)
         if timeout is None:
             ready = super().select(STUCK)
             if not ready:

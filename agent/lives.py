@@ -1,0 +1,114 @@
+"""The agent's lives during a replay: its own loop and disk between ends that a scenario plays.
+
+A life is begun and ended as a process is: what the next one knows is what this one left on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.batch import Outcome
+from agent.disk import Disk
+from agent.follow import Follower
+from agent.ledger import FileStat, Ledger
+from agent.model import Cursor, Operation, Problem, RelPath
+from agent.session import SessionApi
+from agent.signals import Signal
+from agent.supervisor import Supervisor
+from agent.sync import Sync
+from agent.workspace import Workspace
+
+
+@dataclass(slots=True)
+class ScenarioSource:
+    """An `EventSource` whose other end is the replay."""
+
+    waiting: asyncio.Queue[Signal] = field(default_factory=asyncio.Queue)
+
+    async def run(self) -> None:
+        """Nothing to own."""
+        await asyncio.Event().wait()
+
+    async def receive(self) -> Signal:
+        """The next signal, in order."""
+        return await self.waiting.get()
+
+    def receive_now(self) -> Signal | None:
+        """The next signal if one is waiting."""
+        return None if self.waiting.empty() else self.waiting.get_nowait()
+
+    def caught_up(self) -> None:
+        """The link has no state here."""
+
+    def doubt(self, reason: str) -> None:
+        """The link is never deaf here; it loses what the scenario says."""
+
+    def report(self) -> dict[str, object]:
+        """For symmetry with a real link."""
+        return {"state": "replay", "queue_depth": self.waiting.qsize()}
+
+
+class FullDisk(Disk):
+    """A disk that is full for the next `failures` batches: everything is undone, as `ENOSPC` has it."""
+
+    failures = 0
+
+    def apply(
+        self, operations: Sequence[Operation], known: Mapping[RelPath, FileStat], **options: Any
+    ) -> Outcome:
+        """As `Disk.apply`, unless it is full."""
+        if operations and self.failures:
+            self.failures -= 1
+            return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
+        return super().apply(operations, known, **options)
+
+
+class Killable(Workspace):
+    """A workspace whose life may end without a farewell."""
+
+    killed = False
+
+    def close(self, cursor: Cursor) -> None:
+        """Record, unless this life was killed."""
+        if not self.killed:
+            super().close(cursor)
+
+    def record(self, cursor: Cursor) -> None:
+        """Record, unless this life was killed."""
+        if not self.killed:
+            super().record(cursor)
+
+
+@dataclass(slots=True)
+class Life:
+    """One life of the agent, from its start to its end."""
+
+    source: ScenarioSource
+    disk: FullDisk
+    ledger: Ledger
+    workspace: Killable
+    follower: Follower
+    sync: Sync
+    api: SessionApi
+    dev: Supervisor | None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Raise what ended one of its tasks."""
+        for task in self.tasks:
+            if task.done():
+                task.result()
+
+    async def end(self) -> None:
+        """Stop it. Raises what it had died of."""
+        for task in self.tasks:
+            task.cancel()
+        results = await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.disk.close()
+        self.ledger.close()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
