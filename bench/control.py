@@ -4,12 +4,15 @@
   session and project looked up, against a constant. The client is the same raw socket for both.
 - 200 sessions asked for at once, on a fake Fly that keeps Fly's limits (forty a second here, one a second there):
   every one ready, none made twice, and not one request above the limit.
-- one session on the local driver, from the request to `ready`, with the snapshot cached: a real agent, a real Vite.
+- one session on the local driver, from the request to `ready`, with the snapshot cached: a real agent, a real Vite. Its
+  parts follow each other without a gap and come to the whole: those of the request from the orchestrator's own
+  metrics, those of the agent from its log's timestamps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import socket
 import tempfile
@@ -22,12 +25,15 @@ from statistics import median
 from uuid import UUID
 
 import httpx
+import structlog
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from bench.results import Row, in_turn, ratio_of
+from bench.start import log_moments
 from orchestrator_stub.app import Api, application
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.control import Control
@@ -58,12 +64,33 @@ AT_LEAST = 0.5
 AT_ONCE = 8
 """Connections of the client: more than the server's one core can serve."""
 
+NAMES = {
+    "snapshot": "snapshot from the cache, signed",
+    "token": "token minted",
+    "machine": "machine started",
+    "request": "the rest of the request",
+    "wired": "agent: process to wired",
+    "hydrated": "agent: hydrated",
+    "installed": "agent: dependencies installed",
+    "served": "agent: dev server serves the page",
+    "reported": "ready reported, and seen",
+    "ready": "all of it",
+}
+AGENT = {
+    "wired": "agent.started",
+    "hydrated": "hydrate.done",
+    "installed": "install.done",
+    "served": "dev_server.state:ready",
+}
+"""The agent's parts, each ending with this line of its log."""
+
 SESSIONS = 200
 FLY = Rate(40.0, 20)
 
 
 def run(quick: bool) -> Sequence[Row]:
     """Measure all three."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with tempfile.TemporaryDirectory(prefix="bench-control-") as place, asyncio.Runner() as runner:
         server = EmbeddedPostgres(Path(place) / "postgres")
         dsn = runner.run(server.start())
@@ -118,6 +145,7 @@ def _serve(pipe: Connection, dsn: str) -> None:
 
 
 async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     async with control_world(dsn) as world:
         session = await world.session()
         await world.write(UUID(session["project_id"]), "a.ts", "a\n")
@@ -243,37 +271,59 @@ async def _many(dsn: str, count: int) -> list[Row]:
 
 def _one_preview(place: Path, rounds: int) -> list[Row]:
     stack = Stack(copy_example(place / "app"), place / "state", ("--no-watch",))
-    answered, hydrated, ready = [], [], []
+    taken: dict[str, list[float]] = {part: [] for part in NAMES}
     try:
         stack.start()
         url, key = stack.info["orchestrator_url"], stack.info["service_key"]
         with httpx.Client(base_url=url, headers=bearer(key), timeout=60) as http:
             for _ in range(rounds):
-                started = time.perf_counter()
-                session = http.post("/v1/sessions", json={"project_id": stack.info["project_id"]}).json()
-                answered.append((time.perf_counter() - started) * 1000)
-                project = place / "state" / "machines" / session["session_id"] / "project"
-                seen = 0.0
-                while session["state"] != "ready":
-                    assert time.perf_counter() - started < 120, session
-                    assert session["state"] not in ("failed", "gone"), session
-                    if not seen and (project / "package.json").exists():
-                        seen = (time.perf_counter() - started) * 1000
-                    time.sleep(0.02)
-                    session = http.get(f"/v1/sessions/{session['session_id']}").json()
-                hydrated.append(seen)
-                ready.append((time.perf_counter() - started) * 1000)
-                http.delete(f"/v1/sessions/{session['session_id']}")
+                for part, seconds in _one_session(http, stack.info["project_id"], place / "state").items():
+                    taken[part].append(seconds * 1000)
     finally:
         stack.kill()
-    note = f"with the install of its dependencies; median of {rounds}"
+    whole = median(taken["ready"])
     return [
         Row(
-            "session create: answered",
-            median(answered),
+            f"session to ready: {NAMES[part]}",
+            median(each),
             "ms",
-            note="snapshot signed, token minted, agent started",
-        ),
-        Row("session create: files there", median(hydrated), "ms"),
-        Row("session create: ready", median(ready), "ms", note=note),
+            samples=rounds,
+            note="" if part == "ready" else f"{median(each) / whole:.0%}",
+        )
+        for part, each in taken.items()
     ]
+
+
+def _one_session(http: httpx.Client, project_id: str, state: Path) -> dict[str, float]:
+    """Seconds of each part of one session's start."""
+    before = _parts(http)
+    began = time.time()
+    session = http.post("/v1/sessions", json={"project_id": project_id}).json()
+    answered = time.time()
+    parts = {part: after - before.get(part, 0.0) for part, after in _parts(http).items()}
+    log = state / "machines" / session["session_id"] / "agent.log"
+    while session["state"] != "ready":
+        assert time.time() - began < 120, session
+        assert session["state"] not in ("failed", "gone"), session
+        time.sleep(0.01)
+        session = http.get(f"/v1/sessions/{session['session_id']}").json()
+    ready = time.time()
+    moments = dict(reversed(log_moments(log.read_text())))
+    http.delete(f"/v1/sessions/{session['session_id']}")
+    taken = {part: parts[part] for part in ("snapshot", "token", "machine")}
+    taken["request"] = answered - began - sum(taken.values())
+    at = answered
+    for part, event in AGENT.items():
+        taken[part] = moments[event] - at
+        at = moments[event]
+    return {**taken, "reported": ready - at, "ready": ready - began}
+
+
+def _parts(http: httpx.Client) -> dict[str, float]:
+    """What the orchestrator spent on each part of making machines, in all."""
+    return {
+        sample.labels["part"]: sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "preview_orchestrator_provision_seconds_sum"
+    }

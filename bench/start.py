@@ -116,7 +116,7 @@ async def _whole(agent: Agent) -> float:
         await agent.stop()
 
 
-def _moments(log: str) -> list[tuple[str, float]]:
+def log_moments(log: str) -> list[tuple[str, float]]:
     """Name and time of the agent's own log lines."""
     found = []
     for line in log.splitlines():
@@ -204,7 +204,7 @@ async def _hydrated(rounds: int, directory: Path, plane: Plane) -> list[Row]:
             await eventually("hydrated", partial(_said, agent, '"hydrate.done"'), 60)
         finally:
             await agent.stop()
-        moments = dict(reversed(_moments(agent.log())))
+        moments = dict(reversed(log_moments(agent.log())))
         (done,) = (line for line in agent.log().splitlines() if '"hydrate.done"' in line)
         wired, hydrated = moments["agent.started"] - began, moments["hydrate.done"] - began
         for name, value in zip(names, (wired, json.loads(done)["seconds"], hydrated), strict=True):

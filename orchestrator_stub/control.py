@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
@@ -85,7 +86,10 @@ class Beginning(Protocol):
 
 
 class Control:
-    """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims."""
+    """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims.
+
+    `on_part` is told the seconds that each part of making a machine took: replace, template, snapshot, token, machine.
+    """
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class Control:
         template: Beginning | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
+        on_part: Callable[[str, float], None] = lambda part, seconds: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -106,6 +111,7 @@ class Control:
         self._keys = keys
         self._template = template
         self._clock = clock
+        self._on_part = on_part
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
@@ -143,8 +149,11 @@ class Control:
         try:
             async with asyncio.timeout(self._settings.claim_seconds):
                 if session.generation > 1:
-                    await self._destroy_older(session)
-                machine = await self._driver.create(await self._spec(session))
+                    with self._part("replace"):
+                        await self._destroy_older(session)
+                spec = await self._spec(session)
+                with self._part("machine"):
+                    machine = await self._driver.create(spec)
         except MachineRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"machine_refused: {error}")
@@ -262,9 +271,12 @@ class Control:
 
     async def _spec(self, session: Session) -> MachineSpec:
         if self._template is not None:
-            await self._template.give(session.project_id)
-        offer = await self._snapshots.offer(session.project_id)
-        token, _ = self.token_for(session)
+            with self._part("template"):
+                await self._template.give(session.project_id)
+        with self._part("snapshot"):
+            offer = await self._snapshots.offer(session.project_id)
+        with self._part("token"):
+            token, _ = self.token_for(session)
         settings = self._settings
         return MachineSpec(
             name=machine_name(session.id, session.generation),
@@ -284,6 +296,13 @@ class Control:
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Tell how long this part took, if it came to its end."""
+        started = time.perf_counter()
+        yield
+        self._on_part(name, time.perf_counter() - started)
 
     async def _destroy_older(self, session: Session) -> None:
         for machine in await self._driver.find(session.id):

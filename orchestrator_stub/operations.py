@@ -45,6 +45,13 @@ class Metrics:
             buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300),
             registry=registry,
         )
+        self.provision_seconds = Histogram(
+            PREFIX + "provision_seconds",
+            "Making a machine, by part: replace (the older one), template, snapshot, token, machine.",
+            ["part"],
+            buckets=(0.001, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 60),
+            registry=registry,
+        )
         self.sessions = Gauge(PREFIX + "sessions", "Sessions by state.", ["state"], registry=registry)
 
 

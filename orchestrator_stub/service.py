@@ -63,9 +63,13 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         )
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
-        control = Control(settings, store, snapshots, driver, keys, template=template)
-        catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics = Metrics(registry)
+
+        def on_part(part: str, seconds: float) -> None:
+            metrics.provision_seconds.labels(part).observe(seconds)
+
+        control = Control(settings, store, snapshots, driver, keys, template=template, on_part=on_part)
+        catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]

@@ -13,9 +13,11 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
+from orchestrator_stub.control import Control
 from orchestrator_stub.sessions import State
 from orchestrator_stub.tokens import read_session
 from tests.contract.golden import assert_same_form, load
+from tests.fakes.machines import FakeMachines
 from tests.orchestrator.control_world import SERVICE_KEY, World, bearer, control_world
 
 SERVICE = bearer(SERVICE_KEY)
@@ -146,6 +148,19 @@ async def test_how_long_it_took_is_told_once(database: str) -> None:
         for _ in range(2):
             await report(world, session, world.token(session))
     assert told == [pytest.approx(7, abs=2)]
+
+
+async def test_each_part_of_making_a_machine_is_told(world: World) -> None:
+    told: list[str] = []
+    control = Control(
+        world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
+        on_part=lambda part, seconds: told.append(part),
+    )  # fmt: skip
+    project = await world.project()
+    for generation in (1, 2):
+        session, _ = await control.request(project, key="k", generation=generation, ttl=600)
+        await control.settled(session.id, 5)
+    assert told == ["snapshot", "token", "machine", "replace", "snapshot", "token", "machine"]
 
 
 async def test_a_refused_machine_is_a_failed_session_that_says_why(world: World) -> None:

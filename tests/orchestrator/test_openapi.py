@@ -54,6 +54,7 @@ async def test_the_service_is_what_its_document_says(
             )
         )
         code, said = await schemathesis(
+            tmp_path,
             *("--config-file", str(config), "run", f"{plane.url}/openapi.json", "--no-color"),
             # Ending a session twice, and looking at one that has ended, are answered on purpose.
             *("--checks", "all", "--exclude-checks", "use_after_free"),
@@ -64,11 +65,12 @@ async def test_the_service_is_what_its_document_says(
         print(said)
 
 
-async def schemathesis(*arguments: str) -> tuple[int, str]:
-    """One run of its command line; the exit code and what it said."""
+async def schemathesis(directory: Path, *arguments: str) -> tuple[int, str]:
+    """One run of its command line, which keeps what it finds below `directory`; the exit code and what it said."""
     process = await asyncio.create_subprocess_exec(
         str(Path(sys.executable).with_name("schemathesis")),
         *arguments,
+        cwd=directory,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
