@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,19 +36,15 @@ class StagingFailed(Unavailable):
 class StagedSnapshot:
     """A whole, verified snapshot. Its files wait in staging, except those the caller had already.
 
+    `staged`: per path what `Write.staged` wants, as `agent.plan.reconcile` takes it.
     `plain`: the archive had no manifest (the seed's form), so `manifest` is made from what it held: every version
     0, and epoch and revision mean nothing. `size`: bytes that travelled.
     """
 
     manifest: Manifest
     plain: bool
-    staged: dict[RelPath, Staged]
+    staged: Mapping[RelPath, str]
     size: int
-
-    @property
-    def names(self) -> dict[RelPath, str]:
-        """The staged names alone, as `agent.plan.reconcile` takes them."""
-        return {path: staged.name for path, staged in self.staged.items()}
 
 
 class Assembly:
@@ -79,7 +74,8 @@ class Assembly:
         self._file: ManifestFile | None = None
         self._stage: Stage | None = None
         self._digest: hashlib._Hash | None = None
-        self._staged: dict[RelPath, Staged] = {}
+        self._staged: dict[RelPath, str] = {}
+        self._plain: dict[RelPath, Staged] = {}
         self._checked: set[RelPath] = set()
         self._executable: set[RelPath] = set()
         self._lock = threading.Lock()
@@ -87,20 +83,18 @@ class Assembly:
         self.sated = False
         """True once the rest of the archive is not needed: every listed file is in the tree already."""
 
-    def take_all(self, waiting: deque[bytes]) -> None:
-        """`take` what waits until nothing does, or the hydration was abandoned, or no more is needed."""
+    def take_all(self, pieces: Sequence[bytes]) -> None:
+        """`take` them as one, unless the hydration was abandoned or no more is needed."""
         with self._lock:
-            while waiting and not self._abandoned:
-                data = waiting.popleft()
-                if not self.sated:
-                    self.take(data)
+            if pieces and not self._abandoned and not self.sated:
+                self.take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def take(self, data: bytes) -> None:
         """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
         self._progress.received_bytes += len(data)
         try:
             for event in self._reader.feed(data):
-                if isinstance(event, bytes):
+                if isinstance(event, (bytes, memoryview)):
                     self._write(event)
                 elif isinstance(event, FileStarted):
                     self._start(event.path, event.size)
@@ -148,7 +142,7 @@ class Assembly:
             return
         self._path = path
         if self._manifest is None:
-            self._stage = self._disk.stage()
+            self._stage = self._disk.stage(path)
             return
         listed = self._file = self._manifest.files.get(path)
         if listed is None:
@@ -162,9 +156,9 @@ class Assembly:
         if self._have and _equal(self._have.get(path), listed):
             self._digest = hashlib.sha256()
         else:
-            self._stage = self._disk.stage()
+            self._stage = self._disk.stage(None if path in self._have else path)
 
-    def _write(self, piece: bytes) -> None:
+    def _write(self, piece: bytes | memoryview) -> None:
         if self._stage is not None:
             self._stage.write(piece)
         elif self._digest is not None:
@@ -195,11 +189,11 @@ class Assembly:
             if size != listed.size or digest != listed.digest:
                 rule = "size_mismatch" if size != listed.size else "hash_mismatch"
                 raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
-            if stage is not None:
-                # The manifest's own strings: of 20,000 files a second copy of each would be megabytes.
-                staged = Staged(staged.name, listed.digest, listed.size)
+        elif stage is not None:
+            self._plain[path] = staged
         if stage is not None:
-            self._staged[path] = staged
+            # The manifest's own string: of 20,000 files a second copy of each would be megabytes.
+            self._staged[listed.path if listed is not None else path] = staged.name
         else:
             self._checked.add(path)
         self._path = self._file = None
@@ -234,7 +228,7 @@ class Assembly:
         """The manifest of an archive that has none."""
         files = {
             path: ManifestFile(path, staged.digest, staged.size, 0, path in self._executable)
-            for path, staged in self._staged.items()
+            for path, staged in self._plain.items()
         }
         return Manifest(self._expected_project or "", "", 0, files, {})
 

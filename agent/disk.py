@@ -22,8 +22,9 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from agent.batch import Batch, DirectoryForm, Outcome
+from agent.batch import Batch, Outcome
 from agent.errors import RootUnusable
+from agent.jail import DirectoryForm
 from agent.ledger import Done, FileStat
 from agent.looks import Drift
 from agent.model import Entry, Operation, RelPath, Remove
@@ -53,8 +54,8 @@ class Disk(Sight):
     ) -> None:
         super().__init__(root, make_root=self._make_root)
         self._staging_path = staging
-        self._staging = Staging(staging, file_mode=file_mode, owner=owner)
         self._form = DirectoryForm(dir_mode, owner)
+        self._staging = Staging(staging, file_mode=file_mode, form=self._form)
         self._made: set[RelPath] = set()
 
     @property
@@ -87,9 +88,12 @@ class Disk(Sight):
         super().close()
         self._staging.close()
 
-    def stage(self) -> Stage:
-        """Begin a file in staging; `Write.staged` names it once finished. Raises `OSError`."""
-        return self._staging.stage()
+    def stage(self, path: RelPath | None = None) -> Stage:
+        """Begin a file in staging; `Write.staged` names it once finished. Raises `OSError`.
+
+        With the `path` at which it is going to stand, a directory that is new appears at once with all that is in it.
+        """
+        return self._staging.stage(path)
 
     def clear_staging(self) -> int:
         """Remove every leftover of ours; how many there were."""

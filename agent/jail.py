@@ -20,9 +20,18 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryForm:
+    """How directories are made."""
+
+    mode: int
+    owner: tuple[int, int] | None
 
 
 class Blocked(Exception):
@@ -145,6 +154,19 @@ def _place_of(descriptor: int) -> str:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return ""
+
+
+def dress_directory(above: int, name: str, form: DirectoryForm) -> None:
+    """Give a directory just made the mode and the owner it should have, whatever the umask. Raises `OSError`."""
+    descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if mode & 0o777 != form.mode:
+            os.fchmod(descriptor, mode & ~0o777 | form.mode)
+        if form.owner is not None:
+            os.fchown(descriptor, *form.owner)
+    finally:
+        os.close(descriptor)
 
 
 def what_stands(above: int, name: str) -> str:

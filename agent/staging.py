@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import RootUnusable
-from agent.model import Digest
+from agent.jail import DirectoryForm
+from agent.ledger import FileStat
+from agent.model import Digest, RelPath
+from agent.stagedtree import CREATE, StagedTree, remove_tree
 
 _OURS = re.compile(r"stage-[0-9a-f]{8}-[0-9a-f]+")
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TREE = re.compile(r"tree-[0-9a-f]{8}-[0-9a-f]+")
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_EXCHANGE = 2
@@ -35,7 +38,8 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A whole file waiting in staging under `name`. `size` in bytes."""
+    """A whole file waiting in staging. `name` is what `Write.staged` wants: the file's own, or that of the tree in
+    which it waits under its path. `size` in bytes."""
 
     name: str
     digest: Digest
@@ -59,10 +63,11 @@ class Temp:
 class Stage:
     """One file being written, hashed as it passes. Ends with `finish` or `abort`; raises `OSError`."""
 
-    def __init__(self, staging: Staging, name: str, descriptor: int) -> None:
+    def __init__(self, staging: Staging, name: str, descriptor: int, path: RelPath | None = None) -> None:
         self._staging = staging
         self._name = name
         self._descriptor = descriptor
+        self._path = path
         self._hash = hashlib.sha256()
         self._size = 0
 
@@ -74,29 +79,30 @@ class Stage:
 
     def finish(self) -> Staged:
         """Close the file and say what it holds."""
-        self._staging.adopt(self._name, self._descriptor)
+        self._staging.adopt(self._descriptor, self._path)
         return Staged(self._name, Digest(self._hash.hexdigest()), self._size)
 
     def abort(self) -> None:
         """Throw the file away."""
         os.close(self._descriptor)
-        self._staging.discard(self._name)
+        self._staging.discard(self._name if self._path is None else f"{self._name}/{self._path}")
 
 
 class Staging:
     """The staging directory, locked for as long as it is open.
 
-    `file_mode` and `owner` (uid, gid) are what every file made here ends up with, whatever the umask.
+    `file_mode`, `form` and its owner are what everything made here ends up with, whatever the umask.
     """
 
-    def __init__(self, path: Path, *, file_mode: int, owner: tuple[int, int] | None) -> None:
+    def __init__(self, path: Path, *, file_mode: int, form: DirectoryForm) -> None:
         self._path = path
         self._file_mode = file_mode
-        self._owner = owner
+        self._form = form
+        self._owner = form.owner
         self._descriptor = -1
+        self._tree: StagedTree | None = None
         self._prefix = f"stage-{secrets.token_hex(4)}-"
         self._numbers = itertools.count()
-        self._inodes: dict[str, int] = {}
         self._set_mode = True
         self._set_owner = False
 
@@ -132,10 +138,10 @@ class Staging:
 
     def close(self) -> None:
         """Unlock and close; what is staged stays until `clear`."""
+        self._leave_tree()
         if self._descriptor != -1:
             os.close(self._descriptor)
             self._descriptor = -1
-        self._inodes.clear()
 
     def mode(self, executable: bool) -> int:
         """The permission bits of a file: whoever may read an executable may run it."""
@@ -145,10 +151,20 @@ class Staging:
         """A name nobody else uses here."""
         return f"{self._prefix}{next(self._numbers):x}"
 
-    def stage(self) -> Stage:
-        """Begin a file. Raises `OSError`."""
+    def stage(self, path: RelPath | None = None) -> Stage:
+        """Begin a file; where it is meant for a `path` at which nothing stands yet, in its tree. Raises `OSError`."""
+        if path is not None:
+            # What the file system holds against this path says nothing yet: it may suffer another one.
+            with suppress(OSError):
+                if self._tree is None:
+                    self._tree = StagedTree(self._descriptor, f"tree-{self.new_name()[6:]}", self._form)
+                return Stage(self, self._tree.name, self._tree.create(path, self._file_mode), path)
         name = self.new_name()
         return Stage(self, name, self._create(name, self._file_mode))
+
+    def tree(self, name: str) -> StagedTree | None:
+        """The tree of that `name`, if it is the one that is being filled or promoted from."""
+        return self._tree if self._tree is not None and self._tree.name == name else None
 
     def put(self, content: bytes, *, executable: bool, hold: bool) -> Temp:
         """Make a whole file of `content`; with `hold` its descriptor stays open. Raises `OSError`, leaving nothing."""
@@ -168,35 +184,50 @@ class Staging:
         os.close(descriptor)
         return Temp(name, inode)
 
-    def take(self, name: str, *, executable: bool) -> Temp:
-        """A file staged earlier, ready for promotion. Raises `OSError`; `FileNotFoundError` if there is none."""
-        inode = self._inodes.get(name)
-        if inode is None:
-            raise FileNotFoundError(errno.ENOENT, f"nothing is staged as {name}")
+    def take(self, name: str, *, executable: bool) -> tuple[Temp, FileStat]:
+        """A file staged earlier, ready for promotion, and how it looks. Raises `OSError`, also when there is none."""
         if executable:
             os.chmod(name, self.mode(True), dir_fd=self._descriptor)
-        return Temp(name, inode)
+        found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        return Temp(name, found.st_ino), FileStat.of(found)
 
-    def adopt(self, name: str, descriptor: int) -> None:
-        """Finish the file `name`: mode, owner, identity; closes `descriptor`."""
+    def adopt(self, descriptor: int, path: RelPath | None) -> None:
+        """Finish a file: mode, owner, and its place in the tree if it has one; closes `descriptor`."""
         try:
             self._dress(descriptor, self._file_mode)
-            self._inodes[name] = os.fstat(descriptor).st_ino
         finally:
             os.close(descriptor)
+        if path is not None and self._tree is not None:
+            self._tree.count(path)
+
+    def drop_tree(self) -> None:
+        """The tree was promoted from: what is left of it goes, so that the next file begins another."""
+        if self._tree is not None:
+            name = self._tree.name
+            self._leave_tree()
+            remove_tree(name, self._descriptor)
 
     def discard(self, name: str) -> None:
         """Remove `name` if it is there."""
-        self._inodes.pop(name, None)
         with suppress(OSError):
             os.unlink(name, dir_fd=self._descriptor)
 
     def clear(self) -> int:
         """Remove everything of ours, leftovers of earlier lives included; how many there were."""
-        ours = [name for name in os.listdir(self._descriptor) if _OURS.fullmatch(name)]
+        self._leave_tree()
+        listed = os.listdir(self._descriptor)
+        ours = [name for name in listed if _OURS.fullmatch(name)]
         for name in ours:
             self.discard(name)
-        return len(ours)
+        trees = [name for name in listed if _TREE.fullmatch(name)]
+        for name in trees:
+            remove_tree(name, self._descriptor)
+        return len(ours) + len(trees)
+
+    def _leave_tree(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
+            self._tree = None
 
     def _make_private(self) -> None:
         """What others can put here, they can make us promote."""
@@ -209,7 +240,7 @@ class Staging:
             os.fchmod(self._descriptor, 0o700)
 
     def _create(self, name: str, mode: int) -> int:
-        return os.open(name, _CREATE, mode, dir_fd=self._descriptor)
+        return os.open(name, CREATE, mode, dir_fd=self._descriptor)
 
     def _dress(self, descriptor: int, mode: int) -> None:
         if self._set_mode:

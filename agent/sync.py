@@ -229,7 +229,7 @@ class Sync:
             self._p.metrics.snapshot_build.observe(staged.manifest.build_seconds)
 
     def _plan_of(self, staged: StagedSnapshot) -> Plan:
-        plan = reconcile(self.tree, staged.manifest, staged.names)
+        plan = reconcile(self.tree, staged.manifest, staged.staged)
         if staged.plain:
             return replace(plan, tree=replace(plan.tree, cursor=Cursor()))
         return plan

@@ -66,7 +66,8 @@ from agent.ziprecords import (
 )
 
 CHUNK = 256 * 1024
-"""Bytes. The most one `bytes` event holds: large enough that the cost of a call vanishes, small against memory."""
+"""Bytes. The most that is unpacked into one piece: large enough that the cost of a call vanishes, small against memory.
+What is stored comes in pieces as large as they were fed, and is not copied."""
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class ArchiveEnded:
     size: int
 
 
-Event = FileStarted | bytes | FileEnded | ExecutableFound | ArchiveEnded
+Event = FileStarted | bytes | memoryview | FileEnded | ExecutableFound | ArchiveEnded
 
 
 # The package's own stub calls this class an instance.
@@ -242,6 +243,7 @@ class ZipReader:
                 return
 
         data_start = self._base + self._at
+        body: Generator[bytes | memoryview | None, None, None]
         if method == STORED:
             # With a descriptor only an empty entry's end can be known (Info-ZIP writes those to a pipe).
             body = self._stored(0 if described else packed)
@@ -298,10 +300,10 @@ class ZipReader:
         self._at = end
         return content
 
-    def _stored(self, size: int) -> Generator[bytes | None, None, None]:
+    def _stored(self, size: int) -> Generator[memoryview | None, None, None]:
         left = size
         while left:
-            piece = self._buffer[self._at : self._at + min(left, CHUNK)]
+            piece = memoryview(self._buffer)[self._at : self._at + left]
             if not piece:
                 yield None
                 continue

@@ -191,7 +191,7 @@ async def hydrate(url: str, directory: Path) -> dict[str, float]:
                 have=tree.entries,
             )
             taken.setdefault("fetched", resident("VmHWM") - before)
-            plan = reconcile(tree, got.manifest, got.names)
+            plan = reconcile(tree, got.manifest, got.staged)
             outcome = disk.apply(plan.operations, known)
             taken[name] = time.perf_counter() - started
             taken.setdefault("hydrated", resident("VmHWM") - before)

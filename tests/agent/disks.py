@@ -19,6 +19,16 @@ def write(path: str, content: bytes | str, *, version: int = 1, executable: bool
     return Write(RelPath(path), Entry(version, digest_of(data), len(data), executable), content=data)
 
 
+def staged(
+    disk: Disk, path: str, content: str, *, version: int = 1, executable: bool = False, nested: bool = True
+) -> Write:
+    """A write whose bytes wait in staging already: in the tree, or under a name of their own."""
+    stage = disk.stage(RelPath(path) if nested else None)
+    stage.write(content.encode())
+    done = stage.finish()
+    return Write(RelPath(path), Entry(version, done.digest, done.size, executable), staged=done.name)
+
+
 def remove(path: str, *, version: int = 2) -> Remove:
     return Remove(RelPath(path), Entry(version, None))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from agent.batch import in_order
-from agent.disk import Disk, FileStat
+from agent.disk import Disk, FileStat, Outcome
 from agent.errors import RootUnusable
 from agent.model import Cursor, Entry, Operation, RelPath, Tree, Write, digest_of, parents
-from tests.agent.disks import Agent, kinds, remove, seen, write
+from tests.agent.disks import Agent, kinds, remove, seen, staged, write
 from tests.profiles import examples
 
 
@@ -79,9 +80,9 @@ def test_modes_do_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
     try:
         disk = Disk(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
         disk.open()
-        staged = disk.stage()
-        staged.write(b"#!")
-        script = staged.finish()
+        stage = disk.stage()
+        stage.write(b"#!")
+        script = stage.finish()
         disk.apply(
             [
                 write("src/plain", "x"),
@@ -119,20 +120,119 @@ def test_staged_files_are_promoted(disk: Disk, agent: Agent, root: Path) -> None
     stage = disk.stage()
     stage.write(b"one ")
     stage.write(b"two")
-    staged = stage.finish()
+    whole = stage.finish()
 
-    assert (staged.digest, staged.size) == (digest_of(b"one two"), 7)
+    assert (whole.digest, whole.size) == (digest_of(b"one two"), 7)
     outcome = agent.apply(
-        Write(RelPath("d/f"), Entry(1, staged.digest, 7), staged=staged.name), write("g", "x")
+        Write(RelPath("d/f"), Entry(1, whole.digest, 7), staged=whole.name), write("g", "x")
     )
     assert seen(root) == {"d/f": "one two", "g": "x"}
     assert outcome.done[0].stat == FileStat.of((root / "d/f").lstat())
 
 
 def test_an_aborted_stage_leaves_nothing(disk: Disk) -> None:
-    stage = disk.stage()
-    stage.write(b"never")
-    stage.abort()
+    for path in (None, RelPath("d/never")):
+        stage = disk.stage(path)
+        stage.write(b"never")
+        stage.abort()
+    assert disk.clear_staging() == 1
+
+
+class Renames:
+    """The targets of all renames, as Python's audit hooks tell of them."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] | None = None
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.targets is not None and event == "os.rename":
+            self.targets.append(str(arguments[1]))
+
+
+RENAMES = Renames()
+
+
+def renames(agent: Agent, *operations: Operation) -> tuple[list[str], Outcome]:
+    """What was renamed to, in order, while a batch was done."""
+    RENAMES.targets = []
+    try:
+        outcome = agent.apply(*operations)
+        return RENAMES.targets, outcome
+    finally:
+        RENAMES.targets = None
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_a_new_directory_appears_with_all_that_is_in_it(tmp_path: Path, umask: int) -> None:
+    files = {"a.ts": "1", "bin/run": "2", "src/b.ts": "3", "src/c/d/e.ts": "4", "src/c/f.ts": "5"}
+    old = os.umask(umask)
+    try:
+        disk = Disk(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
+        disk.open()
+        agent = Agent(disk)
+        writes = [staged(disk, path, text, executable=path == "bin/run") for path, text in files.items()]
+        targets, outcome = renames(agent, *writes)
+    finally:
+        os.umask(old)
+    assert sorted(targets) == ["a.ts", "bin", "src"]
+    assert kinds(outcome) == []
+    assert [done.operation for done in outcome.done] == writes
+    assert seen(disk.root) == files
+    assert disk.scan() == agent.known
+    assert set(outcome.made) == set(disk.made) == {"bin", "src", "src/c", "src/c/d"}
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in disk.root.rglob("*")}
+    assert {modes[name] for name in ("bin", "src", "c", "d")} == {0o750}
+    assert (modes["run"], modes["e.ts"]) == (0o750, 0o640)
+    assert os.listdir(tmp_path / "staging") == []
+    assert agent.apply(*(remove(path) for path in files)).gone
+    assert seen(disk.root) == {}
+    disk.close()
+
+
+def test_what_is_there_already_is_joined_file_by_file(disk: Disk, agent: Agent, root: Path) -> None:
+    agent.put({"src/old.ts": "old"})
+    (root / "public").mkdir()
+    (root / "public/theirs").write_text("foreign")
+    writes = [staged(disk, path, "new") for path in ("public/x", "src/new.ts", "src/whole/a", "src/whole/b")]
+    targets, outcome = renames(agent, *writes)
+    assert sorted(targets) == ["new.ts", "whole", "x"]
+    assert kinds(outcome) == []
+    assert set(outcome.made) == {"src/whole"}
+    assert disk.scan().keys() - agent.known.keys() == {"public/theirs"}
+
+
+def test_a_directory_of_which_not_all_is_wanted_does_not_appear_whole(
+    disk: Disk, agent: Agent, root: Path
+) -> None:
+    wanted = [staged(disk, "src/a", "1"), staged(disk, "src/c/d", "2"), staged(disk, "lib/e", "3")]
+    staged(disk, "src/c/unwanted", "0")
+    targets, _ = renames(agent, *wanted, write("lib/f", "4"))
+    assert targets == ["a", "d", "lib", "f"]
+    assert seen(root) == {"src/a": "1", "src/c/d": "2", "lib/e": "3", "lib/f": "4"}
+    assert disk.scan() == agent.known
+
+
+def test_a_directory_somebody_removed_comes_back_and_is_reported(
+    disk: Disk, agent: Agent, root: Path
+) -> None:
+    agent.put({"src/a": "1", "src/b": "2"})
+    shutil.rmtree(root / "src")
+    outcome = agent.apply(*(staged(disk, path, "3") for path in ("src/a", "src/b", "src/c")))
+    assert kinds(outcome) == [("drift", "src/a", "missing"), ("drift", "src/b", "missing")]
+    assert seen(root) == {"src/a": "3", "src/b": "3", "src/c": "3"}
+
+
+def test_a_tree_that_was_left_in_staging_is_cleared(tmp_path: Path) -> None:
+    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk.open()
+    staged(disk, "a/b/c", "left by a kill")
+    disk.close()
+    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk.open()
+    assert disk.clear_staging() == 1
+    assert os.listdir(tmp_path / "staging") == []
+    disk.close()
 
 
 def test_a_write_without_bytes_is_the_planners_bug(agent: Agent) -> None:
@@ -260,7 +360,13 @@ def test_from_any_tree_to_any_other_in_one_batch(wanted: list[dict[str, str]], c
         have: dict[str, str] = {}
         for tree in wanted:
             operations: list[Operation] = [remove(path) for path in have if path not in tree]
-            operations += [write(path, tree[path]) for path in tree if have.get(path) != tree[path]]
+            for path in tree:
+                if have.get(path) == tree[path]:
+                    continue
+                if chance.random() < 0.3:
+                    operations.append(write(path, tree[path]))
+                else:
+                    operations.append(staged(disk, path, tree[path], nested=chance.random() < 0.8))
             chance.shuffle(operations)
             outcome = agent.apply(*operations)
             assert kinds(outcome) == []

@@ -26,8 +26,8 @@ from agent.disk import Disk
 from agent.errors import RootUnusable
 from agent.jail import is_twin
 from agent.ledger import Ledger, LedgerState
-from agent.model import Entry, Operation, RelPath, Tree, Write, digest_of
-from tests.agent.disks import Agent, kinds, mounted, opened, remove, seen, write
+from agent.model import Operation, RelPath, Tree, digest_of
+from tests.agent.disks import Agent, kinds, mounted, opened, remove, seen, staged, write
 from tests.profiles import NIGHTLY
 
 NOBODY = 65534
@@ -112,11 +112,9 @@ def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path
     with opened(small / "project", small / "staging") as agent:
         agent.put({"old": "old", "kept": "old"})
         writes = []
-        for path in ("old", "new", "kept", "needs/a/directory"):
-            stage = agent.disk.stage()
-            stage.write(path.encode())
-            staged = stage.finish()
-            writes.append(Write(RelPath(path), Entry(2, staged.digest, staged.size), staged=staged.name))
+        for path in ("whole/a", "whole/b/c", "old", "new", "kept"):
+            writes.append(staged(agent.disk, path, path, version=2))
+        writes.append(staged(agent.disk, "needs/a/directory", "needs/a/directory", nested=False))
         taken: list[Path] = []
         while os.statvfs(small).f_ffree > 1:
             taken.append(small / f"ballast{len(taken)}")
@@ -125,7 +123,7 @@ def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path
         outcome = agent.apply(*writes)
         assert outcome.rolled_back
         assert seen(small / "project") == {"old": "old", "kept": "old"}
-        assert len(os.listdir(small / "staging")) == 4
+        assert len(os.listdir(small / "staging")) == 2
 
         for each in taken:
             each.unlink()
@@ -224,14 +222,14 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
 ) -> None:
     before = {"a": "old", "b": "old", "dir/deep/c": "old", "file": "old", "gone/x": "old"}
     after = {"a": "new", "dir": "a file now", "file/is/a/directory": "new", "new/y": "new", "z": "staged"}
+    after |= {"whole/p": "1", "whole/q/r": "2", "x": "nested"}
     for number in itertools.count(1):
         agent.apply(*(remove(path) for path in agent.known))
         agent.put(before)
         assert seen(root) == before
         made = set(agent.disk.made)
-        stage = agent.disk.stage()
-        stage.write(b"staged")
-        staged = stage.finish()
+        flat = staged(agent.disk, "z", "staged", nested=False)
+        nested = [staged(agent.disk, path, after[path]) for path in ("whole/p", "whole/q/r", "x")]
         operations: list[Operation] = [
             write("a", "new"),
             remove("b"),
@@ -240,8 +238,11 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             remove("file"),
             write("file/is/a/directory", "new"),
             remove("gone/x"),
+            flat,
+            nested[0],
+            nested[1],
             write("new/y", "new"),
-            Write(RelPath("z"), Entry(1, staged.digest, staged.size), staged=staged.name),
+            nested[2],
         ]
         failing.left = number
         outcome = agent.apply(*operations)
@@ -251,7 +252,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
             assert seen(root) == before
             assert set(agent.disk.made) == made
-            assert os.listdir(tmp_path / "staging") == [staged.name]
+            assert set(os.listdir(tmp_path / "staging")) == {flat.staged, nested[0].staged}
             assert kinds(agent.apply(*operations)) == []
         # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
         assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
@@ -259,6 +260,51 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
         if beyond:
             break
     assert number > 30
+
+
+def test_a_new_directory_that_somebody_used_meanwhile_is_not_taken_back(
+    agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def interfering(source: str, target: str, **places: int) -> None:
+        if target == "z":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target, **places)
+        if target == "whole":
+            (root / "whole/q/theirs").write_text("foreign")
+
+    writes = [staged(agent.disk, path, path) for path in ("other/o", "whole/p", "whole/q/r")]
+    monkeypatch.setattr(os, "rename", interfering)
+    outcome = agent.apply(*writes, write("z", "z"))
+    assert outcome.rolled_back
+    assert kinds(outcome) == [("disk_full", "z", "space"), ("undo_failed", "whole", None)]
+    assert seen(root) == {"whole/p": "whole/p", "whole/q/r": "whole/q/r", "whole/q/theirs": "foreign"}
+    assert [done.operation for done in outcome.done] == writes[1:]
+    assert set(outcome.made) == set(agent.disk.made) == {"whole", "whole/q"}
+    agent.disk.clear_staging()
+
+
+@pytest.mark.parametrize("rule", [errno.EXDEV, errno.EINVAL, errno.ENOTEMPTY])
+def test_where_a_directory_cannot_be_renamed_its_files_are(
+    rule: int, agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an overlay that knows no redirection, or something that appeared this moment."""
+    rename = os.rename
+
+    def refusing(source: str, target: str, **places: int) -> None:
+        if target in ("whole", "q"):
+            raise OSError(rule, os.strerror(rule))
+        rename(source, target, **places)
+
+    files = {"whole/p": "1", "whole/q/r": "2"}
+    writes = [staged(agent.disk, path, text) for path, text in files.items()]
+    monkeypatch.setattr(os, "rename", refusing)
+    outcome = agent.apply(*writes)
+    assert kinds(outcome) == []
+    assert seen(root) == files
+    assert set(outcome.made) == {"whole", "whole/q"}
+    assert agent.disk.scan() == agent.known
 
 
 # --- not being root
@@ -607,6 +653,20 @@ def test_twins_that_arrive_together_are_one_file_and_one_problem(case_blind: Pat
         assert seen(root) == {"a.ts": "one", "d/x": "1"}
         assert kinds(agent.apply(remove("A.ts"))) == [("drift", "A.ts", "appeared")]
         assert seen(root) == {"a.ts": "one", "d/x": "1"}
+
+
+def test_twins_that_were_staged_together_are_one_file_and_one_problem(case_blind: Path) -> None:
+    root = case_blind / "project"
+    with opened(root, case_blind / "staging") as agent:
+        files = {"a.ts": "one", "A.ts": "two", "d/x": "1", "D/y": "2", "d/X": "3"}
+        outcome = agent.apply(*(staged(agent.disk, path, text) for path, text in files.items()))
+        assert kinds(outcome) == [
+            ("path_unusable", "A.ts", "case_twin"),
+            ("path_unusable", "D/y", "case_twin"),
+            ("path_unusable", "d/X", "case_twin"),
+        ]
+        assert seen(root) == {"a.ts": "one", "d/x": "1"}
+        assert os.listdir(case_blind / "staging") == []
 
 
 def test_what_makes_a_twin(root: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from random import Random
 
 import httpx
 import pytest
@@ -23,9 +24,10 @@ from agent.errors import (
     SnapshotRejected,
     Unavailable,
 )
-from agent.hydrate import Progress, StagedSnapshot, expiry, fetch, obtain
+from agent.hydrate import BATCH_BYTES, READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.model import Entry, RelPath, digest_of
 from agent.staging import Stage
+from agent.unzip import Event, ZipReader
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
 
@@ -54,7 +56,8 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    return {path: (tmp_path / "staging" / s.name).read_bytes() for path, s in snapshot.staged.items()}
+    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
+    return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
 
 
 def is_clean(tmp_path: Path) -> bool:
@@ -104,6 +107,27 @@ async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
     assert staged_files(got, tmp_path) == {**FILES, "run.sh": b"#!"}
     assert {p for p, f in got.manifest.files.items() if f.executable} == {"run.sh"}
     assert got.manifest.files[RelPath("package.json")].digest == digest_of(b"{}")
+
+
+async def test_a_large_body_is_taken_in_large_pieces(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What httpx does by itself is 64 KB; and what is stored goes to the disk as it came, in no smaller pieces."""
+    content = Random(1).randbytes(24 * READ_BYTES)
+    data = archive([Member(b"public/film.bin", content, method=0)])
+    fed: list[int] = []
+    feed = ZipReader.feed
+
+    def watched(self: ZipReader, piece: bytes) -> Iterator[Event]:
+        fed.append(len(piece))
+        return feed(self, piece)
+
+    monkeypatch.setattr(ZipReader, "feed", watched)
+    async with origin(Answer(data)) as server:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    assert staged_files(got, tmp_path) == {"public/film.bin": content}
+    assert 64 * 1024 < max(fed) <= BATCH_BYTES + READ_BYTES
+    assert sum(fed) == len(data)
 
 
 async def test_files_the_tree_has_are_checked_but_not_staged(

@@ -63,7 +63,7 @@ class Container:
         got = await fetch(
             url, disk=self.disk, http=http, limits=QUICK, expected_project=PROJECT, have=self.tree.entries
         )
-        plan = reconcile(self.tree, got.manifest, got.names)
+        plan = reconcile(self.tree, got.manifest, got.staged)
         outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
         assert not outcome.problems
         for done in outcome.done:

@@ -39,7 +39,7 @@ def read(pieces: Iterable[bytes], limits: SnapshotLimits = LIMITS) -> dict[str, 
                     assert path is None
                     path, content = event.path, bytearray()
                     assert path not in files
-                case bytes():
+                case bytes() | memoryview():
                     assert path is not None
                     assert 0 < len(event) <= CHUNK
                     content += event

@@ -32,7 +32,7 @@ def read(pieces: Iterable[bytes]) -> list[tuple[str, bytes]] | str:
             for event in reader.feed(piece):
                 if isinstance(event, FileStarted):
                     files.append((event.path, b""))
-                elif isinstance(event, bytes):
+                elif isinstance(event, (bytes, memoryview)):
                     name, content = files.pop()
                     files.append((name, content + event))
         reader.close()

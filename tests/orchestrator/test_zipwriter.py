@@ -66,7 +66,7 @@ def test_what_is_written_is_what_both_readers_read(
             assert event.size is not None
             path = event.path
             ours[path] = b""
-        elif isinstance(event, bytes):
+        elif isinstance(event, (bytes, memoryview)):
             ours[path] += event
         elif isinstance(event, ExecutableFound):
             runnable.add(event.path)
