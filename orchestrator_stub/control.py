@@ -115,6 +115,8 @@ class Control:
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
+        self.swept_at = 0.0
+        """Unix seconds of the last sweep that was ours and came to its end."""
 
     async def request(
         self, project_id: UUID, *, key: str | None, generation: int | None, ttl: float
@@ -252,6 +254,7 @@ class Control:
                     due.append(self._end_if_gone(session))
         due.extend(self._driver.destroy(machine.id) for machine in machines if not _wanted(machine, known))
         await asyncio.gather(*(self._guarded(step) for step in due))
+        self.swept_at = self._clock()
         return len(due)
 
     async def run(self) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter as Counts
+from collections.abc import Awaitable, Callable, Iterable
 
 import psycopg
 import psycopg_pool
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -17,12 +25,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator_stub.database import Pool
 from orchestrator_stub.openapi import openapi_document
-from orchestrator_stub.sessions import State
+from orchestrator_stub.sessions import ENDED, State
 
 READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""
 
 PREFIX = "preview_orchestrator_"
+
+SESSIONS = """
+select state, problem, agent, count(*)
+from (select state, split_part(problem, ':', 1) as problem, status ->> 'state' as agent from preview.sessions) each
+group by 1, 2, 3
+"""
 
 
 class Metrics:
@@ -53,6 +67,46 @@ class Metrics:
             registry=registry,
         )
         self.sessions = Gauge(PREFIX + "sessions", "Sessions by state.", ["state"], registry=registry)
+        self.troubled = Gauge(
+            PREFIX + "session_problems",
+            "Sessions by the problem that ended them or holds them up.",
+            ["problem"],
+            registry=registry,
+        )
+        self.agents = Gauge(
+            PREFIX + "agents",
+            "Agents of sessions that are not over, by the state they reported last.",
+            ["state"],
+            registry=registry,
+        )
+        self.last_sweep = Gauge(
+            PREFIX + "last_sweep_timestamp_seconds",
+            "When this orchestrator last swept to the end; of several, one sweeps at a time. 0: not yet.",
+            registry=registry,
+        )
+        ProcessCollector(namespace=PREFIX.rstrip("_"), registry=registry)
+        PlatformCollector(registry=registry)
+
+    def show(self, counted: Iterable[tuple[str, str | None, str | None, int]]) -> None:
+        """The sessions as the database has them: state, problem, the agent's own state, how many."""
+        states, problems, agents = Counts[str](), Counts[str](), Counts[str]()
+        for state, problem, agent, number in counted:
+            states[state] += number
+            if problem:
+                problems[problem] += number
+            if agent and State(state) not in ENDED:
+                agents[agent] += number
+        self.forget()
+        for each in State:
+            self.sessions.labels(each.value).set(states[each.value])
+        for gauge, counts in ((self.troubled, problems), (self.agents, agents)):
+            for label, number in counts.items():
+                gauge.labels(label).set(number)
+
+    def forget(self) -> None:
+        """Nothing is known of the sessions now, and nothing is said."""
+        for gauge in (self.sessions, self.troubled, self.agents):
+            gauge.clear()
 
 
 class Measured:
@@ -92,18 +146,15 @@ def routes(pool: Pool, metrics: Metrics) -> list[BaseRoute]:
             return JSONResponse({"ready": False, "why": "the database does not answer"}, 503)
         return JSONResponse({"ready": True})
 
-    async def show_metrics(_: Request) -> Response:
+    async def show_metrics(request: Request) -> Response:
         try:
             async with asyncio.timeout(READY_TIMEOUT), pool.connection() as connection:
-                cursor = await connection.execute(
-                    "select state, count(*) from preview.sessions group by state"
-                )
-                counts = dict(await cursor.fetchall())
-            for state in State:
-                metrics.sessions.labels(state).set(counts.get(state.value, 0))
+                cursor = await connection.execute(SESSIONS)
+                metrics.show(await cursor.fetchall())
         except (psycopg.Error, psycopg_pool.PoolTimeout, OSError):
-            metrics.sessions.clear()
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+            metrics.forget()
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"content-type": kind})
 
     async def openapi(_: Request) -> Response:
         return JSONResponse(openapi_document())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,10 @@ def test_what_was_there_is_served(stack: Stack) -> None:
     assert report["link"]["state"] == "live"
     assert httpx.get(f"{stack.info['health_url']}/readyz").status_code == 200
     assert httpx.get(f"{stack.info['health_url']}/livez").status_code == 200
+    metrics = httpx.get(f"{stack.info['health_url']}/metrics").text
+    (started,) = re.findall(r"^preview_agent_session_start_seconds (\S+)$", metrics, re.MULTILINE)
+    assert 0 < float(started) < 120
+    assert 'preview_agent_dev_server_state{state="ready"} 1.0' in metrics
 
 
 def test_a_save_through_the_rpc_is_served_and_a_delete_is_gone(stack: Stack) -> None:
