@@ -1,202 +1,56 @@
-"""`preview-agent`: what runs in the container. Each command reads the settings once and exits with a meaning."""
+"""The console script: the dev server's head start first, then everything else.
+
+Nothing is imported here that a head start does not need: it should wait for nothing.
+"""
 
 from __future__ import annotations
 
-import argparse
-import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
-
-from agent import __version__
-from agent.errors import AgentError, SettingsError
-
-EXITS = """exit codes:
-  0   asked to stop, and drained          70  token or snapshot rejected for good
-  1   a bug                               71  project directory unusable
-  64  bad settings                        75  dev server failed for good (DEV_ESSENTIAL=true)
-  69  hydration impossible
-
-Settings come from the environment: PROJECT_ID, SESSION_ID, SNAPSHOT_URL, REALTIME_TOKEN, REALTIME_URL,
-SESSION_API_URL and the knobs that README.md lists."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="preview-agent",
-        description="Keeps a directory, and the dev server that serves it, equal to the database's current tree.",
-        epilog=EXITS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"preview-agent {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="hydrate, start the dev server, follow the project until told to stop")
-    commands.add_parser("check", help="settings, reach, permissions, disk, ports, Node: one line each")
-    status = commands.add_parser(
-        "status",
-        help="what the running agent is doing, on one screen",
-        epilog="exit codes: 0 ready, 1 running and not ready, 69 nobody answers",
-    )
-    status.add_argument("--json", action="store_true", help="the whole report as JSON")
-    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
-    status.add_argument(
-        "--url", help="of its health server (default: http://127.0.0.1:$HEALTH_PORT, or 9464)"
-    )
-    record = commands.add_parser("record", help="write a scenario from the live channel, until Ctrl-C")
-    record.add_argument("scenario", type=Path, help="the file to write; its snapshot goes beside it as .zip")
-    record.add_argument("--seconds", type=float, help="end by itself")
-    replay = commands.add_parser(
-        "replay",
-        help="run recorded scenarios against a directory; 0 when all end equal",
-        epilog="exit codes: 0 all ended as expected, 1 one did not (and how), 64 one cannot be read",
-    )
-    replay.add_argument("scenario", type=Path, nargs="+", help="JSON Lines, as `record` writes them")
-    replay.add_argument(
-        "--directory", type=Path, help="empty or new, for project, staging and ledger (default: temporary)"
-    )
-    replay.add_argument(
-        "--real-time", action="store_true", help="at the recorded pace instead of as fast as it goes"
-    )
-    replay.add_argument(
-        "--dev-server",
-        action="store_true",
-        help="with the project's dev server, which must serve the end (DEV_COMMAND and the like as for run)",
-    )
-    replay.add_argument(
-        "--shuffle", type=int, metavar="SEED", help="deliver in a disorder that SEED reproduces"
-    )
-    replay.add_argument(
-        "--duplicate", type=_probability, default=0.0, metavar="P", help="deliver twice, with probability P"
-    )
-    replay.add_argument(
-        "--drop", type=_probability, default=0.0, metavar="P", help="lose, with probability P"
-    )
-    replay.add_argument("--disconnect", type=_count, default=0, metavar="N", help="break the channel N times")
-    replay.add_argument(
-        "--crash", type=_count, default=0, metavar="N", help="kill the loop N times, without a farewell"
-    )
-    replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
-    replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
-    return parser
-
-
-def _probability(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no probability from 0 to 1")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    try:
-        match arguments.command:
-            case "check":
-                return _check()
-            case "status":
-                return _status(arguments)
-            case "record":
-                return _record(arguments)
-            case "replay":
-                return _replay(arguments)
-            case _:
-                return _run()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # Whoever read us has seen enough (`| head`); what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
-        return error.exit_code
-    except AgentError as error:
-        print(f"preview-agent: {error}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
-        return error.exit_code
+    """Run the command line `argv` (default: the process's). Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    environ, early = dict(os.environ), None
+    if words == ["run"]:
+        from agent import guard
+        from agent.headstart import begin
+
+        # Kept until somebody can hear them: PID 1 would lose them for good.
+        signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
+        early = begin(environ)
+
+        from agent.host import keep_memory_small
+
+        keep_memory_small()
+        if early:
+            _wake_gently()
+
+    from agent.commands import command
+
+    return command(words, environ, early)
 
 
-def _run() -> int:
-    # Imported late: `--help` should not wait for the whole agent, and neither should the dev server.
-    from agent.headstart import begin
+def _wake_gently() -> None:
+    """Import the agent while the dev server starts, and leave the processors to that.
 
-    environ = dict(os.environ)
-    early = begin(environ)
+    In a thread, because a thread's niceness ends with it; a process without privileges could not take it back.
+    Ten is a tenth of a processor for the agent while somebody else wants all of it: it wakes even so.
+    """
+    import threading
 
-    import asyncio
+    def wake() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, 0, 10)
+        import agent.commands
+        import agent.daemon  # noqa: F401
 
-    from agent.daemon import run
-    from agent.environment import read_environment
-
-    return asyncio.run(run(read_environment(environ), environ, early))
-
-
-def _check() -> int:
-    import asyncio
-
-    from agent.check import check
-
-    return asyncio.run(check(dict(os.environ), print))
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from agent.screen import show
-
-    url = arguments.url or f"http://127.0.0.1:{os.environ.get('HEALTH_PORT', '9464')}"
-    # A terminal without UTF-8 shows question marks instead of the line of lags, and everything else.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return show(
-        url, sys.stdout, sys.stderr, as_json=arguments.json, watch=arguments.watch, environ=os.environ
-    )
-
-
-def _record(arguments: argparse.Namespace) -> int:
-    import structlog
-
-    from agent.environment import read_environment
-    from agent.record import record
-
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    return record(
-        read_environment(os.environ), arguments.scenario, arguments.seconds, partial(print, flush=True)
-    )
-
-
-def _replay(arguments: argparse.Namespace) -> int:
-    import structlog
-
-    from agent.mischief import Mischief
-    from agent.replay import Manner, replay_all
-
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    mischief = Mischief(
-        seed=arguments.shuffle or 0,
-        shuffle=arguments.shuffle is not None,
-        duplicate=arguments.duplicate,
-        drop=arguments.drop,
-        disconnect=arguments.disconnect,
-        crash=arguments.crash,
-    )
-    environ = dict(os.environ) if arguments.dev_server else None
-    return replay_all(
-        arguments.scenario,
-        arguments.directory,
-        partial(print, flush=True),
-        manner=Manner(mischief, real_time=arguments.real_time, environ=environ),
-        json_report=arguments.json,
-        junit=arguments.junit,
-    )
+    thread = threading.Thread(target=wake, name="wake")
+    thread.start()
+    thread.join()
 
 
 if __name__ == "__main__":

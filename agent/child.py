@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agent.headstart import HeadStart
 from agent.reaper import Reaper
 from agent.rights import Launch, Rights
 
@@ -115,30 +116,31 @@ class _Spawned:
 class _Adopted:
     """One that was started before there was a loop; a thread waits for it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: _Output) -> None:
-        self._process = process
+    def __init__(self, early: HeadStart, output: _Output) -> None:
+        self.pid = early.pid
+        self._lifeline: int | None = early.lifeline
+        self._output_fd = early.output
+        self._code: int | None = None
         self._pipe: asyncio.ReadTransport | None = None
-        self._waiting = asyncio.create_task(self._wait(output), name=f"adopted-{process.pid}")
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        self._waiting = asyncio.create_task(self._wait(output), name=f"adopted-{early.pid}")
 
     async def read(self, output: _Output) -> None:
-        assert self._process.stdout is not None
         loop = asyncio.get_running_loop()
-        self._pipe, _ = await loop.connect_read_pipe(lambda: _Pipe(output), self._process.stdout)
+        file = os.fdopen(self._output_fd, "rb", buffering=0)
+        self._pipe, _ = await loop.connect_read_pipe(lambda: _Pipe(output), file)
 
     async def _wait(self, output: _Output) -> None:
-        await asyncio.to_thread(self._process.wait)
+        _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
+        self._code = os.waitstatus_to_exitcode(status)
         output.process_exited()
 
     def returncode(self) -> int | None:
-        return self._process.returncode
+        return self._code
 
     def close_lifeline(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
     def close(self) -> None:
         self.close_lifeline()
@@ -191,11 +193,11 @@ class Child:
 
     @classmethod
     async def adopt(
-        cls, process: subprocess.Popen[bytes], *, on_line: Callable[[str], None], reaper: Reaper | None = None
+        cls, early: HeadStart, *, on_line: Callable[[str], None], reaper: Reaper | None = None
     ) -> Child:
         """Go on with one that `agent.headstart` started in the same way. The reaper has to own it already."""
         output = _Output(on_line)
-        adopted = _Adopted(process, output)
+        adopted = _Adopted(early, output)
         await adopted.read(output)
         return cls(adopted, output, reaper)
 

@@ -23,7 +23,7 @@ from agent.errors import AgentError, CredentialRejected, MalformedMessage, Super
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
-from agent.host import give_memory_back, keep_memory_small
+from agent.host import give_memory_back
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
@@ -58,7 +58,6 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
 
     `early`: the dev server that was started before the agent was awake.
     """
-    keep_memory_small()
     redactor = redactor_for(settings)
     for secret in credentials(environ):
         redactor.add(secret)
@@ -66,7 +65,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     spans = open_spans(environ, settings.project_id, settings.session_id)
     reaper = Reaper()
     if early is not None:
-        reaper.own(early.process.pid)
+        reaper.own(early.pid)
     reaper.adopt()
     metrics = Metrics()
     problems = Problems(metrics)

@@ -1,6 +1,7 @@
 """Runs between the agent and a program that is not trusted, and outlives neither.
 
-A script of the standard library alone, started as `python -I -S guard.py SPEC` in a session of its own. It
+Of the standard library alone: a bare interpreter that runs nothing else (`agent.rights` has the command line), or a
+fork of the agent from before it was awake (`agent.headstart`); in a session of its own either way. It
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
 - starts the program with the rights, limits and signals it should have (`SPEC`, JSON: `argv`, `cwd`, and
@@ -15,7 +16,6 @@ TERM, INT, HUP and QUIT are meant for the program and ignored here: the group ge
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -24,8 +24,12 @@ import select
 import signal
 import sys
 import time
+import warnings  # noqa: F401 - `os.execvpe` imports it, and by then the interpreter may be out of reach
 from collections.abc import Mapping
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -48,11 +52,12 @@ def prctl(option: int, value: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def become(spec: Mapping[str, Any]) -> NoReturn:
+def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     """In the forked child: shed rights, set limits, and turn into the program."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if (files := spec.get("files")) is not None:
         limit(resource.RLIMIT_NOFILE, files)
     if (processes := spec.get("processes")) is not None:
@@ -66,7 +71,7 @@ def become(spec: Mapping[str, Any]) -> NoReturn:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.umask(0o022)
     os.chdir(spec["cwd"])
-    os.execvpe(spec["argv"][0], spec["argv"], os.environ)  # noqa: S606 - that is what this is for
+    os.execvpe(spec["argv"][0], spec["argv"], env)  # noqa: S606 - that is what this is for
 
 
 def limit(kind: int, value: int) -> None:
@@ -116,12 +121,10 @@ def kill_everything() -> None:
         frozen: set[int] = set()
         while fresh := descendants(me) - frozen:
             for pid in fresh:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
+                _kill(pid, signal.SIGSTOP)
             frozen |= fresh
         for pid in frozen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -130,22 +133,37 @@ def kill_everything() -> None:
         time.sleep(0.005)
 
 
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
 def reap(program: int) -> int | None:
     """Collect the dead; the program's exit code once it is among them."""
     code = None
-    with contextlib.suppress(ChildProcessError):
-        while True:
+    while True:
+        try:
             pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            if pid == program:
-                code = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            break
+        if pid == 0:
+            break
+        if pid == program:
+            code = os.waitstatus_to_exitcode(status)
     return None if code is None else code if code >= 0 else 128 - code
 
 
-def main() -> int:
-    """See the module's docstring; returns the exit code."""
-    spec = json.loads(sys.argv[1])
+def _empty(pipe: int) -> None:
+    try:
+        os.read(pipe, 4096)
+    except BlockingIOError:
+        return
+
+
+def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
+    """Start the program and stay until it is over; the exit code. See the module's docstring."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
@@ -158,7 +176,7 @@ def main() -> int:
     program = os.fork()
     if program == 0:
         try:
-            become(spec)
+            become(spec, env)
         except BaseException as error:
             os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode())
             os._exit(CANNOT_RUN)
@@ -169,8 +187,7 @@ def main() -> int:
     while True:
         ready = {fd for fd, _ in waiting.poll()}
         if woken in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(woken, 4096)
+            _empty(woken)
             if (code := reap(program)) is not None:
                 kill_everything()
                 return code
@@ -179,5 +196,6 @@ def main() -> int:
             return KILLED
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(spec: str) -> int:
+    """A guard of its own process; its environment is the program's."""
+    return watch(json.loads(spec), os.environ)

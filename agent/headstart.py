@@ -1,28 +1,32 @@
 """The dev server of the last time, started before the agent is awake.
 
 A restarted machine has the tree, the dependencies and a ledger that vouches for them; what it lacks is time: the
-agent's own imports take as long as Vite's whole start. So the first thing `preview-agent run` does, with nothing but
-the standard library, is to start exactly what was ready when it last ran; the supervisor adopts it when, by its own
-reckoning, it would have started the same, and kills it otherwise. Whether the preview is *ready* is decided as ever.
+agent's own imports take longer than Vite's whole start. So the first thing `preview-agent run` does, with the little
+that a bare interpreter has, is to start exactly what was ready when it last ran; the supervisor adopts it when, by its
+own reckoning, it would have started the same, and kills it otherwise. Whether the preview is *ready* is decided as
+ever.
 
-Nothing is started early on a machine that was never ready, without a ledger, whose dependencies are not those that
-package.json asks for now, or whose port is taken; nor in shadow mode, which has no dev server.
+Nothing is started early on a machine that was never ready, without a ledger, where a file that decides the
+dependencies is not as it was, or whose port is taken; nor in shadow mode, which has no dev server.
+
+Nothing may be imported here that is not needed: dataclasses, pathlib, typing and argparse each cost as much as
+the rest together. The guard is a fork of this process, which is still small, instead of another interpreter.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from agent import host, project
-from agent.errors import SettingsError
-from agent.project import ProjectUnreadable
-from agent.rights import Launch, Rights, environment, find_user
+from agent import guard
+from agent.allowlist import environment
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agent.rights import Launch
 
 RECORD = "dev-server.json"
 LEDGER = "ledger.sqlite"
@@ -31,77 +35,119 @@ STATE_DIR = "/var/lib/preview-agent"
 """The defaults of `agent.config`, which takes too long to import; a test holds them together."""
 
 
-@dataclass(frozen=True, slots=True)
 class HeadStart:
-    """A running dev server that nobody listens to yet. It ends with the agent, whatever becomes of it."""
+    """A running dev server that nobody listens to yet. It ends with the agent, whatever becomes of it.
 
-    launch: Launch
-    process: subprocess.Popen[bytes]
+    `pid` is its guard's; `lifeline` and `output` are the agent's ends of the guard's pipes.
+    """
+
+    def __init__(self, spec: object, env: Mapping[str, str], pid: int, lifeline: int, output: int) -> None:
+        self._started = (spec, env)
+        self.pid, self.lifeline, self.output = pid, lifeline, output
+
+    def is_what(self, launch: Launch) -> bool:
+        """Whether `launch` would start the same."""
+        return self._started == (launch.spec(), launch.env)
 
 
-def remember(state_dir: Path, launch: Launch, more: Mapping[str, str], host_name: str, port: int) -> None:
-    """Note what is ready now, for the next start. That it cannot be noted is no reason to fail."""
+def remember(
+    state_dir: Path,
+    launch: Launch,
+    more: Mapping[str, str],
+    *,
+    asked: str | None,
+    listens: tuple[str, int],
+    decided_by: Sequence[str],
+) -> None:
+    """Note what is ready now, for the next start. That it cannot be noted is no reason to fail.
+
+    `asked`: what DEV_USER says. `listens`: address and port. `decided_by`: the files on which the install depends.
+    """
+    user = launch.rights.user
     noted = {
-        "argv": launch.argv,
-        "cwd": launch.cwd,
+        "spec": launch.spec(),
         "more": dict(more),
-        "user": launch.rights.user.name if launch.rights.user else None,
-        "processes": launch.rights.processes,
-        "files": launch.rights.files,
-        "host": host_name,
-        "port": port,
+        "user": [user.name, user.home] if user else [None, None],
+        "asked": [asked, os.geteuid()],
+        "listens": listens,
+        "files": {path: _looks(path) for path in decided_by},
     }
-    with contextlib.suppress(OSError):
+    try:
         beside = state_dir / f".{RECORD}"
         beside.write_text(json.dumps(noted))
         beside.replace(state_dir / RECORD)
+    except OSError:
+        return
 
 
 def forget(state_dir: Path) -> None:
     """What was ready is not worth starting again."""
-    with contextlib.suppress(OSError):
+    try:
         (state_dir / RECORD).unlink()
+    except OSError:
+        return
 
 
 def begin(environ: Mapping[str, str]) -> HeadStart | None:
     """Start what the last run had ready; None when there is a reason not to. Never raises for what it finds."""
-    state = Path(environ.get("STATE_DIR") or STATE_DIR)
-    directory = Path(environ.get("PROJECT_DIR") or PROJECT_DIR)
+    state = environ.get("STATE_DIR") or STATE_DIR
+    directory = environ.get("PROJECT_DIR") or PROJECT_DIR
     if (environ.get("SYNC_MODE") or "live") != "live":
         return None
     try:
-        noted = json.loads((state / RECORD).read_bytes())
-        launch = _launch(noted, environ)
-        wanted = project.find(directory, scripts=False)
-        if wanted is None or str(wanted.root) != launch.cwd or not (state / LEDGER).exists():
+        with open(f"{state}/{RECORD}", "rb") as record:
+            noted = json.load(record)
+        spec, files, listens = noted["spec"], noted["files"], noted["listens"]
+        user, home = noted["user"]
+        env = environment(environ, user=user, home=home, more=noted["more"])
+        if noted["asked"] != [environ.get("DEV_USER") or None, os.geteuid()]:
             return None
-        if wanted.has_dependencies and project.installed_key(wanted.modules) != wanted.key:
+        if f"{directory}/package.json" not in files or any(_looks(path) != files[path] for path in files):
             return None
-        if not host.port_is_free(noted["host"], noted["port"]):
+        if not os.path.exists(f"{state}/{LEDGER}"):
             return None
-        process = subprocess.Popen(
-            launch.command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/",
-            env=dict(launch.env), start_new_session=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, ProjectUnreadable, SettingsError):
+        # Before there is any code of the project's that could look.
+        guard.prctl(guard.PR_SET_DUMPABLE, 0)
+        early = _fork(spec, env)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return HeadStart(launch, process)
+    # It takes ten times as long to come to listening itself.
+    from agent.host import port_is_free
+
+    if not port_is_free(*listens):
+        os.close(early.lifeline)
+        os.close(early.output)
+        os.waitpid(early.pid, 0)
+        return None
+    return early
 
 
-def _launch(noted: dict[str, object], environ: Mapping[str, str]) -> Launch:
-    """The launch as it would be today. Raises `ValueError` when the user is another, and for a record that is none."""
-    user_name, more, argv = noted["user"], noted["more"], noted["argv"]
-    processes, files = noted["processes"], noted["files"]
-    asked = environ.get("DEV_USER") or None
-    if user_name is not None and (user_name != asked or os.geteuid() != 0):
-        raise ValueError("another user")
-    if user_name is None and asked is not None and os.geteuid() == 0:
-        raise ValueError("another user")
-    user = find_user(str(user_name)) if user_name is not None else None
-    if not isinstance(argv, list) or not isinstance(more, dict) or not argv:
-        raise ValueError("not a record")
-    rights = Rights(
-        user, processes if isinstance(processes, int) else None, files if isinstance(files, int) else None
-    )
-    env = environment(environ, user=user, more={str(k): str(v) for k, v in more.items()})
-    return Launch(tuple(map(str, argv)), str(noted["cwd"]), env, rights)
+def _looks(path: str) -> list[int] | None:
+    """How a file looks from outside; None when it is not there."""
+    try:
+        seen = os.lstat(path)
+    except OSError:
+        return None
+    return [seen.st_mode, seen.st_ino, seen.st_size, seen.st_mtime_ns]
+
+
+def _fork(spec: dict[str, object], env: dict[str, str]) -> HeadStart:
+    """Turn a child of this process into a guard, with `env` as its environment."""
+    theirs, lifeline = os.pipe()
+    output, said = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            for there, here in ((theirs, 0), (said, 1), (said, 2)):
+                os.dup2(there, here)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            os.chdir("/")
+            os._exit(guard.watch(spec, env))
+        except BaseException as error:
+            os.write(2, f"cannot watch over the dev server: {error}\n".encode())
+        finally:
+            os._exit(guard.CANNOT_RUN)
+    os.close(theirs)
+    os.close(said)
+    return HeadStart(spec, env, pid, lifeline, output)

@@ -18,9 +18,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from agent.guard import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
+from agent.guard import FORWARDED, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+STOP_SIGNALS = FORWARDED
 
 
 class Reaper:
@@ -128,7 +128,8 @@ def stop_signals(stop: Callable[[signal.Signals, int], None]) -> Iterator[None]:
     """Call `stop(signal, count)` on the loop for TERM, INT, HUP and QUIT.
 
     `count` is 1 for the first of them, 2 for the second: the one that means *now*. As PID 1 a signal without
-    a handler is dropped by the kernel, so this is what makes `docker stop` work at all.
+    a handler is dropped by the kernel, so this is what makes `docker stop` work at all. Those that came while they
+    were blocked come now.
     """
     loop = asyncio.get_running_loop()
     count = 0
@@ -140,6 +141,7 @@ def stop_signals(stop: Callable[[signal.Signals, int], None]) -> Iterator[None]:
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, received, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

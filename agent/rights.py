@@ -1,7 +1,4 @@
-"""What a program of the project may do and may know: its user, its limits, its environment, and how it is started.
-
-Of the standard library alone and quick to import, because `agent.headstart` needs it before anything else.
-"""
+"""What a program of the project may do and may know: its user, its limits, its environment, and how it is started."""
 
 from __future__ import annotations
 
@@ -12,14 +9,11 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from agent import allowlist
 from agent.errors import SettingsError
 
-INHERITED = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE",
-                       "SSL_CERT_DIR"})  # fmt: skip
-FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-                          "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
-PASSED_ON = "DEV_ENV_"
-"""`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
+START = "import sys; sys.path.append(sys.argv[1]); from agent.guard import main; sys.exit(main(sys.argv[2]))"
+"""Imported, not run as a script: then it is compiled once, not at every start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +44,8 @@ class Launch:
     env: Mapping[str, str]
     rights: Rights
 
-    def command(self) -> list[str]:
-        """The guard's command line; it wants `env`, a session of its own, and the lifeline as standard input."""
+    def spec(self) -> dict[str, object]:
+        """All but the environment, as the guard reads it."""
         spec: dict[str, object] = {
             "argv": list(self.argv),
             "cwd": self.cwd,
@@ -60,8 +54,12 @@ class Launch:
         }
         if self.rights.user is not None:
             spec |= {"uid": self.rights.user.uid, "gid": self.rights.user.gid}
-        guard = os.path.join(os.path.dirname(__file__), "guard.py")
-        return [sys.executable, "-I", "-S", guard, json.dumps(spec)]
+        return spec
+
+    def command(self) -> list[str]:
+        """The guard's command line; it wants `env`, a session of its own, and the lifeline as standard input."""
+        packages = os.path.dirname(os.path.dirname(__file__))
+        return [sys.executable, "-I", "-S", "-c", START, packages, json.dumps(self.spec())]
 
 
 def find_user(name: str) -> User:
@@ -78,15 +76,6 @@ def find_user(name: str) -> User:
 def environment(
     given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
 ) -> dict[str, str]:
-    """The program's whole environment: an allow-list of `given`, `DEV_ENV_*`, and `more`."""
-    allowed = INHERITED | FOR_INSTALLS if install else INHERITED
-    env = {name: value for name, value in given.items() if name in allowed or name.startswith("LC_")}
-    env["HOME"] = user.home if user else given.get("HOME", "/")
-    if user:
-        env["USER"] = env["LOGNAME"] = user.name
-    env["NO_COLOR"] = "1"
-    env.update(more)
-    for name, value in given.items():
-        if name.startswith(PASSED_ON) and len(name) > len(PASSED_ON):
-            env[name.removeprefix(PASSED_ON)] = value
-    return env
+    """The whole environment of a program that runs as `user` (see `agent.allowlist`)."""
+    name, home = (user.name, user.home) if user else (None, None)
+    return allowlist.environment(given, user=name, home=home, more=more, install=install)

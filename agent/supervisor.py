@@ -13,6 +13,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from pathlib import Path
 
 import httpx
 
@@ -235,6 +236,8 @@ class Supervisor:
                 reason=self._machine.reason,
             )
             self._note()
+        if self._early and self._machine.hydrated and self.state not in (State.INSTALLING, State.STARTING):
+            self._spawn(self._drop_early(), "dev-unwanted")
         for command in commands:
             match command:
                 case Command.INSTALL:
@@ -301,6 +304,7 @@ class Supervisor:
         failed = result is not None and result.how is How.FAILED
         restart = (result is not None and result.swapped) or (bool(argv) and bool(now) and argv != now)
         self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
+        self._note()
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
         try:
@@ -345,8 +349,8 @@ class Supervisor:
         early, self._early = self._early, None
         if early is None:
             return None
-        child = await Child.adopt(early.process, on_line=self._heard, reaper=self._reaper)
-        fitting = early.launch == launch and (self._install is None or self._install.how is How.CURRENT)
+        child = await Child.adopt(early, on_line=self._heard, reaper=self._reaper)
+        fitting = early.is_what(launch) and (self._install is None or self._install.how is How.CURRENT)
         self._log.info("dev_server.head_start", adopted=fitting)
         if fitting:
             return child
@@ -357,7 +361,7 @@ class Supervisor:
         """End a dev server that was started early and that nobody asked for."""
         early, self._early = self._early, None
         if early:
-            await (await Child.adopt(early.process, on_line=self._heard, reaper=self._reaper)).kill()
+            await (await Child.adopt(early, on_line=self._heard, reaper=self._reaper)).kill()
 
     async def _stop(self, running: Child) -> None:
         await running.stop(self._settings.dev_stop_seconds)
@@ -432,7 +436,11 @@ class Supervisor:
         """What is ready now is what the next start begins with; what failed for good is not."""
         if self.state is State.READY and self._ready_as:
             launch, more = self._ready_as
-            headstart.remember(self._settings.state_dir, launch, more, self._host, self._settings.dev_port)
+            headstart.remember(
+                self._settings.state_dir, launch, more, asked=self._settings.dev_user,
+                listens=(self._host, self._settings.dev_port),
+                decided_by=project.decided_by(self._settings.project_dir, Path(launch.cwd)),
+            )  # fmt: skip
         elif self.state is State.FAILED:
             headstart.forget(self._settings.state_dir)
 

@@ -36,7 +36,7 @@ async def _measure(seconds: float, directory: Path) -> tuple[float, float]:
             agent = await project.session(
                 directory / "machine", HEARTBEAT_SECONDS="30", PYTHONPATH=str(REPOSITORY)
             )
-            agent.python = str(_environment(directory / "venv"))
+            agent.python = str(environment(directory / "venv"))
             agent.start()
             try:
 
@@ -57,7 +57,7 @@ async def _measure(seconds: float, directory: Path) -> tuple[float, float]:
         await server.stop()
 
 
-def _environment(place: Path) -> Path:
+def environment(place: Path) -> Path:
     """The interpreter of a fresh environment with the agent's locked dependencies."""
     venv.create(place, with_pip=True)
     python = place / "bin" / "python"

@@ -2,7 +2,7 @@
 
 *First page* starts the same warm project three ways, and asks from outside every few milliseconds until `/` answers
 200: Vite by hand; the agent's supervisor, told that the tree is whole; and the whole agent as a machine starts it,
-against a real database and orchestrator on loopback, with everything that comes before the dev server. *Hydrated*
+against a real database and orchestrator on loopback, in an environment like the image's. *Hydrated*
 says where the time goes for 2,000 files. *Stop* is TERM to the agent with Vite up, a hundred times over.
 """
 
@@ -33,12 +33,13 @@ from agent.install import Installer
 from agent.project import find
 from agent.rights import Rights
 from agent.supervisor import Supervisor
+from bench.idle import REPOSITORY, environment
 from bench.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine
 from tests.image.engine import find as find_engine
 from tests.system.plane import Agent, Plane, eventually, running_plane
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "react-app"
+EXAMPLE = REPOSITORY / "examples" / "react-app"
 LOOK = 0.004
 """Seconds between two looks of the one who waits from outside; the same for all contestants."""
 
@@ -165,8 +166,10 @@ async def _first_pages(rounds: int, directory: Path, plane: Plane) -> list[Row]:
         if path.is_file() and not {"node_modules", "dist"} & set(path.parts)
     }
     agent = await (await plane.project(files)).session(
-        directory / "machine", PROJECT_DIR=str(project), DEV_PORT=str(_free_port()), LOG_FORMAT="json"
-    )
+        directory / "machine", PROJECT_DIR=str(project), DEV_PORT=str(_free_port()), LOG_FORMAT="json",
+        PYTHONPATH=str(REPOSITORY),
+    )  # fmt: skip
+    agent.python = str(await asyncio.to_thread(environment, directory / "venv"))
     hand: list[float] = []
     supervised: list[float] = []
     whole: list[float] = []

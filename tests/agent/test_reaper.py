@@ -98,3 +98,30 @@ async def test_pid_1_hears_every_signal_that_means_stop() -> None:
             os.kill(inner, signal.Signals[f"SIG{name}"])
             assert await unshare.stdout.readline() == f"SIG{name} {count}\n".encode()
         assert await unshare.wait() == 0
+
+
+STARTED = """
+import os, signal, sys, threading
+import agent.__main__, agent.daemon, agent.environment
+from agent.reaper import stop_signals
+
+async def run(settings, environ, early):
+    os.kill(os.getpid(), signal.SIGTERM)  # of a stop that comes before anybody listens
+    heard = asyncio.Queue()
+    with stop_signals(lambda number, count: heard.put_nowait((number.name, count))):
+        print(*await heard.get())
+    return 0
+
+import asyncio
+agent.daemon.run, agent.environment.read_environment = run, dict
+sys.exit(agent.__main__.main(["run"]))
+"""
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["child", "pid-1"])
+def test_a_stop_that_comes_before_the_agent_is_awake_is_kept_for_it(first: bool) -> None:
+    done = subprocess.run(
+        [*(as_pid_1() if first else []), sys.executable, "-c", STARTED],
+        cwd=ROOT, env={"STATE_DIR": "/nonexistent"}, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "SIGTERM 1\n"), done.stderr
