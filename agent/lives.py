@@ -17,8 +17,10 @@ from agent.ledger import FileStat, Ledger
 from agent.model import Cursor, Operation, Problem, RelPath
 from agent.session import SessionApi
 from agent.signals import Signal
+from agent.status import Problems
 from agent.supervisor import Supervisor
 from agent.sync import Sync
+from agent.telemetry import Metrics
 from agent.workspace import Workspace
 
 
@@ -64,6 +66,19 @@ class FullDisk(Disk):
             self.failures -= 1
             return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
         return super().apply(operations, known, **options)
+
+
+class Noted(Problems):
+    """Problems of which is remembered that they were there; `kinds` outlives the life."""
+
+    def __init__(self, metrics: Metrics, kinds: set[str]) -> None:
+        super().__init__(metrics)
+        self.kinds = kinds
+
+    def add(self, problem: Problem) -> None:
+        """Raise it, and remember its kind."""
+        self.kinds.add(problem.kind)
+        super().add(problem)
 
 
 class Killable(Workspace):

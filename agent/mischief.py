@@ -50,6 +50,8 @@ class Broken:
     """A fault happens: one of `agent.scenario.FAULTS`, or `crash`."""
 
     fault: str
+    step: Step | None = None
+    """The scenario's own, when it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def play(steps: Sequence[Step], mischief: Mischief) -> Iterator[Happening]:
         for fault in extra.get(number, ()):
             yield Broken(fault)
         if step.fault is not None:
-            yield Broken(step.fault)
+            yield Broken(step.fault, step)
             lost = max(lost, step.lost)
             continue
         yield Committed(step)

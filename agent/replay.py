@@ -2,9 +2,9 @@
 
 Only the two ends are other than in a container: events come from the scenario instead of a socket, and the session API
 is answered by the scenario's log. Everything between is the code that runs in production. As fast as it goes means in
-simulated time: what the loop waits for (a hole's patience, a backoff, the next look of a heartbeat) is waited for on
-a clock that jumps, so a replay costs what its work costs, and ends the same on a busy machine. In real time, and with
-the dev server, which is a process of its own, the clock is the real one.
+simulated time: the recorded pace and what the loop waits for (a hole's patience, a backoff, the next look of a
+heartbeat) are waited for on a clock that jumps, so a replay costs what its work costs, and ends the same on a busy
+machine. In real time, and with the dev server, which is a process of its own, the clock is the real one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from agent.errors import AgentError, MalformedMessage, SettingsError
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.ledger import Ledger
-from agent.lives import FullDisk, Killable, Life, ScenarioSource
+from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
 from agent.mischief import Broken, Committed, Delivered, Happening, Mischief, play
 from agent.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.scenario import Log
@@ -42,7 +42,7 @@ from agent.scenariofile import Loaded, load
 from agent.session import SessionApi
 from agent.signals import Received, Resync
 from agent.simulated import SimulatedLoop
-from agent.status import Problems, SyncStatus
+from agent.status import SyncStatus
 from agent.supervisor import Supervisor
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics
@@ -74,7 +74,13 @@ class Manner:
 
     @property
     def simulated(self) -> bool:
+        """Whether the clock jumps."""
         return not self.real_time and self.environ is None
+
+    @property
+    def paced(self) -> bool:
+        """Whether things happen when they were recorded; what is shuffled has a time of its own."""
+        return self.real_time or (self.simulated and not self.mischief.shuffle)
 
 
 class Replay:
@@ -90,6 +96,7 @@ class Replay:
         self._tokens = 0
         self._now: Life | None = None
         self._settings = None if manner.environ is None else _dev_settings(manner.environ, directory)
+        self.shown: set[str] = set()
         self.catch_ups = 0
         self.delivered = self.committed = self.faults = 0
         self.dev_server: str | None = None
@@ -115,7 +122,7 @@ class Replay:
             started = clock()
             try:
                 for happening in play(self._scenario.steps, self._manner.mischief):
-                    if self._manner.real_time and isinstance(happening, Committed):
+                    if self._manner.paced and isinstance(happening, Committed | Broken) and happening.step:
                         await asyncio.sleep(max(0.0, started + happening.step.at_ms / 1000 - clock()))
                     await self._happen(happening)
                 await self._settle()
@@ -162,7 +169,7 @@ class Replay:
     async def _begin_life(self) -> None:
         source = ScenarioSource()
         metrics = Metrics()
-        problems = Problems(metrics)
+        problems = Noted(metrics, self.shown)
         disk = FullDisk(self.project, self._directory / "staging")
         ledger = Ledger(self._directory / "ledger.sqlite")
         follower = Follower(Tree(), Clockwork(optimistic=self._manner.optimistic))
@@ -210,10 +217,16 @@ class Replay:
         self._now.tasks.append(life)
         if dev is not None:
             self._now.tasks.append(asyncio.create_task(dev.run(), name="replayed-dev-server"))
+            self._now.tasks.append(asyncio.create_task(self._note(dev), name="replayed-looks"))
         ready = asyncio.create_task(hydrated.wait())
         await asyncio.wait([ready, life], return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         self._now.look()
+
+    async def _note(self, dev: Supervisor) -> None:
+        while True:
+            self.shown.update(problem.kind for problem in dev.problems())
+            await asyncio.sleep(0.05)
 
     async def _settle(self) -> None:
         """Until the loop is at rest at the log's head, asked as a heartbeat asks."""
@@ -260,11 +273,11 @@ class Replay:
         if name == "token":
             return httpx.Response(200, json={"realtime_token": self._token(), "expires_at": None})
         self.catch_ups += 1
+        question = orjson.loads(request.content)
+        self.shown.add(question["reason"])
         if request.headers["authorization"] != f"Bearer {self._token()}":
             return httpx.Response(401, json={"title": "token_expired"})
-        return httpx.Response(
-            200, json=self._log.answer(orjson.loads(request.content), f"{HOST}/current.zip")
-        )
+        return httpx.Response(200, json=self._log.answer(question, f"{HOST}/current.zip"))
 
     def _token(self) -> str:
         claims = json.dumps({"role": "preview_agent", "jti": self._tokens}).encode()
@@ -305,6 +318,7 @@ class Replay:
             found,
             expected_hash,
             self.dev_server,
+            tuple(sorted(self.shown)),
             tuple(differences),
         )
 

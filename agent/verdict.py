@@ -31,7 +31,8 @@ _UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0
 class Result:
     """How a replay ended. `differences`: lines of a diff, empty when it ended as it should.
 
-    `dev_server`: its state at the end, when there was one. `unreadable`: why the scenario could not be run at all.
+    `dev_server`: its state at the end, when there was one. `shown`: kinds of problems that were open at some time, and
+    reasons of catch-ups. `unreadable`: why the scenario could not be run at all.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Result:
     tree_hash: str = ""
     expected_hash: str = ""
     dev_server: str | None = None
+    shown: tuple[str, ...] = ()
     differences: tuple[str, ...] = ()
     unreadable: str | None = None
 

@@ -48,6 +48,9 @@ class Answers(BaseHTTPRequestHandler):
 PAGE = '<!doctype html><script type="module" src="/main.js"></script>'
 if mode == "socketless":
     PAGE += '<script type="module" src="/@vite/client"></script>'
+mending = Path("vite.config.ts")
+if mode == "crashes-unless-mended" and not (mending.exists() and "mended" in mending.read_text()):
+    mode = "crashes"
 if mode == "crashes" and not Path("mended").exists():
     print("Error: a plugin is broken")
     sys.exit(1)

@@ -260,7 +260,12 @@ def test_with_the_dev_server_it_must_serve_the_end(tmp_path: Path) -> None:
     served = replay(path, tmp_path / "1", dev_manner("serves"))
     assert served.differences == ()
     assert served.dev_server == "ready"
-    broken = replay(path, tmp_path / "2", dev_manner("crashes"))
+
+
+@pytest.mark.nightly
+def test_with_a_dev_server_that_fails_it_does_not_end_as_it_should(tmp_path: Path) -> None:
+    path = LIBRARY[0].parent / "restart-in-the-middle.jsonl"
+    broken = replay(path, tmp_path, dev_manner("crashes"))
     assert broken.dev_server == "failed"
     assert broken.differences[0] == "the dev server is failed at the end"
     assert any("a plugin is broken" in line for line in broken.differences)
