@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-import orjson
-
 from agent.config import SnapshotLimits
 from agent.disk import Disk
 from agent.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
@@ -22,7 +20,7 @@ from agent.model import Digest, Entry, Manifest, ManifestFile, RelPath
 from agent.progress import Progress
 from agent.staging import Stage, Staged
 from agent.unzip import ArchiveEnded, ExecutableFound, FileEnded, FileStarted, ZipReader
-from agent.wire import MANIFEST_PATH, read_manifest
+from agent.wire import MANIFEST_PATH, decode_manifest
 
 
 class StagingFailed(Unavailable):
@@ -84,10 +82,11 @@ class Assembly:
         """True once the rest of the archive is not needed: every listed file is in the tree already."""
 
     def take_all(self, pieces: Sequence[bytes]) -> None:
-        """`take` them as one, unless the hydration was abandoned or no more is needed."""
+        """`take` each, unless the hydration was abandoned or no more is needed."""
         with self._lock:
-            if pieces and not self._abandoned and not self.sated:
-                self.take(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            for piece in pieces:
+                if not self._abandoned and not self.sated:
+                    self.take(piece)
 
     def take(self, data: bytes) -> None:
         """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
@@ -202,11 +201,11 @@ class Assembly:
     def _read_manifest(self) -> None:
         assert self._manifest_bytes is not None
         try:
-            told, self._manifest_bytes = orjson.loads(self._manifest_bytes), None
-            manifest = read_manifest(told)
+            data, self._manifest_bytes = self._manifest_bytes, None
+            manifest = decode_manifest(data)
         except PathRefused as refused:
             raise SnapshotRejected(refused.rule, f"in the manifest: {refused}") from None
-        except (MalformedMessage, orjson.JSONDecodeError) as malformed:
+        except MalformedMessage as malformed:
             raise SnapshotRejected("manifest", str(malformed)) from None
         if self._expected_project is not None and manifest.project_id != self._expected_project:
             raise SnapshotRejected("other_project", "the manifest is another project's")

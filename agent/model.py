@@ -11,9 +11,10 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
+from typing import Annotated, NewType
 
 from immutables import Map
+from msgspec import Meta, Struct
 
 from agent.errors import PathRefused
 from agent.problems import ProblemKind
@@ -220,14 +221,17 @@ class SnapshotReady:
     timestamp: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestFile:
-    """One listed file: what the archive must hold, byte for byte."""
+class ManifestFile(Struct, frozen=True, gc=False, rename={"path": "file_path", "digest": "content_hash"}):
+    """One listed file: what the archive must hold, byte for byte.
+
+    Read from the manifest's JSON as it is, because there may be tens of thousands: by way of dictionaries they take
+    twice the memory.
+    """
 
     path: RelPath
-    digest: Digest
-    size: int
-    version: int
+    digest: Annotated[Digest, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    size: Annotated[int, Meta(ge=0)]
+    version: Annotated[int, Meta(ge=0)]
     executable: bool = False
 
 

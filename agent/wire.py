@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from agent.errors import MalformedMessage, PathRefused
 from agent.model import (
@@ -133,42 +138,59 @@ def _content(item: Mapping[str, object], what: str) -> bytes | None:
     raise MalformedMessage(what, f"encoding {encoding!r} is unknown")
 
 
+class _Format(Struct):
+    format: object = None
+
+
+class _Deleted(Struct, gc=False):
+    file_path: str
+    version: Annotated[int, Meta(ge=0)]
+
+
+class _Manifest(Struct):
+    """The manifest's form in JSON."""
+
+    project_id: Annotated[str, Meta(min_length=1)]
+    epoch: Annotated[str, Meta(min_length=1)]
+    revision: Annotated[int, Meta(ge=0)]
+    base_revision: Annotated[int, Meta(ge=0)] | None = None
+    created_at: str | None = None
+    files: list[ManifestFile] = []
+    deleted: list[_Deleted] = []
+    build_seconds: float | None = None
+
+
 def read_manifest(obj: object) -> Manifest:
     """The snapshot's manifest. A hostile path anywhere in it refuses the whole (`PathRefused`)."""
+    return _manifest(partial(msgspec.convert, obj))
+
+
+def decode_manifest(data: bytes | bytearray) -> Manifest:
+    """The snapshot's manifest, from JSON. Raises as `read_manifest` does."""
+    return _manifest(partial(msgspec.json.decode, data))
+
+
+def _manifest(read: Callable[..., Any]) -> Manifest:
     what = "manifest"
-    if not isinstance(obj, dict):
-        raise MalformedMessage(what, "not an object")
-    if obj.get("format") != SNAPSHOT_FORMAT:
-        raise MalformedMessage(what, f"format is {obj.get('format')!r}; this agent reads {SNAPSHOT_FORMAT}")
-    files: dict[RelPath, ManifestFile] = {}
-    for item in _objects(obj, "files", what):
-        path = parse_path(item.get("file_path"))
-        digest = _digest(item, "content_hash", what)
-        if digest is None:
-            raise MalformedMessage(what, f"{path} has no content_hash")
-        if path in files:
-            raise MalformedMessage(what, f"{path} is listed twice")
-        files[path] = ManifestFile(
-            path,
-            digest,
-            _required_number(item, "size", what),
-            _required_number(item, "version", what),
-            item.get("executable") is True,
-        )
-    deleted = {
-        parse_path(item.get("file_path")): _required_number(item, "version", what)
-        for item in _objects(obj, "deleted", what)
-    }
-    build_seconds = obj.get("build_seconds")
+    try:
+        number = read(type=_Format).format
+        if number != SNAPSHOT_FORMAT:
+            raise MalformedMessage(what, f"format is {number!r}; this agent reads {SNAPSHOT_FORMAT}")
+        told: _Manifest = read(type=_Manifest)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise MalformedMessage(what, str(error)) from None
+    files = {parse_path(file.path): file for file in told.files}
+    if len(files) != len(told.files):
+        raise MalformedMessage(what, "a path is listed twice")
     return Manifest(
-        project_id=_text(obj, "project_id", what),
-        epoch=_text(obj, "epoch", what),
-        revision=_required_number(obj, "revision", what),
-        base_revision=_number(obj, "base_revision", what),
-        created_at=_optional_text(obj, "created_at", what),
+        project_id=told.project_id,
+        epoch=told.epoch,
+        revision=told.revision,
+        base_revision=told.base_revision,
+        created_at=told.created_at,
         files=files,
-        deleted=deleted,
-        build_seconds=float(build_seconds) if isinstance(build_seconds, (int, float)) else None,
+        deleted={parse_path(each.file_path): each.version for each in told.deleted},
+        build_seconds=told.build_seconds,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.errors import MalformedMessage, PathRefused
 from agent.model import Commit, digest_of
-from agent.wire import COMMIT_EVENTS, read_event, read_head, read_manifest, read_sync_answer
+from agent.wire import COMMIT_EVENTS, decode_manifest, read_event, read_head, read_manifest, read_sync_answer
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -107,6 +108,45 @@ def test_malformed_updates_say_what_is_wrong(payload: dict[str, Any]) -> None:
     with pytest.raises(MalformedMessage) as error:
         read_event("file:update", payload)
     assert str(error.value).startswith("cannot read file:update: ")
+
+
+MANIFEST = {"format": 1, "project_id": "p", "epoch": "e", "revision": 1}
+LISTED = {"file_path": "a", "content_hash": "0" * 64, "size": 1, "version": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 2}, "format is 2; this agent reads 1"),
+        ({"format": None}, "format is None"),
+        ({"project_id": ""}, "project_id"),
+        ({"epoch": None}, "epoch"),
+        ({"revision": -1}, "revision"),
+        ({"base_revision": "7"}, "base_revision"),
+        ({"files": {}}, "files"),
+        ({"files": [{**LISTED, "content_hash": "A" * 64}]}, "content_hash"),
+        ({"files": [{**LISTED, "content_hash": "0" * 64 + "\n"}]}, "content_hash"),
+        ({"files": [{**LISTED, "size": -1}]}, "size"),
+        ({"files": [{**LISTED, "version": True}]}, "version"),
+        ({"files": [{**LISTED, "executable": "yes"}]}, "executable"),
+        ({"files": [{"file_path": "a", "size": 1, "version": 1}]}, "content_hash"),
+        ({"files": [LISTED, LISTED]}, "listed twice"),
+        ({"deleted": [{"file_path": "b"}]}, "version"),
+    ],
+)
+def test_a_malformed_manifest_says_what_is_wrong(change: dict[str, Any], told: str) -> None:
+    wrong = {**MANIFEST, "files": [LISTED], **change}
+    for read in (lambda: read_manifest(wrong), lambda: decode_manifest(json.dumps(wrong).encode())):
+        with pytest.raises(MalformedMessage, match=told):
+            read()
+
+
+def test_a_manifest_is_the_same_from_json_and_from_what_it_says() -> None:
+    manifest = {**MANIFEST, "files": [{**LISTED, "executable": True, "of_tomorrow": {}}], "of_tomorrow": 1}
+    assert decode_manifest(json.dumps(manifest).encode()) == read_manifest(manifest)
+    for junk in (b"", b"{", b"[]", b"null", b'{"format": 1, "project_id": "\xff"}'):
+        with pytest.raises(MalformedMessage):
+            decode_manifest(junk)
 
 
 def test_a_manifest_with_one_hostile_path_is_refused_whole() -> None:
