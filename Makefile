@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly test-image image check fmt fuzz bench bench-peers lock clean
+.PHONY: help setup dev test test-nightly test-image image check fmt fuzz bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,14 @@ bench-peers: ## install all the peers that bench compares with (Debian, Ubuntu)
 	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl gcc libc6-dev \
 	  inotify-tools rsync lsyncd syncthing unison
 
-bench: $(READY) ## side-by-side measurements, ratios first
+bench: $(READY) ## side-by-side measurements, ratios first (`python -m bench --help`)
 	$(BIN)/python -m bench
+
+bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, README's table
+	$(BIN)/python -m bench --save
+
+bench-readme: $(READY) ## plot and README's table again, from the run that is kept
+	$(BIN)/python -m bench.kept
 
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock

@@ -1,56 +1,77 @@
-"""Measure, side by side: every module of this package that has a `run`, or those named.
-
-    python -m bench                     everything
-    python -m bench apply hydrate       these
-    python -m bench --quick --json results.json
-
-A module's `run(quick: bool) -> Sequence[Row]` measures and returns; it prints nothing that matters. One that cannot run
-on this machine raises `Unmeasurable` with a sentence. Exit: 0 all bounds met or nothing to meet, 1 a bound not met,
-2 a module failed, 3 too noisy to say.
-"""
+"""The command: runs measurements one after the other, prints their rows, writes them down. `--help` says how."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
 import pkgutil
-import platform
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import bench
-from bench.results import BUSIEST, Row, Unmeasurable, Verdict
+from bench.kept import RESULTS, keep
+from bench.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
+from bench.surroundings import Descendants, Others, busiest, machine, own_descendants, versions
 
 Run = Callable[[bool], Sequence[Row]]
+
+ABOUT = """Measure this project beside what people use today, in one run on one machine. Contestants take turns, round
+by round, and a ratio is formed within each round, so that what slows the machine slows both."""
+
+READING = """
+a row:
+  ratio [interval of 95 % confidence]  bound  verdict  name  what the ratio is of  medians
+  time, memory: less is better; speed: more is.
+
+verdicts:
+  met        the whole interval is on the right side of the bound
+  NOT MET    the whole interval is on the wrong side
+  measured   there is no bound
+  too noisy  nothing can be said, so no number is given: the interval lies across the bound or is wider than 30 % of
+             the ratio, or others took more than 10 % of the processors meanwhile. Stop what they run, and run it again.
+
+exit code: 0 nothing to complain of, 1 a bound is not met, 2 a measurement failed, 3 too noisy to say, 130 interrupted
+
+examples:
+  python -m bench --quick mirror        whether a measurement works; its numbers are not to be quoted
+  python -m bench apply link            two of them, properly
+  python -m bench --save                all of them; then bench/results/ and README.md are this run's
+"""
+
+
+def measurements() -> dict[str, str]:
+    """The first line of each module with a `run`, by name; nothing is imported for it."""
+    found = {}
+    for info in pkgutil.iter_modules(bench.__path__):
+        source = Path(bench.__path__[0], f"{info.name}.py").read_text()
+        tree = ast.parse(source)
+        if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
+            found[info.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
 
 
 def modules(wanted: Sequence[str]) -> dict[str, Run]:
     """The measurements by name. Raises `SystemExit` naming one that does not exist."""
-    found: dict[str, Run] = {}
-    names = sorted(
-        info.name for info in pkgutil.iter_modules(bench.__path__) if not info.name.startswith("_")
-    )
-    for name in names:
-        if wanted and name not in wanted:
-            continue
-        run = getattr(importlib.import_module(f"bench.{name}"), "run", None)
-        if run is not None:
-            found[name] = run
+    there = measurements()
     for name in wanted:
-        if name not in found:
-            raise SystemExit(f"bench: there is no measurement {name!r}; there are: {', '.join(modules(()))}")
-    return found
-
-
-def figure(ratio: float) -> str:
-    """Two decimals, or two figures of a small one."""
-    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+        if name not in there:
+            raise SystemExit(f"bench: there is no measurement {name!r}; there are: {', '.join(there)}")
+    return {
+        name: importlib.import_module(f"bench.{name}").run for name in there if not wanted or name in wanted
+    }
 
 
 def line(row: Row) -> str:
@@ -71,8 +92,10 @@ def line(row: Row) -> str:
         figures = f"against {row.peer}" if row.peer else ""
     else:
         figures = f"{row.ours:,.1f} {row.unit}" + (f", {row.peer} {row.theirs:,.1f}" if row.theirs else "")
-    spread = f" [{figure(row.ratio.low)}–{figure(row.ratio.high)}]" if row.ratio is not None else ""
-    text = f"{ratio:>7}{spread:<14} {bound:<9} {row.verdict:<10} {row.name:<34} {row.sense:<7} {figures}"
+    spread = ""
+    if row.ratio is not None and not row.disturbed:
+        spread = f" [{figure(row.ratio.low)}–{figure(row.ratio.high)}]"
+    text = f"{ratio:>7}{spread:<16} {bound:<7} {row.verdict:<9} {row.name:<34} {row.sense:<6} {figures}"
     if row.waited > BUSIEST:
         text += f"  (waited for a processor {row.waited:.0%} of the time)"
     if row.note:
@@ -80,70 +103,174 @@ def line(row: Row) -> str:
     return text
 
 
-def machine() -> dict[str, object]:
-    """Where this was measured, and how busy it was."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for text in Path("/proc/cpuinfo").read_text().splitlines():
-            if text.startswith("model name"):
-                model = text.partition(":")[2].strip()
-                break
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 2),
-    }
+def quiet(patience: float) -> str | None:
+    """Wait for it up to so many seconds; None when it is quiet, else who disturbs."""
+    deadline = time.monotonic() + patience
+    said = False
+    while True:
+        taken, who = busiest()
+        if taken <= TAKEN:
+            return None
+        reason = f"others take {taken:.0%} of the processors" + (
+            f", most of all {', '.join(who)}" if who else ""
+        )
+        if time.monotonic() >= deadline:
+            return reason
+        if not said:
+            print(f"  waiting up to {patience:.0f} s for a quiet machine: {reason}", flush=True)
+            said = True
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print the table, write the JSON; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Side-by-side measurements, ratios first."
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="run only these")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds: to see that it works, not to quote"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
-    chosen = parser.parse_args(arguments)
-
-    about = machine()
+def measure(name: str, run: Run, quick: bool, patience: float, family: Descendants) -> dict[str, object]:
+    """One measurement, printed; what is to be kept of it."""
+    started = time.monotonic()
+    if not quick and (reason := quiet(patience)):
+        print(f"  too noisy: {reason}")
+        return {"too_noisy": reason}
+    others = Others()
+    try:
+        rows = run(quick)
+    except Unmeasurable as reason:
+        print(f"  not measured: {reason}")
+        return {"not_measured": str(reason)}
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return {"failed": traceback.format_exc(limit=1)}
+    finally:
+        for left in family.end():
+            print(f"  ended what it left running: {left}")
+    taken = round(others.share(), 3)
+    rows = [dataclasses.replace(row, taken=taken) for row in rows]
+    for row in rows:
+        print(line(row))
+    seconds = time.monotonic() - started
     print(
-        f"{about['cpu']}, {about['cores']} cores, {about['system']}, Python {about['python']}, load {about['load']}"
+        f"  {seconds:.0f} s; others took {taken:.0%} of the processors"
+        + (": too noisy" if taken > TAKEN else "")
     )
-    report: dict[str, object] = {}
-    verdicts: set[Verdict] = set()
-    broken = False
-    for name, run in modules(chosen.names).items():
-        print(f"\n{name}", flush=True)
-        started = time.monotonic()
-        try:
-            rows = run(chosen.quick)
-        except Unmeasurable as reason:
-            print(f"  not measured: {reason}")
-            report[name] = {"not_measured": str(reason)}
-            continue
-        except Exception:
-            traceback.print_exc(file=sys.stdout)
-            report[name] = {"failed": traceback.format_exc(limit=1)}
-            broken = True
-            continue
-        for row in rows:
-            print(line(row))
-        print(f"  {time.monotonic() - started:.0f} s")
-        report[name] = [row.as_json() for row in rows]
-        verdicts.update(row.verdict for row in rows)
-    if chosen.json is not None:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"machine": about, "quick": chosen.quick, "at": int(time.time()), "results": report}
-        chosen.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    if broken:
+    return {"seconds": round(seconds), "others": taken, "rows": [row.as_json() for row in rows]}
+
+
+def exit_code(results: dict[str, dict[str, object]]) -> int:
+    """See `--help`."""
+    verdicts: set[object] = set()
+    for result in results.values():
+        rows = result.get("rows", ())
+        assert isinstance(rows, Sequence)
+        verdicts.update(row["verdict"] for row in rows)
+    if any("failed" in result for result in results.values()):
         return 2
     if Verdict.NOT_MET in verdicts:
         return 1
-    return 3 if Verdict.TOO_NOISY in verdicts else 0
+    return (
+        3 if Verdict.TOO_NOISY in verdicts or any("too_noisy" in result for result in results.values()) else 0
+    )
+
+
+def commit() -> str | None:
+    """The code that is measured; None outside of git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+@contextlib.contextmanager
+def swept() -> Iterator[Descendants]:
+    """No process and no temporary file of the run outlives it, however it ends. TERM ends it as Ctrl-C does."""
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    # Said outright: a shell's `&` starts programs with it ignored.
+    on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    kept, environ = tempfile.tempdir, os.environ.get("TMPDIR")
+    place = tempfile.mkdtemp(prefix="bench-")
+    os.chmod(place, 0o711)  # the database runs as a user of its own
+    tempfile.tempdir = os.environ["TMPDIR"] = place
+    try:
+        with own_descendants() as family:
+            try:
+                yield family
+            finally:
+                signal.signal(
+                    signal.SIGINT, signal.SIG_IGN
+                )  # sweeping takes a second, and is not to be cut short
+    finally:
+        tempfile.tempdir = kept
+        if environ is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = environ
+        shutil.rmtree(place, ignore_errors=True)
+        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits for one that makes no sense."""
+    listed = "\n".join(f"  {name:<16} {first}" for name, first in measurements().items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=ABOUT,
+        epilog=f"measurements:\n{listed}\n{READING}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="run only these")
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it works, not to quote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help=f"keep this run in {RESULTS.name}/, its plot, and the table in README.md",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120, metavar="SECONDS",
+        help="wait so long for a quiet machine before each measurement, then refuse it (default %(default)s)",
+    )  # fmt: skip
+    chosen = parser.parse_args(arguments)
+    if chosen.save and (chosen.quick or chosen.names):
+        parser.error("--save keeps one whole run: not with --quick, not with names")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print the rows, write the JSON; the exit code."""
+    chosen = arguments_of(arguments)
+    runs = modules(chosen.names)
+    about, began = machine(), time.monotonic()
+    print(
+        ", ".join(
+            f"{name} {value}" if name not in ("cpu", "system") else f"{value}"
+            for name, value in about.items()
+        )
+    )
+    peers = versions()
+    print("peers: " + ", ".join(f"{name} {version}" for name, version in peers.items() if version))
+    if absent := [name for name, version in peers.items() if version is None]:
+        print(f"not installed, so not compared with: {', '.join(absent)} (`make bench-peers` installs them)")
+    results: dict[str, dict[str, object]] = {}
+    try:
+        with swept() as family:
+            for number, (name, run) in enumerate(runs.items(), 1):
+                print(f"\n[{number}/{len(runs)}] {name}", flush=True)
+                results[name] = measure(name, run, chosen.quick, chosen.patience, family)
+    except KeyboardInterrupt:
+        print("\ninterrupted: everything it started is stopped, nothing is written")
+        return 130
+    seconds = time.monotonic() - began
+    print(f"\nall of it in {seconds / 60:.1f} min, load at the end {os.getloadavg()[0]:.2f}")
+    whole: dict[str, object] = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(), "quick": chosen.quick,
+        "seconds": round(seconds), "machine": {**about, "load_after": round(os.getloadavg()[0], 2)},
+        "peers": peers, "results": results,
+    }  # fmt: skip
+    if chosen.json is not None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    code = exit_code(results)
+    if chosen.save and code == 2:
+        print("not saved: a measurement failed")
+    elif chosen.save:
+        print("saved: " + ", ".join(keep(whole)))
+    return code
 
 
 if __name__ == "__main__":

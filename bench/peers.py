@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -71,20 +70,6 @@ class Mirror:
     def missing(cls) -> list[str]:
         """The programs it needs and this machine does not have."""
         return [program for program in cls.programs if shutil.which(program) is None]
-
-    @classmethod
-    def version(cls) -> str:
-        """What the program says of itself."""
-        done = subprocess.run(
-            [
-                cls.programs[0],
-                {"inotifywait": "--help", "unison": "-version"}.get(cls.programs[0], "--version"),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        found = re.search(r"\d+\.\d+[\w.]*", done.stdout + done.stderr)
-        return found.group() if found else "unknown"
 
     def commands(self) -> Sequence[Sequence[str]]:
         """What to start."""

@@ -3,7 +3,8 @@
 The machine's other work disturbs both contestants of a round alike when they run back to back, so ratios are formed
 round by round and only then summarized. The interval is the one that holds the true median with 95 % confidence,
 from the ranks alone, so no shape of noise is assumed. A ratio whose interval lies on neither side of its bound, or is
-too wide to mean anything, is refused as too noisy: no number is better than a wrong one.
+too wide to mean anything, is refused as too noisy: no number is better than a wrong one. So is whatever was measured
+while others took the processors, however narrow its interval: that moves the ratio itself, not just its spread.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +24,11 @@ WIDEST = 0.30
 BUSIEST = 0.10
 """Share of the time that contestants may spend ready to run and waiting for a processor. It hits the one that computes
 more harder than the one that waits for the disk more, so it moves the ratio itself, not just its spread."""
+
+
+TAKEN = 0.10
+"""Share of all processors that others may take while a measurement lasts, see `bench.surroundings`. Two tenths of a
+core on two cores: an idle desktop takes a tenth of that, and one program that computes takes five times as much."""
 
 
 class Unmeasurable(Exception):
@@ -53,6 +60,7 @@ class Row:
     `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory": lower).
     `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
     ratio and its bound is on `ours`. `waited`: what `Processors.waited` said of the contestants, where it was asked.
+    `taken`: the share of all processors that others took meanwhile.
     """
 
     name: str
@@ -67,10 +75,16 @@ class Row:
     samples: int = 0
     note: str = ""
     waited: float = 0.0
+    taken: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine was too busy for this to mean anything. Memory is the same on a busy one."""
+        return self.sense != "memory" and (self.waited > BUSIEST or self.taken > TAKEN)
 
     @property
     def verdict(self) -> Verdict:
-        if self.waited > BUSIEST:
+        if self.disturbed:
             return Verdict.TOO_NOISY
         low, high = (self.ratio.low, self.ratio.high) if self.ratio else (self.ours, self.ours)
         if self.at_least is not None:
@@ -92,8 +106,10 @@ class Row:
             "name": self.name,
             "verdict": str(self.verdict),
             "sense": self.sense,
-            "ratio": None if noisy or self.ratio is None else round(self.ratio.value, 4),
-            "interval": None if self.ratio is None else [round(self.ratio.low, 4), round(self.ratio.high, 4)],
+            "ratio": None if noisy or self.ratio is None else _figures(self.ratio.value),
+            "interval": None
+            if self.disturbed or self.ratio is None
+            else [_figures(self.ratio.low), _figures(self.ratio.high)],
             "at_least": self.at_least,
             "at_most": self.at_most,
             "peer": self.peer,
@@ -104,6 +120,18 @@ class Row:
             "waited": round(self.waited, 3),
             "note": self.note,
         }
+
+
+def figure(ratio: float) -> str:
+    """For reading: two decimals, or two figures of a small one, or three of a large one."""
+    if ratio >= 10:
+        return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.1f}"
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+
+
+def _figures(ratio: float) -> float:
+    """Four figures of it: a ratio may be a thousandth."""
+    return float(f"{ratio:.4g}")
 
 
 class Processors:
@@ -134,12 +162,21 @@ def in_turn(
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm_up, rounds):
+        _progress(f"round {number + 1} of {rounds}" if number >= 0 else "warming up")
         start = number % len(names)
         for name in names[start:] + names[:start]:
             taken = contestants[name]()
             if number >= 0:
                 samples[name].append(taken)
+    _progress("")
     return samples
+
+
+def _progress(text: str) -> None:
+    """On a terminal alone, and gone when the rows come."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K  {text}" if text else "\r\x1b[K")
+        sys.stderr.flush()
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:

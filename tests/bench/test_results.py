@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as command
-from bench.results import Processors, Ratio, Row, Unmeasurable, Verdict, in_turn, ratio_of
+from bench.results import Processors, Ratio, Row, Unmeasurable, Verdict, figure, in_turn, ratio_of
+from bench.surroundings import Others
 
 
 def row(low: float, value: float, high: float, **bound: float) -> Row:
@@ -34,6 +35,9 @@ def row(low: float, value: float, high: float, **bound: float) -> Row:
         (row(0.5, 1.0, 1.5), Verdict.TOO_NOISY),
         (row(0.8, 0.9, 1.0, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
         (row(0.5, 0.6, 0.65, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.11), Verdict.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.09), Verdict.MET),
+        (Row("memory", 47.0, "MB", sense="memory", at_most=48, taken=0.5), Verdict.MET),
         (Row("alone", 47.0, "MB", at_most=48), Verdict.MET),
         (Row("alone", 49.0, "MB", at_most=48), Verdict.NOT_MET),
     ],
@@ -116,7 +120,9 @@ def run_with(monkeypatch: pytest.MonkeyPatch, outcome: Sequence[Row] | Exception
         return outcome
 
     monkeypatch.setattr(command, "modules", lambda wanted: {"fake": run})
-    return command.main(arguments)
+    # How busy the machine is that runs the tests is not what these are about.
+    monkeypatch.setattr(Others, "share", lambda others: 0.0)
+    return command.main(("--quick", *arguments))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,34 @@ def test_the_exit_says_how_it_went(
     assert said in capsys.readouterr().out
     written = json.loads((tmp_path / "new/results.json").read_text())
     assert written["machine"]["cores"] >= 1
+    assert {"load", "load_after"} <= set(written["machine"])
+    assert written["peers"]["websockets"]
     assert "fake" in written["results"]
+
+
+def test_help_lists_every_measurement_and_says_what_a_refusal_means(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("apply", "hydrate", "mirror", "too noisy", "exit code", "--save"))
+    assert "results   " not in said
+
+
+@pytest.mark.parametrize("more", [["--quick"], ["apply"]])
+def test_only_a_whole_run_is_kept(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--save", *more])
+    assert "one whole run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.0034567, "0.0035"), (0.456, "0.46"), (4.528, "4.53"), (16.38, "16.4"), (1234.5, "1,234")],
+)
+def test_a_ratio_is_read_with_two_or_three_figures(ratio: float, said: str) -> None:
+    assert figure(ratio) == said
 
 
 def test_an_unknown_name_is_one_line() -> None:

@@ -1,0 +1,37 @@
+"""What is kept of a run: its JSON, the plot of it, and the table in README.md. All three say the same, and a test holds
+them against each other.
+
+    python -m bench.kept      make plot and table again from bench/results/latest.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from bench.plot import svg
+from bench.table import with_table
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "bench" / "results"
+JSON, SVG, README = RESULTS / "latest.json", RESULTS / "latest.svg", REPOSITORY / "README.md"
+
+
+def keep(run: Mapping[str, object]) -> list[str]:
+    """Write all three; the files' names."""
+    RESULTS.mkdir(exist_ok=True)
+    JSON.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    return [str(path.relative_to(REPOSITORY)) for path in (JSON, *derive())]
+
+
+def derive() -> list[Path]:
+    """Plot and table from the JSON that is kept; what was written."""
+    run = json.loads(JSON.read_text())
+    SVG.write_text(svg(run))
+    README.write_text(with_table(README.read_text(), run))
+    return [SVG, README]
+
+
+if __name__ == "__main__":
+    print("made again: " + ", ".join(str(path.relative_to(REPOSITORY)) for path in derive()))

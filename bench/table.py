@@ -1,0 +1,147 @@
+"""README's table, from a run's JSON: text in, text out.
+
+What README quotes is listed here, and every figure of it is looked up. A row that the run does not have, or had to
+refuse, is still in the table and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.results import figure
+
+BEGIN = "<!-- measured: made by `make bench-readme` from bench/results/latest.json, not by hand -->"
+END = "<!-- /measured -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """One row of the table: what README calls it, and which row of the run it is. `peer` None: it has none."""
+
+    what: str
+    module: str
+    name: str
+    peer: str | None = None
+    against: str = ""
+
+
+_MIRRORS = ("inotifywait + cp", "inotifywait + rsync", "lsyncd", "unison", "syncthing")
+
+QUOTED = (
+    *(
+        Quoted("one event, editor's socket to the file, p50", "mirror", "event to file, p50", peer)
+        for peer in _MIRRORS
+    ),
+    Quoted("the same, p99", "mirror", "event to file, p99", "lsyncd"),
+    *(
+        Quoted("one save through PostgreSQL, p50", "mirror", "save in PostgreSQL to file, p50", peer)
+        for peer in ("inotifywait + cp", "lsyncd", "syncthing")
+    ),
+    *(
+        Quoted("500 files at once, to the last rename", "mirror", "burst of 500 files, events", peer)
+        for peer in _MIRRORS
+    ),
+    Quoted("500 files in one transaction of PostgreSQL", "mirror", "500 files saved in one transaction", "lsyncd"),
+    Quoted("an event on the wire to its file, p50", "sync", "event to disk, p50", "websocket round trip",
+           "a bare websocket round trip"),
+    Quoted("hydrating 2,000 files, 20 MB", "hydrate", "hydrate 2,000 files, 20 MB", "bsdtar", "`curl \\| bsdtar`"),
+    Quoted("hydrating 20,000 files, 200 MB", "hydrate", "hydrate 20,000 files, 200 MB", "bsdtar",
+           "`curl \\| bsdtar`"),
+    Quoted("one 1 KB change applied: JSON, SHA-256, stage, rename", "apply", "apply 1 KB", "C temp+rename",
+           "a C program's temp file and rename"),
+    Quoted("the same with 100 KB", "apply", "apply 100 KB", "C temp+rename", "a C program's temp file and rename"),
+    Quoted("receive and decode 1 KB broadcasts", "link", "receive + decode, 1 KB broadcasts", "realtime",
+           "the official Python client"),
+    Quoted("a 2 KB save in the database: version, revision, broadcast", "database",
+           "database: upsert 2 KB, 1 connection", "bare insert", "a bare insert of the row"),
+    Quoted("a whole tree to Vite's first page", "start", "tree whole to first page", "vite by hand",
+           "Vite by hand"),
+    Quoted("the agent's start to Vite's first page", "start", "agent's process to first page", "vite by hand",
+           "Vite by hand"),
+    Quoted("a session's `sync`, nothing missing", "control", "sync answering `current`", "a bare route",
+           "a bare route"),
+    Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident"),
+    Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor"),
+)  # fmt: skip
+
+
+def rows_of(run: Mapping[str, Any], module: str) -> list[dict[str, Any]]:
+    """The rows of one measurement; none when it was not made."""
+    return list(run["results"].get(module, {}).get("rows", ()))
+
+
+def found(run: Mapping[str, Any], quoted: Quoted) -> dict[str, Any] | None:
+    """The run's row."""
+    for row in rows_of(run, quoted.module):
+        if row["name"] == quoted.name and row["peer"] == quoted.peer:
+            return row
+    return None
+
+
+def amount(value: float, unit: str) -> str:
+    """A figure with its unit, three figures of it."""
+    if unit == "µs" and value >= 1000:
+        value, unit = value / 1000, "ms"
+    if unit == "ms" and value >= 1000:
+        value, unit = value / 1000, "s"
+    digits = f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{digits} {unit}"
+
+
+def _wanted(row: Mapping[str, Any]) -> str:
+    if row["at_least"] is not None:
+        bound = f"≥ {row['at_least']:g}"
+    elif row["at_most"] is not None:
+        bound = f"≤ {row['at_most']:g}"
+    else:
+        return ""
+    return (
+        bound
+        if row["verdict"] == "met"
+        else f"{bound}: **not met**"
+        if row["verdict"] == "NOT MET"
+        else bound
+    )
+
+
+def _line(quoted: Quoted, row: Mapping[str, Any] | None) -> str:
+    against = quoted.against or quoted.peer or ""
+    if row is None:
+        return f"| {quoted.what} | {against} | not measured in this run | |"
+    if row["ours"] is None:
+        return f"| {quoted.what} | {against} | refused: too noisy | {_wanted(row)} |"
+    if row["ratio"] is None:
+        return f"| {quoted.what} | | {amount(row['ours'], row['unit'])} | {_wanted(row)} |"
+    low, high = (figure(value) for value in row["interval"])
+    of = "speed" if row["sense"] == "speed" else row["sense"]
+    ratio = f"{figure(row['ratio'])} × its {of} ({low}–{high}), {amount(row['ours'], row['unit'])}"
+    return f"| {quoted.what} | {against} | {ratio} | {_wanted(row)} |"
+
+
+def _lines(run: Mapping[str, Any]) -> Iterator[str]:
+    machine = run["machine"]
+    yield run.get("note") or (
+        f"One run of `make bench-save` on {run['at'][:10]}: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['system']}, {run['seconds'] / 60:.0f} minutes."
+    )
+    yield ""
+    yield "| what | against | ratio (95 %), ours | wanted |"
+    yield "|---|---|---|---|"
+    for quoted in QUOTED:
+        yield _line(quoted, found(run, quoted))
+
+
+def table(run: Mapping[str, Any]) -> str:
+    """The table with the sentence above it."""
+    return "\n".join(_lines(run))
+
+
+def with_table(readme: str, run: Mapping[str, Any]) -> str:
+    """README with this run's table between the two marks. Raises `ValueError` when they are not there."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no place for the table: put {BEGIN} and {END} into it")
+    return f"{before}{BEGIN}\n{table(run)}\n{END}{after}"

@@ -1,0 +1,130 @@
+"""What README shows of a run: the table and the plot are the JSON's, and neither makes a number up."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.kept import JSON, README, SVG
+from bench.plot import bars, svg
+from bench.results import Ratio, Row
+from bench.table import BEGIN, END, QUOTED, found, table, with_table
+
+KEPT: dict[str, Any] = json.loads(JSON.read_text())
+
+
+def run_of(*rows: Row, module: str = "link") -> dict[str, Any]:
+    return {
+        "at": "2026-11-28T02:00:00+00:00", "seconds": 1200,
+        "machine": {"cpu": "a <cpu>", "cores": 2, "system": "Linux"},
+        "results": {module: {"rows": [row.as_json() for row in rows]}},
+    }  # fmt: skip
+
+
+def broadcasts(value: float = 16.0, **more: Any) -> Row:
+    name = "receive + decode, 1 KB broadcasts"
+    ratio = Ratio(value, value * 0.9, value * 1.1)
+    return Row(
+        name, 284_924.3, "messages/s", "realtime", 17_000.0, ratio, "speed", **{"at_least": 10.0, **more}
+    )
+
+
+def test_readme_says_what_the_kept_run_says() -> None:
+    readme = README.read_text()
+    assert with_table(readme, KEPT) == readme, "run `make bench-readme`"
+
+
+def test_the_picture_is_of_the_kept_run() -> None:
+    assert SVG.read_text() == svg(KEPT), "run `make bench-readme`"
+    assert "bench/results/latest.svg" in README.read_text()
+
+
+def test_readme_has_no_measured_number_outside_of_the_table() -> None:
+    readme = README.read_text()
+    prose = readme[: readme.index(BEGIN)] + readme[readme.index(END) :]
+    assert not re.findall(r"\d[\d.,]* ?(?:×|µs|ms\b|times (?:as|the))", prose)
+
+
+def test_a_row_reads_as_it_was_measured() -> None:
+    said = table(run_of(broadcasts()))
+    assert "| 16.0 × its speed (14.4–17.6), 285,000 messages/s | ≥ 10 |" in said
+    assert "One run of `make bench-save` on 2026-11-28" in said
+    assert "≥ 10: **not met**" in table(run_of(broadcasts(3.0)))
+
+
+def test_what_was_refused_or_not_measured_says_so_and_has_no_number() -> None:
+    refused = run_of(broadcasts(taken=0.4))
+    (line,) = [line for line in table(refused).splitlines() if "broadcasts |" in line]
+    assert line.split("|")[3].strip() == "refused: too noisy"
+    (row,) = refused["results"]["link"]["rows"]
+    assert (row["ratio"], row["interval"], row["ours"], row["theirs"]) == (None,) * 4
+    texts = " ".join(re.findall(r">([^<]*)</text>", svg(refused)))
+    assert not re.search(r"16|0\.06|14\.4|17\.6|284|17,?000", texts)
+    assert "too noisy" in svg(refused)
+    assert table(run_of()).count("not measured in this run") == len(QUOTED)
+
+
+@pytest.mark.parametrize("readme", ["no marks", BEGIN, END + BEGIN])
+def test_a_readme_without_a_place_for_it_is_left_alone(readme: str) -> None:
+    with pytest.raises(ValueError, match="no place for the table"):
+        with_table(readme, KEPT)
+
+
+def test_only_the_place_between_the_marks_changes() -> None:
+    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    once = with_table(text, run_of(broadcasts()))
+    assert once.startswith(f"before\n{BEGIN}\n")
+    assert once.endswith(f"\n{END}\nafter\n")
+    assert "old" not in once
+    assert with_table(once, run_of(broadcasts())) == once
+
+
+def test_in_the_picture_left_is_better_whatever_was_measured() -> None:
+    rows = [
+        broadcasts(),
+        Row("t", 1.0, "s", "p", 2.0, Ratio(0.5, 0.4, 0.6), at_most=0.25),
+        broadcasts(waited=0.5),
+    ]
+    speed, time, noisy = bars([row.as_json() for row in rows])
+    assert (speed.middle, speed.bound, speed.style) == (1 / 16, 0.1, "met")
+    assert speed.low < 1 / 16 < speed.high
+    assert (time.low, time.middle, time.high, time.bound, time.style) == (0.4, 0.5, 0.6, 0.25, "missed")
+    assert noisy.middle is None
+    assert not bars([Row("alone", 47.0, "MB", at_most=48).as_json()])
+
+
+def test_the_picture_is_whole_xml_with_every_row_in_it() -> None:
+    run = run_of(broadcasts(), broadcasts(0.004, at_least=None, note="<&>"))
+    picture = ElementTree.fromstring(svg(run))
+    texts = [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("receive + decode, 1 KB broadcasts") == 2
+    assert {"0.062 ×", "250 ×"} <= set(texts)
+    width = float(picture.attrib["width"])
+    for bar in picture.iter("{http://www.w3.org/2000/svg}rect"):
+        assert 0 <= float(bar.attrib["x"]) <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
+    assert svg(run_of()).endswith("</svg>\n")
+
+
+def test_each_quoted_row_is_one_that_its_module_makes() -> None:
+    """In the source, so that a row that is renamed does not silently go from README."""
+    from pathlib import Path
+
+    for quoted in QUOTED:
+        source = (Path(__file__).parents[2] / "bench" / f"{quoted.module}.py").read_text()
+        assert re.search(r"\bdef run\(", source), quoted
+        if quoted.peer is not None and quoted.module != "mirror":
+            assert f'"{quoted.peer}"' in source, quoted
+
+
+def test_a_kept_row_is_found_by_name_and_peer() -> None:
+    run = copy.deepcopy(KEPT)
+    quoted = next(quoted for quoted in QUOTED if quoted.module == "link")
+    row = found(run, quoted)
+    assert row is not None
+    row["peer"] = "somebody else"
+    assert found(run, quoted) is None
