@@ -201,8 +201,11 @@ class Recorder:
         if manifest is None:
             raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
         versions = {item["file_path"]: int(item["version"]) for item in manifest["files"]}
+        known = {path: (row.version, row.content) for path, row in self._log.rows.items()}
         changes = [
-            Change(path, digest_of(content), versions[path], content) for path, content in files.items()
+            Change(path, digest_of(content), versions[path], content)
+            for path, content in files.items()
+            if known.get(path) != (versions[path], content)
         ]
         if manifest.get("base_revision") is None:
             gone = self._log.files().keys() - files.keys()
