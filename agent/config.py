@@ -74,7 +74,9 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
 
     # --- which project, and how to reach it
     project_id: UUID
+    """Whose files these are."""
     session_id: UUID
+    """For whom they are shown; the token is this session's alone."""
     snapshot_url: Secret | None = None
     """Signed URL of the first snapshot. Required unless a ledger can be resumed."""
     realtime_token: Secret | None = None
@@ -82,12 +84,17 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
     realtime_token_file: Path | None = None
     """For platforms that rotate a file instead of an environment variable; re-read on change."""
     realtime_url: str | None = None
+    """Of the channel, `wss://<project>.supabase.co/realtime/v1`; required."""
     realtime_api_key: Secret | None = None
+    """The publishable key, shown at the handshake; hosted Realtime wants it."""
     session_api_url: str | None = None
+    """Where to catch up, renew the token and report. Unset: no catch-up but `snapshot:ready`, and status says so."""
 
     # --- where things are
     project_dir: Path = Path("/app/project")
+    """The tree, and what the dev server serves."""
     state_dir: Path = Path("/var/lib/preview-agent")
+    """The ledger. What survives a restart is resumed from; an empty one starts from the snapshot."""
     staging_dir: Path | None = None
     """Same file system as the tree, outside of it; default `.preview-sync` beside it."""
 
@@ -106,10 +113,13 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
 
     # --- the dev server
     dev_command: tuple[str, ...] | None = None
+    """What serves the preview, in a shell's spelling and run without one. Default: what package.json says."""
     install_command: tuple[str, ...] | None = None
+    """What installs dependencies. Default: the package manager whose lock file is there."""
     dev_host: str = "::"
     """Where the dev server listens: all of both families, as Fly's proxy and its private network need."""
     dev_port: Annotated[int, Meta(ge=1, le=65535)] = 5173
+    """As Vite's default."""
     dev_user: str | None = None
     """Who runs the project's code when the agent is root. Unset: the agent's own user, and status says so."""
     dev_essential: bool = False
@@ -145,9 +155,13 @@ class Settings(SnapshotLimits, frozen=True, kw_only=True):
 
     # --- being watched
     health_host: str = "::"
+    """Where `/livez` `/readyz` `/status` `/metrics` listen: all of both families, as Fly's checks need."""
     health_port: Annotated[int, Meta(ge=0, le=65535)] = 9464
+    """As OpenTelemetry's Prometheus exporter; 0 picks one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
     log_format: Literal["json", "console", "auto"] = "auto"
+    """`auto`: JSON unless on a terminal."""
 
     # --- being stopped
     stop_grace: Annotated[float, Meta(gt=0)] = 4.0

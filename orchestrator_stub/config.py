@@ -53,6 +53,7 @@ class Settings(BaseSettings):
 
     # --- where we are
     host: str = "127.0.0.1"
+    """Where it listens; `::` behind Fly's proxy."""
     port: int = Field(54321, ge=0, le=65535)
     """As the Supabase CLI's local gateway."""
     public_url: HttpUrl | None = None
@@ -75,7 +76,6 @@ class Settings(BaseSettings):
     """Seconds. More than a day in one machine is a leak, not a session."""
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
-
     sync_mode: Literal["live", "shadow"] = "live"
     """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md)."""
 
@@ -85,6 +85,7 @@ class Settings(BaseSettings):
 
     # --- machines
     machine_driver: Literal["local", "container", "fly"] = "local"
+    """`local`: a process; `container`: podman or docker; `fly`: a Fly Machine."""
     machines_dir: Path = Path(".preview-sync/machines")
     """Of the local driver."""
     agent_image: str = "preview-agent:latest"
@@ -96,21 +97,30 @@ class Settings(BaseSettings):
     own limits (inside a container, say), podman needs `--ulimit nofile=1024:1024 --ulimit nproc=1000:1000`: it asks for
     a million of each."""
     fly_api_url: HttpUrl = HttpUrl("https://api.machines.dev/v1")
+    """Of the Machines API; `http://_api.internal:4280/v1` from inside Fly's network."""
     fly_api_token: SecretStr | None = None
+    """Required with `fly`: `fly tokens create deploy` makes one that reaches one app."""
     fly_app: str | None = None
+    """Required with `fly`: the app whose machines are the previews."""
     fly_region: str | None = None
+    """Where machines are made; unset: Fly chooses."""
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
     """Where a machine's preview is reached; `{machine_id}` and `{app}` are filled in. The default is Fly's private
     network, for a proxy of the product's own that browsers talk to."""
     fly_cpus: int = Field(1, ge=1)
+    """Shared ones. Vite keeps one busy at its start and none afterwards."""
     fly_memory_mb: int = Field(1024, ge=256, multiple_of=256)
     """Vite takes 140-250 MB, npm install three times that; Fly sells multiples of 256."""
 
     # --- time
     provision_seconds: float = _TIMING.provision
+    """From request to `ready`. A cold image pull and an install take a minute each; Fly makes one machine a second."""
     lease_seconds: float = _TIMING.lease
+    """Without a heartbeat before the session is ended: four of the agent's."""
     claim_seconds: float = _TIMING.claim
+    """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
     drain_seconds: float = _TIMING.drain
+    """From `draining` to `gone` before the machine driver is reported as stuck."""
     sweep_seconds: float = Field(15, gt=0)
     """Between two sweeps: small against the lease, so that a lapse is seen within an eighth of it."""
     create_wait: float = Field(10, ge=0)
@@ -122,7 +132,9 @@ class Settings(BaseSettings):
 
     # --- being watched
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; machines are given the same."""
     log_format: Literal["json", "console", "auto"] = "auto"
+    """`auto`: JSON unless on a terminal."""
 
     @property
     def timing(self) -> Timing:

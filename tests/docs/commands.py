@@ -1,0 +1,162 @@
+"""Which commands our documents give, and how each is tried. Every command meets exactly one `Way`.
+
+A command is a line of a ```sh block (continued lines joined, comments dropped), or inline code that begins with one of
+`PROGRAMS` and says more than its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.docs.reading import DOCUMENTS, Code, blocks, spans
+
+PROGRAMS = (
+    "make", "preview-agent", "preview-orchestrator", "curl", "fly", "docker", "podman", "pip", "npm", "git", "psql",
+    "pg_dump", "supabase", "python", "df", "ls", "cat", "dmesg", "env", "uv", "apt-get", "flock", "nice",
+)  # fmt: skip
+"""What a command begins with, after a path like `.venv/bin/`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Really run, by tests/docs/test_running.py. `until`: it does not end by itself; Ctrl-C once it says so."""
+
+    exit: int = 0
+    says: str = ""
+    until: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """The target exists and `make -n` gives its steps; what it does is run by CI or by the test named."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ByTest:
+    """Too long or too large for here: the same command is run by that test. Here the command line is read."""
+
+    test: str
+
+
+@dataclass(frozen=True, slots=True)
+class OnlyRead:
+    """It needs what is not here. Its syntax is read, its variables and paths are held against the code."""
+
+    needs: str
+
+
+Way = Run | Make | ByTest | OnlyRead
+
+FLY = OnlyRead("an account on Fly")
+REGISTRY = OnlyRead("an image registry")
+SUPABASE = OnlyRead("the Supabase CLI; `preview-orchestrator migrate` applies the same files")
+MENTION = OnlyRead("the mention of a program, not a whole command")
+
+WAYS: tuple[tuple[str, Way], ...] = (
+    # --- make
+    (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
+    (r"make help", Run(says="make check")),
+    (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
+    (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
+    (r"make (test-nightly|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?", Make("nightly, by hand")),
+    # --- the agent
+    (r"(\.venv/bin/)?preview-agent --help", Run(says="exit codes:")),
+    (r"preview-agent check", Run(says="ok    settings")),
+    (r"(\.venv/bin/)?preview-agent status --watch --url \S+", Run(until="serving|degraded|starting")),
+    (r"preview-agent status --json", Run(says='"revision"')),
+    (r"preview-agent status", Run(says="revision")),
+    (r"preview-agent run", Run(until="agent.started")),
+    (r"env -u SUPABASE_SERVICE_ROLE_KEY preview-agent run", Run(until="shadow.begun")),
+    (r"preview-agent record \S+", Run(until="recording into")),
+    (r"preview-agent replay \S+\.jsonl .*", Run(says="^ok")),
+    # --- the orchestrator
+    (r"DATABASE_URL=\S+ preview-orchestrator migrate", Run(says="nothing to apply")),
+    (r"preview-orchestrator migrate", MENTION),
+    (
+        r"preview-orchestrator serve",
+        ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
+    ),
+    (r"(\.venv/bin/)?preview-orchestrator tail -", Run(until="file:update")),
+    (
+        r"\.venv/bin/preview-orchestrator dev DIR --once",
+        ByTest("tests/system/test_dev_command.py::test_once_edits_measures_and_stops"),
+    ),
+    (
+        r"preview-orchestrator dev --faults",
+        OnlyRead("a whole stack; the faults themselves are asked for by the curl beside it"),
+    ),
+    # --- asking
+    (r"curl -sf? .*|curl -X POST .*", Run()),
+    (r"curl \| bsdtar", MENTION),
+    # --- looking at a machine
+    (r"(df|ls|cat) .*", Run()),
+    (r"dmesg .*", Run()),
+    # --- elsewhere
+    (r"fly .*", FLY),
+    (r"docker (push|tag) .*", REGISTRY),
+    (r"(podman|docker) run .*", ByTest("tests/image/test_image.py::test_what_is_in_it")),
+    (r"supabase db (push|reset)|supabase test db", SUPABASE),
+    (r"pip install .*", OnlyRead("this package in an index or a directory beside another project")),
+    (r"pg_dump .*", OnlyRead("a client of the server's own version")),
+    (r"npm (ci|run dev|install)", MENTION),
+    (r"\.venv/bin/python -m pytest tests/agent/test_plan\.py", OnlyRead("itself: this is it")),
+    (r"git log", MENTION),
+    (r"python -m tests\.docs\.test_\w+", Run()),
+    (r"python -m bench \w+", ByTest("tests/bench/test_results.py::test_a_refused_number_appears_nowhere")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command, where it stands and how it is tried."""
+
+    code: Code
+    text: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.code.place} {self.text[:60]}"
+
+    @property
+    def ways(self) -> list[Way]:
+        return [way for pattern, way in WAYS if re.fullmatch(pattern, self.text)]
+
+
+def program_of(line: str) -> str:
+    """The program a line runs, assignments before it and the directory of it left out."""
+    words = [word for word in line.split() if not re.match(r"[A-Z_]+=", word)]
+    if words[:3] == ["env", "-u", "SUPABASE_SERVICE_ROLE_KEY"]:
+        words = words[3:]
+    return words[0].removeprefix(".venv/bin/").removeprefix("$ ") if words else ""
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """The commands of a shell block: continued lines joined, comments and blank lines dropped."""
+    for line in text.replace("\\\n", " ").splitlines():
+        command = re.sub(r"(^|\s+)#( .*)?$", "", line).strip()
+        if command:
+            yield " ".join(command.split())
+
+
+def all_commands() -> list[Command]:
+    """Every command of every document, `a && b` taken apart."""
+    found = []
+    for path in DOCUMENTS:
+        for block in blocks(path):
+            if block.lang == "yaml":
+                found += [
+                    Command(block, " ".join(re.sub(r"\s#.*", "", step).split()))
+                    for step in re.findall(r"- run: (.*)", block.text)
+                ]
+            if block.lang == "sh":
+                found += [
+                    Command(block, part) for line in lines_of(block.text) for part in line.split(" && ")
+                ]
+        for span in spans(path):
+            if program_of(span.text) in PROGRAMS and " " in span.text:
+                found.append(Command(span, span.text))
+    return found

@@ -1,0 +1,165 @@
+"""docs/settings.md is the code's settings, all of them, and no document names one that does not exist.
+
+After a change of a setting: `python -m tests.docs.test_settings` writes the tables again.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import pytest
+from pydantic import HttpUrl
+
+from agent.config import Settings as AgentSettings
+from agent.config import SnapshotLimits
+from orchestrator_stub.config import Settings as OrchestratorSettings
+from tests.docs.reading import DOCUMENTS, ROOT, blocks, spans
+
+DOC = ROOT / "docs" / "settings.md"
+END = "<!-- end of table -->"
+ELSEWHERE = frozenset(
+    {
+        "DEV_ENV_", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_TIMEOUT",
+        "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "NO_COLOR",
+    }
+)  # fmt: skip
+"""Read by the agent from its environment, and no field of its settings; documented below the table."""
+NOT_OURS = frozenset(
+    {
+        # of the tests, the Makefile, the image
+        "PREVIEW_TEST_DATABASE_URL", "SECONDS", "DIR", "IMAGE_BASE", "IMAGE_ENGINE", "TEMPLATE",
+        # of a document's own example
+        "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
+        # the system's
+        "CAP_SYS_PTRACE", "CAP_PERFMON", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
+    }
+)  # fmt: skip
+"""Words in capitals that a document may use, and that are no setting."""
+
+
+def described(*sources: tuple[Path, str]) -> Iterator[tuple[str, str, str]]:
+    """Each field as (section, name, docstring), from class bodies in source order; Python keeps none of the three."""
+    for path, name in sources:
+        text = path.read_text()
+        sections = [
+            (n, line.strip(" #-"))
+            for n, line in enumerate(text.splitlines(), 1)
+            if line.startswith("    # ---")
+        ]
+        [body] = [n.body for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name]
+        for at, node in enumerate(body):
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            after = body[at + 1] if at + 1 < len(body) else None
+            doc = (
+                after.value.value
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                else ""
+            )
+            section = [title for line, title in sections if line < node.lineno]
+            yield (
+                section[-1] if section else "the bounds of a snapshot",
+                node.target.id,
+                " ".join(str(doc).split()),
+            )
+
+
+def agent_defaults() -> Mapping[str, object]:
+    return {field.name: field.default for field in msgspec.structs.fields(AgentSettings)}
+
+
+def orchestrator_defaults() -> Mapping[str, object]:
+    fields = OrchestratorSettings.model_fields
+    return {
+        name: msgspec.NODEFAULT if field.is_required() else field.default for name, field in fields.items()
+    }
+
+
+def shown(default: object) -> str:
+    """A default, as one would write it into the environment."""
+    if default is msgspec.NODEFAULT:
+        return "required"
+    if default is None or default == ():
+        return "unset"
+    if isinstance(default, Path) and default.is_absolute() and default.is_relative_to(ROOT):
+        return "the example"
+    if isinstance(default, tuple):
+        return f"`{' '.join(map(str, default))}`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, float):
+        return f"`{default:g}`"
+    return f"`{str(default).rstrip('/') if isinstance(default, HttpUrl) else default}`"
+
+
+AGENT = ROOT / "agent" / "config.py"
+TABLES = {
+    "agent": lambda: table(described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), agent_defaults()),
+    "orchestrator": lambda: table(
+        described((ROOT / "orchestrator_stub" / "config.py", "Settings")), orchestrator_defaults()
+    ),
+}
+
+
+def table(fields: Iterator[tuple[str, str, str]], defaults: Mapping[str, object]) -> str:
+    """One table, a row in bold for each section. Fails for a field without a reason."""
+    lines = ["| variable | default | meaning, reason |", "|---|---|---|"]
+    before = None
+    for section, name, doc in fields:
+        assert doc, f"{name} has no docstring: say what it is and why the default is that"
+        if section != before:
+            lines.append(f"| **{section}** | | |")
+            before = section
+        meaning = doc.replace("|", "\\|")
+        lines.append(f"| `{name.upper()}` | {shown(defaults[name])} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_tables(text: str) -> str:
+    for name, make in TABLES.items():
+        begin = f"<!-- the {name}'s: made by tests/docs/test_settings.py -->\n"
+        head, rest = text.split(begin)
+        text = head + begin + make() + END + rest.split(END, 1)[1]
+    return text
+
+
+def test_the_tables_are_the_codes() -> None:
+    assert with_tables(DOC.read_text()) == DOC.read_text(), "python -m tests.docs.test_settings"
+
+
+def test_the_tables_have_every_setting() -> None:
+    names = {code.text for code in spans(DOC)}
+    assert {f.name.upper() for f in msgspec.structs.fields(SnapshotLimits)} <= names
+    assert {name.upper() for name in agent_defaults()} <= names
+    assert {name.upper() for name in orchestrator_defaults()} <= names
+    assert {name.rstrip("_") for name in ELSEWHERE} <= {name.rstrip("_*") for name in names}
+
+
+KNOWN = {name.upper() for name in (*agent_defaults(), *orchestrator_defaults())} | ELSEWHERE
+VARIABLE = re.compile(r"(?<![\w./-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+_?)(?![\w.])|(?<![\w$./-])([A-Z_]{3,})=")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_variable_that_is_named_exists(path: Path) -> None:
+    lost = []
+    for code in [*spans(path), *blocks(path)]:
+        if code.lang in ("sql", "text", ""):
+            continue
+        for found in VARIABLE.findall(code.text):
+            name = found[0] or found[1]
+            if name not in KNOWN and name not in NOT_OURS:
+                lost.append(f"{code.place}: {name}")
+    assert lost == []
+
+
+def test_no_excuse_is_left_over() -> None:
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    assert [name for name in NOT_OURS if name not in text] == []
+
+
+if __name__ == "__main__":
+    DOC.write_text(with_tables(DOC.read_text()))
