@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator_stub.database import Pool
 from orchestrator_stub.openapi import openapi_document
-from orchestrator_stub.sessions import ENDED, State
+from orchestrator_stub.sessions import ENDED, PROBLEMS, State
 
 READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""
@@ -99,6 +99,7 @@ class Metrics:
         self.forget()
         for each in State:
             self.sessions.labels(each.value).set(states[each.value])
+        problems.update(dict.fromkeys(PROBLEMS, 0))
         for gauge, counts in ((self.troubled, problems), (self.agents, agents)):
             for label, number in counts.items():
                 gauge.labels(label).set(number)

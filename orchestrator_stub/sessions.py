@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 from uuid import UUID
 
 
@@ -151,6 +152,10 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
         case _ if session.state_since + timing.provision <= now:
             return Judgement(Verdict.DRAIN, "provision_timeout: the preview did not become ready in time")
     return Judgement(Verdict.LEAVE if claimed or session.machine_id is not None else Verdict.PROVISION)
+
+
+PROBLEMS: Final = ("machine_refused", "machine_gone", "lease_lapsed", "provision_timeout", "provisioning")
+"""The first words of every problem a session can have, up to the colon."""
 
 
 def machine_name(session_id: UUID, generation: int) -> str:

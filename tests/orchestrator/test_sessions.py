@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from uuid import UUID, uuid4
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator_stub import sessions as sessions_module
 from orchestrator_stub.sessions import (
     ENDED,
     LIVE,
+    PROBLEMS,
     Event,
     Session,
     State,
@@ -121,3 +125,11 @@ def test_a_machine_s_name_speaks_of_its_owner(session_id: UUID, generation: int)
 def test_a_foreign_name_is_nobody_of_ours(name: str) -> None:
     owner = owner_of(name)
     assert owner is None or machine_name(*owner) == name or name.startswith("preview-")
+
+
+def test_every_problem_is_in_the_list_that_metrics_go_by() -> None:
+    """A problem begins with its name and a colon, wherever in the package it is made."""
+    made = set()
+    for path in Path(sessions_module.__file__).parent.glob("*.py"):
+        made |= set(re.findall(r'(?:problem=f?|Verdict\.\w+, )"(\w+):', path.read_text()))
+    assert made == set(PROBLEMS)

@@ -32,6 +32,7 @@ from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
 from orchestrator_stub.machines import Machine, MachineDriver, MachineSpec, MachineState
+from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, control_plane
 from orchestrator_stub.tokens import Keyring
 
@@ -316,7 +317,11 @@ async def running_plane(
         async with control_plane(values, keys, machines or driver) as service:
             local = stand_in(dsn, project_keys, directory / "storage", faults=True)
             app = application([*service.routes, *local.routes], lifespan=local.lifespan)
-            server = Server(uvicorn.Config(app, log_config=None, access_log=False, **uvicorn_options()))
+            server = Server(
+                uvicorn.Config(
+                    Measured(app, service.metrics), log_config=None, access_log=False, **uvicorn_options()
+                )
+            )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             try:
                 while not server.started:
