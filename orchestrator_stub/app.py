@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
 import orjson
+import psycopg
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.applications import Starlette
@@ -29,7 +30,7 @@ from starlette.routing import BaseRoute, Route
 from orchestrator_stub.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
-from orchestrator_stub.database import AWAY, Head
+from orchestrator_stub.database import Head
 from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions import ENDED, LIVE, Session, State
 from orchestrator_stub.storage import StorageFailure
@@ -41,7 +42,7 @@ log = structlog.get_logger("app")
 RETRY_AFTER = 2.0
 """Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
 
-UNAVAILABLE = (SnapshotUnavailable, StorageFailure, *AWAY, OSError)
+UNAVAILABLE = (SnapshotUnavailable, StorageFailure, psycopg.OperationalError, OSError)
 """What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
 UP = frozenset({"serving", "degraded"})
@@ -173,12 +174,6 @@ class Api:
             )
         except ProjectUnknown:
             raise unknown from None
-        if session.project_id != body.project_id:
-            raise Refusal(
-                422,
-                "idempotency_key_reused",
-                "This Idempotency-Key made a session of another project. Use a new key for a new request.",
-            )
         if session.state in LIVE:
             session = await self._control.settled(session.id, self._settings.create_wait) or session
         return _json(

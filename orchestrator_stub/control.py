@@ -20,7 +20,6 @@ from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
 import psycopg
-import psycopg_pool
 import structlog
 
 from orchestrator_stub.config import Settings
@@ -123,11 +122,11 @@ class Control:
     ) -> tuple[Session, bool]:
         """The session for this request, and whether it is new. Its machine is being made when this returns.
 
-        The same `key` gives the same session. A `generation` above the session's replaces its machine. Raises
-        `ProjectUnknown`.
+        The same `key` gives the same session of the project. A `generation` above the session's replaces its machine.
+        Raises `ProjectUnknown`.
         """
         session, new = await self._store.create(project_id, key=key, generation=generation or 1, ttl=ttl)
-        if not new and session.project_id == project_id and generation and generation > session.generation:
+        if not new and generation and generation > session.generation:
             session = await self._store.replace(session.id, generation, ttl=ttl) or session
         if session.state in LIVE and session.machine_id is None:
             self._start("provision", session.id, self.provision(session.id))
@@ -175,6 +174,8 @@ class Control:
         if kept is None:
             log.info("machine.unwanted", session_id=str(session_id), machine=machine.name)
             await self._driver.destroy(machine.id)
+            # A newer generation was asked for meanwhile, or nothing is wanted any more: `claim` knows.
+            await self.provision(session_id)
             return
         log.info(
             "machine.made",
@@ -211,9 +212,13 @@ class Control:
             log.info("session.over", session_id=str(session_id), state=over.state, problem=over.problem)
 
     def token_for(self, session: Session) -> tuple[str, float]:
-        """A fresh token for the session's machine, and when it expires (Unix seconds), never after the session."""
+        """A fresh token for the session's machine, and when it expires (Unix seconds).
+
+        Not after the session, or one sweep later: our clock may be ahead of the database's, and a token that is
+        over at once would have its agent ask for the next one for as long as that is.
+        """
         now = self._clock()
-        ttl = max(min(self._settings.token_ttl, session.expires_at - now), 1.0)
+        ttl = max(min(self._settings.token_ttl, session.expires_at - now), self._settings.sweep_seconds)
         token = mint_session(
             self._keys,
             project_id=session.project_id,
@@ -263,7 +268,7 @@ class Control:
             await asyncio.sleep(self._settings.sweep_seconds)
             try:
                 await self.sweep()
-            except (MachineError, psycopg.Error, psycopg_pool.PoolTimeout, OSError) as error:
+            except (MachineError, psycopg.Error, OSError) as error:
                 log.warning("sweep.failed", reason=str(error))
 
     async def close(self) -> None:
@@ -323,8 +328,12 @@ class Control:
         async with self._slots:
             try:
                 await step
-            except (MachineError, OSError) as error:
-                log.warning("sweep.step_failed", reason=str(error))
+            except (MachineError, psycopg.Error, OSError) as error:
+                # What was half-way is taken up again by the next sweep.
+                log.warning("step.failed", reason=str(error) or type(error).__name__)
+            except Exception:
+                # A bug, over one session: it must not keep the others from their machines.
+                log.error("step.failed", exc_info=True)
 
     def _start(self, what: str, session_id: UUID, step: Coroutine[Any, Any, None]) -> None:
         key = (what, session_id)
@@ -333,14 +342,7 @@ class Control:
             return
         task = asyncio.create_task(self._guarded(step), name=f"{what} {session_id}")
         self._tasks[key] = task
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._tasks.pop(key, None)
-            if not task.cancelled() and (error := task.exception()) is not None:
-                # A bug, or a database that is away: the sweeper takes the session up again.
-                log.error("step.failed", step=what, session_id=str(session_id), exc_info=error)
-
-        task.add_done_callback(ended)
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
 
 def _wanted(machine: Machine, known: dict[UUID, Session]) -> bool:

@@ -1,4 +1,7 @@
-"""The connections to PostgreSQL, and the one question that everybody asks: where does a project stand."""
+"""The connections to PostgreSQL, and the one question that everybody asks: where does a project stand.
+
+A database that does not answer, or has no connection left for us, is a `psycopg.OperationalError` everywhere.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,9 @@ from typing import Any, Final
 from uuid import UUID
 
 import psycopg
-from psycopg_pool import AsyncConnectionPool, PoolTimeout
+from psycopg_pool import AsyncConnectionPool
 
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[Any]]
-
-AWAY: Final = (psycopg.OperationalError, PoolTimeout)
-"""What a database that does not answer looks like; asking again can help."""
 
 POOL_SIZE: Final = 8
 """Connections of one orchestrator. Every query is a few milliseconds; the database's limit is shared by all."""

@@ -11,20 +11,19 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Protocol
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 import orjson
 import psycopg
-import psycopg_pool
 import structlog
 from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import Offer, SnapshotUnavailable
-from orchestrator_stub.database import AWAY, Pool, fetch_one, head_of
+from orchestrator_stub.database import Pool, fetch_one, head_of
 from orchestrator_stub.snapshots import Snapshot
 
 log = structlog.get_logger("offers")
@@ -35,6 +34,10 @@ KEEP_SECONDS: Final = 6 * 3600.0
 URL_RESERVE: Final = 0.5
 """Share of its life that a kept URL must still have: a machine needs it minutes after it is given."""
 
+REBUILD_REST: Final = 30.0
+"""Seconds after a rebuild during which another is not made: a hundred agents that were given one broken archive say so
+within moments of each other, and whoever holds a session's token could otherwise fill the bucket."""
+
 REDIS_TIMEOUT: Final = 0.5
 """Seconds. A cache that takes longer than building is none."""
 
@@ -44,12 +47,13 @@ REDIS_REST: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One archive in the bucket, and a URL for it. `url_until` in Unix seconds."""
+    """One archive in the bucket, and a URL for it. `url_until` and `rebuilt_at` in Unix seconds; 0: never rebuilt."""
 
     object_path: str
     manifest: dict[str, Any]
     url: str
     url_until: float
+    rebuilt_at: float = 0.0
 
     def __repr__(self) -> str:
         return f"Kept({self.object_path})"
@@ -114,7 +118,7 @@ class PostgresOffers:
     async def _run(self, query: str, *values: object) -> tuple[Any, ...] | None:
         try:
             return await fetch_one(self._pool, query, values)
-        except (psycopg.Error, psycopg_pool.PoolTimeout) as error:
+        except psycopg.Error as error:
             log.warning("offers.away", where="postgres", reason=type(error).__name__)
             return None
 
@@ -219,9 +223,10 @@ class KeptSnapshots:
         stamp = await self._stamp(project_id, base_revision)
         lock = self._locks.setdefault((project_id, stamp), asyncio.Lock())
         async with lock:
-            if rebuild:
-                await self._cache.drop(project_id, stamp)
             kept = await self._cache.get(project_id, stamp)
+            if rebuild and (kept is None or self._clock() - kept.rebuilt_at >= REBUILD_REST):
+                await self._cache.drop(project_id, stamp)
+                kept = None
             if (
                 not resign
                 and kept is not None
@@ -231,27 +236,27 @@ class KeptSnapshots:
                 return Offer(kept.url, kept.manifest)
             if kept is not None:
                 try:
-                    return await self._signed(project_id, stamp, kept.object_path, kept.manifest, "signed")
+                    return await self._signed(project_id, stamp, kept, "signed")
                 except SnapshotUnavailable:
                     log.info("offers.gone", project_id=str(project_id), object_path=kept.object_path)
             built = await self._builder.build(project_id, base_revision=base_revision, anew=rebuild)
             # A save may have come between: the archive is of the revision that it names, and is kept as that.
             stamp = self._stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
-            return await self._signed(project_id, stamp, built.object_path, built.manifest, "built")
+            rebuilt_at = self._clock() if rebuild else 0.0
+            fresh = Kept(built.object_path, built.manifest, url="", url_until=0.0, rebuilt_at=rebuilt_at)
+            return await self._signed(project_id, stamp, fresh, "built")
 
-    async def _signed(
-        self, project_id: UUID, stamp: str, object_path: str, manifest: dict[str, Any], how: str
-    ) -> Offer:
+    async def _signed(self, project_id: UUID, stamp: str, kept: Kept, how: str) -> Offer:
         url_until = self._clock() + self._url_ttl
-        url = await self._builder.signed_url(object_path, self._url_ttl)
-        await self._cache.put(project_id, stamp, Kept(object_path, manifest, url, url_until))
+        url = await self._builder.signed_url(kept.object_path, self._url_ttl)
+        await self._cache.put(project_id, stamp, replace(kept, url=url, url_until=url_until))
         self._offers.labels(how).inc()
-        return Offer(url, manifest)
+        return Offer(url, kept.manifest)
 
     async def _stamp(self, project_id: UUID, base_revision: int | None) -> str:
         try:
             head = await head_of(self._pool, project_id)
-        except AWAY as error:
+        except psycopg.OperationalError as error:
             raise SnapshotUnavailable("cannot offer a snapshot: the database does not answer") from error
         if head is None:
             raise SnapshotUnavailable(f"cannot offer a snapshot: there is no project {project_id}")
@@ -267,18 +272,17 @@ def _key(project_id: UUID, stamp: str) -> str:
 
 
 def _form(kept: Kept) -> dict[str, Any]:
-    return {
-        "object_path": kept.object_path,
-        "manifest": kept.manifest,
-        "url": kept.url,
-        "url_until": kept.url_until,
-    }
+    return {field.name: getattr(kept, field.name) for field in fields(kept)}
 
 
 def _kept(form: Any) -> Kept | None:
     try:
         return Kept(
-            str(form["object_path"]), dict(form["manifest"]), str(form["url"]), float(form["url_until"])
+            object_path=str(form["object_path"]),
+            manifest=dict(form["manifest"]),
+            url=str(form["url"]),
+            url_until=float(form["url_until"]),
+            rebuilt_at=float(form.get("rebuilt_at", 0.0)),
         )
     except (KeyError, TypeError, ValueError):
         return None

@@ -95,7 +95,6 @@ SAID = {
     409: "Another generation's machine has the session.",
     410: "The session is over, or its project does not exist any more.",
     413: "The body is too large.",
-    422: "The Idempotency-Key made a session of another project.",
     503: "A part of the service does not answer now; Retry-After says when to ask again.",
 }
 ALWAYS = (400, 401, 403, 404, 503)
@@ -151,7 +150,7 @@ def openapi_document() -> Schema:
         "paths": {
             "/v1/sessions": {
                 "post": _operation(
-                    "Make a session", product, "Session", "key", body="CreateBody", also=(201, 422)
+                    "Make a session", product, "Session", "key", body="CreateBody", also=(201,)
                 ),
                 "get": _operation("List sessions", product, "Sessions", "project", "ended", "limit"),
             },

@@ -8,7 +8,6 @@ from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Iterable
 
 import psycopg
-import psycopg_pool
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -143,7 +142,7 @@ def routes(pool: Pool, metrics: Metrics) -> list[BaseRoute]:
         try:
             async with asyncio.timeout(READY_TIMEOUT), pool.connection() as connection:
                 await connection.execute("select 1 from preview.sessions limit 1")
-        except (psycopg.Error, psycopg_pool.PoolTimeout, OSError):
+        except (psycopg.Error, OSError):
             return JSONResponse({"ready": False, "why": "the database does not answer"}, 503)
         return JSONResponse({"ready": True})
 
@@ -152,7 +151,7 @@ def routes(pool: Pool, metrics: Metrics) -> list[BaseRoute]:
             async with asyncio.timeout(READY_TIMEOUT), pool.connection() as connection:
                 cursor = await connection.execute(SESSIONS)
                 metrics.show(await cursor.fetchall())
-        except (psycopg.Error, psycopg_pool.PoolTimeout, OSError):
+        except (psycopg.Error, OSError):
             metrics.forget()
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": kind})

@@ -14,7 +14,6 @@ import uvicorn
 
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
-from orchestrator_stub.database import AWAY
 from orchestrator_stub.machines import MachineDriver, MachineRefused
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -77,7 +76,7 @@ async def run_serve(settings: Settings) -> int:
             if stopping not in done:
                 log.error("ended", part=", ".join(task.get_name() for task in done))
                 return 1
-    except AWAY as error:
+    except psycopg.OperationalError as error:
         raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
     finally:
         listener.close()

@@ -15,7 +15,6 @@ from typing import Final
 from uuid import UUID
 
 import psycopg
-import psycopg_pool
 import structlog
 import tenacity
 from psycopg.types.json import Jsonb
@@ -98,7 +97,7 @@ class SnapshotJob:
     async def run(self) -> None:
         """Work for ever. A database that goes away is waited for."""
         async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type((psycopg.Error, psycopg_pool.PoolTimeout)),
+            retry=tenacity.retry_if_exception_type(psycopg.Error),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
             before_sleep=lambda state: log.warning("snapshot_job.database_lost"),
         ):

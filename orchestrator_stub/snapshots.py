@@ -29,7 +29,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.control import SnapshotUnavailable
-from orchestrator_stub.database import AWAY, Pool
+from orchestrator_stub.database import Pool
 from orchestrator_stub.storage import StorageClient, StorageFailure
 from orchestrator_stub.zipwriter import ArchiveTooLarge, ZipWriter
 
@@ -135,9 +135,9 @@ class Snapshots:
                     digest = await asyncio.to_thread(_sha256, spool)
                     path = _object_path(project_id, manifest, digest, anew=anew)
                     await self._store(path, spool, size)
-        except (StorageFailure, ArchiveTooLarge) as error:
+        except (StorageFailure, ArchiveTooLarge, OSError) as error:
             raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
-        except AWAY as error:
+        except psycopg.OperationalError as error:
             raise SnapshotUnavailable("cannot build a snapshot: the database does not answer") from error
         seconds = time.perf_counter() - started
         self._seconds.observe(seconds)

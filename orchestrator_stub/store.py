@@ -61,19 +61,25 @@ class SessionStore:
     async def create(
         self, project_id: UUID, *, key: str | None, generation: int, ttl: float
     ) -> tuple[Session, bool]:
-        """A new session, or the one that `key` made before; and whether it is new. Raises `ProjectUnknown`."""
+        """A new session, or the one that `key` made before for this project; and whether it is new.
+
+        Raises `ProjectUnknown`.
+        """
         try:
             made = await self._one(
                 "insert into preview.sessions (project_id, idempotency_key, generation, expires_at)"
                 " values (%(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second')"
-                " on conflict (idempotency_key) do nothing",
+                " on conflict (project_id, idempotency_key) do nothing",
                 {"project": project_id, "key": key, "generation": generation, "ttl": ttl},
             )
         except psycopg.errors.ForeignKeyViolation:
             raise ProjectUnknown(str(project_id)) from None
         if made is not None:
             return made, True
-        kept = await self._first("where idempotency_key = %(key)s", {"key": key})
+        kept = await self._first(
+            "where project_id = %(project)s and idempotency_key = %(key)s",
+            {"project": project_id, "key": key},
+        )
         if kept is None:
             raise ProjectUnknown(str(project_id))
         return kept, False

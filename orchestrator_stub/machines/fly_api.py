@@ -145,7 +145,9 @@ class FlyApi:
     async def list(self) -> list[dict[str, Any]]:
         """The app's machines."""
         answer = await self._call("list", "GET", "", of=self._app, rate=READS)
-        return [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
+        if not isinstance(answer, list):
+            raise MachineUnavailable("the Machines API answered a listing without a list")
+        return [_machine(item) for item in answer]
 
     async def get(self, machine_id: str) -> dict[str, Any] | None:
         """One machine, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -194,3 +195,56 @@ async def control_world(
                 yield world
             finally:
                 await control.close()
+
+
+ROUTES = [
+    ("POST", "/v1/sessions"),
+    ("GET", "/v1/sessions"),
+    ("GET", "/v1/sessions/{id}"),
+    ("DELETE", "/v1/sessions/{id}"),
+    ("POST", "/v1/sessions/{id}/snapshot"),
+    ("POST", "/v1/sessions/{id}/sync"),
+    ("POST", "/v1/sessions/{id}/token"),
+    ("PUT", "/v1/sessions/{id}/status"),
+]
+AGENTS = ("sync", "token", "status")
+"""The last words of the routes that are the agent's; the others are the product's."""
+
+
+def assert_problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body["type"] == f"urn:preview-sync:problem:{kind}", body
+    assert body["status"] == status
+    assert body["detail"]
+    return body
+
+
+def status_report(head: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    report = {"state": "serving", "revision": head["revision"], "epoch": head["epoch"], "problems": []}
+    return {**report, "dev_server": "ready", "agent_version": "0.1.0", **changed}
+
+
+async def report(world: World, session: dict[str, Any], token: str, **changed: Any) -> httpx.Response:
+    return await world.http.put(
+        f"/v1/sessions/{session['session_id']}/status",
+        # `json.dumps` writes NaN, as lax clients do; `json=` would not.
+        content=json.dumps(status_report({"revision": 0, "epoch": None}, **changed)),
+        headers=bearer(token),
+    )
+
+
+async def sync(world: World, session: dict[str, Any], **body: Any) -> httpx.Response:
+    return await world.http.post(
+        f"/v1/sessions/{session['session_id']}/sync",
+        json={"epoch": None, "revision": 0, "reason": "join", **body},
+        headers=bearer(world.token(session)),
+    )
+
+
+async def head_of(world: World, session: dict[str, Any]) -> dict[str, Any]:
+    answer = await report(world, session, world.token(session))
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body

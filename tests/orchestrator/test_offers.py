@@ -175,6 +175,22 @@ async def test_a_broken_or_vanished_archive_is_built_anew(world: World, cache: O
     assert len(builder.built) == 3
 
 
+async def test_a_hundred_complaints_about_one_archive_are_one_rebuild(
+    world: World, cache: OfferCache
+) -> None:
+    project, now = await world.project(), [1000.0]
+    builder = PaperBuilder(world)
+    here, there = source(world, builder, cache, now), source(world, builder, cache, now)
+    broken = await here.offer(project)
+    for orchestrator in (here, there):
+        offered = await asyncio.gather(*(orchestrator.offer(project, rebuild=True) for _ in range(50)))
+        assert broken.url not in {offer.url for offer in offered}
+    assert builder.built == [(None, False), (None, True)]
+    now[0] += offers.REBUILD_REST
+    await there.offer(project, rebuild=True)
+    assert builder.built[2:] == [(None, True)]
+
+
 async def test_a_redis_that_goes_away_in_the_middle_costs_time_and_nothing_else(
     world: World, redis_server: RedisServer
 ) -> None:

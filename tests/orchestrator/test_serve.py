@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import psycopg
@@ -48,8 +50,27 @@ def port() -> int:
 
 
 @pytest.fixture
-def service(database: str, port: int, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    environ = settings(database, PORT=str(port), MACHINES_DIR=str(tmp_path / "machines"), LOG_FORMAT="json")
+def storage() -> Iterator[socket.socket]:
+    """A Storage that takes what is sent and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        yield listener
+
+
+@pytest.fixture
+def service(
+    database: str, port: int, tmp_path: Path, storage: socket.socket
+) -> Iterator[subprocess.Popen[str]]:
+    environ = settings(
+        database,
+        PORT=str(port),
+        MACHINES_DIR=str(tmp_path / "machines"),
+        LOG_FORMAT="json",
+        SUPABASE_URL=f"http://127.0.0.1:{storage.getsockname()[1]}",
+        CREATE_WAIT="1.5",
+        TEMPLATE_DIR=str(tmp_path / "empty"),
+    )
+    (tmp_path / "empty").mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator_stub", "serve"],
         env={"PATH": os.environ["PATH"], **environ}, stderr=subprocess.PIPE, text=True,
@@ -88,6 +109,30 @@ def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str],
     said = service.stderr.read()
     assert SERVICE_KEY not in said
     assert SECRET not in said
+
+
+def test_a_request_under_way_is_answered_before_the_stop(
+    service: subprocess.Popen[str], port: int, database: str, storage: socket.socket
+) -> None:
+    user, project = uuid4(), uuid4()
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("insert into auth.users (id) values (%s)", (user,))
+        connection.execute("insert into public.user_profiles (id) values (%s)", (user,))
+        connection.execute("insert into public.projects (id, owner_id) values (%s, %s)", (project, user))
+    with ThreadPoolExecutor() as threads:
+        url, body = f"http://127.0.0.1:{port}/v1/sessions", {"project_id": str(project)}
+        asked = threads.submit(httpx.post, url, json=body, headers=bearer(SERVICE_KEY), timeout=15)
+        upload, _ = storage.accept()
+        # The snapshot is being uploaded, and the request waits for it.
+        service.send_signal(signal.SIGTERM)
+        answer = asked.result()
+        upload.close()
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["state"] == "provisioning"
+    assert service.wait(timeout=15) == 0
+    with psycopg.connect(database, autocommit=True) as connection:
+        rows = connection.execute("select state, machine_id from preview.sessions").fetchall()
+    assert rows == [("provisioning", None)], "another orchestrator goes on from here"
 
 
 def test_every_bad_setting_is_named_at_once() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import io
 import json
+import random
+import resource
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.offers import KeptSnapshots, PostgresOffers
-from orchestrator_stub.snapshots import BUCKET, Snapshot, Snapshots
+from orchestrator_stub.snapshots import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
 from orchestrator_stub.storage import StorageClient, StorageFailure
 from tests.fakes.serving import Local, serve_local
 
@@ -211,6 +213,23 @@ async def test_what_cannot_be_built_says_why(world: World) -> None:
     with pytest.raises(SnapshotUnavailable, match="NoSuchKey"):
         await world.snapshots.build(world.project_id)
     assert await world.storage.list(BUCKET, str(world.project_id)) == []
+
+
+async def test_no_room_for_the_archive_is_said_and_passes(world: World) -> None:
+    """A file may not grow beyond a size here: what a full disk looks like to whoever writes."""
+    content = random.Random(1).randbytes(SPOOL_BYTES + 2**20)
+    digest = await world.asset(content)
+    await world.write(
+        {"action": "update", "file_path": "x.bin", "content_hash": digest, "encoding": "base64"}
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SPOOL_BYTES, limits[1]))
+    try:
+        with pytest.raises(SnapshotUnavailable, match="File too large"):
+            await world.snapshots.build(world.project_id)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (await world.snapshots.build(world.project_id)).bytes > SPOOL_BYTES
 
 
 async def test_storage_says_whether_trying_again_can_help(world: World) -> None:
