@@ -72,7 +72,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"preview-agent run", Run(until="agent.started")),
     (r"env -u SUPABASE_SERVICE_ROLE_KEY preview-agent run", Run(until="shadow.begun")),
     (r"preview-agent record \S+", Run(until="recording into")),
-    (r"preview-agent replay \S+\.jsonl .*", Run(says="^ok")),
+    (r"preview-agent replay \S+\.jsonl( .*)?", Run(says="^ok")),
     # --- the orchestrator
     (r"DATABASE_URL=\S+ preview-orchestrator migrate", Run(says="nothing to apply")),
     (r"preview-orchestrator migrate", MENTION),

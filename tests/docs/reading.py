@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 DOCUMENTS = sorted(
     {
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "supabase/README.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name / "README.md" for name in ("supabase", "tests/scenarios")),
         *(ROOT / "docs").rglob("*.md"),
     }
 )
