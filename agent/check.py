@@ -234,7 +234,8 @@ async def _project(settings: Settings) -> list[Finding]:
     runs = " ".join(argv) if argv else "no dev script: nothing will be started"
     grade = ok if argv else warn
     if argv and not settings.dev_command and shutil.which(found.manager.value) is None:
-        return [warn("project", f"{found.manager.value} is not installed here"), grade("project", runs)]
+        fetched = f"{found.manager.value} is not installed here: npm fetches it for each install; add it to the image"
+        return [warn("project", fetched), grade("project", runs)]
     return [ok("project", f"{with_lock}; {state}"), grade("project", runs)]
 
 

@@ -4,9 +4,9 @@
     cached     an earlier install for the same key is hard-linked into place
     installed  the package manager ran in a staged directory, and its result was swapped in
 
-Until the swap, two renames, the old node_modules and whatever runs on it stay as they are; an install that
-fails, hangs or is killed leaves them so for good. Every step that touches what the project's user owns runs
-as that user: the agent, which may be root, writes nothing there itself.
+Until the swap, two renames for each node_modules, the old ones and whatever runs on them stay as they are; an
+install that fails, hangs or is killed leaves them so for good, and a swap that is cut short is undone. Every step
+that touches what the project's user owns runs as that user: the agent, which may be root, writes nothing there itself.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from enum import StrEnum
 from pathlib import Path
 from uuid import UUID
 
-from agent import child, project
+from agent import child, project, swap
 from agent.child import Finished
 from agent.config import Settings
 from agent.model import Problem
-from agent.project import Manager, Project
+from agent.project import Manager, Project, ProjectUnreadable
 from agent.reaper import Reaper
 from agent.rights import Rights, environment
 
@@ -45,15 +45,8 @@ _STALE_LOCK = re.compile(
 )
 """How each package manager says that its lock file and package.json disagree."""
 
-LINK = 'cp -al "$1" "$2" 2>/dev/null || { rm -rf "$2"; cp -Rp "$1" "$2"; }'
-SEAL = """
-mkdir -p "$1" && [ ! -L "$1" ] && printf '{"key": "%s"}\\n' "$2" >"$1/$3"
-"""
-SWAP = """
-set -e
-if [ -e "$2" ] || [ -L "$2" ]; then mv "$2" "$3/old"; fi
-mv "$1" "$2" || { [ ! -e "$3/old" ] || mv "$3/old" "$2"; exit 1; }
-"""
+STEPS = {"stage": "stage the install", "seal": "finish the install", "swap": "put node_modules in place"}
+"""What fails, in a problem's words."""
 
 
 class How(StrEnum):
@@ -121,7 +114,7 @@ class Installer:
                     os.chown(self._project_dir, user.uid, user.gid, follow_symlinks=False)
         left = [entry.path for entry in os.scandir(self._directory) if _is_left_over(entry.name)]
         if left:
-            await self._shell('rm -rf -- "$@"', *left)
+            await self._shell(swap.PUT_BACK, str(self._project_dir), *left)
 
     async def install(self, wanted: Project) -> Result:
         """Make `wanted.modules` what the project wants. Never raises for what the project did wrong."""
@@ -150,31 +143,36 @@ class Installer:
         kept = self._directory / "cache" / wanted.key
         if not (kept / "node_modules").is_dir():
             return False
-        done = await self._shell(
-            f'mkdir "$3" && {{ {LINK}; }} && {{ touch "$4"; }}',
-            *map(str, (kept / "node_modules", stage / "node_modules", stage, kept)),
-        )
+        await self._do("stage", swap.STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
+        done = await self._shell(f'({swap.LINK}) && touch "$1"', str(kept), str(stage / "tree"))
         if not done.ok:
-            await self._shell('rm -rf -- "$1"', str(stage))
+            await self._discard(stage)
             return False
         await self._swap(wanted, stage)
         return True
 
     async def _fresh(self, wanted: Project, stage: Path) -> None:
-        await self._prepare(wanted, stage)
+        staged = await self._prepare(wanted, stage)
         env = self._environment()
-        commands = [self._command] if self._command else _commands(wanted, scripts=self._scripts)
-        done, stale = await self._manager(commands[0], stage, env)
+        commands = [self._command] if self._command else _commands(staged, scripts=self._scripts)
+        prefix = () if self._command else self._fetched(staged)
+        done, stale = await self._manager((*prefix, *commands[0]), staged.root, env)
         if not done.ok and len(commands) > 1 and stale:
             self._on_line(f"{wanted.lock} does not match package.json; installing without it")
-            done, _ = await self._manager(commands[1], stage, env)
+            done, _ = await self._manager((*prefix, *commands[1]), staged.root, env)
         if not done.ok:
             raise _explained(commands[0], done, self._seconds)
-        sealed = await self._shell(SEAL, str(stage / "node_modules"), wanted.key, project.RECORD)
-        if not sealed.ok:
-            raise _Failed("seal", f"cannot finish the install: {_last(sealed)}")
-        await self._keep(wanted, stage)
+        await self._do("seal", swap.SEAL, staged.root, staged.key, project.RECORD)
+        await self._keep(staged, stage)
         await self._swap(wanted, stage)
+
+    def _fetched(self, wanted: Project) -> tuple[str, ...]:
+        """What to put before the command so that npm fetches a package manager that is not installed."""
+        name, path = wanted.manager.value, self._environ.get("PATH")
+        if shutil.which(name, path=path) or not shutil.which("npm", path=path):
+            return ()
+        self._on_line(f"{name} is not installed here; npm fetches {wanted.package}")
+        return ("npm", "exec", "--yes", f"--package={wanted.package}", "--")
 
     async def _manager(
         self, command: Sequence[str], stage: Path, env: Mapping[str, str]
@@ -193,24 +191,28 @@ class Installer:
         )  # fmt: skip
         return done, stale
 
-    async def _prepare(self, wanted: Project, stage: Path) -> None:
-        if wanted.whole_tree or self._command:
-            script = 'mkdir "$2" && cd "$1" && tar --exclude=node_modules --exclude=.git -cf - . | tar -C "$2" -xf -'
-            done = await self._shell(script, str(wanted.root), str(stage))
-        else:
-            script = 'mkdir "$1" && d=$1 && shift && cp -p -- "$@" "$d"'
-            done = await self._shell(script, str(stage), *_manifests(wanted))
-        if not done.ok:
-            raise _Failed("stage", f"cannot stage the install in {stage}: {_last(done)}")
+    async def _prepare(self, wanted: Project, stage: Path) -> Project:
+        """Fill the stage; the project as it was copied, which may be a save later than `wanted`."""
+        whole = wanted.whole_tree or self._command
+        script, files = (swap.STAGE_ALL, ()) if whole else (swap.STAGE_SOME, _manifests(wanted))
+        await self._do("stage", script, wanted.root, stage, *files)
+        try:
+            staged = project.find(stage / "tree", scripts=self._scripts)
+        except ProjectUnreadable as error:
+            raise _Failed("package_json", str(error)) from None
+        if staged is None or not staged.has_dependencies:
+            raise _Failed(
+                "stage", "package.json changed while it was read; it is looked at again on its next change"
+            )
+        return staged
 
-    async def _keep(self, wanted: Project, stage: Path) -> None:
+    async def _keep(self, staged: Project, stage: Path) -> None:
         """Into the cache, for the next time. That it cannot be kept is no reason to fail."""
-        kept = self._directory / "cache" / wanted.key
+        kept = self._directory / "cache" / staged.key
         done = await self._shell(
-            f'mkdir -p "$3" "$4" && {{ {LINK}; }} && {{ mv "$4" "$5" 2>/dev/null || [ -d "$5" ]; }}',
-            str(stage / "node_modules"), str(stage / "kept" / "node_modules"),
-            str(kept.parent), str(stage / "kept"), str(kept),
-        )  # fmt: skip
+            f'mkdir -p "$2" "$3" && ({swap.LINK}) && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
+            *map(str, (staged.root, stage / "kept", kept.parent, kept)),
+        )
         if not done.ok:
             self._on_line(f"the install is not kept for the next time: {_last(done)}")
             return
@@ -220,12 +222,16 @@ class Installer:
                 await self._shell('rm -rf -- "$@"', *(entry.path for entry in old))
 
     async def _swap(self, wanted: Project, stage: Path) -> None:
-        done = await self._shell(SWAP, str(stage / "node_modules"), str(wanted.modules), str(stage))
-        if not done.ok:
-            raise _Failed("swap", f"cannot put node_modules in place: {_last(done)}")
+        await self._do("swap", swap.SWAP, stage / "tree", wanted.root, stage / "old")
 
     async def _discard(self, stage: Path) -> None:
-        await self._shell('rm -rf -- "$1"', str(stage))
+        await self._shell(swap.PUT_BACK, str(self._project_dir), str(stage))
+
+    async def _do(self, rule: str, script: str, *arguments: str | Path) -> None:
+        """One step of ours. Raises `_Failed`."""
+        done = await self._shell(script, *map(str, arguments))
+        if not done.ok:
+            raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
 
     async def _shell(self, script: str, *arguments: str) -> Finished:
         return await child.run(
@@ -239,6 +245,10 @@ class Installer:
             "npm_config_update_notifier": "false",
             "YARN_NODE_LINKER": "node-modules",
             "YARN_ENABLE_SCRIPTS": str(self._scripts).lower(),
+            "YARN_ENABLE_TELEMETRY": "false",
+            # The paths that pnpm would write into .bin are those of the stage.
+            "npm_config_extend_node_path": "false",
+            "pnpm_config_extend_node_path": "false",
         }
         env = environment(self._environ, user=self._rights.user, more=more, install=True)
         if not os.path.isdir(env["HOME"]):
@@ -264,10 +274,10 @@ def _commands(wanted: Project, *, scripts: bool) -> list[tuple[str, ...]]:
             return [(*start, "--frozen-lockfile"), (*start, "--no-frozen-lockfile")][
                 0 if wanted.lock else 1 :
             ]
+        case Manager.YARN if wanted.modern_yarn:
+            strict, start = ("yarn", "install", "--immutable"), ("yarn", "install", "--no-immutable")
+            return [strict, start] if wanted.lock else [start]
         case Manager.YARN:
-            head = project.read_small(wanted.root / "yarn.lock") if wanted.lock else None
-            if head is not None and b"__metadata:" in head[:4096]:
-                return [("yarn", "install", "--immutable"), ("yarn", "install", "--no-immutable")]
             start = ("yarn", "install", "--non-interactive", "--prefer-offline", "--production=false", *quiet)
             return [(*start, "--frozen-lockfile"), start] if wanted.lock else [(*start, "--no-lockfile")]
         case Manager.BUN:
@@ -280,7 +290,9 @@ def _explained(command: Sequence[str], done: Finished, seconds: float) -> _Faile
     if done.timed_out:
         return _Failed("timeout", f"{command[0]} did not end within {seconds:g} s\n{said}".rstrip())
     if done.code == 126 and f"cannot run {command[0]}" in said:
-        return _Failed("missing", f"{command[0]} is not installed here")
+        return _Failed(
+            "missing", f"{command[0]} is not installed here; add it to the image, or set INSTALL_COMMAND"
+        )
     return _Failed("exit", f"{' '.join(command[:2])} ended with {done.code}\n{said}".rstrip())
 
 

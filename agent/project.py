@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 import sys
 from collections.abc import Iterable, Mapping
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import AgentError
+from agent.swap import PLACES
 
 LARGEST = 64 * 2**20
 """Bytes. Lock files of big workspaces reach 10 MB; past this it is not one."""
 RECORD = ".preview-install.json"
 """In node_modules: which key it was installed for."""
+MOST_RECORDED = 2**20
+"""Bytes of a record that is believed."""
 
 
 class ProjectUnreadable(AgentError):
@@ -56,11 +60,16 @@ DEPENDENCY_FIELDS = (
     "overrides", "resolutions", "workspaces", "pnpm", "packageManager", "trustedDependencies",
 )  # fmt: skip
 """Of package.json. A changed script or description needs no install."""
+RELEASES = {Manager.NPM: "11", Manager.PNPM: "10", Manager.YARN: "1", Manager.BUN: "1"}
+"""Of a package manager that is fetched for a project that names none."""
+MOST_PACKAGES = 1000
+"""Of one workspace."""
 LOCAL_SPECS = ("file:", "link:", "portal:", "workspace:")
 RELEVANT = re.compile(
     r"\.([cm]?[jt]sx?|json|html?|vue|svelte|astro|mdx|ya?ml|toml)$|(^|/)\.env|rc$|lock", re.I
 )
 """What may cure a dev server that failed: code, configuration, environment; not pictures, not prose."""
+RELEASE = re.compile(r"\d+(\.\d+){0,2}(-[0-9A-Za-z.-]+)?")
 SHELL = re.compile(r"[|&;<>()$`\\\"'*?\[#~\n]|^\w+=")
 """A script that has any of this is for a shell."""
 
@@ -68,6 +77,8 @@ SHELL = re.compile(r"[|&;<>()$`\\\"'*?\[#~\n]|^\w+=")
 @dataclass(frozen=True, slots=True)
 class Project:
     """A project as its files describe it. `root` is where its package.json stands.
+
+    `modern_yarn`: Yarn from 2 on, which shares nothing but the name with its first release.
 
     `lock` is the lock file's name or None. `key` names the node_modules this project wants: two projects with
     one key can share one. `whole_tree`: the install needs more of the project than its manifests. `script` is
@@ -81,6 +92,16 @@ class Project:
     whole_tree: bool
     script_name: str | None
     script: str | None
+    release: str | None
+    """Version of the package manager that package.json asks for."""
+    modern_yarn: bool
+
+    @property
+    def package(self) -> str:
+        """The package manager as a package of npm's registry."""
+        if self.modern_yarn:
+            return f"@yarnpkg/cli-dist@{self.release or 4}"
+        return f"{self.manager.value}@{self.release or RELEASES[self.manager]}"
 
     @property
     def modules(self) -> Path:
@@ -103,9 +124,10 @@ class Project:
             words = shlex.split(self.script)
             if words and words[0] == "vite" and words[1:2] != ["build"]:
                 return (str(self.modules / ".bin" / "vite"), *words[1:], *flags)
-        forward = () if self.manager is Manager.YARN else ("--",)
+        runner = self.manager if shutil.which(self.manager) else Manager.NPM
+        forward = () if runner is Manager.YARN else ("--",)
         extra = flags if "vite" in self.script else ()
-        return (self.manager.value, "run", str(self.script_name), *(forward if extra else ()), *extra)
+        return (runner.value, "run", str(self.script_name), *(forward if extra else ()), *extra)
 
 
 NO_DEPENDENCIES = "none"
@@ -151,7 +173,10 @@ def _read(root: Path, scripts: bool) -> Project:
     if not isinstance(package, dict):
         raise ProjectUnreadable("cannot read package.json: it is not an object")
     lock = next((name for name in LOCKS if os.path.lexists(root / name)), None)
-    manager = LOCKS[lock] if lock else _named_manager(package)
+    named_manager, release = _named_manager(package)
+    manager = LOCKS[lock] if lock else named_manager
+    release = release if manager is named_manager else None
+    whole_tree = _needs_tree(root, package)
     declared = package.get("scripts")
     named: dict[str, Any] = declared if isinstance(declared, dict) else {}
     script_name = next((n for n in ("dev", "start") if isinstance(named.get(n), str)), None)
@@ -159,20 +184,35 @@ def _read(root: Path, scripts: bool) -> Project:
         root=root,
         manager=manager,
         lock=lock,
-        key=_key(root, package, manager, lock, scripts),
-        whole_tree=_needs_tree(package) or os.path.lexists(root / "pnpm-workspace.yaml"),
+        key=_key(root, package, manager, lock, scripts, whole_tree),
+        whole_tree=whole_tree,
         script_name=script_name,
         script=named[script_name].strip() if script_name else None,
+        release=release,
+        modern_yarn=manager is Manager.YARN and _is_modern_yarn(root, release),
     )
 
 
-def _named_manager(package: Mapping[str, Any]) -> Manager:
-    named = str(package.get("packageManager", "")).partition("@")[0]
-    return next((m for m in Manager if m.value == named), Manager.NPM)
+def _named_manager(package: Mapping[str, Any]) -> tuple[Manager, str | None]:
+    """By the field `packageManager`: `pnpm@10.1.0+sha512.…`."""
+    named, _, release = str(package.get("packageManager", "")).partition("+")[0].partition("@")
+    manager = next((m for m in Manager if m.value == named), Manager.NPM)
+    return manager, release if manager.value == named and RELEASE.fullmatch(release) else None
 
 
-def _needs_tree(package: Mapping[str, Any]) -> bool:
-    if package.get("workspaces"):
+def _is_modern_yarn(root: Path, release: str | None) -> bool:
+    if release:
+        return not release.startswith("1.")
+    lock = read_small(root / "yarn.lock")
+    return b"__metadata:" in lock[:4096] if lock else os.path.lexists(root / ".yarnrc.yml")
+
+
+def _needs_tree(root: Path, package: Mapping[str, Any]) -> bool:
+    if any(os.path.lexists(root / name) for name in ("pnpm-workspace.yaml", ".yarn")):
+        return True
+    pnpm = package.get("pnpm")
+    patched = pnpm.get("patchedDependencies") if isinstance(pnpm, dict) else None
+    if package.get("workspaces") or package.get("patchedDependencies") or patched:
         return True
     for name in DEPENDENCY_FIELDS[:3]:
         specs = package.get(name)
@@ -181,7 +221,14 @@ def _needs_tree(package: Mapping[str, Any]) -> bool:
     return False
 
 
-def _key(root: Path, package: Mapping[str, Any], manager: Manager, lock: str | None, scripts: bool) -> str:
+def _key(
+    root: Path,
+    package: Mapping[str, Any],
+    manager: Manager,
+    lock: str | None,
+    scripts: bool,
+    whole_tree: bool,
+) -> str:
     fields = {name: package[name] for name in DEPENDENCY_FIELDS if package.get(name)}
     if (
         not lock
@@ -197,10 +244,31 @@ def _key(root: Path, package: Mapping[str, Any], manager: Manager, lock: str | N
         if (content := read_small(root / name)) is not None:
             whole.update(f"\0{name}\0{len(content)}\0".encode())
             whole.update(content)
+    if whole_tree:
+        whole.update(json.dumps(_packages(root), sort_keys=True).encode())
     return whole.hexdigest()[:40]
 
 
-def read_small(path: Path) -> bytes | None:
+def _packages(root: Path) -> dict[str, Any]:
+    """What the packages of a workspace depend on, by path."""
+    found: dict[str, Any] = {}
+    for place, directories, files in os.walk(root):
+        directories[:] = sorted(d for d in directories if d != "node_modules" and not d.startswith("."))
+        if "package.json" not in files or Path(place) == root:
+            continue
+        raw = read_small(Path(place, "package.json")) or b""
+        try:
+            package = json.loads(raw)
+            told = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
+        except (ValueError, AttributeError):
+            told = {"unreadable": hashlib.sha256(raw).hexdigest()}
+        found[os.path.relpath(place, root)] = told
+        if len(found) == MOST_PACKAGES:
+            break
+    return found
+
+
+def read_small(path: Path, most: int = LARGEST) -> bytes | None:
     """A regular file's bytes, never through a link, never waiting; None when it is not that or too large."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -208,23 +276,26 @@ def read_small(path: Path) -> bytes | None:
         return None
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
             return None
         with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read(LARGEST + 1)
+            return file.read(most + 1)
     finally:
         os.close(fd)
 
 
 def installed_key(modules: Path) -> str | None:
-    """Which key a node_modules was installed for; None when nobody recorded it."""
-    if modules.is_symlink() or (raw := read_small(modules / RECORD)) is None:
+    """Which key a node_modules was installed for; None when nobody recorded it, or part of its set is gone."""
+    if modules.is_symlink() or (raw := read_small(modules / RECORD, MOST_RECORDED)) is None:
         return None
     try:
         key = json.loads(raw)["key"]
     except (ValueError, KeyError, TypeError):
         return None
-    return key if isinstance(key, str) else None
+    places = (read_small(modules / PLACES, MOST_RECORDED) or b"").decode(errors="replace").splitlines()
+    if not isinstance(key, str) or not all((modules.parent / place).is_dir() for place in places):
+        return None
+    return key
 
 
 def decides_install(path: str, prefix: str) -> bool:

@@ -44,13 +44,19 @@ def with_dependency(root: Path, **package: object) -> Project:
 class Bench:
     """An installer, its settings and what it said."""
 
-    def __init__(self, tmp_path: Path, rights: Rights | None = None, **settings: object) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        rights: Rights | None = None,
+        environ: dict[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         self.root = tmp_path / "project"
         self.lines: list[str] = []
         given: dict[str, object] = {"project_id": UUID(int=1), "session_id": UUID(int=1), **settings}
         self.settings = Settings(project_dir=self.root, **given)  # type: ignore[arg-type]
         self.installer = Installer(
-            self.settings, environ=os.environ, rights=rights or Rights(), on_line=self.lines.append
+            self.settings, environ=environ or os.environ, rights=rights or Rights(), on_line=self.lines.append
         )
 
     async def install(self, wanted: Project) -> Result:
@@ -159,7 +165,7 @@ async def test_an_install_killed_half_way_leaves_everything_as_it_was(tmp_path: 
     before = snapshot(wanted.modules)
     bad = Bench(tmp_path, install_command=fake("mkdir -p node_modules/half; touch started; sleep 60"))
     task = asyncio.create_task(bad.install(write(bad.root, dependencies={"thing": "2"})))
-    await until(lambda: list(bad.settings.modules.glob("stage-*/started")))
+    await until(lambda: list(bad.settings.modules.glob("stage-*/tree/started")))
     os.kill(running("touch started")[0], signal.SIGKILL)
     result = await task
     assert result.problem is not None
@@ -191,7 +197,7 @@ installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=pri
 asyncio.run(installer.install(find(root)))
 """
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
-    await until(lambda: list(bench.settings.modules.glob("stage-*/started")))
+    await until(lambda: list(bench.settings.modules.glob("stage-*/tree/started")))
     agent.kill()
     await agent.wait()
     await until(lambda: running(f"# {tmp_path}") == [], 5)
@@ -201,10 +207,139 @@ asyncio.run(installer.install(find(root)))
     assert bench.leftovers == []
 
 
+WORKSPACE = "for d in . packages/a packages/b; do (mkdir -p $d && cd $d && " + FAKE + "); done"
+
+
+def slow_mv(directory: Path, after: int) -> dict[str, str]:
+    """An environment whose `mv` comes to a stop at its call number `after` of a swap, and says so in `here`."""
+    binary = directory / "bin"
+    binary.mkdir(exist_ok=True)
+    (binary / "mv").write_text(
+        f"""#!/bin/sh
+case "$*" in *stage-*/old*|*project/*) echo >>{directory}/calls;; esac
+if [ "$(grep -c '' {directory}/calls)" = {after} ]; then : >{directory}/here; sleep 60; fi
+exec {shutil.which("mv")} "$@"
+"""
+    )
+    (binary / "mv").chmod(0o755)
+    return {**os.environ, "PATH": f"{binary}:{os.environ['PATH']}"}
+
+
+def workspace(root: Path, version: str) -> Project:
+    for name in ("a", "b"):
+        write(root / "packages" / name, name=name, dependencies={"thing": version})
+    return write(root, workspaces=["packages/*"], dependencies={"thing": version})
+
+
+@pytest.mark.parametrize("after", [2, 6, 7])
+@pytest.mark.parametrize("end", ["killed", "cancelled"])
+async def test_a_swap_that_is_cut_short_at_any_of_its_renames_is_undone(
+    tmp_path: Path, after: int, end: str
+) -> None:
+    """Killed, with the agent: by the next one that opens. Cancelled, as when the agent is told to stop: at once."""
+    good = Bench(tmp_path, install_command=fake(WORKSPACE))
+    await good.install(workspace(good.root, "1"))
+    before = snapshot(good.root)
+    assert len([name for name in before if name.endswith("made")]) == 3
+    packages = {name: content for name, content in before.items() if name.endswith("package.json")}
+    (tmp_path / "calls").touch()
+    bad = Bench(tmp_path, environ=slow_mv(tmp_path, after), install_command=fake(WORKSPACE))
+    task = asyncio.create_task(bad.install(workspace(bad.root, "2")))
+    await until(lambda: (tmp_path / "here").exists() or task.done())
+    assert not task.done(), task.result()
+    if end == "killed":
+        bad.installer._discard = _nothing  # type: ignore[method-assign]
+        for pid in running(str(tmp_path)):
+            os.kill(pid, signal.SIGKILL)
+        await task
+        assert snapshot(bad.root) != before | packages
+        await good.installer.open()
+    else:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    workspace(good.root, "1")
+    assert snapshot(good.root) == before
+    assert good.leftovers == []
+
+
+async def _nothing(stage: Path) -> None:
+    """What an agent that is killed does about its stage."""
+
+
+async def test_what_a_workspace_no_longer_has_goes_with_the_swap(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, install_command=fake(WORKSPACE))
+    await bench.install(workspace(bench.root, "1"))
+    fewer = Bench(tmp_path, install_command=fake())
+    result = await fewer.install(workspace(bench.root, "2"))
+    assert result.how is How.INSTALLED
+    assert not list(bench.root.glob("packages/*/node_modules"))
+    assert (bench.root / "node_modules" / "thing" / "made").exists()
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "directory", "link to a directory"])
+async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_never_followed(
+    tmp_path: Path, planted: str
+) -> None:
+    bench = Bench(tmp_path, install_command=fake())
+    wanted = write(bench.root, dependencies={"thing": "1"})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / project.RECORD).write_text(json.dumps({"key": wanted.key}))
+    match planted:
+        case "link":
+            wanted.modules.symlink_to(tmp_path / "nowhere")
+        case "file":
+            wanted.modules.write_text("not a directory")
+        case "directory":
+            (wanted.modules / "mine").mkdir(parents=True)
+        case _:
+            wanted.modules.symlink_to(elsewhere)
+    result = await bench.install(wanted)
+    assert (result.how, result.problem) == (How.INSTALLED, None)
+    assert (wanted.modules / "thing" / "made").exists()
+    assert not wanted.modules.is_symlink()
+    assert sorted(path.name for path in elsewhere.iterdir()) == [project.RECORD]
+
+
+async def test_a_node_modules_that_somebody_makes_during_the_swap_is_not_moved_into(tmp_path: Path) -> None:
+    """`mv` into the place that has just been cleared would otherwise end in node_modules/node_modules."""
+    good = Bench(tmp_path, install_command=fake())
+    wanted = write(good.root, dependencies={"thing": "1"})
+    await good.install(wanted)
+    before = snapshot(wanted.modules)
+    (tmp_path / "bin").mkdir()
+    mv = tmp_path / "bin" / "mv"
+    mv.write_text(
+        f'#!/bin/sh\n{shutil.which("mv")} "$@" || exit\n'
+        f'case "$*" in *stage-*/old/*) mkdir -p {wanted.modules}/planted;; esac\n'
+    )
+    mv.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{mv.parent}:{os.environ['PATH']}"}
+    bad = Bench(tmp_path, environ=environ, install_command=fake())
+    result = await bad.install(write(bad.root, dependencies={"thing": "2"}))
+    assert result.problem is not None
+    assert result.problem.rule == "swap"
+    assert snapshot(wanted.modules) == before
+    assert bad.leftovers == []
+
+
+async def test_a_save_during_the_copy_is_installed_as_what_it_is(tmp_path: Path) -> None:
+    """The key that was asked for and the files that were staged are two reads; the second one counts."""
+    bench = Bench(tmp_path, install_command=fake())
+    stale = write(bench.root, dependencies={"thing": "1"})
+    newer = write(bench.root, dependencies={"thing": "2"})
+    result = await bench.install(stale)
+    assert result.how is How.INSTALLED
+    assert project.installed_key(newer.modules) == newer.key
+    assert [path.name for path in (bench.settings.modules / "cache").iterdir()] == [newer.key]
+    assert (await bench.install(newer)).how is How.CURRENT
+
+
 async def test_a_cancelled_install_leaves_nothing_running_and_no_stage(tmp_path: Path) -> None:
     bench = Bench(tmp_path, install_command=fake(f"touch started; sleep 60 # {tmp_path}"))
     task = asyncio.create_task(bench.install(write(bench.root, dependencies={"thing": "1"})))
-    await until(lambda: list(bench.settings.modules.glob("stage-*/started")))
+    await until(lambda: list(bench.settings.modules.glob("stage-*/tree/started")))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -213,16 +348,33 @@ async def test_a_cancelled_install_leaves_nothing_running_and_no_stage(tmp_path:
 
 
 async def test_a_package_manager_that_is_not_here_is_named(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+    """With the shell's own tools on PATH and no npm to fetch it with."""
+    bench = Bench(tmp_path, environ={"PATH": str(tmp_path / "bin")})
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "mkdir", "cp", "rm", "uname"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or "")
     write(bench.root, dependencies={"thing": "1"})
     (bench.root / "bun.lock").write_text("{}")
     wanted = find(bench.root)
     assert wanted is not None
-    if shutil.which("bun"):
-        pytest.skip("bun is installed here")
     result = await bench.install(wanted)
     assert result.problem is not None
-    assert (result.problem.rule, result.problem.detail) == ("missing", "bun is not installed here")
+    assert result.problem.rule == "missing"
+    assert result.problem.detail == "bun is not installed here; add it to the image, or set INSTALL_COMMAND"
+
+
+async def test_a_package_manager_that_is_not_here_is_fetched_with_npm(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in ("sh", "mkdir", "cp", "rm", "uname", "mv", "find", "cat", "sort"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool) or "")
+    (tmp_path / "bin" / "npm").write_text(f"#!/bin/sh\n{FAKE}\necho said $*\n")
+    (tmp_path / "bin" / "npm").chmod(0o755)
+    bench = Bench(tmp_path, environ={"PATH": str(tmp_path / "bin")})
+    wanted = write(bench.root, dependencies={"thing": "1"}, packageManager="pnpm@9.12.0+sha512.abc")
+    result = await bench.install(wanted)
+    assert result.how is How.INSTALLED
+    assert bench.lines[0] == "pnpm is not installed here; npm fetches pnpm@9.12.0"
+    assert bench.lines[-1].startswith("said exec --yes --package=pnpm@9.12.0 -- pnpm install ")
 
 
 @needs_npm
@@ -257,36 +409,103 @@ async def test_npm_installs_from_the_lock_and_without_it_when_the_two_disagree(t
     assert (bench.root / "package-lock.json").read_bytes() == lock, "the database is the source of truth"
 
 
+MANAGERS = {
+    "npm": ("npm@11", ["npm", "install", "--package-lock-only", "--ignore-scripts"], {}),
+    "pnpm": ("pnpm@10.20.0", ["pnpm", "install", "--lockfile-only"], {"packageManager": "pnpm@10.20.0"}),
+    "yarn": ("yarn@1", ["yarn", "install", "--ignore-scripts"], {}),
+    "yarn-4": ("@yarnpkg/cli-dist@4", ["yarn", "install", "--mode=update-lockfile"], {}),
+    "bun": ("bun@1", ["bun", "install", "--lockfile-only"], {}),
+}
+"""Each with the package it comes in, how a developer makes the lock file, and what package.json says more."""
+
+
+def by_hand(root: Path, package: str, command: list[str]) -> None:
+    """What a developer does at home; whatever that installed is not in the database."""
+    environ = os.environ | {"YARN_NODE_LINKER": "node-modules", "YARN_ENABLE_IMMUTABLE_INSTALLS": "false"}
+    fetched = ["npm", "exec", "--yes", f"--package={package}", "--", *command]
+    done = subprocess.run(fetched, cwd=root, capture_output=True, text=True, env=environ)
+    if "postinstall" in done.stderr:
+        pytest.skip("npm is not allowed to run the script that bun's package needs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for modules in list(root.rglob("node_modules")):
+        shutil.rmtree(modules, ignore_errors=True)
+
+
+@needs_npm
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("manager", "make_lock"),
-    [
-        ("pnpm", ["pnpm", "install", "--lockfile-only"]),
-        ("yarn", ["yarn", "install", "--ignore-scripts"]),
-        ("bun", ["bun", "install", "--lockfile-only"]),
-    ],
-)
-async def test_the_other_package_managers_do_the_same(
-    tmp_path: Path, manager: str, make_lock: list[str]
-) -> None:
-    """Against the registry, with whichever of them is on PATH."""
-    if shutil.which(manager) is None:
-        pytest.skip(f"{manager} is not installed here")
+@pytest.mark.parametrize("manager", MANAGERS)
+async def test_every_package_manager_does_the_same(tmp_path: Path, manager: str) -> None:
+    """Against the registry, with whichever of them is on PATH or else with what npm fetches."""
+    package, make_lock, more = MANAGERS[manager]
     bench = Bench(tmp_path)
-    write(bench.root, dependencies={"react": "^19.0.0"})
-    await asyncio.to_thread(subprocess.run, make_lock, cwd=bench.root, check=True, capture_output=True)
-    shutil.rmtree(bench.root / "node_modules", ignore_errors=True)
+    write(bench.root, dependencies={"react": "^19.0.0"}, **more)
+    if manager == "yarn-4":
+        (bench.root / "yarn.lock").touch()
+    await asyncio.to_thread(by_hand, bench.root, package, make_lock)
     wanted = find(bench.root)
     assert wanted is not None
-    assert wanted.manager.value == manager
-    assert (await bench.install(wanted)).how is How.INSTALLED
-    changed = write(bench.root, dependencies={"react": "^19.0.0", "csstype": "^3.0.0"})
-    assert (await bench.install(changed)).how is How.INSTALLED
+    assert (wanted.manager.value, wanted.modern_yarn) == (manager.partition("-")[0], manager == "yarn-4")
+    first = await bench.install(wanted)
+    assert first.how is How.INSTALLED, first.problem
+    changed = write(bench.root, dependencies={"react": "^19.0.0", "csstype": "^3.0.0"}, **more)
+    second = await bench.install(changed)
+    assert second.how is How.INSTALLED, second.problem
     assert any("does not match package.json" in line for line in bench.lines)
     shutil.rmtree(wanted.modules)
     assert (await bench.install(changed)).how is How.CACHED
     for name in ("react", "csstype"):
         assert (wanted.modules / name / "package.json").exists()
+
+
+@needs_npm
+@pytest.mark.nightly
+@pytest.mark.parametrize("manager", MANAGERS)
+async def test_a_workspace_gets_all_its_node_modules(tmp_path: Path, manager: str) -> None:
+    """Two packages, each with a React of its own, so that no hoisting makes one node_modules of them; one uses the
+    other."""
+    package, make_lock, more = MANAGERS[manager]
+    bench = Bench(tmp_path)
+    linked = "*" if manager in ("npm", "yarn") else "workspace:*"
+    app, library = bench.root / "packages" / "app", bench.root / "packages" / "library"
+    write(app, name="app", dependencies={"react": "19.1.0", "library": linked})
+    write(library, name="library", version="1.0.0", main="index.js", dependencies={"react": "18.3.1"})
+    (library / "index.js").write_text("exports.react = require('react').version\n")
+    write(bench.root, private=True, workspaces=["packages/*"], **more)
+    if manager == "pnpm":
+        (bench.root / "pnpm-workspace.yaml").write_text("packages: ['packages/*']\n")
+    if manager == "yarn-4":
+        (bench.root / "yarn.lock").touch()
+    await asyncio.to_thread(by_hand, bench.root, package, make_lock)
+    wanted = find(bench.root)
+    assert wanted is not None
+    assert wanted.whole_tree
+    result = await bench.install(wanted)
+    assert result.how is How.INSTALLED, result.problem
+    assert bench.leftovers == []
+
+    def versions() -> str:
+        script = "console.log(require('react').version, require('library').react)"
+        return subprocess.check_output(["node", "-e", script], cwd=app, text=True).strip()
+
+    assert versions() == "19.1.0 18.3.1"
+    assert (await bench.install(wanted)).how is How.CURRENT
+    for modules in bench.root.rglob("node_modules"):
+        shutil.rmtree(modules, ignore_errors=True)
+    assert (await bench.install(wanted)).how is How.CACHED
+    assert versions() == "19.1.0 18.3.1"
+    places = [p for p in bench.root.glob("packages/*/node_modules") if p.is_dir()]
+    if places:
+        shutil.rmtree(places[0])
+        assert (await bench.install(wanted)).how is How.CACHED, "a part of the set was missing"
+        assert versions() == "19.1.0 18.3.1"
+
+    write(app, name="app", dependencies={"react": "19.2.0", "library": linked})
+    changed = find(bench.root)
+    assert changed is not None
+    assert changed.key != wanted.key, "what a package asks for is part of what is wanted"
+    result = await bench.install(changed)
+    assert result.how is How.INSTALLED, result.problem
+    assert versions() == "19.2.0 18.3.1"
 
 
 @needs_npm
