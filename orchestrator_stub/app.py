@@ -45,6 +45,9 @@ RETRY_AFTER = 2.0
 UNAVAILABLE = (SnapshotUnavailable, StorageFailure, psycopg.OperationalError, OSError)
 """What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
+BODY_SECONDS = 10.0
+"""For a body to arrive: the largest that is read, at the pace of a bad mobile network."""
+
 UP = frozenset({"serving", "degraded"})
 """Agent states in which the preview answers (protocol: states)."""
 
@@ -325,10 +328,15 @@ class Api:
 
     async def _body(self, request: Request, form: type[Body]) -> Body:
         content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > self._settings.body_limit:
-                raise Refusal(413, "body_too_large", f"At most {self._settings.body_limit} bytes are read.")
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    content += chunk
+                    if len(content) > self._settings.body_limit:
+                        limit = f"At most {self._settings.body_limit} bytes are read."
+                        raise Refusal(413, "body_too_large", limit)
+        except TimeoutError:
+            raise Refusal(408, "body_too_slow", f"The body did not come within {BODY_SECONDS:g} s.") from None
         try:
             return form.model_validate_json(bytes(content) or b"{}")
         except ValidationError as error:

@@ -76,11 +76,15 @@ class SnapshotSource(Protocol):
         ...
 
 
+class BeginningRefused(Exception):
+    """What a new project was to begin with is not what a project may hold; asking again cannot help."""
+
+
 class Beginning(Protocol):
     """What a new project begins with."""
 
     async def give(self, project_id: UUID) -> bool:
-        """Give it to a project that never had a commit. Safe to repeat."""
+        """Give it to a project that never had a commit. Safe to repeat. Raises `BeginningRefused`."""
         ...
 
 
@@ -155,9 +159,10 @@ class Control:
                 spec = await self._spec(session)
                 with self._part("machine"):
                     machine = await self._driver.create(spec)
-        except MachineRefused as error:
+        except (MachineRefused, BeginningRefused) as error:
+            kind = "machine_refused" if isinstance(error, MachineRefused) else "template_refused"
             log.error("session.refused", session_id=str(session_id), reason=str(error))
-            await self.end(session_id, problem=f"machine_refused: {error}")
+            await self.end(session_id, problem=f"{kind}: {error}")
             return
         except (
             MachineError,

@@ -92,6 +92,7 @@ SAID = {
     401: "No token, or one that is not to be believed.",
     403: "The token is good, and not for this.",
     404: "There is no such project or session, or it is not the caller's.",
+    408: "The body did not arrive in time.",
     409: "Another generation's machine has the session.",
     410: "The session is over, or its project does not exist any more.",
     413: "The body is too large.",
@@ -123,7 +124,7 @@ def _operation(
 ) -> Schema:
     said = {"content": {"application/json": {"schema": _ref(answer)}}}
     problem = {"content": {"application/problem+json": {"schema": _ref("Problem")}}}
-    statuses = sorted({200, *ALWAYS, *also, *([413] if body else [])})
+    statuses = sorted({200, *ALWAYS, *also, *([408, 413] if body else [])})
     operation: Schema = {
         "summary": summary,
         "security": [{caller: []} for caller in callers],

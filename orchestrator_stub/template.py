@@ -11,6 +11,7 @@ from uuid import UUID
 
 import psycopg
 
+from orchestrator_stub.control import BeginningRefused
 from orchestrator_stub.database import Pool, head_of
 from orchestrator_stub.editor import as_text, scan
 from orchestrator_stub.storage import StorageClient, StorageFailure
@@ -35,7 +36,7 @@ class Template:
         """Write the template into a project that never had a commit. False: it had one, or is gone.
 
         Twice at once is once: each file is written only where no file is, and the second finds the first's.
-        Raises `StorageFailure`, `psycopg.OperationalError`, `OSError`.
+        Raises `BeginningRefused`, and `StorageFailure`, `psycopg.OperationalError`, `OSError` for what may pass.
         """
         if self._directory is None or not await self._is_new(project_id):
             return False
@@ -65,7 +66,11 @@ class Template:
         except psycopg.DatabaseError as error:
             if error.sqlstate in ("PT409", "PT404"):
                 return False
-            raise
+            if isinstance(error, psycopg.OperationalError):
+                raise
+            raise BeginningRefused(
+                f"{self._directory} is no template: {error.diag.message_primary}"
+            ) from error
         return True
 
     async def _is_new(self, project_id: UUID) -> bool:

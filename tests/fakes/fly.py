@@ -40,6 +40,8 @@ class Fly:
     start_seconds: float = 0.0
     per_second: float = 1.0
     burst: int = 3
+    full_is: int = 422
+    """The status of a creation for which there is no room."""
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
     leases: dict[str, tuple[str, float]] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -120,7 +122,9 @@ class Fly:
         if isinstance(planned, int):
             return _error(planned, "planned")
         if planned == "full" and action == "create":
-            return _error(422, "could not reserve resource for machine: insufficient memory available")
+            return _error(
+                self.full_is, "could not reserve resource for machine: insufficient memory available"
+            )
         status, said = await answer(request, body)
         return (0, said) if planned == "lost" else (status, said)
 

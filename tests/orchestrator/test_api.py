@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from orchestrator_stub.control import Control
+from orchestrator_stub.control import Control, Offer
 from orchestrator_stub.sessions import State
 from orchestrator_stub.tokens import read_session
 from tests.contract.golden import assert_same_form, load
@@ -374,6 +374,28 @@ async def test_a_part_that_is_away_is_a_503_that_says_when_to_ask_again(world: W
     answer = await sync(world, session)
     assert_problem(answer, 503, "unavailable")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator_stub.app.BODY_SECONDS", 0.1)
+
+    async def never(*_: object, **__: object) -> Offer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def drip() -> AsyncIterator[bytes]:
+        yield b'{"epoch": null,'
+        await asyncio.Event().wait()
+
+    async with control_world(database, request_timeout=0.3) as world:
+        session = await world.session()
+        path, token = f"/v1/sessions/{session['session_id']}", bearer(world.token(session))
+        slow = await world.http.post(f"{path}/sync", content=drip(), headers=token)
+        assert_problem(slow, 408, "body_too_slow")
+        monkeypatch.setattr(world.snapshots, "offer", never)
+        answer = await world.http.post(f"{path}/snapshot", headers=SERVICE)
+        assert_problem(answer, 503, "unavailable")
+        assert int(answer.headers["retry-after"]) >= 1
 
 
 async def test_the_states_of_the_answers_are_the_protocol_s() -> None:

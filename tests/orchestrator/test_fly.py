@@ -149,12 +149,27 @@ def test_what_is_refused_is_not_tried_again(status: int) -> None:
     on_fly(test)
 
 
-def test_a_full_region_is_no_refusal() -> None:
+@pytest.mark.parametrize("status", [412, 422])
+def test_a_full_region_is_no_refusal(status: int) -> None:
     async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.full_is = status
         fly.script = ["full"]
         with pytest.raises(MachineUnavailable, match="insufficient memory"):
             await driver.create(spec_for())
         await driver.create(spec_for())
+
+    on_fly(test)
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_conflict_over_a_name_that_nobody_has_is_for_later(status: int) -> None:
+    """The machine of that name is on its way out, or a precondition did not hold: the next sweep asks again."""
+
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        fly.script = [status]
+        with pytest.raises(MachineUnavailable):
+            await driver.create(spec_for())
+        assert [action for action, _ in fly.asked] == ["create", "list"]
 
     on_fly(test)
 
@@ -254,6 +269,11 @@ async def test_junk_from_the_platform_is_a_fault_of_the_platform() -> None:
             route.side_effect = [answer] * 5
             with pytest.raises(MachineUnavailable):
                 await api.create({"name": "x"})
+        listing = respx.get(f"{URL}/apps/{APP}/machines")
+        for junk in ({"machines": []}, [{"name": "without an id"}], ["x"]):
+            listing.side_effect = [httpx.Response(200, json=junk)]
+            with pytest.raises(MachineUnavailable):
+                await api.list()
         route.side_effect = [
             httpx.Response(429, headers={"retry-after": "soon"}), httpx.Response(200, json={"id": "m"}),
         ]  # fmt: skip

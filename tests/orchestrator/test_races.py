@@ -69,6 +69,29 @@ async def test_fifty_times_the_same_key_with_every_generation_is_one_machine_of_
     assert session.machine_id in world.platform.machines
 
 
+async def test_a_generation_asked_for_while_the_one_before_is_made_waits_for_no_sweep(world: World) -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(FakeMachines):
+        async def create(self, spec: MachineSpec) -> Machine:
+            asked.set()
+            await go_on.wait()
+            return await super().create(spec)
+
+    control = world.control_of(Slow(world.platform))
+    project = await world.project()
+    session, _ = await control.request(project, key="k", generation=1, ttl=600)
+    await asked.wait()
+    await control.request(project, key="k", generation=2, ttl=600)
+    go_on.set()
+    await idle(control)
+    assert [m.name for m in world.platform.machines.values()] == [machine_name(session.id, 2)]
+    kept = await world.store.get(session.id)
+    assert kept is not None
+    assert kept.machine_id in world.platform.machines
+    await control.close()
+
+
 async def test_ended_at_any_moment_of_its_beginning_it_leaves_nothing(
     world: World, both: list[Control]
 ) -> None:

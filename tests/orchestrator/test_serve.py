@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ import pytest
 
 from orchestrator_stub.migrations import read_migrations
 from orchestrator_stub.openapi import openapi_document
+from orchestrator_stub.tokens import Keyring
 from tests.orchestrator.control_world import SERVICE_KEY, bearer
 
 SECRET = "a secret of at least thirty-two bytes, for the tests"
@@ -41,6 +43,21 @@ def settings(dsn: str, **changed: str) -> dict[str, str]:
         "SUPABASE_JWT_SECRET": SECRET,
         **changed,
     }
+
+
+def write_keys(path: Path, *names: str) -> None:
+    """A key set of HS256 keys, the first of which signs, each made of its name."""
+    keys = [{"kty": "oct", "alg": "HS256", "kid": n, "k": f"{n:x<43}"} for n in names]
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps({"keys": keys}))
+    draft.rename(path)
+
+
+def user_token(key: str) -> dict[str, str]:
+    """A user's token, signed with this key of `write_keys`."""
+    ring = Keyring.from_jwks({"keys": [{"kty": "oct", "kid": key, "k": f"{key:x<43}"}]})
+    claims = {"role": "authenticated", "sub": str(uuid4()), "exp": time.time() + 60}
+    return bearer(ring.sign(claims))
 
 
 @pytest.fixture
@@ -71,6 +88,10 @@ def service(
         TEMPLATE_DIR=str(tmp_path / "empty"),
     )
     (tmp_path / "empty").mkdir()
+    keys = tmp_path / "keys.json"
+    write_keys(keys, "first")
+    del environ["SUPABASE_JWT_SECRET"]
+    environ["JWT_KEYS_FILE"] = str(keys)
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator_stub", "serve"],
         env={"PATH": os.environ["PATH"], **environ}, stderr=subprocess.PIPE, text=True,
@@ -109,6 +130,24 @@ def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str],
     said = service.stderr.read()
     assert SERVICE_KEY not in said
     assert SECRET not in said
+
+
+def test_keys_are_rotated_without_a_restart(
+    service: subprocess.Popen[str], port: int, tmp_path: Path
+) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+
+        def known(key: str) -> bool:
+            # 403: believed, and told that a user lists the sessions of one project.
+            return {403: True, 401: False}[http.get("/v1/sessions", headers=user_token(key)).status_code]
+
+        assert (known("first"), known("second")) == (True, False)
+        write_keys(tmp_path / "keys.json", "second", "first")
+        assert (known("first"), known("second")) == (True, True)
+        write_keys(tmp_path / "keys.json", "second")
+        assert (known("first"), known("second")) == (False, True)
+        (tmp_path / "keys.json").write_text("half a key s")
+        assert known("second"), "a torn file is not believed"
 
 
 def test_a_request_under_way_is_answered_before_the_stop(
