@@ -159,10 +159,13 @@ class Control:
                 spec = await self._spec(session)
                 with self._part("machine"):
                     machine = await self._driver.create(spec)
-        except (MachineRefused, BeginningRefused) as error:
-            kind = "machine_refused" if isinstance(error, MachineRefused) else "template_refused"
+        except MachineRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
-            await self.end(session_id, problem=f"{kind}: {error}")
+            await self.end(session_id, problem=f"machine_refused: {error}")
+            return
+        except BeginningRefused as error:
+            log.error("session.refused", session_id=str(session_id), reason=str(error))
+            await self.end(session_id, problem=f"template_refused: {error}")
             return
         except (
             MachineError,

@@ -154,7 +154,14 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
     return Judgement(Verdict.LEAVE if claimed or session.machine_id is not None else Verdict.PROVISION)
 
 
-PROBLEMS: Final = ("machine_refused", "machine_gone", "lease_lapsed", "provision_timeout", "provisioning")
+PROBLEMS: Final = (
+    "machine_refused",
+    "template_refused",
+    "machine_gone",
+    "lease_lapsed",
+    "provision_timeout",
+    "provisioning",
+)
 """The first words of every problem a session can have, up to the colon."""
 
 
