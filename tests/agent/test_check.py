@@ -119,3 +119,17 @@ async def test_a_user_that_does_not_exist(tmp_path: Path) -> None:
     code, told = await asked(environment(tmp_path, DEV_USER="nobody-of-that-name"))
     assert code == 64
     assert told["DEV_USER"].startswith("fail: ")
+
+
+async def test_in_shadow_mode_the_live_directory_is_only_looked_at(tmp_path: Path) -> None:
+    live = tmp_path / "project"
+    given = environment(tmp_path, SYNC_MODE="shadow", DEV_USER="")
+    _, told = await asked(given)
+    assert told["PROJECT_DIR"].startswith("warn:"), "it is not there yet"
+    live.mkdir()
+    (live / "a.ts").write_text("a")
+    _, told = await asked(given)
+    assert told["PROJECT_DIR"] == f"ok: {live} is compared and never touched: 1 files"
+    assert told["SHADOW_DIR"] == f"ok: {tmp_path / '.preview-shadow'}: will be made in {tmp_path}"
+    assert {"DEV_PORT", "MODULES_DIR", "node", "project", "isolation"}.isdisjoint(told)
+    assert list(tmp_path.iterdir()) == [live]

