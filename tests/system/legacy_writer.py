@@ -4,8 +4,8 @@
 
 Every SECONDS it asks for the current files and writes those that differ, a half at a time and never by rename, and
 removes what it wrote once it is gone. A file named `.broken` beside DIRECTORY holds the paths that it forgets to write:
-the bug that shadow mode is there to find. `.rounds` beside it gets the monotonic clock at the end of each round: how long
-a save may have been in flight.
+the bug that shadow mode is there to find. `.rounds` beside it gets the monotonic clock at the end of each round:
+how long a save may have been in flight.
 """
 
 from __future__ import annotations
