@@ -4,8 +4,8 @@ Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are 
 `[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `Phoenix` follows one
 topic across many sockets: its refs only grow, so a frame meant for an earlier join can never be taken for ours.
 
-`TRANSITIONS` is the whole state machine; an input that has no row in the current state is late, and is ignored on
-purpose. Nothing a server sends makes this module raise: what cannot be read is counted in `ignored`.
+`agent.linkstate.TRANSITIONS` is the whole state machine, `agent.meanings` what comes out. Nothing a server sends makes
+this module raise: what cannot be read is counted in `ignored`.
 
     link = Phoenix("realtime:project:…")
     link.opened(now, token)                      # the shell has a socket
@@ -21,73 +21,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
 
 import orjson
 
-
-class LinkState(StrEnum):
-    """What the link is doing (protocol: states of the link)."""
-
-    CONNECTING = "connecting"
-    JOINING = "joining"
-    CATCHING_UP = "catching_up"
-    LIVE = "live"
-    BACKOFF = "backoff"
-    REFUSED = "refused"
-
-
-class Cause(StrEnum):
-    """Why a state is left."""
-
-    OPENED = "opened"
-    """The handshake succeeded and the join is sent."""
-    JOINED = "joined"
-    """The server answered our join with ok."""
-    CAUGHT_UP = "caught_up"
-    """A catch-up succeeded that began after everything we may have missed, and the server's replication is ready."""
-    BEHIND = "behind"
-    """Something may have been missed on a joined channel: overflow, replication (re)started."""
-    EXPIRED = "expired"
-    """The token ran out; the socket stays and is joined again with the next token."""
-    LOST = "lost"
-    """The socket or the channel is of no use any more."""
-    REFUSED = "refused"
-    """A credential was turned away: the same one will not be tried in a hurry."""
-    RETRY = "retry"
-    """The delay is over, or a new token came."""
-
-
-TRANSITIONS: Final[Mapping[tuple[LinkState, Cause], LinkState]] = MappingProxyType(
-    {
-        (LinkState.CONNECTING, Cause.OPENED): LinkState.JOINING,
-        (LinkState.CONNECTING, Cause.LOST): LinkState.BACKOFF,
-        (LinkState.CONNECTING, Cause.REFUSED): LinkState.REFUSED,
-        (LinkState.JOINING, Cause.JOINED): LinkState.CATCHING_UP,
-        (LinkState.JOINING, Cause.EXPIRED): LinkState.JOINING,
-        (LinkState.JOINING, Cause.LOST): LinkState.BACKOFF,
-        (LinkState.JOINING, Cause.REFUSED): LinkState.REFUSED,
-        (LinkState.CATCHING_UP, Cause.CAUGHT_UP): LinkState.LIVE,
-        (LinkState.CATCHING_UP, Cause.BEHIND): LinkState.CATCHING_UP,
-        (LinkState.CATCHING_UP, Cause.EXPIRED): LinkState.JOINING,
-        (LinkState.CATCHING_UP, Cause.LOST): LinkState.BACKOFF,
-        (LinkState.CATCHING_UP, Cause.REFUSED): LinkState.REFUSED,
-        (LinkState.LIVE, Cause.BEHIND): LinkState.CATCHING_UP,
-        (LinkState.LIVE, Cause.EXPIRED): LinkState.JOINING,
-        (LinkState.LIVE, Cause.LOST): LinkState.BACKOFF,
-        (LinkState.LIVE, Cause.REFUSED): LinkState.REFUSED,
-        (LinkState.BACKOFF, Cause.RETRY): LinkState.CONNECTING,
-        (LinkState.REFUSED, Cause.RETRY): LinkState.CONNECTING,
-    }
+from agent.linkstate import JOINED_STATES, TRANSITIONS, WITH_SOCKET, Cause, LinkState
+from agent.meanings import (
+    Broadcast,
+    Dropped,
+    Joined,
+    Meaning,
+    Refused,
+    ReplicationReady,
+    TokenExpired,
+    judge,
 )
-
-WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkState.LIVE})
-"""States in which a socket is open."""
-
-JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
-
 
 BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""
@@ -115,77 +63,6 @@ class Timing:
     without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
     late_tick: float = 1.0
     """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
-
-
-class Broadcast(NamedTuple):
-    """An application event on our topic. `at`: as given to `receive`, Unix seconds when its frame was read.
-
-    A tuple and not a dataclass, because there may be a hundred thousand a second of them.
-    """
-
-    event: str
-    payload: dict[str, object]
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Our join was accepted: from here on nothing is missed, everything before may have been."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicationReady:
-    """The server's own feed from the database is up; broadcasts from before that may be lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenExpired:
-    """The socket is fine; give `new_token` a fresh one and the channel is joined again."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The token was turned away for another reason than its age."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """Close this socket and open another. `cause` is one word for metrics, `reason` a sentence."""
-
-    cause: str
-    reason: str
-
-
-Meaning = Broadcast | Joined | ReplicationReady | TokenExpired | Refused | Dropped
-
-_CREDENTIAL_WORDS: Final = (
-    "Unauthorized",
-    "InvalidJWT",
-    "MalformedJWT",
-    "JwtSign",
-    "JWT signature",
-    "JWT signer",
-    "valid JWT",
-    "`role` and `exp`",
-    "permission",
-    "Token expiration time is invalid",
-)
-"""How the server's texts name a credential it will not take (supabase/realtime: realtime_channel.ex)."""
-
-
-def judge(reason: str) -> str:
-    """What a server's error text is about: `expired`, `credential`, `rate_limited` or `other`."""
-    if "has expired" in reason:
-        return "expired"
-    if any(word in reason for word in _CREDENTIAL_WORDS):
-        return "credential"
-    if "Too many" in reason or "RateLimit" in reason:
-        return "rate_limited"
-    return "other"
 
 
 Observer = Callable[[LinkState, Cause, LinkState, str], None]

@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.catchup import CatchUp
 from agent.config import Settings
+from agent.linkstate import LinkState
 from agent.model import Problem
-from agent.phoenix import LinkState
 from agent.problems import ProblemKind
 from agent.shadow import Shadow
 from agent.skew import Bounds, ClockSkew, Moment

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.phoenix import Broadcast
+from agent.meanings import Broadcast
 
 Received = Broadcast
 """An application event: `event`, `payload`, and `at`, Unix seconds when its frame was read."""

@@ -1,11 +1,11 @@
 """The live link: one socket, never deaf for longer than its deadlines, replaced for ever.
 
 A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it; a second
-keeps the token fresh; a third looks at the clock once a second, because a machine that was suspended has sockets that
-look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that are either an event or the
-order to catch up, and nothing that could be lost without such an order.
+keeps the token fresh (`agent.linktoken`); a third looks at the clock once a second, because a machine that was
+suspended has sockets that look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that
+are either an event or the order to catch up, and nothing that could be lost without such an order.
 
-Timings are judgement; each has its reason in `LinkSettings` and `phoenix.Timing`.
+Timings are judgement; each has its reason in `agent.linksettings` and `phoenix.Timing`.
 """
 
 from __future__ import annotations
@@ -16,86 +16,27 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
+from tenacity import RetryCallState, Retrying, wait_random
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
-from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.errors import AgentError, CredentialRejected, SessionGone
 from agent.framing import DirectConnect, DirectConnection
+from agent.linksettings import DEFAULTS, LinkSettings, endpoint
+from agent.linkstate import Cause, LinkState
+from agent.linktoken import TokenKeeper, asked_wait
+from agent.meanings import Broadcast, Dropped, Joined, Meaning, Refused, ReplicationReady, TokenExpired
 from agent.model import Problem
-from agent.phoenix import (
-    Broadcast,
-    Cause,
-    Dropped,
-    Joined,
-    LinkState,
-    Meaning,
-    Phoenix,
-    Refused,
-    ReplicationReady,
-    Timing,
-    TokenExpired,
-)
+from agent.phoenix import Phoenix
 from agent.session import retry_after
-from agent.signals import EventSource, Received, Resync, Signal, SignalQueue
+from agent.signals import Signal, SignalQueue
 from agent.telemetry import get_logger
-from agent.tokens import Token, TokenSource, spread
-
-__all__ = [
-    "EventSource",
-    "LinkSettings",
-    "RealtimeStream",
-    "Received",
-    "Resync",
-    "Signal",
-    "SignalQueue",
-    "endpoint",
-]
+from agent.tokens import Token, TokenSource
 
 log = get_logger("link")
-
-VSN: Final = "2.0.0"
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
-    """Every knob of the link but the protocol's deadlines. Seconds and bytes."""
-
-    timing: Timing = field(default_factory=Timing)
-    open_within: float = 10.0
-    """For TCP, TLS and the handshake together."""
-    backoff_first: float = 0.5
-    backoff_most: float = 30.0
-    """Full jitter between nothing and min(most, first x 2^n): a thousand agents must not come back together, and
-    the server closes whoever joins too fast (1001)."""
-    backoff_least: float = 0.05
-    """Never a tight loop, however the dice fall."""
-    stable_after: float = 30.0
-    """A link live this long has earned a fresh backoff."""
-    refused_retry: float = 60.0
-    """Between attempts with a credential that was turned away; spread over half to all of it."""
-    renew_pause: float = 30.0
-    """Least time between two renewals nobody asked for, so that a wrong clock cannot make a loop of them."""
-    renew_within: float = 20.0
-    """For a whole renewal: an answer that trickles in must not hold the link up."""
-    rejoin_least: float = 5.0
-    """A channel that tells of expiry sooner than this after its join is not joined again on the same socket: the
-    backoff stands between us and a loop of joins."""
-    max_frame: int = 8 * 1024 * 1024
-    """The server sends at most 5,000,000 bytes in a frame; the `websockets` default of 1 MiB would close."""
-    queue_events: int = 4096
-    queue_bytes: int = 64 * 1024 * 1024
-    """Beyond either, everything waiting is dropped for one `Resync`: the database has it all."""
-    clock_jump: float = 5.0
-    """Wall clock against monotonic. Slewing never gets here; a suspended machine does."""
-    look_every: float = 1.0
-    """How often the clock and a rotated token file are looked at."""
-    close_within: float = 1.0
-    """For the closing handshake when we leave on our own; a dead peer must not hold up the drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,34 +63,24 @@ class RealtimeStream:
         topic: str,
         tokens: TokenSource,
         *,
-        settings: LinkSettings = LinkSettings(),
+        settings: LinkSettings = DEFAULTS,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._url = endpoint(url, api_key)
-        self._tokens = tokens
         self._settings = settings
         self._wall = wall
         self._phoenix = Phoenix(topic, settings.timing, self._observe)
         self._queue = SignalQueue(settings.queue_events, settings.queue_bytes)
-        self._backoff = wait_random_exponential(
-            multiplier=settings.backoff_first, max=settings.backoff_most, min=settings.backoff_least
-        )
-        self._renewing = asyncio.Lock()
-        self._renew_now = asyncio.Event()
+        self._backoff = settings.backoff()
         self._hurry = asyncio.Event()
         self._wake = asyncio.Event()
         self._broken: Exception | None = None
         self._clock = _now
         self._end_because: _End | None = None
-        self._token: Token | None = None
-        """The token last seen in force; `_sent` is the one the server was last given."""
-        self._token_seen_at = wall()
-        self._spread = spread()
-        self._sent: Token | None = None
+        self._token = TokenKeeper(tokens, settings, self, wall)
         self._attempt = 0
         self._refused_in_row = 0
         self._joined_at: float | None = None
-        self._token_problem: str | None = None
         self._last_frame_at: float | None = None
         self._last_event_at: float | None = None
         self._last_catch_up_at: float | None = None
@@ -176,7 +107,7 @@ class RealtimeStream:
         """Own the link until cancelled; then leave the channel and close the socket."""
         self._clock = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_token(), name="link-token")
+            tasks.create_task(self._token.run(), name="link-token")
             tasks.create_task(self._look_around(), name="link-clock")
             # In the body, not as a third child: a group takes no notice of a child that ends as cancelled, and a
             # link without this one is deaf.
@@ -208,13 +139,13 @@ class RealtimeStream:
 
     def problems(self) -> tuple[Problem, ...]:
         """What a person should see of the link now."""
-        if self._token_problem is None:
+        if self._token.problem is None:
             return ()
-        return (Problem("token_refused", self._token_problem),)
+        return (Problem("token_refused", self._token.problem),)
 
     def report(self) -> dict[str, object]:
         """For `/status`: state and since when, last signs of life (Unix seconds), counters. No secret."""
-        token = self._tokens.current()
+        token = self._token.current()
         return {
             "state": str(self._phoenix.state),
             "since": self._state_since,
@@ -281,15 +212,15 @@ class RealtimeStream:
         most = self._settings.refused_retry
         await asyncio.sleep(end.wait)
         slow = wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {}))
-        refused = self._sent
-        self._token_problem = end.reason
+        refused = self._token.sent
+        self._token.problem = end.reason
         waited = self._refused_in_row > 1
         if waited:
             await self._pause(slow)
         try:
-            renewed = await self._renew(refused) is not refused
+            renewed = await self._token.renew(refused) is not refused
         except AgentError as error:
-            self._token_problem = f"{end.reason}; {error}"
+            self._token.problem = f"{end.reason}; {error}"
             renewed = False
         if not renewed and not waited:
             await self._pause(slow)
@@ -297,17 +228,17 @@ class RealtimeStream:
 
     async def _one_socket(self) -> _End:
         """From connecting to the end of the socket."""
-        token = self._look_at_token()
+        token = self._token.look()
         if token is None or token.expired(self._wall()):
             # A token that is expired by our clock is asked for again first, and used all the same when there is no
             # newer one: the clock that counts is the server's.
             try:
-                token = await self._renew(token)
+                token = await self._token.renew(token)
             except AgentError as error:
                 if token is None:
                     refused = isinstance(error, (CredentialRejected, SessionGone))
-                    return _End("no_token", str(error), refused, _asked(error))
-        self._sent = token
+                    return _End("no_token", str(error), refused, asked_wait(error))
+        self._token.sent = token
         try:
             socket = await DirectConnect(
                 self._url,
@@ -393,7 +324,7 @@ class RealtimeStream:
                 self._joins += 1
                 self._joined_at = _now()
                 self._refused_in_row = 0
-                self._token_problem = None
+                self._token.problem = None
                 self._queue.resync("joined")
             case ReplicationReady():
                 self._queue.resync("replication_ready")
@@ -401,7 +332,7 @@ class RealtimeStream:
                 if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
                     self._interrupt(_End("token_expired", reason))
                 else:
-                    self._renew_now.set()
+                    self._token.renew_now()
             case Refused(reason):
                 self._refusals["join"] += 1
                 self._interrupt(_End("refused", reason, refused=True))
@@ -423,77 +354,33 @@ class RealtimeStream:
                 await socket.close()
         self._phoenix.lost("stopped")
 
-    # --- the token
+    # --- what the token's keeper asks and tells (agent.linktoken.Holder)
 
-    def _look_at_token(self) -> Token | None:
-        """The token in force; a change of it is noticed here, wherever it came from."""
-        token = self._tokens.current()
-        if token is not self._token:
-            self._token = token
-            self._token_seen_at = self._wall()
-            if self._phoenix.state is LinkState.REFUSED:
-                self._hurry.set()
-            self._interrupt()
-        return token
+    @property
+    def wants_token(self) -> bool:
+        """Whether the channel waits for a token, its last one having expired."""
+        return self._phoenix.wants_token
+
+    @property
+    def joined(self) -> bool:
+        """Whether the channel is joined."""
+        return self._joined_at is not None
+
+    def token_changed(self) -> None:
+        """There is another token in force."""
+        if self._phoenix.state is LinkState.REFUSED:
+            self._hurry.set()
+        self._interrupt()
+
+    def token_refused(self, reason: str) -> None:
+        """The channel waits for a token, and none is to be had."""
+        self._interrupt(_End("token_refused", reason, refused=True))
 
     def _use_newest_token(self) -> None:
-        token = self._look_at_token()
-        if token is not None and token is not self._sent:
-            self._sent = token
+        token = self._token.look()
+        if token is not None and token is not self._token.sent:
+            self._token.sent = token
             self._phoenix.new_token(token.value, _now())
-
-    async def _renew(self, stale: Token | None) -> Token:
-        """A newer token than `stale` if there is one; of several callers one asks."""
-        async with self._renewing:
-            held = self._look_at_token()
-            if held is not None and held is not stale:
-                return held
-            try:
-                async with asyncio.timeout(self._settings.renew_within):
-                    token = await self._tokens.renew_token()
-            except TimeoutError:
-                raise Unavailable("the issuer of tokens", "no answer in time") from None
-            self._look_at_token()
-            return token
-
-    async def _keep_token(self) -> None:
-        """Renew at a share of the token's life, or at once when the server says that it expired."""
-        failures = RetryCallState(Retrying(), None, (), {})
-        failures.attempt_number = 0
-        earliest = 0.0
-        while True:
-            due_in = max(self._refresh_in(), earliest - _now())
-            if due_in > 0 and not self._renew_now.is_set():
-                with contextlib.suppress(TimeoutError):
-                    # At most half a minute at a time: the due time is on the wall clock, which may be set.
-                    async with asyncio.timeout(min(due_in, 30.0)):
-                        await self._renew_now.wait()
-                continue
-            stale = self._sent if self._phoenix.wants_token else self._look_at_token()
-            try:
-                renewed = await self._renew(stale) is not stale
-                if not renewed and self._phoenix.wants_token:
-                    raise CredentialRejected("the token has expired and no newer one is to be had")
-            except (CredentialRejected, SessionGone) as error:
-                self._renew_now.clear()
-                self._token_problem = str(error)
-                if self._phoenix.wants_token:
-                    self._interrupt(_End("token_refused", str(error), refused=True))
-                earliest = _now() + self._settings.refused_retry
-            except AgentError as error:
-                failures.attempt_number += 1
-                await asyncio.sleep(max(self._backoff(failures), _asked(error)))
-            else:
-                self._renew_now.clear()
-                if self._joined_at is not None:
-                    self._token_problem = None
-                failures.attempt_number = 0
-                earliest = _now() + self._settings.renew_pause
-
-    def _refresh_in(self) -> float:
-        token = self._look_at_token()
-        at = token.refresh_at(self._token_seen_at, self._spread) if token else None
-        return 3600.0 if at is None else at - self._wall()
 
     # --- the clock
 
@@ -502,7 +389,7 @@ class RealtimeStream:
         offset = self._wall() - _now()
         while True:
             await asyncio.sleep(self._settings.look_every)
-            self._look_at_token()
+            self._token.look()
             before, offset = offset, self._wall() - _now()
             if abs(offset - before) > self._settings.clock_jump:
                 self._clock_jumps += 1
@@ -543,28 +430,3 @@ def _closed(socket: DirectConnection) -> _End | None:
 
 def _dropped(dropped: Dropped | None) -> _End | None:
     return _End(dropped.cause, dropped.reason) if dropped else None
-
-
-def _asked(error: AgentError) -> float:
-    return (error.retry_after or 0.0) if isinstance(error, Unavailable) else 0.0
-
-
-def endpoint(url: str, api_key: str | None) -> str:
-    """The websocket's address, as both official clients build it from the realtime URL.
-
-    Raises `ValueError` for anything but ws, wss, http and https.
-    """
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
-    try:
-        parts.port  # noqa: B018 - raises when it is none
-    except ValueError:
-        scheme = None
-    if scheme is None or not parts.hostname:
-        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host and a possible port")
-    path = parts.path.rstrip("/")
-    if not path.endswith("/websocket"):
-        path += "/websocket"
-    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in ("apikey", "vsn")]
-    query += [("apikey", api_key)] if api_key else []
-    return urlunsplit((scheme, parts.netloc, path, urlencode([*query, ("vsn", VSN)]), ""))

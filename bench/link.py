@@ -111,7 +111,8 @@ async def receive_ours(port: int) -> float:
     """Our link, consumed as sync does it. Returns messages per second."""
     import structlog
 
-    from agent.stream import RealtimeStream, Received, Signal
+    from agent.signals import Received, Signal
+    from agent.stream import RealtimeStream
     from agent.tokens import Tokens
     from tests.fakes.realtime import jwt
 

@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from agent.errors import CredentialRejected, Unavailable
-from agent.phoenix import LinkState
-from agent.stream import RealtimeStream, Received
+from agent.linkstate import LinkState
+from agent.signals import Received
+from agent.stream import RealtimeStream
 from agent.tokens import Token, Tokens
 from tests.fakes.proxy import Proxy
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt

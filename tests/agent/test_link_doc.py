@@ -10,18 +10,18 @@ import json
 import re
 from pathlib import Path
 
-from agent.phoenix import TRANSITIONS, Cause, LinkState
+from agent.linkstate import TRANSITIONS, Cause, LinkState
 from tests.agent.test_stream_faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "link.md"
-BEGIN = "<!-- transitions: made by tests/agent/test_link_doc.py from agent.phoenix.TRANSITIONS -->\n"
+BEGIN = "<!-- transitions: made by tests/agent/test_link_doc.py from agent.linkstate.TRANSITIONS -->\n"
 END = "<!-- end of transitions -->"
 
 
 def causes() -> dict[Cause, str]:
     """Each cause with its docstring, which Python does not keep."""
-    tree = ast.parse((ROOT / "agent" / "phoenix.py").read_text())
+    tree = ast.parse((ROOT / "agent" / "linkstate.py").read_text())
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Cause").body
     found: dict[Cause, str] = {}
     for assignment, doc in zip(body[1::2], body[2::2], strict=True):

@@ -17,9 +17,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.errors import CredentialRejected, Unavailable
-from agent.phoenix import LinkState, Timing
+from agent.linksettings import LinkSettings, endpoint
+from agent.linkstate import LinkState
+from agent.phoenix import Timing
+from agent.signals import Received, Resync, Signal
 from agent.simulated import SimulatedLoop
-from agent.stream import LinkSettings, RealtimeStream, Received, Resync, Signal, endpoint
+from agent.stream import RealtimeStream
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 

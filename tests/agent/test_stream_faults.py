@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from agent.phoenix import LinkState
+from agent.linkstate import LinkState
 from agent.simulated import simulate
 from tests.agent.link_world import World, now
 from tests.fakes.realtime import type4

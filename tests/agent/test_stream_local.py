@@ -17,8 +17,9 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from agent.errors import CredentialRejected
-from agent.phoenix import LinkState
-from agent.stream import RealtimeStream, Received
+from agent.linkstate import LinkState
+from agent.signals import Received
+from agent.stream import RealtimeStream
 from agent.tokens import Token, Tokens
 from orchestrator_stub.local.faults import Faults
 from orchestrator_stub.tokens import Keyring

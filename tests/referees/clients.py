@@ -22,8 +22,11 @@ from typing import Any
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscribeStates
 
 from agent.errors import Unavailable
-from agent.phoenix import LinkState, Timing
-from agent.stream import LinkSettings, RealtimeStream, Received, Resync
+from agent.linksettings import LinkSettings
+from agent.linkstate import LinkState
+from agent.phoenix import Timing
+from agent.signals import Received, Resync
+from agent.stream import RealtimeStream
 from agent.tokens import Token, Tokens
 from tests.fakes.serving import Local, Phoenix
 

@@ -1,0 +1,72 @@
+"""The link's states, what makes it leave each, and where to. Pure; the table is the whole state machine.
+
+An input that has no row in the current state is late, and is ignored on purpose (`agent.phoenix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+
+class LinkState(StrEnum):
+    """What the link is doing (protocol: states of the link)."""
+
+    CONNECTING = "connecting"
+    JOINING = "joining"
+    CATCHING_UP = "catching_up"
+    LIVE = "live"
+    BACKOFF = "backoff"
+    REFUSED = "refused"
+
+
+class Cause(StrEnum):
+    """Why a state is left."""
+
+    OPENED = "opened"
+    """The handshake succeeded and the join is sent."""
+    JOINED = "joined"
+    """The server answered our join with ok."""
+    CAUGHT_UP = "caught_up"
+    """A catch-up succeeded that began after everything we may have missed, and the server's replication is ready."""
+    BEHIND = "behind"
+    """Something may have been missed on a joined channel: overflow, replication (re)started."""
+    EXPIRED = "expired"
+    """The token ran out; the socket stays and is joined again with the next token."""
+    LOST = "lost"
+    """The socket or the channel is of no use any more."""
+    REFUSED = "refused"
+    """A credential was turned away: the same one will not be tried in a hurry."""
+    RETRY = "retry"
+    """The delay is over, or a new token came."""
+
+
+TRANSITIONS: Final[Mapping[tuple[LinkState, Cause], LinkState]] = MappingProxyType(
+    {
+        (LinkState.CONNECTING, Cause.OPENED): LinkState.JOINING,
+        (LinkState.CONNECTING, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.CONNECTING, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.JOINING, Cause.JOINED): LinkState.CATCHING_UP,
+        (LinkState.JOINING, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.JOINING, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.JOINING, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.CATCHING_UP, Cause.CAUGHT_UP): LinkState.LIVE,
+        (LinkState.CATCHING_UP, Cause.BEHIND): LinkState.CATCHING_UP,
+        (LinkState.CATCHING_UP, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.CATCHING_UP, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.CATCHING_UP, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.LIVE, Cause.BEHIND): LinkState.CATCHING_UP,
+        (LinkState.LIVE, Cause.EXPIRED): LinkState.JOINING,
+        (LinkState.LIVE, Cause.LOST): LinkState.BACKOFF,
+        (LinkState.LIVE, Cause.REFUSED): LinkState.REFUSED,
+        (LinkState.BACKOFF, Cause.RETRY): LinkState.CONNECTING,
+        (LinkState.REFUSED, Cause.RETRY): LinkState.CONNECTING,
+    }
+)
+
+WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkState.LIVE})
+"""States in which a socket is open."""
+
+JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
