@@ -69,7 +69,10 @@ class Comparison:
     def look(
         self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | None], now: float
     ) -> None:
-        """Take in what both sides hold now. `found`: the files that are there; None for one that cannot be read."""
+        """Take in what both sides hold now.
+
+        `found`: the files that are there; None for one that cannot be read, or need not be because nobody wants it.
+        """
         standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
 
         def unequal(path: RelPath, rule: Rule, pair: Pair) -> None:

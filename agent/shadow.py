@@ -75,7 +75,8 @@ class Shadow:
             self.live.close()
 
     async def _turn(self) -> None:
-        reading = asyncio.ensure_future(asyncio.to_thread(self.read))
+        wanted = self.wanted()
+        reading = asyncio.ensure_future(asyncio.to_thread(self.read, wanted))
         try:
             found = await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -89,15 +90,22 @@ class Shadow:
             )
             return
         self.problems.clear("live_unreadable")
-        self.compare(found)
+        self.compare(wanted, found)
 
-    def read(self) -> dict[RelPath, Digest | None]:
-        """The live directory's files and what they hold. Raises `OSError` when it cannot be looked at."""
+    def read(self, wanted: Mapping[RelPath, Entry]) -> dict[RelPath, Digest | None]:
+        """The live directory's files, and what those of them hold that are `wanted`. Raises `OSError`.
+
+        What is there and not wanted is not read: that it is there is all that is asked.
+        """
         found: dict[RelPath, Digest | None] = {}
         known: dict[RelPath, tuple[FileStat, Digest]] = {}
         for path, stat in self.live.scan().items():
             if self._stopping:
                 break
+            entry = wanted.get(path)
+            if entry is None or entry.digest is None:
+                found[path] = None
+                continue
             before = self._known.get(path)
             if before is not None and before[0] == stat:
                 found[path], known[path] = before[1], before
@@ -115,10 +123,10 @@ class Shadow:
         self._known = known
         return found
 
-    def compare(self, found: Mapping[RelPath, Digest | None]) -> None:
+    def compare(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | None]) -> None:
         """Hold `found` against the tree, and tell what came of it."""
         before = self.comparison.counts()
-        self.comparison.look(self.wanted(), found, self.clock())
+        self.comparison.look(wanted, found, self.clock())
         self.looks += 1
         self.looked_at = time.time()
         standing = self.comparison.open

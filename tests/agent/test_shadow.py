@@ -25,6 +25,10 @@ def shadow_of(live: Path, files: dict[str, str], settle: float = 10.0) -> Shadow
     return Shadow(Sight(live), Comparison(settle), Problems(Metrics()), lambda: wanted)
 
 
+def look(shadow: Shadow) -> None:
+    shadow.compare(shadow.wanted(), shadow.read(shadow.wanted()))
+
+
 def put(live: Path, files: dict[str, str]) -> None:
     for path, text in files.items():
         (live / path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,21 +40,21 @@ def test_what_is_found_and_what_is_never_looked_at(tmp_path: Path) -> None:
     (tmp_path / "link.ts").symlink_to("a.ts")
     (tmp_path / "out").symlink_to("/etc")
     os.mkfifo(tmp_path / "pipe")
-    found = shadow_of(tmp_path, {}).read()
-    assert found == {"a.ts": digest_of(b"a"), "src/b.ts": digest_of(b"b")}
+    shadow = shadow_of(tmp_path, {"a.ts": "a", "link.ts": "a", "node_modules/x/index.js": "x"})
+    assert shadow.read(shadow.wanted()) == {"a.ts": digest_of(b"a"), "src/b.ts": None}
 
 
 def test_a_directory_that_is_not_there_is_every_file_missing(tmp_path: Path) -> None:
     shadow = shadow_of(tmp_path / "nowhere", {"a": "a"}, settle=0.0)
-    shadow.compare(shadow.read())
+    look(shadow)
     assert shadow.comparison.counts()["missing"] == 1
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_only_what_looks_different_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path, {"a": "a", "b": "b", "c": "c"})
+    put(tmp_path, {"a": "a", "b": "b", "c": "c", "extra": "not wanted, so not read"})
     monkeypatch.setattr(module, "RACY_NS", -(2**62))  # the clock is not what this is about
-    shadow = shadow_of(tmp_path, {})
+    shadow = shadow_of(tmp_path, {"a": "a", "b": "b", "c": "c"})
     read: list[str] = []
     digest = Sight.read_digest
 
@@ -59,31 +63,31 @@ def test_only_what_looks_different_is_read_again(tmp_path: Path, monkeypatch: py
         return digest(self, path)
 
     monkeypatch.setattr(Sight, "read_digest", counted)
-    shadow.read()
+    shadow.read(shadow.wanted())
     assert sorted(read) == ["a", "b", "c"]
     (tmp_path / "b").write_text("B")
     (tmp_path / "c").unlink()
     read.clear()
-    assert shadow.read() == {"a": digest_of(b"a"), "b": digest_of(b"B")}
+    assert shadow.read(shadow.wanted()) == {"a": digest_of(b"a"), "b": digest_of(b"B"), "extra": None}
     assert read == ["b"]
 
 
 def test_a_file_written_a_moment_ago_is_read_again(tmp_path: Path) -> None:
     """Two writes within the clock's tick look the same: the first one's hash may not be kept."""
     put(tmp_path, {"a": "1"})
-    shadow = shadow_of(tmp_path, {})
+    shadow = shadow_of(tmp_path, {"a": "1"})
     before = os.stat(tmp_path / "a")
-    assert shadow.read() == {"a": digest_of(b"1")}
+    assert shadow.read(shadow.wanted()) == {"a": digest_of(b"1")}
     (tmp_path / "a").write_text("2")
     os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert shadow.read() == {"a": digest_of(b"2")}
+    assert shadow.read(shadow.wanted()) == {"a": digest_of(b"2")}
 
 
 def test_differences_are_shown_counted_and_cleared(tmp_path: Path) -> None:
     files = {f"f{number:03}": "x" for number in range(MOST_SHOWN + 30)}
     put(tmp_path, {"f000": "other"})
     shadow = shadow_of(tmp_path, files, settle=0.0)
-    shadow.compare(shadow.read())
+    look(shadow)
     assert shadow.comparison.counts() == {
         "differs": 1,
         "missing": MOST_SHOWN + 29,
@@ -96,7 +100,7 @@ def test_differences_are_shown_counted_and_cleared(tmp_path: Path) -> None:
     samples = [s for metric in shadow.collect() for s in metric.samples]
     assert {s.labels["rule"]: s.value for s in samples if s.labels} == shadow.comparison.counts()
     put(tmp_path, files)
-    shadow.compare(shadow.read())
+    look(shadow)
     assert shadow.problems.open == {}
     report = shadow.report()
     assert (report["paths"], report["files"], report["looks"]) == ([], MOST_SHOWN + 30, 2)
