@@ -203,7 +203,7 @@ class Control:
     async def finish(self, session_id: UUID) -> None:
         """Destroy what is left of a draining session, then call it over."""
         session = await self._store.claim(
-            session_id, by=self._name, seconds=self._settings.claim_seconds, event=Event.DESTROYED
+            session_id, by=self._name, seconds=self._settings.claim_seconds, event=Event.TAKE_DOWN
         )
         if session is None:
             return
@@ -280,7 +280,18 @@ class Control:
                 log.warning("sweep.failed", reason=str(error))
 
     async def close(self) -> None:
-        """Drop what is being done. Whatever was half-way is taken up by the next sweep of anybody."""
+        """Drop what is being done, and say so: the next sweep of anybody goes on with it at once.
+
+        An orchestrator that is killed says nothing, and its turns end with their time.
+        """
+        await self.drop()
+        try:
+            await self._store.abandon(by=self._name)
+        except psycopg.OperationalError as error:
+            log.warning("close.not_said", reason=str(error))
+
+    async def drop(self) -> None:
+        """Drop what is being done, as being killed would."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

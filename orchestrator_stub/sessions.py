@@ -42,6 +42,8 @@ class Event(StrEnum):
     """A newer generation was asked for: the machine in place is to be replaced."""
     END = "end"
     """Deleted, expired, or not heard from: no more machine is wanted."""
+    TAKE_DOWN = "take_down"
+    """An orchestrator starts to destroy, or goes on destroying, what is left of it."""
     DESTROYED = "destroyed"
     """No machine of this session is left."""
 
@@ -60,9 +62,10 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.REQUESTED, Event.END): State.DRAINING,
     (State.PROVISIONING, Event.END): State.DRAINING,
     (State.READY, Event.END): State.DRAINING,
+    (State.DRAINING, Event.TAKE_DOWN): State.DRAINING,
     (State.DRAINING, Event.DESTROYED): State.GONE,
 }
-"""`DRAINING + DESTROYED` is `FAILED` instead when the session carries a problem; see `next_state`."""
+"""`DRAINING + DESTROYED` is `FAILED` instead when the session carries a problem."""
 
 LIVE = frozenset({State.REQUESTED, State.PROVISIONING, State.READY})
 """A machine is wanted."""
@@ -71,15 +74,9 @@ ENDED = frozenset({State.GONE, State.FAILED})
 """No machine is left, and nothing more will happen by itself."""
 
 
-def next_state(state: State, event: Event, *, problem: bool = False) -> State | None:
-    """The state after `event`, or None when `event` means nothing in `state` and is ignored."""
-    after = TRANSITIONS.get((state, event))
-    return State.FAILED if after is State.GONE and problem else after
-
-
-def sources(event: Event) -> tuple[State, ...]:
-    """The states in which `event` means something: the `WHERE` of the query that applies it."""
-    return tuple(state for state, happened in TRANSITIONS if happened is event)
+def moves(event: Event) -> dict[State, State]:
+    """From which state to which `event` leads; in a state that is not a key it means nothing."""
+    return {state: after for (state, happened), after in TRANSITIONS.items() if happened is event}
 
 
 @dataclass(frozen=True, slots=True)

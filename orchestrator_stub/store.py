@@ -1,8 +1,8 @@
 """Where sessions are kept: one table in PostgreSQL, each transition one statement.
 
-Every statement that changes a state names the states it may start from (`sessions.sources`), so two
-orchestrators, a late heartbeat and a sweeper can all run at once: whoever comes second changes nothing and is told
-so by a `None`. Times are the database's, which is the one clock all orchestrators share.
+Every statement that changes a state is given the rows of the transition table that it may follow (`sessions.moves`), so
+two orchestrators, a late heartbeat and a sweeper can all run at once: whoever comes second changes nothing and is
+told so by a `None`. Times are the database's, which is the one clock all orchestrators share.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from uuid import UUID
 
 import psycopg
 from psycopg.rows import class_row, dict_row
+from psycopg.types.json import Jsonb
 
 from orchestrator_stub.database import Head, Pool
 from orchestrator_stub.machines import Machine
-from orchestrator_stub.sessions import ENDED, Event, Session, State, sources
+from orchestrator_stub.sessions import ENDED, LIVE, Event, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
   id, project_id, state, generation, idempotency_key,
@@ -154,15 +155,15 @@ class SessionStore:
             return rows, float(moment[0])
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
-        """Take one's turn at making (`TAKE_UP`) or ending (`DESTROYED`) the machine; None: not ours to take."""
+        """Take one's turn at making (`TAKE_UP`) or ending (`TAKE_DOWN`) the machine; None: not ours to take."""
         return await self._one(
             "update preview.sessions set"
-            " state = case when state = 'requested' then 'provisioning' else state end,"
-            " state_since = case when state = 'requested' then now() else state_since end,"
+            " state = %(moves)s ->> state,"
+            " state_since = case when %(moves)s ->> state <> state then now() else state_since end,"
             " claimed_by = %(by)s, claimed_until = now() + %(seconds)s * interval '1 second'"
-            " where id = %(id)s and state = any(%(from)s)"
+            " where id = %(id)s and %(moves)s ? state"
             " and (claimed_until is null or claimed_until <= now() or claimed_by = %(by)s)",
-            {"id": session_id, "by": by, "seconds": seconds, "from": _names(sources(event))},
+            {"id": session_id, "by": by, "seconds": seconds, "moves": _moves(event)},
         )
 
     async def machine_made(self, session_id: UUID, generation: int, machine: Machine) -> Session | None:
@@ -180,7 +181,7 @@ class SessionStore:
                 "region": machine.region,
                 "preview": machine.preview_url,
                 "health": machine.health_url,
-                "live": _names(sources(Event.END)),
+                "live": _names(LIVE),
             },
         )
 
@@ -192,16 +193,22 @@ class SessionStore:
             {"id": session_id, "by": by, "problem": problem},
         )
 
+    async def abandon(self, *, by: str) -> None:
+        """Give up all of one's turns, for others to go on: an orchestrator that stops in order."""
+        await self._run(
+            "update preview.sessions set claimed_until = null where claimed_by = %(by)s", {"by": by}
+        )
+
     async def report(
         self, session_id: UUID, generation: int, *, ready: bool, lease: float, status: str
     ) -> Session | None:
         """A heartbeat of the machine of `generation`; `status` is JSON. None: the session or the generation is over."""
         return await self._one(
             "update preview.sessions set"
-            " state = case when %(ready)s then 'ready' else state end,"
-            " state_since = case when %(ready)s and state <> 'ready' then now() else state_since end,"
+            " state = case when %(ready)s then %(moves)s ->> state else state end,"
+            " state_since = case when %(ready)s and %(moves)s ->> state <> state then now() else state_since end,"
             " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s::jsonb, status_at = now()"
-            " where id = %(id)s and generation = %(generation)s and state = any(%(from)s)",
+            " where id = %(id)s and generation = %(generation)s and %(moves)s ? state",
             {
                 "id": session_id,
                 "generation": generation,
@@ -209,7 +216,7 @@ class SessionStore:
                 "lease": lease,
                 # jsonb holds every character but NUL, and an agent repeats what other programs said.
                 "status": status.replace("\\u0000", "\\ufffd"),
-                "from": _names(sources(Event.REPORT)),
+                "moves": _moves(Event.REPORT),
             },
         )
 
@@ -217,36 +224,37 @@ class SessionStore:
         """Ask for a newer generation of machine. None: this one, or a newer, is there; or the session ended."""
         return await self._one(
             "update preview.sessions set generation = %(generation)s,"
-            " state = case when state = 'requested' then state else 'provisioning' end, state_since = now(),"
+            " state = %(moves)s ->> state, state_since = now(),"
             " expires_at = greatest(expires_at, now() + %(ttl)s * interval '1 second'),"
             " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
             " health_url = null, lease_until = null, claimed_until = null, problem = null"
-            " where id = %(id)s and generation < %(generation)s and state = any(%(from)s)",
+            " where id = %(id)s and generation < %(generation)s and %(moves)s ? state",
             {
                 "id": session_id,
                 "generation": generation,
                 "ttl": ttl,
-                "from": _names(sources(Event.REPLACE)),
+                "moves": _moves(Event.REPLACE),
             },
         )
 
     async def end(self, session_id: UUID, problem: str | None = None) -> Session | None:
         """No more machine is wanted. None: it was ending or over already."""
         return await self._one(
-            "update preview.sessions set state = 'draining', state_since = now(), claimed_until = null,"
+            "update preview.sessions set state = %(moves)s ->> state, state_since = now(), claimed_until = null,"
             " problem = %(problem)s"
-            " where id = %(id)s and state = any(%(from)s)",
-            {"id": session_id, "problem": problem, "from": _names(sources(Event.END))},
+            " where id = %(id)s and %(moves)s ? state",
+            {"id": session_id, "problem": problem, "moves": _moves(Event.END)},
         )
 
     async def destroyed(self, session_id: UUID) -> Session | None:
         """No machine of this session is left."""
         return await self._one(
-            "update preview.sessions set state = case when problem is null then 'gone' else 'failed' end,"
+            "update preview.sessions set"
+            " state = case when problem is null then %(moves)s ->> state else 'failed' end,"
             " state_since = now(), claimed_until = null, machine_id = null, preview_url = null,"
             " health_url = null, lease_until = null"
-            " where id = %(id)s and state = any(%(from)s)",
-            {"id": session_id, "from": _names(sources(Event.DESTROYED))},
+            " where id = %(id)s and %(moves)s ? state",
+            {"id": session_id, "moves": _moves(Event.DESTROYED)},
         )
 
     async def sees(self, claims: Mapping[str, object], project_id: UUID) -> bool:
@@ -292,6 +300,10 @@ class _Row:
 
     def __init__(self, *, state: str, **columns: Any) -> None:
         self.session = Session(state=State(state), **columns)
+
+
+def _moves(event: Event) -> Jsonb:
+    return Jsonb(moves(event))
 
 
 def _names(states: Any) -> list[str]:

@@ -25,9 +25,6 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
-ALGORITHMS: Final = ("HS256", "ES256")
-"""What Supabase signs and verifies with (its legacy shared secret, and its asymmetric signing keys)."""
-
 AUDIENCE: Final = "preview-agent"
 """Of session tokens: a user's or a service's token never passes for one, nor the other way round."""
 
@@ -145,15 +142,6 @@ class Keyring:
     def generation(self) -> object:
         """Changes (by identity) whenever the keys do: what was verified by other keys must be verified again."""
         return self._current()
-
-    def public_jwks(self) -> dict[str, list[dict[str, Any]]]:
-        """What may be published: the asymmetric public keys (a shared secret has no public half)."""
-        keys = []
-        for key in self._current():
-            if key.algorithm == "ES256":
-                jwk = ECAlgorithm.to_jwk(key.public, as_dict=True)
-                keys.append({**jwk, "alg": "ES256", "use": "sig", **({"kid": key.kid} if key.kid else {})})
-        return {"keys": keys}
 
     def _current(self) -> tuple[Key, ...]:
         """The keys, re-read when the file's stamp moved. A torn or missing file keeps the old ones."""

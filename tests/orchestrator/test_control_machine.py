@@ -103,7 +103,7 @@ class ControlMachine(RuleBasedStateMachine):
         except Killed:
             pass
         finally:
-            await control.close()
+            await control.drop()
 
     fuses = st.just(0) | st.integers(1, 14)
 

@@ -69,7 +69,7 @@ async def test_killed_in_turn_under_load(database: str) -> None:
                 await asyncio.sleep(0.15)
                 victim, n = orchestrators[n % 2], n + 1
                 reborn((n - 1) % 2)
-                await victim.close()
+                await victim.drop()
 
         reborn(0)
         reborn(1)
@@ -147,6 +147,32 @@ async def test_only_one_sweeps_at_a_time(database: str) -> None:
         assert await other.sweep() == 0
         async with world.store.sweeping() as second:
             assert not second
+        await other.close()
+
+
+async def test_an_orchestrator_that_stops_in_order_leaves_its_work_to_the_next_at_once(database: str) -> None:
+    async with control_world(database) as world:
+        asked = asyncio.Event()
+
+        class Stuck(FakeMachines):
+            async def create(self, spec: MachineSpec) -> Machine:
+                asked.set()
+                await asyncio.Event().wait()
+                raise AssertionError
+
+        killed, stopped = (world.control_of(Stuck(world.platform)) for _ in range(2))
+        for control in (killed, stopped):
+            asked.clear()
+            await control.request(await world.project(), key=None, generation=None, ttl=600)
+            await asked.wait()
+        await killed.drop()
+        await stopped.close()
+        other = world.control_of()
+        await other.sweep()
+        assert len(world.platform.born) == 1, "the claim of the killed one still stands"
+        await world.pass_time(world.settings.claim_seconds + 1)
+        await other.sweep()
+        assert len(world.platform.born) == 2
         await other.close()
 
 
