@@ -15,6 +15,8 @@ the rest together. The guard is a fork of this process, which is still small, in
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -143,6 +145,7 @@ def _fork(spec: dict[str, object], env: dict[str, str]) -> HeadStart:
                 os.dup2(there, here)
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))
             os.chdir("/")
+            _wipe_environment()
             os._exit(guard.watch(spec, env))
         except BaseException as error:
             os.write(2, f"cannot watch over the dev server: {error}\n".encode())
@@ -151,3 +154,14 @@ def _fork(spec: dict[str, object], env: dict[str, str]) -> HeadStart:
     os.close(theirs)
     os.close(said)
     return HeadStart(spec, env, pid, lifeline, output)
+
+
+def _wipe_environment() -> None:
+    """Overwrite what this process was given at its start: the guard needs none of it, and /proc shows it for as long as
+    the guard lives.
+    """
+    libc = ctypes.CDLL(None)
+    at = ctypes.POINTER(ctypes.c_void_p).in_dll(libc, "environ")
+    for place in itertools.takewhile(bool, (at[n] for n in itertools.count())):
+        ctypes.memset(place, 0, libc.strlen(ctypes.c_void_p(place)))
+    os.environ.clear()

@@ -66,6 +66,14 @@ class Machine:
         return running(self.environ["DEV_PORT"])
 
 
+def environment_of(pid: int) -> bytes:
+    """What /proc shows of it; nothing to anybody but root."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().strip(b"\0")
+    except PermissionError:
+        return b""
+
+
 @pytest.fixture
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
     made = Machine(tmp_path)
@@ -85,6 +93,9 @@ async def test_what_was_ready_is_started_early_and_adopted(machine: Machine) -> 
     early = begin(machine.environ)
     assert early is not None
     await until(lambda: machine.processes)
+    assert environment_of(early.pid) == b"", (
+        "the guard is a fork of the agent, and keeps nothing of what it was given"
+    )
     async with machine.agent(early) as supervisor:
         supervisor.project_ready()
         await until(lambda: supervisor.ready)
