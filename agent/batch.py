@@ -33,7 +33,7 @@ from functools import partial
 from agent.jail import Blocked, DirectoryForm, Jail, dress_directory, is_twin
 from agent.ledger import Done, FileStat
 from agent.looks import Drift, compare, look
-from agent.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.problems import ProblemKind
 from agent.stagedtree import StagedTree
 from agent.staging import NO_EXCHANGE, Staging, Temp, exchange
@@ -201,8 +201,8 @@ class Batch:
             return
         found = look(directory, name)
         if found is not None and stat.S_ISDIR(found.st_mode):
-            self._clear_directory(path, directory, name)
-            found = None
+            self._clear_directory(path)
+            directory, found = self._jail.directory(above), None
         elif self._settle_drift(path, directory, name, found, write.entry):
             assert found is not None
             self._done[path] = Done(write, FileStat.of(found))
@@ -297,11 +297,24 @@ class Batch:
             runs = os.fstat(original.fileno()).st_mode & 0o100 != 0
             return self._staging.put(original.read(), executable=runs, hold=False).name
 
-    def _clear_directory(self, path: RelPath, directory: int, name: str) -> None:
-        """An empty directory gives way to a file; one with something in it is not ours to remove."""
-        os.rmdir(name, dir_fd=directory)
-        self._jail.forget(path)
-        self._forget_directory(path)
+    def _clear_directory(self, path: RelPath) -> None:
+        """Directories with no file in them give way to a file, however deep; all else is not ours to remove.
+
+        Empty ones may be an earlier life's, killed before it had recorded that it made them.
+        """
+        directories = [path]
+        for each in directories:
+            inside = self._jail.directory(each)
+            for name in os.listdir(inside):
+                found = look(inside, name)
+                if name in PROTECTED or (found is not None and not stat.S_ISDIR(found.st_mode)):
+                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+                directories.append(RelPath(f"{each}/{name}"))
+        for each in reversed(directories):
+            above, _, name = each.rpartition("/")
+            os.rmdir(name, dir_fd=self._jail.directory(above))
+            self._jail.forget(each)
+            self._forget_directory(each)
 
     # --- removing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -322,6 +323,40 @@ def test_an_empty_directory_gives_way_to_a_file(agent: Agent, root: Path) -> Non
     (root / "a").mkdir()
     assert kinds(agent.apply(write("a", "file"))) == []
     assert seen(root) == {"a": "file"}
+
+
+def test_empty_directories_give_way_however_deep_and_come_back_when_the_batch_does_not_land(
+    agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a life that was killed made and did not record."""
+    (root / "a/b/c").mkdir(parents=True)
+    (root / "a/d").mkdir()
+    real = os.rename
+
+    def full(source: str, name: str, **at: int) -> None:
+        if name == "z":
+            raise OSError(errno.ENOSPC, "no space")
+        real(source, name, **at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", full)
+        assert agent.apply(write("a", "file"), write("z", "1")).rolled_back
+    assert sorted(str(path.relative_to(root)) for path in root.rglob("*")) == ["a", "a/b", "a/b/c", "a/d"]
+    assert kinds(agent.apply(write("a", "file"))) == []
+    assert seen(root) == {"a": "file"}
+
+
+@pytest.mark.parametrize("theirs", ["b/file", "b/node_modules/"])
+def test_directories_with_anything_else_in_them_stay_whole(agent: Agent, root: Path, theirs: str) -> None:
+    (root / "a/empty").mkdir(parents=True)
+    (root / "a/b").mkdir()
+    if theirs.endswith("/"):
+        (root / "a" / theirs).mkdir()
+    else:
+        (root / "a" / theirs).symlink_to("nowhere")
+    before = sorted(root.rglob("*"))
+    assert kinds(agent.apply(write("a", "file"))) == [("path_unusable", "a", "directory_in_the_way")]
+    assert sorted(root.rglob("*")) == before
 
 
 def test_a_root_that_was_removed_is_made_again(agent: Agent, root: Path) -> None:
