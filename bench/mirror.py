@@ -6,8 +6,8 @@ agent's rename, with PostgreSQL's own durability, its row lock, version, revisio
 hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
 word on the other side's directory, and take turns round by round.
 
-A mirror that takes a second for one edit makes six a round, at moments spread evenly over its second; the slowest of
-the six then stands for its p99, which is in its favour.
+A mirror that takes a second for one edit makes four a round, at moments spread evenly over its second; the slowest of
+the four then stands for its p99, which is in its favour.
 """
 
 from __future__ import annotations

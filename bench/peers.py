@@ -24,6 +24,9 @@ from bench.landing import Landing, NotLanded
 FILES = 500
 """In the mirrored tree, all the time: a burst writes each of them anew."""
 
+SLOW_EDITS = 4
+"""A turn's edits of one that takes a second for each."""
+
 DEADLINE = 60.0
 """Seconds for anything to land. The slowest takes two."""
 
@@ -40,7 +43,7 @@ def content_of(number: int) -> str:
 def pauses(count: int, longest: float, chance: random.Random) -> list[float]:
     """Seconds to wait before each edit of a turn: spread evenly up to the longest, in any order.
 
-    A program that polls is met at every moment of its period alike, and a turn of six edits has its true median.
+    A program that polls is met at every moment of its period alike, and a turn of four edits has its true median.
     """
     spread = [(n + chance.random()) / count * longest for n in range(count)]
     chance.shuffle(spread)
@@ -211,7 +214,7 @@ class Unison(Mirror):
 
     name = "unison"
     programs = ("unison",)
-    edits = 6
+    edits = SLOW_EDITS
 
     @property
     def pause(self) -> float:  # type: ignore[override]
@@ -246,7 +249,7 @@ class Syncthing(Mirror):
 
     name = "syncthing"
     programs = ("syncthing",)
-    edits = 6
+    edits = SLOW_EDITS
     pause = 1.0
 
     def prepare(self) -> None:

@@ -220,15 +220,23 @@ async def _stops(rounds: int, directory: Path, plane: Plane) -> list[Row]:
     """TERM while a dev server that takes no notice of it is up: the worst case is the one with a bound."""
     manifest = json.dumps({"scripts": {"dev": "trap '' TERM; while :; do sleep 0.1; done"}})
     project = await plane.project({"package.json": manifest, "index.html": "<p>hello"})
-    agent = await project.session(directory / "stopped")
-    taken, clean = [], 0
-    for _ in range(rounds):
-        agent.start()
-        await eventually("the dev server is up", partial(_is, agent, "starting"))
-        began = time.monotonic()
-        code = await agent.stop()
-        taken.append(time.monotonic() - began)
-        clean += code == 0 and taken[-1] <= 4.0
+    left = iter(range(rounds))
+    taken: list[float] = []
+    clean = 0
+
+    async def one_after_the_other(agent: Agent) -> None:
+        nonlocal clean
+        for _ in left:
+            agent.start()
+            await eventually("the dev server is up", partial(_is, agent, "starting"))
+            began = time.monotonic()
+            code = await agent.stop()
+            taken.append(time.monotonic() - began)
+            clean += code == 0 and taken[-1] <= 4.0
+
+    # Nearly all of a stop is waiting out the grace, and five agents that disturb one another make none shorter.
+    agents = [await project.session(directory / f"stopped-{number}") for number in range(5)]
+    await asyncio.gather(*(one_after_the_other(agent) for agent in agents))
     share = quantiles(taken, n=100, method="inclusive")[98]
     return [
         Row("stopped within the grace", clean / rounds, "share", at_least=1.0, samples=rounds),
