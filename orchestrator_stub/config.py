@@ -21,6 +21,10 @@ def _words(text: object) -> object:
     return shlex.split(text) if isinstance(text, str) else text
 
 
+def _unless_empty(text: object) -> object:
+    return None if text == "" else text
+
+
 class SettingsError(Exception):
     """The environment is missing or malformed; one sentence per variable in `problems`."""
 
@@ -80,8 +84,10 @@ class Settings(BaseSettings):
     """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md)."""
 
     # --- new projects
-    template_dir: Path | None = _EXAMPLE if _EXAMPLE.is_dir() else None
-    """What a project without any file is given at its first session; unset: it stays empty."""
+    template_dir: Annotated[Path | None, BeforeValidator(_unless_empty)] = (
+        _EXAMPLE if _EXAMPLE.is_dir() else None
+    )
+    """What a project without any file is given at its first session; empty: it stays without."""
 
     # --- machines
     machine_driver: Literal["local", "container", "fly"] = "local"
@@ -107,6 +113,8 @@ class Settings(BaseSettings):
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
     """Where a machine's preview is reached; `{machine_id}` and `{app}` are filled in. The default is Fly's private
     network, for a proxy of the product's own that browsers talk to."""
+    fly_per_second: float = Field(1, gt=0)
+    """Machines made, and changes to each, a second: what Fly allows everybody. It raises it for who asks."""
     fly_cpus: int = Field(1, ge=1)
     """Shared ones. Vite keeps one busy at its start and none afterwards."""
     fly_memory_mb: int = Field(1024, ge=256, multiple_of=256)

@@ -17,7 +17,7 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.machines import MachineDriver, MachineRefused
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
-from orchestrator_stub.machines.fly_api import FlyApi
+from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, configure_logs, control_plane
@@ -109,7 +109,8 @@ def driver_of(settings: Settings) -> MachineDriver:
             assert settings.fly_api_token is not None
             http = httpx.AsyncClient()
             token = settings.fly_api_token.get_secret_value()
-            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http)
+            writes = Rate(settings.fly_per_second, WRITES.burst)
+            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http, writes=writes)
             shape = FlyShape(
                 settings.fly_app,
                 settings.agent_image,

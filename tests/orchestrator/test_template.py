@@ -72,6 +72,13 @@ async def test_a_new_project_has_its_template_at_its_first_session_in_one_revisi
     assert (await manifest_of(plane, session))["revision"] == 1, "and never again"
 
 
+async def test_without_a_template_a_new_project_stays_empty(database: str, tmp_path: Path) -> None:
+    async with running_plane(database, tmp_path, template_dir="") as plane:
+        session = await session_of(plane, (await plane.project({})).id)
+        manifest = await manifest_of(plane, session)
+        assert (manifest["revision"], manifest["files"]) == (0, [])
+
+
 async def test_many_first_sessions_at_once_give_it_once(plane: Plane) -> None:
     project = await plane.project({})
     sessions = await asyncio.gather(*(session_of(plane, project.id) for _ in range(8)))
