@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""
 MOST_LINES = 200
 """Lines looked at of one read of up to 256 KB: a program that prints without end is heard, not followed."""
+FOLLOWED = 2**20
+"""Bytes a second that are split into lines; the rest is read, so that the program never waits, and left out."""
 KILL_PATIENCE = 2.0
 """Seconds for the guard to kill and reap everything; measured in milliseconds. Past it the guard is killed."""
 
@@ -54,10 +57,35 @@ class _Output(asyncio.SubprocessProtocol):
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._on_line = on_line
         self._rest = b""
+        self._second = 0
+        self._followed = 0
+        self._left_out = 0
+        self._last = b""
         self.exited = asyncio.Event()
         self.closed = asyncio.Event()
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._catch_up()
+            self._second, self._followed = second, 0
+        self._followed += len(data)
+        if self._followed > FOLLOWED + len(data):
+            self._left_out += len(data)
+            self._last = (self._last + data)[-4 * LONGEST_LINE :]
+        else:
+            self._split(data)
+
+    def _catch_up(self) -> None:
+        """Say how much was left out, and hear the end of it: a program's last words are at the end."""
+        if self._left_out:
+            self._flush()
+            self._on_line(f"… {self._left_out / 1e6:.1f} MB left out")
+            _, _, ending = self._last.partition(b"\n")
+            self._left_out, self._last = 0, b""
+            self._split(ending)
+
+    def _split(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(lines) > MOST_LINES:
             self._on_line(f"… {len(lines) - MOST_LINES} lines left out")
@@ -69,6 +97,7 @@ class _Output(asyncio.SubprocessProtocol):
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         if fd == 1:
+            self._catch_up()
             self._flush()
             self.closed.set()
 

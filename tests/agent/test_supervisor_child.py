@@ -73,19 +73,26 @@ async def test_one_that_obeys_is_not_waited_for() -> None:
 
 
 HIDES = "setsid -f sh -c 'trap \"\" TERM HUP; echo up; while :; do sleep 0.05; done # {word}'; {then}"
+DAEMON = (
+    "(setsid -f sh -c 'trap \"\" TERM HUP; cd /; exec <&- >&- 2>&-; while :; do sleep 0.05; done # {word}') "
+    "& wait; echo up; {then}"
+)
+"""Forked twice, in a session of its own, with nothing of ours open: a daemon by the book."""
 
 
-async def test_a_grandchild_in_its_own_session_goes_with_the_stop(word: str) -> None:
+@pytest.mark.parametrize("how", [HIDES, DAEMON])
+async def test_a_grandchild_in_its_own_session_goes_with_the_stop(word: str, how: str) -> None:
     lines: list[str] = []
-    program = await start(HIDES.format(word=word, then="sleep 60"), lines.append)
+    program = await start(how.format(word=word, then="sleep 60"), lines.append)
     await until(lambda: lines)
     await program.stop(0.1)
     assert running(word) == []
 
 
-async def test_a_grandchild_does_not_outlive_a_program_that_ends_by_itself(word: str) -> None:
+@pytest.mark.parametrize("how", [HIDES, DAEMON])
+async def test_a_grandchild_does_not_outlive_a_program_that_ends_by_itself(word: str, how: str) -> None:
     lines: list[str] = []
-    program = await start(HIDES.format(word=word, then="sleep 0.3; exit 5"), lines.append)
+    program = await start(how.format(word=word, then="sleep 0.3; exit 5"), lines.append)
     assert await program.wait() == 5
     assert lines == ["up"]
     assert running(word) == []
@@ -171,18 +178,23 @@ def test_a_line_is_cut_and_cannot_forge_another() -> None:
 
 
 async def test_a_program_that_prints_without_end_is_neither_blocked_nor_kept_in_memory() -> None:
-    longest = 0
+    lengths: list[int] = []
+    left_out: list[str] = []
 
     def heard(line: str) -> None:
-        nonlocal longest
-        longest = max(longest, len(line))
+        lengths.append(len(line))
+        if line.endswith(" MB left out"):
+            left_out.append(line)
 
     done = await child.run(
-        ["sh", "-c", "head -c 20000000 /dev/zero; yes | head -c 20000000"],
-        cwd=Path("/"), env=ENV, rights=PLAIN, timeout=30, on_line=heard,
+        ["sh", "-c", "head -c 200000000 /dev/zero; yes | head -c 200000000; echo; echo the end"],
+        cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60, on_line=heard,
     )  # fmt: skip
     assert done.ok
-    assert longest <= 4 * child.LONGEST_LINE + 10, "a control character becomes four"
+    assert max(lengths) <= 4 * child.LONGEST_LINE + 10, "a control character becomes four"
+    assert len(lengths) < 100_000, "of a hundred million"
+    assert left_out
+    assert done.tail[-1] == "the end", "last words are heard whatever was left out before"
 
 
 async def test_a_timeout_and_a_cancel_leave_nothing(word: str) -> None:

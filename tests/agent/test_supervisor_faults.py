@@ -174,6 +174,21 @@ async def test_an_outdated_dependency_cache_is_left_behind_once(tmp_path: Path) 
         assert "--force" in Path(f"/proc/{supervisor.report()['pid']}/cmdline").read_text()
 
 
+async def test_the_last_200_lines_are_in_the_report_and_the_log_is_spared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = (
+        f"i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done; exec {sys.executable} {SERVER} good"
+    )
+    async with supervised(tmp_path, "sh", "-c", noise) as supervisor:
+        await until(lambda: supervisor.ready)
+        log = supervisor.report()["log"]
+        assert isinstance(log, list)
+        assert log == [f"line {n}" for n in range(4800, 5000)]
+        assert "log" not in supervisor.report(log=False)
+    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * module.LOG_RATE
+
+
 async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -> None:
     async with supervised(
         tmp_path, "sh", "-c", f"trap '' TERM; {sys.executable} {SERVER} good"

@@ -89,6 +89,35 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         assert probe.connect_ex(("127.0.0.1", settings.dev_port)) != 0
 
 
+async def test_what_vite_does_itself_about_its_config_and_env_is_left_to_it(settings: Settings) -> None:
+    """Both make Vite restart inside its own process; the supervisor looks on."""
+    supervisor = Supervisor(settings)
+    async with kept(supervisor):
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready, 120)
+        pid = supervisor.report()["pid"]
+        (settings.project_dir / ".env").write_text("VITE_TOLD=by-the-env-file\n")
+        supervisor.files_changed({RelPath(".env")})
+        config = settings.project_dir / "vite.config.ts"
+        config.write_text(config.read_text() + "\nconsole.log('read', 'again')\n")
+        supervisor.files_changed({RelPath("vite.config.ts")})
+        await until(lambda: "read again" in supervisor.report()["log"])  # type: ignore[operator]
+        app = settings.project_dir / "src" / "App.tsx"
+        app.write_text(app.read_text() + "\nexport const told = import.meta.env.VITE_TOLD\n")
+
+        async def told() -> bool:
+            async with httpx.AsyncClient(base_url=supervisor.url) as http:
+                with contextlib.suppress(httpx.HTTPError):
+                    return "by-the-env-file" in (await http.get("/src/App.tsx")).text
+            return False
+
+        async with asyncio.timeout(30):
+            while not await told():
+                await asyncio.sleep(0.05)
+        assert (supervisor.state, supervisor.restarts) == (State.READY, 0)
+        assert supervisor.report()["pid"] == pid
+
+
 async def test_a_lock_change_is_one_install_and_one_restart(settings: Settings) -> None:
     supervisor = Supervisor(settings)
     async with kept(supervisor):
