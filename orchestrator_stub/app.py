@@ -260,7 +260,7 @@ class Api:
             session.id,
             claims.generation,
             ready=body.state in UP,
-            lease=self._settings.lease_seconds,
+            lease=self._settings.timing.lease,
             status=body.model_dump_json(),
         )
         if kept is None:

@@ -81,7 +81,8 @@ class Settings(BaseSettings):
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
     sync_mode: Literal["live", "shadow"] = "live"
-    """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md)."""
+    """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md), and
+    the silence of one ends no session: PROVISION_SECONDS and LEASE_SECONDS do not count."""
 
     # --- new projects
     template_dir: Annotated[Path | None, BeforeValidator(_unless_empty)] = (
@@ -146,7 +147,14 @@ class Settings(BaseSettings):
 
     @property
     def timing(self) -> Timing:
-        """What `sessions.judge` goes by."""
+        """What `sessions.judge` goes by.
+
+        Beside another flow somebody works in the machine whether our agent speaks or not: its silence ends nothing
+        then, only the session's own end does.
+        """
+        if self.sync_mode == "shadow":
+            longest = self.session_ttl_max
+            return Timing(longest, longest, self.claim_seconds, self.drain_seconds)
         return Timing(self.provision_seconds, self.lease_seconds, self.claim_seconds, self.drain_seconds)
 
     @property
