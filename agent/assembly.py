@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from agent.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavai
 from agent.model import Digest, Entry, Manifest, ManifestFile, RelPath
 from agent.progress import Progress
 from agent.staging import Stage, Staged
-from agent.unzip import ArchiveEnded, ExecutableFound, FileEnded, FileStarted, ZipReader
+from agent.unzip import ArchiveEnded, Event, ExecutableFound, FileEnded, FileStarted, ZipReader
 from agent.wire import MANIFEST_PATH, decode_manifest
 
 
@@ -81,32 +81,37 @@ class Assembly:
         self.sated = False
         """True once the rest of the archive is not needed: every listed file is in the tree already."""
 
-    def take_all(self, pieces: Sequence[bytes]) -> None:
-        """`take` each, unless the hydration was abandoned or no more is needed."""
-        with self._lock:
-            for piece in pieces:
-                if not self._abandoned and not self.sated:
-                    self.take(piece)
+    def take_all(self, pieces: list[bytes]) -> None:
+        """Unpack what `pieces` complete, unless the hydration was abandoned or no more is needed.
 
-    def take(self, data: bytes) -> None:
-        """Unpack what `data` completes. Raises `SnapshotRejected`, `StagingFailed`."""
-        self._progress.received_bytes += len(data)
-        try:
-            for event in self._reader.feed(data):
-                if isinstance(event, (bytes, memoryview)):
-                    self._write(event)
-                elif isinstance(event, FileStarted):
-                    self._start(event.path, event.size)
-                elif isinstance(event, FileEnded):
-                    self._end(event.size)
-                    if self.sated:
-                        return
-                elif isinstance(event, ExecutableFound):
-                    self._executable.add(event.path)
-                elif isinstance(event, ArchiveEnded):
-                    self._check_complete()
-        except OSError as error:
-            raise StagingFailed(error) from None
+        Empties the list: the reader has joined them, and nothing shall be in memory twice. Raises `SnapshotRejected`,
+        `StagingFailed`.
+        """
+        with self._lock:
+            if self._abandoned or self.sated:
+                return
+            self._progress.received_bytes += sum(map(len, pieces))
+            events = self._reader.feed(*pieces)
+            pieces.clear()
+            try:
+                self._take(events)
+            except OSError as error:
+                raise StagingFailed(error) from None
+
+    def _take(self, events: Iterator[Event]) -> None:
+        for event in events:
+            if isinstance(event, (bytes, memoryview)):
+                self._write(event)
+            elif isinstance(event, FileStarted):
+                self._start(event.path, event.size)
+            elif isinstance(event, FileEnded):
+                self._end(event.size)
+                if self.sated:
+                    return
+            elif isinstance(event, ExecutableFound):
+                self._executable.add(event.path)
+            elif isinstance(event, ArchiveEnded):
+                self._check_complete()
 
     def close(self) -> None:
         """The body is over. Raises `SnapshotRejected` unless the archive is whole."""

@@ -17,8 +17,8 @@ is refused by name, with `SnapshotRejected.rule` one of
     directory_mismatch end_mismatch manifest_position compressed_size
     total_size file_size entries ratio
 
-or one of the rules of `agent.model.parse_path`. Memory: one chunk in, one chunk out, and about a hundred bytes
-an entry, whatever the entry's size.
+or one of the rules of `agent.model.parse_path`. Memory: what was fed, one chunk out, and the names (of which
+those that a manifest listed are the caller's), whatever the entries' sizes and number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from isal import isal_zlib
 
@@ -46,7 +47,6 @@ from agent.ziprecords import (
     END_SIGNATURE,
     FULL16,
     FULL32,
-    IDENTITY_BYTES,
     LOCAL,
     LOCAL_SIGNATURE,
     LOCATOR,
@@ -58,7 +58,7 @@ from agent.ziprecords import (
     UNIX_HOSTS,
     VERSION,
     check_features,
-    identity_of,
+    description,
     read_name,
     shown,
     wide_field,
@@ -122,7 +122,7 @@ class ZipReader:
         self._base = 0
         self._files: set[RelPath] = set()
         self._directories: set[RelPath] = set()
-        self._identities = bytearray()
+        self._streamed, self._directory_says = blake2b(), blake2b()
         self._entries = 0
         self._size = 0
         self._listed: Mapping[RelPath, ManifestFile] = {}
@@ -147,13 +147,14 @@ class ZipReader:
         """
         self._listed = listed
 
-    def feed(self, data: bytes) -> Iterator[Event]:
+    def feed(self, *data: bytes) -> Iterator[Event]:
         """What `data` completes, unpacked lazily. Take every event before feeding again.
 
         Iterating raises `SnapshotRejected`; after that the reader only raises it again.
         """
         self._base += self._at
-        self._buffer = self._buffer[self._at :] + data
+        rest = self._buffer[self._at :]
+        self._buffer = b"".join((rest, *data)) if rest or len(data) != 1 else data[0]
         self._at = 0
         return self._events()
 
@@ -238,7 +239,7 @@ class ZipReader:
             if 0 < size <= CHUNK and not described and packed <= len(self._buffer) - self._at:
                 yield self._whole(name, method, crc, packed, size)
                 self._size += size
-                self._identities += identity_of(flags, method, crc, packed, size, offset, raw_name)
+                self._streamed.update(description(flags, method, crc, packed, size, offset, raw_name))
                 yield FileEnded(size)
                 return
 
@@ -274,7 +275,7 @@ class ZipReader:
         elif true_crc != crc:
             raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._size += true_size
-        self._identities += identity_of(flags, method, true_crc, true_packed, true_size, offset, raw_name)
+        self._streamed.update(description(flags, method, true_crc, true_packed, true_size, offset, raw_name))
         if not is_directory:
             yield FileEnded(true_size)
 
@@ -378,7 +379,7 @@ class ZipReader:
                 raise SnapshotRejected(
                     "directory_mismatch", "the central directory lists more than was there"
                 )
-            executable = yield from self._central_record(records)
+            executable = yield from self._central_record()
             if executable is not None:
                 yield ExecutableFound(executable)
             records += 1
@@ -387,6 +388,10 @@ class ZipReader:
             raise SnapshotRejected(
                 "directory_mismatch",
                 f"the central directory lists {records} of {self._entries} entries",
+            )
+        if self._streamed.digest() != self._directory_says.digest():
+            raise SnapshotRejected(
+                "directory_mismatch", "the central directory does not describe the entries that were streamed"
             )
         size = self._base + self._at - begin
         is_wide = False
@@ -398,8 +403,8 @@ class ZipReader:
             raise self._unexpected("where the end record should be", self._peek(4))
         yield from self._end(begin, size, is_wide)
 
-    def _central_record(self, index: int) -> Generator[None, None, RelPath | None]:
-        """Check one record against the entry streamed at `index`; its path if it has an execute bit."""
+    def _central_record(self) -> Generator[None, None, RelPath | None]:
+        """Check one record and note what it describes; its path if it has an execute bit."""
         yield from self._need(CENTRAL.size)
         (
             _, made_by, version, flags, method, _, _, crc, packed, size,
@@ -415,13 +420,9 @@ class ZipReader:
         wide = wide_field(name, raw_name, extra) if extra else b""
         if FULL32 in (size, packed, offset):
             size, packed, offset = widen(name, wide, size, packed, offset)
-        identity = identity_of(flags, method, crc, packed, size, offset, raw_name)
-        begin = index * IDENTITY_BYTES
-        if disk != 0 or identity != self._identities[begin : begin + IDENTITY_BYTES]:
-            raise SnapshotRejected(
-                "directory_mismatch",
-                f"record {index} of the central directory, {shown(name)}, is not what was streamed there",
-            )
+        if disk != 0:
+            raise SnapshotRejected("directory_mismatch", f"{shown(name)} is said to be on another disk")
+        self._directory_says.update(description(flags, method, crc, packed, size, offset, raw_name))
         is_directory = name.endswith("/")
         if attributes & DOS_VOLUME or bool(attributes & DOS_DIRECTORY) > is_directory:
             raise SnapshotRejected("entry_type", f"{shown(name)} is marked as a volume or a directory")

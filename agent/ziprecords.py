@@ -6,7 +6,6 @@ Layouts and numbers are those of PKWARE's APPNOTE 6.3. The grammar that puts rec
 from __future__ import annotations
 
 import struct
-from hashlib import blake2b
 
 from agent.errors import SnapshotRejected
 
@@ -15,7 +14,7 @@ CENTRAL = struct.Struct("<4s6H3I5H2I")
 END = struct.Struct("<4s4H2IH")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR = struct.Struct("<4sIQI")
-CORE = struct.Struct("<2HI3Q")
+CORE = struct.Struct("<2HI3QH")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 CENTRAL_SIGNATURE = b"PK\x01\x02"
@@ -36,9 +35,6 @@ FULL16, FULL32 = 0xFFFF, 0xFFFFFFFF
 UNIX_HOSTS = frozenset({3, 19})
 TYPE_MASK, TYPE_FILE, TYPE_DIRECTORY = 0o170000, 0o100000, 0o040000
 DOS_DIRECTORY, DOS_VOLUME = 0x10, 0x08
-
-IDENTITY_BYTES = 16
-"""Of the digest by which both descriptions of an entry are compared: too long to make two agree by trying."""
 
 
 def read_name(raw: bytes) -> str:
@@ -96,12 +92,12 @@ def widen(name: str, wide: bytes, *values: int) -> tuple[int, ...]:
     return tuple(widened)
 
 
-def identity_of(
+def description(
     flags: int, method: int, crc: int, packed: int, size: int, offset: int, raw_name: bytes
 ) -> bytes:
-    """What the local header and the central directory must both say of an entry, in a few bytes."""
-    core = CORE.pack(flags, method, crc, packed, size, offset)
-    return blake2b(core + raw_name, digest_size=IDENTITY_BYTES).digest()
+    """What the local header and the central directory must both say of an entry. Self-delimiting: of two lists of
+    entries, the descriptions in a row are equal only if the lists are."""
+    return CORE.pack(flags, method, crc, packed, size, offset, len(raw_name)) + raw_name
 
 
 def shown(name: str) -> str:

@@ -118,9 +118,9 @@ async def test_a_large_body_is_taken_in_large_pieces(
     fed: list[int] = []
     feed = ZipReader.feed
 
-    def watched(self: ZipReader, piece: bytes) -> Iterator[Event]:
-        fed.append(len(piece))
-        return feed(self, piece)
+    def watched(self: ZipReader, *pieces: bytes) -> Iterator[Event]:
+        fed.extend(map(len, pieces))
+        return feed(self, *pieces)
 
     monkeypatch.setattr(ZipReader, "feed", watched)
     async with origin(Answer(data)) as server:
