@@ -10,11 +10,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
+HOLD_CREDENTIALS = ("run", "record", "check")
+"""Commands that read the session's credentials."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's). Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     environ, early = dict(os.environ), None
+    if words and words[0] in HOLD_CREDENTIALS:
+        from agent import guard
+
+        guard.seal()
     if words == ["run"]:
         from agent import guard
         from agent.headstart import begin

@@ -37,7 +37,7 @@ from agent.status import AgentState, Problems, SyncStatus
 from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
-from agent.telemetry import Metrics, configure_logs, get_logger, process_age, redactor_for
+from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
 from agent.tokens import Tokens, spread
 from agent.workspace import Workspace
 
@@ -62,6 +62,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     for secret in credentials(environ):
         redactor.add(secret)
     configure_logs(settings, redactor)
+    log_uncaught()
     spans = open_spans(environ, settings.project_id, settings.session_id)
     reaper = Reaper()
     if early is not None:

@@ -74,6 +74,14 @@ def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     os.execvpe(spec["argv"][0], spec["argv"], env)  # noqa: S606 - that is what this is for
 
 
+def seal() -> None:
+    """Leave no core file, and open neither `/proc/<pid>/environ` nor `mem` to other processes of the same user: this
+    process holds credentials. Nothing that it forks or starts leaves a core file either.
+    """
+    prctl(PR_SET_DUMPABLE, 0)
+    limit(resource.RLIMIT_CORE, 0)
+
+
 def limit(kind: int, value: int) -> None:
     """Lower a limit for good; an already lower hard limit stays."""
     hard = resource.getrlimit(kind)[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
+from urllib.parse import unquote
 from uuid import UUID
 
 from agent import __version__
@@ -86,12 +87,13 @@ class Spans:
 
 
 def credentials(environ: Mapping[str, str]) -> list[str]:
-    """Every value of the collector's headers, and each pair whole."""
+    """Every value of the collector's headers, as it is given and as it is sent, and each pair whole."""
     found = []
     for name in HEADERS:
         for pair in environ.get(name, "").split(","):
-            found += [pair.strip(), pair.partition("=")[2].strip()]
-    return [text for text in found if text]
+            value = pair.partition("=")[2].strip()
+            found += [pair.strip(), value, unquote(value)]
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -> Spans | None:

@@ -12,10 +12,13 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import (
@@ -31,12 +34,17 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 from agent.config import Settings
 from agent.trace import TraceParent
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Seconds. From one rename to a machine that slept through five minutes."""
 
 _PREFIX = "preview_agent"
-_SIGNED = re.compile(r"(?i)([?&](?:token|apikey|signature)=)[^&\s\"']+")
-_JWT = re.compile(r"eyJ[A-Za-z0-9_-]+\.eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+_SIGNED = re.compile(r"(?i)([?&](?:token|apikey|sig|signature|x-(?:amz|goog)-[a-z-]+)=)[^&\s\"']+")
+_JWT = re.compile(r"eyJ[A-Za-z0-9_-]+\.eyJ[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?")
+"""Also one that was cut: an error that quotes at most so many characters must not end its disguise."""
+_SECRET_KEY = re.compile(r"sb_secret_[A-Za-z0-9_-]+")
 REDACTED = "[redacted]"
 
 
@@ -98,8 +106,8 @@ def show_state(gauge: Gauge, states: Iterable[str], current: str) -> None:
 class Redactor:
     """A structlog processor that takes secrets out of every string, however deep, whatever the key.
 
-    Known secrets go by value; signed URLs and anything that looks like a JWT go by shape, for those that were minted
-    after the start.
+    Known secrets go by value; signed URLs, Supabase's secret keys and anything that looks like a JWT go by shape, for
+    those that were minted after the start or should never have been here.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -119,6 +127,8 @@ class Redactor:
             value = _SIGNED.sub(rf"\1{REDACTED}", value)
         if "eyJ" in value:
             value = _JWT.sub(REDACTED, value)
+        if "sb_secret_" in value:
+            value = _SECRET_KEY.sub(REDACTED, value)
         return value
 
     def value(self, value: object) -> object:
@@ -151,11 +161,14 @@ def configure_logs(settings: Settings, redactor: Redactor) -> None:
         if console
         else structlog.processors.JSONRenderer(sort_keys=False)
     )
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *before,
             structlog.processors.format_exc_info,
             redactor,
             render,
@@ -164,14 +177,58 @@ def configure_logs(settings: Settings, redactor: Redactor) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stdout),
         cache_logger_on_first_use=False,
     )
-    # Libraries log through the standard module; only what they warn of is worth a line here.
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stdout)
+    # Libraries log through the standard module; only what they warn of is worth a line here, and no line passes by the
+    # redactor.
+    lines = logging.StreamHandler(sys.stdout)
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=before,
+            processors=[_of_a_library, structlog.processors.format_exc_info, redactor, render],
+        )
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     # Both write addresses, and with them tokens, at their information level.
     for name in ("httpx", "httpcore", "websockets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.contextvars.bind_contextvars(
         project_id=str(settings.project_id), session_id=str(settings.session_id)
     )
+
+
+def _of_a_library(logger: WrappedLogger, method: str, event_dict: EventDict) -> EventDict:
+    """A record of the standard module as one of our lines."""
+    record: logging.LogRecord = event_dict.pop("_record")
+    del event_dict["_from_structlog"]
+    return {"event": "library.log", "logger": record.name, "said": event_dict.pop("event"), **event_dict}
+
+
+def log_uncaught() -> None:
+    """From now on, what nothing catches, in whatever thread, is a line like any other: `agent.bug`, and redacted."""
+    log = get_logger("process")
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        log.critical("agent.bug", exc_info=(kind, error, trace))
+
+    def in_thread(told: threading.ExceptHookArgs) -> None:
+        error = told.exc_value or told.exc_type()
+        log.critical(
+            "agent.bug",
+            thread=told.thread.name if told.thread else None,
+            exc_info=(told.exc_type, error, told.exc_traceback),
+        )
+
+    def unraisable(told: UnraisableHookArgs) -> None:
+        error = told.exc_value or told.exc_type()
+        log.error(
+            "agent.bug",
+            why=told.err_msg,
+            where=repr(told.object),
+            exc_info=(told.exc_type, error, told.exc_traceback),
+        )
+
+    sys.excepthook = uncaught
+    threading.excepthook = in_thread
+    sys.unraisablehook = unraisable
 
 
 def traced(trace: TraceParent | None) -> contextlib.AbstractContextManager[object]:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from orchestrator_stub.sessions import Timing
@@ -25,6 +27,29 @@ def _unless_empty(text: object) -> object:
     return None if text == "" else text
 
 
+def _checked_dsn(dsn: SecretStr) -> SecretStr:
+    """Refuses an address that the database's library would take apart in the wrong place, and quote a piece of the
+    password in its error.
+    """
+    problem = dsn_problem(dsn.get_secret_value())
+    if problem:
+        raise ValueError(problem)
+    return dsn
+
+
+def dsn_problem(dsn: str) -> str | None:
+    """What is wrong with a connection string, without a word of it; None when nothing is."""
+    encode = "percent-encode @ : / and # in its password"
+    try:
+        parts = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return f"is not a PostgreSQL connection string; {encode}"
+    host, port = str(parts.get("host", "")), str(parts.get("port", ""))
+    if "@" in host or (not port.replace(",", "").isdecimal() and port):
+        return f"its host or port is not one; {encode}"
+    return None
+
+
 class SettingsError(Exception):
     """The environment is missing or malformed; one sentence per variable in `problems`."""
 
@@ -39,7 +64,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     # --- the parts we stand on
-    database_url: SecretStr
+    database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
     (the sweeper's advisory lock and LISTEN need the session)."""
     supabase_url: HttpUrl
@@ -198,6 +223,8 @@ class Settings(BaseSettings):
         value = os.environ.get("DATABASE_URL")
         if not value:
             raise SettingsError(["DATABASE_URL: set it, or give --database-url"])
+        if problem := dsn_problem(value):
+            raise SettingsError([f"DATABASE_URL: {problem}"])
         return value
 
 

@@ -42,6 +42,7 @@ from orchestrator_stub.machines import Machine
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
 from orchestrator_stub.operations import Measured
+from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
 from orchestrator_stub.smoke import ONCE_DEADLINE, Check
 from orchestrator_stub.tokens import Keyring, local_keyring
@@ -63,7 +64,7 @@ async def run_dev(options: DevOptions) -> int:
 
     Raises `CannotStart`; nothing is left running then.
     """
-    configure_logs("warning", "auto")
+    configure_logs("warning", "auto", Redactor())
     terminal = Terminal(options.as_json)
     this = asyncio.current_task()
     assert this is not None

@@ -20,6 +20,7 @@ from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.operations import Measured
+from orchestrator_stub.redaction import Redactor, secrets_of
 from orchestrator_stub.service import Server, configure_logs, control_plane
 from orchestrator_stub.tokens import Keyring
 
@@ -39,7 +40,7 @@ class CannotServe(Exception):
 
 async def run_serve(settings: Settings) -> int:
     """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
-    configure_logs(settings.log_level, settings.log_format)
+    configure_logs(settings.log_level, settings.log_format, Redactor(secrets_of(settings)))
     try:
         keys = keyring_of(settings)
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from orchestrator_stub.database import Pool, pool_of
 from orchestrator_stub.machines import MachineDriver
 from orchestrator_stub.offers import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.operations import Metrics
+from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
@@ -116,19 +117,32 @@ class Server(uvicorn.Server):
         return nullcontext()
 
 
-def configure_logs(level: str, form: str) -> None:
-    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto)."""
+def configure_logs(level: str, form: str, redactor: Redactor) -> None:
+    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
+
+    Nothing passes by `redactor`, what libraries warn of through the standard module included.
+    """
     console = form == "console" or (form == "auto" and sys.stderr.isatty())
     # It reports each failed attempt of its own retries; what comes of them is ours to say.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = [
+        structlog.processors.format_exc_info,
+        redactor,
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+    ]
+    lines = logging.StreamHandler(sys.stderr)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-        ],
+        processors=[*before, *last],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,

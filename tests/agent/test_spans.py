@@ -87,10 +87,8 @@ def test_the_variable_without_the_sdk_is_one_clear_line(monkeypatch: pytest.Monk
 
 def test_the_collector_s_credentials_are_known_to_the_redactor() -> None:
     environ = {"OTEL_EXPORTER_OTLP_HEADERS": "x-team=a-long-team, authorization=Bearer%20abc"}
-    assert credentials(environ) == [
-        "x-team=a-long-team",
-        "a-long-team",
-        "authorization=Bearer%20abc",
-        "Bearer%20abc",
-    ]
+    known = credentials(environ)
+    assert set(known) == {
+        "x-team=a-long-team", "a-long-team", "authorization=Bearer%20abc", "Bearer%20abc", "Bearer abc",
+    }  # fmt: skip
     assert credentials({}) == []
