@@ -30,8 +30,8 @@ ELSEWHERE = frozenset(
 """Read by the agent from its environment, and no field of its settings; documented below the table."""
 NOT_OURS = frozenset(
     {
-        # of the tests, the Makefile, the image
-        "PREVIEW_TEST_DATABASE_URL", "SECONDS", "DIR", "IMAGE_BASE", "IMAGE_ENGINE", "TEMPLATE",
+        # of the tests and the image
+        "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "TEMPLATE",
         # of a document's own example
         "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
         # the system's
@@ -139,7 +139,8 @@ def test_the_tables_have_every_setting() -> None:
     assert {name.rstrip("_") for name in ELSEWHERE} <= {name.rstrip("_*") for name in names}
 
 
-KNOWN = {name.upper() for name in (*agent_defaults(), *orchestrator_defaults())} | ELSEWHERE
+MAKE = frozenset(re.findall(r"\$\(([A-Z_]+)\)", (ROOT / "Makefile").read_text()))
+KNOWN = {name.upper() for name in (*agent_defaults(), *orchestrator_defaults())} | ELSEWHERE | MAKE
 VARIABLE = re.compile(r"(?<![\w./-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+_?)(?![\w.])|(?<![\w$./-])([A-Z_]{3,})=")
 
 
