@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly test-image image check fmt fuzz bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup dev test test-nightly test-image image check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ fuzz: $(READY) ## fuzz the zip reader (SECONDS=60); installs atheris, which noth
 bench-peers: ## install all the peers that bench compares with (Debian, Ubuntu)
 	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl gcc libc6-dev \
 	  inotify-tools rsync lsyncd syncthing unison
+
+soak: $(READY) ## the whole stack with 20 agents under work and faults (MINUTES=10 SEED=.. AGENTS=20 VITE=2)
+	@exec $(BIN)/python -m soak --minutes $(or $(MINUTES),10) --agents $(or $(AGENTS),20) --vite $(or $(VITE),2) $(if $(SEED),--seed $(SEED))
 
 bench: $(READY) ## side-by-side measurements, ratios first (`python -m bench --help`)
 	$(BIN)/python -m bench

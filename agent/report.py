@@ -93,6 +93,7 @@ class Report(Collector):
             "uptime_seconds": round(time.time() - self.sync_status.started_at, 3),
             "revision": tree.cursor.revision,
             "epoch": tree.cursor.epoch,
+            "tree_hash": tree.hash(),
             "islands": sorted(tree.cursor.islands),
             "head_revision": self.sync.head_revision,
             "files": len(tree.files()),

@@ -130,7 +130,7 @@ class Editor:
         Raises `httpx.HTTPError` when the stack does not answer.
         """
         found = await asyncio.to_thread(lambda: set(scan(self._root)))
-        return await self._send(found | set(self._baseline))
+        return await self.send(found | set(self._baseline))
 
     async def watch(self) -> AsyncIterator[Sent]:
         """Send every save from now on, for ever; yields what each batch sent.
@@ -148,9 +148,7 @@ class Editor:
             recursive=True,
         ):
             # The first turn is the proof that the watch is in place: whatever came before it is found by a scan.
-            sent = await (
-                self.send_all() if first else self._send(self._touched(path for _, path in changes))
-            )
+            sent = await (self.send_all() if first else self.send(self._touched(path for _, path in changes)))
             first = False
             if sent:
                 yield sent
@@ -169,7 +167,8 @@ class Editor:
             touched.update(known for known in self._baseline if known.startswith(relative + "/"))
         return touched
 
-    async def _send(self, paths: set[str]) -> Sent:
+    async def send(self, paths: set[str]) -> Sent:
+        """Send what became of these paths since they were last sent. Raises as `send_all`."""
         updates: dict[str, tuple[LocalFile, bytes]] = {}
         deletes: list[str] = []
         skipped: list[str] = []

@@ -1,0 +1,113 @@
+"""PURE: whether a process grows, from samples of its memory or its descriptors.
+
+A process is looked at life by life: a restart begins a new one. The first `WARM_UP` seconds of a life do not count
+(caches fill, the first tree is put in place). What is left is cut into bins; a bin's *least* value stands for it,
+because what a burst of work takes and gives back is no growth. The trend is the Theil-Sen slope over the bins: the
+median of the slopes between any two, which a quarter of the bins could not move if they were all wrong.
+
+One life's slope is noisy in ten minutes: an interpreter takes memory in steps of a megabyte. So a life is said to grow
+only above a wide bound, and *all lives of a role together* are held to a narrow one by the median of their slopes,
+because a leak is in the program and so in each of them. A role with too little to go by is not judged, and that is
+said.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+WARM_UP = 90.0
+"""Seconds of a life that do not count."""
+
+LEAST = 150.0
+"""Seconds of a life after its warm-up, below which it is not judged."""
+
+BIN = 15.0
+"""Seconds."""
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What is allowed, in units per hour. `life`: of one life. `role`: the median of all lives of a role."""
+
+    life: float
+    role: float
+
+
+MEMORY = Bounds(life=36e6, role=12e6)
+"""Bytes per hour: 6 MB and 2 MB in ten minutes. An agent at 45 MB that grows by 12 MB an hour has 140 MB when its
+session ends after eight hours (SESSION_TTL), in a machine of 256 MB."""
+
+DESCRIPTORS = Bounds(life=30.0, role=12.0)
+"""Per hour: 5 and 2 in ten minutes, in which an agent makes some twenty new connections; one lost by each is 120."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """Of one life. `slope` in units per hour."""
+
+    slope: float
+    seconds: float
+    """What it was seen over."""
+    first: float
+    last: float
+
+
+def bins(
+    samples: Sequence[tuple[float, float]], *, begin: float, width: float = BIN
+) -> list[tuple[float, float]]:
+    """The least value of each `width` seconds from `begin` on, at the bin's middle."""
+    least: dict[int, float] = {}
+    for at, value in samples:
+        if at >= begin:
+            number = int((at - begin) // width)
+            least[number] = min(value, least.get(number, value))
+    return [(begin + (number + 0.5) * width, value) for number, value in sorted(least.items())]
+
+
+def trend(
+    samples: Sequence[tuple[float, float]], *, warm_up: float = WARM_UP, least: float = LEAST
+) -> Trend | None:
+    """The trend of one life (seconds, value; in order). None: it was too short to say."""
+    if not samples:
+        return None
+    points = bins(samples, begin=samples[0][0] + warm_up)
+    if len(points) < 4 or points[-1][0] - points[0][0] < least - BIN:
+        return None
+    slopes = [(b - a) / (t - s) for (s, a), (t, b) in combinations(points, 2)]
+    return Trend(
+        slope=statistics.median(slopes) * HOUR,
+        seconds=points[-1][0] - points[0][0],
+        first=points[0][1],
+        last=points[-1][1],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one role. `median` is None when no life was long enough."""
+
+    judged: int
+    median: float | None
+    worst: float | None
+    grows: bool
+    why: str
+
+
+def judge(trends: Sequence[Trend | None], bounds: Bounds) -> Verdict:
+    """Whether a role grows, by the lives that could be judged."""
+    slopes = [each.slope for each in trends if each is not None]
+    if not slopes:
+        return Verdict(0, None, None, False, "no life was long enough to say")
+    median, worst = statistics.median(slopes), max(slopes)
+    if median > bounds.role:
+        why = "the median life grows faster than the role may"
+    elif worst > bounds.life:
+        why = "one life grows faster than any may"
+    else:
+        return Verdict(len(slopes), median, worst, False, "")
+    return Verdict(len(slopes), median, worst, True, why)

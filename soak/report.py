@@ -1,0 +1,285 @@
+"""The end of a soak: one verdict, a JSON file for machines, and a Markdown page with plots for people.
+
+OUT/report.json   OUT/report.md   OUT/memory.svg   OUT/descriptors.svg   OUT/lag.svg   OUT/behind.svg
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from soak import growth
+from soak.chart import Line, Mark, line_chart
+from soak.growth import DESCRIPTORS, MEMORY, Bounds, Trend, Verdict
+from soak.run import Outcome
+from soak.schedule import Kind
+from soak.watch import Life, quantile
+
+ROLES = ("agent", "orchestrator", "supabase")
+
+HEAVY = frozenset(
+    {Kind.ORCHESTRATOR_RESTARTED, Kind.ORCHESTRATOR_KILLED, Kind.SUPABASE_KILLED, Kind.DATABASE_CRASHED}
+)
+"""What is marked in red: it meets everybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Whether it passed. `wrong` has every reason why not."""
+
+    wrong: tuple[str, ...]
+    memory: dict[str, Verdict]
+    descriptors: dict[str, Verdict]
+    exit_code: int
+
+
+def verdict(outcome: Outcome) -> Judged:
+    """Judge a soak."""
+    memory = {role: _judge(outcome, role, MEMORY, Life.memory) for role in ROLES}
+    descriptors = {role: _judge(outcome, role, DESCRIPTORS, Life.descriptors) for role in ROLES}
+    wrong = list(outcome.wrong)
+    for role in ROLES:
+        if memory[role].grows:
+            wrong.append(f"the {role}'s memory grows: {_rates(memory[role], 1e6, 'MB')}; {memory[role].why}")
+        if descriptors[role].grows:
+            wrong.append(
+                f"the {role}'s descriptors grow: {_rates(descriptors[role], 1, '')}; {descriptors[role].why}"
+            )
+    code = 1 if wrong else 130 if outcome.interrupted else 0
+    return Judged(tuple(wrong), memory, descriptors, code)
+
+
+def _judge(outcome: Outcome, role: str, bounds: Bounds, samples: object) -> Verdict:
+    return growth.judge([trend for _, trend in _trends(outcome, role, samples)], bounds)
+
+
+def _trends(outcome: Outcome, role: str, samples: object) -> Iterator[tuple[Life, Trend | None]]:
+    assert callable(samples)
+    for life in outcome.lives:
+        if life.role == role:
+            yield life, growth.trend(samples(life))
+
+
+def write(outcome: Outcome, out: Path) -> str:
+    """Write all of it into `out`; the summary as text."""
+    out.mkdir(parents=True, exist_ok=True)
+    judged = verdict(outcome)
+    (out / "report.json").write_text(
+        json.dumps(_as_json(outcome, judged), indent=1, ensure_ascii=False) + "\n"
+    )
+    for name, drawn in charts(outcome).items():
+        (out / name).write_text(drawn)
+    text = "\n".join(_summary(outcome, judged))
+    (out / "report.md").write_text("\n".join(_page(outcome, judged)) + "\n")
+    return text
+
+
+def _summary(outcome: Outcome, judged: Judged) -> Iterator[str]:
+    settings = outcome.settings
+    yield (
+        f"{'FAILED' if judged.wrong else 'interrupted' if outcome.interrupted else 'passed'}: "
+        f"{outcome.seconds / 60:.1f} minutes, {settings.agents} agents, seed {settings.seed}; "
+        f"{outcome.edits['commits']} commits, {len(outcome.faults)} faults, "
+        f"{len(outcome.checks)} looks at equality"
+    )
+    for each in judged.wrong[:40]:
+        yield f"- {each}"
+
+
+def _page(outcome: Outcome, judged: Judged) -> Iterator[str]:
+    settings = outcome.settings
+    yield f"# Soak: {'failed' if judged.wrong else 'interrupted' if outcome.interrupted else 'passed'}"
+    yield ""
+    yield from _summary(outcome, judged)
+    yield ""
+    yield (
+        f"Again: `python -m soak --minutes {settings.minutes:g} --agents {settings.agents} "
+        f"--vite {settings.vite} --seed {settings.seed}`. Machine: {_machine()}."
+    )
+    yield ""
+    yield "## Growth"
+    yield ""
+    yield (
+        f"The median and the greatest slope of all lives of at least {growth.WARM_UP + growth.LEAST:.0f} s, their "
+        f"first {growth.WARM_UP:.0f} s left out (`soak/growth.py` says how). Allowed for memory: "
+        f"{MEMORY.role / 1e6:g} and {MEMORY.life / 1e6:g} MB an hour; for descriptors {DESCRIPTORS.role:g} and "
+        f"{DESCRIPTORS.life:g}."
+    )
+    yield ""
+    yield "| | lives | judged | memory at the end | memory, an hour | descriptors, an hour |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for role in ROLES:
+        lives = [life for life in outcome.lives if life.role == role]
+        ends = [life.samples[-1][1] / 1e6 for life in lives if life.samples]
+        yield (
+            f"| {role} | {len(lives)} | {judged.memory[role].judged} | "
+            f"{f'{min(ends):.1f} to {max(ends):.1f} MB' if ends else ''} | "
+            f"{_rates(judged.memory[role], 1e6, ' MB')} | {_rates(judged.descriptors[role], 1, '')} |"
+        )
+    yield ""
+    for name, what in (("memory", "Resident memory"), ("descriptors", "Open descriptors")):
+        yield f"![{what} over time]({name}.svg)"
+    yield ""
+    yield "## Lag"
+    yield ""
+    yield (
+        f"From commit to rename, {sum(outcome.lag_buckets.values()):.0f} events that the broadcast itself brought: "
+        + ", ".join(
+            f"{name} {value * 1000:.0f} ms"
+            for name, share in (("median", 0.5), ("95 %", 0.95), ("99 %", 0.99))
+            if (value := quantile(outcome.lag_buckets.items(), share)) is not None
+        )
+    )
+    yield "(the agents share the machine's cores with everything else here; faults included)."
+    yield ""
+    yield "![Lag over time](lag.svg)"
+    yield "![Agents behind over time](behind.svg)"
+    yield ""
+    yield "## Equality"
+    yield ""
+    yield "Editor's directory = database = disk = what the agent says (`soak/equality.py`). Seconds from the last save"
+    yield "to equality; without a last save after the faults, the agents' next heartbeats are waited for (30 s apart),"
+    yield "which find a last event that was lost."
+    yield ""
+    yield "| at | last save | agents equal | median | slowest |"
+    yield "|---:|---|---:|---:|---:|"
+    for check in outcome.checks:
+        took = list(check.took.values())
+        yield (
+            f"| {check.at:.0f} s | {'after the faults' if check.spoken else 'during them'} | "
+            f"{len(took)} of {settings.agents} | "
+            + (f"{statistics.median(took):.1f} s | {max(took):.1f} s |" if took else "| |")
+        )
+    yield ""
+    yield "## Work and faults"
+    yield ""
+    yield ", ".join(f"{name} {count}" for name, count in outcome.edits.most_common()) + "."
+    yield ""
+    kinds = Counter(str(fault.kind) for _, fault, _ in outcome.faults)
+    yield ", ".join(f"{name} {count}" for name, count in kinds.most_common()) + "."
+    yield ""
+    for name, count in outcome.kept.items():
+        yield f"- {name}: {count}"
+    yield ""
+    yield "| what the agents counted | |"
+    yield "|---|---:|"
+    for name, count in sorted(outcome.totals.items()):
+        yield f"| `{name}` | {count} |"
+    yield ""
+    yield "| what the logs warn of | times |"
+    yield "|---|---:|"
+    for name, count in sorted(outcome.logs.counts.items()):
+        yield f"| `{name}` | {count} |"
+    yield ""
+    yield "<details><summary>Every fault</summary>"
+    yield ""
+    for at, fault, said in outcome.faults:
+        yield f"- {at:.0f} s: {fault.kind}: {said}"
+    yield ""
+    yield "</details>"
+
+
+def charts(outcome: Outcome) -> dict[str, str]:
+    """The plots by file name."""
+    marks = [
+        Mark(at, f"{fault.kind}: {said}", "#d1495b" if fault.kind in HEAVY else "#b0b0b0")
+        for at, fault, said in outcome.faults
+    ] + [Mark(check.at, "looking at equality", "#2a6fdb") for check in outcome.checks]
+    colours = dict(zip(ROLES, ("#2a6fdb", "#2e8b57", "#9b59b6"), strict=True))
+
+    def by_life(column: int, scale: float) -> list[Line]:
+        return [
+            Line(
+                f"{life.role}s" if life.role == "agent" else life.role,
+                [(sample[0], sample[column] / scale) for sample in life.samples],
+                colours[life.role],
+                faint=life.role == "agent",
+            )
+            for life in outcome.lives
+        ]
+
+    def lag(share: float) -> Sequence[tuple[float, float | None]]:
+        values = ((tick.at, quantile(tick.lags, share)) for tick in outcome.ticks)
+        return [(at, None if value is None else value * 1000) for at, value in values]
+
+    return {
+        "memory.svg": line_chart("Resident memory", "MB", by_life(1, 1e6), marks),
+        "descriptors.svg": line_chart("Open descriptors", "count", by_life(2, 1.0), marks),
+        "lag.svg": line_chart(
+            "From commit to rename", "ms", [Line("95 %", lag(0.95)), Line("median", lag(0.5))], marks
+        ),
+        "behind.svg": line_chart(
+            "Agents", "count",
+            [
+                Line("with a live link", [(tick.at, float(tick.live)) for tick in outcome.ticks]),
+                Line("behind the database", [(tick.at, float(tick.behind)) for tick in outcome.ticks]),
+            ],
+            marks,
+        ),
+    }  # fmt: skip
+
+
+def _as_json(outcome: Outcome, judged: Judged) -> dict[str, object]:
+    def life_of(life: Life) -> dict[str, object]:
+        memory, descriptors = growth.trend(life.memory()), growth.trend(life.descriptors())
+        return {
+            "role": life.role,
+            "name": life.name,
+            "pid": life.pid,
+            "memory_trend": asdict(memory) if memory else None,
+            "descriptors_trend": asdict(descriptors) if descriptors else None,
+            "samples": [[round(at, 1), rss, count] for at, rss, count in life.samples],
+        }
+
+    return {
+        "format": 1,
+        "passed": judged.exit_code == 0,
+        "wrong": list(judged.wrong),
+        "interrupted": outcome.interrupted,
+        "settings": asdict(outcome.settings),
+        "machine": _machine(),
+        "seconds": round(outcome.seconds, 1),
+        "growth": {
+            "warm_up_seconds": growth.WARM_UP,
+            "least_seconds": growth.LEAST,
+            "memory": {"bounds": asdict(MEMORY), **{role: asdict(each) for role, each in judged.memory.items()}},
+            "descriptors": {
+                "bounds": asdict(DESCRIPTORS),
+                **{role: asdict(each) for role, each in judged.descriptors.items()},
+            },
+        },
+        "lag_seconds": {
+            name: quantile(outcome.lag_buckets.items(), share)
+            for name, share in (("median", 0.5), ("p95", 0.95), ("p99", 0.99))
+        },
+        "checks": [asdict(check) for check in outcome.checks],
+        "edits": dict(outcome.edits),
+        "agents_counted": dict(sorted(outcome.totals.items())),
+        "kept": dict(outcome.kept),
+        "logs": dict(sorted(outcome.logs.counts.items())),
+        "faults": [
+            {"at": round(at, 1), "kind": fault.kind, "done": said} for at, fault, said in outcome.faults
+        ],
+        "ticks": [
+            {"at": round(tick.at, 1), "behind": tick.behind, "live": tick.live, "dev_servers": tick.dev_servers,
+             "lags": [[bound if bound != float("inf") else None, count] for bound, count in tick.lags]}
+            for tick in outcome.ticks
+        ],
+        "lives": [life_of(life) for life in outcome.lives],
+    }  # fmt: skip
+
+
+def _rates(verdict: Verdict, scale: float, unit: str) -> str:
+    if verdict.median is None or verdict.worst is None:
+        return "too short to say"
+    return f"{verdict.median / scale:+.1f}{unit}, at most {verdict.worst / scale:+.1f}{unit}"
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
