@@ -77,6 +77,10 @@ class LocalFile:
     executable: bool
 
 
+UNCERTAIN: Final = LocalFile("", False)
+"""What the database holds at a path when the answer to a save was lost: equal to nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What one push sent: how many files changed and how many were removed, and what was left out, with reasons."""
@@ -200,6 +204,11 @@ class Editor:
         """One batch: one RPC, and the baseline moved on. What is refused whole is tried again one by one."""
         try:
             await self._rpc(await self._call_for(updates, deletes))
+        except httpx.HTTPError:
+            # It may have been done all the same: whatever stands there next is to be sent, the old content too.
+            self._baseline.update(dict.fromkeys([*updates, *deletes], UNCERTAIN))
+            await self._keep()
+            raise
         except SaveRefused as refused:
             if len(updates) + len(deletes) > 1:
                 sent = Sent()
@@ -216,8 +225,11 @@ class Editor:
             self._baseline[path] = file
         for path in deletes:
             self._baseline.pop(path, None)
-        await asyncio.to_thread(_write_baseline, self._baseline_path, self._project_id, dict(self._baseline))
+        await self._keep()
         return Sent(len(updates), len(deletes))
+
+    async def _keep(self) -> None:
+        await asyncio.to_thread(_write_baseline, self._baseline_path, self._project_id, dict(self._baseline))
 
     async def _call_for(
         self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]
@@ -230,7 +242,8 @@ class Editor:
             [(path, (file, content))] = updates.items()
             known = self._baseline.get(path)
             text = as_text(content)
-            if text is not None and file.executable == (known is not None and known.executable):
+            same_mode = file.executable == (known is not None and known.executable)
+            if text is not None and same_mode and known != UNCERTAIN:
                 return "upsert_project_file", {**project, "p_file_path": path, "p_content": text}
         changes: list[dict[str, Any]] = [{"action": "delete", "file_path": path} for path in deletes]
         for path, (file, content) in updates.items():
@@ -251,7 +264,9 @@ class Editor:
 
     async def _rpc(self, call: tuple[str, dict[str, Any]]) -> None:
         name, arguments = call
-        await self._post(f"/rest/v1/rpc/{name}", json=arguments)
+        # A removal of what never came to be there, as after a save that was not taken, is done.
+        known = frozenset({"PT404"} if name == "delete_project_file" else ())
+        await self._post(f"/rest/v1/rpc/{name}", json=arguments, known=known)
 
     async def _upload(self, digest: str, content: bytes) -> None:
         """An object is its hash: one that is there already is the same."""
@@ -277,7 +292,7 @@ class Editor:
                 if response.status_code == 429 or response.status_code >= 500:
                     response.raise_for_status()
                 answer = _object(response)
-                if str(answer.get("statusCode")) not in known:
+                if known.isdisjoint({str(answer.get("statusCode")), str(answer.get("code"))}):
                     raise SaveRefused(str(answer.get("message") or response.status_code))
 
 

@@ -63,6 +63,21 @@ class Desk:
                 await asyncio.sleep(0.02)
 
 
+class Lossy(httpx.AsyncBaseTransport):
+    """Requests arrive and are done; while `lost` is set, their answers do not come back."""
+
+    def __init__(self, under: httpx.AsyncBaseTransport) -> None:
+        self._under = under
+        self.lost = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._under.handle_async_request(request)
+        if self.lost:
+            await answer.aclose()
+            raise httpx.ReadError("the connection broke before the answer", request=request)
+        return answer
+
+
 @pytest.fixture
 async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
     async with serve_local(database, tmp_path / "storage") as local:
@@ -227,3 +242,40 @@ def test_paths_and_texts() -> None:
     assert as_text(b"x\0") is None
     assert as_text(b"\xff") is None
     assert as_text("ü\r\n".encode()) == "ü\r\n"
+
+
+async def test_after_a_lost_answer_the_old_content_is_sent_again(desk: Desk) -> None:
+    """The save was done and its answer lost; then it is undone. The undoing must not pass for what was sent before."""
+    lossy = Lossy(httpx.AsyncHTTPTransport())
+    desk.http._transport = lossy
+    desk.put("changed.ts", "one\n")
+    desk.put("removed.ts", "one\n")
+    editor = desk.editor()
+    await editor.send_all()
+    desk.put("changed.ts", "two\n")
+    desk.put("made.ts", "two\n")
+    (desk.root / "removed.ts").unlink()
+    lossy.lost = True
+    for path in ("changed.ts", "made.ts", "removed.ts"):
+        with pytest.raises(httpx.ReadError):
+            await editor.send({path})
+    assert await desk.files() == {"changed.ts": "two\n", "made.ts": "two\n"}
+    lossy.lost = False
+    desk.put("changed.ts", "one\n")
+    desk.put("removed.ts", "one\n")
+    (desk.root / "made.ts").unlink()
+    # Another life of the editor knows it too.
+    assert (await desk.editor().send_all()).skipped == ()
+    assert await desk.files() == {"changed.ts": "one\n", "removed.ts": "one\n"}
+
+
+async def test_a_save_that_never_arrived_and_was_undone_is_no_refusal(desk: Desk) -> None:
+    editor = desk.editor()
+    desk.put("never.ts", "n\n")
+    url, desk.http.base_url = desk.http.base_url, httpx.URL("http://127.0.0.1:9")
+    with pytest.raises(httpx.ConnectError):
+        await editor.send_all()
+    desk.http.base_url = url
+    (desk.root / "never.ts").unlink()
+    assert (await editor.send_all()).skipped == ()
+    assert not await editor.send_all()
