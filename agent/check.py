@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
-import subprocess
+import socket
+import ssl
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,12 +24,14 @@ from urllib.parse import urlsplit
 import httpx
 import websockets
 
-from agent import __version__, host, project
+from agent import __version__, child, host, project
+from agent.child import printable
 from agent.config import Settings
 from agent.environment import read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.linksettings import endpoint
 from agent.project import ProjectUnreadable
+from agent.rights import environment
 from agent.sight import Sight
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
@@ -39,6 +43,8 @@ LEAST_SPACE = 512 * 2**20
 """Bytes. A snapshot of the largest kind and one install fit in twice that; below it, expect `disk_full`."""
 LEAST_INODES = 20_000
 """The example has 600 entries in node_modules, larger projects a hundred times that, and twice during a swap."""
+CAPABILITIES = {"CHOWN": 0, "KILL": 5, "SETGID": 6, "SETUID": 7}
+"""What root needs to run the project as somebody else: `linux/capability.h`. Every engine gives them by default."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""
 
@@ -121,7 +127,9 @@ async def _directories(settings: Settings) -> list[Finding]:
         try:
             existing = _writable(path)
         except OSError as error:
-            found.append(fail(name, f"{path}: {error.strerror}", RootUnusable.exit_code))
+            asked = f"uid {os.geteuid()} cannot write in {_existing(path)} ({error.strerror}); "
+            remedy = f"make it writable, or set {name} to another place"
+            found.append(fail(name, asked + remedy, RootUnusable.exit_code))
             continue
         made = "writable" if existing == path else f"will be made in {existing}"
         found.append(ok(name, f"{path}: {made}"))
@@ -177,12 +185,29 @@ async def _user(settings: Settings) -> list[Finding]:
         allowed, sentence = rights(settings)
     except SettingsError as error:
         return [fail("DEV_USER", problem, error.exit_code) for problem in error.problems]
-    found = [(ok if allowed.user else warn)("isolation", sentence)]
-    if allowed.user and settings.project_dir.exists():
+    if allowed.user is None:
+        return [warn("isolation", f"{sentence}; start the agent as root, with DEV_USER")]
+    found = [ok("isolation", sentence)]
+    if lacking := [name for name, bit in CAPABILITIES.items() if not _capabilities() >> bit & 1]:
+        found.append(
+            fail("isolation", f"root without {', '.join(lacking)}: give the container these capabilities")
+        )
+    with contextlib.suppress(FileNotFoundError):
         owner = settings.project_dir.stat().st_uid
         if owner not in (0, allowed.user.uid):
-            found.append(warn("PROJECT_DIR", f"belongs to uid {owner}, not to {allowed.user.name}"))
+            name = allowed.user.name
+            detail = f"belongs to uid {owner}, and {name} cannot install there: chown {name} {settings.project_dir}"
+            found.append(fail("PROJECT_DIR", detail))
     return found
+
+
+def _capabilities() -> int:
+    """Those in effect, as a set of bits; all of them where the kernel does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("CapEff:"):
+                return int(line.split()[1], 16)
+    return -1
 
 
 async def _ports(settings: Settings) -> list[Finding]:
@@ -195,29 +220,40 @@ async def _ports(settings: Settings) -> list[Finding]:
         free = host.port_is_free(here, port)
         shown = f"[{here}]:{port}" if ":" in here else f"{here}:{port}"
         found.append(
-            ok(name, f"{shown} is free") if free else warn(name, f"{shown} is in use: an agent that runs?")
+            ok(name, f"{shown} is free")
+            if free
+            else warn(name, f"{shown} is in use: by an agent that runs? Else end what has it, or set {name}")
         )
     return found
 
 
 async def _node(settings: Settings) -> list[Finding]:
-    node = shutil.which("node")
-    if node is None:
-        return [fail("node", "not found on PATH")]
-    done = await asyncio.to_thread(
-        subprocess.run, [node, "--version"], capture_output=True, text=True, check=False
-    )
-    said = done.stdout.strip()
-    try:
-        version = tuple(int(part) for part in said.removeprefix("v").split(".")[:2])
-    except ValueError:
-        return [warn("node", f"{node} says {said or done.stderr.strip()!r}")]
-    needed = ".".join(map(str, LEAST_NODE))
-    return [
-        ok("node", f"{said} ({node})")
-        if version >= LEAST_NODE
-        else warn("node", f"{said}; Vite needs {needed}")
-    ]
+    """Run as the project's programs are: what root can start, DEV_USER may not."""
+    needed = f"Node {LEAST_NODE[0]}.{LEAST_NODE[1]} or later"
+    if shutil.which("node") is None:
+        return [fail("node", f"not found on PATH; the image needs {needed}, with npm")]
+    with contextlib.suppress(SettingsError):
+        allowed, _ = rights(settings)
+        env = environment(os.environ, user=allowed.user, more={})
+        done = await child.run(
+            ("node", "--version"), cwd=Path("/"), env=env, rights=allowed, timeout=PATIENCE / 2
+        )
+        said = done.tail[-1] if done.tail else f"exit {done.code}"
+        who = allowed.user.name if allowed.user else "the agent"
+        if not done.ok:
+            return [fail("node", f"cannot be run by {who}: {said}")]
+        found = (
+            []
+            if shutil.which("npm")
+            else [warn("npm", "not found on PATH; nothing can be installed without it")]
+        )
+        version = re.fullmatch(r"v(\d+)\.(\d+)\..*", said)
+        if version is None:
+            return [warn("node", f"says {said!r}; Vite needs {needed}"), *found]
+        if tuple(map(int, version.groups())) < LEAST_NODE:
+            return [warn("node", f"{said}, run by {who}; Vite needs {needed}"), *found]
+        return [ok("node", f"{said} ({shutil.which('node')}), run by {who}"), *found]
+    return []
 
 
 async def _project(settings: Settings) -> list[Finding]:
@@ -243,11 +279,13 @@ async def _project(settings: Settings) -> list[Finding]:
 
 
 async def _token(settings: Settings) -> list[Finding]:
-    if settings.realtime_token is None:
-        return [ok("token", "comes from REALTIME_TOKEN_FILE")] if settings.realtime_token_file else []
+    file = settings.realtime_token_file
     try:
-        token = read_token(settings.realtime_token.reveal())
-    except MalformedMessage as error:
+        text = settings.realtime_token.reveal() if settings.realtime_token else file and file.read_text()
+        token = read_token((text or "").strip())
+    except OSError as error:
+        return [fail("token", f"REALTIME_TOKEN_FILE: {file}: {error.strerror}", 64)]
+    except (MalformedMessage, UnicodeDecodeError) as error:
         return [fail("token", str(error), 64)]
     if token.expires_at is None:
         return [warn("token", f"role {token.role}, without an expiry")]
@@ -256,7 +294,7 @@ async def _token(settings: Settings) -> list[Finding]:
         way_back = (
             "SESSION_API_URL can give a new one"
             if settings.session_api_url
-            else "and there is no way to a new one"
+            else "without SESSION_API_URL only a new session has a new one"
         )
         return [
             (warn if settings.session_api_url else fail)("token", f"expired {-left:.0f} s ago; {way_back}")
@@ -281,11 +319,12 @@ async def _snapshot(settings: Settings) -> list[Finding]:
                 return [ok("snapshot", f"{place} serves {size or 'an unknown number of'} bytes")]
             return [
                 (warn if settings.session_api_url else fail)(
-                    "snapshot", f"{place} answers {answer.status_code}"
+                    "snapshot",
+                    f"{place} answers {answer.status_code}: {_refused(answer.status_code, settings)}",
                 )
             ]
     except (httpx.HTTPError, OSError) as error:
-        return [fail("snapshot", f"{place}: {_short(error)}", 69)]
+        return [fail("snapshot", _unreachable(place, error, "SNAPSHOT_URL"), 69)]
 
 
 async def _realtime(settings: Settings) -> list[Finding]:
@@ -296,10 +335,12 @@ async def _realtime(settings: Settings) -> list[Finding]:
         async with websockets.connect(endpoint(settings.realtime_url, key), proxy=None, close_timeout=0.5):
             return [ok("realtime", f"{place} accepts the socket")]
     except websockets.InvalidStatus as error:
-        body = bytes(error.response.body or b"")[:200].decode(errors="replace")
-        return [fail("realtime", f"{place} answers {error.response.status_code} {body}".strip())]
+        status = error.response.status_code
+        body = printable(bytes(error.response.body or b"")[:200].replace(b"\n", b" ")).strip()
+        remedy = "check REALTIME_API_KEY" if status in (401, 403) else "check REALTIME_URL (…/realtime/v1)"
+        return [fail("realtime", f"{place} answers {status}{f' ({body})' if body else ''}; {remedy}")]
     except (OSError, websockets.WebSocketException) as error:
-        return [fail("realtime", f"{place}: {_short(error)}")]
+        return [fail("realtime", _unreachable(place, error, "REALTIME_URL"))]
 
 
 async def _session_api(settings: Settings) -> list[Finding]:
@@ -310,10 +351,27 @@ async def _session_api(settings: Settings) -> list[Finding]:
         async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
             answer = await http.get(settings.session_api_url)
     except (httpx.HTTPError, OSError) as error:
-        return [fail("session api", f"{place}: {_short(error)}")]
+        return [fail("session api", _unreachable(place, error, "SESSION_API_URL"))]
     grade = warn if answer.status_code >= 500 else ok
     return [grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")]
 
 
-def _short(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _refused(status: int, settings: Settings) -> str:
+    """What a storage's refusal means, and what to do."""
+    if status in (400, 401, 403, 404):
+        new = "the session API gives another" if settings.session_api_url else "start a new session"
+        return f"the signed URL has expired, or its object is gone; {new}"
+    return "it may pass; `run` tries again"
+
+
+def _unreachable(place: str, error: Exception, setting: str) -> str:
+    """Why nobody was reached at `place`, and where to look."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (socket.gaierror, ssl.SSLError)):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, socket.gaierror):
+        return f"{place}: the name has no address; check {setting} and this machine's DNS"
+    if isinstance(cause, ssl.SSLError):
+        return f"{place}: {cause.reason or cause}; check its certificate, or SSL_CERT_FILE behind a proxy of your own"
+    said = str(error).partition("\n")[0] or type(error).__name__
+    return f"{place}: {said}; does it run, may this machine reach it, is {setting} right?"

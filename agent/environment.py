@@ -97,7 +97,10 @@ def _values(given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
         try:
             values[name] = msgspec.convert(_spelled(name, text), kind, strict=False, dec_hook=_own_types)
         except (msgspec.ValidationError, ValueError) as error:
-            problems.append(f"{name.upper()}: {_reason(str(error), text)}")
+            closing = " (a quotation mark is not closed)" if "closing quotation" in str(error) else ""
+            problems.append(f"{name.upper()}: must be {_wanted(kind)}{closing}")
+    if values.get("health_port", 9464) == values.get("dev_port", 5173):
+        problems.append("HEALTH_PORT: is DEV_PORT too; give each a port of its own")
     return values, problems
 
 
@@ -114,10 +117,28 @@ def _own_types(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
-def _reason(said: str, text: str) -> str:
-    """What was wrong, in lower case and without the value: it may be a secret in the wrong place."""
-    said = said.replace(text, "…") if text else said
-    return said[:1].lower() + said[1:]
+def _wanted(kind: Any) -> str:
+    """What a setting takes, in words. Nothing about what was given: it may be a secret in the wrong place."""
+    from msgspec import inspect  # for refusals alone
+
+    wanted = inspect.type_info(kind)
+    if isinstance(wanted, inspect.UnionType):
+        wanted = next(part for part in wanted.types if not isinstance(part, inspect.NoneType))
+    match wanted:
+        case inspect.BoolType():
+            return "true or false"
+        case inspect.LiteralType():
+            return f"one of {', '.join(sorted(map(str, wanted.values)))}"
+        case inspect.IntType() | inspect.FloatType():
+            whole = "a whole number" if isinstance(wanted, inspect.IntType) else "a number"
+            bounds = (("above", wanted.gt), ("of at least", wanted.ge), ("of at most", wanted.le))
+            said = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+            return f"{whole} {said}".rstrip()
+        case inspect.UUIDType():
+            return "a UUID"
+        case inspect.VarTupleType() | inspect.CollectionType():
+            return "words as in a shell"
+    return "text"
 
 
 def _missing(given: Mapping[str, str]) -> list[str]:

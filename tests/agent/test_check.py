@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
+import shutil
 import socket
+import ssl
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
 import websockets
 
 from agent.check import check
@@ -39,7 +45,7 @@ async def asked(environ: dict[str, str]) -> tuple[int, dict[str, str]]:
     code = await check(environ, lines.append)
     assert all(len(line.splitlines()) == 1 for line in lines)
     told = "\n".join(lines)
-    for secret in (environ.get("REALTIME_TOKEN", "-" * 9), "abcdefghijk", "publishable-key-of-the-test"):
+    for secret in (environ.get("REALTIME_TOKEN") or "-" * 9, "abcdefghijk", "publishable-key-of-the-test"):
         assert secret not in told
     return code, {line[6:19].strip(): line[:4].strip() + ": " + line[20:] for line in lines}
 
@@ -93,7 +99,7 @@ async def test_an_expired_token_and_a_port_in_use(tmp_path: Path) -> None:
         _, told = await asked(
             environment(tmp_path, REALTIME_TOKEN=jwt(-90), DEV_PORT=port, DEV_HOST="127.0.0.1")
         )
-    assert told["DEV_PORT"] == f"warn: 127.0.0.1:{port} is in use: an agent that runs?"
+    assert told["DEV_PORT"].startswith(f"warn: 127.0.0.1:{port} is in use: by an agent that runs?")
     assert "expired 9" in told["token"]
 
 
@@ -133,3 +139,96 @@ async def test_in_shadow_mode_the_live_directory_is_only_looked_at(tmp_path: Pat
     assert told["SHADOW_DIR"] == f"ok: {tmp_path / '.preview-shadow'}: will be made in {tmp_path}"
     assert {"DEV_PORT", "MODULES_DIR", "node", "project", "isolation"}.isdisjoint(told)
     assert list(tmp_path.iterdir()) == [live]
+
+
+async def test_a_storage_and_a_realtime_server_that_refuse(tmp_path: Path) -> None:
+    def plain(connection: websockets.ServerConnection, request: websockets.Request) -> websockets.Response:
+        return connection.respond(403, "no\x1b[31m such key\n")
+
+    async with websockets.serve(
+        lambda socket: socket.wait_closed(), "127.0.0.1", 0, process_request=plain
+    ) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        given = environment(
+            tmp_path, REALTIME_URL=f"ws://127.0.0.1:{port}/realtime/v1",
+            SNAPSHOT_URL=f"http://127.0.0.1:{port}/a.zip?token=abcdefghijk", SESSION_API_URL="",
+        )  # fmt: skip
+        code, told = await asked(given)
+    assert code == 1
+    assert told["snapshot"].startswith(f"fail: 127.0.0.1:{port} answers 403: the signed URL has expired")
+    assert "start a new session" in told["snapshot"]
+    assert told["realtime"] == f"fail: 127.0.0.1:{port} answers 403 (no such key); check REALTIME_API_KEY"
+
+
+async def test_a_name_without_an_address_and_a_certificate_of_nobodys(tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "1"]
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    await asyncio.to_thread(
+        subprocess.run, [*command, "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
+    context.load_cert_chain(certificate, key)
+    async with websockets.serve(lambda socket: socket.wait_closed(), "127.0.0.1", 0, ssl=context) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        _, told = await asked(
+            environment(
+                tmp_path, REALTIME_URL="wss://nobody.invalid/realtime/v1", SESSION_API_URL=f"https://127.0.0.1:{port}"
+            )
+        )  # fmt: skip
+    assert told["realtime"].startswith("fail: nobody.invalid: the name has no address; check REALTIME_URL")
+    assert told["session api"].startswith(f"fail: 127.0.0.1:{port}: CERTIFICATE_VERIFY_FAILED; check")
+
+
+async def test_a_token_file_that_is_not_there(tmp_path: Path) -> None:
+    given = environment(tmp_path, REALTIME_TOKEN="", REALTIME_TOKEN_FILE=str(tmp_path / "token"))
+    code, told = await asked(given)
+    assert code == 64
+    assert told["token"] == f"fail: REALTIME_TOKEN_FILE: {tmp_path / 'token'}: No such file or directory"
+    (tmp_path / "token").write_text(jwt(600) + "\n")
+    _, told = await asked(given)
+    assert told["token"].startswith("ok: role preview_agent")
+
+
+async def test_no_node_an_old_one_and_one_that_the_projects_user_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    _, told = await asked(environment(tmp_path))
+    assert told["node"] == "fail: not found on PATH; the image needs Node 20.19 or later, with npm"
+    node = tools / "node"
+    node.write_text("#!/bin/sh\necho v18.20.4\n")
+    node.chmod(0o755)
+    _, told = await asked(environment(tmp_path))
+    assert told["node"] == "warn: v18.20.4, run by the agent; Vite needs Node 20.19 or later"
+    assert told["npm"].startswith("warn: not found on PATH")
+    if os.geteuid() == 0:
+        node.chmod(0o700)
+        _, told = await asked(environment(tmp_path, DEV_USER="nobody"))
+        assert told["node"].startswith("fail: cannot be run by nobody: cannot run node: ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+async def test_directories_and_capabilities_that_are_wrong(tmp_path: Path) -> None:
+    """As in a container whose engine was told to drop everything, with a project of somebody else's."""
+    (tmp_path / "project").mkdir()
+    os.chown(tmp_path / "project", 12_345, 12_345)
+    given = environment(tmp_path, DEV_USER="nobody", STATE_DIR="/proc/nowhere")
+    done = await asyncio.create_subprocess_exec(
+        "setpriv", "--bounding-set", "-setuid,-kill", sys.executable, "-m", "agent", "check",
+        env=given, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    said = (await done.communicate())[0].decode()
+    assert done.returncode == 71
+    assert "fail  STATE_DIR     uid 0 cannot write in /proc (" in said
+    assert "); make it writable, or set STATE_DIR to another place" in said
+    assert "fail  isolation     root without KILL, SETUID: give the container these capabilities" in said
+    assert "cannot install there: chown nobody " in said
+
+
+async def test_one_port_for_two_servers(tmp_path: Path) -> None:
+    code, told = await asked(environment(tmp_path, DEV_PORT="9464", HEALTH_PORT="9464"))
+    assert (code, told["settings"]) == (64, "fail: HEALTH_PORT: is DEV_PORT too; give each a port of its own")

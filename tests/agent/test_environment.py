@@ -59,6 +59,22 @@ def test_every_problem_is_said_at_once_one_line_each() -> None:
     assert all("\n" not in line and "seven" not in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("PROJECT_ID", "seven", "a UUID"),
+        ("DEV_PORT", "99999", "a whole number of at least 1 and of at most 65535"),
+        ("HEALTH_PORT", "x", "a whole number of at least 0 and of at most 65535"),
+        ("STOP_GRACE", "-1", "a number above 0"),
+        ("LOG_LEVEL", "loud", "one of debug, error, info, warning"),
+        ("DEV_ESSENTIAL", "maybe", "true or false"),
+        ("DEV_COMMAND", "npm run 'dev", "words as in a shell (a quotation mark is not closed)"),
+    ],
+)
+def test_a_refused_setting_says_what_it_takes(name: str, text: str, said: str) -> None:
+    assert problems({**GOOD, name: text}) == [f"{name}: must be {said}"]
+
+
 @pytest.mark.parametrize("name", ["PROJECT_ID", "SESSION_ID", "REALTIME_TOKEN", "REALTIME_URL"])
 def test_what_is_required_is_named(name: str) -> None:
     assert problems({k: v for k, v in GOOD.items() if k != name})[0].startswith(f"{name}: is required")
