@@ -17,12 +17,13 @@ from orchestrator_stub.app import application
 from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
+from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.service import Server, configure_logs
 from orchestrator_stub.tokens import Keyring
 
 
 async def _serve() -> None:
-    configure_logs("warning", "json")
+    configure_logs("warning", "json", Redactor())
     keys = ProjectKeys.of(Keyring.open(Path(os.environ["JWT_KEYS_FILE"])))
     local = stand_in(os.environ["DATABASE_URL"], keys, Path(os.environ["STORAGE_DIR"]), faults=True)
     config = uvicorn.Config(
