@@ -33,8 +33,8 @@ test-nightly: $(READY) ## everything, with the long profiles
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
 	$(BIN)/python -m tests.image.engine preview-agent
 
-test-image: $(READY) ## build the image and run it for real
-	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image -rs
+test-image: $(READY) ## build the image and run it, and the container driver, for real
+	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/test_container.py -rs
 
 check: $(READY) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
