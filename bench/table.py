@@ -1,11 +1,12 @@
 """README's table, from a run's JSON: text in, text out.
 
-What README quotes is listed here, and every figure of it is looked up. A row that the run does not have, or had to
-refuse, is still in the table and says so.
+What README quotes is listed here, and every figure of it is looked up. A row that the run had to refuse says so in the
+table; those that it does not have are counted under it, by measurement.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -106,10 +107,8 @@ def _wanted(row: Mapping[str, Any]) -> str:
     )
 
 
-def _line(quoted: Quoted, row: Mapping[str, Any] | None) -> str:
+def _line(quoted: Quoted, row: Mapping[str, Any]) -> str:
     against = quoted.against or quoted.peer or ""
-    if row is None:
-        return f"| {quoted.what} | {against} | not measured in this run | |"
     if row["ours"] is None:
         return f"| {quoted.what} | {against} | refused: too noisy | {_wanted(row)} |"
     if row["ratio"] is None:
@@ -129,8 +128,16 @@ def _lines(run: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "| what | against | ratio (95 %), ours | wanted |"
     yield "|---|---|---|---|"
+    absent: Counter[str] = Counter()
     for quoted in QUOTED:
-        yield _line(quoted, found(run, quoted))
+        if row := found(run, quoted):
+            yield _line(quoted, row)
+        else:
+            absent[quoted.module] += 1
+    if absent:
+        yield ""
+        counted = ", ".join(f"{count} of `{module}`" for module, count in absent.items())
+        yield f"Rows that this table has room for and this run does not have: {counted}."
 
 
 def table(run: Mapping[str, Any]) -> str:
