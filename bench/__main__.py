@@ -98,7 +98,7 @@ def line(row: Row) -> str:
     text = f"{ratio:>7}{spread:<16} {bound:<7} {row.verdict:<9} {row.name:<34} {row.sense:<6} {figures}"
     if row.waited > BUSIEST:
         text += f"  (waited for a processor {row.waited:.0%} of the time)"
-    if row.note:
+    if row.note and not noisy:  # there may be numbers in it
         text += f"  ({row.note})"
     return text
 

@@ -57,7 +57,8 @@ class Ratio:
 class Row:
     """One line of the table.
 
-    `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory": lower).
+    `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory", "size":
+    lower).
     `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
     ratio and its bound is on `ours`. `waited`: what `Processors.waited` said of the contestants, where it was asked.
     `taken`: the share of all processors that others took meanwhile.
@@ -79,8 +80,8 @@ class Row:
 
     @property
     def disturbed(self) -> bool:
-        """Whether the machine was too busy for this to mean anything. Memory is the same on a busy one."""
-        return self.sense != "memory" and (self.waited > BUSIEST or self.taken > TAKEN)
+        """Whether the machine was too busy for this to mean anything. Memory and sizes are the same on a busy one."""
+        return self.sense not in ("memory", "size") and (self.waited > BUSIEST or self.taken > TAKEN)
 
     @property
     def verdict(self) -> Verdict:
@@ -118,7 +119,7 @@ class Row:
             "unit": self.unit,
             "samples": self.samples,
             "waited": round(self.waited, 3),
-            "note": self.note,
+            "note": "" if noisy else self.note,
         }
 
 

@@ -268,6 +268,7 @@ def _image() -> list[Row]:
                         "image size",
                         size / 1e6,
                         "MB",
+                        sense="size",
                         samples=1,
                         note="base, agent and the template's modules",
                     )

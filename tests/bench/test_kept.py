@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+import bench.__main__ as command
+from bench import kept
 from bench.kept import JSON, README, SVG
 from bench.plot import bars, svg
 from bench.results import Ratio, Row
+from bench.surroundings import Others
 from bench.table import BEGIN, END, QUOTED, found, table, with_table
 
 KEPT: dict[str, Any] = json.loads(JSON.read_text())
@@ -114,8 +118,6 @@ def test_the_picture_is_whole_xml_with_every_row_in_it() -> None:
 
 def test_each_quoted_row_is_one_that_its_module_makes() -> None:
     """In the source, so that a row that is renamed does not silently go from README."""
-    from pathlib import Path
-
     for quoted in QUOTED:
         source = (Path(__file__).parents[2] / "bench" / f"{quoted.module}.py").read_text()
         assert re.search(r"\bdef run\(", source), quoted
@@ -130,3 +132,37 @@ def test_a_kept_row_is_found_by_name_and_peer() -> None:
     assert row is not None
     row["peer"] = "somebody else"
     assert found(run, quoted) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_saved_run_is_json_plot_and_table_at_once_and_a_failed_one_is_none(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(quick: bool) -> list[Row]:
+        if fails:
+            raise RuntimeError("a bug")
+        return [broadcasts()]
+
+    monkeypatch.setattr(kept, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
+    for name in ("JSON", "SVG", "README"):
+        monkeypatch.setattr(
+            kept, name, tmp_path / ("README.md" if name == "README" else f"results/it.{name.lower()}")
+        )
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\n{END}\n")
+    monkeypatch.setattr(command, "modules", lambda wanted: {"link": run})
+    monkeypatch.setattr(command, "quiet", lambda patience: None)
+    monkeypatch.setattr(Others, "share", lambda others: 0.02)
+    assert command.main(["--save"]) == (2 if fails else 0)
+    readme = (tmp_path / "README.md").read_text()
+    if fails:
+        assert "not saved" in capsys.readouterr().out
+        assert readme == f"before\n{BEGIN}\n{END}\n"
+        assert not (tmp_path / "results").exists()
+        return
+    written = json.loads((tmp_path / "results/it.json").read_text())
+    assert {"at", "commit", "machine", "peers", "seconds", "results"} <= set(written)
+    assert written["results"]["link"]["others"] == 0.02
+    assert readme == with_table(readme, written)
+    assert "16.0 × its speed" in readme
+    assert (tmp_path / "results/it.svg").read_text() == svg(written)
