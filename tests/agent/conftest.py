@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from agent import batch
 from tests.agent.disks import mounted
+from tests.agent.one_link import Issuer, wall
+from tests.fakes.realtime import FakeRealtime
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "react-app"
 
@@ -42,3 +47,28 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield make
     for place in places:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeRealtime]:
+    """A realtime server for one link, in the link's simulated time."""
+    async with FakeRealtime(wall=wall) as server:
+        yield server
+
+
+@pytest.fixture
+async def issuer() -> Issuer:
+    """Who gives the link its tokens."""
+    return Issuer()
+
+
+@pytest.fixture(params=["exchange", "copy"])
+def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a batch keeps what it replaces: by exchanging names, or as on a system that cannot."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    if request.param == "copy":
+        monkeypatch.setattr(batch, "exchange", refuse)
+    return str(request.param)

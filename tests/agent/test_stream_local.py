@@ -23,7 +23,7 @@ from agent.stream import RealtimeStream
 from agent.tokens import Token, Tokens
 from orchestrator_stub.local.faults import Faults
 from orchestrator_stub.tokens import Keyring
-from tests.agent.test_stream import QUICK, Link, running, until
+from tests.agent.one_link import QUICK, Link, running, until
 from tests.fakes.serving import Local, serve_local
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -1,0 +1,128 @@
+"""Where the link connects to: the endpoint, redirects, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from agent.linksettings import endpoint
+from tests.agent.one_link import (
+    Issuer,
+    SimulatedPolicy,
+    comes_back,
+    running,
+    stream_to,
+    until,
+    wall,
+)
+from tests.fakes.realtime import FakeRealtime
+
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
+"""The hook that replaces it would apply to every test below its conftest, and rename them."""
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    return SimulatedPolicy()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("wss://x.supabase.co/realtime/v1", "wss://x.supabase.co/realtime/v1/websocket?apikey=k&vsn=2.0.0"),
+        (
+            "https://x.supabase.co/realtime/v1/",
+            "wss://x.supabase.co/realtime/v1/websocket?apikey=k&vsn=2.0.0",
+        ),
+        ("ws://h:4000/socket/websocket", "ws://h:4000/socket/websocket?apikey=k&vsn=2.0.0"),
+        ("http://h/socket?vsn=1.0.0&apikey=old&log=1", "ws://h/socket/websocket?log=1&apikey=k&vsn=2.0.0"),
+    ],
+)
+def test_the_endpoint_is_the_official_clients(url: str, expected: str) -> None:
+    assert endpoint(url, "k") == expected
+
+
+@pytest.mark.parametrize(
+    "url", ["", "x.supabase.co", "ftp://h/", "ws:///path", "/realtime/v1", "ws://h:99999/x"]
+)
+def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="must be ws"):
+        endpoint(url, "k")
+
+
+async def test_a_redirect_is_not_followed(issuer: Issuer) -> None:
+    """The token goes to the host of the settings or to nobody."""
+    async with FakeRealtime(wall=wall) as elsewhere, FakeRealtime(wall=wall) as server:
+        server.refuse_handshake = (302, {"Location": f"{elsewhere.url}/websocket?vsn=2.0.0"})
+        async with running(stream_to(server, issuer)) as link:
+            await until(lambda: len(server.requests) >= 3, "three attempts")
+            assert elsewhere.requests == []
+            server.refuse_handshake = None
+            await link.live()
+            assert link.stream.report()["losses"].keys() == {"handshake"}  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 that signs itself, key and all in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return file
+
+
+async def test_over_tls_it_is_the_same(
+    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records cut the stream where they like; a large frame comes in many pieces."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+        await link.live()
+        for number in range(50):
+            await server.broadcast("file:update", {"n": number, "content": "x" * (number * number * 200)})
+        await until(lambda: len(link.events) == 50, "fifty events")
+        assert [payload["n"] for _, payload in link.events] == list(range(50))  # type: ignore[index]
+        server.abort_sockets()
+        await comes_back(link, server)
+
+
+async def test_a_certificate_nobody_trusts_gets_no_token(
+    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+        await until(lambda: link.stream.report()["losses"].get("unreachable", 0) >= 2, "two attempts")  # type: ignore[attr-defined]
+        assert server.requests == []
+        assert "SSLCertVerificationError" in str(link.stream.report()["why"])
