@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -40,6 +41,14 @@ def test_an_update_carries_its_bytes_and_a_reference_does_not() -> None:
     assert update.changes[0].content == b"export default 1\n"
     assert not update.changes[0].by_reference
     assert reference.changes[0].by_reference
+
+
+def test_a_traced_update_is_the_update_and_its_writer_s_span() -> None:
+    traced, plain = event("event.file_update.traced"), event("event.file_update")
+    assert isinstance(traced, Commit)
+    assert isinstance(plain, Commit)
+    assert str(traced.trace) == load("event.file_update.traced")["payload"]["traceparent"]
+    assert replace(traced, trace=None) == plain
 
 
 def test_a_doorbell_is_known_for_one() -> None:

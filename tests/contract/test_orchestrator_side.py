@@ -62,6 +62,10 @@ async def test_the_database_s_events(project: Project) -> None:
     await project.delete("src/one.ts")
     await project.bulk({"src/a.ts": "a\n", "src/big.ts": None})
     await project.bulk({f"{'p' * 100}/{n:04}.ts": f"{n}\n" for n in range(1500)})
+    traceparent = load("event.file_update.traced")["payload"]["traceparent"]
+    project.plane.http.headers["traceparent"] = traceparent
+    await project.save("src/one.ts", "traced\n")
+    del project.plane.http.headers["traceparent"]
     messages = (await said(project))[1:]
     goldens = [
         "event.file_update",
@@ -69,6 +73,7 @@ async def test_the_database_s_events(project: Project) -> None:
         "event.file_delete",
         "event.bulk_apply",
         "event.bulk_apply.doorbell",
+        "event.file_update.traced",
     ]
     assert len(messages) == len(goldens)
     for (event, payload), name in zip(messages, goldens, strict=True):
@@ -76,7 +81,8 @@ async def test_the_database_s_events(project: Project) -> None:
         assert event == golden["event"]
         assert_same_form(payload, golden["payload"], optional=frozenset({"id"}), at=name)
     assert messages[1][1]["content"] is None
-    assert [payload["revision"] for _, payload in messages] == [2, 3, 4, 5, 6]
+    assert [payload["revision"] for _, payload in messages] == [2, 3, 4, 5, 6, 7]
+    assert messages[-1][1]["traceparent"] == traceparent
 
 
 async def test_the_session(project: Project, plane: Plane) -> None:

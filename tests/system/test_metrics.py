@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.system.scrape import Scrape, Scraped, scrape
+from tests.system.scrape import Scrape, Scraped
 
 pytestmark = pytest.mark.system
 
@@ -59,11 +59,6 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 
 SIDES = [("agent", "preview_agent_", AGENT), ("orchestrator", "preview_orchestrator_", ORCHESTRATOR)]
-
-
-@pytest.fixture(scope="module")
-def scraped(module_database: str) -> Scraped:
-    return scrape(module_database)
 
 
 def side(scraped: Scraped, name: str) -> Scrape:

@@ -19,7 +19,7 @@ from agent.plan import Reason
 from agent.problems import ProblemKind
 from orchestrator_stub.sessions import PROBLEMS
 from orchestrator_stub.sessions import State as SessionState
-from tests.system.scrape import Scraped, scrape
+from tests.system.scrape import Scraped
 from tests.system.test_metrics import AGENT, ORCHESTRATOR
 
 pytestmark = pytest.mark.system
@@ -46,9 +46,8 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def series(module_database: str) -> dict[str, set[str]]:
-    scraped: Scraped = scrape(module_database)
+@pytest.fixture
+def series(scraped: Scraped) -> dict[str, set[str]]:
     return {**scraped.agent.series(), **scraped.orchestrator.series()}
 
 
