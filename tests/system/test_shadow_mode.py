@@ -23,7 +23,7 @@ from tests.system.stack import REPOSITORY
 pytestmark = pytest.mark.system
 
 FILES = {"src/a.ts": "a\n", "src/deep/b.ts": "b\n", "readme.md": "# hello\n"}
-SETTLE = "1.5"
+SETTLE = "1"
 """Seconds; the other flow polls every 0.2 and takes 0.05 for a file."""
 
 
