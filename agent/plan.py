@@ -235,7 +235,9 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
     """What a verified snapshot asks for. `staged` names, per path, where its bytes wait.
 
     A full one speaks for every path, a delta (`base_revision`) for those it lists. A snapshot older than the tree
-    takes nothing back. A file equal when the fetch began is not staged; if it changed since, that is a gap.
+    takes nothing back: what a later revision made so stays. But of its own time a full one knows all, so a higher
+    version from then is one that the database has forgotten (a failover that lost commits), and goes. A file equal
+    when the fetch began is not staged; if it changed since, that is a gap.
     """
     cursor = tree.cursor
     other_history = cursor.epoch != manifest.epoch
@@ -247,7 +249,7 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
     with entries.mutate() as draft:
         for path, file in manifest.files.items():
             before = tree.entries.get(path)
-            if before is not None and not other_history and before.version > file.version:
+            if before is not None and not other_history and _outlasts(before, file.version, manifest):
                 continue
             entry = Entry(file.version, file.digest, file.size, file.executable, manifest.revision)
             draft[path] = entry
@@ -275,7 +277,9 @@ def _departed(tree: Tree, manifest: Manifest, *, other_history: bool) -> Iterabl
     """The paths a manifest says are gone, with the version at which they went."""
     for path, version in manifest.deleted.items():
         before = tree.entries.get(path)
-        if path not in manifest.files and (before is None or other_history or before.version <= version):
+        if path not in manifest.files and (
+            before is None or other_history or not _outlasts(before, version, manifest)
+        ):
             yield path, version
     if manifest.base_revision is not None:
         return
@@ -284,6 +288,12 @@ def _departed(tree: Tree, manifest: Manifest, *, other_history: bool) -> Iterabl
             continue
         if other_history or before.provisional or before.revision <= manifest.revision:
             yield path, before.version
+
+
+def _outlasts(before: Entry, version: int, manifest: Manifest) -> bool:
+    """Whether what we hold at a path is newer than a snapshot's `version` of it."""
+    forgotten = manifest.base_revision is None and 0 < before.revision <= manifest.revision
+    return before.version > version and not forgotten
 
 
 def settle(before: Tree, plan: Plan, failed: Set[RelPath]) -> Tree:

@@ -7,8 +7,9 @@ median of the slopes between any two, which a quarter of the bins could not move
 
 One life's slope is noisy in ten minutes: an interpreter takes memory in steps of a megabyte. So a life is said to grow
 only above a wide bound, and *all lives of a role together* are held to a narrow one by the median of their slopes,
-because a leak is in the program and so in each of them. A role with too little to go by is not judged, and that is
-said.
+because a leak is in the program and so in each of them. A rate counts only with a rise behind it that is more than a
+step: one more connection in three minutes is twenty an hour, and no leak. A role with too little to go by is not
+judged, and that is said.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class Bounds:
 
     life: float
     role: float
+    step: float
+    """Units. A rise of less, over all that was seen, is no growth whatever its rate."""
 
 
-MEMORY = Bounds(life=36e6, role=12e6)
+MEMORY = Bounds(life=36e6, role=12e6, step=2e6)
 """Bytes per hour: 6 MB and 2 MB in ten minutes. An agent at 45 MB that grows by 12 MB an hour has 140 MB when its
 session ends after eight hours (SESSION_TTL), in a machine of 256 MB."""
 
-DESCRIPTORS = Bounds(life=30.0, role=12.0)
+DESCRIPTORS = Bounds(life=30.0, role=12.0, step=5.0)
 """Per hour: 5 and 2 in ten minutes, in which an agent makes some twenty new connections; one lost by each is 120."""
 
 
@@ -104,9 +107,10 @@ def judge(trends: Sequence[Trend | None], bounds: Bounds) -> Verdict:
     if not slopes:
         return Verdict(0, None, None, False, "no life was long enough to say")
     median, worst = statistics.median(slopes), max(slopes)
-    if median > bounds.role:
+    rises = [each.slope * each.seconds / HOUR for each in trends if each is not None]
+    if median > bounds.role and statistics.median(rises) > bounds.step:
         why = "the median life grows faster than the role may"
-    elif worst > bounds.life:
+    elif any(slope > bounds.life and rise > bounds.step for slope, rise in zip(slopes, rises, strict=True)):
         why = "one life grows faster than any may"
     else:
         return Verdict(len(slopes), median, worst, False, "")

@@ -109,7 +109,8 @@ def _page(outcome: Outcome, judged: Judged) -> Iterator[str]:
         f"The median and the greatest slope of all lives of at least {growth.WARM_UP + growth.LEAST:.0f} s, their "
         f"first {growth.WARM_UP:.0f} s left out (`soak/growth.py` says how). Allowed for memory: "
         f"{MEMORY.role / 1e6:g} and {MEMORY.life / 1e6:g} MB an hour; for descriptors {DESCRIPTORS.role:g} and "
-        f"{DESCRIPTORS.life:g}."
+        f"{DESCRIPTORS.life:g}. Less than {MEMORY.step / 1e6:g} MB, or {DESCRIPTORS.step:g} descriptors, over all "
+        f"that was seen are no growth."
     )
     yield ""
     yield "| | lives | judged | memory at the end | memory, an hour | descriptors, an hour |"

@@ -211,6 +211,19 @@ class TestAbsenceSpeaksOnlyForItsOwnTime:
         assert plan.operations == ()
         assert plan.tree.cursor.revision == 9
 
+    def test_of_its_own_time_it_knows_what_the_database_has_forgotten(self) -> None:
+        full = manifest(5, {A: (b"a", 1), B: (b"b", 1)}, deleted={C: 2})
+        held = tree(
+            5, a=entry(b"lost", 2, revision=4), b=Entry(2, None, revision=5), c=entry(b"lost", 3, revision=4)
+        )
+        plan = reconcile(held, full, staged(full))
+        assert paths(plan) == {A: "write", B: "write", C: "remove"}
+        assert plan.tree.entries[A].version == 1
+
+    def test_a_delta_knows_of_no_such_thing(self) -> None:
+        delta = manifest(5, {A: (b"a", 1)}, base_revision=3)
+        assert reconcile(tree(5, a=entry(b"newer", 2, revision=4)), delta, staged(delta)).operations == ()
+
     def test_a_delta_speaks_for_what_it_lists(self) -> None:
         delta = manifest(5, {A: (b"2", 2)}, base_revision=3, deleted={B: 4})
         held = tree(3, a=entry(b"1", 1), b=entry(b"b", 3), c=entry(b"c", 1))

@@ -60,7 +60,12 @@ def test_a_life_that_was_too_short_is_not_judged() -> None:
 
 
 def slope(per_hour: float) -> Trend:
-    return Trend(per_hour, 500, 0, 0)
+    return Trend(per_hour, 600, 0, 0)
+
+
+def test_one_more_connection_in_three_minutes_is_no_leak() -> None:
+    assert not judge([Trend(40, 180, 20, 22)], DESCRIPTORS).grows
+    assert judge([Trend(40, 600, 20, 27)], DESCRIPTORS).grows
 
 
 def test_a_small_leak_of_all_and_a_large_one_of_one_are_both_found() -> None:
