@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agent.guard import CANNOT_RUN
 from agent.headstart import HeadStart
 from agent.reaper import Reaper
 from agent.rights import Launch, Rights
@@ -63,6 +64,14 @@ class _Output(asyncio.SubprocessProtocol):
         self._last = b""
         self.exited = asyncio.Event()
         self.closed = asyncio.Event()
+
+    @classmethod
+    def over(cls) -> _Output:
+        """Of a program that never was."""
+        output = cls(lambda line: None)
+        output.exited.set()
+        output.closed.set()
+        return output
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         second = int(time.monotonic())
@@ -190,6 +199,21 @@ class _Pipe(asyncio.Protocol):
         self._output.pipe_connection_lost(1, exc)
 
 
+class _Unstarted:
+    """One that the system had no room for."""
+
+    pid = 0
+
+    def returncode(self) -> int:
+        return CANNOT_RUN
+
+    def close_lifeline(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
 class Child:
     """One running program, its guard and its output. Make it with `start` or `adopt`."""
 
@@ -208,14 +232,19 @@ class Child:
     ) -> Child:
         """Run it. `on_line` gets its output, both streams, and must not block or raise.
 
-        A program that cannot be run ends with code 126 and one line that says why.
+        A program that cannot be run ends with code 126 and one line that says why, whether it is the program's
+        fault or the machine has no process, no memory or no file left for it.
         """
         with reaper.hold() if reaper else contextlib.nullcontext():
-            transport, output = await asyncio.get_running_loop().subprocess_exec(
-                lambda: _Output(on_line), *launch.command(),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                cwd="/", env=dict(launch.env), start_new_session=True,
-            )  # fmt: skip
+            try:
+                transport, output = await asyncio.get_running_loop().subprocess_exec(
+                    lambda: _Output(on_line), *launch.command(),
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    cwd="/", env=dict(launch.env), start_new_session=True,
+                )  # fmt: skip
+            except (OSError, ValueError) as error:
+                on_line(f"cannot run {printable(launch.argv[0].encode(errors='replace'))}: {error}")
+                return cls(_Unstarted(), _Output.over(), None)
             if reaper:
                 reaper.own(transport.get_pid())
         return cls(_Spawned(transport), output, reaper)
@@ -268,7 +297,7 @@ class Child:
         return await self.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        if not self._ended.done():
+        if self.pid and not self._ended.done():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 

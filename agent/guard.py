@@ -186,7 +186,7 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
         try:
             become(spec, env)
         except BaseException as error:
-            os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode())
+            os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode(errors="replace"))
             os._exit(CANNOT_RUN)
 
     waiting = select.poll()

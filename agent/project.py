@@ -70,6 +70,8 @@ RELEVANT = re.compile(
 )
 """What may cure a dev server that failed: code, configuration, environment; not pictures, not prose."""
 RELEASE = re.compile(r"\d+(\.\d+){0,2}(-[0-9A-Za-z.-]+)?")
+LONGEST_SCRIPT = 4096
+"""Characters of a script that is taken apart; the kernel takes 128 KB a word."""
 SHELL = re.compile(r"[|&;<>()$`\\\"'*?\[#~\n]|^\w+=")
 """A script that has any of this is for a shell."""
 
@@ -120,7 +122,7 @@ class Project:
         if self.script is None:
             return ()
         flags = ("--host", host, "--port", str(port), "--strictPort", *(("--force",) if fresh else ()))
-        if not SHELL.search(self.script):
+        if len(self.script) < LONGEST_SCRIPT and not SHELL.search(self.script):
             words = shlex.split(self.script)
             if words and words[0] == "vite" and words[1:2] != ["build"]:
                 return (str(self.modules / ".bin" / "vite"), *words[1:], *flags)
@@ -168,6 +170,8 @@ def _read(root: Path, scripts: bool) -> Project:
         raise ProjectUnreadable(f"cannot read {root.name}/package.json: not a regular file, or too large")
     try:
         package = json.loads(raw)
+    except RecursionError:
+        raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
     except ValueError as error:
         raise ProjectUnreadable(f"cannot read package.json: {error}") from None
     if not isinstance(package, dict):
@@ -260,7 +264,7 @@ def _packages(root: Path) -> dict[str, Any]:
         try:
             package = json.loads(raw)
             told = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             told = {"unreadable": hashlib.sha256(raw).hexdigest()}
         found[os.path.relpath(place, root)] = told
         if len(found) == MOST_PACKAGES:
@@ -290,7 +294,7 @@ def installed_key(modules: Path) -> str | None:
         return None
     try:
         key = json.loads(raw)["key"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     places = (read_small(modules / PLACES, MOST_RECORDED) or b"").decode(errors="replace").splitlines()
     if not isinstance(key, str) or not all((modules.parent / place).is_dir() for place in places):

@@ -87,8 +87,10 @@ async def look(http: httpx.AsyncClient, base: str, *, timeout: float, socket: bo
     try:
         async with asyncio.timeout(timeout):
             return await _look(http, base, socket)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError, ValueError) as error:
+    except (httpx.HTTPError, OSError, TimeoutError) as error:
         return Seen(Verdict.SILENT, f"no answer: {type(error).__name__}")
+    except (httpx.InvalidURL, ValueError) as error:
+        return Seen(Verdict.BROKEN, f"the page names what is no address: {error}")
 
 
 async def ping(http: httpx.AsyncClient, base: str, *, timeout: float) -> bool:

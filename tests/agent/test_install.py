@@ -545,6 +545,7 @@ async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
         ("FOO=1 vite", ("npm", "run", "dev", "--")),
         ("tsc && vite", ("npm", "run", "dev", "--")),
         ("vite build --watch", ("npm", "run", "dev", "--")),
+        ("vite " + "x" * 200_000, ("npm", "run", "dev", "--")),
     ],
 )
 def test_what_starts_the_dev_server(tmp_path: Path, script: str, argv: tuple[str, ...]) -> None:
@@ -567,7 +568,7 @@ def test_a_project_one_level_down_is_found_and_two_of_them_are_not(tmp_path: Pat
     assert find(tmp_path).root == tmp_path  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\0", "nope"])
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\0", "nope", '{"a":' + "[" * 200_000])
 def test_a_broken_package_json_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "package.json").write_text(content)
     with pytest.raises(ProjectUnreadable, match=r"^cannot read package\.json: "):

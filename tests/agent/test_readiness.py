@@ -57,6 +57,23 @@ async def test_a_page_that_no_parser_takes_is_read_up_to_there() -> None:
 
 
 @pytest.mark.parametrize(
+    "source", ["http://[::1", "//x:99999999/y.js", "http://\x01/", "/\u2028.js", "http:///"]
+)
+async def test_an_address_that_is_none_is_the_pages_fault_and_no_silence(source: str) -> None:
+    """A server that is silent is ended and started again; one that is wrong is left to whoever writes it."""
+    found = await seen(page(f'<script type="module" src="{source}"></script>'.encode()))
+    assert found.verdict in (Verdict.BROKEN, Verdict.SERVED)
+
+
+@pytest.mark.parametrize("address", ["localhost:99999999/", "[::1/", ":/", "localhost:0/"])
+async def test_a_hot_update_socket_that_has_no_address_is_not_silence_either(address: str) -> None:
+    client = f"const directSocketHost = '{address}'".encode()
+    html = SCRIPT + b'<script type="module" src="/@vite/client"></script>'
+    found = await seen(page(html, client))
+    assert found.verdict in (Verdict.BROKEN, Verdict.SOCKETLESS)
+
+
+@pytest.mark.parametrize(
     "module",
     ["from'/" + "/deps/" * 300_000, ("import" + " " * 1000) * 2000, ("from'/" + "/deps/" * 40) * 8000],
     ids=["one string", "spaces", "many strings"],

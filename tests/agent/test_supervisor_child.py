@@ -52,6 +52,38 @@ async def test_a_program_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     assert done.code == 126
 
 
+@pytest.mark.parametrize(
+    "word", ["x" * 200_000, "nul\0inside"], ids=["too long for the kernel", "no word at all"]
+)
+async def test_a_program_that_the_system_refuses_to_start_is_one_that_ended(word: str) -> None:
+    lines: list[str] = []
+    program = await Child.start(Launch(("echo", word), "/", ENV, PLAIN), on_line=lines.append)
+    assert await program.wait() == 126
+    assert await program.stop(1.0) == 126
+    (line,) = lines
+    assert line.startswith("cannot run echo: ")
+
+
+async def test_no_process_left_for_it_is_an_ending_too() -> None:
+    """As when the project's fork bomb has filled the container up to its limit."""
+    source = """
+import asyncio, os, resource
+from pathlib import Path
+from agent import child
+from agent.rights import Rights
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+if os.geteuid() == 0:
+    os.setresuid(54324, 54324, 54324)  # root has no such limit
+done = asyncio.run(child.run(["true"], cwd=Path("/"), env={}, rights=Rights(), timeout=10))
+print(done.code, done.tail[0])
+"""
+    done = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", source, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
+    )
+    said = (await done.communicate())[0].decode()
+    assert said.startswith("126 cannot run true: [Errno 11]"), said
+
+
 async def test_a_program_that_ignores_term_is_killed_after_the_grace(word: str) -> None:
     lines: list[str] = []
     program = await start(f"trap '' TERM; echo up; while :; do sleep 0.05; done # {word}", lines.append)
