@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 from uuid import UUID, uuid4
 
@@ -37,6 +38,9 @@ from orchestrator_stub.store import SessionStore
 from orchestrator_stub.tokens import Keyring, mint_session
 
 log = structlog.get_logger("control")
+
+Step = Callable[[], Awaitable[object]]
+"""One thing to be done about one session or machine. Not begun until it has its turn: it may never get one."""
 
 AT_ONCE: Final = 16
 """Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
@@ -133,7 +137,7 @@ class Control:
         if not new and generation and generation > session.generation:
             session = await self._store.replace(session.id, generation, ttl=ttl) or session
         if session.state in LIVE and session.machine_id is None:
-            self._start("provision", session.id, self.provision(session.id))
+            self._start("provision", session.id, self.provision)
         return session, new
 
     async def settled(self, session_id: UUID, within: float) -> Session | None:
@@ -197,7 +201,7 @@ class Control:
         ended = await self._store.end(session_id, problem)
         session = ended or await self._store.get(session_id)
         if session is not None and session.state is State.DRAINING:
-            self._start("finish", session_id, self.finish(session_id))
+            self._start("finish", session_id, self.finish)
         return session
 
     async def finish(self, session_id: UUID) -> None:
@@ -251,21 +255,22 @@ class Control:
                 return 0
             sessions, now = await self._store.unended()
         known = {session.id: session for session in sessions}
-        due: list[Coroutine[Any, Any, Any]] = []
+        due: list[Step] = []
         for session in sessions:
             if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
                 log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
             judgement = judge(session, now, self._settings.timing)
             match judgement.verdict:
                 case Verdict.PROVISION:
-                    due.append(self.provision(session.id))
+                    due.append(partial(self.provision, session.id))
                 case Verdict.DRAIN:
-                    due.append(self.end(session.id, problem=judgement.problem))
+                    due.append(partial(self.end, session.id, problem=judgement.problem))
                 case Verdict.DESTROY:
-                    due.append(self.finish(session.id))
+                    due.append(partial(self.finish, session.id))
                 case Verdict.LEAVE if _lost(session, machines):
-                    due.append(self._end_if_gone(session))
-        due.extend(self._driver.destroy(machine.id) for machine in machines if not _wanted(machine, known))
+                    due.append(partial(self._end_if_gone, session))
+        unwanted = [machine for machine in machines if not _wanted(machine, known)]
+        due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
         await asyncio.gather(*(self._guarded(step) for step in due))
         self.swept_at = self._clock()
         return len(due)
@@ -343,10 +348,10 @@ class Control:
         if machine is None or machine.state is MachineState.GONE:
             await self.end(session.id, problem="machine_gone: the machine is not there any more")
 
-    async def _guarded(self, step: Coroutine[Any, Any, Any]) -> None:
+    async def _guarded(self, step: Step) -> None:
         async with self._slots:
             try:
-                await step
+                await step()
             except (MachineError, psycopg.Error, OSError) as error:
                 # What was half-way is taken up again by the next sweep.
                 log.warning("step.failed", reason=str(error) or type(error).__name__)
@@ -354,14 +359,19 @@ class Control:
                 # A bug, over one session: it must not keep the others from their machines.
                 log.error("step.failed", exc_info=True)
 
-    def _start(self, what: str, session_id: UUID, step: Coroutine[Any, Any, None]) -> None:
+    def _start(self, what: str, session_id: UUID, step: Callable[[UUID], Awaitable[None]]) -> None:
         key = (what, session_id)
-        if key in self._tasks:
-            step.close()
+        running = self._tasks.get(key)
+        if running is not None and not running.done():
             return
-        task = asyncio.create_task(self._guarded(step), name=f"{what} {session_id}")
+        task = asyncio.create_task(self._guarded(partial(step, session_id)), name=f"{what} {session_id}")
         self._tasks[key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._tasks.get(key) is task:
+                del self._tasks[key]
+
+        task.add_done_callback(ended)
 
 
 def _wanted(machine: Machine, known: dict[UUID, Session]) -> bool:
