@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import structlog
+
 import bench
 from bench.kept import RESULTS, keep
 from bench.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
@@ -204,6 +206,19 @@ def swept() -> Iterator[Descendants]:
         signal.signal(signal.SIGINT, on_interrupt)
 
 
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """What is measured says only what goes wrong; the rows are what is read here."""
+    earlier, was = structlog.get_config(), structlog.is_configured()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
+        if was:
+            structlog.configure(**earlier)
+
+
 def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Exits for one that makes no sense."""
     listed = "\n".join(f"  {name:<16} {first}" for name, first in measurements().items())
@@ -248,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not installed, so not compared with: {', '.join(absent)} (`make bench-peers` installs them)")
     results: dict[str, dict[str, object]] = {}
     try:
-        with swept() as family:
+        with swept() as family, hushed():
             for number, (name, run) in enumerate(runs.items(), 1):
                 print(f"\n[{number}/{len(runs)}] {name}", flush=True)
                 results[name] = measure(name, run, chosen.quick, chosen.patience, family)

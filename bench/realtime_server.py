@@ -25,6 +25,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -276,9 +277,7 @@ def run(quick: bool) -> Sequence[Row]:
             os.sched_setaffinity(0, set(cores[1:]))
             for name, serve in kinds.items():
                 running[name] = Contestant(serve, dsn, cores[0], CONNECTIONS)
-            seconds = in_turn(
-                {name: (lambda one=one: one.take(messages)) for name, one in running.items()}, rounds
-            )
+            seconds = in_turn({name: partial(one.take, messages) for name, one in running.items()}, rounds)
         finally:
             for one in running.values():
                 one.close()
