@@ -47,8 +47,9 @@ fmt: $(READY) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 fuzz: $(READY) ## fuzz the zip reader (SECONDS=60); installs atheris, which nothing else needs
-	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris==3.1.0'
-	$(BIN)/python -m tests.fuzz .fuzz/unzip -max_total_time=$(or $(SECONDS),60)
+	@if $(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --require-hashes -r requirements/fuzz.lock; then \
+	  $(BIN)/python -m tests.fuzz .fuzz/unzip -max_total_time=$(or $(SECONDS),60) -print_final_stats=1; \
+	else echo "fuzz: skipped: no wheel of atheris for $$($(BIN)/python --version) on $$(uname -sm) could be installed (see above)" >&2; fi
 
 bench-peers: ## install all the peers that bench compares with (Debian, Ubuntu)
 	apt-get install -y --no-install-recommends libarchive-tools zip unzip curl gcc libc6-dev \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.unzip import check, read, seeds
+from tests.fuzz.unzip import CORPUS, check, read, seeds
 
 SEEDS = seeds()
 
@@ -17,6 +17,13 @@ def test_a_seed_and_its_near_relatives(name: str) -> None:
         check(data[:at])
         check(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
         check(data[:at] + data[at + 1 :])
+
+
+def test_what_the_fuzzer_found_worth_keeping() -> None:
+    kept = [path.read_bytes() for path in sorted(CORPUS.iterdir())]
+    assert kept
+    for data in kept:
+        check(data)
 
 
 def test_the_seeds_reach_both_ends() -> None:

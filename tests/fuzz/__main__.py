@@ -8,16 +8,16 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found, unused-ignore]
 
 with atheris.instrument_imports(include=["agent"]):
-    from tests.fuzz.unzip import check, seeds
+    from tests.fuzz.unzip import CORPUS, check, seeds
 
 
 def main() -> None:
-    directory = Path(sys.argv[1])
-    directory.mkdir(parents=True, exist_ok=True)
+    work = Path(sys.argv[1])
+    work.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(seeds().values()):
-        (directory / f"seed-{number:03}").write_bytes(data)
+        (work / f"seed-{number:03}").write_bytes(data)
     options = ["-max_len=4096", "-timeout=10", "-rss_limit_mb=1024", *sys.argv[2:]]
-    atheris.Setup([sys.argv[0], str(directory), *options], check)
+    atheris.Setup([sys.argv[0], str(work), str(CORPUS), *options], check)
     atheris.Fuzz()
 
 

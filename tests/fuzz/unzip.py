@@ -2,8 +2,8 @@
 
 What must hold for any bytes at all: the reader ends in the archive's end or in `SnapshotRejected`, the pieces they
 come in make no difference, and whatever it accepts, Python's own reader sees as the same files. Seeds are the archives
-of the tests; what the fuzzer finds worth keeping goes to the directory given, and what it breaks belongs in
-`tests/agent`.
+of the tests and what earlier runs found worth keeping (`CORPUS`, checked by every test run too). What a run finds new
+goes to the directory given, to be copied from there. What it breaks belongs in `tests/agent`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import struct
 import zipfile
 from collections.abc import Iterable
 from io import BytesIO
+from pathlib import Path
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
 from agent.unzip import FileStarted, ZipReader
 from agent.wire import MANIFEST_PATH
+
+CORPUS = Path(__file__).parent / "corpus"
 
 LIMITS = SnapshotLimits(
     snapshot_max_bytes=1_000_000, snapshot_max_file_bytes=500_000, snapshot_max_entries=200
