@@ -152,10 +152,15 @@ class Supervisor:
         """What is wrong now."""
         found = [self._install_problem, self._start_problem]
         if self.state in (State.FAILED, State.BACKOFF) and self._machine.reason != "install":
-            last = "\n".join(list(self._lines)[-10:])
+            said = list(self._lines)[-10:] or ["no output"]
+            if self._machine.reason == "late":
+                elsewhere = "if it listens elsewhere, set DEV_COMMAND to start it with this host and port"
+                said.insert(
+                    0, f"nothing answered at {self.url} in {self._policy.start_timeout:g} s; {elsewhere}"
+                )
             failed = self.state is State.FAILED
             kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
-            found.append(Problem(kind, last or "no output", rule=self._machine.reason))
+            found.append(Problem(kind, "\n".join(said), rule=self._machine.reason))
         if self.ready and self._seen and self._seen.verdict is Verdict.SOCKETLESS:
             found.append(Problem("hmr_unreachable", self._seen.detail))
         return tuple(problem for problem in found if problem)

@@ -70,6 +70,11 @@ async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> 
         await until(lambda: supervisor.restarts >= 2)
         assert supervisor.report()["reason"] == "late"
         assert not supervisor.ready
+        await until(supervisor.problems)
+        (problem,) = supervisor.problems()
+        assert problem.detail.startswith(
+            f"nothing answered at {supervisor.url} in 0.4 s; if it listens elsewhere"
+        )
 
 
 async def test_one_that_dies_while_serving_is_back_at_once(tmp_path: Path) -> None:
