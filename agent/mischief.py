@@ -15,6 +15,12 @@ PAUSES = (0.0, 0.0, 0.0, 0.01, 0.1, 0.5)
 """Seconds between two steps that are shuffled: nothing, less and more than the loop's spacing and its patience with
 a hole (`agent.follow`)."""
 
+AWAY = 0.1
+"""Share of answers, of what is shuffled, that are 503 instead."""
+
+DELTAS = 0.2
+"""Share of answers, of what is shuffled, that come as a delta snapshot, as those do that are too large for one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mischief:

@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import os
+import random
 import socket
 import tempfile
 import time
@@ -35,7 +36,7 @@ from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.ledger import Ledger
 from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
-from agent.mischief import Broken, Committed, Delivered, Happening, Mischief, play
+from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
 from agent.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.scenario import Log
 from agent.scenariofile import Loaded, load
@@ -93,9 +94,11 @@ class Replay:
         scenario = loaded.scenario
         self._log = Log(scenario.project_id, scenario.epoch, scenario.revision, loaded.files)
         self._first = loaded.archive if loaded.archive is not None else self._zip()
+        self._offered: dict[str, bytes] = {}
         self._tokens = 0
         self._now: Life | None = None
         self._settings = None if manner.environ is None else _dev_settings(manner.environ, directory)
+        self._dice = random.Random(manner.mischief.seed)  # noqa: S311 - a reproducible disorder is the point
         self.shown: set[str] = set()
         self.catch_ups = 0
         self.delivered = self.committed = self.faults = 0
@@ -264,12 +267,21 @@ class Replay:
 
     # --- the scenario's orchestrator and storage
 
-    def _respond(self, request: httpx.Request) -> httpx.Response:
+    async def _respond(self, request: httpx.Request) -> httpx.Response:
+        """The answer; when things are shuffled it is of a moment ago when it arrives, or there is none."""
+        answer = self._answer(request)
+        if self._manner.mischief.shuffle and not request.url.path.endswith("/token"):
+            await asyncio.sleep(self._dice.choice(PAUSES))
+            if self._dice_says(AWAY):
+                return httpx.Response(503, stream=httpx.ByteStream(b"away for a moment"))
+        return answer
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
         name = request.url.path.rpartition("/")[2]
         if name == "snapshot.zip":
             return httpx.Response(200, stream=httpx.ByteStream(self._first))
-        if name == "current.zip":
-            return httpx.Response(200, stream=httpx.ByteStream(self._zip()))
+        if name in self._offered:
+            return httpx.Response(200, stream=httpx.ByteStream(self._offered[name]))
         if name == "token":
             return httpx.Response(200, json={"realtime_token": self._token(), "expires_at": None})
         self.catch_ups += 1
@@ -277,18 +289,29 @@ class Replay:
         self.shown.add(question["reason"])
         if request.headers["authorization"] != f"Bearer {self._token()}":
             return httpx.Response(401, json={"title": "token_expired"})
-        return httpx.Response(200, json=self._log.answer(question, f"{HOST}/current.zip"))
+        name = f"{self.catch_ups}.zip"
+        answer = self._log.answer(question, f"{HOST}/{name}")
+        if answer["kind"] == "changes" and self._dice_says(DELTAS) and not question.get("paths"):
+            self._offered[name] = self._zip(base=question["revision"])
+            answer = {"kind": "snapshot", "snapshot_url": f"{HOST}/{name}", "manifest": None}
+        elif answer["kind"] == "snapshot":
+            self._offered[name] = self._zip()
+        return httpx.Response(200, json=answer)
 
     def _token(self) -> str:
         claims = json.dumps({"role": "preview_agent", "jti": self._tokens}).encode()
         return f"eyJhbGciOiJub25lIn0.{base64.urlsafe_b64encode(claims).decode().rstrip('=')}.eA"
 
-    def _zip(self) -> bytes:
+    def _dice_says(self, share: float) -> bool:
+        return self._manner.mischief.shuffle and self._dice.random() < share
+
+    def _zip(self, base: int | None = None) -> bytes:
+        manifest, files = self._log.manifest(base), self._log.files()
         whole = io.BytesIO()
         with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(MANIFEST_PATH, json.dumps(self._log.manifest()))
-            for path, content in self._log.files().items():
-                archive.writestr(path, content)
+            archive.writestr(MANIFEST_PATH, json.dumps(manifest))
+            for item in manifest["files"]:
+                archive.writestr(item["file_path"], files[item["file_path"]])
         return whole.getvalue()
 
     # --- the end

@@ -247,13 +247,14 @@ class Log:
         epoch, revision = request.get("epoch"), int(request.get("revision") or 0)
         paths = {RelPath(path) for path in request.get("paths") or ()}
         full = request.get("reason") in ("tree_hash", "snapshot_rejected")
+        offer = {"kind": "snapshot", "snapshot_url": snapshot_url, "manifest": None}
         if epoch != self.epoch or revision > self.revision or full:
-            return {"kind": "snapshot", "snapshot_url": snapshot_url, "manifest": None}
+            return offer
         wanted = {path for path, row in self.rows.items() if row.revision > revision} | paths
         if not wanted:
             return {"kind": "current", "epoch": self.epoch, "revision": self.revision}
         if sum(len(row.content or b"") for path in wanted if (row := self.rows.get(path))) > INLINE_LIMIT:
-            return {"kind": "snapshot", "snapshot_url": snapshot_url, "manifest": None}
+            return offer
         return {
             "kind": "changes",
             "epoch": self.epoch,
@@ -276,14 +277,15 @@ class Log:
             "executable": row.executable,
         }
 
-    def manifest(self) -> dict[str, Any]:
-        """Of a full snapshot, now."""
+    def manifest(self, base: int | None = None) -> dict[str, Any]:
+        """Of a full snapshot, now; with `base` of a delta for a tree at or above that revision."""
+        rows = {path: row for path, row in self.rows.items() if base is None or row.revision > base}
         return {
             "format": SNAPSHOT_FORMAT,
             "project_id": self.project_id,
             "epoch": self.epoch,
             "revision": self.revision,
-            "base_revision": None,
+            "base_revision": base,
             "created_at": None,
             "files": [
                 {
@@ -293,8 +295,12 @@ class Log:
                     "version": row.version,
                     "executable": row.executable,
                 }
-                for path, row in self.rows.items()
+                for path, row in rows.items()
                 if row.content is not None
             ],
-            "deleted": [],
+            "deleted": [
+                {"file_path": path, "version": row.version}
+                for path, row in rows.items()
+                if base is not None and row.content is None
+            ],
         }
