@@ -31,8 +31,9 @@ from hashlib import blake2b
 from isal import isal_zlib
 
 from agent.config import SnapshotLimits
-from agent.errors import PathRefused, SnapshotRejected
-from agent.model import ManifestFile, RelPath, parents, parse_path
+from agent.errors import SnapshotRejected
+from agent.model import ManifestFile, RelPath
+from agent.zippaths import EntryPaths
 from agent.ziprecords import (
     CENTRAL,
     CENTRAL_SIGNATURE,
@@ -45,18 +46,17 @@ from agent.ziprecords import (
     END64,
     END64_SIGNATURE,
     END_SIGNATURE,
-    FULL16,
     FULL32,
     LOCAL,
     LOCAL_SIGNATURE,
     LOCATOR,
-    LOCATOR_SIGNATURE,
     STORED,
     TYPE_DIRECTORY,
     TYPE_FILE,
     TYPE_MASK,
     UNIX_HOSTS,
-    VERSION,
+    check_end,
+    check_end64,
     check_features,
     description,
     read_name,
@@ -116,16 +116,13 @@ class ZipReader:
 
     def __init__(self, limits: SnapshotLimits, *, reserved: str | None = None) -> None:
         self._limits = limits
-        self._reserved = reserved
+        self._paths = EntryPaths(limits.snapshot_max_depth, reserved)
         self._buffer = b""
         self._at = 0
         self._base = 0
-        self._files: set[RelPath] = set()
-        self._directories: set[RelPath] = set()
         self._streamed, self._directory_says = blake2b(), blake2b()
         self._entries = 0
         self._size = 0
-        self._listed: Mapping[RelPath, ManifestFile] = {}
         self._parser = self._archive()
         self._failure: SnapshotRejected | None = None
         self._over = False
@@ -145,7 +142,7 @@ class ZipReader:
 
         So that one of them does not come twice is, from here on, for the caller to see.
         """
-        self._listed = listed
+        self._paths.expect(listed)
 
     def feed(self, *data: bytes) -> Iterator[Event]:
         """What `data` completes, unpacked lazily. Take every event before feeding again.
@@ -233,7 +230,7 @@ class ZipReader:
             declared = size
             self._check_size(name, size)
         is_directory = name.endswith("/")
-        path = self._admit(name, is_directory)
+        path = self._paths.admit(name, is_directory=is_directory, first=self._entries == 1)
         if not is_directory:
             yield FileStarted(path, declared)
             if 0 < size <= CHUNK and not described and packed <= len(self._buffer) - self._at:
@@ -437,35 +434,14 @@ class ZipReader:
     def _end64(self, begin: int, size: int) -> Generator[None, None, None]:
         position = self._base + self._at
         yield from self._need(END64.size + LOCATOR.size)
-        _, rest, _, version, disk, start_disk, here, entries, directory_size, directory_at = (
-            END64.unpack_from(self._buffer, self._at)
-        )
-        if rest != END64.size - 12 or version & 0xFF > VERSION:
-            raise SnapshotRejected("bad_header", "the zip64 end record has a form we do not know")
-        if (disk, start_disk, here, entries, directory_size, directory_at) != (
-            0, 0, self._entries, self._entries, size, begin,
-        ):  # fmt: skip
-            raise SnapshotRejected("end_mismatch", "the zip64 end record disagrees with the archive")
-        signature, disk, end64_at, disks = LOCATOR.unpack_from(self._buffer, self._at + END64.size)
-        if (signature, disk, end64_at, disks) != (LOCATOR_SIGNATURE, 0, position, 1):
-            raise SnapshotRejected("end_mismatch", "the zip64 locator does not point at its record")
+        check_end64(self._buffer, self._at, position, entries=self._entries, begin=begin, size=size)
         self._at += END64.size + LOCATOR.size
 
     def _end(self, begin: int, size: int, is_wide: bool) -> Generator[None, None, None]:
         yield from self._need(END.size)
-        _, disk, start_disk, here, entries, directory_size, directory_at, comment_length = END.unpack_from(
-            self._buffer, self._at
+        comment_length = check_end(
+            self._buffer, self._at, entries=self._entries, begin=begin, size=size, is_wide=is_wide
         )
-        expected = (
-            (disk, 0, FULL16),
-            (start_disk, 0, FULL16),
-            (here, self._entries, FULL16),
-            (entries, self._entries, FULL16),
-            (directory_size, size, FULL32),
-            (directory_at, begin, FULL32),
-        )
-        if any(stated != true and not (is_wide and stated == full) for stated, true, full in expected):
-            raise SnapshotRejected("end_mismatch", "the end record disagrees with the archive")
         yield from self._need(END.size + comment_length)
         comment = self._buffer[self._at + END.size : self._at + END.size + comment_length]
         if END_SIGNATURE in comment:
@@ -480,41 +456,6 @@ class ZipReader:
             return
         shown = self._buffer[self._at : self._at + 24]
         raise SnapshotRejected("not_a_zip", f"what arrived begins with {shown!r}")
-
-    def _admit(self, name: str, is_directory: bool) -> RelPath:
-        """The entry's path, when nothing streamed before stands in its way."""
-        if name == self._reserved:
-            if self._entries > 1:
-                raise SnapshotRejected("manifest_position", f"{shown(name)} is not the first entry")
-            return RelPath(name)
-        listed = self._listed.get(RelPath(name))
-        if listed is not None:
-            path = listed.path
-        else:
-            try:
-                path = parse_path(name[:-1] if is_directory else name)
-            except PathRefused as refused:
-                raise SnapshotRejected(refused.rule, str(refused)) from None
-        if path.count("/") >= self._limits.snapshot_max_depth:
-            raise SnapshotRejected(
-                "too_deep", f"{shown(name)} is deeper than {self._limits.snapshot_max_depth}"
-            )
-        # A known directory's own parents are known: no path is ever in both sets.
-        if path.rpartition("/")[0] not in self._directories:
-            for parent in parents(path):
-                if parent in self._files or parent in self._listed:
-                    raise SnapshotRejected("path_clash", f"{shown(parent)} is a file and a directory")
-                self._directories.add(parent)
-        if path in self._files or (is_directory and path in self._listed):
-            rule = "path_clash" if is_directory else "duplicate"
-            raise SnapshotRejected(rule, f"{shown(name)} is there twice")
-        if is_directory:
-            self._directories.add(path)
-        elif path in self._directories:
-            raise SnapshotRejected("path_clash", f"{shown(name)} is a file and a directory")
-        elif listed is None:
-            self._files.add(path)
-        return path
 
     def _check_size(self, name: str, size: int) -> None:
         limits = self._limits

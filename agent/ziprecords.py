@@ -100,6 +100,43 @@ def description(
     return CORE.pack(flags, method, crc, packed, size, offset, len(raw_name)) + raw_name
 
 
+def check_end64(buffer: bytes, at: int, position: int, *, entries: int, begin: int, size: int) -> None:
+    """The zip64 end record at `at`, which is `position` in the archive, and its locator describe what was there.
+
+    That is so many `entries` and a central directory of `size` bytes from `begin`. Raises `SnapshotRejected`.
+    """
+    _, rest, _, version, disk, start_disk, here, total, directory_size, directory_at = END64.unpack_from(
+        buffer, at
+    )
+    if rest != END64.size - 12 or version & 0xFF > VERSION:
+        raise SnapshotRejected("bad_header", "the zip64 end record has a form we do not know")
+    if (disk, start_disk, here, total, directory_size, directory_at) != (0, 0, entries, entries, size, begin):
+        raise SnapshotRejected("end_mismatch", "the zip64 end record disagrees with the archive")
+    if LOCATOR.unpack_from(buffer, at + END64.size) != (LOCATOR_SIGNATURE, 0, position, 1):
+        raise SnapshotRejected("end_mismatch", "the zip64 locator does not point at its record")
+
+
+def check_end(buffer: bytes, at: int, *, entries: int, begin: int, size: int, is_wide: bool) -> int:
+    """The end record at `at` describes what was there; how long the comment behind it is.
+
+    All ones mean "see the zip64 record", and only where there is one (`is_wide`).
+    """
+    _, disk, start_disk, here, total, directory_size, directory_at, comment_length = END.unpack_from(
+        buffer, at
+    )
+    expected = (
+        (disk, 0, FULL16),
+        (start_disk, 0, FULL16),
+        (here, entries, FULL16),
+        (total, entries, FULL16),
+        (directory_size, size, FULL32),
+        (directory_at, begin, FULL32),
+    )
+    if any(stated != true and not (is_wide and stated == full) for stated, true, full in expected):
+        raise SnapshotRejected("end_mismatch", "the end record disagrees with the archive")
+    return int(comment_length)
+
+
 def shown(name: str) -> str:
     """A name from outside, safe and short enough for a message."""
     return repr(name)[:200]

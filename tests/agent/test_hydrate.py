@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from random import Random
@@ -301,6 +302,15 @@ async def test_transient_failures_are_retried(disk: Disk, http: httpx.AsyncClien
         got = await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK, progress=progress)
     assert staged_files(got, tmp_path) == FILES
     assert progress.attempt == 3
+
+
+async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: Disk, http: httpx.AsyncClient) -> None:
+    """Jitter would be some milliseconds here."""
+    async with origin(Answer(b"", 503, headers=[("Retry-After", "1")]), Answer(snapshot(FILES))) as server:
+        started = time.monotonic()
+        await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
+        assert time.monotonic() - started >= 1.0
+    assert len(server.requests) == 2
 
 
 async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> None:
