@@ -93,7 +93,6 @@ WAYS: tuple[tuple[str, Way], ...] = (
     ),
     # --- asking
     (r"curl -sf? .*|curl -X POST .*", Run()),
-    (r"curl \| bsdtar", MENTION),
     # --- looking at a machine
     (r"(df|ls|cat) .*", Run()),
     (r"dmesg .*", Run(unless="not permitted|not found")),
