@@ -148,12 +148,12 @@ async def test_a_session_s_life_tells_no_secret(
             OTEL_EXPORTER_OTLP_HEADERS=COLLECTOR_KEY,
             OTEL_BSP_SCHEDULE_DELAY="50",
         )
-        agent.start()
-        assert agent.process is not None
         secrets = secrets_of(agent)
         assert set(secrets_of(agent)[:3]) <= set(leaks("\n".join(agent.environ.values()), secrets)), (
             "it would be found"
         )
+        agent.start()
+        assert agent.process is not None
         said: dict[str, bytes | str] = {}
         try:
             await agent.equal()
