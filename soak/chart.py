@@ -6,7 +6,7 @@ It knows nothing of soaks: `line_chart("memory", "MB", [Line("agent", ((0, 45), 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -38,11 +38,17 @@ class Mark:
 
 
 def line_chart(
-    title: str, unit: str, lines: Sequence[Line], marks: Sequence[Mark] = (), *, zero: bool = True
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    marks: Sequence[Mark] = (),
+    *,
+    zero: bool = True,
+    end: float = 1.0,
 ) -> str:
-    """The whole SVG document. `zero`: the vertical axis begins at 0."""
+    """The whole SVG document. `zero`: the vertical axis begins at 0. `end`: the horizontal one goes at least so far."""
     points = [(at, value) for line in lines for at, value in line.points if value is not None]
-    end = max([at for at, _ in points] + [mark.at for mark in marks] + [1.0])
+    end = max([at for at, _ in points] + [mark.at for mark in marks] + [end])
     high = max([value for _, value in points] + [0.0])
     low = 0.0 if zero or not points else min(value for _, value in points)
     ticks = _ticks(low, high)
@@ -92,9 +98,9 @@ def line_chart(
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _path(points: Iterable[tuple[float, float | None]], x: object, y: object) -> str:
-    assert callable(x)
-    assert callable(y)
+def _path(
+    points: Iterable[tuple[float, float | None]], x: Callable[[float], float], y: Callable[[float], float]
+) -> str:
     words: list[str] = []
     begun = False
     for at, value in points:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 
-from orchestrator_stub.editor import Editor, UserAuth, scan
+from orchestrator_stub.editor import Editor, Sent, UserAuth, scan
 from soak.stack import Stack
 from soak.writing import ASSISTED, PERSON, Action, File, Step, Writing
 
@@ -141,8 +141,8 @@ class ProjectEditor:
     async def close(self) -> None:
         await self._http.aclose()
 
-    def _count(self, sent: object) -> None:
-        self.refused.extend(getattr(sent, "skipped", ()))
+    def _count(self, sent: Sent) -> None:
+        self.refused.extend(sent.skipped)
 
 
 def _write(root: Path, step: Step) -> None:

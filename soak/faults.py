@@ -46,7 +46,6 @@ class Faults:
         """By agent: files that were changed or removed in its tree. The next save of them heals it."""
         self.strays: dict[int, set[str]] = defaultdict(set)
         """By agent: files in its tree that are nobody's. They stay."""
-        self._tasks: set[asyncio.Task[None]] = set()
         self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def strike(self, fault: Fault) -> str:

@@ -10,13 +10,13 @@ import os
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from soak import growth
 from soak.chart import Line, Mark, line_chart
-from soak.growth import DESCRIPTORS, MEMORY, Bounds, Trend, Verdict
+from soak.growth import DESCRIPTORS, MEMORY, Bounds, Verdict
 from soak.run import Outcome
 from soak.schedule import Kind
 from soak.watch import Life, quantile
@@ -55,24 +55,17 @@ def verdict(outcome: Outcome) -> Judged:
     return Judged(tuple(wrong), memory, descriptors, code)
 
 
-def _judge(outcome: Outcome, role: str, bounds: Bounds, samples: object) -> Verdict:
-    return growth.judge([trend for _, trend in _trends(outcome, role, samples)], bounds)
-
-
-def _trends(outcome: Outcome, role: str, samples: object) -> Iterator[tuple[Life, Trend | None]]:
-    assert callable(samples)
-    for life in outcome.lives:
-        if life.role == role:
-            yield life, growth.trend(samples(life))
+def _judge(
+    outcome: Outcome, role: str, bounds: Bounds, samples: Callable[[Life], list[tuple[float, float]]]
+) -> Verdict:
+    return growth.judge([growth.trend(samples(life)) for life in outcome.lives if life.role == role], bounds)
 
 
 def write(outcome: Outcome, out: Path) -> str:
     """Write all of it into `out`; the summary as text."""
     out.mkdir(parents=True, exist_ok=True)
     judged = verdict(outcome)
-    (out / "report.json").write_text(
-        json.dumps(_as_json(outcome, judged), indent=1, ensure_ascii=False) + "\n"
-    )
+    (out / "report.json").write_text(_lines(_as_json(outcome, judged)))
     for name, drawn in charts(outcome).items():
         (out / name).write_text(drawn)
     text = "\n".join(_summary(outcome, judged))
@@ -209,11 +202,12 @@ def charts(outcome: Outcome) -> dict[str, str]:
         values = ((tick.at, quantile(tick.lags, share)) for tick in outcome.ticks)
         return [(at, None if value is None else value * 1000) for at, value in values]
 
+    end = outcome.seconds
     return {
-        "memory.svg": line_chart("Resident memory", "MB", by_life(1, 1e6), marks),
-        "descriptors.svg": line_chart("Open descriptors", "count", by_life(2, 1.0), marks),
+        "memory.svg": line_chart("Resident memory", "MB", by_life(1, 1e6), marks, end=end),
+        "descriptors.svg": line_chart("Open descriptors", "count", by_life(2, 1.0), marks, end=end),
         "lag.svg": line_chart(
-            "From commit to rename", "ms", [Line("95 %", lag(0.95)), Line("median", lag(0.5))], marks
+            "From commit to rename", "ms", [Line("95 %", lag(0.95)), Line("median", lag(0.5))], marks, end=end
         ),
         "behind.svg": line_chart(
             "Agents", "count",
@@ -221,7 +215,7 @@ def charts(outcome: Outcome) -> dict[str, str]:
                 Line("with a live link", [(tick.at, float(tick.live)) for tick in outcome.ticks]),
                 Line("behind the database", [(tick.at, float(tick.behind)) for tick in outcome.ticks]),
             ],
-            marks,
+            marks, end=end,
         ),
     }  # fmt: skip
 
@@ -274,6 +268,21 @@ def _as_json(outcome: Outcome, judged: Judged) -> dict[str, object]:
         ],
         "lives": [life_of(life) for life in outcome.lives],
     }  # fmt: skip
+
+
+def _lines(whole: Mapping[str, object]) -> str:
+    """JSON with a line for each member, and for each element of a member that is a list."""
+
+    def member(value: object) -> str:
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n ]"
+        return json.dumps(value, ensure_ascii=False)
+
+    return (
+        "{\n "
+        + ",\n ".join(f"{json.dumps(name)}: {member(value)}" for name, value in whole.items())
+        + "\n}\n"
+    )
 
 
 def _rates(verdict: Verdict, scale: float, unit: str) -> str:

@@ -187,7 +187,10 @@ class Soak:
 
     async def _strike_one(self, fault: Fault) -> None:
         at = self._at()
-        self._outcome.faults.append((at, fault, await self._faults.strike(fault)))
+        try:
+            self._outcome.faults.append((at, fault, await self._faults.strike(fault)))
+        except CannotRun as error:
+            self._outcome.wrong.append(f"after the fault {fault.kind}: {error}")
 
     async def _look(self) -> None:
         while True:

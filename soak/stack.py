@@ -79,10 +79,6 @@ class Stack:
     def programs(self) -> tuple[Program, Program]:
         return self.supabase, self.orchestrator
 
-    @property
-    def postgres_pid(self) -> int | None:
-        return self._postgres.pid
-
     async def start(self) -> None:
         """Everything but the sessions. Raises `CannotRun`, `EmbeddedPostgresError`."""
         await self._clean()
