@@ -12,6 +12,8 @@ with atheris.instrument_imports(include=["agent"]):
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(__doc__)
     work = Path(sys.argv[1])
     work.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(seeds().values()):
