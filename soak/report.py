@@ -16,7 +16,7 @@ from pathlib import Path
 
 from soak import growth
 from soak.chart import Line, Mark, line_chart
-from soak.growth import DESCRIPTORS, MEMORY, Bounds, Verdict
+from soak.growth import DESCRIPTORS, MEMORY, SERVER_DESCRIPTORS, Bounds, Verdict
 from soak.run import Outcome
 from soak.schedule import Kind
 from soak.watch import Life, quantile
@@ -42,7 +42,10 @@ class Judged:
 def verdict(outcome: Outcome) -> Judged:
     """Judge a soak."""
     memory = {role: _judge(outcome, role, MEMORY, Life.memory) for role in ROLES}
-    descriptors = {role: _judge(outcome, role, DESCRIPTORS, Life.descriptors) for role in ROLES}
+    descriptors = {
+        role: _judge(outcome, role, DESCRIPTORS if role == "agent" else SERVER_DESCRIPTORS, Life.descriptors)
+        for role in ROLES
+    }
     wrong = list(outcome.wrong)
     for role in ROLES:
         if memory[role].grows:
@@ -102,8 +105,8 @@ def _page(outcome: Outcome, judged: Judged) -> Iterator[str]:
         f"The median and the greatest slope of all lives of at least {growth.WARM_UP + growth.LEAST:.0f} s, their "
         f"first {growth.WARM_UP:.0f} s left out (`soak/growth.py` says how). Allowed for memory: "
         f"{MEMORY.role / 1e6:g} and {MEMORY.life / 1e6:g} MB an hour; for descriptors {DESCRIPTORS.role:g} and "
-        f"{DESCRIPTORS.life:g}. Less than {MEMORY.step / 1e6:g} MB, or {DESCRIPTORS.step:g} descriptors, over all "
-        f"that was seen are no growth."
+        f"{DESCRIPTORS.life:g}. Less than {MEMORY.step / 1e6:g} MB, or {DESCRIPTORS.step:g} descriptors of an "
+        f"agent and {SERVER_DESCRIPTORS.step:g} of a server, over all that was seen are no growth."
     )
     yield ""
     yield "| | lives | judged | memory at the end | memory, an hour | descriptors, an hour |"

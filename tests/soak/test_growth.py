@@ -25,21 +25,21 @@ def life(seconds: float, per_hour: float, seed: int = 0) -> list[tuple[float, fl
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_steady_process_does_not_grow_however_it_bursts(seed: int) -> None:
-    found = trend(life(600, 0, seed))
+    found = trend(life(700, 0, seed))
     assert found is not None
     assert abs(found.slope) < MEMORY.role / 2
 
 
 @pytest.mark.parametrize("per_hour", [15 * MB, 60 * MB])
 def test_a_leak_is_measured_as_what_it_is(per_hour: float) -> None:
-    found = trend(life(600, per_hour))
+    found = trend(life(700, per_hour))
     assert found is not None
     assert found.slope == pytest.approx(per_hour, rel=0.15)
     assert judge([found], MEMORY).grows
 
 
 def test_one_step_of_the_interpreter_is_no_growth() -> None:
-    samples = [(at, value + (1 * MB if at > 300 else 0)) for at, value in life(600, 0)]
+    samples = [(at, value + (1 * MB if at > 300 else 0)) for at, value in life(700, 0)]
     found = trend(samples)
     assert found is not None
     assert not judge([found] * 3, MEMORY).grows
@@ -47,7 +47,7 @@ def test_one_step_of_the_interpreter_is_no_growth() -> None:
 
 def test_a_descriptor_lost_by_every_reconnect_is_found() -> None:
     """Twenty reconnects in ten minutes."""
-    found = trend([(n * 5.0, 20.0 + n * 5 // 30) for n in range(120)])
+    found = trend([(n * 5.0, 20.0 + n * 5 // 30) for n in range(140)])
     assert found is not None
     assert judge([found], DESCRIPTORS).grows
 

@@ -110,13 +110,17 @@ def test_ctrl_c_stops_it_and_there_is_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_ten_minutes_with_twenty_agents(tmp_path: Path) -> None:
-    """`make soak MINUTES=10`: no growth, nothing lost, no agent left behind."""
+    """`make soak MINUTES=10`: no growth, nothing lost, no agent left behind.
+
+    With this seed every kind of fault strikes, and orchestrator and stand-in are last ended within two minutes: what
+    follows is long enough to see them grow.
+    """
     code = main(
         [
             "--minutes",
             "10",
             "--seed",
-            "20261128",
+            "20261178",
             "--state",
             str(tmp_path / "state"),
             "--out",
