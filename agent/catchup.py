@@ -103,15 +103,24 @@ class CatchUp:
             )
         except SnapshotRejected as error:
             self._rejected = True
-            self.problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
+            self._refused(error)
             raise
         except CredentialRejected as error:
             # Of the URL, not of our token: the next question brings another.
-            self.problems.add(Problem("snapshot_expired", str(error)))
+            self._refused(error)
             raise Unavailable("the snapshot", str(error)) from None
         self._rejected = False
-        self.problems.clear_kinds("snapshot_rejected", "snapshot_expired")
+        self._taken()
         return staged
+
+    def _refused(self, error: SnapshotRejected | CredentialRejected) -> None:
+        if isinstance(error, SnapshotRejected):
+            self.problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
+        else:
+            self.problems.add(Problem("snapshot_expired", str(error)))
+
+    def _taken(self) -> None:
+        self.problems.clear_kinds("snapshot_rejected", "snapshot_expired")
 
     async def first(self, url: str | None) -> StagedSnapshot:
         """The tree to start from: from `url` while it is good, else from what the session API offers.
@@ -121,12 +130,14 @@ class CatchUp:
         staged = await obtain(
             url,
             renew=self._offer if self.api is not None else None,
+            on_refusal=self._refused,
             disk=self.disk,
             http=self.http,
             limits=self.limits,
             expected_project=self.project_id,
             progress=self.progress,
         )
+        self._taken()
         return self._with_build_time(staged)
 
     async def _offer(self, reason: str) -> str | None:

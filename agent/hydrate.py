@@ -110,6 +110,7 @@ async def obtain(
     url: str | None,
     *,
     renew: Callable[[str], Awaitable[str | None]] | None,
+    on_refusal: Callable[[SnapshotRejected | CredentialRejected], None] = lambda _: None,
     disk: Disk,
     http: httpx.AsyncClient,
     limits: SnapshotLimits,
@@ -121,7 +122,7 @@ async def obtain(
 
     `renew(reason)` asks the orchestrator for a fresh URL; None when it has none to give. `reason` is one of
     `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, `snapshot_rejected`: the last
-    wants another archive, not only another URL.
+    wants another archive, not only another URL. `on_refusal` hears of each archive or URL that was no good.
 
     Raises `CredentialRejected` (URL refused, no fresh one to be had), `RootUnusable` (the disk never took it) and
     `HydrationImpossible` (budget spent), each with one sentence that says why.
@@ -157,6 +158,7 @@ async def obtain(
                 url, on_this_url = await _fresh(renew, "snapshot_unavailable", url), 0
             raise
         except (SnapshotRejected, CredentialRejected) as refused:
+            on_refusal(refused)
             if renew is None:
                 raise _Final(refused) from None
             rejected = isinstance(refused, SnapshotRejected)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
+from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
 from agent.disk import Disk
 from agent.errors import (
@@ -28,6 +29,8 @@ from agent.errors import (
 from agent.hydrate import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.model import Entry, RelPath, digest_of
 from agent.staging import Stage
+from agent.status import Problems
+from agent.telemetry import Metrics
 from agent.unzip import Event, ZipReader
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
@@ -325,6 +328,23 @@ async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> 
 
         await obtain(None, renew=renew, disk=disk, http=http, limits=QUICK)
     assert reasons == ["snapshot_missing", "snapshot_expired", "snapshot_rejected"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [(Answer(b'{"code":"InvalidJWT"}', 400), "snapshot_expired"), (Answer(b"junk"), "snapshot_rejected")],
+)
+async def test_a_refusal_is_a_problem_until_a_snapshot_is_taken(
+    disk: Disk, http: httpx.AsyncClient, bad: Answer, kind: str
+) -> None:
+    problems = Problems(Metrics())
+    catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
+    async with origin(bad, Answer(snapshot(FILES))) as server:
+        with pytest.raises((CredentialRejected, HydrationImpossible)):
+            await catch_up.first(server.url)
+        assert [problem.kind for problem in problems.open.values()] == [kind]
+        await catch_up.first(server.url)
+    assert not problems.open
 
 
 async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClient) -> None:
