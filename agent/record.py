@@ -219,7 +219,7 @@ class Recorder:
     # --- what is written
 
     def _append(self, event: str, payload: Mapping[str, object], contents: Mapping[RelPath, bytes]) -> None:
-        line: dict[str, object] = {"at_ms": self._at_ms(), "event": event, "payload": payload}
+        line: dict[str, object] = {"at_ms": self._at_ms(), "event": event, "payload": unsigned(payload)}
         if contents:
             line["bytes"] = {path: base64.b64encode(each).decode() for path, each in contents.items()}
         self._lines.append(line)
@@ -309,3 +309,11 @@ def record(settings: Settings, path: Path, seconds: float | None, say: Callable[
         return 69
     say(f"{len(scenario.steps)} steps in {path}; replay it with: preview-agent replay {path}")
     return 0
+
+
+def unsigned(payload: Mapping[str, object]) -> Mapping[str, object]:
+    """`payload` without the signature of a snapshot's URL: a scenario is kept and shared, and replay needs only that an
+    offer was made.
+    """
+    url = payload.get("snapshot_url")
+    return {**payload, "snapshot_url": url.partition("?")[0]} if isinstance(url, str) else payload
