@@ -271,8 +271,8 @@ class Batch:
 
         That is when nothing stands there any more, or the file system cannot exchange and nothing has to be kept.
 
-        RACE: a directory may have taken the file's place since it was looked at. Its worst case: it ends up in staging,
-        and stays there, where a rename would have failed.
+        RACE: a directory may have taken the file's place since it was looked at, some microseconds ago. Its worst case: it
+        ends up in staging, and is lost when that is cleared, where a rename would have failed.
         """
         staging = self._staging.descriptor
         try:
