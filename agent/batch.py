@@ -30,42 +30,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from agent.failures import ENVIRONMENT, UNUSABLE, environment_problem
 from agent.jail import Blocked, DirectoryForm, Jail, dress_directory, is_twin
 from agent.ledger import Done, FileStat
 from agent.looks import Drift, compare, look
 from agent.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
-from agent.problems import ProblemKind
+from agent.order import in_order
 from agent.stagedtree import StagedTree
 from agent.staging import NO_EXCHANGE, Staging, Temp, exchange
-
-_UNUSABLE = {
-    errno.ENAMETOOLONG: "name_too_long",
-    errno.EINVAL: "name_invalid",
-    errno.EILSEQ: "name_invalid",
-    errno.ENOTDIR: "not_a_directory",
-    errno.ELOOP: "symlink",
-    errno.EISDIR: "directory_in_the_way",
-    errno.ENOTEMPTY: "directory_in_the_way",
-    errno.EEXIST: "directory_in_the_way",
-    errno.EBUSY: "mount_point",
-    errno.EXDEV: "other_file_system",
-}
-"""What a system error says about this path alone. Every other error is the environment's."""
-
-_ENVIRONMENT: Mapping[int, ProblemKind] = {
-    errno.ENOSPC: "disk_full",
-    errno.EDQUOT: "disk_full",
-    errno.EACCES: "permission_denied",
-    errno.EPERM: "permission_denied",
-    errno.EROFS: "read_only",
-    errno.EMFILE: "too_many_open_files",
-    errno.ENFILE: "too_many_open_files",
-}
-
-MANY = 1_000
-"""Operations from which on they are done directory by directory, so that each directory is opened once: half the
-processor time for 20,000 files in 1,261 directories that stand there already. Smaller batches keep their order, in
-which an author may have meant the imported file to be there before the importing one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +150,7 @@ class Batch:
         except Blocked as blocked:
             self._unusable(operation, blocked.path, blocked.rule)
         except OSError as error:
-            rule = _UNUSABLE.get(error.errno or 0)
+            rule = UNUSABLE.get(error.errno or 0)
             if rule is None:
                 raise
             self._unusable(operation, operation.path, rule)
@@ -271,8 +243,8 @@ class Batch:
 
         That is when nothing stands there any more, or the file system cannot exchange and nothing has to be kept.
 
-        RACE: a directory may have taken the file's place since it was looked at, some microseconds ago. Its worst case: it
-        ends up in staging, and is lost when that is cleared, where a rename would have failed.
+        RACE: a directory may have taken the file's place since it was looked at. Its worst case: it ends up in staging,
+        out of the project, where a rename would have failed.
         """
         staging = self._staging.descriptor
         try:
@@ -403,7 +375,7 @@ class Batch:
             except Blocked:
                 return
             except OSError as error:
-                if must and error.errno in _ENVIRONMENT:
+                if must and error.errno in ENVIRONMENT:
                     raise
                 return
             self._jail.forget(directory)
@@ -506,42 +478,3 @@ class Batch:
             self._staging.discard(name)
         if self._nest is not None and not rolled_back:
             self._staging.drop_tree()
-
-
-def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
-    """The order in which a batch is done: what stands in the way goes first, what is merely gone goes last.
-
-    Compared without case, so that a change of case on a case-blind file system is a removal and then a write.
-    """
-    if len(operations) == 1:
-        return operations
-    if len(operations) >= MANY:
-        operations = sorted(operations, key=lambda operation: operation.path.rpartition("/")[0])
-    written = {o.path.casefold() for o in operations if isinstance(o, Write)}
-    if not written or len(written) == len(operations):
-        return operations
-    above = {parent for path in written for parent in parents(RelPath(path))}
-    first: list[Operation] = []
-    writes: list[Operation] = []
-    last: list[Operation] = []
-    for operation in operations:
-        key = RelPath(operation.path.casefold())
-        if isinstance(operation, Write):
-            writes.append(operation)
-        elif key in written or key in above or any(parent in written for parent in parents(key)):
-            first.append(operation)
-        else:
-            last.append(operation)
-    return first + writes + last
-
-
-def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:
-    """A failure that is not this path's own, typed: what an operator has to look at."""
-    kind = _ENVIRONMENT.get(error.errno or 0, "io_error")
-    rule = errno.errorcode.get(error.errno or 0, "unknown")
-    if error.errno == errno.ENOSPC:
-        with suppress(OSError):
-            space = os.fstatvfs(staging)
-            rule = "inodes" if space.f_files and not space.f_ffree else "space"
-    where = f" {path}" if path else ""
-    return Problem(kind, f"cannot change{where}: {error.strerror or error}", path, rule)

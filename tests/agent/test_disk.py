@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
-from agent.batch import in_order
 from agent.disk import Disk, FileStat, Outcome
 from agent.errors import RootUnusable
 from agent.model import Cursor, Entry, Operation, RelPath, Tree, Write, digest_of, parents
+from agent.order import in_order
 from tests.agent.disks import Agent, kinds, remove, seen, staged, write
 from tests.profiles import examples
 
