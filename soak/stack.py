@@ -41,6 +41,16 @@ TOKEN_TTL = 60
 READY_SECONDS = 300.0
 """For all the first machines to report `ready`: npm install and twenty starts on shared cores."""
 
+GIVES_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""For the two servers: glibc gives freed memory back, as the agent asks it to by itself. Otherwise the large bodies of
+saves and snapshots raise a process's memory for a quarter of an hour before it stays, and a leak could not be told from
+it: without this, a stand-in that was just started rose by 3 MB in four minutes, and one that had served 10,000 commits
+by 0.3 MB in the next 12,000."""
+
 THROWAWAY = {"fsync": "off", "full_page_writes": "off"}
 """What crashes is a process, not the machine, so nothing needs a flush to the disk. But a commit is in the log before
 it is answered: a database that forgot acknowledged commits would give their revisions out again."""
@@ -95,6 +105,7 @@ class Stack:
         self.control = httpx.AsyncClient(base_url=control_url, headers=bearer, timeout=30, trust_env=False)
         common = {
             **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ},
+            **GIVES_BACK,
             "DATABASE_URL": self.dsn,
             "JWT_KEYS_FILE": str(self.state / "keys.json"),
         }
