@@ -243,12 +243,13 @@ class Agent:
             return (await http.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5)).text
 
     def files(self) -> dict[str, bytes]:
-        """What is on disk."""
-        return {
-            str(path.relative_to(self.tree)): path.read_bytes()
-            for path in self.tree.rglob("*")
-            if path.is_file() and "node_modules" not in path.parts
-        }
+        """What is on disk; a file that goes while this looks is gone."""
+        found = {}
+        for path in self.tree.rglob("*"):
+            if path.is_file() and "node_modules" not in path.parts:
+                with contextlib.suppress(FileNotFoundError):
+                    found[str(path.relative_to(self.tree))] = path.read_bytes()
+        return found
 
     async def equal(self, seconds: float = 30.0) -> dict[str, Any]:
         """Wait until disk, agent and database say the same; the agent's report then."""

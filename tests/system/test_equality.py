@@ -382,7 +382,9 @@ async def test_a_snapshot_that_empties_the_tree_halts_until_another_build_says_t
         return report is not None and report["state"] == "halted"
 
     await eventually("the brake is on", halted)
-    assert len(agent.files()) == len(many) + len(FILES)
+    there = len(agent.files())
+    # The second build may be there by the time all have been counted, and then it may have been believed already.
+    assert there == len(many) + len(FILES) or not await halted()
     report = await agent.equal()
     assert report["state"] == "serving"
     assert not report["problems"]
