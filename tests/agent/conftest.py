@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent import batch
-from tests.agent.disks import mounted
+from tests.agent.disks import Agent, mounted, opened
 from tests.agent.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
 
@@ -72,3 +72,17 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "copy":
         monkeypatch.setattr(batch, "exchange", refuse)
     return str(request.param)
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    """A disk, and what its agent remembers; nothing may stay in staging."""
+    with opened(tmp_path / "project", tmp_path / "staging") as agent:
+        yield agent
+        assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The project of `agent`."""
+    return tmp_path / "project"

@@ -18,20 +18,7 @@ from agent import jail
 from agent.jail import is_twin
 from tests.agent.disks import Agent, kinds, opened, remove, seen, staged, write
 
-NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    with opened(tmp_path / "project", tmp_path / "staging") as agent:
-        yield agent
-        assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "project"
 
 
 # --- links

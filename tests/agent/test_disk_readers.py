@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -20,22 +19,6 @@ from agent.ledger import Ledger, LedgerState
 from agent.model import Tree, digest_of
 from tests.agent.disks import Agent, opened, write
 from tests.profiles import NIGHTLY
-
-NOBODY = 65534
-IS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    with opened(tmp_path / "project", tmp_path / "staging") as agent:
-        yield agent
-        assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "project"
-
 
 # --- readers
 
