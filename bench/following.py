@@ -2,14 +2,17 @@
 
 The server has one channel and lets the agent in. What is to be said there comes either from this process (`commit`) or
 from an editor's own socket, as a save that another machine makes: two hops to the disk.
+
+    python -m bench.following URL PLACE      the agent's side alone, until its standard input ends
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import httpx
@@ -89,7 +92,8 @@ class Loop:
         self.landed: dict[str, float] = {}
         self._changed = asyncio.Event()
 
-    def _on_tree(self, paths: Collection[RelPath]) -> None:
+    def on_tree(self, paths: Collection[RelPath]) -> None:
+        """They are in place, since now."""
         now = time.perf_counter()
         for path in paths:
             self.landed[path] = now
@@ -104,40 +108,86 @@ class Loop:
 
 
 @contextlib.asynccontextmanager
-async def running(place: Path) -> AsyncIterator[Loop]:
-    """Server and loop on one event loop, as two hops over loopback."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+async def serving() -> AsyncIterator[tuple[Channel, str]]:
+    """The server, and its URL."""
     channel = Channel()
-    async with serve(channel.serve, "127.0.0.1", 0, compression=None) as server, httpx.AsyncClient() as http:
+    async with serve(channel.serve, "127.0.0.1", 0, compression=None) as server:
         port = next(iter(server.sockets)).getsockname()[1]
-        loop = Loop(channel, f"ws://127.0.0.1:{port}")
-        metrics = Metrics()
-        problems = Problems(metrics)
-        disk = Disk(place / "project", place / "staging")
-        # A ledger to resume from: what is measured is following, not hydrating.
-        earlier = Ledger(place / "ledger.sqlite")
-        earlier.replace(Tree(Cursor(EPOCH, 0)), {})
-        earlier.close()
-        ledger = Ledger(place / "ledger.sqlite")
-        follower = Follower(Tree())
-        stream = RealtimeStream(loop.url, "key", TOPIC, Tokens(TOKEN))
+        yield channel, f"ws://127.0.0.1:{port}"
+
+
+@contextlib.asynccontextmanager
+async def following(
+    url: str, place: Path, on_tree: Callable[[Collection[RelPath]], None]
+) -> AsyncIterator[None]:
+    """The agent's parts, once they are ready to follow the channel at `url` into `place`."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    metrics = Metrics()
+    problems = Problems(metrics)
+    disk = Disk(place / "project", place / "staging")
+    # A ledger to resume from: what is measured is following, not hydrating.
+    earlier = Ledger(place / "ledger.sqlite")
+    earlier.replace(Tree(Cursor(EPOCH, 0)), {})
+    earlier.close()
+    ledger = Ledger(place / "ledger.sqlite")
+    follower = Follower(Tree())
+    stream = RealtimeStream(url, "key", TOPIC, Tokens(TOKEN))
+    async with httpx.AsyncClient() as http:
         catch_up = CatchUp(
             None, disk, http, SnapshotLimits(), "bench", problems, lambda: follower.tree.entries
         )
         hydrated = asyncio.Event()
         workspace = Workspace(disk, ledger, problems)
         parts = Parts(
-            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(), loop._on_tree, hydrated.set
+            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(), on_tree, hydrated.set
         )  # fmt: skip
         tasks = [asyncio.create_task(stream.run()), asyncio.create_task(Sync(parts, snapshot_url=None).run())]
         try:
             async with asyncio.timeout(20):
                 await hydrated.wait()
-                await channel.joined.wait()
-            yield loop
+            yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             disk.close()
             ledger.close()
+
+
+@contextlib.asynccontextmanager
+async def running(place: Path) -> AsyncIterator[Loop]:
+    """Server and agent on one event loop, as two hops over loopback."""
+    async with serving() as (channel, url):
+        loop = Loop(channel, url)
+        async with following(url, place, loop.on_tree):
+            await _joined(channel)
+            yield loop
+
+
+@contextlib.asynccontextmanager
+async def running_apart(place: Path) -> AsyncIterator[str]:
+    """The server here, whose URL it is, and the agent in a process of its own, as it always is."""
+    async with serving() as (channel, url):
+        command = (sys.executable, "-m", "bench.following", url, str(place))
+        agent = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        try:
+            await _joined(channel)
+            yield url
+        finally:
+            assert agent.stdin is not None
+            agent.stdin.close()
+            await agent.wait()
+
+
+async def _joined(channel: Channel) -> None:
+    async with asyncio.timeout(20):
+        await channel.joined.wait()
+
+
+async def _until_told(url: str, place: Path) -> None:
+    async with following(url, place, lambda paths: None):
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(_until_told(sys.argv[1], Path(sys.argv[2])))

@@ -1,8 +1,8 @@
 """Hydrating, beside `curl | bsdtar` and beside `curl` then `unzip`; and building a snapshot, beside `zip -r`.
 
-One archive as the orchestrator builds it, one local server (sendfile), the contestants in turn into new directories, of
-which none is removed before the last has been measured: for a minute after a deletion ext4 looks twice at every inode
-that it hands out (`recently_deleted`), which made one and the same contestant up to six times slower.
+One archive as the orchestrator builds it, one local server (sendfile), the contestants in turn, each time onto a file
+system made for that turn (`bench.ground`). The smallest load also onto this disk, as it is: without a bound, since a
+disk in use moves the same contestant by more than a bound could mean.
 Ours is the agent's own path in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest,
 the plan, promotion by rename. The peers check the CRC and nothing else. Time is until the files are in place; starting
 an interpreter is not in ours, since the agent runs already, and starting a shell is in theirs, at 10 ms. Processor time
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -32,8 +31,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -52,6 +51,7 @@ from agent.hydrate import fetch
 from agent.ledger import FileStat
 from agent.model import RelPath, Tree
 from agent.plan import reconcile
+from bench.ground import Ground
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres
@@ -86,11 +86,16 @@ class Load:
     at_most: float
     rounds: int
 
+    @property
+    def ground(self) -> int:
+        """Bytes of a file system that holds it twice over."""
+        return 2 * self.files * (self.file_bytes + 4096) + (128 << 20)
+
 
 LOADS = (
-    Load("2,000 files, 20 MB", 2_000, 10_000, True, 0.9, 11),
-    Load("20,000 files, 200 MB", 20_000, 10_000, True, 0.9, 7),
-    Load("50 x 4 MB incompressible", 50, 4_000_000, False, 1.2, 11),
+    Load("2,000 files, 20 MB", 2_000, 10_000, True, 0.9, 21),
+    Load("20,000 files, 200 MB", 20_000, 10_000, True, 0.9, 11),
+    Load("50 x 4 MB incompressible", 50, 4_000_000, False, 1.2, 21),
 )
 
 
@@ -233,61 +238,88 @@ def in_a_process(*arguments: str) -> dict[str, float]:
     return answer
 
 
-def measure_hydration(load: Load, place: Path, rounds: int) -> list[Row]:
-    path = place / "snapshot.zip"
-    build_archive(load, path)
-    needed = (rounds + 1) * 3 * load.files * (load.file_bytes + 4096)
-    if shutil.disk_usage(place).free < needed:
-        raise Unmeasurable(f"{place} has less than the {needed / 1e9:.1f} GB free that the rounds take")
-    ours: list[dict[str, float]] = []
-    computed: list[float] = []
-    numbers = itertools.count()
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the rounds took. `ours`: what `hydrate` measured, the warm-up's too; the rest in seconds."""
 
-    def fresh() -> Path:
-        target = place / f"target-{next(numbers):03}"
-        target.mkdir()
-        os.sync()
-        return target
+    ours: list[dict[str, float]]
+    seconds: dict[str, list[float]]
+    bsdtar_processor: list[float]
 
+    def against(self, peer: str) -> dict[str, Any]:
+        """A row's figures of time."""
+        middle = {name: median(each) * 1000 for name, each in self.seconds.items()}
+        return {
+            "ours": middle["ours"], "unit": "ms", "peer": peer, "theirs": middle[peer],
+            "ratio": ratio_of(self.seconds["ours"], self.seconds[peer]), "samples": len(self.seconds[peer]),
+        }  # fmt: skip
+
+
+def contend(path: Path, fresh: Callable[[], AbstractContextManager[Path]], rounds: int) -> Taken:
+    """The archive at `path` onto `fresh` ground, by everybody in turn."""
+    taken = Taken([], {}, [])
     with serving(path) as url:
 
         def agent() -> float:
-            ours.append(in_a_process("--hydrate", url, str(fresh())))
-            return ours[-1]["seconds"]
+            with fresh() as target:
+                taken.ours.append(in_a_process("--hydrate", url, str(target)))
+            return taken.ours[-1]["seconds"]
 
         def shell(command: str) -> float:
-            target = fresh()
-            before, started = processor_time(resource.RUSAGE_CHILDREN), time.perf_counter()
-            subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=target, check=True)
-            taken = time.perf_counter() - started
-            computed.append(processor_time(resource.RUSAGE_CHILDREN) - before)
-            return taken
+            with fresh() as target:
+                before, started = processor_time(resource.RUSAGE_CHILDREN), time.perf_counter()
+                subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=target, check=True)
+                seconds = time.perf_counter() - started
+                taken.bsdtar_processor.append(processor_time(resource.RUSAGE_CHILDREN) - before)
+            return seconds
 
         def bsdtar() -> float:
             return shell(f"curl -sf {url} | bsdtar -xf -")
 
         def unzip() -> float:
-            taken = shell(f"curl -sf -o ../download.zip {url} && unzip -q ../download.zip")
-            computed.pop()
-            return taken
+            seconds = shell(f"curl -sf -o ../download.zip {url} && unzip -q ../download.zip")
+            taken.bsdtar_processor.pop()
+            return seconds
 
-        seconds = in_turn({"ours": agent, "bsdtar": bsdtar, "unzip": unzip}, rounds)
-    middle = {name: median(each) * 1000 for name, each in seconds.items()}
-    processor = [each["processor"] for each in ours]
-    again = ratio_of([each["again"] for each in ours], [each["seconds"] for each in ours])
-    fetched, hydrated = (max(each[name] for each in ours) for name in ("fetched", "hydrated"))
+        taken.seconds.update(in_turn({"ours": agent, "bsdtar": bsdtar, "unzip": unzip}, rounds))
+    return taken
+
+
+def measure_hydration(load: Load, archive: Path, rounds: int) -> list[Row]:
+    """On ground that is new each time."""
+    ground = Ground(load.ground)
+    if load is LOADS[0]:
+        print(f"  everybody {ground.note}")
+    taken = contend(archive, ground.fresh, rounds)
+    processor = [each["processor"] for each in taken.ours]
+    again = ratio_of([each["again"] for each in taken.ours], [each["seconds"] for each in taken.ours])
+    fetched, hydrated = (max(each[name] for each in taken.ours) for name in ("fetched", "hydrated"))
     return [
-        Row(f"hydrate {load.name}", middle["ours"], "ms", "bsdtar", middle["bsdtar"],
-            ratio_of(seconds["ours"], seconds["bsdtar"]), at_most=load.at_most, samples=rounds),
-        Row("  processor time", median(processor) * 1000, "ms", "bsdtar", median(computed) * 1000,
-            ratio_of(processor, computed), samples=len(ours)),
-        Row(f"hydrate {load.name}", middle["ours"], "ms", "unzip", middle["unzip"],
-            ratio_of(seconds["ours"], seconds["unzip"]), samples=rounds),
-        Row("  unchanged, again", median(each["again"] for each in ours) * 1000, "ms", "the first time",
-            middle["ours"], again, at_most=REPEAT, samples=len(ours)),
-        Row("  memory, fetched", fetched, "MiB", sense="memory", at_most=MEMORY_MIB, samples=len(ours),
-            note=f"hydrated {hydrated:.1f}: with the tree of {load.files:,} files"),
+        Row(f"hydrate {load.name}", **taken.against("bsdtar"), at_most=load.at_most, note=ground.note),
+        Row("  processor time", median(processor) * 1000, "ms", "bsdtar",
+            median(taken.bsdtar_processor) * 1000, ratio_of(processor, taken.bsdtar_processor),
+            samples=len(taken.ours)),
+        Row(f"hydrate {load.name}", **taken.against("unzip")),
+        Row("  unchanged, again", median(each["again"] for each in taken.ours) * 1000, "ms", "the first time",
+            median(taken.seconds["ours"]) * 1000, again, at_most=REPEAT, samples=len(taken.ours)),
+        Row("  memory, fetched", fetched, "MiB", sense="memory", at_most=MEMORY_MIB, samples=len(taken.ours)),
+        Row(f"  memory, hydrated: {load.files:,} files in place", hydrated, "MiB", sense="memory",
+            at_most=MEMORY_MIB, samples=len(taken.ours)),
     ]  # fmt: skip
+
+
+def measure_on_disk(load: Load, archive: Path, rounds: int) -> list[Row]:
+    """Beside bsdtar where temporary files are. Nothing is removed before the last round: ext4 would pay for it."""
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
+
+        @contextmanager
+        def fresh() -> Iterator[Path]:
+            place = Path(tempfile.mkdtemp(dir=directory))
+            os.sync()
+            yield place
+
+        taken = contend(archive, fresh, rounds)
+    return [Row(f"hydrate {load.name}, on this disk", **taken.against("bsdtar"))]
 
 
 def serve_storage(pipe: Connection, dsn: str, directory: str) -> None:
@@ -412,16 +444,20 @@ def measure_building(place: Path, rounds: int, quick: bool) -> list[Row]:
 
 
 def run(quick: bool) -> Sequence[Row]:
-    """Three loads, then building."""
+    """Three loads, one of them on the disk too, then building."""
     missing = [tool for tool in ("curl", "bsdtar", "unzip", "zip") if shutil.which(tool) is None]
     if missing:
         raise Unmeasurable(f"{', '.join(missing)} not installed; `make bench-peers` installs them on Debian")
     rows: list[Row] = []
     for load in LOADS[:1] if quick else LOADS:
         with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
-            rows += measure_hydration(load, Path(directory), 3 if quick else load.rounds)
+            archive = Path(directory, "snapshot.zip")
+            build_archive(load, archive)
+            rows += measure_hydration(load, archive, 3 if quick else load.rounds)
+            if load is LOADS[0]:
+                rows += measure_on_disk(load, archive, 3 if quick else load.rounds)
     with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
-        rows += measure_building(Path(directory), 3 if quick else LOADS[0].rounds, quick)
+        rows += measure_building(Path(directory), 3 if quick else 11, quick)
     return rows
 
 

@@ -6,6 +6,10 @@ agent's rename, with PostgreSQL's own durability, its row lock, version, revisio
 hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
 word on the other side's directory, and take turns round by round.
 
+Everybody is on equal terms: whoever saves and looks is this process, whoever brings the files over is another one, on a
+file system of its own (`bench.ground`), and nobody's turn begins before the one before has come to rest: a mirror's
+programs go on working when the last file is there.
+
 A mirror that takes a second for one edit makes four a round, at moments spread evenly over its second; the slowest of
 the four then stands for its p99, which is in its favour.
 """
@@ -28,10 +32,12 @@ import psycopg
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench.following import running
+from bench.following import running_apart
+from bench.ground import Ground
 from bench.landing import Landing
 from bench.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
 from bench.results import Row, in_turn, ratio_of
+from bench.surroundings import at_rest
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.migrations import bootstrap, migrate
 from tests.system.plane import Project, eventually, running_plane
@@ -40,6 +46,9 @@ EVENT, SAVE = "event", "save"
 EDITS = 100
 PAUSE = 0.01
 """Seconds between two of our edits at the longest."""
+
+GROUND = 512 << 20
+"""Bytes of each contestant's file system. They write half a megabyte a burst, again and again over the same names."""
 
 BURST_AT_MOST = {"lsyncd": 0.25}
 """Of a mirror's time for a burst of events; 1 of the others': none may be faster."""
@@ -103,21 +112,28 @@ class Ours:
 
 @contextlib.asynccontextmanager
 async def event(place: Path) -> AsyncIterator[Ours]:
-    """The agent's loop in this process; an editor's socket to its server."""
+    """The agent's loop in a process of its own; an editor's socket to its server."""
     (place / "project" / "src").mkdir(parents=True)
-    async with running(place) as loop, connect(loop.url, compression=None) as socket:
+    async with running_apart(place) as url, connect(url, compression=None) as socket:
         yield Ours(Event(socket), place / "project" / "src")
 
 
 @contextlib.asynccontextmanager
 async def save(place: Path) -> AsyncIterator[Ours]:
-    """Database, stand-in and control plane in this process; a real agent beside it."""
-    async with EmbeddedPostgres(place / "pg") as dsn:
+    """Database, stand-in and control plane in this process; a real agent beside it, alone on the file system."""
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as elsewhere:
+        async with _product(Path(elsewhere), place) as ours:
+            yield ours
+
+
+@contextlib.asynccontextmanager
+async def _product(elsewhere: Path, place: Path) -> AsyncIterator[Ours]:
+    async with EmbeddedPostgres(elsewhere / "pg") as dsn:
         await bootstrap(dsn)
         await migrate(dsn)
         async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as db:
             await db.execute("update preview.settings set writes_per_minute = 1000000000")
-        async with running_plane(dsn, place / "plane") as plane:
+        async with running_plane(dsn, elsewhere / "plane") as plane:
             project = await plane.project({f"src/{name_of(n)}": "// new\n" for n in range(FILES)})
             agent = await project.session(place / "machine", HEARTBEAT_SECONDS="30")
             agent.start()
@@ -136,24 +152,31 @@ async def save(place: Path) -> AsyncIterator[Ours]:
 
 
 class Contest:
-    """All contestants by name, ours first; each starts at its first turn."""
+    """All contestants by name, ours first; each starts at its first turn, in a place of its own that `fresh` gives."""
 
-    def __init__(self, portal: BlockingPortal, place: Path, stack: contextlib.ExitStack) -> None:
-        self._portal, self._place, self._stack = portal, place, stack
+    def __init__(
+        self,
+        portal: BlockingPortal,
+        fresh: Callable[[], contextlib.AbstractContextManager[Path]],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._portal, self._fresh, self._stack = portal, fresh, stack
         self._ours: dict[str, Ours] = {}
         self.mirrors: dict[str, Mirror] = {}
         for kind in MIRRORS:
             if not kind.missing():
-                mirror = kind(place / kind.__name__)
+                mirror = kind(stack.enter_context(fresh()))
                 stack.callback(mirror.stop)
                 self.mirrors[mirror.name] = mirror
 
     def edits(self, name: str) -> list[float]:
+        at_rest()
         if name in self.mirrors:
             return self.mirrors[name].edit_all()
         return self._portal.call(self._our(name).edit_all)
 
     def burst(self, name: str) -> float:
+        at_rest()
         if name in self.mirrors:
             return self.mirrors[name].burst()
         return self._portal.call(self._our(name).burst)
@@ -163,8 +186,7 @@ class Contest:
 
     def _our(self, name: str) -> Ours:
         if name not in self._ours:
-            place = self._place / name
-            place.mkdir()
+            place = self._stack.enter_context(self._fresh())
             context = (event if name == EVENT else save)(place)
             self._ours[name] = self._stack.enter_context(self._portal.wrap_async_context_manager(context))
         return self._ours[name]
@@ -229,10 +251,8 @@ def run(quick: bool = False) -> Sequence[Row]:
             print(
                 f"  {kind.name}: not measured, {', '.join(kind.missing())} not installed; see `make bench-peers`"
             )
-    with (
-        tempfile.TemporaryDirectory(prefix="bench-mirror-") as name,
-        start_blocking_portal() as portal,
-        contextlib.ExitStack() as stack,
-    ):
-        contest = Contest(portal, Path(name), stack)
+    ground = Ground(GROUND)
+    print(f"  everybody {ground.note}")
+    with start_blocking_portal() as portal, contextlib.ExitStack() as stack:
+        contest = Contest(portal, ground.fresh, stack)
         return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else 15)]

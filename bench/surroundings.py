@@ -98,6 +98,21 @@ def taken_by_others(before: Spent, after: Spent) -> float:
     return min(max(busy - known, 0.0) / there, 1.0) if there > 0 else 0.0
 
 
+RESTING = 0.05
+"""Of a core, for all descendants together: those that poll take a fifth of it."""
+
+
+def at_rest(patience: float = 20.0) -> None:
+    """Return once this process and its descendants have next to nothing left to do, or after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while (now := time.monotonic()) < deadline:
+        before, _ = _family_seconds(os.getpid())
+        time.sleep(0.2)
+        after, _ = _family_seconds(os.getpid())
+        if after - before <= RESTING * (time.monotonic() - now):
+            return
+
+
 class Others:
     """How much others take, from when this was made. `root`: whose descendants are not others; this process."""
 

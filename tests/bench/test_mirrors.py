@@ -82,7 +82,8 @@ def test_a_peer_mirrors_and_is_gone_after_it(kind: type[Mirror], tmp_path: Path)
 def test_both_of_ours_land_and_every_row_names_its_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from contextlib import ExitStack
+    from contextlib import ExitStack, nullcontext
+    from itertools import count
 
     from anyio.from_thread import start_blocking_portal
 
@@ -90,8 +91,15 @@ def test_both_of_ours_land_and_every_row_names_its_peer(
 
     monkeypatch.setattr(mirror, "MIRRORS", [kind for kind in MIRRORS if kind.name == "inotifywait + cp"])
     monkeypatch.setattr(mirror, "EDITS", 3)
+    numbers = count()
+
+    def fresh() -> nullcontext[Path]:
+        place = tmp_path / str(next(numbers))
+        place.mkdir()
+        return nullcontext(place)
+
     with start_blocking_portal() as portal, ExitStack() as stack:
-        contest = mirror.Contest(portal, tmp_path, stack)
+        contest = mirror.Contest(portal, fresh, stack)
         for peer in contest.mirrors.values():
             peer.edits = 3
         rows = [*mirror.latency(contest, 1), *mirror.burst(contest, 1)]
