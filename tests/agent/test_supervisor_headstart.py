@@ -78,7 +78,7 @@ def environment_of(pid: int) -> bytes:
 async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
     made = Machine(tmp_path)
     yield made
-    await until(lambda: running(str(made.project)) == [], 5)
+    await until(lambda: made.processes == [], 5)
 
 
 def test_its_defaults_are_those_of_the_settings() -> None:
@@ -168,8 +168,10 @@ async def test_a_save_that_needs_no_install_costs_no_head_start(machine: Machine
     (machine.state / LEDGER).touch()
     early = begin(machine.environ)
     assert early is not None
-    async with machine.agent(early):
-        pass
+    async with machine.agent(early) as supervisor:
+        await until(
+            lambda: supervisor._group is not None
+        )  # only a supervisor that runs ends what it was given
 
 
 async def test_a_port_that_somebody_has_is_left_alone(machine: Machine) -> None:
