@@ -95,6 +95,10 @@ class Disk(Sight):
         """
         return self._staging.stage(path)
 
+    def stage_whole(self, content: bytes, path: RelPath | None = None) -> str:
+        """As `stage`, for a file in one piece: the name for `Write.staged`. Raises `OSError`."""
+        return self._staging.stage_whole(content, path)
+
     def clear_staging(self) -> int:
         """Remove every leftover of ours; how many there were."""
         return self._staging.clear()

@@ -156,11 +156,38 @@ class Staging:
         if path is not None:
             # What the file system holds against this path says nothing yet: it may suffer another one.
             with suppress(OSError):
-                if self._tree is None:
-                    self._tree = StagedTree(self._descriptor, f"tree-{self.new_name()[6:]}", self._form)
-                return Stage(self, self._tree.name, self._tree.create(path, self._file_mode), path)
+                tree = self._fill()
+                return Stage(self, tree.name, tree.create(path, self._file_mode), path)
         name = self.new_name()
         return Stage(self, name, self._create(name, self._file_mode))
+
+    def stage_whole(self, content: bytes, path: RelPath | None = None) -> str:
+        """A file in one piece, as `stage` has it; the name it waits by. Not hashed. Raises `OSError`."""
+        descriptor = -1
+        if path is not None:
+            try:
+                tree = self._fill()
+                descriptor = tree.create(path, self._file_mode)
+                name = tree.name
+            except OSError:
+                path = None
+        if path is None:
+            name = self.new_name()
+            descriptor = self._create(name, self._file_mode)
+        try:
+            write_all(descriptor, content)
+        except BaseException:
+            os.close(descriptor)
+            self.discard(name if path is None else f"{name}/{path}")
+            raise
+        self.adopt(descriptor, path)
+        return name
+
+    def _fill(self) -> StagedTree:
+        """The tree that files are put into; begins one."""
+        if self._tree is None:
+            self._tree = StagedTree(self._descriptor, f"tree-{self.new_name()[6:]}", self._form)
+        return self._tree
 
     def tree(self, name: str) -> StagedTree | None:
         """The tree of that `name`, if it is the one that is being filled or promoted from."""

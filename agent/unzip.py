@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from isal import isal_zlib
+from msgspec import Struct
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
@@ -85,6 +86,13 @@ class FileEnded:
     size: int
 
 
+class FileFound(Struct, gc=False):
+    """A whole entry that agrees with its own header, of at most `CHUNK` bytes: what most are, as one event."""
+
+    path: RelPath
+    content: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class ExecutableFound:
     """The central directory gives `path`, streamed before, an execute bit."""
@@ -100,11 +108,27 @@ class ArchiveEnded:
     size: int
 
 
-Event = FileStarted | bytes | memoryview | FileEnded | ExecutableFound | ArchiveEnded
+Event = FileFound | FileStarted | bytes | memoryview | FileEnded | ExecutableFound | ArchiveEnded
 
 
 # The package's own stub calls this class an instance.
 _DeflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
+
+
+class _Header(Struct, gc=False):
+    """What a local header says, once it is admitted. `size` and `packed` are the declared ones, wide or not."""
+
+    path: RelPath
+    name: str
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    offset: int
+    described: bool
+    is_directory: bool
 
 
 class ZipReader:
@@ -190,56 +214,65 @@ class ZipReader:
         yield from self._need(4)
         self._check_first_bytes()
         while (signature := self._peek(4)) == LOCAL_SIGNATURE:
-            yield from self._entry()
-            yield from self._need(4)
+            while (header := self._header()) is None:
+                yield None
+            if (
+                0 < header.size <= CHUNK
+                and header.packed <= len(self._buffer) - self._at
+                and not header.described
+                and not header.is_directory
+            ):
+                yield self._whole(header)
+            else:
+                yield from self._entry(header)
+            if len(self._buffer) - self._at < 4:
+                yield from self._need(4)
         if signature not in (CENTRAL_SIGNATURE, END_SIGNATURE, END64_SIGNATURE):
             raise self._unexpected("after an entry", signature)
         yield from self._central_directory()
         yield ArchiveEnded(self._entries, self._size)
 
-    def _entry(self) -> Generator[Event | None, None, None]:
-        limits = self._limits
-        offset = self._base + self._at
-        while len(self._buffer) - self._at < LOCAL.size:
-            yield None
+    def _header(self) -> _Header | None:
+        """Read and admit the local header that is next, or nothing as long as it is not here whole."""
+        buffer, at = self._buffer, self._at
+        have = len(buffer) - at
+        if have < LOCAL.size:
+            return None
         _, version, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
-            self._buffer, self._at
+            buffer, at
         )
-        self._entries += 1
-        if self._entries > limits.snapshot_max_entries:
+        limits = self._limits
+        if self._entries >= limits.snapshot_max_entries:
             raise SnapshotRejected("entries", f"more than {limits.snapshot_max_entries} entries")
-        total = LOCAL.size + name_length + extra_length
-        while len(self._buffer) - self._at < total:
-            yield None
-        start = self._at + LOCAL.size
-        raw_name = self._buffer[start : start + name_length]
-        extra = self._buffer[start + name_length : start + name_length + extra_length]
+        if have < LOCAL.size + name_length + extra_length:
+            return None
+        start = at + LOCAL.size
+        raw_name = buffer[start : (end := start + name_length)]
         name = read_name(raw_name)
         check_features(name, version, flags, method)
-        self._at += total
-
-        wide = wide_field(name, raw_name, extra) if extra else b""
-        described = bool(flags & DESCRIPTOR)
-        declared: int | None
-        if described:
-            # Writers leave zeros or what they know here; what counts is the descriptor after the data.
-            declared = None
-        else:
+        wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
+        described = flags & DESCRIPTOR != 0
+        if not described:
+            # With a descriptor writers leave zeros or what they know here; what counts is what follows the data.
             if size == FULL32 or packed == FULL32:
                 size, packed = widen(name, wide, size, packed)
-            declared = size
             self._check_size(name, size)
+        self._entries += 1
+        self._at = end + extra_length
         is_directory = name.endswith("/")
         path = self._paths.admit(name, is_directory=is_directory, first=self._entries == 1)
-        if not is_directory:
-            yield FileStarted(path, declared)
-            if 0 < size <= CHUNK and not described and packed <= len(self._buffer) - self._at:
-                yield self._whole(name, method, crc, packed, size)
-                self._size += size
-                self._streamed.update(description(flags, method, crc, packed, size, offset, raw_name))
-                yield FileEnded(size)
-                return
+        return _Header(
+            path, name, raw_name, flags, method, crc, packed, size, self._base + at, described, is_directory
+        )
 
+    def _entry(self, header: _Header) -> Generator[Event | None, None, None]:
+        """An entry that comes in pieces, or is large, or has a descriptor, or is a directory."""
+        name, method, described = header.name, header.method, header.described
+        crc, packed, size = header.crc, header.packed, header.size
+        is_directory = header.is_directory
+        declared = None if described else size
+        if not is_directory:
+            yield FileStarted(header.path, declared)
         data_start = self._base + self._at
         body: Generator[bytes | memoryview | None, None, None]
         if method == STORED:
@@ -272,15 +305,16 @@ class ZipReader:
         elif true_crc != crc:
             raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._size += true_size
-        self._streamed.update(description(flags, method, true_crc, true_packed, true_size, offset, raw_name))
+        self._describe(header, true_crc, true_packed, true_size)
         if not is_directory:
             yield FileEnded(true_size)
 
-    def _whole(self, name: str, method: int, crc: int, packed: int, size: int) -> bytes:
-        """The content of an entry that is in the buffer from end to end: what most entries are, in one call."""
+    def _whole(self, header: _Header) -> FileFound:
+        """An entry that is in the buffer from end to end, in one call."""
+        name, crc, packed, size = header.name, header.crc, header.packed, header.size
         end = self._at + packed
         content = self._buffer[self._at : end]
-        if method == DEFLATED:
+        if header.method == DEFLATED:
             inflater = isal_zlib.decompressobj(-15)
             try:
                 content = inflater.decompress(content, size + 1)
@@ -296,7 +330,15 @@ class ZipReader:
             raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._check_ratio(name, size, packed)
         self._at = end
-        return content
+        self._size += size
+        self._describe(header, crc, packed, size)
+        return FileFound(header.path, content)
+
+    def _describe(self, header: _Header, crc: int, packed: int, size: int) -> None:
+        """Note what the central directory will have to say of an entry."""
+        self._streamed.update(
+            description(header.flags, header.method, crc, packed, size, header.offset, header.raw_name)
+        )
 
     def _stored(self, size: int) -> Generator[memoryview | None, None, None]:
         left = size
@@ -376,11 +418,13 @@ class ZipReader:
                 raise SnapshotRejected(
                     "directory_mismatch", "the central directory lists more than was there"
                 )
-            executable = yield from self._central_record()
-            if executable is not None:
-                yield ExecutableFound(executable)
+            while (record := self._central_record()) is None:
+                yield None
+            if record:
+                yield ExecutableFound(RelPath(record))
             records += 1
-            yield from self._need(4)
+            if len(self._buffer) - self._at < 4:
+                yield from self._need(4)
         if records != self._entries:
             raise SnapshotRejected(
                 "directory_mismatch",
@@ -400,22 +444,29 @@ class ZipReader:
             raise self._unexpected("where the end record should be", self._peek(4))
         yield from self._end(begin, size, is_wide)
 
-    def _central_record(self) -> Generator[None, None, RelPath | None]:
-        """Check one record and note what it describes; its path if it has an execute bit."""
-        yield from self._need(CENTRAL.size)
+    def _central_record(self) -> str | None:
+        """Check one record and note what it describes; the file's name if it has an execute bit, else an empty one.
+
+        None as long as the record is not here whole.
+        """
+        buffer, at = self._buffer, self._at
+        have = len(buffer) - at
+        if have < CENTRAL.size:
+            return None
         (
             _, made_by, version, flags, method, _, _, crc, packed, size,
             name_length, extra_length, comment_length, disk, _, attributes, offset,
-        ) = CENTRAL.unpack_from(self._buffer, self._at)  # fmt: skip
-        yield from self._need(CENTRAL.size + name_length + extra_length + comment_length)
-        start = self._at + CENTRAL.size
-        raw_name = self._buffer[start : start + name_length]
-        extra = self._buffer[start + name_length : start + name_length + extra_length]
-        self._at = start + name_length + extra_length + comment_length
+        ) = CENTRAL.unpack_from(buffer, at)  # fmt: skip
+        if have < (length := CENTRAL.size + name_length + extra_length + comment_length):
+            return None
+        start = at + CENTRAL.size
+        raw_name = buffer[start : (end := start + name_length)]
+        extra = buffer[end : end + extra_length]
+        self._at = at + length
         name = read_name(raw_name)
         check_features(name, version, flags, method)
         wide = wide_field(name, raw_name, extra) if extra else b""
-        if FULL32 in (size, packed, offset):
+        if size == FULL32 or packed == FULL32 or offset == FULL32:
             size, packed, offset = widen(name, wide, size, packed, offset)
         if disk != 0:
             raise SnapshotRejected("directory_mismatch", f"{shown(name)} is said to be on another disk")
@@ -424,12 +475,12 @@ class ZipReader:
         if attributes & DOS_VOLUME or bool(attributes & DOS_DIRECTORY) > is_directory:
             raise SnapshotRejected("entry_type", f"{shown(name)} is marked as a volume or a directory")
         if made_by >> 8 not in UNIX_HOSTS:
-            return None
+            return ""
         mode = attributes >> 16
         expected = TYPE_DIRECTORY if is_directory else TYPE_FILE
         if mode & TYPE_MASK not in (0, expected):
             raise SnapshotRejected("entry_type", f"{shown(name)} is a link or a special file")
-        return RelPath(name) if mode & 0o111 and not is_directory else None
+        return name if mode & 0o111 and not is_directory else ""
 
     def _end64(self, begin: int, size: int) -> Generator[None, None, None]:
         position = self._base + self._at

@@ -38,6 +38,9 @@ class EntryPaths:
         listed = self._listed.get(RelPath(name))
         if listed is not None:
             path = listed.path
+            if path.rpartition("/")[0] in self._directories and path not in self._directories:
+                # Most of them: a listed file beside another one, no deeper and below no file.
+                return path
         else:
             try:
                 path = parse_path(name[:-1] if is_directory else name)

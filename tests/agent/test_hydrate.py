@@ -28,7 +28,7 @@ from agent.errors import (
 )
 from agent.hydrate import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.model import Entry, RelPath, digest_of
-from agent.staging import Stage
+from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics
 from agent.unzip import Event, ZipReader
@@ -387,11 +387,14 @@ async def test_the_loop_is_free_while_a_slow_disk_is_written(
     writing = threading.Event()
     go_on = threading.Event()
 
-    def slow(self: Stage, chunk: bytes) -> None:
+    stage_whole = Staging.stage_whole
+
+    def slow(self: Staging, content: bytes, path: RelPath | None = None) -> str:
         writing.set()
         assert go_on.wait(10)
+        return stage_whole(self, content, path)
 
-    monkeypatch.setattr(Stage, "write", slow)
+    monkeypatch.setattr(Staging, "stage_whole", slow)
     async with origin(Answer(archive([Member(b"a", b"x" * 1000)]))) as server:
         hydrating = asyncio.create_task(fetch(server.url, disk=disk, http=http, limits=QUICK))
         async with asyncio.timeout(10):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.unzip import CHUNK, ArchiveEnded, ExecutableFound, FileEnded, FileStarted, ZipReader
+from agent.unzip import CHUNK, ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted, ZipReader
 from tests.fakes.zips import Member, archive, deflate
 
 LIMITS = SnapshotLimits()
@@ -35,6 +35,11 @@ def read(pieces: Iterable[bytes], limits: SnapshotLimits = LIMITS) -> dict[str, 
         for event in reader.feed(piece):
             assert not ended
             match event:
+                case FileFound():
+                    assert path is None
+                    assert event.path not in files
+                    assert 0 < len(event.content) <= CHUNK
+                    files[event.path] = event.content
                 case FileStarted():
                     assert path is None
                     path, content = event.path, bytearray()

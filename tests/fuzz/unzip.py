@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.unzip import FileStarted, ZipReader
+from agent.unzip import FileFound, FileStarted, ZipReader
 from agent.wire import MANIFEST_PATH
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -33,7 +33,9 @@ def read(pieces: Iterable[bytes]) -> list[tuple[str, bytes]] | str:
     try:
         for piece in pieces:
             for event in reader.feed(piece):
-                if isinstance(event, FileStarted):
+                if isinstance(event, FileFound):
+                    files.append((event.path, event.content))
+                elif isinstance(event, FileStarted):
                     files.append((event.path, b""))
                 elif isinstance(event, (bytes, memoryview)):
                     name, content = files.pop()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.unzip import ExecutableFound, FileStarted, ZipReader
+from agent.unzip import ExecutableFound, FileFound, FileStarted, ZipReader
 from orchestrator_stub import zipwriter
 from orchestrator_stub.zipwriter import PIECE, ArchiveTooLarge, ZipWriter
 from tests.profiles import examples
@@ -62,7 +62,9 @@ def test_what_is_written_is_what_both_readers_read(
     ours: dict[str, bytes] = {}
     runnable = set()
     for event in reader.feed(data):
-        if isinstance(event, FileStarted):
+        if isinstance(event, FileFound):
+            ours[event.path] = event.content
+        elif isinstance(event, FileStarted):
             assert event.size is not None
             path = event.path
             ours[path] = b""
