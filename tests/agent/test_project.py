@@ -1,0 +1,77 @@
+"""What a project's files say: where it is, what starts its dev server, who installs it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from agent import project
+from agent.project import ProjectUnreadable, find
+from tests.agent.installs import write
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("vite", ("…/.bin/vite",)),
+        ("vite --mode staging", ("…/.bin/vite", "--mode", "staging")),
+        ("next dev", ("npm", "run", "dev")),
+        ("FOO=1 vite", ("npm", "run", "dev", "--")),
+        ("tsc && vite", ("npm", "run", "dev", "--")),
+        ("vite build --watch", ("npm", "run", "dev", "--")),
+        ("vite " + "x" * 200_000, ("npm", "run", "dev", "--")),
+    ],
+)
+def test_what_starts_the_dev_server(tmp_path: Path, script: str, argv: tuple[str, ...]) -> None:
+    wanted = write(tmp_path / "p", scripts={"dev": script})
+    got = wanted.dev_argv(host="::", port=5, fresh=False)
+    shown = tuple(word.replace(str(wanted.modules), "…") for word in got)
+    flags = ("--host", "::", "--port", "5", "--strictPort") if "vite" in script else ()
+    assert shown == (*argv, *flags)
+
+
+def test_a_project_one_level_down_is_found_and_two_of_them_are_not(tmp_path: Path) -> None:
+    assert find(tmp_path) is None
+    write(tmp_path / "frontend", scripts={"dev": "vite"})
+    found = find(tmp_path)
+    assert found is not None
+    assert found.root == tmp_path / "frontend"
+    write(tmp_path / "backend", scripts={"dev": "vite"})
+    assert find(tmp_path) is None
+    write(tmp_path)
+    assert find(tmp_path).root == tmp_path  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\0", "nope", '{"a":' + "[" * 200_000])
+def test_a_broken_package_json_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "package.json").write_text(content)
+    with pytest.raises(ProjectUnreadable, match=r"^cannot read package\.json: "):
+        find(tmp_path)
+
+
+def test_files_that_are_not_what_they_seem_are_neither_followed_nor_waited_for(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text('{"name": "secret"}')
+    (tmp_path / "link").symlink_to(secret)
+    os.mkfifo(tmp_path / "pipe")
+    assert project.read_small(tmp_path / "link") is None
+    assert project.read_small(tmp_path / "pipe") is None
+    assert project.read_small(Path("/dev/zero")) is None
+    assert project.read_small(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("lock", "manager"),
+    [
+        ("pnpm-lock.yaml", "pnpm"),
+        ("yarn.lock", "yarn"),
+        ("bun.lock", "bun"),
+        ("package-lock.json", "npm"),
+    ],
+)
+def test_the_lock_file_names_the_package_manager(tmp_path: Path, lock: str, manager: str) -> None:
+    (tmp_path / lock).touch()
+    (tmp_path / "package-lock.json").touch()
+    assert write(tmp_path, dependencies={"a": "1"}).manager.value == manager
