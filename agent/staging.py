@@ -3,6 +3,10 @@
 It stands outside the watched tree, so nothing that watches the project sees a file in the making, and on the same
 mount, so that a rename suffices to make it appear. Only names of our own form are ever removed from it: a wrong
 setting must not cost anybody a file.
+
+Each life works in a directory of its own in there. ext4 looks for a free inode near the directory, and one without a
+journal passes over each that was freed in the last minutes, one by one: where every save makes a file and removes one,
+that soon costs more than all else. A directory below one marked as the top of a hierarchy is put where there is room.
 """
 
 from __future__ import annotations
@@ -21,13 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import RootUnusable
-from agent.jail import DirectoryForm
+from agent.jail import OPEN_DIRECTORY, DirectoryForm
 from agent.ledger import FileStat
 from agent.model import Digest, RelPath
 from agent.stagedtree import CREATE, StagedTree, remove_tree
 
+_LIFE = re.compile(r"life-[0-9a-f]{8}")
 _OURS = re.compile(r"stage-[0-9a-f]{8}-[0-9a-f]+")
 _TREE = re.compile(r"tree-[0-9a-f]{8}-[0-9a-f]+")
+
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
+_TOP_OF_HIERARCHIES = 0x20000
+"""`FS_IOC_GETFLAGS`, `FS_IOC_SETFLAGS`, `FS_TOPDIR_FL` of linux/fs.h; what `chattr +T` does."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _RENAME_EXCHANGE = 2
@@ -99,16 +108,19 @@ class Staging:
         self._file_mode = file_mode
         self._form = form
         self._owner = form.owner
+        self._lock = -1
         self._descriptor = -1
         self._tree: StagedTree | None = None
-        self._prefix = f"stage-{secrets.token_hex(4)}-"
+        life = secrets.token_hex(4)
+        self._life = f"life-{life}"
+        self._prefix = f"stage-{life}-"
         self._numbers = itertools.count()
         self._set_mode = True
         self._set_owner = False
 
     @property
     def descriptor(self) -> int:
-        """The open directory, for renames out of it and into it."""
+        """The open directory of this life, for renames out of it and into it."""
         return self._descriptor
 
     def open(self, root: int) -> None:
@@ -119,12 +131,15 @@ class Staging:
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise RootUnusable(f"cannot use the staging directory {self._path}: {error.strerror}") from error
         try:
             self._make_private()
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _mark_top(self._lock)
+            os.mkdir(self._life, 0o700, dir_fd=self._lock)
+            self._descriptor = os.open(self._life, OPEN_DIRECTORY, dir_fd=self._lock)
             self._probe(root)
         except BlockingIOError:
             self.close()
@@ -142,6 +157,11 @@ class Staging:
         if self._descriptor != -1:
             os.close(self._descriptor)
             self._descriptor = -1
+        if self._lock != -1:
+            with suppress(OSError):
+                os.rmdir(self._life, dir_fd=self._lock)
+            os.close(self._lock)
+            self._lock = -1
 
     def mode(self, executable: bool) -> int:
         """The permission bits of a file: whoever may read an executable may run it."""
@@ -240,7 +260,7 @@ class Staging:
             os.unlink(name, dir_fd=self._descriptor)
 
     def clear(self) -> int:
-        """Remove everything of ours, leftovers of earlier lives included; how many there were."""
+        """Remove everything of ours; how many things there were, what an earlier life left counting as one."""
         self._leave_tree()
         listed = os.listdir(self._descriptor)
         ours = [name for name in listed if _OURS.fullmatch(name)]
@@ -249,7 +269,10 @@ class Staging:
         trees = [name for name in listed if _TREE.fullmatch(name)]
         for name in trees:
             remove_tree(name, self._descriptor)
-        return len(ours) + len(trees)
+        earlier = [name for name in os.listdir(self._lock) if _LIFE.fullmatch(name) and name != self._life]
+        for name in earlier:
+            remove_tree(name, self._lock)
+        return len(ours) + len(trees) + len(earlier)
 
     def _leave_tree(self) -> None:
         if self._tree is not None:
@@ -258,13 +281,13 @@ class Staging:
 
     def _make_private(self) -> None:
         """What others can put here, they can make us promote."""
-        found = os.fstat(self._descriptor)
+        found = os.fstat(self._lock)
         if found.st_uid != os.geteuid():
             raise RootUnusable(
                 f"the staging directory {self._path} belongs to another user (uid {found.st_uid})"
             )
         if found.st_mode & 0o077:
-            os.fchmod(self._descriptor, 0o700)
+            os.fchmod(self._lock, 0o700)
 
     def _create(self, name: str, mode: int) -> int:
         return os.open(name, CREATE, mode, dir_fd=self._descriptor)
@@ -301,6 +324,15 @@ class Staging:
         finally:
             os.close(descriptor)
             self.discard(name)
+
+
+def _mark_top(directory: int) -> None:
+    """Let ext4 spread what is made in `directory`. Most file systems know no such mark: then nothing is lost."""
+    with suppress(OSError):
+        flags = int.from_bytes(fcntl.ioctl(directory, _GET_FLAGS, bytes(8))[:4], sys.byteorder)
+        if not flags & _TOP_OF_HIERARCHIES:
+            marked = (flags | _TOP_OF_HIERARCHIES).to_bytes(4, sys.byteorder) + bytes(4)
+            fcntl.ioctl(directory, _SET_FLAGS, marked)
 
 
 def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent import batch
-from tests.agent.disks import Agent, mounted, opened
+from tests.agent.disks import Agent, in_staging, mounted, opened
 from tests.agent.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
 
@@ -79,7 +79,7 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
     """A disk, and what its agent remembers; nothing may stay in staging."""
     with opened(tmp_path / "project", tmp_path / "staging") as agent:
         yield agent
-        assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
+        assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
 
 
 @pytest.fixture

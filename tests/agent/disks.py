@@ -47,6 +47,15 @@ def seen(root: Path) -> dict[str, str]:
     return found
 
 
+def in_staging(staging: Path) -> list[str]:
+    """What waits in staging: the things of every life, and what stands beside the lives."""
+    return [
+        name
+        for each in staging.iterdir()
+        for name in (os.listdir(each) if each.name.startswith("life-") else [each.name])
+    ]
+
+
 def kinds(outcome: Outcome) -> list[tuple[str, str | None, str | None]]:
     return [(p.kind, p.path, p.rule) for p in outcome.problems]
 

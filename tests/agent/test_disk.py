@@ -22,7 +22,7 @@ from agent.disk import Disk, FileStat, Outcome
 from agent.errors import RootUnusable
 from agent.model import Cursor, Entry, Operation, RelPath, Tree, Write, digest_of, parents
 from agent.order import in_order
-from tests.agent.disks import Agent, kinds, remove, seen, staged, write
+from tests.agent.disks import Agent, in_staging, kinds, remove, seen, staged, write
 from tests.profiles import examples
 
 
@@ -36,7 +36,7 @@ def disk(tmp_path: Path, root: Path) -> Iterator[Disk]:
     disk = Disk(root, tmp_path / "staging")
     disk.open()
     yield disk
-    assert not os.listdir(tmp_path / "staging"), "a batch left something in staging"
+    assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
     disk.close()
 
 
@@ -185,7 +185,7 @@ def test_a_new_directory_appears_with_all_that_is_in_it(tmp_path: Path, umask: i
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in disk.root.rglob("*")}
     assert {modes[name] for name in ("bin", "src", "c", "d")} == {0o750}
     assert (modes["run"], modes["e.ts"]) == (0o750, 0o640)
-    assert os.listdir(tmp_path / "staging") == []
+    assert in_staging(tmp_path / "staging") == []
     assert agent.apply(*(remove(path) for path in files)).gone
     assert seen(disk.root) == {}
     disk.close()
@@ -232,7 +232,7 @@ def test_a_tree_that_was_left_in_staging_is_cleared(tmp_path: Path) -> None:
     disk = Disk(tmp_path / "project", tmp_path / "staging")
     disk.open()
     assert disk.clear_staging() == 1
-    assert os.listdir(tmp_path / "staging") == []
+    assert in_staging(tmp_path / "staging") == []
     disk.close()
 
 
@@ -409,7 +409,7 @@ def test_from_any_tree_to_any_other_in_one_batch(wanted: list[dict[str, str]], c
             assert seen(disk.root) == tree
             assert disk.scan() == agent.known
             assert set(disk.made) == {str(p) for path in tree for p in parents(RelPath(path))}
-            assert os.listdir(Path(home, "staging")) == []
+            assert in_staging(Path(home, "staging")) == []
             have = tree
         disk.close()
 
@@ -583,10 +583,39 @@ def test_clearing_staging_takes_our_names_only(tmp_path: Path) -> None:
     disk = Disk(tmp_path / "project", tmp_path / "staging")
     disk.open()
     disk.stage().write(b"left by a kill")
-    (tmp_path / "staging/precious").write_text("a user's")
+    (life,) = (tmp_path / "staging").iterdir()
+    for place in (tmp_path / "staging", life):
+        (place / "precious").write_text("a user's")
     assert disk.clear_staging() == 1
-    assert os.listdir(tmp_path / "staging") == ["precious"]
+    assert in_staging(tmp_path / "staging") == ["precious", "precious"]
     disk.close()
+    assert (life / "precious").exists()
+
+
+def test_a_life_that_ends_well_leaves_staging_empty(tmp_path: Path) -> None:
+    for _ in range(2):
+        disk = Disk(tmp_path / "project", tmp_path / "staging")
+        disk.open()
+        Agent(disk).put({"a": "1"})
+        disk.close()
+        assert os.listdir(tmp_path / "staging") == []
+
+
+def test_what_an_earlier_life_left_in_staging_goes_and_nobody_elses(tmp_path: Path) -> None:
+    first = Disk(tmp_path / "project", tmp_path / "staging")
+    first.open()
+    first.stage().write(b"left by a kill")
+    staged(first, "a/b", "left by a kill")
+    first.close()
+    (tmp_path / "precious").write_text("a user's")
+    (tmp_path / "staging/life-00000000").symlink_to(tmp_path)
+    (tmp_path / "staging/life-of-another-kind").mkdir()
+    second = Disk(tmp_path / "project", tmp_path / "staging")
+    second.open()
+    second.clear_staging()
+    second.close()
+    assert sorted(os.listdir(tmp_path / "staging")) == ["life-00000000", "life-of-another-kind"]
+    assert (tmp_path / "precious").exists()
 
 
 # --- reading

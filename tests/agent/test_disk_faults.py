@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 from agent.disk import Disk
 from agent.errors import RootUnusable
 from agent.model import Operation, RelPath
-from tests.agent.disks import Agent, kinds, mounted, opened, remove, seen, staged, write
+from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
@@ -38,7 +39,7 @@ def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., P
         assert kinds(outcome) == [("disk_full", "src/big", "space")]
         assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
         assert seen(small / "project") == {"a": "old", "b": "old"}
-        assert os.listdir(small / "staging") == []
+        assert in_staging(small / "staging") == []
 
         (small / "ballast").unlink()
         outcome = agent.apply(*operations)
@@ -80,7 +81,7 @@ def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
             outcome = agent.apply(*operations)
         assert kinds(outcome) == []
         assert seen(small / "project") == after
-        assert os.listdir(small / "staging") == []
+        assert in_staging(small / "staging") == []
         assert known.keys() != agent.known.keys()
 
 
@@ -100,14 +101,14 @@ def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path
         outcome = agent.apply(*writes)
         assert outcome.rolled_back
         assert seen(small / "project") == {"old": "old", "kept": "old"}
-        assert len(os.listdir(small / "staging")) == 2
+        assert len(in_staging(small / "staging")) == 2
 
         for each in taken:
             each.unlink()
         outcome = agent.apply(*writes)
         assert kinds(outcome) == []
         assert seen(small / "project") == {w.path: w.path for w in writes}
-        assert os.listdir(small / "staging") == []
+        assert in_staging(small / "staging") == []
 
 
 def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[..., Path]) -> None:
@@ -122,6 +123,27 @@ def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[...,
         assert seen(small / "project") == {"a": "old", "b": "old"}
         assert kinds(agent.apply(remove("b"), write("a", "new"))) == []
         assert seen(small / "project") == {"a": "new"}
+
+
+def test_staging_is_marked_where_the_file_system_knows_the_mark(
+    tmp_path: Path, mount: Callable[..., Path]
+) -> None:
+    if shutil.which("mkfs.ext4") is None or shutil.which("lsattr") is None:
+        pytest.skip("mkfs.ext4 or lsattr is not installed (Debian: e2fsprogs)")
+    image = tmp_path / "ext4.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    for place, marked in (
+        (mount("loop", kind="ext4", source=str(image)), True),
+        (mount(kind="ramfs"), False),
+    ):
+        with opened(place / "project", place / "staging") as agent:
+            agent.put({"src/a": "1", "src/b": "2"})
+            agent.put({"src/a": "3"})
+            told = subprocess.run(["lsattr", "-d", str(place / "staging")], capture_output=True, text=True)
+            assert ("T" in told.stdout.partition(" ")[0]) is marked
+        assert seen(place / "project") == {"src/a": "3", "src/b": "2"}
 
 
 def test_staging_on_another_file_system_is_refused_at_the_start(
@@ -217,7 +239,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
             assert seen(root) == before
             assert set(agent.disk.made) == made
-            assert set(os.listdir(tmp_path / "staging")) == {flat.staged, nested[0].staged}
+            assert set(in_staging(tmp_path / "staging")) == {flat.staged, nested[0].staged}
             assert kinds(agent.apply(*operations)) == []
         # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
         assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
@@ -320,7 +342,7 @@ def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> Non
         assert kinds(outcome) == [("permission_denied", "locked/c", "EACCES")]
         assert "cannot change locked/c: Permission denied" in outcome.problems[0].detail
         assert seen(root) == {"a": "old", "b": "old", "locked/": ""}
-        assert os.listdir(staging) == []
+        assert in_staging(staging) == []
     (root / "locked").chmod(0o777)
     with as_nobody(), opened(root, staging) as agent:
         agent.apply(*operations)

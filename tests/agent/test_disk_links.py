@@ -16,7 +16,7 @@ import pytest
 
 from agent import jail
 from agent.jail import is_twin
-from tests.agent.disks import Agent, kinds, opened, remove, seen, staged, write
+from tests.agent.disks import Agent, in_staging, kinds, opened, remove, seen, staged, write
 
 IS_ROOT = os.geteuid() == 0
 
@@ -246,7 +246,7 @@ def test_twins_that_were_staged_together_are_one_file_and_one_problem(case_blind
             ("path_unusable", "d/X", "case_twin"),
         ]
         assert seen(root) == {"a.ts": "one", "d/x": "1"}
-        assert os.listdir(case_blind / "staging") == []
+        assert in_staging(case_blind / "staging") == []
 
 
 def test_what_makes_a_twin(root: Path, agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics
 from agent.unzip import Event, ZipReader
+from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
 
@@ -60,13 +61,14 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
+    (life,) = (tmp_path / "staging").iterdir()
+    places = {path: life / name for path, name in snapshot.staged.items()}
     return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
 
 
 def is_clean(tmp_path: Path) -> bool:
     """Nothing staged, nothing in the project."""
-    return os.listdir(tmp_path / "staging") == [] and os.listdir(tmp_path / "project") == []
+    return in_staging(tmp_path / "staging") == [] and os.listdir(tmp_path / "project") == []
 
 
 async def test_a_snapshot_is_staged_whole(disk: Disk, http: httpx.AsyncClient, tmp_path: Path) -> None:

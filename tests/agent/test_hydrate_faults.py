@@ -28,6 +28,7 @@ from agent.hydrate import fetch
 from agent.ledger import FileStat
 from agent.model import RelPath, Tree, digest_of
 from agent.plan import reconcile
+from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot
 from tests.profiles import NIGHTLY
@@ -78,7 +79,7 @@ class Container:
         return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
     def staged(self) -> list[str]:
-        return os.listdir(self.place / "staging")
+        return in_staging(self.place / "staging")
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ async def test_a_full_disk_is_an_honest_answer(small: Path) -> None:
     async with origin(Answer(data)) as server, httpx.AsyncClient() as http:
         with pytest.raises(Unavailable, match="staging directory is unavailable: No space left"):
             await fetch(server.url, disk=disk, http=http, limits=QUICK)
-    assert os.listdir(small / "staging") == []
+    assert in_staging(small / "staging") == []
     disk.close()
 
 
