@@ -83,7 +83,6 @@ class Batch:
         self._done: dict[RelPath, Done] = {}
         self._problems: list[Problem] = []
         self._temps: dict[RelPath, Temp] = {}
-        self._staged: set[RelPath] = set()
         self._saved: list[str] = []
         self._nest: StagedTree | None = None
         self._waiting: dict[RelPath, list[Write]] = {}
@@ -129,7 +128,6 @@ class Batch:
             return
         if write.staged is None:
             raise ValueError(f"the write of {path!r} has neither content nor a staged file")
-        self._staged.add(path)
         nest = self._staging.tree(write.staged)
         if nest is None:
             self._temps[path], _ = self._staging.take(write.staged, executable=executable)
@@ -444,7 +442,7 @@ class Batch:
         above, _, name = path.rpartition("/")
         directory = self._jail.directory(above)
         staging = self._staging.descriptor
-        if path in self._staged:
+        if temp.lasting:
             with suppress(OSError):
                 os.link(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
         os.rename(saved, name, src_dir_fd=staging, dst_dir_fd=directory)
@@ -470,9 +468,9 @@ class Batch:
 
     def _clean(self, *, rolled_back: bool) -> None:
         """Leave nothing in staging but what a later try can still promote."""
-        for path, temp in self._temps.items():
+        for temp in self._temps.values():
             temp.close()
-            if not (rolled_back and path in self._staged):
+            if not (rolled_back and temp.lasting):
                 self._staging.discard(temp.name)
         for name in self._saved:
             self._staging.discard(name)

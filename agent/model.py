@@ -81,8 +81,7 @@ def digest_of(content: bytes) -> Digest:
     return Digest(hashlib.sha256(content).hexdigest())
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True, gc=False):
     """One path of a tree. `digest` None is a tombstone: the path was deleted at `version`.
 
     `size` in bytes. `revision`: the commit that made it so, or a later one by which it was known to hold; 0 when
@@ -264,8 +263,7 @@ class Action(StrEnum):
     REMOVE = "remove"
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Struct, frozen=True, gc=False):
     """Make `path` hold exactly `entry`. The bytes are `content`, or are already in staging as `staged`."""
 
     path: RelPath
@@ -274,8 +272,7 @@ class Write:
     staged: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(Struct, frozen=True, gc=False):
     """Make `path` not exist. `entry` is the tombstone to remember."""
 
     path: RelPath

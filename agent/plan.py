@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from immutables import Map
+from msgspec import structs
 
 from agent.model import (
     Change,
@@ -170,7 +171,7 @@ def _provisional(tree: Tree, commit: Commit) -> Plan:
         before = entries.get(change.path)
         if change.by_reference or (before.digest if before else None) == change.digest:
             continue
-        entry = replace(
+        entry = structs.replace(
             _entry(replace(change, version=None), before, before.revision if before else 0), provisional=True
         )
         operations.append(_operation(change, entry))
@@ -207,7 +208,7 @@ def _fold(entries: Map[RelPath, Entry], changes: Iterable[Change], revision: int
             continue
         entry = _entry(change, before, revision)
         if verdict is _Verdict.SAME and before is not None:
-            entry = replace(entry, size=before.size)
+            entry = structs.replace(entry, size=before.size)
         entries = entries.set(path, entry)
         if verdict is _Verdict.WRITE:
             operations.append(_operation(change, entry))

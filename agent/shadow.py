@@ -118,7 +118,7 @@ class Shadow:
             if read is None:
                 continue
             found[path] = read[0]
-            if time.time_ns() - max(read[1].mtime_ns, read[1].ctime_ns) > RACY_NS:
+            if time.time_ns() - read[1].newest_ns > RACY_NS:
                 known[path] = read[1], read[0]
         self._known = known
         return found

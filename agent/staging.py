@@ -57,11 +57,15 @@ class Staged:
 
 @dataclass(slots=True)
 class Temp:
-    """A file in staging that a batch is about to promote. `descriptor` is open when the batch is just this one."""
+    """A file in staging that a batch is about to promote. `descriptor` is open when the batch is just this one.
+
+    `lasting`: it was staged before the batch began, and waits for the next one when this one fails.
+    """
 
     name: str
     inode: int
     descriptor: int | None = None
+    lasting: bool = False
 
     def close(self) -> None:
         if self.descriptor is not None:
@@ -236,7 +240,7 @@ class Staging:
         if executable:
             os.chmod(name, self.mode(True), dir_fd=self._descriptor)
         found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        return Temp(name, found.st_ino), FileStat.of(found)
+        return Temp(name, found.st_ino, lasting=True), FileStat.of(found)
 
     def adopt(self, descriptor: int, path: RelPath | None) -> None:
         """Finish a file: mode, owner, and its place in the tree if it has one; closes `descriptor`."""

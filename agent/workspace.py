@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from immutables import Map
+from msgspec import structs
 
 from agent.disk import Disk, Drift
 from agent.drift import Observed
@@ -141,7 +142,7 @@ class Workspace:
         entries = tree.entries
         for drift in drifts:
             before = entries.get(drift.path, Entry(0, None))
-            entries = entries.set(drift.path, replace(before, digest=drift.digest, provisional=True))
+            entries = entries.set(drift.path, structs.replace(before, digest=drift.digest, provisional=True))
             self.stats.pop(drift.path, None)
             if drift.stat is not None:
                 self.stats[drift.path] = drift.stat

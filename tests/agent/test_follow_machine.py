@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec import structs
 
 from agent.follow import Follower, Settings
 from agent.model import (
@@ -293,7 +294,7 @@ class World(RuleBasedStateMachine):
                 tree = replace(
                     tree,
                     entries=tree.entries.set(
-                        path, replace(base, digest=actual, size=len(content or b""), provisional=True)
+                        path, structs.replace(base, digest=actual, size=len(content or b""), provisional=True)
                     ),
                 )
         self.pending.clear()
