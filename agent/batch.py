@@ -467,12 +467,15 @@ class Batch:
             self._made.discard(path)
 
     def _clean(self, *, rolled_back: bool) -> None:
-        """Leave nothing in staging but what a later try can still promote."""
+        """Leave nothing in staging but what a later try can still promote, and what waits for the next sweep."""
         for temp in self._temps.values():
             temp.close()
             if not (rolled_back and temp.lasting):
                 self._staging.discard(temp.name)
-        for name in self._saved:
-            self._staging.discard(name)
+        if rolled_back:
+            for name in self._saved:
+                self._staging.discard(name)
+        else:
+            self._staging.spend(self._saved)
         if self._nest is not None and not rolled_back:
             self._staging.drop_tree()

@@ -110,6 +110,7 @@ class Disk(Sight):
         *,
         tree: Mapping[RelPath, Entry] = _NOTHING,
         overwrite_drift: bool = True,
+        sweep: bool = True,
     ) -> Outcome:
         """Do a batch, all or nothing, and say what is now true. Of several operations on a path the last counts.
 
@@ -117,25 +118,40 @@ class Disk(Sight):
         only touched is told from one that was changed. With `overwrite_drift` False a drifted path is reported, left
         alone and not in `done`. A file that already holds what a write wants is not written again.
 
+        With `sweep` False what was replaced stays in staging until `sweep` is called, as removing a file takes as long
+        as making one. Where a batch lacks the very room, it goes at once and the batch is tried again.
+
         Raises `ValueError` for a write with no content; nothing of the file system's.
         """
         if len(operations) > 1:
             operations = list({operation.path: operation for operation in operations}.values())
-        batch = Batch(
-            self._jail,
-            self._staging,
-            self._made,
-            self._form,
-            known,
-            tree,
-            overwrite_drift=overwrite_drift,
-        )
-        return batch.run(operations)
+        outcome = self._run(operations, known, tree, overwrite_drift)
+        if outcome.rolled_back and not outcome.done and self._staging.sweep():
+            outcome = self._run(operations, known, tree, overwrite_drift)
+        if sweep:
+            self._staging.sweep()
+        return outcome
+
+    def sweep(self) -> None:
+        """Remove what was replaced by batches that did not wait for that."""
+        self._staging.sweep()
 
     def discard(self, paths: Iterable[RelPath]) -> Outcome:
         """Remove files that an earlier life may have left behind (`LedgerState.leftovers`), whatever they hold."""
         found = {path: seen for path in paths if (seen := self.look(path)) is not None}
         return self.apply([Remove(path, Entry(0, None)) for path in found], found)
+
+    def _run(
+        self,
+        operations: Sequence[Operation],
+        known: Mapping[RelPath, FileStat],
+        tree: Mapping[RelPath, Entry],
+        overwrite_drift: bool,
+    ) -> Outcome:
+        batch = Batch(
+            self._jail, self._staging, self._made, self._form, known, tree, overwrite_drift=overwrite_drift
+        )
+        return batch.run(operations)
 
     def _make_root(self) -> None:
         self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)

@@ -4,9 +4,10 @@ It stands outside the watched tree, so nothing that watches the project sees a f
 mount, so that a rename suffices to make it appear. Only names of our own form are ever removed from it: a wrong
 setting must not cost anybody a file.
 
-Each life works in a directory of its own in there. ext4 looks for a free inode near the directory, and one without a
-journal passes over each that was freed in the last minutes, one by one: where every save makes a file and removes one,
-that soon costs more than all else. A directory below one marked as the top of a hierarchy is put where there is room.
+Each life works in a directory of its own in there, and in turn in the rooms of that. ext4 looks for a free inode near
+the directory, and one without a journal passes over each that was freed in the last minutes, one by one: where every
+save makes a file and removes one, that soon costs more than all else. Rooms below a directory that is marked as the top
+of hierarchies are put far from each other, where there is space.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import re
 import secrets
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,10 @@ from agent.jail import OPEN_DIRECTORY, DirectoryForm
 from agent.ledger import FileStat
 from agent.model import Digest, RelPath
 from agent.stagedtree import CREATE, StagedTree, remove_tree
+
+ROOMS = tuple(f"{number:x}" for number in range(16))
+"""The directories in which files are made in turn. On ext4 without a journal, after a hundred thousand saves in some
+minutes, making a file took 700 µs in a single one, 350 in four, 90 in sixteen."""
 
 _LIFE = re.compile(r"life-[0-9a-f]{8}")
 _OURS = re.compile(r"stage-[0-9a-f]{8}-[0-9a-f]+")
@@ -115,6 +121,7 @@ class Staging:
         self._lock = -1
         self._descriptor = -1
         self._tree: StagedTree | None = None
+        self._spent: list[str] = []
         life = secrets.token_hex(4)
         self._life = f"life-{life}"
         self._prefix = f"stage-{life}-"
@@ -141,9 +148,7 @@ class Staging:
         try:
             self._make_private()
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _mark_top(self._lock)
-            os.mkdir(self._life, 0o700, dir_fd=self._lock)
-            self._descriptor = os.open(self._life, OPEN_DIRECTORY, dir_fd=self._lock)
+            self._begin_life()
             self._probe(root)
         except BlockingIOError:
             self.close()
@@ -162,8 +167,9 @@ class Staging:
             os.close(self._descriptor)
             self._descriptor = -1
         if self._lock != -1:
-            with suppress(OSError):
-                os.rmdir(self._life, dir_fd=self._lock)
+            for room in (*ROOMS, ""):
+                with suppress(OSError):
+                    os.rmdir(f"{self._life}/{room}", dir_fd=self._lock)
             os.close(self._lock)
             self._lock = -1
 
@@ -173,7 +179,8 @@ class Staging:
 
     def new_name(self) -> str:
         """A name nobody else uses here."""
-        return f"{self._prefix}{next(self._numbers):x}"
+        number = next(self._numbers)
+        return f"{ROOMS[number % len(ROOMS)]}/{self._prefix}{number:x}"
 
     def stage(self, path: RelPath | None = None) -> Stage:
         """Begin a file; where it is meant for a `path` at which nothing stands yet, in its tree. Raises `OSError`."""
@@ -210,7 +217,9 @@ class Staging:
     def _fill(self) -> StagedTree:
         """The tree that files are put into; begins one."""
         if self._tree is None:
-            self._tree = StagedTree(self._descriptor, f"tree-{self.new_name()[6:]}", self._form)
+            self._tree = StagedTree(
+                self._descriptor, f"tree-{self._life[5:]}-{next(self._numbers):x}", self._form
+            )
         return self._tree
 
     def tree(self, name: str) -> StagedTree | None:
@@ -263,14 +272,25 @@ class Staging:
         with suppress(OSError):
             os.unlink(name, dir_fd=self._descriptor)
 
+    def spend(self, names: Iterable[str]) -> None:
+        """Nobody needs these any more; they go with the next `sweep`."""
+        self._spent += names
+
+    def sweep(self) -> int:
+        """Remove what is spent; how many things that were."""
+        spent, self._spent = self._spent, []
+        for name in spent:
+            self.discard(name)
+        return len(spent)
+
     def clear(self) -> int:
         """Remove everything of ours; how many things there were, what an earlier life left counting as one."""
         self._leave_tree()
-        listed = os.listdir(self._descriptor)
-        ours = [name for name in listed if _OURS.fullmatch(name)]
+        self._spent.clear()
+        ours = [f"{room}/{name}" for room in ROOMS for name in self._listed(room) if _OURS.fullmatch(name)]
         for name in ours:
             self.discard(name)
-        trees = [name for name in listed if _TREE.fullmatch(name)]
+        trees = [name for name in os.listdir(self._descriptor) if _TREE.fullmatch(name)]
         for name in trees:
             remove_tree(name, self._descriptor)
         earlier = [name for name in os.listdir(self._lock) if _LIFE.fullmatch(name) and name != self._life]
@@ -282,6 +302,23 @@ class Staging:
         if self._tree is not None:
             self._tree.close()
             self._tree = None
+
+    def _listed(self, room: str) -> list[str]:
+        try:
+            descriptor = os.open(room, OPEN_DIRECTORY, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return []
+        try:
+            return os.listdir(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _begin_life(self) -> None:
+        os.mkdir(self._life, 0o700, dir_fd=self._lock)
+        self._descriptor = os.open(self._life, OPEN_DIRECTORY, dir_fd=self._lock)
+        _mark_top(self._descriptor)
+        for room in ROOMS:
+            os.mkdir(room, 0o700, dir_fd=self._descriptor)
 
     def _make_private(self) -> None:
         """What others can put here, they can make us promote."""

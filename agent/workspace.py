@@ -1,8 +1,9 @@
 """The project directory and what is recorded of it, moved as one: disk, looks, ledger, problems.
 
-`apply` makes the disk follow operations and remembers how each file then looked; the ledger follows a moment later, so
-that nobody who waits for a save waits for its bookkeeping. A kill in between costs a look at those files on the next
-start, never truth: what the ledger says is held against the disk before it is believed.
+`apply` makes the disk follow operations and remembers how each file then looked; the ledger follows a moment later, and
+then what was replaced is removed, so that nobody who waits for a save waits for bookkeeping or cleaning. A kill in
+between costs a look at those files on the next start, never truth: what the ledger says is held against the disk before
+it is believed.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Workspace:
         except Unavailable as error:
             self._problems.add(Problem("disk_full", str(error)))
             return Applied(undone=True)
-        outcome = self.disk.apply(operations, self.stats, tree=entries)
+        outcome = self.disk.apply(operations, self.stats, tree=entries, sweep=False)
         for problem in outcome.problems:
             if problem.kind == "drift":
                 log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
@@ -117,7 +118,11 @@ class Workspace:
         return Applied(done, frozenset(each.path for each in operations) - done)
 
     def record(self, cursor: Cursor) -> None:
-        """Let the ledger catch up with the disk. What it cannot take now goes with the next record."""
+        """Let the ledger catch up with the disk, and remove what was replaced since the last record.
+
+        What the ledger cannot take now goes with the next record.
+        """
+        self.disk.sweep()
         try:
             self._ledger.record((), cursor)
         except Unavailable as error:

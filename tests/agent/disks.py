@@ -12,6 +12,7 @@ import pytest
 
 from agent.disk import Disk, FileStat, Outcome
 from agent.model import Entry, Operation, RelPath, Remove, Write, digest_of
+from agent.staging import ROOMS
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
@@ -48,12 +49,15 @@ def seen(root: Path) -> dict[str, str]:
 
 
 def in_staging(staging: Path) -> list[str]:
-    """What waits in staging: the things of every life, and what stands beside the lives."""
-    return [
-        name
-        for each in staging.iterdir()
-        for name in (os.listdir(each) if each.name.startswith("life-") else [each.name])
-    ]
+    """What waits in staging, as staging names it, and what stands there besides."""
+    found = []
+    for each in staging.iterdir():
+        if not each.name.startswith("life-"):
+            found.append(each.name)
+            continue
+        inside = [*each.iterdir(), *each.glob("?/*")]
+        found += [str(path.relative_to(each)) for path in inside if path.name not in ROOMS]
+    return found
 
 
 def kinds(outcome: Outcome) -> list[tuple[str, str | None, str | None]]:
@@ -68,8 +72,10 @@ class Agent:
         self.known: dict[RelPath, FileStat] = {}
         self.tree: dict[RelPath, Entry] = {}
 
-    def apply(self, *operations: Operation, overwrite_drift: bool = True) -> Outcome:
-        outcome = self.disk.apply(operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift)
+    def apply(self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True) -> Outcome:
+        outcome = self.disk.apply(
+            operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift, sweep=sweep
+        )
         for done in outcome.done:
             path = done.operation.path
             self.tree[path] = done.operation.entry

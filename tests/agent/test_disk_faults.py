@@ -86,7 +86,7 @@ def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
 
 
 def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path]) -> None:
-    small = mount("nr_inodes=32")
+    small = mount("nr_inodes=48")
     with opened(small / "project", small / "staging") as agent:
         agent.put({"old": "old", "kept": "old"})
         writes = []
@@ -141,9 +141,28 @@ def test_staging_is_marked_where_the_file_system_knows_the_mark(
         with opened(place / "project", place / "staging") as agent:
             agent.put({"src/a": "1", "src/b": "2"})
             agent.put({"src/a": "3"})
-            told = subprocess.run(["lsattr", "-d", str(place / "staging")], capture_output=True, text=True)
+            (life,) = (place / "staging").iterdir()
+            told = subprocess.run(["lsattr", "-d", str(life)], capture_output=True, text=True, check=False)
             assert ("T" in told.stdout.partition(" ")[0]) is marked
         assert seen(place / "project") == {"src/a": "3", "src/b": "2"}
+
+
+def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., Path]) -> None:
+    small = mount("nr_inodes=40")
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"a": "1", "b": "1"})
+        free = os.statvfs(small).f_ffree
+        for number in range(2, 3 * free):
+            outcome = agent.apply(write("a", f"{number}"), write("b", f"{number}"), sweep=False)
+            assert (outcome.rolled_back, kinds(outcome)) == (False, [])
+        assert seen(small / "project") == dict.fromkeys("ab", f"{number}")
+        assert 0 < len(in_staging(small / "staging")) <= free
+        agent.disk.sweep()
+        assert in_staging(small / "staging") == []
+        for number in range(os.statvfs(small).f_ffree):
+            (small / f"ballast{number}").touch()
+        assert agent.apply(write("a", "x"), write("b", "x"), sweep=False).rolled_back
+        assert in_staging(small / "staging") == []
 
 
 def test_staging_on_another_file_system_is_refused_at_the_start(
