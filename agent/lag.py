@@ -7,6 +7,7 @@ when a catch-up has brought it: the slow ones are those that a figure must not l
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -47,60 +48,72 @@ class LagMeter:
 
     def observe(self, steps: Sequence[tuple[Commit, Outcome]], *, applied: bool) -> None:
         """What became of the events of one batch, just now; not `applied`: the disk did not take it."""
-        now = self._clock()
+        became = Counter((commit.event, outcome.value if applied else "undone") for commit, outcome in steps)
+        for (event, what), count in became.items():
+            self._metrics.events.labels(event, what).inc(count)
+        arrived = []
         for commit, outcome in steps:
-            self._metrics.events.labels(commit.event, outcome.value if applied else "undone").inc()
             if applied and outcome is Outcome.APPLIED:
                 self._late.pop(commit.revision or 0, None)
-                self._arrived(commit, now, "event")
+                arrived.append(commit)
             elif outcome in LATE and commit.revision is not None and len(self._late) < MOST_LATE:
                 self._late[commit.revision] = commit
+        self._arrived(arrived, "event")
 
     def caught_up(self, cursor: Cursor) -> None:
         """Everything up to the cursor is on disk, just now."""
         if not self._late:
             return
-        now = self._clock()
         late, self._late = self._late, {}
+        arrived = []
         for revision, commit in late.items():
             if commit.epoch not in (None, cursor.epoch):
                 continue
             if revision <= cursor.revision or revision in cursor.islands:
-                self._arrived(commit, now, "sync")
+                arrived.append(commit)
             else:
                 self._late[revision] = commit
+        self._arrived(arrived, "sync")
 
-    def _arrived(self, commit: Commit, now: Moment, by: str) -> None:
-        if commit.timestamp is None:
-            return
-        lag = self._skew.since(commit.timestamp, now)
-        self._metrics.event_lag.observe(lag)
-        self._status.lags.append(lag)
-        self._status.last_applied = Applied(
-            commit.event, commit.revision, lag, str(commit.trace) if commit.trace else None
-        )
-        path = commit.changes[0].path if len(commit.changes) == 1 else None
-        log.info(
-            "event.applied",
-            event_type=commit.event,
-            revision=commit.revision,
-            file_path=path,
-            files=len(commit.changes),
-            by=by,
-            lag_ms=round(lag * 1000, 1),
-            **({"trace_id": commit.trace.trace_id} if commit.trace else {}),
-        )
-        if self._spans is not None:
-            self._spans.record(
-                "preview.apply",
-                commit.received_at or now.wall,
-                now.wall,
-                {
-                    "preview.event": commit.event,
-                    "preview.revision": commit.revision,
-                    "preview.files": len(commit.changes),
-                    "preview.by": by,
-                    "preview.lag_seconds": lag,
-                },
-                commit.trace,
+    def _arrived(self, commits: Sequence[Commit], by: str) -> None:
+        now = self._clock()
+        line = log.bind()
+        last: tuple[Commit, float] | None = None
+        for commit in commits:
+            if commit.timestamp is None:
+                continue
+            lag = self._skew.since(commit.timestamp, now)
+            self._metrics.event_lag.observe(lag)
+            self._status.lags.append(lag)
+            last = commit, lag
+            line.info(
+                "event.applied",
+                event_type=commit.event,
+                revision=commit.revision,
+                file_path=commit.changes[0].path if len(commit.changes) == 1 else None,
+                files=len(commit.changes),
+                by=by,
+                lag_ms=round(lag * 1000, 1),
+                **({"trace_id": commit.trace.trace_id} if commit.trace else {}),
             )
+            if self._spans is not None:
+                self._record(self._spans, commit, now, lag, by)
+        if last is not None:
+            commit, lag = last
+            trace = str(commit.trace) if commit.trace else None
+            self._status.last_applied = Applied(commit.event, commit.revision, lag, trace)
+
+    def _record(self, spans: SpanSink, commit: Commit, now: Moment, lag: float, by: str) -> None:
+        spans.record(
+            "preview.apply",
+            commit.received_at or now.wall,
+            now.wall,
+            {
+                "preview.event": commit.event,
+                "preview.revision": commit.revision,
+                "preview.files": len(commit.changes),
+                "preview.by": by,
+                "preview.lag_seconds": lag,
+            },
+            commit.trace,
+        )
