@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from pathlib import Path
 
 import httpx
@@ -67,7 +67,16 @@ class Channel:
 
     async def commit(self, path: str, content: str) -> None:
         """One file's update, as the database would say it."""
+        await self.send([self.event(path, content)])
+
+    async def send(self, frames: Sequence[str]) -> None:
+        """Say them one after the other."""
         assert self._socket is not None
+        for frame in frames:
+            await self._socket.send(frame)
+
+    def event(self, path: str, content: str) -> str:
+        """The next revision's event."""
         self.revision += 1
         payload = {
             "file_path": path, "content": content, "content_hash": digest_of(content.encode()),
@@ -81,7 +90,7 @@ class Channel:
             "broadcast",
             {"type": "broadcast", "event": "file:update", "payload": payload},
         ]
-        await self._socket.send(orjson.dumps(frame).decode())
+        return orjson.dumps(frame).decode()
 
 
 class Loop:
@@ -165,14 +174,14 @@ async def running(place: Path) -> AsyncIterator[Loop]:
 
 
 @contextlib.asynccontextmanager
-async def running_apart(place: Path) -> AsyncIterator[str]:
-    """The server here, whose URL it is, and the agent in a process of its own, as it always is."""
+async def running_apart(place: Path) -> AsyncIterator[tuple[Channel, str]]:
+    """The server here, with its URL, and the agent in a process of its own, as it always is."""
     async with serving() as (channel, url):
         command = (sys.executable, "-m", "bench.following", url, str(place))
         agent = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         try:
             await _joined(channel)
-            yield url
+            yield channel, url
         finally:
             assert agent.stdin is not None
             agent.stdin.close()

@@ -1,7 +1,8 @@
 """From a save to the file on the other side, beside the programs that mirror directories: one edit, and five hundred.
 
 Ours twice. *Event*: an editor's socket to a server to the agent's link, loop, ledger and disk, two hops over loopback:
-what a mirroring program does, in our way. *Save*: the whole product, from the call of the database's function to a real
+what a mirroring program does, in our way; five hundred are the server's own, one event after the other, as the mirrors'
+are five hundred writes. *Save*: the whole product, from the call of the database's function to a real
 agent's rename, with PostgreSQL's own durability, its row lock, version, revision and broadcast on the way, and for five
 hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
 word on the other side's directory, and take turns round by round.
@@ -21,7 +22,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ import psycopg
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench.following import running_apart
+from bench.following import Channel, running_apart
 from bench.ground import Ground
 from bench.landing import Landing
 from bench.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
@@ -54,15 +55,22 @@ BURST_AT_MOST = {"lsyncd": 0.25}
 """Of a mirror's time for a burst of events; 1 of the others': none may be faster."""
 
 
+Saving = Callable[[], Coroutine[None, None, None]]
+"""A save that is ready to be made, so that making it ready is in nobody's time."""
+
+
 class Event:
-    """Saves as frames on an editor's own socket."""
+    """One save is a frame on an editor's own socket; many are events that the server says one after the other."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self._socket = socket
+    def __init__(self, channel: Channel, socket: ClientConnection) -> None:
+        self._channel, self._socket = channel, socket
 
-    async def save(self, files: dict[str, str]) -> None:
-        for name, content in files.items():
-            await self._socket.send(orjson.dumps({"path": f"src/{name}", "content": content}).decode())
+    def prepare(self, files: dict[str, str]) -> Saving:
+        if len(files) > 1:
+            frames = [self._channel.event(path, content) for path, content in files.items()]
+            return partial(self._channel.send, frames)
+        ((path, content),) = files.items()
+        return partial(self._socket.send, orjson.dumps({"path": path, "content": content}).decode())
 
 
 class Save:
@@ -71,12 +79,10 @@ class Save:
     def __init__(self, project: Project) -> None:
         self._project = project
 
-    async def save(self, files: dict[str, str]) -> None:
-        paths = {f"src/{name}": content for name, content in files.items()}
-        if len(paths) == 1:
-            await self._project.save(*paths.popitem())
-        else:
-            await self._project.bulk(dict(paths))
+    def prepare(self, files: dict[str, str]) -> Saving:
+        if len(files) > 1:
+            return partial(self._project.bulk, dict(files))
+        return partial(self._project.save, *next(iter(files.items())))
 
 
 class Ours:
@@ -102,9 +108,10 @@ class Ours:
         files = {name_of(n): content_of(n) for n in range(self._number, self._number + count)}
         self._number += count
         sizes = {name: len(content) for name, content in files.items()}
+        save = self._editor.prepare({f"src/{name}": content for name, content in files.items()})
         self._landing.forget()
         began = time.perf_counter()
-        saving = asyncio.ensure_future(self._editor.save(files))
+        saving = asyncio.create_task(save())
         landed = await self._landing.arrival(sizes, DEADLINE)
         await saving
         return landed - began
@@ -114,8 +121,8 @@ class Ours:
 async def event(place: Path) -> AsyncIterator[Ours]:
     """The agent's loop in a process of its own; an editor's socket to its server."""
     (place / "project" / "src").mkdir(parents=True)
-    async with running_apart(place) as url, connect(url, compression=None) as socket:
-        yield Ours(Event(socket), place / "project" / "src")
+    async with running_apart(place) as (channel, url), connect(url, compression=None) as socket:
+        yield Ours(Event(channel, socket), place / "project" / "src")
 
 
 @contextlib.asynccontextmanager
