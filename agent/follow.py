@@ -17,7 +17,9 @@ A `Follower` holds the tree, the commits that wait, and the needs that only a ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from agent.model import Commit, Operation, Problem, RelPath, Tree
 from agent.plan import Gap, Outcome, Plan, Reason, settle, step
@@ -293,7 +295,9 @@ class Follower:
             false = frozenset(r for r in self._asked_at.cursor.islands if r > revision)
             if false:
                 cursor = self.tree.cursor
-                self.tree = replace(self.tree, cursor=replace(cursor, islands=cursor.islands - false))
+                self.tree = structs.replace(
+                    self.tree, cursor=structs.replace(cursor, islands=cursor.islands - false)
+                )
                 self.need(Reason.TREE_HASH, now)
         moved = self.tree.cursor != self._asked_at.cursor or self.tree.entries is not self._asked_at.entries
         self._futile = 0 if moved else self._futile + 1

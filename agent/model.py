@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, NewType
 
 from immutables import Map
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from agent.errors import PathRefused
 from agent.problems import ProblemKind
@@ -101,8 +101,7 @@ class Entry(Struct, frozen=True, gc=False):
         return self.digest is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
+class Cursor(Struct, frozen=True, gc=False):
     """How far the tree has followed its project.
 
     `revision`: everything up to and including it is applied. `islands`: revisions above it that were applied
@@ -132,8 +131,7 @@ class Cursor:
         return Cursor(self.epoch, head, frozenset(r for r in self.islands if r > head))
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(Struct, frozen=True, gc=False):
     """What is on disk, as far as the agent put it there, and how far it has followed the project."""
 
     cursor: Cursor = Cursor()
@@ -156,8 +154,7 @@ def tree_hash(digests: Mapping[RelPath, Digest]) -> str:
     return whole.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True, gc=False):
     """What the database says became of one path. `digest` None: deleted.
 
     `content` None on an update: by reference, the bytes must be fetched. `version` None: the sender does not
@@ -190,8 +187,7 @@ class Problem:
     rule: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(Struct, frozen=True, gc=False):
     """One transaction of the project: `file:update`, `file:delete` or `bulk:apply`.
 
     `revision` and `epoch` None: the seed's plain form. `complete` False: a doorbell without its changes.

@@ -17,11 +17,11 @@ The rules, by the names the tests use:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from immutables import Map
-from msgspec import structs
+from msgspec import Struct, structs
 
 from agent.model import (
     Change,
@@ -80,8 +80,7 @@ class Gap:
     paths: frozenset[RelPath] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True, gc=False):
     """Every operation, in no particular order, and the `tree` once all of them are done."""
 
     operations: tuple[Operation, ...]
@@ -155,7 +154,9 @@ def step(tree: Tree, commit: Commit, *, optimistic: bool = False) -> Plan:
     outcome = Outcome.APPLIED if folded.fresh or not commit.changes else Outcome.STALE
     if cursor.epoch is None:
         unknown = Gap(Reason.UNKNOWN_CURSOR) if commit.revision is not None else None
-        return Plan(folded.operations, replace(tree, entries=folded.entries), outcome, unknown, problems)
+        return Plan(
+            folded.operations, structs.replace(tree, entries=folded.entries), outcome, unknown, problems
+        )
     assert commit.revision is not None
     after = cursor.with_revision(commit.revision)
     eager = commit.revision != cursor.revision + 1
@@ -172,15 +173,17 @@ def _provisional(tree: Tree, commit: Commit) -> Plan:
         if change.by_reference or (before.digest if before else None) == change.digest:
             continue
         entry = structs.replace(
-            _entry(replace(change, version=None), before, before.revision if before else 0), provisional=True
+            _entry(structs.replace(change, version=None), before, before.revision if before else 0),
+            provisional=True,
         )
         operations.append(_operation(change, entry))
         entries = entries.set(change.path, entry)
-    return Plan(tuple(operations), replace(tree, entries=entries), Outcome.PROVISIONAL, None, commit.problems)
+    return Plan(
+        tuple(operations), structs.replace(tree, entries=entries), Outcome.PROVISIONAL, None, commit.problems
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Folded:
+class _Folded(Struct, frozen=True, gc=False):
     operations: tuple[Operation, ...]
     entries: Map[RelPath, Entry]
     missing: frozenset[RelPath]

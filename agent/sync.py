@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import structs
 
 from agent.catchup import Answer, CatchUp, jitter
 from agent.disk import Drift
@@ -231,7 +233,7 @@ class Sync:
     def _plan_of(self, staged: StagedSnapshot) -> Plan:
         plan = reconcile(self.tree, staged.manifest, staged.staged)
         if staged.plain:
-            return replace(plan, tree=replace(plan.tree, cursor=Cursor()))
+            return structs.replace(plan, tree=structs.replace(plan.tree, cursor=Cursor()))
         return plan
 
     # --- the loop
@@ -323,7 +325,7 @@ class Sync:
         if applied.undone and applied.done:
             # Not even the undoing was possible everywhere: the tree says what stands there, not what should.
             stuck = {each.path: each.entry for each in plan.operations if each.path in applied.done}
-            self._follower.adopt(replace(self.tree, entries=self.tree.entries.update(stuck)))
+            self._follower.adopt(structs.replace(self.tree, entries=self.tree.entries.update(stuck)))
         if self._recording is None:
             self._recording = asyncio.get_running_loop().call_later(RECORD_WITHIN, self._record)
         if applied.done:

@@ -9,7 +9,7 @@ it is believed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from immutables import Map
 from msgspec import structs
@@ -151,7 +151,7 @@ class Workspace:
             self.stats.pop(drift.path, None)
             if drift.stat is not None:
                 self.stats[drift.path] = drift.stat
-        return replace(tree, entries=entries)
+        return structs.replace(tree, entries=entries)
 
     def claims(self, tree: Tree) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
         """What is believed to be on disk, for the drift watch to hold against it."""

@@ -291,7 +291,7 @@ class World(RuleBasedStateMachine):
             actual = None if content is None else digest_of(content)
             if entry is None or entry.digest != actual:
                 base = entry or Entry(0, None)
-                tree = replace(
+                tree = structs.replace(
                     tree,
                     entries=tree.entries.set(
                         path, structs.replace(base, digest=actual, size=len(content or b""), provisional=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import structlog
+from msgspec import structs
 from structlog.testing import capture_logs
 
 from agent.lag import LATE, MOST_LATE, LagMeter
@@ -123,14 +124,14 @@ def test_another_history_and_a_second_delivery_are_not_measured_twice(bench: Ben
 
 def test_what_is_remembered_is_bounded(bench: Bench) -> None:
     for revision in range(MOST_LATE + 50):
-        bench.meter.observe([(replace(COMMIT, revision=revision), Outcome.WAITING)], applied=True)
+        bench.meter.observe([(structs.replace(COMMIT, revision=revision), Outcome.WAITING)], applied=True)
     bench.meter.caught_up(Cursor("e", 10**6))
     assert bench.metrics.registry.get_sample_value("preview_agent_event_lag_seconds_count") == MOST_LATE
 
 
 def test_a_clock_that_is_behind_does_not_make_a_lag_of_minutes(bench: Bench) -> None:
     bench.skew.answered(int(NOW) - 300, bench.now, bench.now)  # theirs is five minutes behind
-    bench.meter.observe([(replace(COMMIT, timestamp=NOW - 300.2), Outcome.APPLIED)], applied=True)
+    bench.meter.observe([(structs.replace(COMMIT, timestamp=NOW - 300.2), Outcome.APPLIED)], applied=True)
     known = bench.skew.bounds(bench.now)
     assert known is not None
     assert bench.measured[0] == pytest.approx(0.2, abs=known.uncertainty + 1e-6)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import httpx
 import pytest
+from msgspec import structs
 
 from agent.errors import CredentialRejected, SessionGone, Superseded, Unavailable
 from agent.model import Commit, SnapshotReady
@@ -48,7 +48,7 @@ def test_a_traced_update_is_the_update_and_its_writer_s_span() -> None:
     assert isinstance(traced, Commit)
     assert isinstance(plain, Commit)
     assert str(traced.trace) == load("event.file_update.traced")["payload"]["traceparent"]
-    assert replace(traced, trace=None) == plain
+    assert structs.replace(traced, trace=None) == plain
 
 
 def test_a_doorbell_is_known_for_one() -> None:
