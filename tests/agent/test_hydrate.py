@@ -6,6 +6,9 @@ import asyncio
 import base64
 import json
 import os
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -58,6 +61,31 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient() as client:
         yield client
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's side, and that of a client who trusts it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    extra = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command, *extra], check=True, capture_output=True)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    return server, ssl.create_default_context(cafile=str(certificate))
 
 
 def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
@@ -134,6 +162,57 @@ async def test_a_large_body_is_taken_in_large_pieces(
     assert staged_files(got, tmp_path) == {"public/film.bin": content}
     assert 64 * 1024 < max(fed) <= READ_BYTES
     assert sum(fed) == len(data)
+
+
+def chunked(data: bytes, piece: int) -> bytes:
+    pieces = [data[at : at + piece] for at in range(0, len(data), piece)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in (*pieces, b""))
+
+
+@pytest.mark.parametrize("length", [True, False], ids=["a length", "no length"])
+async def test_a_body_in_chunks_is_what_is_in_them(
+    length: bool, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """A proxy may send it so; a length beside it says nothing (RFC 9112, 6.3)."""
+    data = snapshot(FILES)
+    answer = Answer(
+        chunked(data, 100), headers=[("Transfer-Encoding", "chunked")], announced=length, piece=333
+    )
+    async with origin(answer) as server:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    assert staged_files(got, tmp_path) == FILES
+
+
+async def test_what_follows_the_announced_body_is_not_taken_for_it(
+    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    data = snapshot(FILES)
+    answer = Answer(
+        data + b"HTTP/1.1 200 OK\r\n\r\n", headers=[("Content-Length", str(len(data)))], announced=False
+    )
+    for piece in (100, 65_536):
+        answer.piece = piece
+        async with origin(answer) as server:
+            for _ in range(2):
+                got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+                assert got.size == len(data)
+                assert staged_files(got, tmp_path) == FILES
+                disk.clear_staging()
+
+
+async def test_a_body_over_tls(
+    disk: Disk, tls: tuple[ssl.SSLContext, ssl.SSLContext], tmp_path: Path
+) -> None:
+    content = Random(2).randbytes(5 * READ_BYTES)
+    data = archive([Member(b"public/film.bin", content, method=0)])
+    theirs, ours = tls
+    async with origin(Answer(data), tls=theirs) as server, httpx.AsyncClient(verify=ours) as http:
+        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+        assert staged_files(got, tmp_path) == {"public/film.bin": content}
+        server.answers = [Answer(data, cut=3 * READ_BYTES)]
+        with pytest.raises(Unavailable):
+            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+    assert is_clean(tmp_path)
 
 
 async def test_files_the_tree_has_are_checked_but_not_staged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -73,11 +74,11 @@ class Origin:
 
 
 @asynccontextmanager
-async def origin(*answers: Answer) -> AsyncIterator[Origin]:
+async def origin(*answers: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Origin]:
     """An origin on a free port of the loopback, for the time of the block."""
     it = Origin(list(answers))
-    server = await asyncio.start_server(it._serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(it._serve, "127.0.0.1", 0, ssl=tls)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        it.url = f"http://127.0.0.1:{port}/storage/v1/object/sign/project-snapshots/p/s.zip?token=SECRET"
+        it.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/storage/v1/object/sign/project-snapshots/p/s.zip?token=SECRET"
         yield it
