@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 
 import httpx
@@ -20,6 +20,7 @@ import orjson
 import structlog
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 
 from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
@@ -67,13 +68,19 @@ class Channel:
 
     async def commit(self, path: str, content: str) -> None:
         """One file's update, as the database would say it."""
-        await self.send([self.event(path, content)])
-
-    async def send(self, frames: Sequence[str]) -> None:
-        """Say them one after the other."""
         assert self._socket is not None
-        for frame in frames:
-            await self._socket.send(frame)
+        await self._socket.send(self.event(path, content))
+
+    def burst(self, files: Mapping[str, str]) -> Callable[[], None]:
+        """An event for each file, ready for the wire; calling it puts them there, one behind the other."""
+        texts = (self.event(path, content) for path, content in files.items())
+        frames = b"".join(Frame(Opcode.TEXT, text.encode()).serialize(mask=False) for text in texts)
+
+        def send() -> None:
+            assert self._socket is not None
+            self._socket.transport.write(frames)
+
+        return send
 
     def event(self, path: str, content: str) -> str:
         """The next revision's event."""

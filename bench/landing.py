@@ -55,68 +55,51 @@ class Landing:
 
     def forget(self) -> None:
         """Drop what was seen so far."""
-        while self._read():
+        while self.read():
             pass
 
     def wait(self, wanted: Mapping[str, int], seconds: float) -> float:
         """The moment (`perf_counter`) when the last of `wanted`, sizes by name, was there. Raises `NotLanded`."""
-        missing = dict(wanted)
+        look = _Look(self, wanted)
         deadline = time.perf_counter() + seconds
-        while missing:
-            left = deadline - time.perf_counter()
-            if len(missing) > 1:
+        while (landed := look.again()) is None:
+            if look.many:
                 time.sleep(BETWEEN_LOOKS)
+            left = deadline - time.perf_counter()
             if left <= 0 or not self._poll.poll(left * 1000):
-                raise NotLanded(f"{len(missing)} of {len(wanted)} files did not come within {seconds:.0f} s")
-            self._strike(missing)
-        return time.perf_counter()
+                raise look.failure(seconds)
+        return landed
 
     async def arrival(self, wanted: Mapping[str, int], seconds: float) -> float:
         """`wait`, on an event loop that has other work."""
-        missing = dict(wanted)
+        look = _Look(self, wanted)
         loop = asyncio.get_running_loop()
-        there = loop.create_future()
-
-        def look() -> None:
-            loop.remove_reader(self.fd)
-            try:
-                self._strike(missing)
-            except NotLanded as error:
-                there.set_exception(error)
-                return
-            if not missing:
-                there.set_result(time.perf_counter())
-            elif len(missing) > 1:
-                later[:] = [loop.call_later(BETWEEN_LOOKS, loop.add_reader, self.fd, look)]
-            else:
-                loop.add_reader(self.fd, look)
-
-        later: list[asyncio.TimerHandle] = []
-        loop.add_reader(self.fd, look)
+        readable = asyncio.Event()
+        loop.add_reader(self.fd, readable.set)
         try:
             async with asyncio.timeout(seconds):
-                return float(await there)
+                while (landed := look.again()) is None:
+                    if look.many:
+                        loop.remove_reader(self.fd)
+                        await asyncio.sleep(BETWEEN_LOOKS)
+                        loop.add_reader(self.fd, readable.set)
+                    readable.clear()
+                    await readable.wait()
         except TimeoutError:
-            raise NotLanded(
-                f"{len(missing)} of {len(wanted)} files did not come within {seconds:.0f} s"
-            ) from None
+            raise look.failure(seconds) from None
         finally:
-            for timer in later:
-                timer.cancel()
             loop.remove_reader(self.fd)
+        return landed
 
-    def _strike(self, missing: dict[str, int]) -> None:
-        for name in self._read():
-            if name in missing and self._size(name) == missing[name]:
-                del missing[name]
-
-    def _size(self, name: str) -> int | None:
+    def size(self, name: str) -> int | None:
+        """Bytes; None when nothing is there."""
         try:
             return os.stat(self.directory / name).st_size
         except FileNotFoundError:
             return None
 
-    def _read(self) -> list[str]:
+    def read(self) -> list[str]:
+        """The names of which there was news."""
         try:
             events = os.read(self.fd, 65536)
         except BlockingIOError:
@@ -129,3 +112,36 @@ class Landing:
             at += _HEAD.size + length
             names.append(os.fsdecode(events[at - length : at].rstrip(b"\0")))
         return names
+
+
+class _Look:
+    """What of `wanted` is still missing. Each name has to be heard of; then, once, what stands under all of them is
+    looked at: a look at each when it comes would take the time from those that are timed."""
+
+    def __init__(self, landing: Landing, wanted: Mapping[str, int]) -> None:
+        self._landing = landing
+        self._wanted = len(wanted)
+        self._missing = dict(wanted)
+        self._unheard = set(wanted)
+
+    @property
+    def many(self) -> bool:
+        """Whether more than one is still to be heard of."""
+        return len(self._unheard) > 1
+
+    def again(self) -> float | None:
+        """The moment when everything was there; None while it is not."""
+        self._unheard.difference_update(self._landing.read())
+        if self._unheard:
+            return None
+        now = time.perf_counter()
+        self._missing = {
+            name: size for name, size in self._missing.items() if self._landing.size(name) != size
+        }
+        self._unheard = set(self._missing)
+        return None if self._missing else now
+
+    def failure(self, seconds: float) -> NotLanded:
+        """What to say when it is too late."""
+        missing = len(self._unheard)
+        return NotLanded(f"{missing} of {self._wanted} files did not come within {seconds:.0f} s")

@@ -1,8 +1,8 @@
 """From a save to the file on the other side, beside the programs that mirror directories: one edit, and five hundred.
 
 Ours twice. *Event*: an editor's socket to a server to the agent's link, loop, ledger and disk, two hops over loopback:
-what a mirroring program does, in our way; five hundred are the server's own, one event after the other, as the mirrors'
-are five hundred writes. *Save*: the whole product, from the call of the database's function to a real
+what a mirroring program does, in our way; five hundred are the server's own, one event behind the other on the wire, as
+the mirrors' are five hundred writes. *Save*: the whole product, from the call of the database's function to a real
 agent's rename, with PostgreSQL's own durability, its row lock, version, revision and broadcast on the way, and for five
 hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
 word on the other side's directory, and take turns round by round.
@@ -60,15 +60,19 @@ Saving = Callable[[], Coroutine[None, None, None]]
 
 
 class Event:
-    """One save is a frame on an editor's own socket; many are events that the server says one after the other."""
+    """One save is a frame on an editor's own socket; many are events that the server has on the wire at once."""
 
     def __init__(self, channel: Channel, socket: ClientConnection) -> None:
         self._channel, self._socket = channel, socket
 
     def prepare(self, files: dict[str, str]) -> Saving:
         if len(files) > 1:
-            frames = [self._channel.event(path, content) for path, content in files.items()]
-            return partial(self._channel.send, frames)
+            burst = self._channel.burst(files)
+
+            async def say() -> None:
+                burst()
+
+            return say
         ((path, content),) = files.items()
         return partial(self._socket.send, orjson.dumps({"path": path, "content": content}).decode())
 
@@ -262,4 +266,4 @@ def run(quick: bool = False) -> Sequence[Row]:
     print(f"  everybody {ground.note}")
     with start_blocking_portal() as portal, contextlib.ExitStack() as stack:
         contest = Contest(portal, ground.fresh, stack)
-        return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else 15)]
+        return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else 21)]
