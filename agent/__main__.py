@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
         early = begin(environ)
 
-        from agent.host import keep_memory_small
+        from agent.heap import keep_one_arena
 
-        keep_memory_small()
+        keep_one_arena()
         if early:
             _wake_gently()
 

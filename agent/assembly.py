@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from agent.config import SnapshotLimits
 from agent.disk import Disk
 from agent.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
-from agent.model import Digest, Entry, Manifest, ManifestFile, RelPath, digest_of
+from agent.model import Digest, Entry, Manifest, RelPath, digest_of
 from agent.progress import Progress
 from agent.staging import Stage, Staged
 from agent.unzip import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted, ZipReader
@@ -69,12 +69,13 @@ class Assembly:
         self._manifest: Manifest | None = None
         self._manifest_bytes: bytearray | None = None
         self._path: RelPath | None = None
-        self._file: ManifestFile | None = None
+        self._file: Entry | None = None
         self._stage: Stage | None = None
         self._digest: hashlib._Hash | None = None
         self._staged: dict[RelPath, str] = {}
         self._plain: dict[RelPath, Staged] = {}
-        self._checked: set[RelPath] = set()
+        self._missing: dict[RelPath, RelPath] = {}
+        """What is listed and not yet here, by itself: the manifest's own string is the one to keep."""
         self._executable: set[RelPath] = set()
         self._lock = threading.Lock()
         self._abandoned = False
@@ -157,42 +158,41 @@ class Assembly:
             self._plain[path] = Staged(name, digest, size)
             self._staged[path] = name
         else:
-            listed = self._listed(path, size)
+            path, listed = self._expected(path, size)
             if digest != listed.digest:
                 raise SnapshotRejected("hash_mismatch", f"{path!r} is not what the manifest says")
-            if self._have and _equal(self._have.get(path), listed):
-                self._checked.add(path)
-            else:
-                # The manifest's own string: of 20,000 files a second copy of each would be megabytes.
-                self._staged[listed.path] = self._disk.stage_whole(
-                    content, None if path in self._have else path
-                )
+            if not self._have or not _equal(self._have.get(path), listed):
+                self._staged[path] = self._disk.stage_whole(content, None if path in self._have else path)
         self._progress.unpacked_bytes += size
         self._progress.files += 1
 
-    def _listed(self, path: RelPath, size: int | None) -> ManifestFile:
-        """What the manifest says of an entry, which it has to list, once, and with that `size` if one is declared."""
+    def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry]:
+        """What the manifest says of an entry, which it has to list, once, and with that `size` if one is declared.
+
+        With the manifest's own string: of 20,000 files a second copy of each would be megabytes.
+        """
         assert self._manifest is not None
         listed = self._manifest.files.get(path)
         if listed is None:
             raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
-        if path in self._staged or path in self._checked:
+        own = self._missing.pop(path, None)
+        if own is None:
             raise SnapshotRejected("duplicate", f"{path!r} is there twice")
         if size is not None and size != listed.size:
             raise SnapshotRejected(
                 "size_mismatch", f"{path!r} has {size} bytes, the manifest says {listed.size}"
             )
-        return listed
+        return own, listed
 
     def _start(self, path: RelPath, size: int | None) -> None:
         if path == MANIFEST_PATH:
             self._manifest_bytes = bytearray()
             return
-        self._path = path
         if self._manifest is None:
+            self._path = path
             self._stage = self._disk.stage(path)
             return
-        listed = self._file = self._listed(path, size)
+        self._path, self._file = path, listed = self._expected(path, size)
         if self._have and _equal(self._have.get(path), listed):
             self._digest = hashlib.sha256()
         else:
@@ -233,10 +233,7 @@ class Assembly:
         elif stage is not None:
             self._plain[path] = staged
         if stage is not None:
-            # The manifest's own string: of 20,000 files a second copy of each would be megabytes.
-            self._staged[listed.path if listed is not None else path] = staged.name
-        else:
-            self._checked.add(path)
+            self._staged[path] = staged.name
         self._path = self._file = None
         self._progress.files += 1
 
@@ -254,27 +251,27 @@ class Assembly:
         if self._expected_project is not None and manifest.project_id != self._expected_project:
             raise SnapshotRejected("other_project", "the manifest is another project's")
         self._manifest = manifest
+        self._missing = {path: path for path in manifest.files}
         self._reader.expect(manifest.files)
         self._progress.files_total = len(manifest.files)
         self._progress.unpacked_total = manifest.total_bytes
         self.sated = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())
 
     def _check_complete(self) -> None:
-        if self._manifest is None:
-            return
-        missing = len(self._manifest.files) - len(self._staged) - len(self._checked)
-        if missing:
-            first = next(p for p in self._manifest.files if p not in self._staged and p not in self._checked)
-            raise SnapshotRejected("missing_file", f"{missing} listed files are absent, {first!r} first")
+        if self._missing:
+            first = next(iter(self._missing))
+            raise SnapshotRejected(
+                "missing_file", f"{len(self._missing)} listed files are absent, {first!r} first"
+            )
 
     def _synthesised(self) -> Manifest:
         """The manifest of an archive that has none."""
         files = {
-            path: ManifestFile(path, staged.digest, staged.size, 0, path in self._executable)
+            path: Entry(0, staged.digest, staged.size, path in self._executable)
             for path, staged in self._plain.items()
         }
         return Manifest(self._expected_project or "", "", 0, files, {})
 
 
-def _equal(entry: Entry | None, listed: ManifestFile) -> bool:
+def _equal(entry: Entry | None, listed: Entry) -> bool:
     return entry is not None and entry.digest == listed.digest and entry.executable == listed.executable

@@ -8,13 +8,14 @@ remains is cut off when the grace is over.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import health
+from agent import health, heap
 from agent.catchup import CatchUp, jitter
 from agent.comparison import Comparison
 from agent.config import Settings
@@ -23,7 +24,6 @@ from agent.errors import AgentError, CredentialRejected, MalformedMessage, Super
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
-from agent.host import give_memory_back
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
 from agent.reaper import Reaper, stop_signals
@@ -107,7 +107,8 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 supervisor.files_changed(paths)
 
         def on_hydrated() -> None:
-            give_memory_back()
+            gc.collect()
+            heap.trim()
             if shadow is None:
                 supervisor.project_ready()
             else:

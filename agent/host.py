@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import gc
 import socket
 import sys
 from pathlib import Path
@@ -55,23 +53,3 @@ def _own_group() -> list[Path]:
             if line.startswith("0::"):
                 return [Path("/sys/fs/cgroup", line[3:].lstrip("/"), "memory.events")]
     return []
-
-
-def keep_memory_small() -> None:
-    """Ask glibc for one arena instead of one a thread: two short-lived threads would each keep theirs for good.
-
-    Nothing happens on another libc.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
-def give_memory_back() -> None:
-    """Return to the system what a hydration needed and nothing needs any more (glibc)."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-_M_ARENA_MAX = -8
-"""mallopt(3)."""

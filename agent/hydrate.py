@@ -29,6 +29,7 @@ import httpx
 import orjson
 import tenacity
 
+from agent import heap
 from agent.assembly import Assembly, StagingFailed
 from agent.assembly import StagedSnapshot as StagedSnapshot
 from agent.config import SnapshotLimits
@@ -101,10 +102,14 @@ async def fetch(
     assembly = Assembly(disk, limits, expected_project, progress, have or {})
     try:
         await _download(url, assembly, http, limits, progress, wall)
-        return assembly.finish()
+        snapshot = assembly.finish()
     except BaseException:
         assembly.abandon()
         raise
+    # The buffers and the manifest's text are free: what promoting 20,000 files takes shall not come on top of them.
+    del assembly
+    heap.trim()
+    return snapshot
 
 
 async def obtain(

@@ -11,10 +11,10 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, NewType
+from typing import NewType
 
 from immutables import Map
-from msgspec import Meta, Struct, field
+from msgspec import Struct, field
 
 from agent.errors import PathRefused
 from agent.problems import ProblemKind
@@ -143,7 +143,11 @@ class Tree(Struct, frozen=True, gc=False):
 
     def hash(self) -> str:
         """The protocol's `tree_hash`, comparable with the server's."""
-        return tree_hash({p: e.digest for p, e in self.entries.items() if e.digest is not None})
+        return _hash_of(self.entries)
+
+
+def _hash_of(entries: Mapping[RelPath, Entry]) -> str:
+    return tree_hash({path: each.digest for path, each in entries.items() if each.digest is not None})
 
 
 def tree_hash(digests: Mapping[RelPath, Digest]) -> str:
@@ -216,24 +220,12 @@ class SnapshotReady:
     timestamp: float | None = None
 
 
-class ManifestFile(Struct, frozen=True, gc=False, rename={"path": "file_path", "digest": "content_hash"}):
-    """One listed file: what the archive must hold, byte for byte.
-
-    Read from the manifest's JSON as it is, because there may be tens of thousands: by way of dictionaries they take
-    twice the memory.
-    """
-
-    path: RelPath
-    digest: Annotated[Digest, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    size: Annotated[int, Meta(ge=0)]
-    version: Annotated[int, Meta(ge=0)]
-    executable: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a snapshot contains, and where in the project's history it stands.
 
+    `files`: what each is to be, at the manifest's own revision: the very entries that the tree gets, since there may be
+    tens of thousands.
     `base_revision` set: a delta, valid only on a tree at or above that revision. `deleted`: path → version.
     `build_seconds`: how long the orchestrator took, when it says so.
     """
@@ -241,7 +233,7 @@ class Manifest:
     project_id: str
     epoch: str
     revision: int
-    files: Mapping[RelPath, ManifestFile]
+    files: Mapping[RelPath, Entry]
     deleted: Mapping[RelPath, int]
     base_revision: int | None = None
     created_at: str | None = None
@@ -250,6 +242,10 @@ class Manifest:
     @property
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files.values())
+
+    def hash(self) -> str:
+        """The `tree_hash` of a tree that holds just this."""
+        return _hash_of(self.files)
 
 
 class Action(StrEnum):

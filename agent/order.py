@@ -21,8 +21,10 @@ def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
         return operations
     if len(operations) >= MANY:
         operations = sorted(operations, key=lambda operation: operation.path.rpartition("/")[0])
+    if all(isinstance(operation, Write) for operation in operations):
+        return operations
     written = {o.path.casefold() for o in operations if isinstance(o, Write)}
-    if not written or len(written) == len(operations):
+    if not written:
         return operations
     above = {parent for path in written for parent in parents(RelPath(path))}
     first: list[Operation] = []

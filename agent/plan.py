@@ -255,13 +255,12 @@ def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> 
             before = tree.entries.get(path)
             if before is not None and not other_history and _outlasts(before, file.version, manifest):
                 continue
-            entry = Entry(file.version, file.digest, file.size, file.executable, manifest.revision)
-            draft[path] = entry
+            draft[path] = file
             if before is None or before.digest != file.digest or before.executable != file.executable:
                 if path not in staged:
                     missing.add(path)
                     continue
-                operations.append(Write(path, entry, staged=staged[path]))
+                operations.append(Write(path, file, staged=staged[path]))
         for path, version in _departed(tree, manifest, other_history=other_history):
             before = tree.entries.get(path)
             tombstone = Entry(version, None, revision=manifest.revision)

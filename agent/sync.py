@@ -39,7 +39,6 @@ from agent.model import (
     RelPath,
     SnapshotReady,
     Tree,
-    tree_hash,
 )
 from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.signals import EventSource, Received, Resync, Signal
@@ -428,7 +427,7 @@ class Sync:
             return False
         if isinstance(answer, StagedSnapshot):
             problem = brake(self.tree, plan)
-            wanted = tree_hash({path: file.digest for path, file in answer.manifest.files.items()})
+            wanted = answer.manifest.hash()
             if problem is not None and self._doubted != wanted:
                 self._halt(problem, wanted)
                 self._retry(problem.detail, now)

@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.model import ManifestFile, RelPath
+from agent.model import Entry, RelPath
 from agent.zippaths import EntryPaths
 from agent.ziprecords import (
     CENTRAL,
@@ -161,7 +161,7 @@ class ZipReader:
         """Whether the end record was read and agreed with."""
         return self._over
 
-    def expect(self, listed: Mapping[RelPath, ManifestFile]) -> None:
+    def expect(self, listed: Mapping[RelPath, Entry]) -> None:
         """Files that a manifest names: their paths were examined already, and are not kept a second time here.
 
         So that one of them does not come twice is, from here on, for the caller to see.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.errors import PathRefused, SnapshotRejected
-from agent.model import ManifestFile, RelPath, parents, parse_path
+from agent.model import Entry, RelPath, parents, parse_path
 from agent.ziprecords import shown
 
 
@@ -20,9 +20,9 @@ class EntryPaths:
         self._reserved = reserved
         self._files: set[RelPath] = set()
         self._directories: set[RelPath] = set()
-        self._listed: Mapping[RelPath, ManifestFile] = {}
+        self._listed: Mapping[RelPath, Entry] = {}
 
-    def expect(self, listed: Mapping[RelPath, ManifestFile]) -> None:
+    def expect(self, listed: Mapping[RelPath, Entry]) -> None:
         """Files that a manifest names: examined already, and not kept a second time here.
 
         So that one of them does not come twice is, from here on, for the caller to see.
@@ -35,9 +35,9 @@ class EntryPaths:
             if not first:
                 raise SnapshotRejected("manifest_position", f"{shown(name)} is not the first entry")
             return RelPath(name)
-        listed = self._listed.get(RelPath(name))
-        if listed is not None:
-            path = listed.path
+        listed = name in self._listed
+        if listed:
+            path = RelPath(name)
             if path.rpartition("/")[0] in self._directories and path not in self._directories:
                 # Most of them: a listed file beside another one, no deeper and below no file.
                 return path
@@ -61,6 +61,6 @@ class EntryPaths:
             self._directories.add(path)
         elif path in self._directories:
             raise SnapshotRejected("path_clash", f"{shown(name)} is a file and a directory")
-        elif listed is None:
+        elif not listed:
             self._files.add(path)
         return path

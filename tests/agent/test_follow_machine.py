@@ -21,7 +21,6 @@ from agent.model import (
     Cursor,
     Entry,
     Manifest,
-    ManifestFile,
     Operation,
     RelPath,
     Remove,
@@ -82,7 +81,7 @@ class Database:
 
     def snapshot(self) -> Manifest:
         files = {
-            p: ManifestFile(p, digest_of(r.content), len(r.content), r.version)
+            p: Entry(r.version, digest_of(r.content), len(r.content), revision=self.revision)
             for p, r in self.rows.items()
             if r.content is not None
         }

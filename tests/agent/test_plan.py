@@ -13,7 +13,6 @@ from agent.model import (
     Cursor,
     Entry,
     Manifest,
-    ManifestFile,
     Problem,
     RelPath,
     Remove,
@@ -54,7 +53,7 @@ def commit(
 
 
 def manifest(revision: int, files: dict[RelPath, tuple[bytes, int]], **more: object) -> Manifest:
-    listed = {p: ManifestFile(p, digest_of(c), len(c), v) for p, (c, v) in files.items()}
+    listed = {p: Entry(v, digest_of(c), len(c), revision=revision) for p, (c, v) in files.items()}
     values: dict[str, object] = {"epoch": EPOCH, "deleted": {}, **more}
     return Manifest(project_id="p", revision=revision, files=listed, **values)  # type: ignore[arg-type]
 
