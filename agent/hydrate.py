@@ -186,7 +186,8 @@ async def obtain(
         raise refused from None
     if isinstance(refused, StagingFailed):
         raise RootUnusable(str(refused)) from None
-    raise HydrationImpossible(f"cannot hydrate after {progress.attempt} attempts: {refused}") from None
+    attempts = "1 attempt" if progress.attempt == 1 else f"{progress.attempt} attempts"
+    raise HydrationImpossible(f"cannot hydrate after {attempts}: {refused}") from None
 
 
 class _Final(Exception):

@@ -73,7 +73,7 @@ async def test_status_says_how_far_it_is(tmp_path: Path) -> None:
         (
             Answer(snapshot(FILES, said=manifest({**FILES, LAST: bytes(20_000)}))),
             69,
-            "cannot hydrate after 1 attempts: snapshot refused (hash_mismatch):"
+            "cannot hydrate after 1 attempt: snapshot refused (hash_mismatch):"
             f" {LAST!r} is not what the manifest says",
         ),
         (Answer(b"", 503), 69, "cannot hydrate after 2 attempts: the snapshot is unavailable: HTTP 503"),
