@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent import batch
-from tests.agent.disks import Agent, in_staging, mounted, opened
+from agent.disk import Disk
+from tests.agent.disks import Agent, in_staging, mounted
 from tests.agent.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
 
@@ -75,14 +76,22 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def agent(tmp_path: Path) -> Iterator[Agent]:
-    """A disk, and what its agent remembers; nothing may stay in staging."""
-    with opened(tmp_path / "project", tmp_path / "staging") as agent:
-        yield agent
-        assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
+def disk(root: Path, tmp_path: Path) -> Iterator[Disk]:
+    """An open disk; nothing may stay in its staging."""
+    disk = Disk(root, tmp_path / "staging")
+    disk.open()
+    yield disk
+    assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
+    disk.close()
+
+
+@pytest.fixture
+def agent(disk: Disk) -> Agent:
+    """`disk`, and what its agent remembers."""
+    return Agent(disk)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The project of `agent`."""
+    """The project of `disk`."""
     return tmp_path / "project"

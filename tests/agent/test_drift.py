@@ -198,8 +198,9 @@ async def test_without_watches_it_sweeps(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_being_cancelled_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     async with watching(tmp_path, {"a": "1"}):
         pass
     loop = asyncio.get_running_loop()
     await loop.shutdown_default_executor()
-    assert not [t for t in threading.enumerate() if "asyncio" in t.name]
+    assert not [t for t in threading.enumerate() if "asyncio" in t.name and t not in before]
