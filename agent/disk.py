@@ -84,7 +84,7 @@ class Disk(Sight):
             raise
 
     def close(self) -> None:
-        """Let go of every descriptor and of the lock. What is staged stays for nobody: the next life clears it."""
+        """Let go of every descriptor and of the lock. What is staged stays for nobody: the next `open` clears it."""
         super().close()
         self._staging.close()
 
@@ -100,7 +100,7 @@ class Disk(Sight):
         return self._staging.stage_whole(content, path)
 
     def clear_staging(self) -> int:
-        """Remove every leftover of ours; how many there were."""
+        """Remove everything that waits in staging; how many things there were."""
         return self._staging.clear()
 
     def apply(

@@ -137,6 +137,8 @@ class Staging:
     def open(self, root: int) -> None:
         """Make the directory if need be, lock it, and prove that a rename from here reaches `root`.
 
+        What earlier lives left goes first: on a full disk it may be what holds the room that this one needs.
+
         Raises `RootUnusable`: not creatable, in use by another agent, on another file system than the project, or
         not allowed to give files to `owner`.
         """
@@ -148,6 +150,7 @@ class Staging:
         try:
             self._make_private()
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._end_earlier_lives()
             self._begin_life()
             self._probe(root)
         except BlockingIOError:
@@ -284,7 +287,7 @@ class Staging:
         return len(spent)
 
     def clear(self) -> int:
-        """Remove everything of ours; how many things there were, what an earlier life left counting as one."""
+        """Remove everything this life made; how many things there were. What earlier lives left, `open` removed."""
         self._leave_tree()
         self._spent.clear()
         ours = [f"{room}/{name}" for room in ROOMS for name in self._listed(room) if _OURS.fullmatch(name)]
@@ -293,10 +296,7 @@ class Staging:
         trees = [name for name in os.listdir(self._descriptor) if _TREE.fullmatch(name)]
         for name in trees:
             remove_tree(name, self._descriptor)
-        earlier = [name for name in os.listdir(self._lock) if _LIFE.fullmatch(name) and name != self._life]
-        for name in earlier:
-            remove_tree(name, self._lock)
-        return len(ours) + len(trees) + len(earlier)
+        return len(ours) + len(trees)
 
     def _leave_tree(self) -> None:
         if self._tree is not None:
@@ -312,6 +312,11 @@ class Staging:
             return os.listdir(descriptor)
         finally:
             os.close(descriptor)
+
+    def _end_earlier_lives(self) -> None:
+        for name in os.listdir(self._lock):
+            if _LIFE.fullmatch(name):
+                remove_tree(name, self._lock)
 
     def _begin_life(self) -> None:
         os.mkdir(self._life, 0o700, dir_fd=self._lock)

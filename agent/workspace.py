@@ -63,7 +63,6 @@ class Workspace:
         """
         loaded = self._ledger.load()
         self.disk.open(loaded.directories if loaded else ())
-        self.disk.clear_staging()
         if loaded is None:
             return None
         self.disk.discard(loaded.leftovers)

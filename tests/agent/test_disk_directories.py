@@ -113,8 +113,10 @@ def test_a_tree_that_was_left_in_staging_is_cleared(tmp_path: Path) -> None:
     disk.open()
     staged(disk, "a/b/c", "left by a kill")
     disk.close()
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    assert in_staging(tmp_path / "staging") != []
     disk.open()
+    assert in_staging(tmp_path / "staging") == []
+    staged(disk, "a/b/c", "left by a failure")
     assert disk.clear_staging() == 1
     assert in_staging(tmp_path / "staging") == []
     disk.close()

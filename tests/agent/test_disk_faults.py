@@ -165,6 +165,41 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
         assert in_staging(small / "staging") == []
 
 
+def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
+    """Nothing else would ever remove it: the agent could not start again."""
+    small = mount("nr_inodes=40")
+    killed = Disk(small / "project", small / "staging")
+    killed.open()
+    for _ in range(os.statvfs(small).f_ffree):
+        killed.stage_whole(b"x")
+    killed.close()
+    assert os.statvfs(small).f_ffree == 0
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"a": "1"})
+        assert in_staging(small / "staging") == []
+    assert os.listdir(small / "staging") == []
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 16, 17])
+def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
+    mount: Callable[..., Path], free: int
+) -> None:
+    """One inode for the life, sixteen for its rooms, one for the probe."""
+    small = mount("nr_inodes=40")
+    (small / "project").mkdir()
+    (small / "staging").mkdir()
+    for number in range(os.statvfs(small).f_ffree - free):
+        (small / f"ballast{number}").touch()
+    disk = Disk(small / "project", small / "staging")
+    with pytest.raises(RootUnusable, match=r"cannot use the staging directory .*: No space left on device"):
+        disk.open()
+    assert os.listdir(small / "staging") == []
+    for each in small.glob("ballast*"):
+        each.unlink()
+    with opened(small / "project", small / "staging") as agent:
+        agent.put({"a": "1"})
+
+
 def test_staging_on_another_file_system_is_refused_at_the_start(
     mount: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -95,7 +95,6 @@ def test_what_an_earlier_life_left_in_staging_goes_and_nobody_elses(tmp_path: Pa
     (tmp_path / "staging/life-of-another-kind").mkdir()
     second = Disk(tmp_path / "project", tmp_path / "staging")
     second.open()
-    second.clear_staging()
     second.close()
     assert sorted(os.listdir(tmp_path / "staging")) == ["life-00000000", "life-of-another-kind"]
     assert (tmp_path / "precious").exists()
