@@ -38,9 +38,6 @@ class EntryPaths:
         listed = name in self._listed
         if listed:
             path = RelPath(name)
-            if path.rpartition("/")[0] in self._directories and path not in self._directories:
-                # Most of them: a listed file beside another one, no deeper and below no file.
-                return path
         else:
             try:
                 path = parse_path(name[:-1] if is_directory else name)
@@ -48,6 +45,9 @@ class EntryPaths:
                 raise SnapshotRejected(refused.rule, str(refused)) from None
         if path.count("/") >= self._max_depth:
             raise SnapshotRejected("too_deep", f"{shown(name)} is deeper than {self._max_depth}")
+        if listed and path.rpartition("/")[0] in self._directories and path not in self._directories:
+            # Most of them: a listed file beside another one, below no file.
+            return path
         # A known directory's own parents are known: no path is ever in both sets.
         if path.rpartition("/")[0] not in self._directories:
             for parent in parents(path):

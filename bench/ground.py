@@ -8,8 +8,8 @@ own work, and no disk hides either.
 
 That takes root. Elsewhere the ground is a directory of the disk, and `note` says so.
 
-Nothing is left behind, not even by SIGKILL: the mounts are in a mount namespace of this process, and the image has no
-name once it is mounted.
+Nothing stays mounted, not even after SIGKILL: the mounts are in a mount namespace of this process, and the image has
+no name once it is mounted.
 """
 
 from __future__ import annotations
@@ -46,18 +46,28 @@ class Ground:
     @contextlib.contextmanager
     def fresh(self) -> Iterator[Path]:
         """An empty directory on a file system of its own, or on this disk where there can be none."""
-        with tempfile.TemporaryDirectory(prefix="preview-bench-") as name:
-            try:
-                if self.lack is None:
-                    with _image(self.size) as image:
-                        subprocess.run(["mount", "-o", "loop", str(image), name], check=True)
-                place = Path(name, "place")
-                place.mkdir()
-                os.sync()
-                yield place
-            finally:
-                if self.lack is None:  # an interruption may have come before there was anything to unmount
-                    subprocess.run(["umount", "-l", name], stderr=subprocess.DEVNULL)
+        with contextlib.ExitStack() as stack:
+            if self.lack is None:
+                name = stack.enter_context(_mounted(self.size))
+            else:
+                name = stack.enter_context(tempfile.TemporaryDirectory(prefix="preview-bench-"))
+            place = Path(name, "place")
+            place.mkdir()
+            os.sync()
+            yield place
+
+
+@contextlib.contextmanager
+def _mounted(size: int) -> Iterator[str]:
+    """A directory on which a new file system is mounted. Raises `CalledProcessError` where it cannot be."""
+    with tempfile.TemporaryDirectory(prefix="preview-bench-") as name:
+        try:
+            with _image(size) as image:
+                command = ["mount", "-o", "loop", str(image), name]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            yield name
+        finally:  # an interruption may have come before there was anything to unmount
+            subprocess.run(["umount", "-l", name], stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
@@ -67,7 +77,7 @@ def _image(size: int) -> Iterator[Path]:
     try:
         os.truncate(descriptor, size)
         options = ["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
-        subprocess.run(["mkfs.ext4", *options, name], check=True)
+        subprocess.run(["mkfs.ext4", *options, name], check=True, capture_output=True, text=True)
         yield Path(name)
     finally:
         os.unlink(name)
@@ -94,9 +104,8 @@ def _lack(size: int) -> str | None:
         return f"{MEMORY} has no {size / 1e9:.1f} GB free"
     if (reason := _own_namespace()) is not None:
         return reason
-    with tempfile.TemporaryDirectory(prefix="preview-bench-") as name, _image(64 << 20) as image:
-        done = subprocess.run(["mount", "-o", "loop", str(image), name], capture_output=True, text=True)
-        if done.returncode:
-            return f"no image can be mounted here ({done.stderr.strip()})"
-        subprocess.run(["umount", name], check=True)
-    return None
+    try:
+        with _mounted(64 << 20):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"no image can be mounted here ({error.stderr.strip()})"

@@ -131,6 +131,19 @@ async def test_a_directory_entry_over_a_listed_file_is_refused(disk: Disk, http:
         assert caught.value.rule == "path_clash"
 
 
+@pytest.mark.parametrize("announced", [True, False], ids=["its directory first", "alone"])
+async def test_a_listed_file_is_no_deeper_than_allowed(
+    announced: bool, disk: Disk, http: httpx.AsyncClient
+) -> None:
+    told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a/b/c/x": b"1"})).encode())
+    directory = [Member(b"a/b/c/", b"", method=0, mode=0o040755)] if announced else []
+    limits = replace(QUICK, snapshot_max_depth=3)
+    async with origin(Answer(archive([told, *directory, Member(b"a/b/c/x", b"1")]))) as server:
+        with pytest.raises(SnapshotRejected) as caught:
+            await fetch(server.url, disk=disk, http=http, limits=limits)
+    assert caught.value.rule == "too_deep"
+
+
 async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
     disk: Disk, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
