@@ -48,6 +48,9 @@ EDITS = 100
 PAUSE = 0.01
 """Seconds between two of our edits at the longest."""
 
+BURSTS = 41
+"""Rounds. lsyncd takes them in one rsync or in two, at random: of a few rounds the middle is either."""
+
 GROUND = 512 << 20
 """Bytes of each contestant's file system. They write half a megabyte a burst, again and again over the same names."""
 
@@ -266,4 +269,4 @@ def run(quick: bool = False) -> Sequence[Row]:
     print(f"  everybody {ground.note}")
     with start_blocking_portal() as portal, contextlib.ExitStack() as stack:
         contest = Contest(portal, ground.fresh, stack)
-        return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else 21)]
+        return [*latency(contest, 3 if quick else 9), *burst(contest, 3 if quick else BURSTS)]
