@@ -37,7 +37,7 @@ class SessionApi:
     """The session's own endpoints, Bearer the token in force. Also a `TokenSource`.
 
     `http` is the agent's shared client; nothing of its defaults is relied on. `skew` learns from every answer how
-    far the orchestrator's clock is from ours.
+    far the orchestrator's clock is from ours; `clock` reads both of ours, which must run together.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SessionApi:
         *,
         timeout: httpx.Timeout = TIMEOUT,
         whole: float = WHOLE_CALL,
-        wall: Callable[[], float] = time.time,
+        clock: Callable[[], Moment] = lambda: Moment(time.time(), time.monotonic()),
         skew: ClockSkew | None = None,
     ) -> None:
         self._base = f"{base_url.rstrip('/')}/v1/sessions/{session_id}"
@@ -57,7 +57,7 @@ class SessionApi:
         self._http = http
         self._timeout = timeout
         self._whole = whole
-        self._wall = wall
+        self._clock = clock
         self._skew = skew or ClockSkew()
 
     def current(self) -> Token | None:
@@ -91,7 +91,7 @@ class SessionApi:
             raise CredentialRejected("there is no session token to call the session API with")
         what = f"session API ({name})"
         headers = {"authorization": f"Bearer {token.value}", "content-type": "application/json"}
-        sent = self._moment()
+        sent = self._clock()
         try:
             async with (
                 asyncio.timeout(self._whole),
@@ -118,13 +118,10 @@ class SessionApi:
                 raise MalformedMessage(f"{name} answer", "not JSON") from None
         raise self._refusal(what, response, content)
 
-    def _moment(self) -> Moment:
-        return Moment(self._wall(), time.monotonic())
-
     def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
         date = moment_of(response.headers.get("date"))
         if date is not None:
-            self._skew.answered(date, sent, self._moment())
+            self._skew.answered(date, sent, self._clock())
 
     def _refusal(self, what: str, response: httpx.Response, content: bytes) -> Exception:
         status, detail = response.status_code, _problem(content)
@@ -136,7 +133,9 @@ class SessionApi:
         if status == 409:
             return Superseded(f"{what} names a conflict: {said}")
         if status == 429 or status >= 500 or status == 408:
-            return Unavailable(what, said, retry_after(response.headers.get("retry-after"), self._wall()))
+            return Unavailable(
+                what, said, retry_after(response.headers.get("retry-after"), self._clock().wall)
+            )
         return MalformedMessage(what, f"unexpected answer: {said}")
 
 

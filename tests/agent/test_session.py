@@ -18,6 +18,7 @@ from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Supe
 from agent.model import RelPath
 from agent.session import SessionApi, retry_after
 from agent.simulated import simulate
+from agent.skew import Moment
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, Head, SnapshotOffer
 from tests.fakes.realtime import jwt
@@ -31,7 +32,7 @@ TOKEN = jwt(2_000_000_000, name="secret-token")
 @pytest.fixture
 async def api() -> AsyncIterator[SessionApi]:
     async with httpx.AsyncClient() as http:
-        yield SessionApi(BASE + "/", SESSION, Tokens(TOKEN), http, wall=lambda: 1_800_000_000.0)
+        yield SessionApi(BASE + "/", SESSION, Tokens(TOKEN), http, clock=lambda: Moment(1_800_000_000.0, 0.0))
 
 
 @respx.mock

@@ -138,7 +138,7 @@ async def test_every_answer_with_a_date_teaches_whatever_it_says(status: int) ->
     )
     respx.put(f"{URL}/status").mock(return_value=answer)
     async with httpx.AsyncClient() as http:
-        api = SessionApi(BASE, SESSION, Tokens(TOKEN), http, wall=lambda: START, skew=skew)
+        api = SessionApi(BASE, SESSION, Tokens(TOKEN), http, clock=lambda: Moment(START, 1.0), skew=skew)
         try:
             await api.report_status({})
         except Exception:
