@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
         early = begin(environ)
 
-        from agent.heap import keep_one_arena
+        from agent.heap import settle
 
-        keep_one_arena()
+        settle()
         if early:
             _wake_gently()
 

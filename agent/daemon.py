@@ -229,10 +229,12 @@ async def _heartbeat(
 ) -> None:
     """Tell the orchestrator how we are, at once on a change; hear where the database is.
 
-    A head that disagrees with the tree heals even the loss of the last event.
+    A head that disagrees with the tree heals even the loss of the last event. As often, memory that a burst took goes
+    back.
     """
     sent: object = None
     due = 0.0
+    tidy = time.monotonic() + every
     was: AgentState | None = None
     started = False
     attempt = 0
@@ -246,6 +248,9 @@ async def _heartbeat(
             report.metrics.session_start.set(process_age())
             log.info("agent.ready", seconds=round(process_age(), 3))
         now = time.monotonic()
+        if now >= tidy:
+            tidy = now + every
+            heap.trim()
         seen = (state, report.dev.state, report.ready())
         if api is not None and (now >= due or (seen != sent and attempt == 0)):
             sent = seen

@@ -2,11 +2,12 @@
 
 Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was, the
 look at what stands there, staging, rename, the look at what now stands. The C program has its bytes in memory, checks
-nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns,
-and through one staging directory: ext4 looks for a free inode near it, past those freed lately, which would favour one.
+nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns.
 
 Ours lets old and new change places (`agent.batch` says why): on ext4 that spares a write to the disk at each
 replacement, on tmpfs nothing. The second row has a C program that does so too: what is left is the price of the rest.
+The bounds are for this disk. How much of that is the disk's share in C's rename is seen on an ext4 in memory
+(`bench.ground`), where there is next to none: those rows have no bound.
 
 A `planned, recorded` row is the agent's whole path: with the planner's step, and the ledger's record of each change.
 """
@@ -19,18 +20,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
 import orjson
 
 from agent.disk import Disk, FileStat, Outcome
+from agent.heap import settle
 from agent.ledger import Ledger
 from agent.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.plan import step
 from agent.wire import read_event
-from bench.results import Processors, Row, Unmeasurable, in_turn, ratio_of
+from bench.ground import NEW, Ground
+from bench.results import Row, Unmeasurable, Waits, in_turn, ratio_of
 
 SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
 """Bytes of a file, and the share of the C program's speed that is asked for."""
@@ -38,6 +41,10 @@ SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
 FILES = 50
 DIRECTORIES = 5
 LINE = "  const [count, setCount] = useState(0); // how often it was clicked\n"
+GROUND = 1 << 30
+"""Bytes of a file system in memory: some hundred files of a megabyte, and what ext4 wants for itself."""
+
+OURS, RENAMING, EXCHANGING, FOLLOWED = "ours", "C temp+rename", "C temp+exchange", "followed"
 EPOCH = "00000000-0000-4000-8000-00000000000e"
 
 C_SOURCE = r"""
@@ -48,15 +55,23 @@ C_SOURCE = r"""
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+static void scheduled(long *ran, long *waited) {
+    FILE *file = fopen("/proc/self/schedstat", "r");
+    if (!file || fscanf(file, "%ld %ld", ran, waited) != 2)
+        *ran = *waited = 0;
+    if (file)
+        fclose(file);
+}
 int main(int argc, char **argv) {
     const char *root = argv[1], *staging = argv[2];
     size_t size = strtoul(argv[3], 0, 10);
     int files = atoi(argv[4]), directories = atoi(argv[5]), exchanges = atoi(argv[6]), count;
-    long done = 0;
+    long done = 0, ran[2], waited[2];
     char *content = malloc(size), temporary[4096], target[4096];
     memset(content, 'c', size);
     while (scanf("%d", &count) == 1) {
         struct timespec before, after;
+        scheduled(&ran[0], &waited[0]);
         clock_gettime(CLOCK_MONOTONIC, &before);
         for (int n = 0; n < count; n++, done++) {
             int file = done % files;
@@ -74,7 +89,9 @@ int main(int argc, char **argv) {
             }
         }
         clock_gettime(CLOCK_MONOTONIC, &after);
-        printf("%.9f\n", (after.tv_sec - before.tv_sec) + (after.tv_nsec - before.tv_nsec) / 1e9);
+        scheduled(&ran[1], &waited[1]);
+        printf("%.9f %ld %ld\n", (after.tv_sec - before.tv_sec) + (after.tv_nsec - before.tv_nsec) / 1e9,
+               ran[1] - ran[0], waited[1] - waited[0]);
         fflush(stdout);
     }
     return 0;
@@ -90,7 +107,8 @@ def path_of(number: int) -> str:
 class Ours:
     """The agent's path, over frames as they come from the socket."""
 
-    def __init__(self, home: Path, size: int) -> None:
+    def __init__(self, home: Path, size: int, waits: Waits) -> None:
+        self.waits = waits
         self.disk = Disk(home / "ours", home / "staging")
         self.disk.open()
         self.ledger = Ledger(home / "state/ledger.db")
@@ -128,26 +146,24 @@ class Ours:
 
     def apply(self, count: int) -> float:
         """Decode and apply so many, one by one; seconds each."""
-        frames = self.frames(count)
-        started = time.perf_counter()
-        for frame in frames:
-            (change,) = self._read(frame).changes
-            assert change.digest is not None
-            entry = Entry(change.version or 0, change.digest, change.size or 0)
-            self._follow(self.disk.apply([Write(change.path, entry, change.content)], self.known))
-        return self._finish(started, count)
+        return self._timed(self._apply, count)
 
     def follow(self, count: int) -> float:
         """The same with plan and ledger."""
-        frames = self.frames(count)
-        started = time.perf_counter()
-        for frame in frames:
-            plan = step(self.tree, self._read(frame))
-            outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
-            self._follow(outcome)
-            self.tree = plan.tree
-            self.ledger.record(outcome.done, self.tree.cursor)
-        return self._finish(started, count)
+        return self._timed(self._apply_and_record, count)
+
+    def _apply(self, frame: bytes) -> None:
+        (change,) = self._read(frame).changes
+        assert change.digest is not None
+        entry = Entry(change.version or 0, change.digest, change.size or 0)
+        self._follow(self.disk.apply([Write(change.path, entry, change.content)], self.known))
+
+    def _apply_and_record(self, frame: bytes) -> None:
+        plan = step(self.tree, self._read(frame))
+        outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
+        self._follow(outcome)
+        self.tree = plan.tree
+        self.ledger.record(outcome.done, self.tree.cursor)
 
     def _read(self, frame: bytes) -> Commit:
         message = orjson.loads(frame)[4]
@@ -160,8 +176,13 @@ class Ours:
             assert done.stat is not None
             self.known[done.operation.path] = done.stat
 
-    def _finish(self, started: float, count: int) -> float:
-        seconds = time.perf_counter() - started
+    def _timed(self, one: Callable[[bytes], None], count: int) -> float:
+        frames = self.frames(count)
+        with self.waits.turn():
+            started = time.perf_counter()
+            for frame in frames:
+                one(frame)
+            seconds = time.perf_counter() - started
         self.revision += count
         assert len(self.known) == min(self.revision, FILES)
         self.tree = Tree(Cursor(EPOCH, self.revision), self.tree.entries)
@@ -171,7 +192,8 @@ class Ours:
 class Peer:
     """The C program, waiting to be told how many to write."""
 
-    def __init__(self, binary: Path, home: Path, size: int, *, exchanges: bool) -> None:
+    def __init__(self, binary: Path, home: Path, size: int, waits: Waits, *, exchanges: bool) -> None:
+        self.waits = waits
         root = home / ("exchanging" if exchanges else "renaming")
         for number in range(DIRECTORIES):
             (root / f"src/part{number}").mkdir(parents=True)
@@ -195,7 +217,9 @@ class Peer:
         assert self.process.stdout is not None
         self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline()) / count
+        seconds, ran, waited = self.process.stdout.readline().split()
+        self.waits.add(int(ran), int(waited))
+        return float(seconds) / count
 
     def close(self) -> None:
         self.process.communicate()
@@ -213,30 +237,33 @@ def compile_peer(directory: Path) -> Path:
     return binary
 
 
-def measure(home: Path, binary: Path, size: int, bound: float, *, rounds: int, count: int) -> list[Row]:
-    """One size, alone and as the agent's whole path."""
-    ours = Ours(home, size)
-    renaming, exchanging = (Peer(binary, home, size, exchanges=exchanges) for exchanges in (False, True))
-    processors = Processors(os.getpid(), renaming.process.pid, exchanging.process.pid)
+def measure(home: Path, binary: Path, size: int, *, rounds: int) -> Callable[..., Row]:
+    """One size, all contestants in turn; makes a row of two of them."""
+    count = max(4, min(20, 4_000_000 // size))
+    os.sync()  # what was written before would be written now, by the kernel's threads, in a contestant's time
+    waits = Waits()
+    ours = Ours(home, size, waits)
+    renaming, exchanging = (
+        Peer(binary, home, size, waits, exchanges=exchanges) for exchanges in (False, True)
+    )
     try:
         samples = in_turn(
             {
-                "ours": lambda: ours.apply(count),
-                "C temp+rename": lambda: renaming.take(count),
-                "C temp+exchange": lambda: exchanging.take(count),
-                "followed": lambda: ours.follow(count),
+                OURS: lambda: ours.apply(count),
+                RENAMING: lambda: renaming.take(count),
+                EXCHANGING: lambda: exchanging.take(count),
+                FOLLOWED: lambda: ours.follow(count),
             },
             rounds,
             warm_up=5,
         )
-        waited = processors.waited()
     finally:
         for each in (ours, renaming, exchanging):
             each.close()
-    name = f"apply {size // 1000:,} KB"
-    return [
-        Row(
-            label,
+
+    def row(what: str, key: str, peer: str, at_least: float | None = None) -> Row:
+        return Row(
+            f"apply {size // 1000:,} KB{what}",
             ours=median(samples[key]) * 1e6,
             unit="µs",
             peer=peer,
@@ -245,25 +272,31 @@ def measure(home: Path, binary: Path, size: int, bound: float, *, rounds: int, c
             sense="speed",
             at_least=at_least,
             samples=rounds,
-            waited=waited,
+            waited=waits.share,
         )
-        for label, key, peer, at_least in (
-            (name, "ours", "C temp+rename", bound),
-            (name, "ours", "C temp+exchange", None),
-            (f"{name}, planned, recorded", "followed", "C temp+rename", None),
-        )
-    ]
+
+    return row
 
 
 def run(quick: bool = False) -> Sequence[Row]:
-    """All sizes on the file system of the temporary directory."""
+    """All sizes on the file system of the temporary directory, then on a new one in memory."""
+    settle()  # as the agent does first of all
+    rounds = 25 if quick else 151
+    ground = Ground(GROUND)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="preview-bench-") as directory:
         home = Path(directory)
         binary = compile_peer(home)
         for size, bound in SIZES:
-            rounds = 25 if quick else 151
-            count = max(4, min(20, 4_000_000 // size))
-            os.sync()  # what was written before would be written now, by the kernel's threads, in a contestant's time
-            rows += measure(home / str(size), binary, size, bound, rounds=rounds, count=count)
+            row = measure(home / str(size), binary, size, rounds=rounds)
+            rows.append(row("", OURS, RENAMING, bound))
+            rows.append(row("", OURS, EXCHANGING))
+            rows.append(row(", planned, recorded", FOLLOWED, RENAMING))
+        if ground.lack is not None:
+            print(f"  not {NEW}, since {ground.lack}")
+            return rows
+        for size, _ in SIZES:
+            with ground.fresh() as place:
+                row = measure(place, binary, size, rounds=rounds)
+            rows.append(row(", ext4 in memory", OURS, RENAMING))
     return rows

@@ -26,6 +26,7 @@ from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
 from agent.disk import Disk
 from agent.follow import Follower
+from agent.heap import settle
 from agent.ledger import Ledger
 from agent.model import Cursor, RelPath, Tree, digest_of
 from agent.status import Problems, SyncStatus
@@ -201,6 +202,7 @@ async def _joined(channel: Channel) -> None:
 
 
 async def _until_told(url: str, place: Path) -> None:
+    settle()  # as the agent does first of all
     async with following(url, place, lambda paths: None):
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 

@@ -47,7 +47,7 @@ from starlette.applications import Starlette
 
 from agent.config import SnapshotLimits
 from agent.disk import Disk
-from agent.heap import keep_one_arena
+from agent.heap import settle
 from agent.hydrate import fetch
 from agent.ledger import FileStat
 from agent.model import RelPath, Tree
@@ -189,7 +189,7 @@ def forget_peak() -> float:
 
 async def hydrate(url: str, directory: Path) -> dict[str, float]:
     """The agent's path, then the same again onto the finished tree."""
-    keep_one_arena()  # as the agent does first of all
+    settle()  # as the agent does first of all
     disk = Disk(directory / "project", directory / "staging")
     disk.open()
     tree, known = Tree(), dict[RelPath, FileStat]()

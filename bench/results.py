@@ -13,7 +13,7 @@ import contextlib
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,9 +22,8 @@ WIDEST = 0.30
 """An interval wider than this share of its median says nothing worth printing."""
 
 BUSIEST = 0.10
-"""Share of the time that contestants may spend ready to run and waiting for a processor. It hits the one that computes
-more harder than the one that waits for the disk more, so it moves the ratio itself, not just its spread."""
-
+"""Share of their turns that contestants may spend ready to run and waiting for a processor. It hits the one that
+computes more harder than the one that waits for the disk more, so it moves the ratio itself, not just its spread."""
 
 TAKEN = 0.10
 """Share of all processors that others may take while a measurement lasts, see `bench.surroundings`. Two tenths of a
@@ -60,7 +59,7 @@ class Row:
     `ratio` is ours to `peer`'s in the sense that `sense` says ("speed": higher is better; "time", "memory", "size":
     lower).
     `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
-    ratio and its bound is on `ours`. `waited`: what `Processors.waited` said of the contestants, where it was asked.
+    ratio and its bound is on `ours`. `waited`: the contestants' `Waits.share`, where it was asked.
     `taken`: the share of all processors that others took meanwhile.
     """
 
@@ -135,25 +134,42 @@ def _figures(ratio: float) -> float:
     return float(f"{ratio:.4g}")
 
 
-class Processors:
-    """How long processes had to wait for a processor since this was made (from the kernel's schedstat)."""
+@dataclass(slots=True)
+class Waits:
+    """For how much of their turns contestants were ready to run and had no processor, by the kernel's schedstat.
 
-    def __init__(self, *pids: int) -> None:
-        self._pids = pids
-        self._before = self._scheduled()
+    Asked by whoever has the turn, right before it and right after. Asked from outside, the time that a program takes to
+    wake up for its turn would count, which no figure holds: beside a turn of a millisecond that looked like a seventh.
+    """
 
-    def waited(self) -> float:
-        """The share of the time they were ready to run; 0 where the kernel does not say."""
-        ran, waited = (now - then for now, then in zip(self._scheduled(), self._before, strict=True))
-        return waited / (ran + waited) if ran + waited else 0.0
+    ran: int = 0
+    waited: int = 0
 
-    def _scheduled(self) -> tuple[int, int]:
-        ran = waited = 0
-        for pid in self._pids:
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/schedstat").read_text().split()
-                ran, waited = ran + int(fields[0]), waited + int(fields[1])
-        return ran, waited
+    def add(self, ran: int, waited: int) -> None:
+        """A turn of so many nanoseconds."""
+        self.ran += ran
+        self.waited += waited
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """A turn of this process's first thread."""
+        ran, waited = scheduled()
+        yield
+        ran_now, waited_now = scheduled()
+        self.add(ran_now - ran, waited_now - waited)
+
+    @property
+    def share(self) -> float:
+        """0 where the kernel does not say."""
+        return self.waited / (self.ran + self.waited) if self.ran + self.waited else 0.0
+
+
+def scheduled() -> tuple[int, int]:
+    """Nanoseconds that this process's first thread has run, and waited ready to run."""
+    with contextlib.suppress(OSError):
+        ran, waited, _ = Path("/proc/self/schedstat").read_text().split()
+        return int(ran), int(waited)
+    return 0, 0
 
 
 def in_turn(

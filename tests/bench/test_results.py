@@ -8,14 +8,13 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import bench.__main__ as command
-from bench.results import Processors, Ratio, Row, Unmeasurable, Verdict, figure, in_turn, ratio_of
+from bench.results import Ratio, Row, Unmeasurable, Verdict, Waits, figure, in_turn, ratio_of
 from bench.surroundings import Others
 
 
@@ -95,23 +94,36 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
 def test_a_process_that_has_to_share_its_processor_is_seen_waiting() -> None:
     if not Path("/proc/self/schedstat").exists():
         pytest.skip("this kernel does not say how long a process waits")
-    burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
     core = str(min(os.sched_getaffinity(0)))
-    busy = [subprocess.Popen([sys.executable, "-c", burn, core], stdout=subprocess.PIPE) for _ in range(2)]
-    try:
-        for process in busy:
-            assert process.stdout is not None
-            process.stdout.readline()
-        processors = Processors(busy[0].pid)
-        deadline = time.monotonic() + 10
-        while processors.waited() < 0.25 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert processors.waited() >= 0.25
-        assert Processors(2**22 + 1).waited() == 0.0
-    finally:
-        for process in busy:
-            process.kill()
-            process.communicate()
+    burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
+    turn = """
+import os, sys, time
+from bench.results import Waits
+os.sched_setaffinity(0, {int(sys.argv[1])})
+waits, deadline = Waits(), time.monotonic() + 10
+while waits.share < 0.25 and time.monotonic() < deadline:
+    with waits.turn():
+        began = time.process_time()
+        while time.process_time() < began + 0.05: pass
+print(waits.share)
+"""
+    with subprocess.Popen([sys.executable, "-c", burn, core], stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            busy.stdout.readline()
+            command_line = [sys.executable, "-c", turn, core]
+            done = subprocess.run(command_line, check=True, capture_output=True, text=True)
+        finally:
+            busy.kill()
+    assert float(done.stdout) >= 0.25
+
+
+def test_what_passes_between_turns_is_nobodys_waiting() -> None:
+    waits = Waits()
+    assert waits.share == 0.0
+    waits.add(900, 100)
+    waits.add(1_000, 0)
+    assert waits.share == 0.05
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, outcome: Sequence[Row] | Exception, *arguments: str) -> int:
@@ -184,12 +196,19 @@ def test_an_unknown_name_is_one_line() -> None:
 
 
 def test_the_measurement_of_apply_runs(tmp_path: Path) -> None:
-    from bench.apply import compile_peer, measure
+    from bench.apply import EXCHANGING, FOLLOWED, OURS, RENAMING, compile_peer, measure
 
     try:
         binary = compile_peer(tmp_path)
     except Unmeasurable as reason:
         pytest.skip(str(reason))
-    rows = measure(tmp_path / "home", binary, 1000, 0.7, rounds=3, count=5)
+    row = measure(tmp_path / "home", binary, 1000, rounds=3)
+    rows = [
+        row("", OURS, RENAMING, 0.7),
+        row("", OURS, EXCHANGING),
+        row(", planned, recorded", FOLLOWED, RENAMING),
+    ]
     assert [r.name for r in rows] == ["apply 1 KB", "apply 1 KB", "apply 1 KB, planned, recorded"]
-    assert all(r.ours > 0 and r.theirs and r.ratio for r in rows)
+    assert all(r.ours > 0 and r.theirs and r.ratio and 0 <= r.waited < 1 for r in rows)
+    left = sorted(f.read_bytes()[:1] for f in (tmp_path / "home/renaming").rglob("*.tsx"))
+    assert left == [b"c"] * 50
