@@ -76,6 +76,18 @@ def database(postgres_dsn: str, template_database: str) -> Iterator[str]:
         server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
+@pytest.fixture
+def blank(postgres_dsn: str) -> Iterator[str]:
+    """A database that Supabase has just made: its parts, none of ours."""
+    name = f"preview_blank_{uuid.uuid4().hex[:8]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        server.execute(f"create database {name}".encode())
+        dsn = make_conninfo(postgres_dsn, dbname=name)
+        assert asyncio.run(bootstrap(dsn))
+        yield dsn
+        server.execute(f"drop database {name} with (force)".encode())
+
+
 @pytest.fixture(scope="module")
 def module_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
     """The DSN of a database that was fresh when the module's first test began."""

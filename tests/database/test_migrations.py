@@ -34,52 +34,12 @@ from tests.database.db import (
     make_project,
     messages,
     one,
+    shape,
     upsert,
     user,
 )
 
 Db = psycopg.Connection[Any]
-
-
-@pytest.fixture
-def blank(postgres_dsn: str) -> Iterator[str]:
-    """A database that Supabase has just made: its parts, none of ours."""
-    name = f"preview_blank_{uuid.uuid4().hex[:8]}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as server:
-        server.execute(f"create database {name}".encode())
-        dsn = make_conninfo(postgres_dsn, dbname=name)
-        assert asyncio.run(bootstrap(dsn))
-        yield dsn
-        server.execute(f"drop database {name} with (force)".encode())
-
-
-def shape(dsn: str) -> list[str]:
-    """Everything that `public` and `preview` are made of, as text that can be compared."""
-    queries = {
-        "column": "select table_schema, table_name, column_name, data_type, is_nullable, column_default, collation_name"
-        " from information_schema.columns where table_schema in ('public', 'preview')",
-        "constraint": "select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint"
-        " where connamespace in ('public'::regnamespace, 'preview'::regnamespace)"
-        " and contype <> 'n'",  # the name of a not-null constraint, from PostgreSQL 18 on; columns say it anyway
-        "index": "select schemaname, indexname, indexdef from pg_indexes where schemaname in ('public', 'preview')",
-        "function": "select oid::regprocedure::text, pg_get_functiondef(oid), proacl::text from pg_proc"
-        " where pronamespace in ('public'::regnamespace, 'preview'::regnamespace)",
-        "policy": "select schemaname, tablename, policyname, permissive, roles::text, cmd, qual, with_check"
-        " from pg_policies",
-        "trigger": "select tgrelid::regclass::text, tgname, pg_get_triggerdef(oid) from pg_trigger"
-        " where not tgisinternal",
-        "view": "select schemaname, viewname, definition from pg_views where schemaname in ('public', 'preview')",
-        "relation": "select oid::regclass::text, relkind::text, relacl::text, relrowsecurity, reloptions::text"
-        " from pg_class where relnamespace in ('public'::regnamespace, 'preview'::regnamespace) "
-        " and relkind in ('r', 'v', 'm', 'S')",
-        "bucket": "select id, public, file_size_limit from storage.buckets",
-    }
-    with connect(dsn) as db:
-        return sorted(
-            f"{kind}: {row}"
-            for kind, query in queries.items()
-            for row in db.execute(query.encode()).fetchall()
-        )
 
 
 LEGACY = """

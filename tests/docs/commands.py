@@ -55,7 +55,7 @@ Way = Run | Make | ByTest | OnlyRead
 
 FLY = OnlyRead("an account on Fly")
 REGISTRY = OnlyRead("an image registry")
-SUPABASE = OnlyRead("the Supabase CLI; `preview-orchestrator migrate` applies the same files")
+CONTAINERS = OnlyRead("the Supabase CLI's own containers, from a registry")
 MENTION = OnlyRead("the mention of a program, not a whole command")
 
 WAYS: tuple[tuple[str, Way], ...] = (
@@ -100,7 +100,11 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"fly .*", FLY),
     (r"docker (push|tag) .*", REGISTRY),
     (r"(podman|docker) run .*", ByTest("tests/image/test_image.py::test_what_is_in_it")),
-    (r"supabase db (push|reset)|supabase test db", SUPABASE),
+    (
+        r"supabase db push",
+        ByTest("tests/referees/test_supabase_cli.py::test_db_push_makes_what_our_migrate_makes"),
+    ),
+    (r"supabase db reset|supabase test db", CONTAINERS),
     (
         r"pip install \./preview-sync",
         ByTest("tests/test_ci_snippet.py::test_the_snippet_runs_in_a_fresh_venv"),
