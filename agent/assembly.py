@@ -19,8 +19,9 @@ from agent.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavai
 from agent.model import Digest, Entry, Manifest, RelPath, digest_of
 from agent.progress import Progress
 from agent.staging import Stage, Staged
-from agent.unzip import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted, ZipReader
+from agent.unzip import ZipReader
 from agent.wire import MANIFEST_PATH, decode_manifest
+from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 
 
 class StagingFailed(Unavailable):

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 
 from isal import isal_zlib
@@ -34,6 +33,7 @@ from msgspec import Struct
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
 from agent.model import Entry, RelPath
+from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.zippaths import EntryPaths
 from agent.ziprecords import (
     CENTRAL,
@@ -69,46 +69,6 @@ from agent.ziprecords import (
 CHUNK = 256 * 1024
 """Bytes. The most that is unpacked into one piece: large enough that the cost of a call vanishes, small against memory.
 What is stored comes in pieces as large as they were fed, and is not copied."""
-
-
-@dataclass(slots=True)
-class FileStarted:
-    """An entry's bytes follow. `size` in bytes, None when only its data descriptor will say."""
-
-    path: RelPath
-    size: int | None
-
-
-@dataclass(slots=True)
-class FileEnded:
-    """The entry is over and agrees with its own header. `size` in bytes."""
-
-    size: int
-
-
-class FileFound(Struct, gc=False):
-    """A whole entry that agrees with its own header, of at most `CHUNK` bytes: what most are, as one event."""
-
-    path: RelPath
-    content: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutableFound:
-    """The central directory gives `path`, streamed before, an execute bit."""
-
-    path: RelPath
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveEnded:
-    """Everything agrees with everything. `entries` counts directories too; `size` is the bytes unpacked."""
-
-    entries: int
-    size: int
-
-
-Event = FileFound | FileStarted | bytes | memoryview | FileEnded | ExecutableFound | ArchiveEnded
 
 
 # The package's own stub calls this class an instance.

@@ -34,7 +34,8 @@ from agent.model import Entry, RelPath, digest_of
 from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics
-from agent.unzip import Event, ZipReader
+from agent.unzip import ZipReader
+from agent.zipevents import Event
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.unzip import CHUNK, ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted, ZipReader
+from agent.unzip import CHUNK, ZipReader
+from agent.zipevents import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
 from tests.fakes.zips import Member, archive, deflate
 
 LIMITS = SnapshotLimits()

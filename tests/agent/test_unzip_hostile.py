@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.unzip import CHUNK, Event, FileFound, ZipReader
+from agent.unzip import CHUNK, ZipReader
+from agent.zipevents import Event, FileFound
 from tests.fakes.zips import Member, archive, deflate
 from tests.profiles import examples
 

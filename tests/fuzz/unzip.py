@@ -16,8 +16,9 @@ from pathlib import Path
 
 from agent.config import SnapshotLimits
 from agent.errors import SnapshotRejected
-from agent.unzip import FileFound, FileStarted, ZipReader
+from agent.unzip import ZipReader
 from agent.wire import MANIFEST_PATH
+from agent.zipevents import FileFound, FileStarted
 
 CORPUS = Path(__file__).parent / "corpus"
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.unzip import ExecutableFound, FileFound, FileStarted, ZipReader
+from agent.unzip import ZipReader
+from agent.zipevents import ExecutableFound, FileFound, FileStarted
 from orchestrator_stub import zipwriter
 from orchestrator_stub.zipwriter import PIECE, ArchiveTooLarge, ZipWriter
 from tests.profiles import examples
