@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,11 @@ from tests.profiles import examples
 
 examples(100, 1_000).register_profile("project", examples(100, 1_000))
 examples(100, 1_000).load_profile("project")
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script, which shells do with Ctrl-C ignored. What is started here would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
