@@ -24,7 +24,7 @@ examples(100, 1_000).load_profile("project")
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # Started in the background of a script, which shells do with Ctrl-C ignored. What is started here would inherit that.
+    # Started in the background of a script, where shells ignore Ctrl-C. What is started here would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
