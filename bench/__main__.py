@@ -45,7 +45,9 @@ verdicts:
   too noisy  nothing can be said, so no number is given: the interval lies across the bound or is wider than 30 % of
              the ratio, or others took more than 10 % of the processors meanwhile. Stop what they run, and run it again.
 
-exit code: 0 nothing to complain of, 1 a bound is not met, 2 a measurement failed, 3 too noisy to say, 130 interrupted
+exit code:
+  0 every bound is met, 1 one is not met, 2 a measurement failed, 3 too noisy to say, 130 interrupted
+  A comparison without a bound that is too noisy says so in its row, and changes nothing here.
 
 examples:
   python -m bench --quick mirror        whether a measurement works; its numbers are not to be quoted
@@ -155,18 +157,19 @@ def measure(name: str, run: Run, quick: bool, patience: float, family: Descendan
 
 def exit_code(results: dict[str, dict[str, object]]) -> int:
     """See `--help`."""
-    verdicts: set[object] = set()
+    bounded: set[object] = set()
     for result in results.values():
         rows = result.get("rows", ())
         assert isinstance(rows, Sequence)
-        verdicts.update(row["verdict"] for row in rows)
+        bounded |= {
+            row["verdict"] for row in rows if row["at_least"] is not None or row["at_most"] is not None
+        }
     if any("failed" in result for result in results.values()):
         return 2
-    if Verdict.NOT_MET in verdicts:
+    if Verdict.NOT_MET in bounded:
         return 1
-    return (
-        3 if Verdict.TOO_NOISY in verdicts or any("too_noisy" in result for result in results.values()) else 0
-    )
+    refused = Verdict.TOO_NOISY in bounded or any("too_noisy" in result for result in results.values())
+    return 3 if refused else 0
 
 
 def commit() -> str | None:

@@ -144,6 +144,8 @@ def run_with(monkeypatch: pytest.MonkeyPatch, outcome: Sequence[Row] | Exception
         ([row(0.8, 0.9, 1.0, at_least=0.7)], 0, "0.90"),
         ([row(0.5, 0.6, 0.65, at_least=0.7)], 1, "NOT MET"),
         ([row(0.6, 0.72, 0.8, at_least=0.7)], 3, "too noisy"),
+        ([row(0.5, 1.0, 1.5), row(0.8, 0.9, 1.0, at_least=0.7)], 0, "too noisy"),
+        ([row(0.5, 1.0, 1.5), row(0.6, 0.72, 0.8, at_least=0.7)], 3, "too noisy"),
         (Unmeasurable("no C compiler"), 0, "not measured: no C compiler"),
         (RuntimeError("a bug"), 2, "a bug"),
     ],
