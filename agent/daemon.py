@@ -144,6 +144,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
             "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),
+            "memory": lambda: heap.trim_every(settings.heartbeat_seconds),
         }
         try:
             return await _until_stopped(tasks, settings, report, supervisor, stop)
@@ -229,12 +230,10 @@ async def _heartbeat(
 ) -> None:
     """Tell the orchestrator how we are, at once on a change; hear where the database is.
 
-    A head that disagrees with the tree heals even the loss of the last event. As often, memory that a burst took goes
-    back.
+    A head that disagrees with the tree heals even the loss of the last event.
     """
     sent: object = None
     due = 0.0
-    tidy = time.monotonic() + every
     was: AgentState | None = None
     started = False
     attempt = 0
@@ -248,9 +247,6 @@ async def _heartbeat(
             report.metrics.session_start.set(process_age())
             log.info("agent.ready", seconds=round(process_age(), 3))
         now = time.monotonic()
-        if now >= tidy:
-            tidy = now + every
-            heap.trim()
         seen = (state, report.dev.state, report.ready())
         if api is not None and (now >= due or (seen != sent and attempt == 0)):
             sent = seen

@@ -2,7 +2,8 @@
 
 Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was, the
 look at what stands there, staging, rename, the look at what now stands. The C program has its bytes in memory, checks
-nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns.
+nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns;
+ours makes them in sixteen directories (`agent.staging` says what for), the C program in one.
 
 Ours lets old and new change places (`agent.batch` says why): on ext4 that spares a write to the disk at each
 replacement, on tmpfs nothing. The second row has a C program that does so too: what is left is the price of the rest.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
+from agent import heap
+from agent.simulated import simulate
+
+on_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc has these settings; nothing happens elsewhere"
 )
 
@@ -44,6 +48,7 @@ def printed(program: str) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
+@on_glibc
 def test_an_event_of_100_kb_gets_no_new_pages() -> None:
     (unsettled,) = printed(EVENTS)
     (settled,) = printed(f"settle()\n{EVENTS}")
@@ -51,7 +56,23 @@ def test_an_event_of_100_kb_gets_no_new_pages() -> None:
     assert settled < 1
 
 
+@on_glibc
 def test_what_a_burst_took_goes_back_when_asked_for() -> None:
     kept, left = printed(f"settle()\n{BURST}")
     assert kept > 25
     assert left < 3
+
+
+def test_it_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    at: list[float] = []
+
+    async def for_a_while() -> None:
+        monkeypatch.setattr(heap, "trim", lambda: at.append(asyncio.get_running_loop().time()))
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(100):
+                await heap.trim_every(30)
+        at[:] = [round(moment - began) for moment in at]
+
+    simulate(for_a_while())
+    assert at == [30, 60, 90]
