@@ -40,7 +40,7 @@ def trim() -> None:
 
 
 async def trim_every(seconds: float) -> None:
-    """Return what bursts took, as often as this. Half a millisecond each time, and nothing when there was none."""
+    """Return what bursts took, as often as this: 13 µs when that is nothing, 60 µs for each megabyte otherwise."""
     while True:
         await asyncio.sleep(seconds)
         trim()
