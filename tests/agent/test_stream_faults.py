@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from agent.linksettings import LinkSettings
 from agent.linkstate import LinkState
 from agent.simulated import simulate
 from tests.agent.link_world import World, now
@@ -24,6 +25,9 @@ Fault = Callable[[World], Awaitable[None]]
 
 DEAD_SOCKET = 20 + 10 + 1
 """Worst detection of a dead peer: heartbeat interval, its deadline, a look."""
+
+UNDER_WAY = LinkSettings().open_within
+"""An attempt that fell into a hole is given up, also when the hole has closed meanwhile."""
 
 ONE_RETRY = 4.0
 """One reconnect after a first backoff of at most half a second, the join, the catch-up, and a commit heard."""
@@ -66,7 +70,6 @@ async def black_hole_at_connect(world: World) -> None:
     world.proxy.cut()
     await asyncio.sleep(60)
     world.proxy.black_hole = False
-    world.proxy.cut()
 
 
 async def mute_heartbeats(world: World) -> None:
@@ -199,7 +202,7 @@ FAULTS: dict[Fault, float] = {
     slow_network: ONE_RETRY,
     listener_gone_for_two_minutes: 30 + ONE_RETRY,
     resets_at_connect: 30 + ONE_RETRY,
-    black_hole_at_connect: 30 + ONE_RETRY,
+    black_hole_at_connect: UNDER_WAY + 30 + ONE_RETRY,
     mute_heartbeats: 30 + ONE_RETRY,
     no_join_reply: 20 + ONE_RETRY,
     late_join_reply: 30 + ONE_RETRY,

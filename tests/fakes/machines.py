@@ -42,8 +42,9 @@ class Platform:
         ]
 
     def stop(self, machine_id: str) -> None:
-        """The machine ends by itself."""
-        self.machines[machine_id] = replace(self.machines[machine_id], state=MachineState.STOPPED)
+        """The machine ends by itself, unless somebody was quicker and has destroyed it."""
+        if machine_id in self.machines:
+            self.machines[machine_id] = replace(self.machines[machine_id], state=MachineState.STOPPED)
 
 
 class FakeMachines:
