@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from bench.landing import Landing, NotLanded
 
 FILES = 500
@@ -61,6 +63,9 @@ class Mirror:
     edits = 100
     """A turn's edits: as many as take a few seconds."""
 
+    grace = 5.0
+    """Seconds that it has to end after SIGTERM."""
+
     def __init__(self, place: Path) -> None:
         self.place = place
         self.source, self.target = place / "from", place / "to"
@@ -92,15 +97,13 @@ class Mirror:
         return self._save(self._started(), FILES)
 
     def stop(self) -> None:
-        """End it, and everything it started."""
+        """End it, and everything it started: when this returns, nothing of it runs."""
         for process in self._processes:
-            for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            for number, seconds in ((signal.SIGTERM, self.grace), (signal.SIGKILL, 5.0)):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if _ended(process, seconds):
+                    break
         self._processes.clear()
         if self._landing is not None:
             self._landing.close()
@@ -311,6 +314,29 @@ class Syncthing(Mirror):
 
 MIRRORS: tuple[type[Mirror], ...] = (Copying, LsyncdDirect, Rsyncing, Lsyncd, Unison, Syncthing)
 """Those that take longer for one edit come later."""
+
+
+def _ended(leader: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether everything of the leader's group has ended within so many seconds.
+
+    A signal is only delivered: who has it ends when a processor gets to it, the leader not last.
+    """
+    deadline = time.monotonic() + seconds
+    while leader.poll() is None or _members(leader.pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """What runs in a process group. A zombie does not: whose it is may never ask for it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _free_port() -> int:

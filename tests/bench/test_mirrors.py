@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 from pathlib import Path
 
 import psutil
@@ -75,7 +77,43 @@ def test_a_peer_mirrors_and_is_gone_after_it(kind: type[Mirror], tmp_path: Path)
         assert 0 < taken < 30
     finally:
         mirror.stop()
-    left = [p.cmdline() for p in psutil.process_iter() if str(tmp_path) in " ".join(_command(p))]
+    assert not _with(tmp_path)
+
+
+class Stubborn(Mirror):
+    """Copies, with somebody beside it who is deaf to SIGTERM."""
+
+    name = "stubborn"
+    grace = 0.1
+
+    def commands(self) -> list[list[str]]:
+        copy = f'for n in {{1..500}}; do cp "{self.source}"/* "{self.target}"; sleep 0.02; done'
+        return [["bash", "-c", f"trap '' TERM; (while :; do sleep 0.1; done) & trap - TERM; {copy}"]]
+
+
+def test_nothing_of_a_peer_runs_once_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its leader ends at the first signal; one that is killed ends when a processor gets to it, here after a while."""
+    killpg = os.killpg
+
+    def late(group: int, number: int) -> None:
+        if number == signal.SIGKILL:
+            killing.append(threading.Timer(0.3, killpg, (group, number)))
+            killing[-1].start()
+        else:
+            killpg(group, number)
+
+    killing: list[threading.Timer] = []
+    monkeypatch.setattr(os, "killpg", late)
+    mirror = Stubborn(tmp_path / "place")
+    mirror.edits = 1
+    try:
+        mirror.edit_all()
+    finally:
+        mirror.stop()
+    left = _with(tmp_path)
+    for timer in killing:
+        timer.join()
+    assert killing
     assert not left
 
 
@@ -110,9 +148,7 @@ def test_both_of_ours_land_and_every_row_names_its_peer(
     assert all(row.peer == "inotifywait + cp" and row.ratio and row.ours > 0 for row in rows)
 
 
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        command: list[str] = process.cmdline()
-        return command
-    except psutil.Error:
-        return []
+def _with(place: Path) -> list[str]:
+    """The command lines that name the place."""
+    lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return [line for line in lines if str(place) in line]
