@@ -1,7 +1,8 @@
 """How long each save took from its commit to its rename: measured, logged, and put into its writer's trace.
 
 An event that could not be applied when it came, because its bytes had to be fetched or the disk was full, is measured
-when a catch-up has brought it: the slow ones are those that a figure must not leave out.
+when a catch-up has brought it: the slow ones are those that a figure must not leave out. Metrics and status are counted
+at once; lines and spans are written when `tell` is called, so that a burst does not wait for its own log.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
-from agent.model import Commit, Cursor
+from agent.model import Commit, Cursor, RelPath
 from agent.plan import Outcome
 from agent.skew import ClockSkew, Moment
 from agent.spans import SpanSink
 from agent.status import Applied, SyncStatus
 from agent.telemetry import Metrics, get_logger
+from agent.trace import TraceParent
 
 log = get_logger("sync")
 
@@ -25,6 +27,27 @@ MOST_LATE: Final = 1_000
 
 LATE: Final = frozenset({Outcome.APPLIED, Outcome.WAITING})
 """What a catch-up brings when the event itself did not: bytes by reference, or a batch that was undone."""
+
+
+class _Arrival(NamedTuple):
+    """A commit that is on disk, without its content. `lag`: seconds from commit to rename; times: wall clock."""
+
+    event_type: str
+    revision: int | None
+    file_path: RelPath | None
+    files: int
+    by: str
+    lag: float
+    received_at: float | None
+    at: float
+    trace: TraceParent | None
+
+    @classmethod
+    def of(cls, commit: Commit, by: str, lag: float, at: float) -> _Arrival:
+        """`by`: what brought it, `event` or `sync`."""
+        files = len(commit.changes)
+        path = commit.changes[0].path if files == 1 else None
+        return cls(commit.event, commit.revision, path, files, by, lag, commit.received_at, at, commit.trace)
 
 
 class LagMeter:
@@ -45,6 +68,7 @@ class LagMeter:
         self._spans = spans
         self._clock = clock
         self._late: dict[int, Commit] = {}
+        self._untold: list[_Arrival] = []
 
     def observe(self, steps: Sequence[tuple[Commit, Outcome]], *, applied: bool) -> None:
         """What became of the events of one batch, just now; not `applied`: the disk did not take it."""
@@ -75,45 +99,51 @@ class LagMeter:
                 self._late[revision] = commit
         self._arrived(arrived, "sync")
 
+    def tell(self) -> None:
+        """Log what arrived since the last call, and put it into its writers' traces."""
+        untold, self._untold = self._untold, []
+        line = log.bind()
+        for arrival in untold:
+            line.info(
+                "event.applied",
+                event_type=arrival.event_type,
+                revision=arrival.revision,
+                file_path=arrival.file_path,
+                files=arrival.files,
+                by=arrival.by,
+                lag_ms=round(arrival.lag * 1000, 1),
+                **({"trace_id": arrival.trace.trace_id} if arrival.trace else {}),
+            )
+            if self._spans is not None:
+                self._record(self._spans, arrival)
+
     def _arrived(self, commits: Sequence[Commit], by: str) -> None:
         now = self._clock()
-        line = log.bind()
-        last: tuple[Commit, float] | None = None
+        arrival = None
         for commit in commits:
             if commit.timestamp is None:
                 continue
             lag = self._skew.since(commit.timestamp, now)
             self._metrics.event_lag.observe(lag)
             self._status.lags.append(lag)
-            last = commit, lag
-            line.info(
-                "event.applied",
-                event_type=commit.event,
-                revision=commit.revision,
-                file_path=commit.changes[0].path if len(commit.changes) == 1 else None,
-                files=len(commit.changes),
-                by=by,
-                lag_ms=round(lag * 1000, 1),
-                **({"trace_id": commit.trace.trace_id} if commit.trace else {}),
-            )
-            if self._spans is not None:
-                self._record(self._spans, commit, now, lag, by)
-        if last is not None:
-            commit, lag = last
-            trace = str(commit.trace) if commit.trace else None
-            self._status.last_applied = Applied(commit.event, commit.revision, lag, trace)
+            arrival = _Arrival.of(commit, by, lag, now.wall)
+            self._untold.append(arrival)
+        if arrival is not None:
+            trace = str(arrival.trace) if arrival.trace else None
+            self._status.last_applied = Applied(arrival.event_type, arrival.revision, arrival.lag, trace)
 
-    def _record(self, spans: SpanSink, commit: Commit, now: Moment, lag: float, by: str) -> None:
+    @staticmethod
+    def _record(spans: SpanSink, arrival: _Arrival) -> None:
         spans.record(
             "preview.apply",
-            commit.received_at or now.wall,
-            now.wall,
+            arrival.received_at or arrival.at,
+            arrival.at,
             {
-                "preview.event": commit.event,
-                "preview.revision": commit.revision,
-                "preview.files": len(commit.changes),
-                "preview.by": by,
-                "preview.lag_seconds": lag,
+                "preview.event": arrival.event_type,
+                "preview.revision": arrival.revision,
+                "preview.files": arrival.files,
+                "preview.by": arrival.by,
+                "preview.lag_seconds": arrival.lag,
             },
-            commit.trace,
+            arrival.trace,
         )

@@ -60,8 +60,8 @@ TURN = 64
 transactions of the ledger, and cannot starve the heartbeat."""
 
 RECORD_WITHIN = 0.05
-"""Seconds for which the ledger may lag behind the disk: a kill in between costs a look at those files, and the person
-waiting for a save does not wait for its bookkeeping."""
+"""Seconds for which the ledger and the log may lag behind the disk: a kill in between costs a look at those files and
+their lines, and the person waiting for a save does not wait for its bookkeeping."""
 
 LINK_NEEDS = frozenset({Reason.JOIN, Reason.OVERFLOW})
 """While one of these is wanted the link has an unanswered `Resync`, and is not live."""
@@ -177,6 +177,7 @@ class Sync:
         if self._recording is not None:
             self._recording.cancel()
         self._p.workspace.close(self.tree.cursor)
+        self._lag.tell()
 
     # --- the first tree
 
@@ -335,6 +336,7 @@ class Sync:
     def _record(self) -> None:
         self._recording = None
         self._p.workspace.record(self.tree.cursor)
+        self._lag.tell()
 
     # --- drift
 
@@ -396,6 +398,7 @@ class Sync:
         self._attempt = 0
         self._release()
         self._lag.caught_up(self.tree.cursor)
+        self._lag.tell()
         self._p.status.last_catch_up_at = time.time()
         self._follower.answered(now, _revision_of(answer))
         if LINK_NEEDS.isdisjoint(self._follower.needs):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import orjson
@@ -23,7 +24,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
 from agent.catchup import CatchUp
-from agent.config import SnapshotLimits
+from agent.config import Settings, SnapshotLimits
 from agent.disk import Disk
 from agent.follow import Follower
 from agent.heap import settle
@@ -32,7 +33,7 @@ from agent.model import Cursor, RelPath, Tree, digest_of
 from agent.status import Problems, SyncStatus
 from agent.stream import RealtimeStream
 from agent.sync import Parts, Sync
-from agent.telemetry import Metrics
+from agent.telemetry import Metrics, Redactor, configure_logs
 from agent.tokens import Tokens
 from agent.workspace import Workspace
 
@@ -138,7 +139,6 @@ async def following(
     url: str, place: Path, on_tree: Callable[[Collection[RelPath]], None]
 ) -> AsyncIterator[None]:
     """The agent's parts, once they are ready to follow the channel at `url` into `place`."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
     metrics = Metrics()
     problems = Problems(metrics)
     disk = Disk(place / "project", place / "staging")
@@ -173,7 +173,8 @@ async def following(
 
 @contextlib.asynccontextmanager
 async def running(place: Path) -> AsyncIterator[Loop]:
-    """Server and agent on one event loop, as two hops over loopback."""
+    """Server and agent on one event loop, as two hops over loopback. No log: the screen is the bench's."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
     async with serving() as (channel, url):
         loop = Loop(channel, url)
         async with following(url, place, loop.on_tree):
@@ -183,10 +184,13 @@ async def running(place: Path) -> AsyncIterator[Loop]:
 
 @contextlib.asynccontextmanager
 async def running_apart(place: Path) -> AsyncIterator[tuple[Channel, str]]:
-    """The server here, with its URL, and the agent in a process of its own, as it always is."""
+    """The server here, with its URL, and the agent in a process of its own with its log at the default level, as it
+    always is."""
     async with serving() as (channel, url):
         command = (sys.executable, "-m", "bench.following", url, str(place))
-        agent = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        agent = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+        )
         try:
             await _joined(channel)
             yield channel, url
@@ -203,6 +207,8 @@ async def _joined(channel: Channel) -> None:
 
 async def _until_told(url: str, place: Path) -> None:
     settle()  # as the agent does first of all
+    settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=place / "project")
+    configure_logs(settings, Redactor([TOKEN]))
     async with following(url, place, lambda paths: None):
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 

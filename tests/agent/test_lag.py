@@ -71,12 +71,17 @@ def bench() -> Bench:
 def test_an_applied_event_is_measured_told_and_put_into_its_trace(bench: Bench) -> None:
     with capture_logs() as lines:
         bench.meter.observe([(COMMIT, Outcome.APPLIED)], applied=True)
+        bench.now = Moment(NOW + 0.05, 10.05)
+        assert not lines
+        assert not bench.sink.spans
+        bench.meter.tell()
+        bench.meter.tell()
     assert bench.measured == [pytest.approx(0.2, abs=1e-6)]
     assert bench.count("applied") == 1
     assert bench.metrics.registry.get_sample_value("preview_agent_event_lag_seconds_count") == 1
     (line,) = lines
     assert line["event"] == "event.applied"
-    assert (line["revision"], line["file_path"], line["by"]) == (7, "a", "event")
+    assert (line["revision"], line["file_path"], line["by"], line["lag_ms"]) == (7, "a", "event", 200.0)
     assert line["trace_id"] == TRACE.trace_id
     assert bench.status.last_applied is not None
     assert bench.status.last_applied.traceparent == str(TRACE)
@@ -104,6 +109,7 @@ def test_a_late_one_is_measured_when_the_catch_up_has_brought_it(
     assert bench.measured == []
     with capture_logs() as lines:
         bench.meter.caught_up(Cursor("e", 7))
+        bench.meter.tell()
     assert bench.measured == [pytest.approx(3.2, abs=1e-6)]
     assert lines[0]["by"] == "sync"
     bench.meter.caught_up(Cursor("e", 9))
