@@ -48,7 +48,8 @@ def line_chart(
 ) -> str:
     """The whole SVG document. `zero`: the vertical axis begins at 0. `end`: the horizontal one goes at least so far."""
     points = [(at, value) for line in lines for at, value in line.points if value is not None]
-    end = max([at for at, _ in points] + [mark.at for mark in marks] + [end])
+    # One second at the least: what could not even begin is reported too, on empty charts.
+    end = max([at for at, _ in points] + [mark.at for mark in marks] + [end, 1.0])
     high = max([value for _, value in points] + [0.0])
     low = 0.0 if zero or not points else min(value for _, value in points)
     ticks = _ticks(low, high)

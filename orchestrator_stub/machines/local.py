@@ -25,9 +25,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -56,6 +57,9 @@ RESTART_DELAY: Final = 0.5
 """Seconds, doubled at each restart up to 8 s."""
 
 PR_SET_PDEATHSIG: Final = 1
+
+PORT_TRIES: Final = 1_000
+"""Each is a port at random out of some 14,000 on Linux: all of them another machine's means that none is left."""
 
 FINAL_EXITS: Final = frozenset({0, 64})
 """Asked to stop, and bad settings: starting again with the same environment cannot help."""
@@ -108,6 +112,7 @@ class LocalMachines:
         self._on_exit = on_exit
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._locks: dict[UUID, asyncio.Lock] = {}
+        self._given: dict[UUID, frozenset[int]] = {}
 
     async def create(self, spec: MachineSpec) -> Machine:
         async with self._lock(spec.session_id):
@@ -122,8 +127,7 @@ class LocalMachines:
                 (directory / "state").mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise MachineRefused(f"cannot make the machine's directory {directory}: {error}") from None
-            dev_port = free_port(self._host, record.dev_port if record else self._dev_port)
-            health_port = free_port(self._host, record.health_port if record else None)
+            dev_port, health_port = self._give_ports(spec.session_id, record)
             env = {**self._environment, **spec.env, **self._own_settings(directory, dev_port, health_port)}
             process, record = await self._start(directory, spec.name, env, dev_port, health_port)
             self._keepers[spec.name] = asyncio.create_task(
@@ -141,12 +145,14 @@ class LocalMachines:
         return [self._machine(record)] if record is not None else []
 
     async def list(self) -> builtins.list[Machine]:
+        return [self._machine(record) for record in self._records()]
+
+    def _records(self) -> builtins.list[Record]:
         try:
             directories = sorted(self._root.iterdir())
         except FileNotFoundError:
             return []
-        records = (_read(directory) for directory in directories)
-        return [self._machine(record) for record in records if record is not None]
+        return [record for directory in directories if (record := _read(directory)) is not None]
 
     async def destroy(self, machine_id: str) -> None:
         """End the machine and remove its directory."""
@@ -159,6 +165,7 @@ class LocalMachines:
             record = _read(directory)
             if record is not None and record.name == machine_id:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+                self._given.pop(owner[0], None)
 
     async def retire(self, machine_id: str) -> None:
         """End the machine's processes but keep its directory, for the session's next machine to go on from."""
@@ -192,6 +199,21 @@ class LocalMachines:
 
     def _lock(self, session_id: UUID) -> asyncio.Lock:
         return self._locks.setdefault(session_id, asyncio.Lock())
+
+    def _give_ports(self, session_id: UUID, record: Record | None) -> tuple[int, int]:
+        """Ports for the preview and for health: those that the session had, if they are free.
+
+        Nobody listens on a port between here and the agent's start, or while a dev server is down: those of the other
+        machines are left alone whether they are in use or not.
+        """
+        others = {port for session, ports in self._given.items() if session != session_id for port in ports}
+        for each in self._records():
+            if each.name != (record and record.name) and _alive(each):
+                others.update((each.dev_port, each.health_port))
+        dev_port = free_port(self._host, record.dev_port if record else self._dev_port, others)
+        health_port = free_port(self._host, record.health_port if record else None, {*others, dev_port})
+        self._given[session_id] = frozenset((dev_port, health_port))
+        return dev_port, health_port
 
     def _own_settings(self, directory: Path, dev_port: int, health_port: int) -> dict[str, str]:
         return {
@@ -288,19 +310,24 @@ def _end_with_parent() -> Callable[[], None] | None:
     return arrange
 
 
-def free_port(host: str, preferred: int | None = None) -> int:
-    """`preferred` when nothing listens there, else a port that was free a moment ago.
+def free_port(host: str, preferred: int | None = None, others: Container[int] = ()) -> int:
+    """`preferred` when nothing listens there, else a port that was free a moment ago; none of `others`.
 
-    RACE: somebody may take the port before the dev server does; it then fails its start and is started again.
+    RACE: another program may take the port before the agent does. A dev server then fails its start and is started
+    again; an agent ends with 64 and a line that names HEALTH_PORT.
     """
-    for port in (preferred, 0) if preferred else (0,):
+    for port in chain((preferred,) if preferred else (), repeat(0, PORT_TRIES)):
+        if port in others:
+            continue
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
+            found = int(probe.getsockname()[1])
+            if found not in others:
+                return found
     raise MachineRefused(f"no free port on {host}")
 
 

@@ -11,13 +11,14 @@ import textwrap
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
 
 from orchestrator_stub.machines import Machine, MachineState
-from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.machines.local import LocalMachines, free_port
+from orchestrator_stub.sessions import machine_name, owner_of
 from tests.orchestrator.driver_contract import DriverContract, spec_for
 
 AGENT = """
@@ -118,6 +119,34 @@ async def test_an_agent_sees_the_protocol_s_environment_and_nothing_of_ours(
         "DEV_PORT", "HEALTH_HOST", "HEALTH_PORT", "LOG_FORMAT",
     }  # fmt: skip
     assert os.stat(env["PROJECT_DIR"]).st_dev == os.stat(Path(env["STAGING_DIR"]).parent).st_dev
+
+
+async def test_a_port_is_given_to_one_machine_though_nobody_listens_on_it_yet(
+    place: Place, driver: LocalMachines
+) -> None:
+    """Nor while a dev server is down; the session's next machine has it again, and so has who comes after the end."""
+
+    def ports(machine: Machine) -> tuple[int, int]:
+        record = json.loads((place.directory(machine) / "machine.json").read_text())
+        return record["dev_port"], record["health_port"]
+
+    wanted = free_port("127.0.0.1")
+    preferring, restarted = place.driver(dev_port=wanted), place.driver(dev_port=wanted)
+    session = uuid4()
+    first = await preferring.create(spec_for(session))
+    second = await preferring.create(spec_for())
+    after_a_restart = await restarted.create(spec_for())
+    assert ports(first)[0] == wanted
+    assert len({*ports(first), *ports(second), *ports(after_a_restart)}) == 6
+    await preferring.retire(first.id)
+    third = await preferring.create(spec_for())
+    assert ports(third)[0] != wanted
+    assert (await preferring.create(spec_for(session, 2))).preview_url == first.preview_url
+    await preferring.destroy(machine_name(session, 2))
+    fourth = await preferring.create(spec_for())
+    assert ports(fourth)[0] == wanted
+    await preferring.close()
+    await restarted.close()
 
 
 async def test_the_end_leaves_no_process(place: Place, driver: LocalMachines) -> None:

@@ -38,6 +38,7 @@ def outcome(*, leak: float = 0.0, wrong: tuple[str, ...] = (), interrupted: bool
         (outcome(wrong=("agent 3 is not equal",)), 1, "agent 3 is not equal"),
         (outcome(interrupted=True), 130, "interrupted"),
         (outcome(interrupted=True, wrong=("left behind: process 5",)), 1, "left behind"),
+        (Outcome(Settings(7), wrong=["19 of 20 sessions are ready"]), 1, "19 of 20 sessions are ready"),
     ],
 )
 def test_the_exit_says_how_it_went(given: Outcome, code: int, said: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import psycopg
 import pytest
 import structlog
 
+from agent.tokens import read_token
 from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.service import configure_logs
 from tests.fakes.collector import collecting
@@ -173,10 +175,17 @@ async def test_a_session_s_life_tells_no_secret(
             await project.broadcast("snapshot:ready", {"snapshot_url": url[:-5], "manifest": {"format": url}})
             await project.broadcast("snapshot:ready", {"snapshot_url": f"{url}AAAA", "timestamp": "x"})
             said |= await said_by(agent)
+
+            async def next_second() -> bool:
+                """Two tokens of one second are the same token: as good as none to an agent that was refused with it."""
+                issued = read_token(agent.environ["REALTIME_TOKEN"]).issued_at
+                return issued is not None and time.time() >= issued + 1
+
             # Realtime refuses, and says why with the key in it; a browser's proxy answers in HTML.
             await project.faults(
                 refuse=3, refuse_status=403, refuse_error=f"bad apikey={secrets[2]}&token={secrets[1]}"
             )
+            await eventually("the next token is another one", next_second)
             await project.faults(action="abort")
             await eventually("it was refused", lambda: refused_links(agent))
             await project.faults(action="expire_tokens")
