@@ -208,7 +208,10 @@ def new_es256(kid: str) -> dict[str, Any]:
 def mint_session(
     keys: Keyring, *, project_id: UUID, session_id: UUID, generation: int, role: str, now: float, ttl: float
 ) -> str:
-    """The token of one machine of one session. `now` in Unix seconds, `ttl` in seconds.
+    """The token of one machine of one session, unlike any other. `now` in Unix seconds, `ttl` in seconds.
+
+    With HS256 two tokens of one second would be the same bytes but for their `jti` (RFC 7519, 4.1.7), and an agent that
+    was refused with the one would take the other for no newer one.
 
     `role` is a real PostgreSQL role (Realtime insists): `preview_agent`, or what the settings say.
     """
@@ -221,6 +224,7 @@ def mint_session(
             "generation": generation,
             "iat": int(now),
             "exp": int(now + ttl),
+            "jti": secrets.token_hex(8),
         }
     )
 

@@ -56,6 +56,8 @@ def test_a_session_token_says_which_machine_it_is_for(jwk: dict[str, Any]) -> No
     plain = jwt.decode(token, options={"verify_signature": False})
     assert plain["role"] == "preview_agent"
     assert isinstance(plain["iat"], int), "Realtime wants a number"
+    now = time.time()
+    assert mint(keys, now=now) != mint(keys, now=now), "a renewed token is another one, also within a second"
 
 
 def test_what_does_not_count() -> None:

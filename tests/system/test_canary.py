@@ -177,7 +177,7 @@ async def test_a_session_s_life_tells_no_secret(
             said |= await said_by(agent)
 
             async def next_second() -> bool:
-                """Two tokens of one second are the same token: as good as none to an agent that was refused with it."""
+                """So that the renewed token expires later than the first."""
                 issued = read_token(agent.environ["REALTIME_TOKEN"]).issued_at
                 return issued is not None and time.time() >= issued + 1
 
@@ -185,7 +185,7 @@ async def test_a_session_s_life_tells_no_secret(
             await project.faults(
                 refuse=3, refuse_status=403, refuse_error=f"bad apikey={secrets[2]}&token={secrets[1]}"
             )
-            await eventually("the next token is another one", next_second)
+            await eventually("the next token expires later", next_second)
             await project.faults(action="abort")
             await eventually("it was refused", lambda: refused_links(agent))
             await project.faults(action="expire_tokens")
