@@ -18,7 +18,6 @@ from uuid import UUID
 
 import httpx
 import orjson
-import structlog
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
@@ -173,8 +172,7 @@ async def following(
 
 @contextlib.asynccontextmanager
 async def running(place: Path) -> AsyncIterator[Loop]:
-    """Server and agent on one event loop, as two hops over loopback. No log: the screen is the bench's."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))
+    """Server and agent on one event loop, as two hops over loopback."""
     async with serving() as (channel, url):
         loop = Loop(channel, url)
         async with following(url, place, loop.on_tree):

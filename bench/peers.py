@@ -322,21 +322,20 @@ def _ended(leader: subprocess.Popen[bytes], seconds: float) -> bool:
     A signal is only delivered: who has it ends when a processor gets to it, the leader not last.
     """
     deadline = time.monotonic() + seconds
-    while leader.poll() is None or _members(leader.pid):
+    while leader.poll() is None or _runs(leader.pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
     return True
 
 
-def _members(group: int) -> list[psutil.Process]:
-    """What runs in a process group. A zombie does not: whose it is may never ask for it."""
-    found = []
+def _runs(group: int) -> bool:
+    """Whether anything of a process group runs. A zombie does not: whose it is may never ask for it."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                return True
+    return False
 
 
 def _free_port() -> int:

@@ -147,13 +147,6 @@ class LocalMachines:
     async def list(self) -> builtins.list[Machine]:
         return [self._machine(record) for record in self._records()]
 
-    def _records(self) -> builtins.list[Record]:
-        try:
-            directories = sorted(self._root.iterdir())
-        except FileNotFoundError:
-            return []
-        return [record for directory in directories if (record := _read(directory)) is not None]
-
     async def destroy(self, machine_id: str) -> None:
         """End the machine and remove its directory."""
         await self.retire(machine_id)
@@ -165,6 +158,7 @@ class LocalMachines:
             record = _read(directory)
             if record is not None and record.name == machine_id:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            if record is None or record.name == machine_id:
                 self._given.pop(owner[0], None)
 
     async def retire(self, machine_id: str) -> None:
@@ -193,6 +187,13 @@ class LocalMachines:
     def project_dir(self, session_id: UUID) -> Path:
         """Where the session's machine keeps the project's files."""
         return self._directory(session_id) / "project"
+
+    def _records(self) -> builtins.list[Record]:
+        try:
+            directories = sorted(self._root.iterdir())
+        except FileNotFoundError:
+            return []
+        return [record for directory in directories if (record := _read(directory)) is not None]
 
     def _directory(self, session_id: UUID) -> Path:
         return self._root / str(session_id)

@@ -34,6 +34,9 @@ AGENT = """
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", deaf], cwd=os.environ["PROJECT_DIR"], start_new_session=True)
     def stop(*_):
+        # A parent of several threads that is killed has its death told once for each: a second `wait` inside the
+        # first would hang on its lock.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child.kill()
         child.wait()
         sys.exit(0)
