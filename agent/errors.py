@@ -12,6 +12,7 @@
     ├── MalformedMessage         an event, manifest or answer that cannot be read
     ├── SnapshotRejected         an archive refused whole, with the rule it broke
     └── Unavailable              a peer did not answer, or asked us to wait                 (transient)
+        └── TooLarge             it reads no body of this size: the same again cannot help, less can
 
 A per-path failure is data (`agent.model.Problem`), not an exception: the rest goes on.
 """
@@ -115,6 +116,10 @@ class Unavailable(AgentError):
         self.reason = reason
         self.retry_after = retry_after
         super().__init__(f"{what} is unavailable: {reason}")
+
+
+class TooLarge(Unavailable):
+    """413: the peer, or something in front of it, reads no body as large as ours. Whoever asked can ask with less."""
 
 
 def is_transient(error: BaseException) -> bool:
