@@ -19,6 +19,7 @@ A per-path failure is data (`agent.model.Problem`), not an exception: the rest g
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -83,7 +84,7 @@ class PathRefused(AgentError):
 
     def __init__(self, raw: object, rule: str) -> None:
         self.rule = rule
-        self.shown = repr(raw)[:200]
+        self.shown = (repr(raw) if isinstance(raw, str) else reprlib.repr(raw))[:200]
         super().__init__(f"cannot use path {self.shown}: {rule}")
 
 

@@ -388,7 +388,8 @@ def _storage_code(body: bytes) -> tuple[str | None, str | None]:
     if not isinstance(told, dict):
         return None, None
     code, stated = told.get("code") or told.get("error"), told.get("statusCode")
-    return (code[:50] if isinstance(code, str) else None), (None if stated is None else str(stated)[:3])
+    number = str(stated)[:3] if isinstance(stated, (str, int)) else None
+    return (code[:50] if isinstance(code, str) else None), number
 
 
 def _content_length(response: httpx.Response) -> int | None:

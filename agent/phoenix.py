@@ -18,6 +18,7 @@ Time is in seconds of any monotonic clock.
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from agent.meanings import (
 BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""
 
+
+LONGEST_REASON: Final = 500
+"""Characters kept of why the server refused or ended something."""
 
 NO_HEAD: Final = b"\x04\0\0\0\0\0"
 """What no broadcast begins with: its topic would be empty."""
@@ -298,7 +302,7 @@ class Phoenix:
             self._move(Cause.JOINED, "join accepted")
             return Joined()
         response = payload.get("response")
-        reason = str(response.get("reason", "no reason given") if isinstance(response, dict) else response)
+        reason = _words(response.get("reason", "no reason given") if isinstance(response, dict) else response)
         kind = judge(reason)
         if kind == "expired":
             self._joins_expired += 1
@@ -318,7 +322,7 @@ class Phoenix:
         return self._drop("channel_gone", "the server does not know our channel any more")
 
     def _system(self, join_ref: object, payload: dict[str, object]) -> Meaning | None:
-        message = str(payload.get("message", ""))
+        message = _words(payload.get("message", ""))
         if self._join_ref is None or (join_ref is not None and join_ref != self._join_ref):
             return self._ignore("stale")
         if payload.get("extension") not in (None, "system"):
@@ -429,6 +433,11 @@ class Phoenix:
         self._heartbeat_ref = self._next_ref()
         self._heartbeat_by = now + self.timing.heartbeat_within
         self._send(None, self._heartbeat_ref, "phoenix", "heartbeat", {})
+
+
+def _words(said: object) -> str:
+    """What should be text, as text of a line or two; JSON can be nested deeper than Python can write."""
+    return (said if isinstance(said, str) else reprlib.repr(said))[:LONGEST_REASON]
 
 
 def _later(ref: object, join_ref: str) -> bool:

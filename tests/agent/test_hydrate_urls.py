@@ -132,3 +132,13 @@ async def test_a_body_that_is_encoded_is_refused_unread(
     assert "accept-encoding: identity" in server.requests[0].lower()
     assert in_staging(tmp_path / "staging") == []
     assert os.listdir(tmp_path / "project") == []
+
+
+async def test_a_refusal_that_is_nested_without_end_is_one_like_another(
+    disk: Disk, http: httpx.AsyncClient
+) -> None:
+    deep = "[" * 1000 + "]" * 1000
+    for body in (f'{{"statusCode": {deep}}}', f'{{"code": {deep}, "error": {deep}}}'):
+        async with origin(Answer(body.encode(), 400)) as server:
+            with pytest.raises(Unavailable, match="HTTP 400"):
+                await fetch(server.url, disk=disk, http=http, limits=QUICK)

@@ -347,6 +347,21 @@ def test_junk_never_raises_and_the_machine_stays_whole(frames: list[bytes]) -> N
         assert (link.state in WITH_SOCKET) == (link.next_deadline() is not None)
 
 
+@pytest.mark.parametrize("field", ["reason", "response", "message", "event", "extension"])
+def test_what_is_nested_as_deep_as_json_is_read_never_raises(field: str) -> None:
+    deep = "[" * 1000 + "]" * 1000
+    for link in (opened(), live()):
+        said = {
+            "reason": ["phx_reply", f'{{"status": "error", "response": {{"reason": {deep}}}}}'],
+            "response": ["phx_reply", f'{{"status": "error", "response": {deep}}}'],
+            "message": ["system", f'{{"status": "error", "message": {deep}}}'],
+            "event": ["broadcast", f'{{"event": {deep}, "payload": {{}}}}'],
+            "extension": ["system", f'{{"status": "error", "extension": {deep}}}'],
+        }[field]
+        link.receive(f'["1", "1", "{TOPIC}", "{said[0]}", {said[1]}]'.encode(), 1.0)
+        assert len(link.why) < 1000
+
+
 @given(st.lists(no_frames, max_size=20))
 def test_what_is_no_frame_never_ends_a_live_link(frames: list[bytes]) -> None:
     link = live()
