@@ -20,7 +20,7 @@ from agent.catchup import CatchUp, jitter
 from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
-from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, Unavailable
+from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, TooLarge, Unavailable
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
@@ -39,6 +39,7 @@ from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
 from agent.tokens import Tokens, spread
+from agent.wire import Head
 from agent.workspace import Workspace
 
 log = get_logger("daemon")
@@ -225,6 +226,15 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
+async def _said(api: SessionApi, report: Report) -> Head:
+    """Say how we are. What is wrong is left out when a peer reads less than we cut it to: the state keeps the lease."""
+    try:
+        return await api.report_status(report.heartbeat())
+    except TooLarge as error:
+        log.warning("heartbeat.too_large", why=str(error))
+        return await api.report_status(report.heartbeat(bare=True))
+
+
 async def _heartbeat(
     every: float, report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
 ) -> None:
@@ -252,7 +262,7 @@ async def _heartbeat(
             sent = seen
             due = now + every * (0.8 + 0.4 * spread())
             try:
-                head = await api.report_status(report.heartbeat())
+                head = await _said(api, report)
             except (Unavailable, MalformedMessage) as error:
                 attempt += 1
                 due = time.monotonic() + jitter(attempt, error)

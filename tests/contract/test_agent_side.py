@@ -11,6 +11,7 @@ from msgspec import structs
 from agent.errors import CredentialRejected, SessionGone, Superseded, TooLarge, Unavailable
 from agent.model import Commit, SnapshotReady
 from agent.session import SessionApi
+from agent.statusbody import fitted
 from agent.tokens import Tokens, read_token
 from agent.wire import Changes, Current, SnapshotOffer, read_event, read_head, read_manifest, read_sync_answer
 from tests.contract.golden import DIRECTORY, assert_same_form, load
@@ -139,6 +140,12 @@ MEANINGS = {
     "problem.generation_superseded": Superseded,
     "problem.body_too_large": TooLarge,
 }
+
+
+def test_a_status_is_of_the_golden_form() -> None:
+    golden = load("status.request")
+    head = {key: golden[key] for key in golden if not key.startswith("problems")}
+    assert fitted(head, golden["problems"]) == golden
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in DIRECTORY.glob("problem*.json")))
