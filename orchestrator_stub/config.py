@@ -162,7 +162,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(30, gt=0)
     """Seconds for any one request; above every single call it makes."""
     body_limit: int = Field(65_536, ge=1024)
-    """Bytes. The largest honest body of the session API, a status with its problems, has a few kilobytes."""
+    """Bytes. The largest honest body of the session API, a status with its problems, is cut to 32 KB by the agent."""
 
     # --- being watched
     log_level: Literal["debug", "info", "warning", "error"] = "info"
