@@ -8,11 +8,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-import psycopg
 
-from orchestrator_stub.config import Settings, SettingsError
-from orchestrator_stub.migrations import MigrationError, bootstrap, migrate
+def _cannot_import(error: ModuleNotFoundError) -> str:
+    """The one sentence for a package that is not installed. A module of our own that is missing is a bug: raised."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "agent", "orchestrator_stub"):
+        raise error
+    return (
+        f"preview-orchestrator: {package} is not installed; install this package with its extra, "
+        "as in pip install '.[orchestrator]'"
+    )
+
+
+try:
+    import httpx
+    import psycopg
+
+    from orchestrator_stub.config import Settings, SettingsError
+    from orchestrator_stub.migrations import MigrationError, bootstrap, migrate
+except ModuleNotFoundError as missing:
+    sys.exit(_cannot_import(missing))
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 64
@@ -27,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
         code = EXIT_SETTINGS
+    except ModuleNotFoundError as error:
+        sys.exit(_cannot_import(error))
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

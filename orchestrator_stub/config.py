@@ -113,7 +113,8 @@ class Settings(BaseSettings):
     template_dir: Annotated[Path | None, BeforeValidator(_unless_empty)] = (
         _EXAMPLE if _EXAMPLE.is_dir() else None
     )
-    """What a project without any file is given at its first session; empty: it stays without."""
+    """What a project without any file is given at its first session; empty: it stays without. The example is a
+    checkout's: an installed package has none, and `serve` says so at its start."""
 
     # --- machines
     machine_driver: Literal["local", "container", "fly"] = "local"

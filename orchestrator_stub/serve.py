@@ -33,6 +33,8 @@ STOP_GRACE = 10
 CONNECT_TIMEOUT = 10
 """Seconds for the database to be reached at the start; whoever started us starts us again."""
 
+NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
+
 
 class CannotServe(Exception):
     """Why the service does not start, in one line."""
@@ -66,7 +68,11 @@ async def run_serve(settings: Settings) -> int:
             sweeping = asyncio.create_task(service.control.run(), name="sweeper")
             building = asyncio.create_task(service.job.run(), name="snapshot job")
             stopping = asyncio.create_task(stop.wait(), name="stop")
-            log.info("serving", address="{}:{}".format(*listener.getsockname()[:2]))
+            log.info(
+                "serving",
+                address="{}:{}".format(*listener.getsockname()[:2]),
+                template=str(settings.template_dir or NO_TEMPLATE),
+            )
             done, _ = await asyncio.wait(
                 [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
             )

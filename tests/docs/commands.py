@@ -63,6 +63,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
     (r"make help", Run(says="make check")),
     (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
+    (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (r"make (test-nightly|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?", Make("nightly, by hand")),
     # --- the agent

@@ -112,7 +112,9 @@ def service(
         process.wait()
 
 
-def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str], port: int) -> None:
+def test_it_serves_is_watched_and_stops_in_order(
+    service: subprocess.Popen[str], port: int, tmp_path: Path
+) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
         assert http.get("/livez").json() == {"alive": True}
         assert http.get("/v1/sessions").status_code == 401
@@ -128,6 +130,7 @@ def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str],
     assert service.wait(timeout=15) == 0
     assert service.stderr is not None
     said = service.stderr.read()
+    assert f'"template": "{tmp_path / "empty"}"' in said
     assert SERVICE_KEY not in said
     assert SECRET not in said
 
