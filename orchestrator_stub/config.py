@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     fly_api_token: SecretStr | None = None
     """Required with `fly`: `fly tokens create deploy` makes one that reaches one app."""
     fly_app: str | None = None
-    """Required with `fly`: the app whose machines are the previews."""
+    """Required with `fly`: the app whose machines are the previews. Orchestrators of several databases may share it."""
     fly_region: str | None = None
     """Where machines are made; unset: Fly chooses."""
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"

@@ -22,6 +22,7 @@ from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.redaction import Redactor, secrets_of
 from orchestrator_stub.service import Server, configure_logs, control_plane
+from orchestrator_stub.store import Unmigrated
 from orchestrator_stub.tokens import Keyring
 
 log = structlog.get_logger("serve")
@@ -83,6 +84,8 @@ async def run_serve(settings: Settings) -> int:
             if stopping not in done:
                 log.error("ended", part=", ".join(task.get_name() for task in done))
                 return 1
+    except Unmigrated as error:
+        raise CannotServe(str(error)) from None
     except psycopg.OperationalError as error:
         raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
     finally:

@@ -211,6 +211,16 @@ def test_what_cannot_be_reached_is_one_clear_line(port: int, tmp_path: Path) -> 
         assert each.returncode == 1
 
 
+def test_a_database_without_the_migrations_is_one_clear_line(blank: str, database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("drop table preview.installation")
+    for dsn in (blank, database):
+        ended = run("serve", **settings(dsn, PORT="0"))
+        assert ended.returncode == 1
+        assert "preview-orchestrator migrate" in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
+
+
 def test_migrate_makes_a_plain_database_ours(postgres_dsn: str) -> None:
     name = f"plain_{os.getpid()}"
     with psycopg.connect(postgres_dsn, autocommit=True) as server:
