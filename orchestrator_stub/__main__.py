@@ -1,4 +1,4 @@
-"""`preview-orchestrator dev | serve | migrate | tail`: the command line, and what a failure looks like there."""
+"""`preview-orchestrator dev | serve | migrate | machines | tail`: the command line, and how a failure looks there."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     migration.set_defaults(run=_migrate)
 
+    machines = commands.add_parser("machines", help="what machines there are, and whose each is")
+    machines.add_argument("--json", action="store_true", help="one JSON object a line")
+    machines.set_defaults(run=_machines)
+
     tail = commands.add_parser("tail", help="print a project's channel as it happens")
     tail.add_argument("project", help="the project's id, or `-` for the one of --state")
     tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
@@ -136,6 +140,21 @@ def _migrate(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"preview-orchestrator: cannot migrate: {' '.join(str(error).split())}\n")
         return EXIT_FAILED
     sys.stdout.write("".join(f"applied {version}\n" for version in applied) or "nothing to apply\n")
+    return 0
+
+
+def _machines(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.inventory import run_machines
+    from orchestrator_stub.machines import MachineError
+    from orchestrator_stub.serve import CannotServe
+    from orchestrator_stub.store import Unmigrated
+
+    settings = Settings.from_environment()
+    try:
+        asyncio.run(run_machines(settings, print, as_json=arguments.json))
+    except (CannotServe, MachineError, Unmigrated, psycopg.Error) as error:
+        sys.stderr.write(f"preview-orchestrator: cannot list the machines: {' '.join(str(error).split())}\n")
+        return EXIT_FAILED
     return 0
 
 

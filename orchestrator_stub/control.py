@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -283,7 +283,7 @@ class Control:
                     due.append(partial(self.finish, session.id))
                 case Verdict.LEAVE if _lost(session, machines):
                     due.append(partial(self._end_if_gone, session))
-        unwanted = [machine for machine in machines if not _wanted(machine, known, ours)]
+        unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
         due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
         await asyncio.gather(*(self._guarded(step) for step in due))
         self.swept_at = self._clock()
@@ -414,7 +414,7 @@ def _unmarked(machines: list[Machine]) -> set[UUID]:
     return {owner.session_id for owner in owners if owner is not None and owner.mark is None}
 
 
-def _wanted(machine: Machine, unended: dict[UUID, Session], ours: set[UUID]) -> bool:
+def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UUID]) -> bool:
     """Whether a session that is not over speaks for this machine, or it is not ours to destroy.
 
     `ours`: those of the unmarked machines' sessions that are in this database, over or not.

@@ -179,15 +179,12 @@ class SessionStore:
             assert moment is not None
             return rows, float(moment[0])
 
-    async def known(self, session_ids: Collection[UUID]) -> set[UUID]:
+    async def known(self, session_ids: Collection[UUID]) -> Mapping[UUID, Session]:
         """Those of `session_ids` that are sessions here, over or not."""
         if not session_ids:
-            return set()
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute(
-                "select id from preview.sessions where id = any(%s)", (list(session_ids),)
-            )
-            return {row[0] for row in await cursor.fetchall()}
+            return {}
+        rows = await self._rows(SELECT + "where id = any(%(ids)s)", {"ids": list(session_ids)})
+        return {session.id: session for session in rows}
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
         """Take one's turn at making (`TAKE_UP`) or ending (`TAKE_DOWN`) the machine; None: not ours to take."""

@@ -83,6 +83,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
     ),
+    (
+        r"preview-orchestrator machines",
+        ByTest("tests/orchestrator/test_machines_command.py::test_it_says_whose_every_machine_is"),
+    ),
     (r"(\.venv/bin/)?preview-orchestrator tail -", Run(until="file:update")),
     (
         r"\.venv/bin/preview-orchestrator dev DIR --once",
