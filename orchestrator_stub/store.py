@@ -68,15 +68,15 @@ class SessionStore:
 
         Raises `Unmigrated`.
         """
+        query = "select id, extract(epoch from since)::float8 from preview.installation"
         try:
             async with self._pool.connection() as connection:
-                await connection.execute(
-                    "insert into preview.installation default values on conflict do nothing"
-                )
-                cursor = await connection.execute(
-                    "select id, extract(epoch from since)::float8 from preview.installation"
-                )
-                row = await cursor.fetchone()
+                row = await (await connection.execute(query)).fetchone()
+                if row is None:
+                    await connection.execute(
+                        "insert into preview.installation default values on conflict do nothing"
+                    )
+                    row = await (await connection.execute(query)).fetchone()
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             raise Unmigrated(
                 "the database has no preview.installation; run `preview-orchestrator migrate` first"
