@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, LiteralString
 from uuid import UUID
@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.database import Head, Pool
 from orchestrator_stub.machines import Machine
-from orchestrator_stub.sessions import ENDED, LIVE, Event, Session, State, moves
+from orchestrator_stub.sessions import ENDED, LIVE, Event, Installation, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
   id, project_id, state, generation, idempotency_key,
@@ -51,6 +51,10 @@ class ProjectUnknown(Exception):
     """There is no project of that id."""
 
 
+class Unmigrated(Exception):
+    """The database lacks what the migrations make; the message says what to do."""
+
+
 class SessionStore:
     """`preview.sessions`, through `pool`. Raises `psycopg.OperationalError` when the database is not there."""
 
@@ -58,6 +62,27 @@ class SessionStore:
         self._pool = pool
         self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, Head] | None]]] = []
         self._answering: asyncio.Task[None] | None = None
+
+    async def installation(self) -> Installation:
+        """Which installation this database is. One that was copied without its rows becomes a new one.
+
+        Raises `Unmigrated`.
+        """
+        query = "select id, extract(epoch from since)::float8 from preview.installation"
+        try:
+            async with self._pool.connection() as connection:
+                row = await (await connection.execute(query)).fetchone()
+                if row is None:
+                    await connection.execute(
+                        "insert into preview.installation default values on conflict do nothing"
+                    )
+                    row = await (await connection.execute(query)).fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            raise Unmigrated(
+                "the database has no preview.installation; run `preview-orchestrator migrate` first"
+            ) from None
+        assert row is not None
+        return Installation(row[0], float(row[1]))
 
     async def create(
         self, project_id: UUID, *, key: str | None, generation: int, ttl: float
@@ -153,6 +178,13 @@ class SessionStore:
             ).fetchone()
             assert moment is not None
             return rows, float(moment[0])
+
+    async def known(self, session_ids: Collection[UUID]) -> Mapping[UUID, Session]:
+        """Those of `session_ids` that are sessions here, over or not."""
+        if not session_ids:
+            return {}
+        rows = await self._rows(SELECT + "where id = any(%(ids)s)", {"ids": list(session_ids)})
+        return {session.id: session for session in rows}
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
         """Take one's turn at making (`TAKE_UP`) or ending (`TAKE_DOWN`) the machine; None: not ours to take."""
