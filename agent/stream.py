@@ -1,9 +1,10 @@
 """The live link: one socket, never deaf for longer than its deadlines, replaced for ever.
 
-A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it; a second
-keeps the token fresh (`agent.linktoken`); a third looks at the clock once a second, because a machine that was
-suspended has sockets that look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that
-are either an event or the order to catch up, and nothing that could be lost without such an order.
+A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it, a second
+reads it; a third keeps the token fresh (`agent.linktoken`); a fourth looks at the clock once a second, because a
+machine that was suspended has sockets that look alive and are dead. What the rest of the agent sees is an
+`EventSource`: signals that are either an event or the order to catch up, and nothing that could be lost without such
+an order.
 
 Timings are judgement; each has its reason in `agent.linksettings` and `phoenix.Timing`.
 """
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from tenacity import RetryCallState, Retrying, wait_random
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
+from websockets.protocol import State
 
 from agent.errors import AgentError, CredentialRejected, SessionGone
-from agent.framing import DirectConnect, DirectConnection
 from agent.linksettings import DEFAULTS, LinkSettings, endpoint
 from agent.linkstate import Cause, LinkState
 from agent.linktoken import TokenKeeper, asked_wait
@@ -37,6 +39,16 @@ from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource
 
 log = get_logger("link")
+
+
+class _Connect(connect):
+    """`websockets.connect` that follows no redirect: what comes after the handshake is a credential, and it goes to the
+    host of the settings or to nobody.
+    """
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """A redirect is an answer like any other that is not 101."""
+        return exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +86,6 @@ class RealtimeStream:
         self._backoff = settings.backoff()
         self._hurry = asyncio.Event()
         self._wake = asyncio.Event()
-        self._broken: Exception | None = None
-        self._clock = _now
         self._end_because: _End | None = None
         self._token = TokenKeeper(tokens, settings, self, wall)
         self._attempt = 0
@@ -105,7 +115,6 @@ class RealtimeStream:
 
     async def run(self) -> None:
         """Own the link until cancelled; then leave the channel and close the socket."""
-        self._clock = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._token.run(), name="link-token")
             tasks.create_task(self._look_around(), name="link-clock")
@@ -240,7 +249,7 @@ class RealtimeStream:
                     return _End("no_token", str(error), refused, asked_wait(error))
         self._token.sent = token
         try:
-            socket = await DirectConnect(
+            socket = await _Connect(
                 self._url,
                 compression=None,
                 max_size=self._settings.max_frame,
@@ -251,20 +260,24 @@ class RealtimeStream:
                 logger=_SILENT,
                 proxy=None,
             )
-            assert isinstance(socket, DirectConnection)
         except InvalidStatus as error:
             return self._handshake_refused(error)
         except (OSError, TimeoutError, WebSocketException, EOFError, UnicodeError) as error:
             # The class, not the text: the URL carries the key.
             return _End("unreachable", f"cannot connect: {type(error).__name__}")
         self._sockets += 1
-        try:
-            return await self._hold(socket, token)
-        except asyncio.CancelledError:
-            await self._goodbye(socket)
-            raise
-        finally:
-            socket.transport.abort()
+        async with asyncio.TaskGroup() as tasks:
+            # In a group: a bug in the reading must end the agent loudly, not leave a link that nobody reads.
+            reading = tasks.create_task(self._read(socket), name="link-read")
+            reading.add_done_callback(lambda _: self._wake.set())
+            try:
+                return await self._hold(socket, reading, token)
+            except asyncio.CancelledError:
+                await self._goodbye(socket)
+                raise
+            finally:
+                reading.cancel()
+                socket.transport.abort()
 
     def _handshake_refused(self, error: InvalidStatus) -> _End:
         response = error.response
@@ -274,49 +287,62 @@ class RealtimeStream:
         cause = "rate_limited" if response.status_code == 429 else "handshake"
         return _End(cause, said, response.status_code in (401, 403), wait)
 
-    async def _hold(self, socket: DirectConnection, token: Token) -> _End:
-        """Everything between an open socket and its end. One loop: write what is due, wait until something is."""
+    async def _hold(self, socket: ClientConnection, reading: asyncio.Task[_End], token: Token) -> _End:
+        """Write what is due and wait until something is, from an open socket to its end."""
         phoenix = self._phoenix
         self._end_because = None
         phoenix.opened(_now(), token.value)
-        socket.attach(self._frame, self._wake.set)
         try:
             while True:
                 self._use_newest_token()
                 for text in phoenix.outgoing():
                     async with asyncio.timeout(self._settings.timing.heartbeat_within):
                         await socket.send(text)
-                if self._end_because is None:
+                if self._end_because is None and not reading.done():
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout_at(phoenix.next_deadline()):
+                        async with asyncio.timeout_at(self._next_look()):
                             await self._wake.wait()
                 self._wake.clear()
-                if self._broken is not None:
-                    raise self._broken
-                end = self._end_because or _closed(socket) or _dropped(phoenix.tick(_now()))
+                if socket.state is not State.OPEN:
+                    # A closing handshake began. `recv` waits for the end of the TCP connection, which a peer that is
+                    # gone never sends; `close` waits for it `close_within` and then cuts the connection.
+                    await socket.close()
+                    return self._end_because or await reading
+                end = self._end_because or _dropped(phoenix.tick(_now()))
                 if end is not None:
                     return end
-        except ConnectionClosed:
-            return _closed(socket) or _End("reset", "the connection broke")
+        except ConnectionClosed as error:
+            return self._end_because or _closed(error)
         except TimeoutError:
             return _End("stalled", "the socket takes no more frames")
 
-    def _frame(self, frame: bytes) -> None:
-        """One message from the socket, in the call that read it. What needs the owner wakes it."""
+    def _next_look(self) -> float:
+        """When to look at the socket again at the latest, in the loop's time."""
+        look = _now() + self._settings.look_every
+        deadline = self._phoenix.next_deadline()
+        return look if deadline is None else min(deadline, look)
+
+    async def _read(self, socket: ClientConnection) -> _End:
+        """Read and handle messages until the socket is closed; returns how it was.
+
+        Never waits for the consumer, so the library's own queue stays short (it stops reading from the network at 16
+        frames); `SignalQueue` is what bounds memory.
+        """
+        now, receive = asyncio.get_running_loop().time, self._phoenix.receive
         try:
-            self._last_frame_at = at = self._wall()
-            meaning = self._phoenix.receive(frame, self._clock(), at)
-            if type(meaning) is Broadcast:
-                self._last_event_at = at
-                if not self._queue.put(meaning, len(frame)):
-                    self._phoenix.behind("overflow")
-            elif meaning is not None:
-                self._meant(meaning)
-                self._wake.set()
-        except Exception as error:
-            # A bug, and asyncio would answer it with a closed socket: the owner ends the link with it instead.
-            self._broken = error
-            self._wake.set()
+            while True:
+                frame = await socket.recv(decode=False)
+                self._last_frame_at = at = self._wall()
+                meaning = receive(frame, now(), at)
+                if type(meaning) is Broadcast:
+                    self._last_event_at = at
+                    if not self._queue.put(meaning, len(frame)):
+                        self._phoenix.behind("overflow")
+                elif meaning is not None:
+                    self._meant(meaning)
+                    self._wake.set()
+        except ConnectionClosed as error:
+            return _closed(error)
 
     def _meant(self, meaning: Meaning) -> None:
         match meaning:
@@ -345,7 +371,7 @@ class RealtimeStream:
             self._end_because = end
         self._wake.set()
 
-    async def _goodbye(self, socket: DirectConnection) -> None:
+    async def _goodbye(self, socket: ClientConnection) -> None:
         self._phoenix.leave()
         with contextlib.suppress(ConnectionClosed, TimeoutError, OSError):
             async with asyncio.timeout(self._settings.close_within):
@@ -415,15 +441,12 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _closed(socket: DirectConnection) -> _End | None:
-    """How the connection ended, if it did."""
-    if socket.end is None:
-        return None
-    received, sent = socket.end
-    if received is not None:
-        code = int(received.code)
-        return _End(f"closed_{code}", f"closed with {code} {received.reason}".rstrip())
-    if sent is not None and sent.code == CloseCode.MESSAGE_TOO_BIG:
+def _closed(error: ConnectionClosed) -> _End:
+    """How the connection ended."""
+    if error.rcvd is not None:
+        code = int(error.rcvd.code)
+        return _End(f"closed_{code}", f"closed with {code} {error.rcvd.reason}".rstrip())
+    if error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
         return _End("oversize", "a frame larger than the largest the server is known to send")
     return _End("reset", "the connection broke")
 

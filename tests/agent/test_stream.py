@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,27 @@ async def test_comes_back_from_a_close(server: FakeRealtime, issuer: Issuer, cod
         await server.close_sockets(code)
         await comes_back(link, server)
         assert link.stream.report()["losses"] == {f"closed_{code}": 1}
+
+
+async def test_what_was_sent_before_a_close_is_delivered(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        for n in range(200):
+            await server.broadcast("file:update", {"n": n, "content": "x" * 2_000})
+        await server.close_sockets(1001)
+        await until(lambda: link.stream.report()["losses"] == {"closed_1001": 1}, "the loss")
+        await until(lambda: len(link.events) == 200, "all events")
+        assert [payload["n"] for _, payload in link.events] == list(range(200))  # type: ignore[index]
+
+
+async def test_a_frame_over_the_limit_costs_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer, replace(QUICK, max_frame=10_000))) as link:
+        await link.live()
+        await server.broadcast("file:update", {"content": "x" * 9_000})
+        await server.broadcast("file:update", {"content": "x" * 10_000})
+        await comes_back(link, server)
+        assert link.stream.report()["losses"] == {"oversize": 1}
+        assert len(link.events) == 2
 
 
 async def test_comes_back_from_a_reset(server: FakeRealtime, issuer: Issuer) -> None:
