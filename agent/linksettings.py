@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from tenacity import wait_random_exponential
-
 from agent.phoenix import Timing
 
 VSN: Final = "2.0.0"
@@ -48,12 +46,6 @@ class LinkSettings:
     """How often the clock and a rotated token file are looked at."""
     close_within: float = 1.0
     """For the closing handshake when we leave on our own; a dead peer must not hold up the drain."""
-
-    def backoff(self) -> wait_random_exponential:
-        """Full jitter for the next attempt, never a tight loop."""
-        return wait_random_exponential(
-            multiplier=self.backoff_first, max=self.backoff_most, min=self.backoff_least
-        )
 
 
 DEFAULTS: Final = LinkSettings()

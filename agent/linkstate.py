@@ -1,11 +1,11 @@
 """The link's states, what makes it leave each, and where to. Pure; the table is the whole state machine.
 
-An input that has no row in the current state is late, and is ignored on purpose (`agent.phoenix`).
+An input that has no row in the current state is late, and is ignored on purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -70,3 +70,58 @@ WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkSt
 """States in which a socket is open."""
 
 JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
+
+Observer = Callable[[LinkState, Cause, LinkState, str], None]
+"""Told every transition: from, cause, to, and why in words."""
+
+
+class LinkStateMachine:
+    """The state of one link across all its connections, and the reason of the last transition.
+
+    A joined link is live when two things are true: a catch-up succeeded that began after everything that may have been
+    missed (`caught_up`), and what the server sends is complete (`feed_ready`).
+    """
+
+    def __init__(self, observe: Observer | None = None) -> None:
+        self.state = LinkState.CONNECTING
+        self.why = "started"
+        self._observe = observe
+        self._caught_up = False
+        self._feed_ready = False
+
+    def move(self, cause: Cause, why: str) -> bool:
+        """Follow the table. False: the input is late, and nothing happened."""
+        target = TRANSITIONS.get((self.state, cause))
+        if target is None:
+            return False
+        source, self.state, self.why = self.state, target, why
+        if self._observe is not None:
+            self._observe(source, cause, target, why)
+        return True
+
+    def joined(self, why: str, *, feed_ready: bool) -> None:
+        """The server took us. `feed_ready`: what it sends is complete from here on."""
+        self._caught_up = False
+        self._feed_ready = feed_ready
+        self.move(Cause.JOINED, why)
+
+    def feed_ready(self) -> None:
+        """What the server sends is complete from here on."""
+        self._feed_ready = True
+        self._settle()
+
+    def behind(self, why: str) -> None:
+        """Something may have been missed; only the next catch-up makes the link live again."""
+        if self.state in JOINED_STATES:
+            self._caught_up = False
+            self.move(Cause.BEHIND, why)
+
+    def caught_up(self) -> None:
+        """A catch-up succeeded that began after the last time we were behind."""
+        if self.state is LinkState.CATCHING_UP:
+            self._caught_up = True
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._caught_up and self._feed_ready:
+            self.move(Cause.CAUGHT_UP, "caught up")

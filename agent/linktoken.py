@@ -10,8 +10,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
-from tenacity import RetryCallState, Retrying
-
 from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
 from agent.linksettings import LinkSettings
 from agent.tokens import Token, TokenSource, spread
@@ -36,10 +34,18 @@ class Holder(Protocol):
 
 
 class TokenKeeper:
-    """Keeps a fresh token for `holder`. `wall` is the clock that tokens are dated by."""
+    """Keeps a fresh token for `holder`.
+
+    `wall`: the clock that tokens are dated by. `backoff`: seconds to wait after so many failures in a row.
+    """
 
     def __init__(
-        self, tokens: TokenSource, settings: LinkSettings, holder: Holder, wall: Callable[[], float]
+        self,
+        tokens: TokenSource,
+        settings: LinkSettings,
+        holder: Holder,
+        wall: Callable[[], float],
+        backoff: Callable[[int], float],
     ) -> None:
         self._tokens = tokens
         self._settings = settings
@@ -50,7 +56,7 @@ class TokenKeeper:
         self._seen: Token | None = None
         self._seen_at = wall()
         self._spread = spread()
-        self._backoff = settings.backoff()
+        self._backoff = backoff
         self.sent: Token | None = None
         """The token that the server was last given."""
         self.problem: str | None = None
@@ -92,8 +98,7 @@ class TokenKeeper:
 
     async def run(self) -> None:
         """Renew at a share of the token's life, or at once when the server says that it expired, until cancelled."""
-        failures = RetryCallState(Retrying(), None, (), {})
-        failures.attempt_number = 0
+        failures = 0
         now = asyncio.get_running_loop().time
         earliest = 0.0
         while True:
@@ -116,13 +121,13 @@ class TokenKeeper:
                     self._holder.token_refused(str(error))
                 earliest = now() + self._settings.refused_retry
             except AgentError as error:
-                failures.attempt_number += 1
+                failures += 1
                 await asyncio.sleep(max(self._backoff(failures), asked_wait(error)))
             else:
                 self._wanted_now.clear()
                 if self._holder.joined:
                     self.problem = None
-                failures.attempt_number = 0
+                failures = 0
                 earliest = now() + self._settings.renew_pause
 
     def _refresh_in(self) -> float:

@@ -2,16 +2,16 @@
 
 Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are arrays
 `[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `Phoenix` follows one
-topic across many sockets: its refs only grow, so a frame meant for an earlier join can never be taken for ours.
+topic on one socket. Its refs only grow, so a frame meant for an earlier join can never be taken for ours.
 
-`agent.linkstate.TRANSITIONS` is the whole state machine, `agent.meanings` what comes out. Nothing a server sends makes
-this module raise: what cannot be read is counted in `ignored`.
+The state is in the link's `LinkStateMachine`, which `Phoenix` moves; `agent.meanings` is what comes out. Nothing a
+server sends makes this module raise: what cannot be read is counted in `ignored`.
 
-    link = Phoenix("realtime:project:…")
-    link.opened(now, token)                      # the shell has a socket
-    for text in link.outgoing(): send(text)
-    match link.receive(frame, now): ...          # at most one meaning per frame
-    link.tick(now)                               # at link.next_deadline()
+    channel = Phoenix("realtime:project:…", machine)
+    channel.opened(now, token)                   # the shell has a socket
+    for text in channel.outgoing(): send(text)
+    match channel.receive(frame, now): ...       # at most one meaning per frame
+    channel.tick(now)                            # at channel.next_deadline()
 
 Time is in seconds of any monotonic clock.
 """
@@ -19,13 +19,13 @@ Time is in seconds of any monotonic clock.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import orjson
 
-from agent.linkstate import JOINED_STATES, TRANSITIONS, WITH_SOCKET, Cause, LinkState
+from agent.linkstate import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
 from agent.meanings import (
     Broadcast,
     Dropped,
@@ -65,23 +65,25 @@ class Timing:
     """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
 
 
-Observer = Callable[[LinkState, Cause, LinkState, str], None]
-"""Told every transition: from, cause, to, and why in words."""
-
-
 class Phoenix:
-    """One topic's protocol, across sockets. See the module for how it is held."""
+    """One topic's protocol on one socket. See the module for how it is held.
 
-    def __init__(self, topic: str, timing: Timing = Timing(), observe: Observer | None = None) -> None:
+    `ignored` counts the frames that meant nothing to us, by reason: unreadable, foreign, stale, unknown.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        machine: LinkStateMachine,
+        timing: Timing = Timing(),
+        ignored: Counter[str] | None = None,
+    ) -> None:
         self.topic = topic
+        self.machine = machine
+        self.timing = timing
+        self.ignored: Counter[str] = Counter() if ignored is None else ignored
         self._topic_bytes = topic.encode()
         self._like: tuple[str, int, bytes] = ("", 0, NO_HEAD)
-        self.timing = timing
-        self.state = LinkState.CONNECTING
-        self.why = "started"
-        self.ignored: Counter[str] = Counter()
-        """Frames that meant nothing to us, by reason: unreadable, foreign, stale, unknown."""
-        self._observe = observe
         self._out: list[str] = []
         self._ref = 0
         self._join_ref: str | None = None
@@ -92,7 +94,6 @@ class Phoenix:
         self._join_by: float | None = None
         self._replication_by: float | None = None
         self._replication_ready = False
-        self._caught_up = False
         self._heartbeat_ref: str | None = None
         self._heartbeat_at: float | None = None
         self._heartbeat_by: float | None = None
@@ -100,30 +101,20 @@ class Phoenix:
     # --- what the shell tells us
 
     def opened(self, now: float, token: str) -> None:
-        """A socket is open: join, and start the heartbeat."""
-        if self._move(Cause.OPENED, "socket open"):
-            self._heartbeat_ref = self._heartbeat_by = None
+        """The socket is open: join, and start the heartbeat."""
+        if self.machine.move(Cause.OPENED, "socket open"):
             self._heartbeat_at = now + self.timing.heartbeat_every
-            self._joins_expired = 0
             self._join(now, token)
 
-    def lost(self, reason: str) -> None:
-        """The socket is gone, or none came about."""
-        if self._move(Cause.LOST, reason):
-            self._forget()
-
-    def refused(self, reason: str) -> None:
-        """A credential was turned away, in the handshake or by whoever issues them; the socket is to be closed."""
-        if self._move(Cause.REFUSED, reason):
-            self._forget()
-
-    def retry(self) -> None:
-        """A new attempt begins."""
-        self._move(Cause.RETRY, "retry")
+    def close(self) -> None:
+        """The socket is gone: nothing is due on it any more, and what is still read from it means nothing."""
+        self._leave_join()
+        self._heartbeat_ref = self._heartbeat_at = self._heartbeat_by = None
+        self._out.clear()
 
     def new_token(self, token: str, now: float) -> None:
         """Use `token` from now on: push it on the joined channel, or join with it when the last one expired."""
-        if self.state not in WITH_SOCKET:
+        if self.machine.state not in WITH_SOCKET:
             return
         if self._join_ref is None:
             self._join(now, token)
@@ -135,28 +126,11 @@ class Phoenix:
             # A push before the join's reply may find no channel; it follows the reply.
             self._token_unsent = True
 
-    def behind(self, reason: str) -> None:
-        """Something may have been missed; only the next catch-up makes the link live again."""
-        if self.state in JOINED_STATES:
-            self._caught_up = False
-            self._move(Cause.BEHIND, reason)
-
-    def caught_up(self) -> None:
-        """A catch-up succeeded that began after the last time we were behind."""
-        if self.state is LinkState.CATCHING_UP:
-            self._caught_up = True
-            self._settle()
-
     def leave(self) -> None:
         """Say goodbye on the channel; whatever comes after it is stale."""
         if self._join_ref is not None:
             self._push("phx_leave", {})
             self._join_ref = None
-
-    @property
-    def wants_token(self) -> bool:
-        """Whether the last token expired on a socket that is still open."""
-        return self.state is LinkState.JOINING and self._join_ref is None
 
     def outgoing(self) -> list[str]:
         """The frames to send now, in order; each is given out once."""
@@ -165,7 +139,7 @@ class Phoenix:
 
     def next_deadline(self) -> float | None:
         """When `tick` must be called at the latest; None without a socket."""
-        if self.state not in WITH_SOCKET:
+        if self.machine.state not in WITH_SOCKET:
             return None
         deadlines = (
             self._heartbeat_at,
@@ -180,7 +154,7 @@ class Phoenix:
 
     def tick(self, now: float) -> Dropped | None:
         """Do what is due: send a heartbeat, give up on one, give up on a join."""
-        if self.state not in WITH_SOCKET:
+        if self.machine.state not in WITH_SOCKET:
             return None
         grace = self.timing.late_tick
         if self._heartbeat_by is not None and now >= self._heartbeat_by:
@@ -197,7 +171,7 @@ class Phoenix:
             return self._drop("join_timeout", f"no reply to the join within {self.timing.join_within:g} s")
         if self._replication_by is not None and now >= self._replication_by:
             self._replication_by = None
-            self._settle()
+            self.machine.feed_ready()
         if self._probe_at is not None and now >= self._probe_at:
             self._push_token(now)
         if self._heartbeat_at is not None and now >= self._heartbeat_at:
@@ -289,13 +263,12 @@ class Phoenix:
         self._join_by = None
         if payload.get("status") == "ok":
             self._joins_expired = 0
-            self._caught_up = False
             self._probe_at = now + self.timing.probe_every
             if self._token_unsent:
                 self._push_token(now)
             if not self._replication_ready:
                 self._replication_by = now + self.timing.replication_within
-            self._move(Cause.JOINED, "join accepted")
+            self.machine.joined("join accepted", feed_ready=self._replication_ready)
             return Joined()
         response = payload.get("response")
         reason = str(response.get("reason", "no reason given") if isinstance(response, dict) else response)
@@ -327,12 +300,12 @@ class Phoenix:
             if message != "Replication connection established" or self._replication_ready:
                 return None
             self._replication_ready = True
-            if self.state not in JOINED_STATES:
+            if self.machine.state not in JOINED_STATES:
                 return None
             prompt = self._replication_by is not None
             self._replication_by = None
-            self._caught_up = False
-            self._move(Cause.BEHIND, "replication ready" if prompt else "replication ready late")
+            self.machine.behind("replication ready" if prompt else "replication ready late")
+            self.machine.feed_ready()
             return ReplicationReady()
         match judge(message):
             case "expired":
@@ -344,45 +317,28 @@ class Phoenix:
             case _:
                 return self._drop("system_error", message)
 
-    # --- the machine
-
-    def _move(self, cause: Cause, why: str) -> bool:
-        """Follow the table; False: late, ignored on purpose."""
-        target = TRANSITIONS.get((self.state, cause))
-        if target is None:
-            return False
-        source, self.state, self.why = self.state, target, why
-        if self._observe is not None:
-            self._observe(source, cause, target, why)
-        return True
-
-    def _settle(self) -> None:
-        if self._caught_up and self._replication_by is None:
-            self._move(Cause.CAUGHT_UP, "caught up")
+    # --- what ends a join, or the socket
 
     def _expired(self, reason: str) -> TokenExpired:
         self._leave_join()
-        self._move(Cause.EXPIRED, reason)
+        self.machine.move(Cause.EXPIRED, reason)
         return TokenExpired(reason)
 
     def _refuse(self, reason: str) -> Refused:
-        self.refused(reason)
+        self.close()
+        self.machine.move(Cause.REFUSED, reason)
         return Refused(reason)
 
     def _drop(self, cause: str, reason: str) -> Dropped:
-        self.lost(reason)
+        self.close()
+        self.machine.move(Cause.LOST, reason)
         return Dropped(cause, reason)
 
     def _leave_join(self) -> None:
         self._join_ref = None
         self._join_by = self._replication_by = self._probe_at = None
         self._token_unsent = False
-        self._replication_ready = self._caught_up = False
-
-    def _forget(self) -> None:
-        self._leave_join()
-        self._heartbeat_ref = self._heartbeat_at = self._heartbeat_by = None
-        self._out.clear()
+        self._replication_ready = False
 
     def _ignore(self, reason: str) -> Meaning | None:
         self.ignored[reason] += 1

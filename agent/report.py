@@ -16,13 +16,13 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.catchup import CatchUp
 from agent.config import Settings
+from agent.linkloop import LinkLoop
 from agent.linkstate import LinkState
 from agent.model import Problem
 from agent.problems import ProblemKind
 from agent.shadow import Shadow
 from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
-from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor
 from agent.sync import Sync
 from agent.telemetry import Metrics, Redactor
@@ -41,7 +41,7 @@ class Report(Collector):
     sync: Sync
     sync_status: SyncStatus
     catch_up: CatchUp
-    link: RealtimeStream
+    link: LinkLoop
     dev: Supervisor
     problems: Problems
     metrics: Metrics

@@ -11,7 +11,7 @@ import pytest
 from agent.linksettings import LinkSettings
 from agent.linkstate import LinkState
 from agent.signals import Resync
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from tests.agent.one_link import (
     QUICK,
     Issuer,
@@ -190,7 +190,7 @@ async def test_overflow_becomes_one_resync(server: FakeRealtime, issuer: Issuer)
 
 async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
     slept = 0.0
-    stream = RealtimeStream(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: wall() + slept)
+    stream = realtime_link(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: wall() + slept)
     async with running(stream) as link:
         await link.live()
         slept = 60.0

@@ -3,7 +3,7 @@
 realtime       the official Python client, vsn 1
 realtime-js    the official JavaScript client in Node, vsn 2 with binary broadcasts
 supabase-js    the same through the front door that applications use
-ours           `agent.stream.RealtimeStream`, which only listens, to one private topic
+ours           `agent.stream.realtime_link`, which only listens, to one private topic
 raw            none: frames as written, to show that the scenario itself is sound
 """
 
@@ -26,7 +26,7 @@ from agent.linksettings import LinkSettings
 from agent.linkstate import LinkState
 from agent.phoenix import Timing
 from agent.signals import Received, Resync
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.fakes.serving import Local, Phoenix
 
@@ -238,7 +238,7 @@ class Ours(Client):
         assert token is not None
         self._next: str | None = None
         self._tokens = Tokens(token)
-        self._stream = RealtimeStream(
+        self._stream = realtime_link(
             f"{self.local.url}/realtime/v1", self.local.keys.anon_key, f"realtime:{topic}", self,
             settings=self._SETTINGS,
         )  # fmt: skip
