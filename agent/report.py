@@ -16,11 +16,11 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.catchup import CatchUp
 from agent.config import Settings
-from agent.linkloop import LinkLoop
 from agent.linkstate import LinkState
 from agent.model import Problem
 from agent.problems import ProblemKind
 from agent.shadow import Shadow
+from agent.signals import EventSource
 from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.supervisor import Supervisor
@@ -41,7 +41,7 @@ class Report(Collector):
     sync: Sync
     sync_status: SyncStatus
     catch_up: CatchUp
-    link: LinkLoop
+    link: EventSource
     dev: Supervisor
     problems: Problems
     metrics: Metrics

@@ -11,7 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from agent.linkstate import LinkState
 from agent.meanings import Broadcast
+from agent.model import Problem
 
 Received = Broadcast
 """An application event: `event`, `payload`, and `at`, Unix seconds when its frame was read."""
@@ -31,7 +33,18 @@ Signal = Received | Resync
 
 
 class EventSource(Protocol):
-    """Where events come from. Another transport (NATS, a file for replay) is one more of these."""
+    """Where events come from: all that the rest of the agent knows of the link.
+
+    `agent.linkloop.LinkLoop` is one over any transport; a replay has one without any.
+    """
+
+    @property
+    def state(self) -> LinkState:
+        """What the link is doing."""
+
+    @property
+    def since(self) -> float:
+        """Since when it has been doing that, Unix seconds."""
 
     async def run(self) -> None:
         """Own the connection, for ever; ends only by cancellation."""
@@ -48,8 +61,15 @@ class EventSource(Protocol):
     def doubt(self, reason: str) -> None:
         """Something came by another way that should have come by this one: make sure the link is not deaf."""
 
+    def problems(self) -> tuple[Problem, ...]:
+        """What a person should see of the link now."""
+
     def report(self) -> dict[str, object]:
-        """What `/status` shows of the link."""
+        """What `/status` shows of the link; no secret.
+
+        Always there: `why`, how the state came about; `queue_depth`, `clock_jumps` and `refusals` (counts by reason),
+        which are metrics too.
+        """
 
 
 class SignalQueue:

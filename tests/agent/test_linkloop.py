@@ -13,7 +13,8 @@ import pytest
 from agent.linkloop import ConnectionEnd, LinkLoop, full_jitter
 from agent.linksettings import LinkSettings
 from agent.linkstate import Cause, LinkState, LinkStateMachine
-from agent.signals import Received
+from agent.lives import ScenarioSource
+from agent.signals import EventSource, Received
 from agent.tokens import Token
 from tests.agent.one_link import QUICK, Issuer, SimulatedPolicy, running, until, wall
 
@@ -169,6 +170,17 @@ async def test_a_bug_in_a_transport_ends_the_link(issuer: Issuer) -> None:
     with pytest.raises(ExceptionGroup) as caught:
         await asyncio.wait_for(LinkLoop(Broken(), issuer, settings=QUICK, wall=wall).run(), 5)
     assert caught.group_contains(ZeroDivisionError)
+
+
+async def test_every_event_source_has_what_the_rest_of_the_agent_reads(issuer: Issuer) -> None:
+    sources: list[EventSource] = [LinkLoop(Lines(0), issuer, settings=QUICK, wall=wall), ScenarioSource()]
+    for source in sources:
+        assert source.state in LinkState
+        assert source.since > 0
+        assert source.problems() == ()
+        report = source.report()
+        assert isinstance(report["why"], str)
+        assert (report["queue_depth"], report["clock_jumps"], report["refusals"]) == (0, 0, {})
 
 
 def test_the_backoff_is_full_jitter_within_its_bounds() -> None:
