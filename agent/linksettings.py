@@ -1,14 +1,29 @@
-"""How the link is held, and where it connects to. Every number with its reason."""
+"""How the link is held: every number with its reason. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from agent.phoenix import Timing
 
-VSN: Final = "2.0.0"
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Deadlines of the protocol, all in seconds."""
+
+    heartbeat_every: float = 20.0
+    """The server closes a socket that was silent for 60 s; two may be lost before that."""
+    heartbeat_within: float = 10.0
+    """An unanswered heartbeat older than this means a dead socket, whatever TCP says."""
+    join_within: float = 20.0
+    """Join errors take 5 s by design and a cold tenant longer. A late reply is never waited for on a second join."""
+    replication_within: float = 5.0
+    """How long to wait for `Replication connection established` before taking the server for one that does not
+    say it. Where it comes later after all, it counts as having fallen behind."""
+    probe_every: float = 60.0
+    """How often the token in force is pushed again although the server has it. A server ignores an identical token
+    without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
+    late_tick: float = 1.0
+    """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +64,3 @@ class LinkSettings:
 
 
 DEFAULTS: Final = LinkSettings()
-
-
-def endpoint(url: str, api_key: str | None) -> str:
-    """The websocket's address, as both official clients build it from the realtime URL.
-
-    Raises `ValueError` for anything but ws, wss, http and https.
-    """
-    parts = urlsplit(url)
-    scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
-    try:
-        parts.port  # noqa: B018 - raises when it is none
-    except ValueError:
-        scheme = None
-    if scheme is None or not parts.hostname:
-        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host and a possible port")
-    path = parts.path.rstrip("/")
-    if not path.endswith("/websocket"):
-        path += "/websocket"
-    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in ("apikey", "vsn")]
-    query += [("apikey", api_key)] if api_key else []
-    return urlunsplit((scheme, parts.netloc, path, urlencode([*query, ("vsn", VSN)]), ""))

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import orjson
 
+from agent.linksettings import DEFAULTS, Timing
 from agent.linkstate import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
 from agent.meanings import (
     Broadcast,
@@ -45,26 +45,6 @@ NO_HEAD: Final = b"\x04\0\0\0\0\0"
 """What no broadcast begins with: its topic would be empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Deadlines of the protocol, all in seconds."""
-
-    heartbeat_every: float = 20.0
-    """The server closes a socket that was silent for 60 s; two may be lost before that."""
-    heartbeat_within: float = 10.0
-    """An unanswered heartbeat older than this means a dead socket, whatever TCP says."""
-    join_within: float = 20.0
-    """Join errors take 5 s by design and a cold tenant longer. A late reply is never waited for on a second join."""
-    replication_within: float = 5.0
-    """How long to wait for `Replication connection established` before taking the server for one that does not
-    say it. Where it comes later after all, it counts as having fallen behind."""
-    probe_every: float = 60.0
-    """How often the token in force is pushed again although the server has it. A server ignores an identical token
-    without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
-    late_tick: float = 1.0
-    """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
-
-
 class Phoenix:
     """One topic's protocol on one socket. See the module for how it is held.
 
@@ -75,7 +55,7 @@ class Phoenix:
         self,
         topic: str,
         machine: LinkStateMachine,
-        timing: Timing = Timing(),
+        timing: Timing = DEFAULTS.timing,
         ignored: Counter[str] | None = None,
     ) -> None:
         self.topic = topic

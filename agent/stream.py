@@ -3,7 +3,7 @@
 A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it, a second
 reads it. Everything that is not about this one connection is `agent.linkloop`'s.
 
-Timings are judgement; each has its reason in `agent.linksettings` and `phoenix.Timing`.
+Timings are judgement; each has its reason in `agent.linksettings`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -21,11 +22,14 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 
 from agent.linkloop import ConnectionEnd, LinkLoop
-from agent.linksettings import DEFAULTS, LinkSettings, endpoint
+from agent.linksettings import DEFAULTS, LinkSettings
 from agent.meanings import Broadcast, Dropped, Joined, Meaning, Refused, ReplicationReady, TokenExpired
 from agent.phoenix import Phoenix
 from agent.session import retry_after
 from agent.tokens import Token, TokenSource
+
+VSN: Final = "2.0.0"
+"""The version of the channel protocol's frames that `agent.phoenix` speaks."""
 
 
 def realtime_link(
@@ -51,6 +55,28 @@ def realtime_link(
         ValueError: `url` is not ws, wss, http or https.
     """
     return LinkLoop(RealtimeStream(url, api_key, topic, settings), tokens, settings=settings, wall=wall)
+
+
+def endpoint(url: str, api_key: str | None) -> str:
+    """Build the websocket's address from the realtime URL, as both official clients do.
+
+    Raises:
+        ValueError: `url` is not ws, wss, http or https, or has no host.
+    """
+    parts = urlsplit(url)
+    scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
+    try:
+        parts.port  # noqa: B018 - raises when it is none
+    except ValueError:
+        scheme = None
+    if scheme is None or not parts.hostname:
+        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host and a possible port")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/websocket"):
+        path += "/websocket"
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in ("apikey", "vsn")]
+    query += [("apikey", api_key)] if api_key else []
+    return urlunsplit((scheme, parts.netloc, path, urlencode([*query, ("vsn", VSN)]), ""))
 
 
 class RealtimeStream:

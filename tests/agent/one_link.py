@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from agent.linkloop import LinkLoop
-from agent.linksettings import LinkSettings
+from agent.linksettings import LinkSettings, Timing
 from agent.linkstate import LinkState
-from agent.phoenix import Timing
 from agent.signals import Received, Resync, Signal
 from agent.simulated import SimulatedLoop
 from agent.stream import realtime_link

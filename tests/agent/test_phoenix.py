@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from agent.linksettings import Timing
 from agent.linkstate import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
 from agent.meanings import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
-from agent.phoenix import Phoenix, Timing
+from agent.phoenix import Phoenix
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 

@@ -22,9 +22,8 @@ from typing import Any
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscribeStates
 
 from agent.errors import Unavailable
-from agent.linksettings import LinkSettings
+from agent.linksettings import LinkSettings, Timing
 from agent.linkstate import LinkState
-from agent.phoenix import Timing
 from agent.signals import Received, Resync
 from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
