@@ -1,4 +1,4 @@
-"""What every transport of the link shares: reconnecting for ever, the token, the clock, the report.
+"""Hold the link for ever over any transport: reconnect, keep the token fresh, watch the clock, report.
 
 `LinkLoop` is the `EventSource` that the rest of the agent sees. A `Transport` holds one connection until its end; the
 loop decides when the next one is made and with which token, and ends a connection that only looks alive: the clock
@@ -24,7 +24,7 @@ from tenacity.wait import wait_base
 from agent.errors import AgentError, CredentialRejected, SessionGone
 from agent.linksettings import DEFAULTS, LinkSettings
 from agent.linkstate import JOINED_STATES, Cause, LinkState, LinkStateMachine
-from agent.linktoken import TokenKeeper, asked_wait
+from agent.linktoken import TokenRefresher, asked_wait
 from agent.model import Problem
 from agent.signals import Received, Signal, SignalQueue
 from agent.telemetry import get_logger
@@ -50,20 +50,25 @@ class ConnectionEnd:
 
 
 class Transport(Protocol):
-    """One way to be connected to where events come from."""
+    """Makes and holds one connection at a time to where events come from."""
 
     @property
     def topic(self) -> str:
         """What is listened to, for `/status`."""
 
     async def hold(self, link: LinkLoop, token: Token) -> ConnectionEnd:
-        """Connect with `token` and keep the connection until it ends.
+        """Connect and hold the connection until it ends; it is closed when this returns or is cancelled.
 
-        Moves `link.machine` with what happens, gives every event to `link.deliver`, and calls `link.interrupted` to
-        wait: each time that returns, `link.newer_token` may have a token for the connection and `link.ending` a reason
-        to end it. The connection is closed when this returns or is cancelled.
+        An implementation moves `link.machine` with what happens, gives every event to `link.deliver`, and waits with
+        `link.interrupted`. Each time that returns, `link.newer_token` may have a token for the connection, and
+        `link.ending` a reason to end it. What it raises is a bug, and ends the agent.
 
-        Returns: why it ended. Raises: nothing but a bug, which ends the agent.
+        Args:
+            link: The loop that this connection is for.
+            token: The credential to connect with.
+
+        Returns:
+            Why the connection ended, or why there was none.
         """
 
 
@@ -78,27 +83,34 @@ class LinkLoop:
         settings: LinkSettings = DEFAULTS,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`wall`: the clock of tokens and reports, Unix seconds. Deadlines run on the event loop's clock."""
+        """Make a link that `run` holds.
+
+        Args:
+            transport: Makes the connections.
+            tokens: Who has the token in force, and can get the next one.
+            settings: Deadlines, bounds and waits.
+            wall: The clock of tokens and reports, Unix seconds. Deadlines run on the event loop's clock.
+        """
         # What the transport reads and writes.
         self.machine = LinkStateMachine(self._on_transition)
         self.wall = wall
         self.last_frame_at: float | None = None
         self.ignored: Counter[str] = Counter()
-        """Messages that meant nothing to us, by reason."""
+        """How many messages meant nothing to us, by reason."""
 
         self._transport = transport
         self._settings = settings
         self._queue = SignalQueue(settings.queue_events, settings.queue_bytes)
         self._backoff = full_jitter(settings)
-        self._token = TokenKeeper(tokens, settings, self, wall, self._backoff)
+        self._token = TokenRefresher(tokens, settings, self, wall, self._backoff)
 
         # The connection.
         self._wake = asyncio.Event()
         self._ending: ConnectionEnd | None = None
         self._joined_at: float | None = None
-        """When it joined last, in the loop's time; None: not yet."""
+        """When it joined last, in the event loop's time; None: not yet."""
         self._token_expired = False
-        """The server says that the token it has is too old, and has not been given another."""
+        """The server said that its token expired, and was not given another yet."""
 
         # Between two connections.
         self._hurry = asyncio.Event()
@@ -128,7 +140,7 @@ class LinkLoop:
         return self._since
 
     async def run(self) -> None:
-        """Own the link until cancelled; then leave the channel and close the connection."""
+        """Hold the link until cancelled; then leave the channel and close the connection."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._token.run(), name="link-token")
@@ -141,37 +153,38 @@ class LinkLoop:
             raise
 
     def receive(self) -> Coroutine[object, object, Signal]:
-        """The next signal, in order. One consumer."""
+        """Return the next signal, in order; waits for one. For one consumer."""
         return self._queue.get()
 
     def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting."""
+        """Return the next signal if one waits."""
         return self._queue.get_now()
 
     def caught_up(self) -> None:
-        """One catch-up succeeded that began after the last `Resync` was received; a newer one is still to come
-        when the queue holds it, and then the link stays behind.
+        """Note that a catch-up succeeded which began after the last `Resync` was received.
+
+        While another `Resync` waits in the queue the link stays behind: that one asks for more than this one brought.
         """
         self._last_catch_up_at = self.wall()
         if not self._queue.resyncs_waiting:
             self.machine.caught_up()
 
-    def doubt(self, reason: str) -> None:
-        """Somebody knows that the link should have delivered something and did not: replace the connection.
+    def suspect(self, reason: str) -> None:
+        """Replace a connection that looks live and did not deliver what it should have.
 
-        For the status heartbeat, which compares with the head in the database while the link looks live.
+        For the status heartbeat, which compares the tree with the head of the database.
         """
         if self.machine.state is LinkState.LIVE:
-            self.interrupt(ConnectionEnd("doubted", reason))
+            self.interrupt(ConnectionEnd("suspected", reason))
 
     def problems(self) -> tuple[Problem, ...]:
-        """What a person should see of the link now."""
+        """Return what a person should know is wrong with the link now."""
         if self._token.problem is None:
             return ()
         return (Problem("token_refused", self._token.problem),)
 
     def report(self) -> dict[str, object]:
-        """For `/status`: state and since when, last signs of life (Unix seconds), counters. No secret."""
+        """Return what `/status` shows: state and since when, last signs of life (Unix seconds), counters. No secret."""
         token = self._token.current()
         return {
             "state": str(self.machine.state),
@@ -197,18 +210,18 @@ class LinkLoop:
     # --- what the transport asks and tells while it holds a connection
 
     def deliver(self, event: Received, size: int) -> None:
-        """Queue an event of `size` bytes. When the queue is full, a `Resync` stands in for all that waited."""
+        """Queue an event of `size` bytes. When the queue is full, a `Resync` replaces all that wait."""
         self._last_event_at = event.at
         if not self._queue.put(event, size):
             self.machine.behind("overflow")
 
     def resync(self, reason: str) -> None:
-        """Queue an order to catch up; a join needs none, it is one by itself."""
+        """Queue an order to catch up. A join queues its own."""
         self._queue.resync(reason)
 
     def newer_token(self) -> Token | None:
-        """The token in force if the server does not have it yet; the caller gives it to the server."""
-        token = self._token.look()
+        """Return the token in force if the server does not have it yet, for the caller to give it to the server."""
+        token = self._token.poll()
         if token is None or token is self._token.sent:
             return None
         self._token.sent = token
@@ -216,20 +229,20 @@ class LinkLoop:
         return token
 
     def token_expired(self, reason: str) -> None:
-        """The server says that the token is too old: renew it, unless that was said too soon after the join."""
+        """Renew the token, because the server says it expired. Said too soon after the join, it ends the connection."""
         if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
             self.interrupt(ConnectionEnd("token_expired", reason))
         else:
             self._token.renew_now()
 
     def interrupt(self, end: ConnectionEnd | None = None) -> None:
-        """Wake the transport: to end the connection because of `end` (the first one counts), or to look around."""
+        """Wake the transport, to end the connection because of `end`. The first reason counts; None: only wake it."""
         if end is not None and self._ending is None:
             self._ending = end
         self._wake.set()
 
     async def interrupted(self, deadline: float) -> None:
-        """Wait for the next `interrupt`, or until `deadline` in the event loop's time."""
+        """Wait for the next `interrupt`, at most until `deadline` in the event loop's time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 await self._wake.wait()
@@ -240,33 +253,33 @@ class LinkLoop:
         """Why the connection is to be ended; None: it is not."""
         return self._ending
 
-    # --- what the token's keeper asks and tells (agent.linktoken.Holder)
+    # --- what the token's refresher asks and tells (agent.linktoken.TokenHolder)
 
     @property
     def wants_token(self) -> bool:
-        """Whether the connection waits for a token, its last one having expired."""
+        """Whether the connection waits for a token, because its last one expired."""
         return self._token_expired and self.machine.state is LinkState.JOINING
 
     @property
     def joined(self) -> bool:
-        """Whether the token in force was accepted."""
+        """Whether the server accepted the token in force."""
         return self.machine.state in JOINED_STATES
 
     def token_changed(self) -> None:
-        """There is another token in force."""
+        """Have the connection take another token, or try again at once when the last one was refused."""
         if self.machine.state is LinkState.REFUSED:
             self._hurry.set()
         self.interrupt()
 
     def token_refused(self, reason: str) -> None:
-        """The connection waits for a token, and none is to be had."""
+        """End the connection: it waits for a token, and none is to be had."""
         self.interrupt(ConnectionEnd("token_refused", reason, refused=True))
 
-    # --- the task that makes connections
+    # --- the task that holds one connection after another
 
     async def _reconnect_forever(self) -> None:
         while True:
-            token = await self._usable_token()
+            token = await self._token_to_connect_with()
             end = token if isinstance(token, ConnectionEnd) else await self._transport.hold(self, token)
             self._ended(end)
             if end.refused:
@@ -276,9 +289,9 @@ class LinkLoop:
                 await self._pause(self._backoff(self._attempt))
             self.machine.move(Cause.RETRY, "retry")
 
-    async def _usable_token(self) -> Token | ConnectionEnd:
-        """The token to connect with, or why there is none."""
-        token = self._token.look()
+    async def _token_to_connect_with(self) -> Token | ConnectionEnd:
+        """Return the token in force, renewed if it has expired; or why there is none."""
+        token = self._token.poll()
         if token is None or token.expired(self.wall()):
             # A token that is expired by our clock is asked for again first, and used all the same when there is no
             # newer one: the clock that counts is the server's.
@@ -303,9 +316,10 @@ class LinkLoop:
         self.machine.move(Cause.REFUSED if end.refused else Cause.LOST, end.reason)
 
     async def _wait_for_new_token(self, end: ConnectionEnd) -> None:
-        """After a refusal: another token and another try at once; after more of them, slowly, for ever.
+        """Ask for another token after a refusal, and return when it is time for the next attempt.
 
-        A token that comes from elsewhere meanwhile, as by a rotated file, ends the wait.
+        That is at once after the first refusal, and half a minute to a minute later after each of those that follow in
+        a row, for ever. A token that comes from elsewhere meanwhile, as by a rotated file, ends the wait.
         """
         self._refused_in_row += 1
         await asyncio.sleep(end.wait)
@@ -326,19 +340,19 @@ class LinkLoop:
         await asyncio.sleep(self._backoff(self._attempt))
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep, unless there is a reason to hurry: a new token after a refusal, a machine that woke up."""
+        """Sleep until there is a reason to hurry: a new token after a refusal, a machine that woke up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._hurry.wait()
 
-    # --- the clock, and what follows from a transition
+    # --- the clock and the transitions
 
     async def _watch_clock(self) -> None:
-        """Look every second whether the machine was asleep, and whether the token's file was rotated."""
+        """Check every second whether the clock jumped, and whether the token's file was rotated."""
         offset = self.wall() - _now()
         while True:
-            await asyncio.sleep(self._settings.look_every)
-            self._token.look()
+            await asyncio.sleep(self._settings.check_every)
+            self._token.poll()
             before, offset = offset, self.wall() - _now()
             if abs(offset - before) > self._settings.clock_jump:
                 self._clock_jumps += 1
@@ -368,7 +382,7 @@ class LinkLoop:
 
 
 def full_jitter(settings: LinkSettings) -> Callable[[int], float]:
-    """Seconds to wait before the next attempt, by how many failed in a row: full jitter, never a tight loop."""
+    """Return the backoff: seconds to wait, by how many attempts failed in a row. Full jitter, never a tight loop."""
     wait = wait_random_exponential(
         multiplier=settings.backoff_first, max=settings.backoff_most, min=settings.backoff_least
     )

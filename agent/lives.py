@@ -49,8 +49,8 @@ class ScenarioSource:
     def caught_up(self) -> None:
         """The link has no state here."""
 
-    def doubt(self, reason: str) -> None:
-        """The link is never deaf here."""
+    def suspect(self, reason: str) -> None:
+        """Nothing: the link is never deaf here."""
 
     def problems(self) -> tuple[Problem, ...]:
         """None."""

@@ -1,9 +1,7 @@
-"""Supabase Realtime as a transport of the link: one websocket, joined to one topic, until it ends.
+"""Hold a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `agent.linkloop`.
 
-A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it, a second
-reads it. Everything that is not about this one connection is `agent.linkloop`'s.
-
-Timings are judgement; each has its reason in `agent.linksettings`.
+The protocol is `agent.phoenix`'s; here are the socket and the two tasks on it. One is the only one that writes and
+closes, the other reads.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from websockets.protocol import State
 
 from agent.linkloop import ConnectionEnd, LinkLoop
 from agent.linksettings import DEFAULTS, LinkSettings
-from agent.meanings import Broadcast, Dropped, Joined, Meaning, Refused, ReplicationReady, TokenExpired
-from agent.phoenix import Phoenix
+from agent.meanings import Broadcast, ChannelEvent, Dropped, Joined, Refused, ReplicationReady, TokenExpired
+from agent.phoenix import PhoenixChannel
 from agent.session import retry_after
 from agent.tokens import Token, TokenSource
 
@@ -41,7 +39,7 @@ def realtime_link(
     settings: LinkSettings = DEFAULTS,
     wall: Callable[[], float] = time.time,
 ) -> LinkLoop:
-    """An `EventSource` on Supabase Realtime.
+    """Make an `EventSource` on Supabase Realtime.
 
     Args:
         url: As for the official clients (`wss://host/realtime/v1`, also http(s)).
@@ -80,7 +78,7 @@ def endpoint(url: str, api_key: str | None) -> str:
 
 
 class RealtimeStream:
-    """The `Transport` of Supabase Realtime. Arguments as for `realtime_link`."""
+    """Makes and holds connections to Supabase Realtime. Arguments as for `realtime_link`."""
 
     def __init__(self, url: str, api_key: str | None, topic: str, settings: LinkSettings = DEFAULTS) -> None:
         self.topic = topic
@@ -106,62 +104,62 @@ class RealtimeStream:
         except (OSError, TimeoutError, WebSocketException, EOFError, UnicodeError) as error:
             # The class, not the text: the URL carries the key.
             return ConnectionEnd("unreachable", f"cannot connect: {type(error).__name__}")
-        phoenix = Phoenix(self.topic, link.machine, self._settings.timing, link.ignored)
-        return await _Connection(socket, phoenix, link, self._settings).run(token)
+        channel = PhoenixChannel(self.topic, link.machine, self._settings.timing, link.ignored)
+        return await _Connection(socket, channel, link, self._settings).run(token)
 
 
 class _Connection:
     """One open socket, from the join to its end."""
 
     def __init__(
-        self, socket: ClientConnection, phoenix: Phoenix, link: LinkLoop, settings: LinkSettings
+        self, socket: ClientConnection, channel: PhoenixChannel, link: LinkLoop, settings: LinkSettings
     ) -> None:
         self._socket = socket
-        self._phoenix = phoenix
+        self._channel = channel
         self._link = link
         self._settings = settings
 
     async def run(self, token: Token) -> ConnectionEnd:
-        """Join with `token`; returns how the socket ended, and leaves it closed."""
-        self._phoenix.opened(_now(), token.value)
+        """Join with `token` and stay until the socket ends. Returns how it ended; it is closed then."""
+        self._channel.opened(_now(), token.value)
         async with asyncio.TaskGroup() as tasks:
-            # In a group: a bug in the reading must end the agent loudly, not leave a link that nobody reads.
+            # In a group, so that a bug in the reading task ends the agent instead of leaving a link that nobody reads.
             reading = tasks.create_task(self._read(), name="link-read")
             reading.add_done_callback(lambda _: self._link.interrupt())
             try:
                 return await self._write(reading)
             except asyncio.CancelledError:
-                await self._say_goodbye()
+                await self._leave()
                 raise
             finally:
                 reading.cancel()
-                self._phoenix.close()
+                self._channel.close()
                 self._socket.transport.abort()
 
     async def _read(self) -> ConnectionEnd:
-        """Read and handle messages until the socket is closed; returns how it was.
+        """Read and handle frames until the socket is closed. Returns how it was closed.
 
-        Never waits for the consumer, so the library's own queue stays short (it stops reading from the network at 16
-        frames); `SignalQueue` is what bounds memory.
+        Never waits for the consumer: `SignalQueue` bounds what waits, and the library stops reading from the network
+        at 16 frames that wait for this task.
         """
-        link, now, receive = self._link, asyncio.get_running_loop().time, self._phoenix.receive
+        link, now, receive = self._link, asyncio.get_running_loop().time, self._channel.receive
         try:
             while True:
                 frame = await self._socket.recv(decode=False)
                 link.last_frame_at = at = link.wall()
-                meaning = receive(frame, now(), at)
-                if type(meaning) is Broadcast:
-                    link.deliver(meaning, len(frame))
-                elif meaning is not None:
-                    self._handle(meaning)
+                event = receive(frame, now(), at)
+                if type(event) is Broadcast:
+                    link.deliver(event, len(frame))
+                elif event is not None:
+                    self._handle(event)
         except ConnectionClosed as error:
             return _closed(error)
 
-    def _handle(self, meaning: Meaning) -> None:
+    def _handle(self, event: ChannelEvent) -> None:
         link = self._link
-        match meaning:
+        match event:
             case Joined():
-                link.interrupt()  # the newest token may have to follow the join
+                link.interrupt()  # a token that came during the join is sent now
             case ReplicationReady():
                 link.resync("replication_ready")
             case TokenExpired(reason):
@@ -173,21 +171,21 @@ class _Connection:
 
     async def _write(self, reading: asyncio.Task[ConnectionEnd]) -> ConnectionEnd:
         """Write what is due and wait until something is, until the socket ends or is to be ended."""
-        link, phoenix, socket = self._link, self._phoenix, self._socket
+        link, channel, socket = self._link, self._channel, self._socket
         try:
             while True:
                 if (token := link.newer_token()) is not None:
-                    phoenix.new_token(token.value, _now())
-                for text in phoenix.outgoing():
+                    channel.new_token(token.value, _now())
+                for text in channel.outgoing():
                     async with asyncio.timeout(self._settings.timing.heartbeat_within):
                         await socket.send(text)
-                await link.interrupted(self._next_look())
+                await link.interrupted(self._next_check())
                 if socket.state is not State.OPEN:
                     # A closing handshake began. `recv` waits for the end of the TCP connection, which a peer that is
                     # gone never sends; `close` waits for it `close_within` and then cuts the connection.
                     await socket.close()
                     return link.ending or await reading
-                if link.ending is None and (dropped := phoenix.tick(_now())) is not None:
+                if link.ending is None and (dropped := channel.tick(_now())) is not None:
                     self._handle(dropped)
                 if link.ending is not None:
                     return link.ending
@@ -196,29 +194,27 @@ class _Connection:
         except TimeoutError:
             return ConnectionEnd("stalled", "the socket takes no more frames")
 
-    def _next_look(self) -> float:
-        """When to look at the socket again at the latest, in the loop's time."""
-        look = _now() + self._settings.look_every
-        deadline = self._phoenix.next_deadline()
-        return look if deadline is None else min(deadline, look)
+    def _next_check(self) -> float:
+        """Return when the deadlines and the state of the socket are checked next, in the event loop's time."""
+        check = _now() + self._settings.check_every
+        deadline = self._channel.next_deadline()
+        return check if deadline is None else min(deadline, check)
 
-    async def _say_goodbye(self) -> None:
+    async def _leave(self) -> None:
         """Leave the channel and close the socket, within a bound: a dead peer must not hold up the drain."""
-        self._phoenix.leave()
+        self._channel.leave()
         with contextlib.suppress(ConnectionClosed, TimeoutError, OSError):
             async with asyncio.timeout(self._settings.close_within):
-                for text in self._phoenix.outgoing():
+                for text in self._channel.outgoing():
                     await self._socket.send(text)
                 await self._socket.close()
 
 
 class _Connect(connect):
-    """`websockets.connect` that follows no redirect: what comes after the handshake is a credential, and it goes to the
-    host of the settings or to nobody.
-    """
+    """Connects without following redirects: the token goes to the host of the settings or to nobody."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """A redirect is an answer like any other that is not 101."""
+        """Treat a redirect like any other answer that is not 101."""
         return exc
 
 
@@ -228,7 +224,7 @@ level set at its root wakes this one."""
 
 
 def _handshake_refused(error: InvalidStatus, now: float) -> ConnectionEnd:
-    """What an HTTP answer other than 101 means. `now`: Unix seconds, for a `Retry-After` that is a date."""
+    """Return what an HTTP answer other than 101 means. `now`: Unix seconds, for a `Retry-After` that is a date."""
     status = error.response.status_code
     return ConnectionEnd(
         "rate_limited" if status == 429 else "handshake",
@@ -240,7 +236,7 @@ def _handshake_refused(error: InvalidStatus, now: float) -> ConnectionEnd:
 
 
 def _closed(error: ConnectionClosed) -> ConnectionEnd:
-    """How the connection ended."""
+    """Return how the connection ended."""
     if error.rcvd is not None:
         code = int(error.rcvd.code)
         return ConnectionEnd(f"closed_{code}", f"closed with {code} {error.rcvd.reason}".rstrip())

@@ -143,7 +143,7 @@ class World:
                 continue
             await asyncio.sleep(STATUS_GRACE)
             if self.cursor < head:
-                self.link.doubt(f"the head was {head}, the link brought {self.cursor}")
+                self.link.suspect(f"the head was {head}, the link brought {self.cursor}")
                 await self._catch_up("status")
 
     # --- what is asserted

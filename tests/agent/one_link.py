@@ -28,7 +28,7 @@ QUICK = LinkSettings(
     renew_pause=0.1,
     renew_within=0.5,
     rejoin_least=0.05,
-    look_every=0.02,
+    check_every=0.02,
     close_within=0.5,
 )
 """The same machine with deadlines that a test can wait for."""

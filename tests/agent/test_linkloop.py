@@ -152,11 +152,11 @@ async def test_a_machine_that_slept_gets_a_new_connection(lines: LineServer, iss
 async def test_only_a_link_that_looks_live_can_be_suspected(lines: LineServer, issuer: Issuer) -> None:
     async with running(link_to(lines, issuer), answer=False) as link:
         await until(lambda: link.stream.state is LinkState.CATCHING_UP, "the join")
-        link.stream.doubt("an event did not come")
+        link.stream.suspect("an event did not come")
         await asyncio.sleep(1.0)
         assert link.stream.report()["losses"] == {}
         link.stream.caught_up()
-        link.stream.doubt("an event did not come")
+        link.stream.suspect("an event did not come")
         await until(lambda: link.stream.report()["joins"] == 2, "a new connection")
 
 

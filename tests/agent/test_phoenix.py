@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agent.linksettings import Timing
 from agent.linkstate import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
 from agent.meanings import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
-from agent.phoenix import Phoenix
+from agent.phoenix import PhoenixChannel
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 
@@ -24,20 +24,20 @@ TIMING = Timing()
 WORST_SILENCE = TIMING.heartbeat_every + TIMING.heartbeat_within
 
 
-def opened(at: float = 0.0) -> Phoenix:
-    link = Phoenix(TOPIC, LinkStateMachine())
+def opened(at: float = 0.0) -> PhoenixChannel:
+    link = PhoenixChannel(TOPIC, LinkStateMachine())
     link.opened(at, "JWT")
     return link
 
 
-def joined(at: float = 0.0) -> Phoenix:
+def joined(at: float = 0.0) -> PhoenixChannel:
     link = opened(at)
     link.outgoing()
     assert link.receive(reply("1"), at) == Joined()
     return link
 
 
-def live(at: float = 0.0) -> Phoenix:
+def live(at: float = 0.0) -> PhoenixChannel:
     link = joined(at)
     link.receive(system("ok", "Replication connection established"), at)
     link.machine.caught_up()
@@ -84,7 +84,7 @@ def test_golden_exchange(name: str) -> None:
             expect(link, step, now)
 
 
-def expect(link: Phoenix, step: dict[str, Any], now: float) -> None:
+def expect(link: PhoenixChannel, step: dict[str, Any], now: float) -> None:
     """The server's frame means what the golden file says."""
     before = link.ignored.total()
     if "it_binary" in step:
@@ -94,12 +94,12 @@ def expect(link: Phoenix, step: dict[str, Any], now: float) -> None:
         )
     else:
         raw = json.dumps(step["it"]).encode()
-    meaning = link.receive(raw, now)
-    assert (type(meaning).__name__ if meaning is not None else None) == step["means"]
-    if isinstance(meaning, Broadcast):
-        assert (meaning.event, meaning.payload) == (step["event"], step["payload"])
-    if isinstance(meaning, Dropped):
-        assert meaning.cause == step["cause"]
+    event = link.receive(raw, now)
+    assert (type(event).__name__ if event is not None else None) == step["means"]
+    if isinstance(event, Broadcast):
+        assert (event.event, event.payload) == (step["event"], step["payload"])
+    if isinstance(event, Dropped):
+        assert event.cause == step["cause"]
     if "ignored" in step:
         assert link.ignored[step["ignored"]] == 1
         assert link.ignored.total() == before + 1
@@ -107,7 +107,7 @@ def expect(link: Phoenix, step: dict[str, Any], now: float) -> None:
         assert link.machine.state == step["state"]
 
 
-def advance(link: Phoenix, now: float, seconds: float, sent: list[Any]) -> float:
+def advance(link: PhoenixChannel, now: float, seconds: float, sent: list[Any]) -> float:
     """Let time pass, every heartbeat answered; what is written at the very end goes to `sent` unanswered."""
     end = now + seconds
     while (at := link.next_deadline()) is not None and at <= end:
@@ -278,7 +278,7 @@ def test_every_state_with_a_socket_can_lose_it_and_no_other_row_leaves_a_socket_
 
 
 def test_late_inputs_are_ignored() -> None:
-    link = Phoenix(TOPIC, LinkStateMachine())
+    link = PhoenixChannel(TOPIC, LinkStateMachine())
     link.machine.caught_up()
     link.machine.behind("overflow")
     assert not link.machine.move(Cause.RETRY, "retry")
@@ -356,8 +356,8 @@ def test_other_topics_never_end_a_live_link(raw: bytes) -> None:
 def test_a_torn_binary_frame_is_junk(body: bytes, cut: int) -> None:
     whole = type4(TOPIC, "file:update", {"content": body.hex()}, {"id": "1"})
     link = live()
-    meaning = link.receive(whole[:cut], 1.0)
-    assert meaning is None or cut >= len(whole)
+    event = link.receive(whole[:cut], 1.0)
+    assert event is None or cut >= len(whole)
     assert link.machine.state is LinkState.LIVE
 
 
@@ -386,7 +386,7 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.machine = LinkStateMachine(self.observe)
-        self.link = Phoenix(TOPIC, self.machine)
+        self.link = PhoenixChannel(TOPIC, self.machine)
         self.sent: list[list[Any]] = []
         self.behind_since_catch_up = True
 
@@ -467,7 +467,7 @@ class AnyHistory(RuleBasedStateMachine):
     def opens_again(self) -> None:
         self.machine.move(Cause.RETRY, "retry")
         self.sent.clear()
-        self.link = Phoenix(TOPIC, self.machine)
+        self.link = PhoenixChannel(TOPIC, self.machine)
         self.link.opened(self.now, "JWT")
         self.take()
         assert [fields[3] for fields in self.sent] == ["phx_join"]

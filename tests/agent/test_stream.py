@@ -199,23 +199,23 @@ async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issue
         assert "clock_jump" in link.resyncs
 
 
-async def test_doubt_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
+async def test_a_suspicion_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         server.deafen()
-        link.stream.doubt("head is 7, the link brought 5")
+        link.stream.suspect("head is 7, the link brought 5")
         await comes_back(link, server)
 
 
-async def test_doubts_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> None:
+async def test_suspicions_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> None:
     """The owner of the socket is interrupted again while it is already being interrupted."""
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         for _ in range(5):
-            link.stream.doubt("again")
+            link.stream.suspect("again")
             await asyncio.sleep(0)
         await comes_back(link, server)
-        assert link.stream.report()["losses"] == {"doubted": 1}
+        assert link.stream.report()["losses"] == {"suspected": 1}
 
 
 async def test_a_bug_in_reading_ends_the_link_loudly(

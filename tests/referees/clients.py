@@ -227,7 +227,7 @@ class Ours(Client):
     can: frozenset[str] = frozenset()
     _SETTINGS = LinkSettings(
         timing=Timing(replication_within=2.0),
-        backoff_first=0.05, backoff_most=0.1, backoff_least=0.01, rejoin_least=0.1, renew_pause=0.1, look_every=0.05,
+        backoff_first=0.05, backoff_most=0.1, backoff_least=0.01, rejoin_least=0.1, renew_pause=0.1, check_every=0.05,
     )  # fmt: skip
 
     async def start(self) -> None:
