@@ -95,6 +95,7 @@ class TokenRefresher:
             CredentialRejected: The issuer turned the old token away.
             SessionGone: The issuer does not know the session.
             Unavailable: There was no answer in time.
+            MalformedMessage: The answer has no token in it.
         """
         async with self._renewing:
             held = self.poll()
