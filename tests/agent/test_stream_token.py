@@ -94,6 +94,21 @@ async def test_an_unreachable_issuer_is_asked_until_it_answers(server: FakeRealt
         await comes_back(link, server)
 
 
+async def test_an_expired_token_that_the_issuer_will_not_renew_is_a_refusal(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
+        await asyncio.sleep(QUICK.rejoin_least)
+        await server.shut_channels("Token has expired 0 seconds ago")
+        await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
+        assert link.stream.report()["losses"] == {"token_refused": 1}
+        issuer.refuse = None
+        await comes_back(link, server)
+        assert link.stream.problems() == ()
+
+
 async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Path) -> None:
     """Platforms that rotate a file need no session API."""
     file = tmp_path / "token"
