@@ -30,10 +30,10 @@ from agent.config import Settings
 from agent.environment import read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.httpclient import exchange
-from agent.linksettings import endpoint
 from agent.project import ProjectUnreadable
 from agent.rights import environment
 from agent.sight import Sight
+from agent.stream import endpoint
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
 from agent.tokens import read_token

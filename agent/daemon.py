@@ -31,10 +31,11 @@ from agent.report import Report
 from agent.session import SessionApi
 from agent.shadow import Shadow
 from agent.sight import Sight
+from agent.signals import EventSource
 from agent.skew import ClockSkew
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
@@ -84,7 +85,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         )
         key = settings.realtime_api_key
         assert settings.realtime_url is not None, "read_environment requires it"
-        link = RealtimeStream(
+        link: EventSource = realtime_link(
             settings.realtime_url,
             key.reveal() if key else None,
             f"realtime:project:{settings.project_id}",

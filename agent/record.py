@@ -26,8 +26,8 @@ from agent.model import Change, Commit, RelPath, digest_of
 from agent.scenario import FORMAT, Log, Scenario, read_scenario
 from agent.scenariofile import files_of, manifest_of
 from agent.session import SessionApi
-from agent.signals import Received, Resync
-from agent.stream import RealtimeStream
+from agent.signals import EventSource, Received, Resync
+from agent.stream import realtime_link
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, SnapshotOffer, read_event
 
@@ -59,7 +59,9 @@ class Recorder:
         tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
         self._api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
         topic = f"realtime:project:{settings.project_id}"
-        self._link = RealtimeStream(settings.realtime_url, key.reveal() if key else None, topic, self._api)
+        self._link: EventSource = realtime_link(
+            settings.realtime_url, key.reveal() if key else None, topic, self._api
+        )
         self._log = Log(str(settings.project_id), "", 0, {})
         self._started = 0.0
 

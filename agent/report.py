@@ -20,10 +20,10 @@ from agent.linkstate import LinkState
 from agent.model import Problem
 from agent.problems import ProblemKind
 from agent.shadow import Shadow
+from agent.signals import EventSource
 from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
-from agent.stream import RealtimeStream
 from agent.supervisor import Supervisor
 from agent.sync import Sync
 from agent.telemetry import Metrics, Redactor
@@ -42,7 +42,7 @@ class Report(Collector):
     sync: Sync
     sync_status: SyncStatus
     catch_up: CatchUp
-    link: RealtimeStream
+    link: EventSource
     dev: Supervisor
     problems: Problems
     metrics: Metrics

@@ -407,7 +407,7 @@ class Sync:
             # One event may be lost on a good link; two heartbeats that found commits with no event between did not
             # meet a good link. A new socket costs little.
             if self._silent:
-                self._p.source.doubt("commits are found by the heartbeat alone")
+                self._p.source.suspect("commits are found by the heartbeat alone")
             self._silent = True
         log.info(
             "sync.caught_up",
