@@ -382,7 +382,8 @@ class Batch:
     def _forget_directory(self, path: RelPath) -> None:
         ours = path in self._made
         self._made.discard(path)
-        self._new[path] = False
+        if ours:
+            self._new[path] = False
         self._undo.append((None, partial(self._remake, path, ours)))
 
     # --- undoing

@@ -9,12 +9,16 @@ Watched are the directories that hold our files, each by itself. A recursive wat
 
 Events can be lost (the kernel's queue is bounded, and there is a moment between two sets of watches), so after each
 arming and every few minutes the whole tree is looked at once, by stat.
+
+A file whose name is not UTF-8 is none of ours, and `watchfiles` cannot say it: it fails, with whatever else it had
+seen. The watch is then made again, and the look at everything finds what it did not say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +29,9 @@ from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 from agent.disk import Disk, Drift
 from agent.ledger import FileStat
 from agent.model import Entry, RelPath, parents
+from agent.telemetry import get_logger
+
+log = get_logger("drift")
 
 Claims = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
 """What the agent believes to be on disk now: the tree's entries, and how each file looked when it was put there.
@@ -36,6 +43,10 @@ STEP_MS = 200
 """Quiet time after which a burst of events is looked at. Also how often the waiting thread wakes when idle."""
 LONGEST_MS = 1000
 """A burst that does not end is looked at this often."""
+RENEW_SECONDS = 0.5
+"""Between a watch that failed and the next: a program may make such names without end."""
+RENEW_REST = 10
+"""The same, as a multiple of what the last look at everything took: at most a tenth of a core goes into looking."""
 _ROOT = RelPath(".")
 """The root itself, as events name it."""
 SLICE = 200
@@ -66,6 +77,9 @@ class DriftWatch:
         self._report = report
         self._sweep_seconds = sweep_seconds
         self._open: dict[RelPath, Drift] = {}
+        self._sweep_took = 0.0
+        self.renewals = 0
+        """How often the watch had to be made again."""
 
     @property
     def open(self) -> Mapping[RelPath, Drift]:
@@ -82,10 +96,16 @@ class DriftWatch:
                 await self._sweep()
                 await asyncio.sleep(self._sweep_seconds / 10)
                 continue
-            with notify:
-                await self._sweep()
-                while await self._turn(notify, watched):
-                    pass
+            try:
+                with notify:
+                    await self._sweep()
+                    while await self._turn(notify, watched):
+                        pass
+            except WatchfilesRustInternalError as error:
+                if not self.renewals:
+                    log.warning("drift.watch_renewed", why=str(error))
+                self.renewals += 1
+                await asyncio.sleep(max(RENEW_SECONDS, RENEW_REST * self._sweep_took))
 
     async def _turn(self, notify: RustNotify, watched: frozenset[RelPath]) -> bool:
         """Wait for one burst and look. False: other directories are to be watched now."""
@@ -130,8 +150,10 @@ class DriftWatch:
             return None
 
     async def _sweep(self) -> None:
+        began = time.monotonic()
         entries, _ = self._claims()
         await self._look_at({*entries, *self._open})
+        self._sweep_took = time.monotonic() - began
 
     async def _look_at(self, paths: Iterable[RelPath]) -> None:
         waiting = sorted(paths)

@@ -143,6 +143,11 @@ class Sync:
         """Why a catch-up is wanted."""
         return self._follower.needs
 
+    @property
+    def watch_renewals(self) -> int:
+        """How often the watch over the project had to be made again."""
+        return self._drift.renewals
+
     def hear(self, head: Head) -> None:
         """The heartbeat's answer: where the database is."""
         if self._p.status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
