@@ -87,6 +87,11 @@ class FileStat(bytes):
         return _RECORDED.unpack(self)
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.columns[1]
+
+    @property
     def newest_ns(self) -> int:
         """The later of the two times."""
         return max(self.columns[2:])

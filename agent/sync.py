@@ -190,7 +190,7 @@ class Sync:
         workspace = self._p.workspace
         loaded = workspace.open()
         if loaded is not None:
-            self._resume(loaded)
+            await self._resume(loaded)
             return
         self._p.status.mode = "rebuild" if workspace.holds_files() else "fresh"
         self._p.status.phase = SyncPhase.HYDRATING
@@ -202,10 +202,10 @@ class Sync:
         workspace.record_whole(self.tree)
         self._hydrated(staged, self._clock() - started)
 
-    def _resume(self, loaded: LedgerState) -> None:
+    async def _resume(self, loaded: LedgerState) -> None:
         """Go on from where an earlier life was: what the ledger says, corrected by what the disk holds."""
         self._p.status.mode = "resume"
-        tree, drifts = self._p.workspace.audit(loaded)
+        tree, drifts = await self._p.workspace.audit(loaded)
         self._follower.adopt(tree)
         self._follower.doubt((drift.path for drift in drifts), self._clock())
         self._follower.need(Reason.JOIN, self._clock())
