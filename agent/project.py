@@ -20,7 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agent.errors import AgentError
+from agent.errors import AgentError, PathRefused
+from agent.model import parse_path
 from agent.swap import PLACES
 
 LARGEST = 64 * 2**20
@@ -172,8 +173,17 @@ def _below(directory: Path) -> list[Path]:
     return [
         directory / n
         for n in names
-        if not n.startswith(hidden) and os.path.lexists(directory / n / "package.json")
+        if not n.startswith(hidden) and _is_path(n) and os.path.lexists(directory / n / "package.json")
     ]
+
+
+def _is_path(name: str) -> bool:
+    """Whether the database could have it; nothing else that stands here is the project's."""
+    try:
+        parse_path(name)
+    except PathRefused:
+        return False
+    return True
 
 
 def _read(root: Path, scripts: bool) -> Project:

@@ -171,6 +171,11 @@ class Report(Collector):
         yield CounterMetricFamily(
             "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
         )
+        yield CounterMetricFamily(
+            "preview_agent_watch_renewals",
+            "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
+            value=self.sync.watch_renewals,
+        )
         if self.shadow is not None:
             yield from self.shadow.collect()
 
