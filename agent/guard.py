@@ -8,6 +8,8 @@ fork of the agent from before it was awake (`agent.headstart`); in a session of 
   optionally `uid`, `gid`, `processes`, `files`), its standard input empty;
 - holds the agent's lifeline, its own standard input: when that closes, because the agent asked for it or
   because the agent is dead, everything below is killed, whatever session or signal mask it chose;
+- reads the program's environment there, as one line of JSON, and has none itself: the guard may be root, and the
+  dynamic linker, libc and Python would do for it what variables meant for the program say;
 - ends when the program ends, after killing what the program left behind, with the program's exit code, or
   128 + the signal that ended it.
 
@@ -204,6 +206,19 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
             return KILLED
 
 
+def hear_environment() -> dict[str, str] | None:
+    """The program's environment, from the lifeline; None when that closes before it is told."""
+    told = bytearray()
+    while not told.endswith(b"\n"):
+        more = os.read(0, 65536)
+        if not more:
+            return None
+        told += more
+    environment: dict[str, str] = json.loads(told)
+    return environment
+
+
 def main(spec: str) -> int:
-    """A guard of its own process; its environment is the program's."""
-    return watch(json.loads(spec), os.environ)
+    """A guard of its own process."""
+    env = hear_environment()
+    return KILLED if env is None else watch(json.loads(spec), env)
