@@ -41,6 +41,11 @@ PR_SET_NO_NEW_PRIVS = 38
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 CANNOT_RUN = 126
+FIRST_TO_GO = 1000
+"""`oom_score_adj` of the project's programs, see proc(5): the most there is. Where memory runs out the kernel takes the
+largest program, and with sixty small ones that is the agent, which then can neither start them again nor say so."""
+LAST_TO_GO = -500
+"""The agent's and its guards', where it may have that: half of the memory counts for nothing."""
 KILLED = 128 + signal.SIGKILL
 
 
@@ -65,6 +70,7 @@ def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     if (processes := spec.get("processes")) is not None:
         limit(resource.RLIMIT_NPROC, processes)
     limit(resource.RLIMIT_CORE, 0)
+    be_taken(FIRST_TO_GO)
     if (uid := spec.get("uid")) is not None:
         os.setgroups([])
         os.setresgid(spec["gid"], spec["gid"], spec["gid"])
@@ -82,6 +88,18 @@ def seal() -> None:
     """
     prctl(PR_SET_DUMPABLE, 0)
     limit(resource.RLIMIT_CORE, 0)
+
+
+def be_taken(score: int) -> None:
+    """Say how early the kernel should take this process when memory runs out. Everybody may say earlier, few may say
+    later: not root in a container of the usual kind. What cannot be said is left as it is.
+    """
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as said:
+            if score > 0 or int(said.read()) > score:
+                said.write(str(score))
+    except OSError:
+        return
 
 
 def limit(kind: int, value: int) -> None:
