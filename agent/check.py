@@ -30,6 +30,7 @@ from agent.config import Settings
 from agent.environment import read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.httpclient import exchange
+from agent.places import weaknesses
 from agent.project import ProjectUnreadable
 from agent.rights import environment
 from agent.sight import Sight
@@ -188,16 +189,19 @@ async def _user(settings: Settings) -> list[Finding]:
         return [fail("DEV_USER", problem, error.exit_code) for problem in error.problems]
     if allowed.user is None:
         return [warn("isolation", f"{sentence}; start the agent as root, with DEV_USER")]
+    user = allowed.user
     found = [ok("isolation", sentence)]
+    for weak in weaknesses(settings, user.name, user.uid, user.gid):
+        found.append(fail("isolation", weak, RootUnusable.exit_code))
     if lacking := [name for name, bit in CAPABILITIES.items() if not _capabilities() >> bit & 1]:
         found.append(
             fail("isolation", f"root without {', '.join(lacking)}: give the container these capabilities")
         )
     with contextlib.suppress(FileNotFoundError):
         owner = settings.project_dir.stat().st_uid
-        if owner not in (0, allowed.user.uid):
-            name = allowed.user.name
-            detail = f"belongs to uid {owner}, and {name} cannot install there: chown {name} {settings.project_dir}"
+        if owner not in (0, user.uid):
+            name, place = user.name, settings.project_dir
+            detail = f"belongs to uid {owner}, and {name} cannot install there: chown {name} {place}"
             found.append(fail("PROJECT_DIR", detail))
     return found
 

@@ -20,12 +20,21 @@ from agent.catchup import CatchUp, jitter
 from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
-from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, TooLarge, Unavailable
+from agent.errors import (
+    AgentError,
+    CredentialRejected,
+    MalformedMessage,
+    RootUnusable,
+    Superseded,
+    TooLarge,
+    Unavailable,
+)
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
+from agent.places import weaknesses
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
@@ -92,6 +101,8 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
             api or tokens,
         )
         user = None if settings.shadow else rights(settings)[0].user
+        if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
+            raise RootUnusable("\n".join(weak))
         disk = Disk(
             settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
         )

@@ -27,6 +27,7 @@ from msgspec import Struct
 
 from agent.errors import PathRefused, RootUnusable, Unavailable
 from agent.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
+from agent.places import open_directory
 
 FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -154,6 +155,7 @@ class Ledger:
         A torn or foreign file is thrown away, so that the next `replace` or `record` starts a new ledger.
         """
         state = None
+        self._check_directory()
         if self._path.exists():
             try:
                 state = self._read(self._open())
@@ -264,6 +266,7 @@ class Ledger:
     def _open(self) -> sqlite3.Connection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_directory()
             sql = sqlite3.connect(self._path, isolation_level=None, timeout=0, check_same_thread=False)
         except (OSError, sqlite3.OperationalError) as error:
             raise RootUnusable(f"cannot open the ledger {self._path}: {error}") from error
@@ -274,6 +277,17 @@ class Ledger:
         sql.execute("pragma journal_mode = wal")
         sql.execute("pragma synchronous = normal")
         return sql
+
+    def _check_directory(self) -> None:
+        """Raise `RootUnusable` if another directory stands there, or a link to one."""
+        try:
+            os.close(open_directory(self._path.parent))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RootUnusable(
+                f"cannot use the state directory {self._path.parent}: {error.strerror}"
+            ) from error
 
     def _create(self) -> sqlite3.Connection:
         try:

@@ -6,7 +6,6 @@ no more than this.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -32,14 +31,10 @@ class Audit:
     drifts: tuple[Drift, ...]
 
 
-def _never() -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
 class Sight:
-    """One root, looked at. `make_root` is for those who may make it, should it be gone. Not thread-safe."""
+    """One root, looked at. `make_root` is for those who also write, should it be gone. Not thread-safe."""
 
-    def __init__(self, root: Path, *, make_root: Callable[[], None] = _never) -> None:
+    def __init__(self, root: Path, *, make_root: Callable[[], None] | None = None) -> None:
         self._root = root
         self._jail = Jail(root, make_root)
 

@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import RootUnusable
-from agent.jail import OPEN_DIRECTORY, DirectoryForm
+from agent.jail import DirectoryForm
 from agent.ledger import FileStat
 from agent.model import Digest, RelPath
+from agent.places import OPEN_DIRECTORY, open_directory
 from agent.stagedtree import CREATE, StagedTree, remove_tree
 
 ROOMS = tuple(f"{number:x}" for number in range(16))
@@ -148,7 +149,7 @@ class Staging:
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._lock = open_directory(self._path)
         except OSError as error:
             raise RootUnusable(f"cannot use the staging directory {self._path}: {error.strerror}") from error
         try:

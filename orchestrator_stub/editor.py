@@ -401,6 +401,8 @@ def path_problem(path: str) -> str | None:
         return "its name is not UTF-8"
     if len(path.encode()) > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
         return "its name is too long"
+    if path.count("/") >= 64:
+        return "it lies below more than 63 directories"
     if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
         return "its name has a backslash or a control character"
     if not unicodedata.is_normalized("NFC", path):

@@ -87,6 +87,7 @@ begin
     when octet_length(path) > 255 and exists (
       select from string_to_table(path, '/') as segment where octet_length(segment) > 255
     ) then 'segment_too_long'
+    when octet_length(path) - octet_length(replace(path, '/', '')) >= 64 then 'too_deep'
     when path is not nfc normalized then 'not_nfc'
   end;
 end $$;
