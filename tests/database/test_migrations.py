@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 from orchestrator_stub.migrations import (
     MIGRATIONS,
     MigrationError,
+    MigrationRefused,
     bootstrap,
     migrate,
     read_migrations,
@@ -86,14 +87,19 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("reference", ["uuid references public.projects (id)", "text"], ids=["uuid", "text"])
 def test_legacy_rows_become_version_one_of_the_same_schema(
-    blank: str, database: str, variant: dict[str, str], reference: str
+    blank: str, variant: dict[str, str], reference: str
 ) -> None:
     with connect(blank) as db:
         db.execute(LEGACY.format(reference=reference, **variant).encode())
-    applied = asyncio.run(migrate(blank))
+    with pytest.raises(MigrationRefused) as refused:
+        asyncio.run(migrate(blank))
+    (problem,) = refused.value.problems
+    assert "--adopt-files" in problem
+    assert "alter table public.project_files set schema preview;" in problem
+    applied = asyncio.run(migrate(blank, adopt_files=True))
     assert applied == [migration.version for migration in read_migrations(MIGRATIONS)]
-    assert shape(blank) == shape(database)
     with connect(blank) as db:
+        assert one(db, "select count(*) from preview.project_files") == 9
         rows = db.execute(
             "select file_path, file_type, content, version, revision, created_by::text, updated_at::date::text"
             " from project_files_current where project_id = %s order by file_path",
@@ -115,7 +121,7 @@ def test_legacy_rows_become_version_one_of_the_same_schema(
             "its path cannot be used: protected",
         ]
         heads = db.execute("select revision from project_heads order by revision").fetchall()
-        assert heads == [(0,), (1,)]
+        assert heads == [(1,)]  # the empty project's is made when it is first needed
         epoch, _ = head(db, ONE)
         assert len(changes_since(db, ONE, epoch, 0)["changes"]) == 4
         assert upsert(db, ONE, "twice", "newest")["version"] == 2
@@ -146,16 +152,16 @@ def test_applied_migrations_are_recorded_as_the_cli_does(database: str) -> None:
     assert rows == [(m.version, m.name) for m in read_migrations(MIGRATIONS)]
 
 
-def test_a_failing_migration_leaves_nothing_of_itself(blank: str, tmp_path: Path) -> None:
+def test_a_failing_migration_leaves_nothing(blank: str, tmp_path: Path) -> None:
     (tmp_path / "20260101000000_fine.sql").write_text("create table public.fine (id int primary key);")
     (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int); select 1/0;")
     with pytest.raises(MigrationError, match="20260102000000_broken: division by zero"):
         asyncio.run(migrate(blank, tmp_path))
     with connect(blank) as db:
-        assert one(db, "select to_regclass('public.fine')::text") == "fine"
-        assert one(db, "select to_regclass('public.half')") is None
+        for made in ("public.fine", "public.half", "supabase_migrations.schema_migrations"):
+            assert one(db, "select to_regclass(%s)", [made]) is None
     (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int);")
-    assert asyncio.run(migrate(blank, tmp_path)) == ["20260102000000"]
+    assert asyncio.run(migrate(blank, tmp_path)) == ["20260101000000", "20260102000000"]
 
 
 def test_names_and_order_are_checked(blank: str, tmp_path: Path) -> None:
@@ -262,19 +268,20 @@ def test_the_seed_is_a_project_that_can_be_shown_twice(database: str) -> None:
         assert len(files(db, ONE)) == 3
 
 
-def test_a_live_table_is_not_waited_for_for_ever(blank: str) -> None:
-    """A long query on the old table: the migration gives up, changes nothing, and can be run again."""
+@pytest.mark.parametrize(
+    "work", ["select count(*) from public.project_files", "update public.projects set name = 'x'"]
+)
+def test_a_live_table_is_not_waited_for_for_ever(blank: str, work: str) -> None:
+    """A long transaction on a table of the product's: the migration gives up, changes nothing, and can be run again."""
     with connect(blank) as db:
         db.execute(LEGACY.format(reference="text", **VARIANTS["path, content, type"]).encode())
         with db.transaction():
-            db.execute("select count(*) from public.project_files")
-            with pytest.raises(
-                MigrationError, match="20261120000000_project_files: canceling statement due to lock timeout"
-            ):
-                asyncio.run(migrate(blank))
+            db.execute(work.encode())
+            with pytest.raises(MigrationError, match="canceling statement due to lock timeout"):
+                asyncio.run(migrate(blank, adopt_files=True))
         assert one(db, "select to_regnamespace('preview')") is None
         assert one(db, "select count(*) from public.project_files") == 9
-    assert len(asyncio.run(migrate(blank))) == len(read_migrations(MIGRATIONS))
+    assert len(asyncio.run(migrate(blank, adopt_files=True))) == len(read_migrations(MIGRATIONS))
 
 
 DEBIAN = Path("/usr/lib/postgresql")
