@@ -32,6 +32,16 @@ begin
     problems := problems || format('the database''s encoding is %s: make one with encoding UTF8', getdatabaseencoding());
   end if;
 
+  -- Without this, nothing below can even be looked at.
+  select problems || coalesce(array_agg(format('%s may not use the schema %I: grant usage on schema %2$I to %1$I;', current_user, name)
+                                        order by name), '{}') into problems
+  from unnest(array['auth', 'preview', 'public', 'realtime', 'storage', 'supabase_migrations']) name
+  where to_regnamespace(name) is not null and not has_schema_privilege(name, 'usage');
+  if cardinality(problems) > 0 then
+    raise exception using errcode = '55000',
+      message = E'preview-sync cannot be installed here yet, and nothing was changed:\n- ' || array_to_string(problems, E'\n- ');
+  end if;
+
   -- The platform.
   select array_agg(needed order by n) into missing from unnest(array[
     'auth.users', 'realtime.messages', 'storage.buckets', 'storage.objects']) with ordinality t(needed, n)
@@ -85,8 +95,10 @@ begin
           having count(*) > 0
           union all
           select 4, 'drop view if exists public.project_files_current, public.project_history; drop table if exists '
-            'public.project_heads, public.project_snapshots cascade; alter table if exists public.project_collaborators '
-            'rename to project_collaborators_before;'
+            'public.project_heads, public.project_snapshots cascade;'
+          union all
+          select 4, 'alter table public.project_collaborators set schema preview_before;  -- to be added again afterwards'
+          where to_regclass('public.project_collaborators') is not null
           union all
           select 5, format('drop index public.%I;', 'projects_owner_id_idx') where to_regclass('public.projects_owner_id_idx') is not null
           union all
@@ -96,16 +108,21 @@ begin
           select 7, 'alter table public.projects rename constraint projects_owner_id_fkey to projects_user_id_fkey;' where exists (
             select from pg_constraint c where c.conrelid = projects and c.conname = 'projects_owner_id_fkey')
           union all
-          select 8, format('grant all on %s to anon, authenticated, service_role;  -- or what you had granted', t.relation::regclass)
-          from unnest(array[projects, profiles]) t(relation) where t.relation is not null
+          select 5, 'revoke insert (id, owner_id, name), update (name) on public.projects from authenticated;' where projects is not null
           union all
-          select 9, format('alter table %s disable row level security;  -- only if it was off', t.relation::regclass)
-          from unnest(array[projects, profiles]) t(relation) where t.relation is not null
-          union all
-          select 10, 'alter table public.user_profiles drop column display_name;  -- only if you had none' where exists (
+          select 8, 'revoke insert (id, display_name), update (display_name) on public.user_profiles from authenticated;' where exists (
             select from pg_attribute a where a.attrelid = profiles and a.attname = 'display_name' and not a.attisdropped)
           union all
-          select 11, format('delete from supabase_migrations.schema_migrations where version in (%s);', found.versions)
+          select 9, format('grant all on %s to anon, authenticated, service_role;  -- or what you had granted', t.relation::regclass)
+          from unnest(array[projects, profiles]) t(relation) where t.relation is not null
+          union all
+          select 10, format('alter table %s disable row level security;  -- only if it was off', t.relation::regclass)
+          from unnest(array[projects, profiles]) t(relation) where t.relation is not null
+          union all
+          select 11, 'alter table public.user_profiles drop column display_name;  -- only if you had none' where exists (
+            select from pg_attribute a where a.attrelid = profiles and a.attname = 'display_name' and not a.attisdropped)
+          union all
+          select 12, format('delete from supabase_migrations.schema_migrations where version in (%s);', found.versions)
         ) back));
     end if;
   end if;
@@ -179,6 +196,21 @@ begin
       'answers', 'deleted_projects', 'legacy_rejects', 'sessions', 'settings', 'snapshot_offers', 'write_gate']) name
     where to_regclass('preview.' || name) is not null
     union all
+    select format('the index public.%s', c.relname) from pg_index i join pg_class c on c.oid = i.indexrelid
+    where c.relnamespace = 'public'::regnamespace and c.relname in (
+      'project_collaborators_user_id_idx', 'project_collaborators_added_by_idx', 'project_files_project_id_idx',
+      'project_files_project_id_file_path_idx', 'project_files_project_id_is_current_version_idx',
+      'project_files_current_path_idx', 'project_files_current_revision_idx', 'project_files_parent_version_id_idx',
+      'project_files_created_by_idx', 'project_files_last_modified_by_idx', 'project_snapshots_project_id_idx',
+      'project_snapshots_requested_by_idx', 'project_snapshots_open_idx')
+      and i.indrelid not in (select oid from pg_class where relnamespace = 'public'::regnamespace
+                             and relname in ('project_files', 'project_collaborators', 'project_snapshots'))
+    union all
+    select format('the policy "%s" on %s', p.polname, p.polrelid::regclass) from pg_policy p
+    where p.polrelid in (to_regclass('storage.objects'), to_regclass('realtime.messages')) and p.polname in (
+      'a container''s token reads no table', 'a container hears its project', 'members hear their projects',
+      'members read assets', 'members add assets')
+    union all
     select p.oid::regprocedure::text from pg_proc p
     where p.pronamespace = 'public'::regnamespace and p.proname in (
       'upsert_project_file', 'delete_project_file', 'apply_project_files', 'restore_project_file', 'list_current_files',
@@ -192,7 +224,11 @@ begin
   loop
     problems := problems || format('%s is there already, and preview-sync makes one of that name: rename it', found.name);
   end loop;
-  if to_regclass('storage.buckets') is not null then
+  if to_regclass('storage.buckets') is null then
+    null;  -- said above
+  elsif not has_table_privilege('storage.buckets', 'select') or not has_table_privilege('storage.buckets', 'insert') then
+    problems := problems || format('%s may not make buckets: grant select, insert on storage.buckets to %I;', current_user, current_user);
+  else
     for found in select b.id from storage.buckets b where b.id in ('project-assets', 'project-snapshots') and b.public loop
       problems := problems || format('the bucket %s is public, and will hold the files of projects: update storage.buckets set '
                                      'public = false where id = %L;', found.id, found.id);
@@ -300,7 +336,7 @@ begin
   execute format('alter table public.projects add foreign key (owner_id) references %s (id) on delete cascade',
                  case when profiles then 'public.user_profiles' else 'auth.users' end);
   comment on table public.projects is 'Made by preview-sync: projects and their owners.';
-  create index projects_owner_id_idx on public.projects (owner_id);
+  create index on public.projects (owner_id);
   revoke all on public.projects from public, anon, authenticated, service_role;
   grant select, insert (owner_id, name), update (name), delete on public.projects to authenticated;
   grant all on public.projects to service_role;
