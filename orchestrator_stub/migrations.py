@@ -54,9 +54,12 @@ class MigrationRefused(MigrationError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        headline, *problems = message.split("\n- ")
-        self.headline = headline
-        self.problems = problems
+        self.problems = message.split("\n- ")[1:]
+
+    @property
+    def by_earlier_version(self) -> bool:
+        """A version before the first release migrated this database; there is no way forward from its migrations."""
+        return self.problems[0].startswith("an unreleased earlier version")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,19 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
+from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.migrations import (
     MIGRATIONS,
     MigrationError,
     MigrationRefused,
+    bootstrap,
     check,
     migrate,
     read_migrations,
@@ -282,3 +285,31 @@ def test_a_check_reads_alone(blank: str) -> None:
         db.execute("set transaction read only")
         end = statements[0].index("end $check$;") + len("end $check$;")
         db.execute(statements[0][statements[0].index("do $check$") : end].encode())
+
+
+async def test_a_local_state_of_an_earlier_version_is_told_to_start_anew(tmp_path: Path) -> None:
+    state, app = tmp_path / "state", tmp_path / "app"
+    app.mkdir()
+    (app / "package.json").write_text("{}")
+    state.mkdir()
+    async with EmbeddedPostgres(state / "postgres") as dsn:
+        await bootstrap(dsn)
+        make(dsn, "earlier")
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator_stub",
+        "dev",
+        str(app),
+        "--state",
+        str(state),
+        "--port",
+        "0",
+    ]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("preview-orchestrator: ")]
+    assert (
+        line
+        == f"preview-orchestrator: {state} is of a version before the first release: delete it, and start anew"
+    )
