@@ -307,7 +307,7 @@ async def test_a_local_state_of_an_earlier_version_is_told_to_start_anew(tmp_pat
         "0",
     ]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("preview-orchestrator: ")]
     assert (
         line

@@ -11,7 +11,9 @@ import psycopg
 import pytest
 from psycopg.errors import InsufficientPrivilege
 
+from orchestrator_stub.database import pool_of
 from orchestrator_stub.migrations import MIGRATIONS, MigrationRefused, migrate, read_migrations
+from orchestrator_stub.store import ProjectUnknown, SessionStore
 from tests.database.db import acting_as, apply, changes_since, connect, files, one, upsert, user
 from tests.database.products import dump, everything, make
 
@@ -22,14 +24,13 @@ STRANGER = uuid.UUID("00000000-0000-4000-8000-000000000002")
 READER = uuid.UUID("00000000-0000-4000-8000-000000000003")
 PROJECT = uuid.UUID("00000000-0000-4000-8000-0000000000a1")
 
-MAY_ACCESS = """
-create schema preview;
-create function preview.may_access(asked_for uuid, asking uuid, what text) returns boolean
-language sql stable security definer set search_path = '' as $$
-  select exists (select from public.project_members m where m.project_id = asked_for and m.member = asking::text
-                 and (m.may_edit or what = 'read'))
-$$;
-"""
+MAY_ACCESS = (
+    (MIGRATIONS.parent / "README.md")
+    .read_text(encoding="utf-8")
+    .partition("```pgsql\n")[2]
+    .partition("```")[0]
+)
+"""What the document tells a product to say, word by word."""
 
 SHAPES = {"seed": "", "user_id": "", "created_by": "", "members": MAY_ACCESS}
 """Each product that we can work with, and what it says to us before `migrate`."""
@@ -208,3 +209,37 @@ def test_numbered_projects_are_refused_and_nothing_is_changed(blank: str) -> Non
     ]
     assert everything(blank) == before
     assert relations == ["projects"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+async def test_the_orchestrator_opens_a_project_that_was_made_after_us(blank: str, name: str) -> None:
+    """No trigger tells us of it: its head is made by the first session."""
+    make(blank, name)
+    columns = {"seed": "owner_id, name", "user_id": "user_id, name", "created_by": "created_by, title"}
+    with connect(blank) as db:
+        db.execute(SHAPES[name].encode())
+    await migrate(blank)
+    project = uuid.uuid4()
+    with connect(blank) as db:
+        if name == "members":
+            db.execute("insert into public.projects (id) values (%s)", [project])
+            db.execute("insert into public.members values (%s, %s, 'editor')", [project, OWNER])
+        else:
+            new = f"insert into public.projects (id, {columns[name]}) values (%s, %s, 'new')"
+            db.execute(new.encode(), [project, OWNER])
+    async with pool_of(blank) as pool:
+        store = SessionStore(pool)
+        assert await store.sees({"role": "authenticated", "sub": str(OWNER)}, project)
+        assert not await store.sees({"role": "authenticated", "sub": str(STRANGER)}, project)
+        session, is_new = await store.create(project, key="k", generation=1, ttl=60)
+        assert is_new
+        assert (await store.create(project, key="k", generation=1, ttl=60))[0].id == session.id
+        found = await store.standing(session.id)
+        assert found is not None
+        assert found[1].revision == 0
+        with pytest.raises(ProjectUnknown):
+            await store.create(uuid.uuid4(), key=None, generation=1, ttl=60)
+    with connect(blank) as db:
+        db.execute("delete from public.projects where id = %s", [project])
+        assert one(db, "select count(*) from preview.sessions") == 0
+        assert one(db, "select project_id from preview.deleted_projects") == project
