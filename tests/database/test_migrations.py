@@ -39,6 +39,7 @@ from tests.database.db import (
     upsert,
     user,
 )
+from tests.database.products import make
 
 Db = psycopg.Connection[Any]
 
@@ -126,6 +127,60 @@ def test_legacy_rows_become_version_one_of_the_same_schema(
         assert len(changes_since(db, ONE, epoch, 0)["changes"]) == 4
         assert upsert(db, ONE, "twice", "newest")["version"] == 2
         assert len(files(db, ONE)) == 4
+
+
+def test_the_designs_own_table_is_adopted_with_all_of_its_history(blank: str, database: str) -> None:
+    make(blank, "seed_files")
+    assert asyncio.run(migrate(blank, adopt_files=True)) == [m.version for m in read_migrations(MIGRATIONS)]
+    with connect(blank) as db:
+        rows = db.execute(
+            "select right(id::text, 2), file_path, version, content, is_current_version, is_deleted, revision,"
+            " right(parent_version_id::text, 2), right(created_by::text, 1), size_bytes from public.project_files"
+            " where id::text like '00000000%' order by revision"
+        ).fetchall()
+        assert rows == [
+            ("b1", "src/a.ts", 1, "one", False, False, 1, None, "1", 3),
+            ("b3", "gone", 1, "was", False, False, 2, None, "1", 3),
+            ("b2", "src/a.ts", 2, "two", True, False, 3, "b1", "2", 3),
+            ("b4", "gone", 2, None, True, True, 4, "b3", "1", 0),
+            ("b5", "unmarked", 3, "was", False, False, 5, None, "1", 3),
+            ("b6", "rolled/back", 1, "good", False, False, 6, None, "1", 4),
+            ("b7", "rolled/back", 2, "bad", False, False, 7, "b6", "1", 3),
+            ("b8", "logo.png", 1, None, True, False, 8, None, "1", 7),
+        ]
+        # One version more says which is current, where the last of a path was not.
+        added = db.execute(
+            "select file_path, version, content, is_deleted from public.project_files"
+            " where id::text not like '00000000%' order by file_path"
+        ).fetchall()
+        assert added == [("rolled/back", 3, "good", False), ("unmarked", 4, None, True)]
+        assert [
+            path for (path,) in db.execute("select file_path from public.project_files_current order by 1")
+        ] == [
+            "logo.png",
+            "rolled/back",
+            "src/a.ts",
+        ]
+        assert db.execute("select reason, legacy ->> 'file_path' from preview.legacy_rejects").fetchall() == [
+            ("its bytes are not in project-assets", "lost.png")
+        ]
+        assert one(db, "select count(*) from preview.project_files") == 9
+        for path, version in {
+            "src/a.ts": 3,
+            "gone": 3,
+            "unmarked": 5,
+            "rolled/back": 4,
+            "logo.png": 2,
+        }.items():
+            assert upsert(db, ONE, path, "later")["version"] == version
+        wrong = "select file_path from project_files"
+        wrong += " where content_hash <> encode(sha256(convert_to(content, 'UTF8')), 'hex')"
+        assert db.execute(wrong.encode()).fetchall() == []
+        columns = "select attname, format_type(atttypid, atttypmod), attnotnull from pg_attribute"
+        columns += " where attrelid = 'public.project_files'::regclass and attnum > 0 order by attnum"
+        here = db.execute(columns.encode()).fetchall()
+    with connect(database) as db:
+        assert db.execute(columns.encode()).fetchall() == here
 
 
 def test_each_step_alone_ends_where_all_at_once_do(blank: str, database: str) -> None:
