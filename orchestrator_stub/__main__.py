@@ -25,7 +25,7 @@ try:
     import psycopg
 
     from orchestrator_stub.config import Settings, SettingsError
-    from orchestrator_stub.migrations import MigrationError, bootstrap, migrate
+    from orchestrator_stub.migrations import MigrationError, MigrationRefused, bootstrap, check, migrate
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
 
@@ -71,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     migration.add_argument("--database-url", help="default: DATABASE_URL")
     migration.add_argument(
         "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
+    )
+    migration.add_argument(
+        "--check", action="store_true", help="change nothing; say everything that is in the way"
+    )
+    migration.add_argument(
+        "--adopt-files",
+        action="store_true",
+        help="take a table public.project_files over: moved to the schema preview, its rows adopted, itself kept",
     )
     migration.set_defaults(run=_migrate)
 
@@ -130,16 +138,22 @@ def _migrate(arguments: argparse.Namespace) -> int:
     dsn = arguments.database_url or Settings.database_url_from_environment()
 
     async def run() -> list[str]:
+        if arguments.check:
+            return await check(dsn, adopt_files=arguments.adopt_files)
         if arguments.bootstrap:
             await bootstrap(dsn)
-        return await migrate(dsn)
+        return await migrate(dsn, adopt_files=arguments.adopt_files)
 
     try:
         applied = asyncio.run(run())
+    except MigrationRefused as error:
+        sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
+        return EXIT_FAILED
     except (MigrationError, psycopg.Error, OSError) as error:
         sys.stderr.write(f"preview-orchestrator: cannot migrate: {' '.join(str(error).split())}\n")
         return EXIT_FAILED
-    sys.stdout.write("".join(f"applied {version}\n" for version in applied) or "nothing to apply\n")
+    done = "nothing is in the way of" if arguments.check else "applied"
+    sys.stdout.write("".join(f"{done} {version}\n" for version in applied) or "nothing to apply\n")
     return 0
 
 

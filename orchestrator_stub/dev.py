@@ -40,7 +40,7 @@ from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.machines import Machine
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
+from orchestrator_stub.migrations import MIGRATIONS, MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
@@ -230,6 +230,12 @@ class Stack:
                 dsn = given
             await bootstrap(dsn)
             applied = await migrate(dsn, MIGRATIONS)
+        except MigrationRefused as error:
+            if error.by_earlier_version and given is None:
+                raise CannotStart(
+                    f"{self._state} is of a version before the first release: delete it, and start anew"
+                ) from None
+            raise CannotStart(str(error)) from None
         except (EmbeddedPostgresError, MigrationError) as error:
             raise CannotStart(str(error)) from None
         except (psycopg.Error, OSError) as error:

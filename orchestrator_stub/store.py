@@ -91,14 +91,16 @@ class SessionStore:
 
         Raises `ProjectUnknown`.
         """
+        # The head is what a session stands on; a product's project has none before somebody needs it.
         try:
             made = await self._one(
                 "insert into preview.sessions (project_id, idempotency_key, generation, expires_at)"
-                " values (%(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second')"
+                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second'"
+                " where preview.give_head(%(project)s)"
                 " on conflict (project_id, idempotency_key) do nothing",
                 {"project": project_id, "key": key, "generation": generation, "ttl": ttl},
             )
-        except psycopg.errors.ForeignKeyViolation:
+        except psycopg.errors.ForeignKeyViolation:  # deleted at this moment
             raise ProjectUnknown(str(project_id)) from None
         if made is not None:
             return made, True
@@ -290,14 +292,15 @@ class SessionStore:
         )
 
     async def sees(self, claims: Mapping[str, object], project_id: UUID) -> bool:
-        """Whether row level security shows the project to a user with these claims."""
+        """Whether a user with these claims may read the project."""
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(
                 "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', %s, true)",
                 (json.dumps(dict(claims)),),
             )
-            cursor = await connection.execute("select 1 from public.projects where id = %s", (project_id,))
-            return await cursor.fetchone() is not None
+            cursor = await connection.execute("select preview.allows(%s, 'read')", (project_id,))
+            row = await cursor.fetchone()
+            return bool(row and row[0])
 
     @asynccontextmanager
     async def sweeping(self) -> AsyncIterator[bool]:

@@ -77,8 +77,11 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"preview-agent record \S+", Run(until="recording into")),
     (r"preview-agent replay \S+\.jsonl( .*)?", Run(says="^ok")),
     # --- the orchestrator
-    (r"DATABASE_URL=\S+ preview-orchestrator migrate", Run(says="nothing to apply")),
-    (r"preview-orchestrator migrate", MENTION),
+    (
+        r"DATABASE_URL=\S+ preview-orchestrator migrate( --check| --adopt-files)?",
+        Run(says="nothing to apply"),
+    ),
+    (r"preview-orchestrator migrate( --\w+)?", MENTION),
     (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
