@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.plot import svg
 from bench.table import with_table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,8 +26,10 @@ def keep(run: Mapping[str, object]) -> list[str]:
 
 def derive() -> list[Path]:
     """Plot and table from the JSON that is kept; what was written."""
+    from bench.plot import picture  # not above: a run measures without matplotlib in its memory
+
     run = json.loads(JSON.read_text())
-    SVG.write_text(svg(run))
+    SVG.write_text(picture(run))
     README.write_text(with_table(README.read_text(), run))
     return [SVG, README]
 
