@@ -1,4 +1,4 @@
-"""What README shows of a run: the table and the plot are the JSON's, and neither makes a number up."""
+"""What README and docs/measured.md show of a run: tables and plot are the JSON's, and none makes a number up."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 import bench.__main__ as command
 from bench import kept
-from bench.kept import JSON, README, SVG
+from bench.kept import JSON, MEASURED, README, SVG
 from bench.plot import MET, MISSED, picture, points
 from bench.results import Ratio, Row, Verdict
 from bench.surroundings import Others
 from bench.svg import FAINT
-from bench.table import BEGIN, END, QUOTED, found, table, with_table
+from bench.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -63,14 +63,22 @@ def dots(drawn: str, colour: str) -> list[tuple[float, float]]:
     return found
 
 
-def test_readme_says_what_the_kept_run_says() -> None:
-    readme = README.read_text()
-    assert with_table(readme, KEPT) == readme, "run `make bench-readme`"
+@pytest.mark.parametrize(("page", "rows"), [(README, FIRST), (MEASURED, QUOTED)], ids=["README", "measured"])
+def test_the_pages_say_what_the_kept_run_says(page: Path, rows: tuple[Quoted, ...]) -> None:
+    text = page.read_text()
+    assert with_table(text, KEPT, rows) == text, "run `make bench-readme`"
+
+
+def test_readme_has_a_few_of_the_rows_and_leads_to_all() -> None:
+    assert 0 < len(FIRST) <= 10
+    assert set(FIRST) < set(QUOTED)
+    assert all(found(KEPT, quoted) for quoted in FIRST)
+    assert "(docs/measured.md)" in README.read_text()
 
 
 def test_the_picture_is_of_the_kept_run() -> None:
     assert SVG.read_text() == picture(KEPT), "run `make bench-readme`"
-    assert "bench/results/latest.svg" in README.read_text()
+    assert "(../bench/results/latest.svg)" in MEASURED.read_text()
 
 
 def test_the_picture_is_small_undated_and_on_white_paper() -> None:
@@ -83,9 +91,10 @@ def test_the_picture_is_small_undated_and_on_white_paper() -> None:
     assert {width, height} <= set(paper.attrib["d"].split())
 
 
-def test_readme_has_no_measured_number_outside_of_the_table() -> None:
-    readme = README.read_text()
-    prose = readme[: readme.index(BEGIN)] + readme[readme.index(END) :]
+@pytest.mark.parametrize("page", [README, MEASURED], ids=["README", "measured"])
+def test_no_page_has_a_measured_number_outside_of_the_table(page: Path) -> None:
+    text = page.read_text()
+    prose = text[: text.index(BEGIN)] + text[text.index(END) :]
     assert not re.findall(r"\d[\d.,]* ?(?:×|µs|ms\b|times (?:as|the))", prose)
 
 
@@ -111,10 +120,10 @@ def test_what_was_refused_or_not_measured_says_so_and_has_no_number() -> None:
     assert "link" not in absent
 
 
-@pytest.mark.parametrize("readme", ["no marks", BEGIN, END + BEGIN])
-def test_a_readme_without_a_place_for_it_is_left_alone(readme: str) -> None:
+@pytest.mark.parametrize("page", ["no marks", BEGIN, END + BEGIN])
+def test_a_page_without_a_place_for_it_is_left_alone(page: str) -> None:
     with pytest.raises(ValueError, match="no place for the table"):
-        with_table(readme, KEPT)
+        with_table(page, KEPT)
 
 
 def test_only_the_place_between_the_marks_changes() -> None:
@@ -166,7 +175,7 @@ def test_there_is_a_picture_of_nothing() -> None:
 
 
 def test_each_quoted_row_is_one_that_its_module_makes() -> None:
-    """In the source, so that a row that is renamed does not silently go from README."""
+    """In the source, so that a row that is renamed does not silently go from the tables."""
     for quoted in QUOTED:
         source = (Path(__file__).parents[2] / "bench" / f"{quoted.module}.py").read_text()
         assert re.search(r"\bdef run\(", source), quoted
@@ -184,7 +193,7 @@ def test_a_kept_row_is_found_by_name_and_peer() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_saved_run_is_json_plot_and_table_at_once_and_a_failed_one_is_none(
+def test_a_saved_run_is_json_plot_and_tables_at_once_and_a_failed_one_is_none(
     fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(quick: bool) -> list[Row]:
@@ -194,24 +203,29 @@ def test_a_saved_run_is_json_plot_and_table_at_once_and_a_failed_one_is_none(
 
     monkeypatch.setattr(kept, "REPOSITORY", tmp_path)
     monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
-    for name in ("JSON", "SVG", "README"):
-        monkeypatch.setattr(
-            kept, name, tmp_path / ("README.md" if name == "README" else f"results/it.{name.lower()}")
-        )
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\n{END}\n")
+    pages = {"README": tmp_path / "README.md", "MEASURED": tmp_path / "measured.md"}
+    for name, path in {
+        "JSON": tmp_path / "results/it.json",
+        "SVG": tmp_path / "results/it.svg",
+        **pages,
+    }.items():
+        monkeypatch.setattr(kept, name, path)
+    for path in pages.values():
+        path.write_text(f"before\n{BEGIN}\n{END}\n")
     monkeypatch.setattr(command, "modules", lambda wanted: {"link": run})
     monkeypatch.setattr(command, "quiet", lambda patience: None)
     monkeypatch.setattr(Others, "share", lambda others: 0.02)
     assert command.main(["--save"]) == (2 if fails else 0)
-    readme = (tmp_path / "README.md").read_text()
+    readme, measured = (path.read_text() for path in pages.values())
     if fails:
         assert "not saved" in capsys.readouterr().out
-        assert readme == f"before\n{BEGIN}\n{END}\n"
+        assert readme == measured == f"before\n{BEGIN}\n{END}\n"
         assert not (tmp_path / "results").exists()
         return
     written = json.loads((tmp_path / "results/it.json").read_text())
     assert {"at", "commit", "machine", "peers", "seconds", "results"} <= set(written)
     assert written["results"]["link"]["others"] == 0.02
-    assert readme == with_table(readme, written)
-    assert "16.0 × its speed" in readme
+    assert readme == with_table(readme, written, FIRST)
+    assert measured == with_table(measured, written)
+    assert all("16.0 × its speed" in page for page in (readme, measured))
     assert (tmp_path / "results/it.svg").read_text() == picture(written)
