@@ -113,7 +113,7 @@ def _panel(axes: Axes, heading: str, its: Sequence[Point]) -> None:
         if not row or its[row - 1].name != point.name:
             text(MARGIN, row, point.name)
         text(LEFT - 0.01, row, point.peer, ha="right", color=FAINT)
-        text(0.93, row, "too noisy" if isnan(point.middle) else f"{figure(point.middle)} ×", ha="right")
+        text(0.93, row, point.verdict if isnan(point.middle) else f"{figure(point.middle)} ×", ha="right")
         if point.bound is not None:
             wanted = f"{'not ' if point.verdict == Verdict.NOT_MET else ''}≤ {point.bound:.3g}"
             text(0.94, row, wanted, color=colours[row])
