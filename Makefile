@@ -66,11 +66,12 @@ soak: $(READY) ## the whole stack with 20 agents under work and faults (MINUTES=
 bench: $(READY) ## side-by-side measurements, ratios first (`python -m bench --help`)
 	$(BIN)/python -m bench
 
-bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, README's table
+bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, the tables in README and docs/measured.md
 	$(BIN)/python -m bench --save
 
-bench-readme: $(READY) ## plot and README's table again, from the run that is kept
+bench-readme: $(READY) ## plots and tables again, from the runs that are kept (the soak's plots too)
 	$(BIN)/python -m bench.kept
+	$(BIN)/python -m soak.report
 
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock

@@ -54,7 +54,7 @@ exit code:
 examples:
   python -m bench --quick mirror        whether a measurement works; its numbers are not to be quoted
   python -m bench apply link            two of them, properly
-  python -m bench --save                all of them; then bench/results/ and README.md are this run's
+  python -m bench --save                all of them; bench/results/, README.md and docs/measured.md then show this run
 """
 
 
@@ -241,7 +241,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save",
         action="store_true",
-        help=f"keep this run in {RESULTS.name}/, its plot, and the table in README.md",
+        help=f"keep this run in {RESULTS.name}/, its plot, and the tables in README.md and docs/measured.md",
     )
     parser.add_argument(
         "--patience", type=float, default=120, metavar="SECONDS",

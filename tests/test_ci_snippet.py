@@ -1,4 +1,4 @@
-"""README's GitHub Actions snippet, run as another project's CI would: a fresh venv, the checkout, its two commands."""
+"""docs/replay.md's GitHub Actions snippet, run as another project's CI would: in a fresh venv, from the checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.package.checkout import ROOT, copy_checkout
 
 
 def commands() -> list[str]:
-    snippet = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippet = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "replay.md").read_text(), re.DOTALL)
     assert snippet is not None
     return [line.split(" #")[0].strip() for line in re.findall(r"- run: (.*)", snippet[1])]
 

@@ -126,6 +126,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"\.venv/bin/python -m pytest tests/agent/test_plan\.py", OnlyRead("itself: this is it")),
     (r"git log", MENTION),
     (r"python -m tests\.docs\.test_\w+", Run()),
+    (r"python -m bench --help", Run(says="too noisy")),
     (r"python -m bench \w+", ByTest("tests/bench/test_results.py::test_a_refused_number_appears_nowhere")),
 )
 
