@@ -75,7 +75,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         first = settings.realtime_token
-        tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
+        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
         api = (
             SessionApi(settings.session_api_url, settings.session_id, tokens, http, skew=skew)
             if settings.session_api_url
@@ -85,7 +85,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         assert settings.realtime_url is not None, "read_environment requires it"
         link = RealtimeStream(
             settings.realtime_url,
-            key.reveal() if key else None,
+            key.get_secret_value() if key else None,
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
@@ -128,7 +128,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 skew,
                 spans,
             ),
-            snapshot_url=settings.snapshot_url.reveal() if settings.snapshot_url else None,
+            snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
             drift_policy=settings.drift_policy,
         )
         report = Report(

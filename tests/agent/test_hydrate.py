@@ -17,7 +17,6 @@ from random import Random
 
 import httpx
 import pytest
-from msgspec.structs import replace
 
 from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
@@ -138,7 +137,7 @@ async def test_a_listed_file_is_no_deeper_than_allowed(
 ) -> None:
     told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a/b/c/x": b"1"})).encode())
     directory = [Member(b"a/b/c/", b"", method=0, mode=0o040755)] if announced else []
-    limits = replace(QUICK, snapshot_max_depth=3)
+    limits = QUICK.model_copy(update={"snapshot_max_depth": 3})
     async with origin(Answer(archive([told, *directory, Member(b"a/b/c/x", b"1")]))) as server:
         with pytest.raises(SnapshotRejected) as caught:
             await fetch(server.url, disk=disk, http=http, limits=limits)
@@ -360,7 +359,7 @@ async def test_a_stream_that_dies_can_be_tried_again(
 async def test_a_slow_drip_ends_with_the_total_time(
     disk: Disk, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    limits = replace(QUICK, snapshot_total_seconds=0.2)
+    limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
     async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
         with pytest.raises(Unavailable, match="total_time"):
             await fetch(server.url, disk=disk, http=http, limits=limits)
