@@ -25,6 +25,7 @@ ELSEWHERE = frozenset(
     {
         "DEV_ENV_", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_TIMEOUT",
         "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "NO_COLOR",
+        "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
     }
 )  # fmt: skip
 """Read by the agent from its environment, and no field of its settings; documented below the table."""
