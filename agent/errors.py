@@ -1,4 +1,4 @@
-"""Everything the agent raises on purpose, and the one function that says transient or fatal.
+"""Everything the agent raises on purpose.
 
     AgentError
     ├── SettingsError            the environment is wrong; every problem at once            exit 64
@@ -115,8 +115,3 @@ class Unavailable(AgentError):
         self.reason = reason
         self.retry_after = retry_after
         super().__init__(f"{what} is unavailable: {reason}")
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying the same thing again later can succeed without anybody changing anything."""
-    return isinstance(error, (Unavailable, TimeoutError, ConnectionError))
