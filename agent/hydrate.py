@@ -53,8 +53,7 @@ EXPIRY_LEEWAY: Final = 30.0
 """Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
 
 READ_BYTES: Final = 256 * 1024
-"""Of the body at a time, as much as asyncio takes out of a socket in one call. httpx offers no setting for its own
-64 KB, of which each costs four copies and some 80 µs of interpreter: a third of the processor time of a large body."""
+"""Of the body at a time (see `_body`): as much as asyncio takes out of a socket in one call."""
 
 BATCH_BYTES: Final = 768 * 1024
 """Unpacked at a time: so much that hashing and writing, which need no interpreter, are seldom interrupted by its being
@@ -71,8 +70,6 @@ _URL_CODES: Final = frozenset(
 _OBJECT_CODES: Final = frozenset(
     {"NoSuchKey", "NoSuchBucket", "EntityTooLarge", "InvalidKey", "TenantNotFound"}
 )
-
-httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
 
 
 async def fetch(
@@ -294,8 +291,9 @@ async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[byt
     """The body as it arrives; raises as `aiter_raw` does.
 
     Of a body whose length is known, what follows the first piece is taken from the connection itself, which httpx
-    hands out for that: on its way through httpx, httpcore and h11 every byte is copied three times, a quarter of
-    the processor time of a large body. The connection is then of no further use, and closed.
+    hands out for that (its extension `network_stream`): through httpx, httpcore and h11 it comes in pieces of 64 KB,
+    each copied three times. That is 1.30 of the processor time for 50 files of 4 MB that do not compress, 1.09 for
+    20,000 of source text (medians of runs in turn). The connection is then of no further use, and closed.
     """
     pieces = response.aiter_raw()
     left = _content_length(response)
