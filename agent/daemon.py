@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 import httpx
 
 from agent import health, heap
-from agent.catchup import CatchUp, jitter
+from agent.catchup import BACKOFF, CatchUp
 from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
@@ -255,7 +255,7 @@ async def _heartbeat(
                 head = await api.report_status(report.heartbeat())
             except (Unavailable, MalformedMessage) as error:
                 attempt += 1
-                due = time.monotonic() + jitter(attempt, error)
+                due = time.monotonic() + BACKOFF.delay(attempt, error)
                 problems.add(Problem("session_api_unreachable", str(error)))
             except CredentialRejected as error:
                 attempt += 1

@@ -27,7 +27,6 @@ from urllib.parse import parse_qs, urlsplit
 import httpcore
 import httpx
 import orjson
-import tenacity
 
 from agent import heap
 from agent.assembly import Assembly, StagingFailed
@@ -45,7 +44,7 @@ from agent.errors import (
 from agent.model import Entry, RelPath
 from agent.progress import Progress as Progress
 from agent.progress import announced
-from agent.session import retry_after
+from agent.retry import Backoff, retry_after, retrying, within
 
 WHAT: Final = "the snapshot"
 
@@ -132,11 +131,12 @@ async def obtain(
     """
     on_this_url = 0
     progress = progress if progress is not None else Progress()
-    retrying = tenacity.AsyncRetrying(
-        stop=tenacity.stop_after_attempt(limits.snapshot_attempts),
-        wait=_Patience(limits),
-        retry=tenacity.retry_if_exception_type((Unavailable, SnapshotRejected, CredentialRejected)),
-        reraise=True,
+    # After a refused URL there is a fresh one already: nothing to wait for.
+    backoff = Backoff(
+        limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
+    )
+    patiently = retrying(
+        backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
     )
 
     async def once() -> StagedSnapshot:
@@ -174,7 +174,7 @@ async def obtain(
     refused: Unavailable | SnapshotRejected | CredentialRejected
     try:
         async with announced(progress):
-            return await retrying(once)
+            return await patiently(once)
     except _Final as final:
         refused = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
@@ -206,22 +206,6 @@ async def _fresh(
     return url
 
 
-class _Patience(tenacity.wait.wait_base):
-    """Full jitter; at least what the peer asked for; nothing at all when a fresh URL is already there."""
-
-    def __init__(self, limits: SnapshotLimits) -> None:
-        self._jitter = tenacity.wait_random_exponential(
-            multiplier=limits.snapshot_retry_seconds, max=limits.snapshot_retry_max_seconds
-        )
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
-        error = retry_state.outcome.exception() if retry_state.outcome else None
-        if isinstance(error, CredentialRejected):
-            return 0.0
-        asked = error.retry_after if isinstance(error, Unavailable) else None
-        return max(self._jitter(retry_state), asked or 0.0)
-
-
 def expiry(url: str) -> float | None:
     """When the signed URL's token says it expires, in Unix seconds; None when it does not say."""
     try:
@@ -246,9 +230,10 @@ async def _download(
 ) -> None:
     """Pour the body into `assembly` as it arrives."""
     timeout = httpx.Timeout(limits.snapshot_stall_seconds, connect=limits.snapshot_connect_seconds)
+    total = limits.snapshot_total_seconds
     try:
         async with (
-            asyncio.timeout(limits.snapshot_total_seconds),
+            within(total, WHAT, f"total_time: not here after {total:g} s"),
             http.stream(
                 "GET", url, headers={"accept-encoding": "identity"}, timeout=timeout, follow_redirects=False
             ) as response,
@@ -265,8 +250,6 @@ async def _download(
                     if assembly.sated:
                         return
             await unpacking.finish()
-    except TimeoutError:
-        raise Unavailable(WHAT, f"total_time: not here after {limits.snapshot_total_seconds:g} s") from None
     except httpx.ReadTimeout:
         raise Unavailable(
             WHAT, f"no_progress: nothing arrived for {limits.snapshot_stall_seconds:g} s"

@@ -7,10 +7,8 @@ Errors are sorted by what can be done about them: 401 and 403 are final for the 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Final
 from uuid import UUID
 
@@ -19,6 +17,8 @@ import orjson
 
 from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
 from agent.model import RelPath
+from agent.retry import http_date, within
+from agent.retry import retry_after as retry_after
 from agent.skew import ClockSkew, Moment
 from agent.tokens import Token, Tokens
 from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
@@ -94,7 +94,7 @@ class SessionApi:
         sent = self._clock()
         try:
             async with (
-                asyncio.timeout(self._whole),
+                within(self._whole, what, f"no whole answer within {self._whole:g} s"),
                 self._http.stream(
                     method,
                     f"{self._base}/{name}",
@@ -106,8 +106,6 @@ class SessionApi:
             ):
                 self._look_at_clock(response, sent)
                 content = await _read(response, what)
-        except TimeoutError:
-            raise Unavailable(what, f"no whole answer within {self._whole:g} s") from None
         except httpx.HTTPError as error:
             # The class, not the text: httpx writes URLs and header values into some of its messages.
             raise Unavailable(what, type(error).__name__) from None
@@ -119,7 +117,7 @@ class SessionApi:
         raise self._refusal(what, response, content)
 
     def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
-        date = moment_of(response.headers.get("date"))
+        date = http_date(response.headers.get("date"))
         if date is not None:
             self._skew.answered(date, sent, self._clock())
 
@@ -160,28 +158,3 @@ def _problem(content: bytes) -> str:
         return ""
     said = (document.get("title"), document.get("detail"))
     return ": ".join(text for text in said if isinstance(text, str))[:200]
-
-
-def moment_of(value: str | None) -> float | None:
-    """Unix seconds of an HTTP date; None when absent or unreadable."""
-    try:
-        return None if value is None else parsedate_to_datetime(value).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait from a `Retry-After` header, either of its forms; None when absent or unreadable.
-
-    Capped at an hour: a wrong clock somewhere must not silence us for longer.
-    """
-    if value is None:
-        return None
-    try:
-        wait = float(value)
-    except ValueError:
-        moment = moment_of(value)
-        if moment is None:
-            return None
-        wait = moment - now
-    return min(max(wait, 0.0), 3600.0) if wait == wait else None
