@@ -30,10 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Kept until somebody can hear them: PID 1 would lose them for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
         early = begin(environ)
-
-        from agent.heap import settle
-
-        settle()
         if early:
             _wake_gently()
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import httpx
-from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from agent.config import SnapshotLimits
 from agent.disk import Disk
@@ -18,6 +17,7 @@ from agent.errors import CredentialRejected, SnapshotRejected, Unavailable
 from agent.follow import Request
 from agent.hydrate import Progress, StagedSnapshot, fetch, obtain
 from agent.model import Entry, Problem, RelPath
+from agent.retry import Backoff
 from agent.session import SessionApi
 from agent.status import Problems
 from agent.wire import Changes, Current, SnapshotOffer
@@ -27,16 +27,8 @@ Answer = Current | Changes | StagedSnapshot
 SNAPSHOT_REJECTED = "snapshot_rejected"
 """The reason that makes the orchestrator build the snapshot anew instead of offering the kept one."""
 
-FULL_JITTER = wait_random_exponential(multiplier=0.25, max=15)
-"""Seconds. A thousand agents that lost the orchestrator together must not come back together."""
-
-
-def jitter(attempt: int, error: BaseException | None = None) -> float:
-    """Seconds to wait after the `attempt`th failure (from 1): full jitter, at least what the peer asked for."""
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = attempt
-    asked = error.retry_after if isinstance(error, Unavailable) else None
-    return max(FULL_JITTER(state), asked or 0.0)
+BACKOFF = Backoff(first=0.25, most=15.0)
+"""Between two calls of an orchestrator that failed. At most half of the heartbeat's interval."""
 
 
 @dataclass(slots=True)

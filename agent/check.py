@@ -26,8 +26,7 @@ import websockets
 
 from agent import __version__, child, host, project
 from agent.child import printable
-from agent.config import Settings
-from agent.environment import read_environment
+from agent.config import Settings, read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.httpclient import exchange
 from agent.places import weaknesses
@@ -286,7 +285,11 @@ async def _project(settings: Settings) -> list[Finding]:
 async def _token(settings: Settings) -> list[Finding]:
     file = settings.realtime_token_file
     try:
-        text = settings.realtime_token.reveal() if settings.realtime_token else file and file.read_text()
+        text = (
+            settings.realtime_token.get_secret_value()
+            if settings.realtime_token
+            else file and file.read_text()
+        )
         token = read_token((text or "").strip())
     except OSError as error:
         return [fail("token", f"REALTIME_TOKEN_FILE: {file}: {error.strerror}", 64)]
@@ -310,7 +313,7 @@ async def _token(settings: Settings) -> list[Finding]:
 async def _snapshot(settings: Settings) -> list[Finding]:
     if settings.snapshot_url is None:
         return [warn("snapshot", "SNAPSHOT_URL is not set: only a ledger can be resumed")]
-    url = settings.snapshot_url.reveal()
+    url = settings.snapshot_url.get_secret_value()
     place = urlsplit(url).netloc
     try:
         async with (
@@ -336,7 +339,7 @@ async def _snapshot(settings: Settings) -> list[Finding]:
 
 async def _realtime(settings: Settings) -> list[Finding]:
     assert settings.realtime_url is not None, "read_environment requires it"
-    key = settings.realtime_api_key.reveal() if settings.realtime_api_key else None
+    key = settings.realtime_api_key.get_secret_value() if settings.realtime_api_key else None
     place = urlsplit(settings.realtime_url).netloc
     try:
         async with websockets.connect(endpoint(settings.realtime_url, key), proxy=None, close_timeout=0.5):

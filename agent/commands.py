@@ -131,8 +131,8 @@ def _run(environ: Mapping[str, str], early: HeadStart | None) -> int:
     # Imported late: `--help` should not wait for the whole agent.
     import asyncio
 
+    from agent.config import read_environment
     from agent.daemon import run
-    from agent.environment import read_environment
 
     return asyncio.run(run(read_environment(environ), environ, early))
 
@@ -160,7 +160,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _record(arguments: argparse.Namespace) -> int:
     import structlog
 
-    from agent.environment import read_environment
+    from agent.config import read_environment
     from agent.record import record
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 import httpx
 
 from agent import health, heap
-from agent.catchup import CatchUp, jitter
+from agent.catchup import BACKOFF, CatchUp
 from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
@@ -86,7 +86,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         first = settings.realtime_token
-        tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
+        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
         api = (
             SessionApi(settings.session_api_url, settings.session_id, tokens, http, skew=skew)
             if settings.session_api_url
@@ -96,7 +96,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         assert settings.realtime_url is not None, "read_environment requires it"
         link: EventSource = realtime_link(
             settings.realtime_url,
-            key.reveal() if key else None,
+            key.get_secret_value() if key else None,
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
@@ -141,7 +141,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
                 skew,
                 spans,
             ),
-            snapshot_url=settings.snapshot_url.reveal() if settings.snapshot_url else None,
+            snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
             drift_policy=settings.drift_policy,
         )
         report = Report(
@@ -277,7 +277,7 @@ async def _heartbeat(
                 head = await _said(api, report)
             except (Unavailable, MalformedMessage) as error:
                 attempt += 1
-                due = time.monotonic() + jitter(attempt, error)
+                due = time.monotonic() + BACKOFF.delay(attempt, error)
                 problems.add(Problem("session_api_unreachable", str(error)))
             except CredentialRejected as error:
                 attempt += 1

@@ -1,4 +1,4 @@
-"""Everything the agent raises on purpose, and the one function that says transient or fatal.
+"""Everything the agent raises on purpose.
 
     AgentError
     ├── SettingsError            the environment is wrong; every problem at once            exit 64
@@ -121,8 +121,3 @@ class Unavailable(AgentError):
 
 class TooLarge(Unavailable):
     """413: the peer, or something in front of it, reads no body as large as ours. Whoever asked can ask with less."""
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying the same thing again later can succeed without anybody changing anything."""
-    return isinstance(error, (Unavailable, TimeoutError, ConnectionError))

@@ -237,10 +237,6 @@ class Follower:
         if revision is not None:
             known.revision = max(revision, known.revision or 0)
 
-    def need_after_join(self, now: float) -> None:
-        """A (re)joined channel says nothing of what was sent while we were away: ask."""
-        self.need(Reason.JOIN, now)
-
     def doubt(self, paths: Iterable[RelPath], now: float) -> None:
         """These paths hold something the database has not confirmed: ask what they should hold."""
         doubted = tuple(paths)
@@ -313,11 +309,6 @@ class Follower:
 
     def _patience(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX
-
-    @property
-    def catching_up(self) -> bool:
-        """Whether a catch-up is under way."""
-        return self._asked is not None
 
     @property
     def settled(self) -> bool:

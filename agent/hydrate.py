@@ -27,7 +27,6 @@ from urllib.parse import parse_qs, urlsplit
 import httpcore
 import httpx
 import orjson
-import tenacity
 
 from agent import heap
 from agent.assembly import Assembly, StagingFailed
@@ -46,7 +45,7 @@ from agent.httpclient import coding, exchange, read_start
 from agent.model import Entry, RelPath
 from agent.progress import Progress as Progress
 from agent.progress import announced
-from agent.session import retry_after
+from agent.retry import Backoff, retry_after, retrying, within
 
 WHAT: Final = "the snapshot"
 
@@ -54,8 +53,7 @@ EXPIRY_LEEWAY: Final = 30.0
 """Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
 
 READ_BYTES: Final = 256 * 1024
-"""Of the body at a time, as much as asyncio takes out of a socket in one call. httpx offers no setting for its own
-64 KB, of which each costs four copies and some 80 µs of interpreter: a third of the processor time of a large body."""
+"""Of the body at a time (see `_body`): as much as asyncio takes out of a socket in one call."""
 
 BATCH_BYTES: Final = 768 * 1024
 """Unpacked at a time: so much that hashing and writing, which need no interpreter, are seldom interrupted by its being
@@ -72,8 +70,6 @@ _URL_CODES: Final = frozenset(
 _OBJECT_CODES: Final = frozenset(
     {"NoSuchKey", "NoSuchBucket", "EntityTooLarge", "InvalidKey", "TenantNotFound"}
 )
-
-httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
 
 
 async def fetch(
@@ -136,11 +132,12 @@ async def obtain(
     """
     on_this_url = 0
     progress = progress if progress is not None else Progress()
-    retrying = tenacity.AsyncRetrying(
-        stop=tenacity.stop_after_attempt(limits.snapshot_attempts),
-        wait=_Patience(limits),
-        retry=tenacity.retry_if_exception_type((Unavailable, SnapshotRejected, CredentialRejected)),
-        reraise=True,
+    # After a refused URL there is a fresh one already: nothing to wait for.
+    backoff = Backoff(
+        limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
+    )
+    patiently = retrying(
+        backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
     )
 
     async def once() -> StagedSnapshot:
@@ -178,7 +175,7 @@ async def obtain(
     refused: Unavailable | SnapshotRejected | CredentialRejected
     try:
         async with announced(progress):
-            return await retrying(once)
+            return await patiently(once)
     except _Final as final:
         refused = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
@@ -210,22 +207,6 @@ async def _fresh(
     return url
 
 
-class _Patience(tenacity.wait.wait_base):
-    """Full jitter; at least what the peer asked for; nothing at all when a fresh URL is already there."""
-
-    def __init__(self, limits: SnapshotLimits) -> None:
-        self._jitter = tenacity.wait_random_exponential(
-            multiplier=limits.snapshot_retry_seconds, max=limits.snapshot_retry_max_seconds
-        )
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
-        error = retry_state.outcome.exception() if retry_state.outcome else None
-        if isinstance(error, CredentialRejected):
-            return 0.0
-        asked = error.retry_after if isinstance(error, Unavailable) else None
-        return max(self._jitter(retry_state), asked or 0.0)
-
-
 def expiry(url: str) -> float | None:
     """When the signed URL's token says it expires, in Unix seconds; None when it does not say."""
     try:
@@ -250,9 +231,10 @@ async def _download(
 ) -> None:
     """Pour the body into `assembly` as it arrives."""
     timeout = httpx.Timeout(limits.snapshot_stall_seconds, connect=limits.snapshot_connect_seconds)
+    total = limits.snapshot_total_seconds
     try:
         async with (
-            asyncio.timeout(limits.snapshot_total_seconds),
+            within(total, WHAT, f"total_time: not here after {total:g} s"),
             exchange(http, "GET", url, timeout=timeout) as response,
         ):
             if response.status_code != 200:
@@ -269,8 +251,6 @@ async def _download(
                     if assembly.sated:
                         return
             await unpacking.finish()
-    except TimeoutError:
-        raise Unavailable(WHAT, f"total_time: not here after {limits.snapshot_total_seconds:g} s") from None
     except httpx.ReadTimeout:
         raise Unavailable(
             WHAT, f"no_progress: nothing arrived for {limits.snapshot_stall_seconds:g} s"
@@ -295,8 +275,9 @@ async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[byt
     """The body as it arrives; raises as `aiter_raw` does.
 
     Of a body whose length is known, what follows the first piece is taken from the connection itself, which httpx
-    hands out for that: on its way through httpx, httpcore and h11 every byte is copied three times, a quarter of
-    the processor time of a large body. The connection is then of no further use, and closed.
+    hands out for that (its extension `network_stream`): through httpx, httpcore and h11 it comes in pieces of 64 KB,
+    each copied three times. That is 1.30 of the processor time for 50 files of 4 MB that do not compress, 1.09 for
+    20,000 of source text (medians of runs in turn). The connection is then of no further use, and closed.
     """
     pieces = response.aiter_raw()
     left = _content_length(response)

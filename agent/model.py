@@ -10,7 +10,6 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NewType
 
 from immutables import Map
@@ -250,13 +249,6 @@ class Manifest:
     def hash(self) -> str:
         """The `tree_hash` of a tree that holds just this."""
         return _hash_of(self.files)
-
-
-class Action(StrEnum):
-    """What an operation does to its path."""
-
-    WRITE = "write"
-    REMOVE = "remove"
 
 
 class Write(Struct, frozen=True, gc=False):

@@ -56,11 +56,11 @@ class Recorder:
         self._lines: list[dict[str, object]] = []
         self._behind = False
         first, key = settings.realtime_token, settings.realtime_api_key
-        tokens = Tokens(first.reveal() if first else None, settings.realtime_token_file)
+        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
         self._api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
         topic = f"realtime:project:{settings.project_id}"
         self._link: EventSource = realtime_link(
-            settings.realtime_url, key.reveal() if key else None, topic, self._api
+            settings.realtime_url, key.get_secret_value() if key else None, topic, self._api
         )
         self._log = Log(str(settings.project_id), "", 0, {})
         self._started = 0.0

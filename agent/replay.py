@@ -24,13 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import msgspec
 import orjson
 
 from agent.catchup import CatchUp
-from agent.config import Settings, SnapshotLimits
+from agent.config import Settings, SnapshotLimits, read_settings
 from agent.devserver import State
-from agent.environment import read_settings
 from agent.errors import AgentError, MalformedMessage, SettingsError
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
@@ -378,13 +376,14 @@ def _dev_settings(environ: Mapping[str, str], directory: Path) -> Settings:
     if "DEV_PORT" not in environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-    return msgspec.structs.replace(
-        settings,
-        project_dir=directory / "project",
-        state_dir=directory,
-        modules_dir=settings.modules_dir or directory / "modules",
-        dev_host=environ.get("DEV_HOST") or "127.0.0.1",
-        dev_port=port,
+    return settings.model_copy(
+        update={
+            "project_dir": directory / "project",
+            "state_dir": directory,
+            "modules_dir": settings.modules_dir or directory / "modules",
+            "dev_host": environ.get("DEV_HOST") or "127.0.0.1",
+            "dev_port": port,
+        }
     )
 
 

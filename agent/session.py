@@ -9,10 +9,8 @@ same numbers when it is deployed badly, and no session is over because of that. 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from typing import Final
 from uuid import UUID
 
@@ -29,6 +27,8 @@ from agent.errors import (
 )
 from agent.httpclient import coding, exchange, read_start, read_whole
 from agent.model import RelPath
+from agent.retry import http_date, within
+from agent.retry import retry_after as retry_after
 from agent.skew import ClockSkew, Moment
 from agent.tokens import Token, Tokens
 from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
@@ -114,7 +114,7 @@ class SessionApi:
         sent = self._clock()
         try:
             async with (
-                asyncio.timeout(self._whole),
+                within(self._whole, what, f"no whole answer within {self._whole:g} s"),
                 exchange(
                     self._http,
                     method,
@@ -128,8 +128,6 @@ class SessionApi:
                 if not response.is_success:
                     raise await self._refusal(what, response)
                 content = await read_whole(response, what, MAX_ANSWER_BYTES)
-        except TimeoutError:
-            raise Unavailable(what, f"no whole answer within {self._whole:g} s") from None
         except httpx.HTTPError as error:
             # The class, not the text: httpx writes URLs and header values into some of its messages.
             raise Unavailable(what, type(error).__name__) from None
@@ -139,7 +137,7 @@ class SessionApi:
             raise Unavailable(what, _of_somebody_else(response, "JSON")) from None
 
     def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
-        date = moment_of(response.headers.get("date"))
+        date = http_date(response.headers.get("date"))
         if date is not None:
             self._skew.answered(date, sent, self._clock())
 
@@ -186,28 +184,3 @@ def _media(response: httpx.Response) -> str:
 def _of_somebody_else(response: httpx.Response, wanted: str) -> str:
     came = repr(_media(response)[:50]) if _media(response) else "no type"
     return f"HTTP {response.status_code} with {came}, not {wanted}: see what answers at SESSION_API_URL"
-
-
-def moment_of(value: str | None) -> float | None:
-    """Unix seconds of an HTTP date; None when absent or unreadable."""
-    try:
-        return None if value is None else parsedate_to_datetime(value).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait from a `Retry-After` header, either of its forms; None when absent or unreadable.
-
-    Capped at an hour: a wrong clock somewhere must not silence us for longer.
-    """
-    if value is None:
-        return None
-    try:
-        wait = float(value)
-    except ValueError:
-        moment = moment_of(value)
-        if moment is None:
-            return None
-        wait = moment - now
-    return min(max(wait, 0.0), 3600.0) if wait == wait else None

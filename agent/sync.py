@@ -15,7 +15,7 @@ from typing import Literal
 
 from msgspec import structs
 
-from agent.catchup import Answer, CatchUp, jitter
+from agent.catchup import BACKOFF, Answer, CatchUp
 from agent.disk import Drift
 from agent.drift import DriftWatch, Observed
 from agent.errors import (
@@ -54,6 +54,9 @@ log = get_logger("sync")
 
 REFUSED_RETRY = 60.0
 """Seconds between questions once the token is refused for good: somebody may still mend it."""
+
+UNFIT_RETRY = 1.0
+"""Seconds at least before what could not be used is asked for again: the same answer would come at once."""
 
 TURN = 64
 """Signals planned together when they arrive together, after which other tasks get their turn: a flood costs fewer
@@ -431,18 +434,20 @@ class Sync:
     def _accept(self, answer: Answer, plan: Plan, now: float) -> bool:
         """Apply an answer. False: it was not possible now, and the question is due again."""
         if plan.gap is not None and plan.outcome is not Outcome.APPLIED:
-            self._retry(f"the answer did not fit: {plan.gap.reason.value}", now)
+            self._ask_again(
+                "sync.retry", f"the answer did not fit: {plan.gap.reason.value}", now, UNFIT_RETRY
+            )
             return False
         if isinstance(answer, StagedSnapshot):
             problem = brake(self.tree, plan)
             wanted = answer.manifest.hash()
             if problem is not None and self._doubted != wanted:
                 self._halt(problem, wanted)
-                self._retry(problem.detail, now)
+                self._ask_again("sync.retry", problem.detail, now, UNFIT_RETRY)
                 return False
             self._release()
         if not self._apply(plan):
-            self._retry("the disk could not take the answer", now)
+            self._ask_again("sync.retry", "the disk could not take the answer", now, UNFIT_RETRY)
             return False
         if isinstance(answer, StagedSnapshot):
             self._p.workspace.record_whole(self.tree)
@@ -461,25 +466,26 @@ class Sync:
         self._p.problems.clear_kinds("mass_delete")
         self._p.status.phase = SyncPhase.FOLLOWING
 
-    def _retry(self, why: str, now: float) -> None:
-        self._asking = None
-        self._attempt += 1
-        wait = max(1.0, jitter(self._attempt))
-        log.warning("sync.retry", why=why, wait=round(wait, 2))
-        self._p.workspace.disk.clear_staging()
-        self._follower.failed(now, wait)
-
     def _failed(self, error: AgentError, now: float) -> None:
+        """There is no answer."""
         if isinstance(error, (SessionGone, Superseded)):
             raise error
-        self._attempt += 1
-        wait = jitter(self._attempt, error)
+        least = 0.0
         if isinstance(error, CredentialRejected):
             self._p.problems.add(Problem("token_refused", str(error)))
-            wait = max(wait, REFUSED_RETRY)
+            least = REFUSED_RETRY
         elif isinstance(error, Unavailable):
             self._p.problems.add(Problem("session_api_unreachable", str(error)))
-        log.warning("sync.failed", why=str(error), attempt=self._attempt, wait=round(wait, 2))
+        self._ask_again("sync.failed", str(error), now, least, error)
+
+    def _ask_again(
+        self, event: str, why: str, now: float, least: float, error: AgentError | None = None
+    ) -> None:
+        """What was asked for is due again, in `least` seconds or later."""
+        self._asking = None
+        self._attempt += 1
+        wait = max(least, BACKOFF.delay(self._attempt, error))
+        log.warning(event, why=why, attempt=self._attempt, wait=round(wait, 2))
         self._p.workspace.disk.clear_staging()
         self._follower.failed(now, wait)
 

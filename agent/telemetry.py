@@ -150,7 +150,7 @@ class Redactor:
 def redactor_for(settings: Settings) -> Redactor:
     """A redactor that knows the secrets of the settings."""
     given = (settings.snapshot_url, settings.realtime_token, settings.realtime_api_key)
-    return Redactor(secret.reveal() for secret in given if secret is not None)
+    return Redactor(secret.get_secret_value() for secret in given if secret is not None)
 
 
 def configure_logs(settings: Settings, redactor: Redactor) -> None:

@@ -27,6 +27,7 @@ import bench
 from bench.kept import RESULTS, keep
 from bench.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
 from bench.surroundings import Descendants, Others, busiest, machine, own_descendants, versions
+from orchestrator_stub.machines.local import ALLOCATOR
 
 Run = Callable[[bool], Sequence[Row]]
 
@@ -176,6 +177,17 @@ def exit_code(results: dict[str, dict[str, object]]) -> int:
     return 3 if refused else 0
 
 
+def settled() -> None:
+    """Start this program again with the allocator of an agent, which glibc asks its environment for at the start only.
+
+    No child inherits it: peers have their own.
+    """
+    if not ALLOCATOR.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ALLOCATOR})
+    for name in ALLOCATOR:
+        del os.environ[name]
+
+
 def commit() -> str | None:
     """The code that is measured; None outside of git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -296,4 +308,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    settled()
     raise SystemExit(main())

@@ -28,7 +28,6 @@ from statistics import median
 import orjson
 
 from agent.disk import Disk, FileStat, Outcome
-from agent.heap import settle
 from agent.ledger import Ledger
 from agent.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.plan import step
@@ -281,7 +280,6 @@ def measure(home: Path, binary: Path, size: int, *, rounds: int) -> Callable[...
 
 def run(quick: bool = False) -> Sequence[Row]:
     """All sizes on the file system of the temporary directory, then on a new one in memory."""
-    settle()  # as the agent does first of all
     rounds = 25 if quick else 151
     ground = Ground(GROUND)
     rows: list[Row] = []

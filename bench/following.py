@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
@@ -26,7 +27,6 @@ from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits
 from agent.disk import Disk
 from agent.follow import Follower
-from agent.heap import settle
 from agent.ledger import Ledger
 from agent.model import Cursor, RelPath, Tree, digest_of
 from agent.status import Problems, SyncStatus
@@ -35,6 +35,7 @@ from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, Redactor, configure_logs
 from agent.tokens import Tokens
 from agent.workspace import Workspace
+from orchestrator_stub.machines.local import ALLOCATOR
 
 EPOCH = "00000000-0000-4000-8000-00000000000e"
 TOPIC = "realtime:project:bench"
@@ -187,8 +188,9 @@ async def running_apart(place: Path) -> AsyncIterator[tuple[Channel, str]]:
     async with serving() as (channel, url):
         command = (sys.executable, "-m", "bench.following", url, str(place))
         agent = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
-        )
+            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **ALLOCATOR},
+        )  # fmt: skip
         try:
             await _joined(channel)
             yield channel, url
@@ -204,7 +206,6 @@ async def _joined(channel: Channel) -> None:
 
 
 async def _until_told(url: str, place: Path) -> None:
-    settle()  # as the agent does first of all
     settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=place / "project")
     configure_logs(settings, Redactor([TOKEN]))
     async with following(url, place, lambda paths: None):

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -47,7 +47,6 @@ from starlette.applications import Starlette
 
 from agent.config import SnapshotLimits
 from agent.disk import Disk
-from agent.heap import settle
 from agent.hydrate import fetch
 from agent.ledger import FileStat
 from agent.model import RelPath, Tree
@@ -56,6 +55,7 @@ from bench.ground import Ground
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.migrations import bootstrap, migrate
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
@@ -189,7 +189,6 @@ def forget_peak() -> float:
 
 async def hydrate(url: str, directory: Path) -> dict[str, float]:
     """The agent's path, then the same again onto the finished tree."""
-    settle()  # as the agent does first of all
     disk = Disk(directory / "project", directory / "staging")
     disk.open()
     tree, known = Tree(), dict[RelPath, FileStat]()
@@ -232,10 +231,10 @@ async def build(dsn: str, url: str, project: str) -> dict[str, float]:
         return {"seconds": built.build_seconds, "grown": resident("VmHWM") - before}
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    """What `hydrate` or `build` measures in a fresh process."""
+def in_a_process(*arguments: str, environ: Mapping[str, str] | None = None) -> dict[str, float]:
+    """What `hydrate` or `build` measures in a fresh process, with `environ` added to its environment."""
     command = [sys.executable, "-m", "bench.hydrate", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **(environ or {})})
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -264,7 +263,7 @@ def contend(path: Path, fresh: Callable[[], AbstractContextManager[Path]], round
 
         def agent() -> float:
             with fresh() as target:
-                taken.ours.append(in_a_process("--hydrate", url, str(target)))
+                taken.ours.append(in_a_process("--hydrate", url, str(target), environ=ALLOCATOR))
             return taken.ours[-1]["seconds"]
 
         def shell(command: str) -> float:

@@ -46,7 +46,7 @@ GIVES_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "131072",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
-"""For the two servers: glibc gives freed memory back, as the agent asks it to by itself. Otherwise the large bodies of
+"""For the two servers: glibc gives freed memory back, as an agent does at each heartbeat. Otherwise the large bodies of
 saves and snapshots raise a process's memory for a quarter of an hour before it stays, and a leak could not be told from
 it: without this, a stand-in that was just started rose by 3 MB in four minutes, and one that had served 10,000 commits
 by 0.3 MB in the next 12,000."""

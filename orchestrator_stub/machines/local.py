@@ -44,6 +44,13 @@ log = structlog.get_logger("machines.local")
 INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "USER", "LOGNAME")
 """All that an agent sees of our own environment: where programs are, and how text is written."""
 
+ALLOCATOR: Final = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
+"""How much free memory glibc keeps for an agent's next event: what `entrypoint.sh` sets in the image, and why."""
+
 STOP_GRACE: Final = 6.0
 """Seconds from SIGTERM to SIGKILL: above the agent's own 4 s, so that it is the agent that ends the dev server."""
 
@@ -132,7 +139,8 @@ class LocalMachines:
             except OSError as error:
                 raise MachineRefused(f"cannot make the machine's directory {directory}: {error}") from None
             dev_port, health_port = self._give_ports(spec.session_id, record)
-            env = {**self._environment, **spec.env, **self._own_settings(directory, dev_port, health_port)}
+            own = self._own_settings(directory, dev_port, health_port)
+            env = {**self._environment, **ALLOCATOR, **spec.env, **own}
             process, record = await self._start(directory, spec.name, env, dev_port, health_port)
             self._keepers[spec.name] = asyncio.create_task(
                 self._keep(process, record, directory, env), name=f"keep {spec.name}"

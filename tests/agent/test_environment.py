@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from uuid import UUID
 
 import pytest
 
-from agent.environment import read_environment
+from agent.config import Settings, read_environment, read_settings
 from agent.errors import SettingsError
 
 
@@ -48,6 +50,31 @@ def test_a_whole_environment_is_admitted() -> None:
     assert GOOD["REALTIME_TOKEN"] not in repr(settings)
 
 
+def test_settings_are_what_they_are_given_and_nothing_of_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DEV_PORT", "4000")
+    monkeypatch.setenv("LOG_LEVEL", "loud")
+    monkeypatch.setenv("SNAPSHOT_MAX_DEPTH", "3")
+    given = {name: GOOD[name] for name in ("PROJECT_ID", "SESSION_ID")}
+    for settings in (
+        read_settings(given),
+        Settings(project_id=UUID(given["PROJECT_ID"]), session_id=UUID(given["SESSION_ID"])),
+    ):
+        assert (settings.dev_port, settings.log_level) == (5173, "info")
+
+
+def test_a_name_in_small_letters_is_the_same_and_an_empty_value_is_none() -> None:
+    settings = read_environment({**GOOD, "dev_port": "4000", "DEV_USER": "", "DEV_COMMAND": " "})
+    assert (settings.dev_port, settings.dev_user, settings.dev_command) == (4000, None, None)
+
+
+def test_a_name_of_a_file_need_not_be_utf_8() -> None:
+    settings = read_environment({**GOOD, "PROJECT_DIR": "/srv/caf\udce9", "DEV_COMMAND": "vite 'caf\udce9'"})
+    assert os.fsencode(settings.project_dir) == b"/srv/caf\xe9"
+    assert settings.dev_command == ("vite", "caf\udce9")
+
+
 def test_every_problem_is_said_at_once_one_line_each() -> None:
     said = problems(
         {"PROJECT_ID": "seven", "DEV_PORT": "99999", "REALTIME_URL": "ftp://x", "LOG_LEVEL": "loud"}
@@ -66,6 +93,13 @@ def test_every_problem_is_said_at_once_one_line_each() -> None:
         ("DEV_PORT", "99999", "a whole number of at least 1 and of at most 65535"),
         ("HEALTH_PORT", "x", "a whole number of at least 0 and of at most 65535"),
         ("STOP_GRACE", "-1", "a number above 0"),
+        ("STOP_GRACE", "nan", "a number above 0"),
+        ("HEARTBEAT_SECONDS", "0.1", "a number of at least 0.2"),
+        ("SNAPSHOT_RATIO_FLOOR_BYTES", "-1", "a whole number of at least 0"),
+        ("SNAPSHOT_ATTEMPTS", "0", "a whole number of at least 1"),
+        ("DEV_PROCESSES", "0", "a whole number above 0"),
+        ("SESSION_API_URL", "orchestrator", "a URL with a host, beginning with http, https"),
+        ("SHADOW_IGNORE", " ", "words as in a shell"),
         ("LOG_LEVEL", "loud", "one of debug, error, info, warning"),
         ("DEV_ESSENTIAL", "maybe", "true or false"),
         ("DEV_COMMAND", "npm run 'dev", "words as in a shell (a quotation mark is not closed)"),
@@ -103,10 +137,24 @@ def test_yes_and_no_are_understood_as_people_write_them(text: str, value: bool) 
     assert read_environment({**GOOD, "OPTIMISTIC_EVENTS": text}).optimistic_events is value
 
 
-def test_a_secret_in_the_wrong_place_is_not_shown() -> None:
-    (line,) = problems({**GOOD, "DRIFT_POLICY": "canary"})
-    assert line.startswith("DRIFT_POLICY: ")
-    assert "canary" not in line
+@pytest.mark.parametrize(
+    ("dev", "health"), [("4000", "4000"), ("9464", ""), ("", "5173")], ids=["both", "dev", "health"]
+)
+def test_one_port_for_both_is_refused_beside_whatever_else_is_wrong(dev: str, health: str) -> None:
+    given = {**GOOD, "DEV_PORT": dev, "HEALTH_PORT": health, "LOG_LEVEL": "loud"}
+    assert [line.partition(":")[0] for line in problems(given)] == ["HEALTH_PORT", "LOG_LEVEL"]
+
+
+@pytest.mark.parametrize(
+    "name", ["DRIFT_POLICY", "DEV_PORT", "INSTALL_COMMAND", "SNAPSHOT_URL", "REALTIME_URL"]
+)
+def test_a_secret_in_the_wrong_place_is_not_shown(name: str) -> None:
+    given = {**GOOD, name: "canary '"}
+    with pytest.raises(SettingsError) as refused:
+        read_environment(given)
+    (line,) = refused.value.problems
+    assert line.startswith(f"{name}: ")
+    assert "canary" not in "".join(traceback.format_exception(refused.value))
 
 
 @pytest.mark.parametrize("token", ["", "x.y", "a.b.c", "not a jwt"])

@@ -28,7 +28,7 @@ from agent.model import (
     digest_of,
     tree_hash,
 )
-from agent.plan import Plan, catch_up, reconcile
+from agent.plan import Plan, Reason, catch_up, reconcile
 from agent.wire import Changes, Current, Head
 from tests.profiles import examples
 
@@ -248,7 +248,7 @@ class World(RuleBasedStateMachine):
     @rule()
     def disconnect(self) -> None:
         self.channel.clear()
-        self.follower.need_after_join(self.now)
+        self.follower.need(Reason.JOIN, self.now)
         self.work()
 
     # --- the rest of the world
@@ -301,7 +301,7 @@ class World(RuleBasedStateMachine):
         self.now += 0.2
         self.follower = Follower(tree, Settings(optimistic=self.optimistic))
         self.follower.doubt((p for p, e in tree.entries.items() if e.provisional), self.now)
-        self.follower.need_after_join(self.now)
+        self.follower.need(Reason.JOIN, self.now)
         self.work()
 
     # --- what must hold

@@ -17,7 +17,6 @@ from random import Random
 
 import httpx
 import pytest
-from msgspec.structs import replace
 
 from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
@@ -380,7 +379,7 @@ async def test_a_stream_that_dies_can_be_tried_again(
 async def test_a_slow_drip_ends_with_the_total_time(
     disk: Disk, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
-    limits = replace(QUICK, snapshot_total_seconds=0.2)
+    limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
     async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
         with pytest.raises(Unavailable, match="total_time"):
             await fetch(server.url, disk=disk, http=http, limits=limits)

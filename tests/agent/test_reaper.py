@@ -102,7 +102,7 @@ async def test_pid_1_hears_every_signal_that_means_stop() -> None:
 
 STARTED = """
 import os, signal, sys, threading
-import agent.__main__, agent.daemon, agent.environment
+import agent.__main__, agent.daemon, agent.config
 from agent.reaper import stop_signals
 
 async def run(settings, environ, early):
@@ -113,7 +113,7 @@ async def run(settings, environ, early):
     return 0
 
 import asyncio
-agent.daemon.run, agent.environment.read_environment = run, dict
+agent.daemon.run, agent.config.read_environment = run, dict
 sys.exit(agent.__main__.main(["run"]))
 """
 

@@ -20,7 +20,7 @@ import respx
 from agent import session as session_module
 from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, TooLarge, Unavailable
 from agent.model import RelPath
-from agent.session import SessionApi, retry_after
+from agent.session import SessionApi
 from agent.simulated import simulate
 from agent.skew import Moment
 from agent.tokens import Tokens
@@ -310,14 +310,3 @@ async def test_without_a_token_nothing_is_sent() -> None:
         api = SessionApi(BASE, SESSION, Tokens(), http)
         with pytest.raises(CredentialRejected):
             await api.sync("e", 1, "joined")
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        (None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("0.5", 0.5), ("1e9", 3600.0),
-        ("Wed, 21 Oct 2015 07:28:10 GMT", 10.0), ("Wed, 21 Oct 2015 07:27:00 GMT", 0.0),
-    ],
-)  # fmt: skip
-def test_retry_after_in_both_forms(value: str | None, seconds: float | None) -> None:
-    assert retry_after(value, now=1445412480.0) == seconds

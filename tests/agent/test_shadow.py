@@ -10,7 +10,7 @@ import pytest
 
 from agent import shadow as module
 from agent.comparison import Comparison
-from agent.environment import read_environment
+from agent.config import read_environment
 from agent.errors import SettingsError
 from agent.model import Entry, RelPath, digest_of
 from agent.shadow import MOST_SHOWN, Shadow

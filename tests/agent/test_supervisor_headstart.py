@@ -16,8 +16,7 @@ from uuid import UUID
 import pytest
 
 from agent import headstart
-from agent.config import Settings
-from agent.environment import read_settings
+from agent.config import Settings, read_settings
 from agent.headstart import LEDGER, RECORD, HeadStart, begin
 from agent.model import RelPath
 from agent.supervisor import Supervisor

@@ -64,7 +64,7 @@ export default {}
 
 AGENT = """
 import asyncio, os, sys
-from agent.environment import read_settings
+from agent.config import read_settings
 from agent.reaper import Reaper
 from agent.supervisor import Supervisor
 

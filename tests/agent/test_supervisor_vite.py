@@ -15,7 +15,6 @@ from uuid import UUID
 import httpx
 import pytest
 import websockets
-from msgspec.structs import replace
 
 from agent.config import Settings
 from agent.devserver import State
@@ -137,8 +136,8 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
     settings: Settings, tmp_path: Path
 ) -> None:
     """Whatever becomes of the install, the running preview answers, byte for byte as before."""
-    settings = replace(settings, install_seconds=0.5)
-    async with kept(Supervisor(replace(settings, install_seconds=120.0))) as first:
+    settings = settings.model_copy(update={"install_seconds": 0.5})
+    async with kept(Supervisor(settings.model_copy(update={"install_seconds": 120.0}))) as first:
         first.project_ready()
         await until(lambda: first.ready, 120)
     binaries = tmp_path / "bin"
@@ -177,7 +176,7 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
 
 async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(settings: Settings) -> None:
     """PREVIEW_HOST is let in, nobody else is, and the hot-update client follows the page's own origin."""
-    supervisor = Supervisor(replace(settings, preview_host="p1.preview.example"))
+    supervisor = Supervisor(settings.model_copy(update={"preview_host": "p1.preview.example"}))
     async with kept(supervisor):
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 120)

@@ -9,7 +9,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.environment import read_environment
+from agent.config import read_environment
 from agent.telemetry import REDACTED, Redactor, configure_logs, get_logger, redactor_for
 from tests.agent.test_environment import GOOD
 

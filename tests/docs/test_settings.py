@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import msgspec
 import pytest
-from pydantic import HttpUrl
+from pydantic import BaseModel, HttpUrl
+from pydantic_core import PydanticUndefined
 
 from agent.config import Settings as AgentSettings
 from agent.config import SnapshotLimits
@@ -25,6 +25,7 @@ ELSEWHERE = frozenset(
     {
         "DEV_ENV_", "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_TIMEOUT",
         "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS", "NO_COLOR",
+        "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_",
     }
 )  # fmt: skip
 """Read by the agent from its environment, and no field of its settings; documented below the table."""
@@ -69,20 +70,13 @@ def described(*sources: tuple[Path, str]) -> Iterator[tuple[str, str, str]]:
             )
 
 
-def agent_defaults() -> Mapping[str, object]:
-    return {field.name: field.default for field in msgspec.structs.fields(AgentSettings)}
-
-
-def orchestrator_defaults() -> Mapping[str, object]:
-    fields = OrchestratorSettings.model_fields
-    return {
-        name: msgspec.NODEFAULT if field.is_required() else field.default for name, field in fields.items()
-    }
+def defaults(settings: type[BaseModel]) -> Mapping[str, object]:
+    return {name: field.default for name, field in settings.model_fields.items()}
 
 
 def shown(default: object) -> str:
     """A default, as one would write it into the environment."""
-    if default is msgspec.NODEFAULT:
+    if default is PydanticUndefined:
         return "required"
     if default is None or default == ():
         return "unset"
@@ -99,14 +93,16 @@ def shown(default: object) -> str:
 
 AGENT = ROOT / "agent" / "config.py"
 TABLES = {
-    "agent": lambda: table(described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), agent_defaults()),
+    "agent": lambda: table(
+        described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), defaults(AgentSettings)
+    ),
     "orchestrator": lambda: table(
-        described((ROOT / "orchestrator_stub" / "config.py", "Settings")), orchestrator_defaults()
+        described((ROOT / "orchestrator_stub" / "config.py", "Settings")), defaults(OrchestratorSettings)
     ),
 }
 
 
-def table(fields: Iterator[tuple[str, str, str]], defaults: Mapping[str, object]) -> str:
+def table(fields: Iterator[tuple[str, str, str]], default_of: Mapping[str, object]) -> str:
     """One table, a row in bold for each section. Fails for a field without a reason."""
     lines = ["| variable | default | meaning, reason |", "|---|---|---|"]
     before = None
@@ -116,7 +112,7 @@ def table(fields: Iterator[tuple[str, str, str]], defaults: Mapping[str, object]
             lines.append(f"| **{section}** | | |")
             before = section
         meaning = doc.replace("|", "\\|")
-        lines.append(f"| `{name.upper()}` | {shown(defaults[name])} | {meaning} |")
+        lines.append(f"| `{name.upper()}` | {shown(default_of[name])} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -134,14 +130,18 @@ def test_the_tables_are_the_codes() -> None:
 
 def test_the_tables_have_every_setting() -> None:
     names = {code.text for code in spans(DOC)}
-    assert {f.name.upper() for f in msgspec.structs.fields(SnapshotLimits)} <= names
-    assert {name.upper() for name in agent_defaults()} <= names
-    assert {name.upper() for name in orchestrator_defaults()} <= names
+    assert {name.upper() for name in SnapshotLimits.model_fields} <= names
+    assert {name.upper() for name in AgentSettings.model_fields} <= names
+    assert {name.upper() for name in OrchestratorSettings.model_fields} <= names
     assert {name.rstrip("_") for name in ELSEWHERE} <= {name.rstrip("_*") for name in names}
 
 
 MAKE = frozenset(re.findall(r"\$\(([A-Z_]+)\)", (ROOT / "Makefile").read_text()))
-KNOWN = {name.upper() for name in (*agent_defaults(), *orchestrator_defaults())} | ELSEWHERE | MAKE
+KNOWN = (
+    {name.upper() for name in (*AgentSettings.model_fields, *OrchestratorSettings.model_fields)}
+    | ELSEWHERE
+    | MAKE
+)
 VARIABLE = re.compile(r"(?<![\w./-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+_?)(?![\w.])|(?<![\w$./-])([A-Z_]{3,})=")
 
 

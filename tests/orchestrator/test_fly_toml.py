@@ -107,4 +107,4 @@ def test_it_agrees_with_the_agent_and_the_image() -> None:
     assert f"EXPOSE {settings.dev_port} {settings.health_port}" in dockerfile
     assert f"STOPSIGNAL {FLY['kill_signal']}" in dockerfile
     for name in FLY["env"]:
-        assert name.lower() in Settings.__struct_fields__, name
+        assert name.lower() in Settings.model_fields, name

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from orchestrator_stub.machines import Machine, MachineState
-from orchestrator_stub.machines.local import LocalMachines, free_port
+from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
 from orchestrator_stub.sessions import owner_of
 from tests.orchestrator.driver_contract import DriverContract, spec_for
 
@@ -119,7 +119,7 @@ async def test_an_agent_sees_the_protocol_s_environment_and_nothing_of_ours(
     inherited = {"PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "USER", "LOGNAME"}
     assert set(env) - inherited == {
         "PROJECT_ID", "SESSION_ID", "REALTIME_TOKEN", "PROJECT_DIR", "STATE_DIR", "STAGING_DIR", "DEV_HOST",
-        "DEV_PORT", "HEALTH_HOST", "HEALTH_PORT", "LOG_FORMAT",
+        "DEV_PORT", "HEALTH_HOST", "HEALTH_PORT", "LOG_FORMAT", *ALLOCATOR,
     }  # fmt: skip
     assert os.stat(env["PROJECT_DIR"]).st_dev == os.stat(Path(env["STAGING_DIR"]).parent).st_dev
 

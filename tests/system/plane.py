@@ -32,6 +32,7 @@ from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
 from orchestrator_stub.machines import Machine, MachineDriver, MachineSpec, MachineState
+from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.service import Server, control_plane
 from orchestrator_stub.tokens import Keyring
@@ -193,6 +194,7 @@ class Agent:
             self.port, dev_port = free.getsockname()[1], other.getsockname()[1]
         environ = {
             "PATH": os.environ["PATH"],
+            **ALLOCATOR,
             "PROJECT_DIR": str(self.directory / "project"),
             "STATE_DIR": str(self.directory / "state"),
             "HEALTH_HOST": "127.0.0.1",
