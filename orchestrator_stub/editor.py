@@ -269,16 +269,27 @@ class Editor:
         await self._post(f"/rest/v1/rpc/{name}", json=arguments, known=known)
 
     async def _upload(self, digest: str, content: bytes) -> None:
-        """An object is its hash: one that is there already is the same."""
+        """Have an asset stored. An object is its hash, so one that is there already is the same and is not sent.
+
+        Storage refuses a stored key without reading the body, which then stands in the connection before whatever
+        comes next; so an upload is the last of its connection.
+        """
+        at = f"project-assets/{self._project_id}/{digest}"
+        absent = frozenset({"404"})
+        if await self._post(f"/storage/v1/object/sign/{at}", json={"expiresIn": 1}, known=absent):
+            return
         await self._post(
-            f"/storage/v1/object/project-assets/{self._project_id}/{digest}",
+            f"/storage/v1/object/{at}",
             content=content,
-            headers={"Content-Type": "application/octet-stream"},
+            headers={"Content-Type": "application/octet-stream", "Connection": "close"},
             known=frozenset({"409"}),
         )
 
-    async def _post(self, path: str, *, known: frozenset[str] = frozenset(), **body: Any) -> None:
-        """POST, tried again while the stack is unreachable or overloaded. Raises `SaveRefused`, `httpx.HTTPError`."""
+    async def _post(self, path: str, *, known: frozenset[str] = frozenset(), **body: Any) -> bool:
+        """POST, tried again while the stack is unreachable or overloaded. False: refused with one of the `known` codes.
+
+        Raises `SaveRefused`, `httpx.HTTPError`.
+        """
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(5),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
@@ -288,12 +299,13 @@ class Editor:
             with attempt:
                 response = await self._http.post(path, **body)
                 if response.is_success:
-                    return
+                    return True
                 if response.status_code == 429 or response.status_code >= 500:
                     response.raise_for_status()
                 answer = _object(response)
                 if known.isdisjoint({str(answer.get("statusCode")), str(answer.get("code"))}):
                     raise SaveRefused(str(answer.get("message") or response.status_code))
+        return False
 
 
 def scan(root: Path, below: str = "") -> Iterable[str]:

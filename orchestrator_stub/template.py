@@ -14,7 +14,7 @@ import psycopg
 from orchestrator_stub.control import BeginningRefused
 from orchestrator_stub.database import Pool, head_of
 from orchestrator_stub.editor import as_text, scan
-from orchestrator_stub.storage import StorageClient, StorageFailure
+from orchestrator_stub.storage import StorageClient
 
 ASSETS = "project-assets"
 
@@ -55,7 +55,7 @@ class Template:
                 change["content"] = text
             else:
                 change["encoding"] = "base64"
-                await self._upload(f"{project_id}/{digest}", content)
+                await self._storage.ensure(ASSETS, f"{project_id}/{digest}", content, len(content))
             changes.append(change)
         try:
             async with self._pool.connection() as connection:
@@ -76,13 +76,6 @@ class Template:
     async def _is_new(self, project_id: UUID) -> bool:
         head = await head_of(self._pool, project_id)
         return head is not None and head.revision == 0
-
-    async def _upload(self, path: str, content: bytes) -> None:
-        try:
-            await self._storage.upload(ASSETS, path, content, len(content))
-        except StorageFailure as failure:
-            if failure.code not in ("KeyAlreadyExists", "Duplicate"):
-                raise
 
 
 def _read_all(directory: Path) -> dict[str, tuple[bytes, bool]]:

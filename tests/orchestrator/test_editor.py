@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
@@ -116,6 +117,17 @@ async def test_an_import_is_one_commit_of_what_is_the_project_s(desk: Desk) -> N
     rows = await desk.local.sql("select file_path from public.project_files_current where executable")
     assert rows == [("run.sh",)]
     assert not await desk.editor().send_all(), "a second start has nothing to send"
+
+
+@pytest.mark.parametrize("size", [60_000, 200_000, 2_000_000])
+async def test_bytes_that_are_stored_already_hold_up_nothing(desk: Desk, size: int) -> None:
+    """Storage refuses the second upload of one picture unread; what follows on that connection would wait behind it."""
+    picture = b"\0" + random.Random(size).randbytes(size)
+    async with asyncio.timeout(15):
+        for path in ("one.png", "two.png", "three.png"):
+            desk.put(path, picture)
+            assert await desk.editor().send_all() == Sent(updated=1)
+    assert set(await desk.files()) == {"one.png", "two.png", "three.png"}
 
 
 async def test_what_changed_while_it_was_down_is_sent_and_what_others_wrote_is_left(desk: Desk) -> None:
