@@ -35,7 +35,7 @@ from orchestrator_stub.machines import (
 from orchestrator_stub.sessions import LIVE, Event, Session, State, Verdict, judge, machine_name, owner_of
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import SessionStore
-from orchestrator_stub.tokens import Keyring, mint_session
+from orchestrator_stub.tokens import CannotSign, Keyring, mint_session
 
 log = structlog.get_logger("control")
 
@@ -175,6 +175,7 @@ class Control:
             MachineError,
             SnapshotUnavailable,
             StorageFailure,
+            CannotSign,
             psycopg.OperationalError,
             OSError,
         ) as error:

@@ -211,10 +211,14 @@ class Stack:
         return listener
 
     def _keys(self) -> Keyring:
+        file = self._state / "keys.json"
         try:
-            return local_keyring(self._state / "keys.json")
+            keys = local_keyring(file)
         except (OSError, ValueError) as error:
-            raise CannotStart(f"cannot use {self._state / 'keys.json'}: {error}; remove it") from None
+            raise CannotStart(f"cannot use {file}: {error}; remove it") from None
+        if keys.problems()["cannot_sign"]:
+            raise CannotStart(f"cannot use {file}: none of its keys is private; remove it")
+        return keys
 
     async def _database(self) -> str:
         given = self._options.database_url
