@@ -47,7 +47,10 @@ HELD_SECONDS = 72.0
 """For which a connection with an unread body stays open: Fastify's keep-alive timeout."""
 
 
-LOCK = "select version from storage.objects where bucket_id = %s and name = %s for update"
+ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended(%s, 0))"
+LOCK = (
+    "select version, metadata ->> 'eTag' from storage.objects where bucket_id = %s and name = %s for update"
+)
 INSERT = """
 insert into storage.objects (bucket_id, name, version, metadata, owner_id)
 values (%s, %s, %s, %s, %s) returning id::text
@@ -234,14 +237,14 @@ class Storage:
             }  # fmt: skip
             os.replace(part, final)
             try:
-                id_, replaced = await self._record(claims, bucket, name, version, metadata, upsert)
+                id_, unused = await self._record(claims, bucket, name, version, metadata, upsert)
             except BaseException:
                 final.unlink()
                 raise
         finally:
             part.unlink(missing_ok=True)
-        if replaced is not None:
-            self._file(replaced).unlink(missing_ok=True)
+        if unused is not None:
+            self._file(unused).unlink(missing_ok=True)
         return JSONResponse({"Key": f"{bucket}/{name}", "Id": id_})
 
     async def _limit(self, bucket: str) -> int:
@@ -272,14 +275,20 @@ class Storage:
         *,
         rehearsal: bool = False,
     ) -> tuple[str, str | None]:
-        """The row of an upload, written as the caller: its id, and the version it replaced."""
+        """The row of an upload, written as the caller: its id, and the version whose file nobody needs now.
+
+        That is the version it replaced; but bytes that are replaced by the same ones stay for those who read them.
+        """
         written: tuple[Any, ...] | None = None
+        unused: str | None = None
         try:
             async with acting_as(self._pool, claims) as connection:
-                replaced = None
                 if upsert:
-                    before = await connection.execute(LOCK, [bucket, name])
-                    replaced = await before.fetchone()
+                    await connection.execute(ONE_AT_A_TIME, [f"{bucket}/{name}"])
+                    before = await (await connection.execute(LOCK, [bucket, name])).fetchone()
+                    if before is not None:
+                        same = before[1] == metadata.get("eTag")
+                        unused, version = (version, before[0]) if same else (before[0], version)
                 row = await connection.execute(
                     UPSERT if upsert else INSERT,
                     [bucket, name, version, Jsonb(metadata), claims.get("sub")],
@@ -290,7 +299,7 @@ class Storage:
         except UniqueViolation:
             raise StorageError(409, "KeyAlreadyExists", "The resource already exists", "Duplicate") from None
         assert written is not None
-        return written[0], replaced[0] if replaced else None
+        return written[0], unused
 
     async def _remove_one(self, request: Request) -> Response:
         bucket, name = _address(request)

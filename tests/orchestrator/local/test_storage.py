@@ -157,6 +157,25 @@ async def test_an_overwrite_does_not_tear_a_download(local: Local) -> None:
     assert (await local.http.get(f"{OBJECT}/big")).content == new
 
 
+async def test_the_same_bytes_over_the_same_bytes_tear_nobody_s_download(local: Local) -> None:
+    """Several who store what is named by its hash replace each other, and others read it meanwhile."""
+    content = b"same" * 100_000
+    upsert = {"x-upsert": "true"}
+
+    async def write() -> None:
+        for _ in range(15):
+            assert (await put(local, "hash", content, **upsert)).status_code == 200
+
+    async def read() -> None:
+        for _ in range(40):
+            assert (await local.http.get(f"{OBJECT}/hash")).content == content
+
+    await put(local, "hash", content, **upsert)
+    await asyncio.gather(write(), write(), write(), read(), read())
+    await asyncio.gather(*(put(local, "first", content, **upsert) for _ in range(6)))
+    assert len(list(local.storage.iterdir())) == 2, "and no bytes are left that nobody names"
+
+
 async def test_size_limits(local: Local) -> None:
     await local.sql("insert into storage.buckets (id, name, file_size_limit) values ('small', 'small', 10)")
     small = "/storage/v1/object/small/x"
