@@ -101,11 +101,8 @@ class Stack:
         self._pid = 0
 
     async def run(self) -> None:
+        self._options.check()
         directory = self._options.directory
-        if not directory.is_dir():
-            raise CannotStart(f"{directory} is no directory; give the directory of a Vite project")
-        if not (directory / "package.json").is_file():
-            raise CannotStart(f"{directory} has no package.json; give the directory of a Vite project")
         self._lock()
         listener = self._listen()
         port = listener.getsockname()[1]
