@@ -290,7 +290,12 @@ class Stack:
                 trust_env=False,
             )
         )
-        return Editor(self._options.directory, project_id, http, self._state / "editor.json"), http
+        baseline = self._state / "editor.json"
+        try:
+            return Editor(self._options.directory, project_id, http, baseline), http
+        except OSError as error:
+            what = f"cannot read {baseline}, which says what was sent before: {error.strerror}"
+            raise CannotStart(f"{what}; mend that, or remove it to have everything sent again") from None
 
     async def _session(
         self, url: str, keys: ProjectKeys, project_id: UUID, driver: LocalMachines

@@ -4,15 +4,16 @@ It does what the product's editor does, over the same HTTP endpoints and with a 
 `upsert_project_file`, a removal `delete_project_file`, several at once `apply_project_files`; binary files go to the
 `project-assets` bucket first. What was last sent is kept in a *baseline* file, so that at the next start only what
 changed in the directory meanwhile is sent, and what changed in the database meanwhile is left alone.
+
+A file is deleted when it is seen to be gone, or to be something else now (a directory, a link). One that cannot be read
+(no rights, no descriptors, a failing disk) keeps what the project has of it, is said once, and is tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
-import stat
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ import httpx
 import tenacity
 from watchfiles import awatch
 
+from orchestrator_stub.reading import (
+    GONE,
+    MAX_ASSET,
+    LocalFile,
+    Unreadable,
+    in_few_words,
+    is_directory,
+    read_file,
+)
 from orchestrator_stub.tokens import Keyring
 
 IGNORED_DIRECTORIES: Final = frozenset(
@@ -54,9 +64,6 @@ IGNORED_SUFFIXES: Final = ("~", ".swp", ".swx", ".swo", ".log", ".tsbuildinfo", 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
 
-MAX_ASSET: Final = 50 * 2**20
-"""Bytes of one object: Supabase's default."""
-
 BATCH_FILES: Final = 2000
 BATCH_BYTES: Final = 32 * 2**20
 """One `apply_project_files`: below the database's 5,000 files and 64 MB, with room for JSON's escapes."""
@@ -65,16 +72,11 @@ QUIET: Final = 10
 """Milliseconds without a further change after which a batch of saves is sent: what a person cannot notice, and
 enough for the write, rename and touch of one editor's save to arrive together."""
 
+TRY_AGAIN: Final = 2.0
+"""Seconds until what could not be read is tried again: nothing may announce that it can be."""
+
 TOKEN_LIFE: Final = 300
 """Seconds. A user's token is made for each request; it need only outlive the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """What the directory holds at one path."""
-
-    digest: str
-    executable: bool
 
 
 UNCERTAIN: Final = LocalFile("", False)
@@ -119,7 +121,11 @@ class UserAuth(httpx.Auth):
 
 
 class Editor:
-    """One directory and the project it is sent to. `http` has the stack's base URL, API key and a user's auth."""
+    """One directory and the project it is sent to. `http` has the stack's base URL, API key and a user's auth.
+
+    Raises `OSError` when there is a `baseline` that cannot be read: without it the directory would go over what others
+    have saved.
+    """
 
     def __init__(self, root: Path, project_id: UUID, http: httpx.AsyncClient, baseline: Path) -> None:
         self._root = root.resolve()
@@ -127,14 +133,19 @@ class Editor:
         self._http = http
         self._baseline_path = baseline
         self._baseline = _read_baseline(baseline, project_id)
+        self._unread: dict[str, str] = {}
+        """What could not be read, and why, as it was said; a directory that could not be listed ends in a slash."""
+        self._try_again = 0.0
+        self._unkept: str | None = None
+        """Why the baseline on the disk is not what was sent."""
 
     async def send_all(self) -> Sent:
         """Send what the directory has that was not sent yet, and the removal of what it has no more.
 
         Raises `httpx.HTTPError` when the stack does not answer.
         """
-        found = await asyncio.to_thread(lambda: set(scan(self._root)))
-        return await self.send(found | set(self._baseline))
+        found, unlisted = await asyncio.to_thread(_list, self._root)
+        return await self.send(found | set(self._baseline) | self._files_unread(), self._note("", unlisted))
 
     async def watch(self) -> AsyncIterator[Sent]:
         """Send every save from now on, for ever; yields what each batch sent.
@@ -152,34 +163,70 @@ class Editor:
             recursive=True,
         ):
             # The first turn is the proof that the watch is in place: whatever came before it is found by a scan.
-            sent = await (self.send_all() if first else self.send(self._touched(path for _, path in changes)))
+            named = (_relative(self._root, path) for _, path in changes)
+            touched = self._due() | {path for path in named if path is not None}
+            sent = await (self.send_all() if first else self._send_touched(touched))
             first = False
             if sent:
                 yield sent
 
-    def _touched(self, paths: Iterable[str]) -> set[str]:
-        """The project's paths that the watcher's may stand for: a directory stands for all below it."""
-        touched: set[str] = set()
-        for path in paths:
-            relative = _relative(self._root, path)
-            if relative is None:
-                continue
-            if os.path.isdir(path) and not os.path.islink(path):
-                touched.update(scan(self._root, relative))
-            elif not ignored(relative):
-                touched.add(relative)
-            touched.update(known for known in self._baseline if known.startswith(relative + "/"))
-        return touched
+    def _due(self) -> set[str]:
+        """What could not be read, when it is time to try it again."""
+        now = asyncio.get_running_loop().time()
+        if now < self._try_again:
+            return set()
+        self._try_again = now + TRY_AGAIN
+        return {path.rstrip("/") for path in self._unread}
 
-    async def send(self, paths: set[str]) -> Sent:
-        """Send what became of these paths since they were last sent. Raises as `send_all`."""
+    async def _send_touched(self, touched: set[str]) -> Sent:
+        """Send what the watcher's paths may stand for: a directory stands for all below it."""
+        paths: set[str] = set()
+        news: dict[str, str] = {}
+        for path in touched:
+            if is_directory(self._root, path):
+                found, unlisted = _list(self._root, path)
+                paths |= found
+                news |= self._note(path, unlisted)
+            elif path and not ignored(path):
+                paths.add(path)
+            paths.update(known for known in self._baseline if known.startswith(path + "/"))
+        return await self.send(paths, news)
+
+    def _files_unread(self) -> set[str]:
+        return {path for path in self._unread if not path.endswith("/")}
+
+    def _note(self, below: str, unlisted: Mapping[str, str]) -> dict[str, str]:
+        """Keep which directories at and below one could not be listed; gives those that were not said yet."""
+        at = f"{below}/" if below else ""
+        for path in [path for path in self._unread if path.endswith("/") and path.startswith(at)]:
+            if path not in unlisted:
+                del self._unread[path]
+        news = {path: reason for path, reason in unlisted.items() if self._unread.get(path) != reason}
+        self._unread.update(unlisted)
+        return news
+
+    async def send(self, paths: set[str], unread: Mapping[str, str] | None = None) -> Sent:
+        """Send what became of these paths since they were last sent. Raises as `send_all`.
+
+        `unread`: what else could not be read, to be said with it.
+        """
+        if self._unkept is not None:
+            await self._keep()
+        unkept = self._unkept
+        news = dict(unread or {})
         updates: dict[str, tuple[LocalFile, bytes]] = {}
         deletes: list[str] = []
         skipped: list[str] = []
         sent = Sent()
         size = 0
         for path in sorted(paths):
-            read = await asyncio.to_thread(_read, self._root / path)
+            try:
+                read = await asyncio.to_thread(read_file, self._root, path)
+            except Unreadable as error:
+                if self._unread.get(path) != str(error):
+                    self._unread[path] = news[path] = str(error)
+                continue
+            self._unread.pop(path, None)
             if read is None:
                 if path in self._baseline:
                     deletes.append(path)
@@ -198,7 +245,9 @@ class Editor:
                 updates, deletes, size = {}, [], 0
         if updates or deletes:
             sent = _sum(sent, await self._commit(updates, deletes))
-        return _sum(sent, Sent(skipped=tuple(skipped)))
+        if self._unkept not in (None, unkept):
+            skipped.append(f"the note of what was sent: {self._unkept}; a start before that sends it again")
+        return _sum(sent, Sent(skipped=(*skipped, *in_few_words(news))))
 
     async def _commit(self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]) -> Sent:
         """One batch: one RPC, and the baseline moved on. What is refused whole is tried again one by one."""
@@ -229,7 +278,15 @@ class Editor:
         return Sent(len(updates), len(deletes))
 
     async def _keep(self) -> None:
-        await asyncio.to_thread(_write_baseline, self._baseline_path, self._project_id, dict(self._baseline))
+        """Write the baseline. Where it cannot be written now, it is with what is sent next."""
+        try:
+            await asyncio.to_thread(
+                _write_baseline, self._baseline_path, self._project_id, dict(self._baseline)
+            )
+        except OSError as error:
+            self._unkept = f"it cannot be written now ({error.strerror}), and is tried again"
+        else:
+            self._unkept = None
 
     async def _call_for(
         self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]
@@ -308,9 +365,21 @@ class Editor:
         return False
 
 
-def scan(root: Path, below: str = "") -> Iterable[str]:
-    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out."""
-    for directory, names, files in os.walk(root / below):
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def scan(root: Path, below: str = "", *, failed: Callable[[OSError], None] = _raise) -> Iterable[str]:
+    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
+
+    `failed` is told of each directory that cannot be listed; one that went away meanwhile has no files.
+    """
+
+    def on_error(error: OSError) -> None:
+        if not isinstance(error, GONE):
+            failed(error)
+
+    for directory, names, files in os.walk(root / below, onerror=on_error):
         relative = _relative(root, directory)
         if relative is None:
             names.clear()
@@ -324,6 +393,18 @@ def scan(root: Path, below: str = "") -> Iterable[str]:
         for name in files:
             if not ignored(prefix + name):
                 yield prefix + name
+
+
+def _list(root: Path, below: str = "") -> tuple[set[str], dict[str, str]]:
+    """The files at and below a directory; and the directories that cannot be listed, with a slash, and why."""
+    unlisted: dict[str, str] = {}
+
+    def failed(error: OSError) -> None:
+        relative = _relative(root, str(error.filename))
+        if relative is not None:
+            unlisted[f"{relative}/"] = str(Unreadable(error))
+
+    return set(scan(root, below, failed=failed)), unlisted
 
 
 def ignored(path: str) -> bool:
@@ -372,27 +453,14 @@ def _relative(root: Path, path: str) -> str | None:
     return relative
 
 
-def _read(path: Path) -> tuple[LocalFile, bytes] | None:
-    """A regular file's content, as it is now; None when there is none (any more)."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            content = file.read(MAX_ASSET + 1)
-    except OSError:
-        return None
-    return LocalFile(hashlib.sha256(content).hexdigest(), bool(status.st_mode & stat.S_IXUSR)), content
-
-
 def _read_baseline(path: Path, project_id: UUID) -> dict[str, LocalFile]:
-    """What was sent before; empty when nothing was, or to another project."""
+    """What was sent before; empty when nothing was, or to another project. Raises `OSError`."""
     try:
         kept = json.loads(path.read_text())
         if kept["project_id"] != str(project_id):
             return {}
         return {name: LocalFile(digest, executable) for name, (digest, executable) in kept["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

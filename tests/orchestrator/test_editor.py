@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -79,8 +80,9 @@ class Lossy(httpx.AsyncBaseTransport):
         return answer
 
 
-@pytest.fixture
-async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+@asynccontextmanager
+async def at_a_desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+    """A person with an empty project and an empty directory."""
     async with serve_local(database, tmp_path / "storage") as local:
         user_id, project_id = uuid4(), uuid4()
         await local.sql("insert into auth.users (id) values (%s)", user_id)
@@ -91,6 +93,12 @@ async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
         made = Desk(local, root, project_id, user_id, tmp_path / "editor.json")
         yield made
         await made.http.aclose()
+
+
+@pytest.fixture
+async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+    async with at_a_desk(database, tmp_path) as made:
+        yield made
 
 
 async def test_an_import_is_one_commit_of_what_is_the_project_s(desk: Desk) -> None:
@@ -199,6 +207,28 @@ async def test_saves_removals_and_moves_are_followed(desk: Desk) -> None:
         await desk.until(lambda files: set(files) == {"watched"})
         desk.put("deep/er/c.ts", "c")
         await desk.until(lambda files: files.get("deep/er/c.ts") == "c")
+
+
+async def test_what_is_beside_the_project_is_not_followed_into_it(desk: Desk, tmp_path: Path) -> None:
+    """A state directory in its default place, and one that a link in the project leads to."""
+    outside = tmp_path / "state"
+    outside.mkdir()
+    (desk.root / ".preview-sync").mkdir()
+    (desk.root / "link").symlink_to(outside)
+    (desk.root / "src").mkdir()
+    (desk.root / "src/link").symlink_to(outside)
+    async with Watched(desk):
+        for directory in (outside, desk.root / ".preview-sync"):
+            for name in ("keys.json", "editor.json"):
+                (directory / name).write_text("secret")
+        (outside / "postgres").mkdir()
+        (outside / "postgres/1").write_text("x")
+        desk.put("src/later.ts", "later")
+        await desk.until(lambda files: "src/later.ts" in files)
+        # A second one: what came with the first has been sent by then.
+        desk.put("src/last.ts", "last")
+        await desk.until(lambda files: "src/last.ts" in files)
+        assert set(await desk.files()) == {"watched", "src/later.ts", "src/last.ts"}
 
 
 async def test_many_saves_at_once_are_few_commits(desk: Desk) -> None:

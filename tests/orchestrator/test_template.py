@@ -14,6 +14,10 @@ from uuid import UUID
 import httpx
 import pytest
 
+from orchestrator_stub.database import pool_of
+from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.template import Template
+from tests.fakes.descriptors import no_descriptors
 from tests.system.plane import Plane, running_plane
 
 PICTURE = bytes(range(256)) * 8
@@ -70,6 +74,19 @@ async def test_a_new_project_has_its_template_at_its_first_session_in_one_revisi
         assert {path: archive.read(path) for path in FILES} == FILES
     await session_of(plane, project.id)
     assert (await manifest_of(plane, session))["revision"] == 1, "and never again"
+
+
+async def test_a_template_that_cannot_be_read_is_not_a_smaller_one(plane: Plane, directory: Path) -> None:
+    project = await plane.project({})
+    async with (
+        pool_of(plane.dsn) as pool,
+        httpx.AsyncClient() as http,
+    ):
+        template = Template(directory, pool, StorageClient(f"{plane.url}/storage/v1", "key", http))
+        assert await template._is_new(project.id)
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            await template.give(project.id)
+        assert await template._is_new(project.id)
 
 
 async def test_without_a_template_a_new_project_stays_empty(database: str, tmp_path: Path) -> None:

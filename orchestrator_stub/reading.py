@@ -1,0 +1,108 @@
+"""Reading a directory's files: what is there, what is gone, and what cannot be read, which is neither.
+
+A file is gone when it is seen to be gone, or to be something else now. Whatever else keeps it from being read (no
+rights, no descriptors, a failing disk, a directory that is away as a whole) says nothing about it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+MAX_ASSET: Final = 50 * 2**20
+"""Bytes of one object: Supabase's default."""
+
+FEW: Final = 3
+"""Paths that are named one by one when they cannot be read."""
+
+GONE: Final = (FileNotFoundError, NotADirectoryError)
+"""What says that nothing stands at a path. Every other error says that it could not be seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """What the directory holds at one path."""
+
+    digest: str
+    executable: bool
+
+
+class Unreadable(Exception):
+    """What stands at a path cannot be seen or read now; the message says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"it cannot be read now ({os.strerror(error.errno or 0)}), and is tried again")
+
+
+def mode_of(root: Path, path: str) -> int | None:
+    """What stands at a path, by its `st_mode`; None: nothing, or nothing of the project's: a link is on the way to it.
+
+    Raises `OSError` when that cannot be seen, which it cannot when `root` itself is away.
+    """
+    if not stat.S_ISDIR(os.stat(root).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
+    here, mode = str(root), stat.S_IFDIR
+    for part in path.split("/") if path else ():
+        if not stat.S_ISDIR(mode):
+            return None
+        here = f"{here}/{part}"
+        try:
+            mode = os.lstat(here).st_mode
+        except GONE:
+            return None
+    return mode
+
+
+def is_directory(root: Path, path: str) -> bool:
+    """Whether a directory can be seen to stand there."""
+    try:
+        mode = mode_of(root, path)
+    except OSError:
+        return False
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def read_file(root: Path, path: str) -> tuple[LocalFile, bytes] | None:
+    """A regular file's content, as it is now; None when there is none (any more). Raises `Unreadable`."""
+    try:
+        mode = mode_of(root, path)
+        if mode is None or not stat.S_ISREG(mode):
+            return None
+    except OSError as error:
+        raise Unreadable(error) from None
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(root / path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(MAX_ASSET + 1)
+    except GONE:
+        return None
+    except OSError as error:
+        # A link that came between: seen at the next look.
+        raise Unreadable(error) from None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return LocalFile(hashlib.sha256(content).hexdigest(), bool(status.st_mode & stat.S_IXUSR)), content
+
+
+def in_few_words(unread: Mapping[str, str]) -> Iterator[str]:
+    """A line for each path, or one for many with the same reason. A directory, with a slash, stands for its files."""
+    whole = tuple(path for path in unread if path.endswith("/"))
+    told = {path: why for path, why in unread.items() if path in whole or not _below(path, whole)}
+    for reason in dict.fromkeys(told.values()):
+        paths = sorted(
+            "the whole directory" if path == "/" else path for path in told if told[path] == reason
+        )
+        if len(paths) > FEW:
+            paths = [f"{paths[0]} and {len(paths) - 1} more"]
+        yield from (f"{path}: {reason}" for path in paths)
+
+
+def _below(path: str, directories: tuple[str, ...]) -> bool:
+    return "/" in directories or path.startswith(directories)
