@@ -164,18 +164,19 @@ class Editor:
         ):
             # The first turn is the proof that the watch is in place: whatever came before it is found by a scan.
             named = (_relative(self._root, path) for _, path in changes)
-            touched = self._due() | {path for path in named if path is not None}
+            due = self._due()
+            touched = due | {path for path in named if path is not None}
             sent = await (self.send_all() if first else self._send_touched(touched))
             first = False
+            if due:
+                self._try_again = asyncio.get_running_loop().time() + TRY_AGAIN
             if sent:
                 yield sent
 
     def _due(self) -> set[str]:
         """What could not be read, when it is time to try it again."""
-        now = asyncio.get_running_loop().time()
-        if now < self._try_again:
+        if asyncio.get_running_loop().time() < self._try_again:
             return set()
-        self._try_again = now + TRY_AGAIN
         return {path.rstrip("/") for path in self._unread}
 
     async def _send_touched(self, touched: set[str]) -> Sent:
@@ -186,8 +187,10 @@ class Editor:
             if is_directory(self._root, path):
                 found, unlisted = _list(self._root, path)
                 paths |= found
+                self._unread.pop(path, None)
                 news |= self._note(path, unlisted)
             elif path and not ignored(path):
+                self._note(path, {})
                 paths.add(path)
             paths.update(known for known in self._baseline if known.startswith(path + "/"))
         return await self.send(paths, news)
@@ -284,7 +287,7 @@ class Editor:
                 _write_baseline, self._baseline_path, self._project_id, dict(self._baseline)
             )
         except OSError as error:
-            self._unkept = f"it cannot be written now ({error.strerror}), and is tried again"
+            self._unkept = f"cannot be written now ({error.strerror}); tried again until it can"
         else:
             self._unkept = None
 

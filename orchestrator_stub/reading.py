@@ -37,7 +37,7 @@ class Unreadable(Exception):
     """What stands at a path cannot be seen or read now; the message says why."""
 
     def __init__(self, error: OSError) -> None:
-        super().__init__(f"it cannot be read now ({os.strerror(error.errno or 0)}), and is tried again")
+        super().__init__(f"cannot be read now ({os.strerror(error.errno or 0)}); tried again until it can")
 
 
 def mode_of(root: Path, path: str) -> int | None:

@@ -175,11 +175,11 @@ class Watched:
         self.sent: list[Sent] = []
 
     async def __aenter__(self) -> Watched:
-        editor = self.desk.editor()
-        await editor.send_all()
+        self.editor = self.desk.editor()
+        await self.editor.send_all()
 
         async def follow() -> None:
-            async for sent in editor.watch():
+            async for sent in self.editor.watch():
                 self.sent.append(sent)
 
         self.task = asyncio.create_task(follow())

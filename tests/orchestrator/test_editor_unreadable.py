@@ -140,11 +140,18 @@ async def test_rights_that_come_back_are_noticed(open_desk: Desk, monkeypatch: p
     monkeypatch.setattr(editor_module, "TRY_AGAIN", 0.05)
     desk = open_desk
     desk.put("src/a.ts", "one")
-    (desk.root / "src").chmod(0o000)
-    async with Watched(desk):
+    (desk.root / "gone").mkdir()
+    for name in ("src", "gone"):
+        (desk.root / name).chmod(0o000)
+    async with Watched(desk) as watched:
         assert set(await desk.files()) == {"watched"}
+        assert set(watched.editor._unread) == {"src/", "gone/"}
         (desk.root / "src").chmod(0o755)
+        (desk.root / "gone").rmdir()
         await desk.until(lambda files: files.get("src/a.ts") == "one")
+        async with asyncio.timeout(15):
+            while watched.editor._unread:
+                await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENFILE, errno.ETIMEDOUT])
