@@ -46,11 +46,10 @@ class SnapshotLimits(Struct, frozen=True, kw_only=True):
     snapshot_max_entries: Annotated[int, Meta(gt=0)] = 50_000
     """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
     snapshot_max_ratio: Annotated[int, Meta(gt=0)] = 200
-    """Unpacked to packed size of one file. Source text reaches 10, deflate itself 1032, bombs live near that."""
+    """Unpacked to packed size of one file that no manifest names with its size. Source text reaches 10, deflate itself
+    1032, bombs live near that, and so does a blank picture: what the database has been given is none."""
     snapshot_ratio_floor_bytes: Annotated[int, Meta(ge=0)] = 8 * 2**20
     """The ratio is not looked at below this size: a small file of blanks is no attack."""
-    snapshot_max_depth: Annotated[int, Meta(gt=0)] = 64
-    """Segments of a path. Deeper than any project, far above what tools that recurse can bear."""
     snapshot_max_manifest_bytes: Annotated[int, Meta(gt=0)] = 16 * 2**20
     """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
     snapshot_connect_seconds: Annotated[float, Meta(gt=0)] = 10.0

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from agent.allowlist import PASSED_ON, loads_code
 from agent.config import Secret, Settings
 from agent.errors import MalformedMessage, SettingsError
 from agent.tokens import read_token
@@ -48,7 +49,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
         if name in given
     ]
     values, unreadable = _values(given)
-    problems += unreadable + _missing(given) + _urls(given) + _token(given)
+    problems += unreadable + _missing(given) + _urls(given) + _token(given) + _loaded_code(environ)
     if problems:
         raise SettingsError(sorted(problems))
     settings = Settings(**values)
@@ -148,6 +149,16 @@ def _missing(given: Mapping[str, str]) -> list[str]:
     if "REALTIME_URL" not in given:
         problems.append("REALTIME_URL: is required and not set (wss://<project>.supabase.co/realtime/v1)")
     return problems
+
+
+def _loaded_code(environ: Mapping[str, str]) -> list[str]:
+    names = {name: name.removeprefix(PASSED_ON) for name, value in environ.items() if value}
+    return [
+        f"{name}: has the system load code into every program; remove it, and set {inner} in the dev script for the"
+        " program that needs it"
+        for name, inner in names.items()
+        if inner != name and loads_code(inner)
+    ]
 
 
 def _urls(given: Mapping[str, str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Each ratio is a bar over its interval of 95 % confidence with the median in it, on a logarithmic scale of the peer's
 time (or of 1 / speed, or memory), so that left is always better; a bound is a mark on the row. A refused row says so
-and has no bar. The picture brings its own background, light or dark as the reader has it.
+and has no bar, as does one whose peer failed. The picture brings its own background, light or dark as the reader has
+it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
         if bound is not None and faster:
             bound = 1 / bound
         if row["ratio"] is None:
-            made.append(Bar(name, row["peer"], "too noisy", style, bound=bound))
+            said = row.get("failure", "too noisy").partition(":")[0]
+            made.append(Bar(name, row["peer"], said, style, bound=bound))
             continue
         low, middle, high = row["interval"][0], row["ratio"], row["interval"][1]
         if faster:

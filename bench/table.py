@@ -116,6 +116,8 @@ def _wanted(row: Mapping[str, Any]) -> str:
 
 def _line(quoted: Quoted, row: Mapping[str, Any]) -> str:
     against = quoted.against or quoted.peer or ""
+    if failure := row.get("failure"):
+        return f"| {quoted.what} | {against} | not compared: {failure} | {_wanted(row)} |"
     if row["ours"] is None:
         return f"| {quoted.what} | {against} | refused: too noisy | {_wanted(row)} |"
     if row["ratio"] is None:

@@ -14,9 +14,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import unicodedata
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -24,42 +33,22 @@ from uuid import UUID
 import httpx
 import tenacity
 from watchfiles import awatch
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
+from orchestrator_stub.paths import ignored, path_problem, shown
 from orchestrator_stub.reading import (
-    GONE,
     MAX_ASSET,
     LocalFile,
     Unreadable,
+    directories,
     in_few_words,
     is_directory,
+    list_files,
     read_file,
+    relative_path,
+    stands,
 )
 from orchestrator_stub.tokens import Keyring
-
-IGNORED_DIRECTORIES: Final = frozenset(
-    {
-        ".cache",
-        ".git",
-        ".hg",
-        ".idea",
-        ".parcel-cache",
-        ".preview-sync",
-        ".svn",
-        ".turbo",
-        ".vite",
-        ".vscode",
-        "build",
-        "coverage",
-        "dist",
-        "node_modules",
-    }
-)
-"""What a project's .gitignore names anyway: made from the source, or a tool's own."""
-
-IGNORED_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "4913"})
-"""The last one is Vim's probe of the directory."""
-
-IGNORED_SUFFIXES: Final = ("~", ".swp", ".swx", ".swo", ".log", ".tsbuildinfo", ".crswap", ".tmp")
 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
@@ -74,6 +63,12 @@ enough for the write, rename and touch of one editor's save to arrive together."
 
 TRY_AGAIN: Final = 2.0
 """Seconds until what could not be read is tried again: nothing may announce that it can be."""
+
+RENEW_SECONDS: Final = 0.2
+"""Between a watch that failed and the next: a program may make names that it cannot say without end."""
+
+RENEW_REST: Final = 2
+"""The same, as a multiple of what the last look at everything took: a third of the time goes into looking at most."""
 
 TOKEN_LIFE: Final = 300
 """Seconds. A user's token is made for each request; it need only outlive the request."""
@@ -138,13 +133,17 @@ class Editor:
         self._try_again = 0.0
         self._unkept: str | None = None
         """Why the baseline on the disk is not what was sent."""
+        self._said: set[str] = set()
+        """What was left out for its name or size, as it was said."""
+        self.renewals = 0
+        """How often the watch had to be made again."""
 
     async def send_all(self) -> Sent:
         """Send what the directory has that was not sent yet, and the removal of what it has no more.
 
         Raises `httpx.HTTPError` when the stack does not answer.
         """
-        found, unlisted = await asyncio.to_thread(_list, self._root)
+        found, unlisted = await asyncio.to_thread(list_files, self._root)
         return await self.send(found | set(self._baseline) | self._files_unread(), self._note("", unlisted))
 
     async def watch(self) -> AsyncIterator[Sent]:
@@ -152,26 +151,59 @@ class Editor:
 
         Raises `httpx.HTTPError` when the stack does not answer for longer than a few tries.
         """
-        first = True
+        deep = True
+        while True:
+            first = True
+            try:
+                async with aclosing(self._changes(deep)) as turns:
+                    async for places in turns:
+                        # The first turn proves that the watch is in place: what came before is found by a scan.
+                        sent = await (self._send_all_again() if first else self._send_changed(places))
+                        first = False
+                        if sent:
+                            yield sent
+                        if not deep and any(map(os.path.isdir, places)):
+                            break
+                continue
+            except ExceptionGroup as failed:
+                # A name that is not UTF-8, anywhere below: watchfiles fails, with whatever else it had seen.
+                if failed.split(WatchfilesRustInternalError)[1] is not None:
+                    raise
+            # A directory of such a name lets no watch over all that is below be made: this one is over each by itself.
+            deep = deep and not first
+            self.renewals += 1
+            began = time.monotonic()
+            if sent := await self._send_all_again():
+                yield sent
+            await asyncio.sleep(max(RENEW_SECONDS, RENEW_REST * (time.monotonic() - began)))
+
+    async def _changes(self, deep: bool) -> AsyncGenerator[list[str], None]:
+        """Where something changed, or nowhere: that shows that the watch is there. `deep`: new directories too."""
         async for changes in awatch(
-            self._root,
+            *([self._root] if deep else directories(self._root)),
             watch_filter=None,
             step=QUIET,
             debounce=10 * QUIET,
             rust_timeout=250,
             yield_on_timeout=True,
-            recursive=True,
+            recursive=deep,
         ):
-            # The first turn is the proof that the watch is in place: whatever came before it is found by a scan.
-            named = (_relative(self._root, path) for _, path in changes)
-            due = self._due()
-            touched = due | {path for path in named if path is not None}
-            sent = await (self.send_all() if first else self._send_touched(touched))
-            first = False
-            if due:
-                self._try_again = asyncio.get_running_loop().time() + TRY_AGAIN
-            if sent:
-                yield sent
+            yield [path for _, path in changes]
+
+    async def _send_all_again(self) -> Sent:
+        """As `send_all`; what was left out before is not said again."""
+        said = set(self._said)
+        sent = await self.send_all()
+        return replace(sent, skipped=tuple(line for line in sent.skipped if line not in said))
+
+    async def _send_changed(self, places: Iterable[str]) -> Sent:
+        """Send what the watcher named, and what could not be read when it is time to try that again."""
+        due = self._due()
+        named = {relative_path(self._root, place) for place in places}
+        sent = await self._send_touched(due | {path for path in named if path is not None})
+        if due:
+            self._try_again = asyncio.get_running_loop().time() + TRY_AGAIN
+        return sent
 
     def _due(self) -> set[str]:
         """What could not be read, when it is time to try it again."""
@@ -184,8 +216,8 @@ class Editor:
         paths: set[str] = set()
         news: dict[str, str] = {}
         for path in touched:
-            if is_directory(self._root, path):
-                found, unlisted = _list(self._root, path)
+            if is_directory(self._root, path) and not path_problem(path):
+                found, unlisted = list_files(self._root, path)
                 paths |= found
                 self._unread.pop(path, None)
                 news |= self._note(path, unlisted)
@@ -223,6 +255,10 @@ class Editor:
         sent = Sent()
         size = 0
         for path in sorted(paths):
+            if problem := path_problem(path):
+                if stands(self._root, path):
+                    skipped.append(f"{shown(path)}: {problem}")
+                continue
             try:
                 read = await asyncio.to_thread(read_file, self._root, path)
             except Unreadable as error:
@@ -237,9 +273,8 @@ class Editor:
             file, content = read
             if self._baseline.get(path) == file:
                 continue
-            problem = path_problem(path) or (len(content) > MAX_ASSET and "larger than 50 MB") or None
-            if problem:
-                skipped.append(f"{path}: {problem}")
+            if len(content) > MAX_ASSET:
+                skipped.append(f"{shown(path)}: larger than 50 MB")
                 continue
             updates[path] = (file, content)
             size += len(content)
@@ -248,6 +283,7 @@ class Editor:
                 updates, deletes, size = {}, [], 0
         if updates or deletes:
             sent = _sum(sent, await self._commit(updates, deletes))
+        self._said.update(skipped)
         if self._unkept not in (None, unkept):
             skipped.append(f"the note of what was sent: {self._unkept}; a start before that sends it again")
         return _sum(sent, Sent(skipped=(*skipped, *in_few_words(news))))
@@ -272,7 +308,7 @@ class Editor:
             path = next(iter([*updates, *deletes]))
             for refused_path, (file, _) in updates.items():
                 self._baseline[refused_path] = file
-            return Sent(skipped=(f"{path}: {refused}",))
+            return Sent(skipped=(f"{shown(path)}: {refused}",))
         for path, (file, _) in updates.items():
             self._baseline[path] = file
         for path in deletes:
@@ -368,74 +404,6 @@ class Editor:
         return False
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def scan(root: Path, below: str = "", *, failed: Callable[[OSError], None] = _raise) -> Iterable[str]:
-    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
-
-    `failed` is told of each directory that cannot be listed; one that went away meanwhile has no files.
-    """
-
-    def on_error(error: OSError) -> None:
-        if not isinstance(error, GONE):
-            failed(error)
-
-    for directory, names, files in os.walk(root / below, onerror=on_error):
-        relative = _relative(root, directory)
-        if relative is None:
-            names.clear()
-            continue
-        prefix = relative + "/" if relative else ""
-        names[:] = [
-            name
-            for name in names
-            if name not in IGNORED_DIRECTORIES and not os.path.islink(os.path.join(directory, name))
-        ]
-        for name in files:
-            if not ignored(prefix + name):
-                yield prefix + name
-
-
-def _list(root: Path, below: str = "") -> tuple[set[str], dict[str, str]]:
-    """The files at and below a directory; and the directories that cannot be listed, with a slash, and why."""
-    unlisted: dict[str, str] = {}
-
-    def failed(error: OSError) -> None:
-        relative = _relative(root, str(error.filename))
-        if relative is not None:
-            unlisted[f"{relative}/"] = str(Unreadable(error))
-
-    return set(scan(root, below, failed=failed)), unlisted
-
-
-def ignored(path: str) -> bool:
-    """Whether a file is no part of the project."""
-    *directories, name = path.split("/")
-    return (
-        not IGNORED_DIRECTORIES.isdisjoint(directories)
-        or name in IGNORED_FILES
-        or name.startswith(".#")
-        or name.endswith(IGNORED_SUFFIXES)
-    )
-
-
-def path_problem(path: str) -> str | None:
-    """Why the database would not take this path (protocol: `file_path`), or None."""
-    try:
-        size = len(path.encode())
-    except UnicodeEncodeError:
-        return "its name is not UTF-8"
-    if size > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
-        return "its name is too long"
-    if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
-        return "its name has a backslash or a control character"
-    if not unicodedata.is_normalized("NFC", path):
-        return "its name is not in Unicode's composed form (NFC)"
-    return None
-
-
 def as_text(content: bytes) -> str | None:
     """The text of a file that the database keeps as text; None for a binary or very large one."""
     if len(content) > MAX_TEXT or b"\0" in content:
@@ -444,16 +412,6 @@ def as_text(content: bytes) -> str | None:
         return content.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _relative(root: Path, path: str) -> str | None:
-    """`path` below `root`, or None when it is elsewhere or in an ignored directory."""
-    relative = os.path.relpath(path, root).replace(os.sep, "/")
-    if relative == ".":
-        return ""
-    if relative.startswith("../") or not IGNORED_DIRECTORIES.isdisjoint(relative.split("/")):
-        return None
-    return relative
 
 
 def _read_baseline(path: Path, project_id: UUID) -> dict[str, LocalFile]:

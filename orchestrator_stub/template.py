@@ -13,7 +13,9 @@ import psycopg
 
 from orchestrator_stub.control import BeginningRefused
 from orchestrator_stub.database import Pool, head_of
-from orchestrator_stub.editor import as_text, scan
+from orchestrator_stub.editor import as_text
+from orchestrator_stub.paths import path_problem, shown
+from orchestrator_stub.reading import scan
 from orchestrator_stub.storage import StorageClient
 
 ASSETS = "project-assets"
@@ -64,7 +66,7 @@ class Template:
                     (project_id, json.dumps(changes)),
                 )
         except psycopg.DatabaseError as error:
-            if error.sqlstate in ("PT409", "PT404"):
+            if error.sqlstate in ("PT404", "PT409", "PT410"):
                 return False
             if isinstance(error, psycopg.OperationalError):
                 raise
@@ -81,6 +83,8 @@ class Template:
 def _read_all(directory: Path) -> dict[str, tuple[bytes, bool]]:
     found = {}
     for path in sorted(scan(directory)):
+        if problem := path_problem(path):
+            raise BeginningRefused(f"{directory} is no template: {shown(path)}: {problem}")
         file = directory / path
         found[path] = (file.read_bytes(), bool(file.stat().st_mode & 0o100))
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.package.checkout import ROOT, copy_checkout
 
 
 def commands() -> list[str]:
@@ -30,12 +30,7 @@ def test_the_snippet_installs_and_replays() -> None:
 
 @pytest.mark.nightly
 def test_the_snippet_runs_in_a_fresh_venv(tmp_path: Path) -> None:
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    checkout = tmp_path / "preview-sync"
-    for name in files.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    checkout = copy_checkout(tmp_path / "preview-sync")
     (tmp_path / "scenarios").symlink_to(checkout / "tests" / "scenarios")
     venv.create(tmp_path / "venv", with_pip=True)
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"

@@ -125,3 +125,21 @@ def test_the_process_ends_with_64_and_only_those_lines() -> None:
     assert len(lines) == 5
     assert all(line.startswith("preview-agent: ") for line in lines)
     assert "canary" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "GCONV_PATH", "LOCPATH",
+             "GLIBC_TUNABLES"],
+)  # fmt: skip
+def test_what_loads_code_into_every_program_is_refused_by_name(name: str) -> None:
+    (line,) = problems({**GOOD, f"DEV_ENV_{name}": "canary"})
+    assert line.startswith(f"DEV_ENV_{name}: ")
+    assert "canary" not in line
+
+
+@pytest.mark.parametrize(
+    "name", ["NODE_OPTIONS", "PYTHONPATH", "BASH_ENV", "ENV", "PATH", "LDFLAGS", "VITE_LD_X", "TZDIR"]
+)
+def test_what_one_language_reads_is_the_projects_own_matter(name: str) -> None:
+    """Only its own programs read it, as its own user."""
+    assert read_environment({**GOOD, f"DEV_ENV_{name}": "x", "DEV_ENV_LD_DEBUG": "", "LD_PRELOAD": "ours"})

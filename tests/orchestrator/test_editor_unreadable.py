@@ -47,7 +47,7 @@ def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("read_file", "_list"):
+    for name in ("read_file", "list_files"):
         monkeypatch.setattr(editor_module, name, as_nobody(getattr(editor_module, name)))
 
 
