@@ -169,7 +169,10 @@ class Editor:
                 # A name that is not UTF-8, anywhere below: watchfiles fails, with whatever else it had seen.
                 if failed.split(WatchfilesRustInternalError)[1] is not None:
                     raise
-            # A directory of such a name lets no watch over all that is below be made: this one is over each by itself.
+            except (PermissionError, FileNotFoundError):
+                # A directory that must not be watched, or that went while the watch was made.
+                pass
+            # Such a directory lets no watch over all that is below be made: this one is over each by itself.
             deep = deep and not first
             self.renewals += 1
             began = time.monotonic()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import watchfiles.main
 
 from orchestrator_stub import editor as editor_module
 from orchestrator_stub.editor import Sent
@@ -49,6 +50,9 @@ def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("read_file", "list_files"):
         monkeypatch.setattr(editor_module, name, as_nobody(getattr(editor_module, name)))
+    # The thread that it starts, and that watches, has the rights of the one that makes it.
+    monkeypatch.setattr(watchfiles.main, "RustNotify", as_nobody(watchfiles.main.RustNotify))
+    monkeypatch.setattr(editor_module, "directories", as_nobody(editor_module.directories))
 
 
 @pytest.fixture
@@ -149,9 +153,34 @@ async def test_rights_that_come_back_are_noticed(open_desk: Desk, monkeypatch: p
         (desk.root / "src").chmod(0o755)
         (desk.root / "gone").rmdir()
         await desk.until(lambda files: files.get("src/a.ts") == "one")
+        desk.put("src/a.ts", "two")
+        await desk.until(lambda files: files["src/a.ts"] == "two")
         async with asyncio.timeout(15):
             while watched.editor._unread:
                 await asyncio.sleep(0.02)
+
+
+async def test_a_directory_that_is_too_deep_to_open_is_left_out_and_not_tried_again(desk: Desk) -> None:
+    desk.put("a.ts", "x")
+    before = os.getcwd()
+    os.chdir(desk.root)
+    try:
+        for _ in range(25):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+    finally:
+        os.chdir(before)
+    editor = desk.editor()
+    sent = await editor.send_all()
+    assert sent.updated == 1
+    assert [line.split(": ")[1] for line in sent.skipped] == ["its name is too long"]
+    assert not editor._unread
+
+
+async def test_a_directory_that_cannot_be_listed_is_shown_as_a_terminal_can(open_desk: Desk) -> None:
+    (open_desk.root / "a\u202eb").mkdir(mode=0o000)
+    [line] = (await open_desk.editor().send_all()).skipped
+    assert line.startswith("a\\u202eb/: cannot be read now")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ELOOP, errno.ENFILE, errno.ETIMEDOUT])

@@ -110,13 +110,16 @@ async def test_a_project_that_had_a_commit_keeps_what_it_has(plane: Plane) -> No
     assert (await manifest_of(plane, session))["files"] == [], "emptied on purpose is not new"
 
 
+@pytest.mark.parametrize("name", [b"back\\slash", b"caf\xe9", b"caf\xe9/a.ts", b"back\\slash/a.ts"])
 async def test_a_template_that_no_project_may_hold_ends_the_session_and_says_why(
-    plane: Plane, directory: Path
+    plane: Plane, directory: Path, name: bytes
 ) -> None:
     (directory / "Readme").write_text("one")
     os.symlink("/etc/passwd", directory / "link")
     (directory / ("x" * 200)).mkdir()
-    (directory / ("x" * 200) / "back\\slash").write_text("a name that the database refuses")
+    odd = directory / ("x" * 200) / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    odd.write_text("a name that the database refuses")
     project = await plane.project({})
     session = await session_of(plane, project.id)
 
