@@ -56,7 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     dev = commands.add_parser("dev", help="the whole loop on this machine: database, agent, preview")
     dev.add_argument("dir", nargs="?", type=Path, default=Path(), help="a Vite project (default: here)")
     dev.add_argument("--port", type=_port, default=54321, help="of everything but the preview; 0 picks one")
-    dev.add_argument("--state", type=Path, default=Path(".preview-sync"), help="where all of it is kept")
+    dev.add_argument(
+        "--state",
+        type=Path,
+        default=Path(".preview-sync"),
+        help="where all of it is kept, apart from DIR's files",
+    )
     dev.add_argument("--json", action="store_true", help="JSON lines on standard output, progress on error")
     dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
     dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")

@@ -35,14 +35,14 @@ from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions import ENDED, LIVE, Session, State
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import ProjectUnknown, SessionStore
-from orchestrator_stub.tokens import Keyring, SessionClaims, SessionReader, TokenRejected
+from orchestrator_stub.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
 
 log = structlog.get_logger("app")
 
 RETRY_AFTER = 2.0
 """Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
 
-UNAVAILABLE = (SnapshotUnavailable, StorageFailure, psycopg.OperationalError, OSError)
+UNAVAILABLE = (SnapshotUnavailable, StorageFailure, CannotSign, psycopg.OperationalError, OSError)
 """What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
 BODY_SECONDS = 10.0

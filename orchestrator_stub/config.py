@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     supabase_jwt_secret: SecretStr | None = None
     """HS256: what Realtime checks tokens with. Either this or `JWT_KEYS_FILE`."""
     jwt_keys_file: Path | None = None
-    """A JSON Web Key Set; the first private key signs. Re-read when it changes."""
+    """A JSON Web Key Set; the first private key signs. Re-read when it changes; a key that cannot be used is left out
+    and an error in the log."""
     redis_url: SecretStr | None = None
     """Where signed URLs and manifests are cached when set; PostgreSQL otherwise."""
 

@@ -46,7 +46,7 @@ from orchestrator_stub.sessions import (
 )
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import SessionStore
-from orchestrator_stub.tokens import Keyring, mint_session
+from orchestrator_stub.tokens import CannotSign, Keyring, mint_session
 
 log = structlog.get_logger("control")
 
@@ -188,6 +188,7 @@ class Control:
             MachineError,
             SnapshotUnavailable,
             StorageFailure,
+            CannotSign,
             psycopg.OperationalError,
             OSError,
         ) as error:

@@ -103,11 +103,8 @@ class Stack:
         self._mark: str | None = None
 
     async def run(self) -> None:
+        self._options.check()
         directory = self._options.directory
-        if not directory.is_dir():
-            raise CannotStart(f"{directory} is no directory; give the directory of a Vite project")
-        if not (directory / "package.json").is_file():
-            raise CannotStart(f"{directory} has no package.json; give the directory of a Vite project")
         self._lock()
         listener = self._listen()
         port = listener.getsockname()[1]
@@ -214,10 +211,14 @@ class Stack:
         return listener
 
     def _keys(self) -> Keyring:
+        file = self._state / "keys.json"
         try:
-            return local_keyring(self._state / "keys.json")
+            keys = local_keyring(file)
         except (OSError, ValueError) as error:
-            raise CannotStart(f"cannot use {self._state / 'keys.json'}: {error}; remove it") from None
+            raise CannotStart(f"cannot use {file}: {error}; remove it") from None
+        if keys.problems()["cannot_sign"]:
+            raise CannotStart(f"cannot use {file}: none of its keys is private; remove it")
+        return keys
 
     async def _database(self) -> str:
         given = self._options.database_url
@@ -298,7 +299,12 @@ class Stack:
                 trust_env=False,
             )
         )
-        return Editor(self._options.directory, project_id, http, self._state / "editor.json"), http
+        baseline = self._state / "editor.json"
+        try:
+            return Editor(self._options.directory, project_id, http, baseline), http
+        except OSError as error:
+            what = f"cannot read {baseline}, which says what was sent before: {error.strerror}"
+            raise CannotStart(f"{what}; mend that, or remove it to have everything sent again") from None
 
     async def _session(
         self, url: str, keys: ProjectKeys, project_id: UUID, driver: LocalMachines

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator_stub.paths import ignored
+
 
 class CannotStart(Exception):
     """Why the stack does not start, and what to do, in one line."""
@@ -29,6 +31,30 @@ class DevOptions:
     faults: bool = False
     """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
 
+    def check(self) -> None:
+        """See whether there is a project, and that the state is none of its files: they are imported and served.
+
+        Raises `CannotStart`, with nothing made yet.
+        """
+        wanted = "give the directory of a Vite project"
+        if not self.directory.is_dir():
+            raise CannotStart(f"{self.directory} is no directory; {wanted}")
+        if not (self.directory / "package.json").is_file():
+            raise CannotStart(f"{self.directory} has no package.json; {wanted}")
+        try:
+            directory, state = self.directory.resolve(), self.state.resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise CannotStart(f"cannot use the state directory {self.state}: {error}") from None
+        inside = _below(state, directory)
+        apart = "give --state a directory apart from it"
+        if inside == "." or _below(directory, state) is not None:
+            raise CannotStart(f"the state directory {self.state} holds the project {self.directory}; {apart}")
+        if inside is not None and not ignored(f"{inside}/keys.json"):
+            raise CannotStart(
+                f"the state directory {self.state} is among the files of {self.directory}, which would have its keys "
+                f"imported and served; {apart}, or {self.directory / '.preview-sync'}, and move away what is there"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class DevInfo:
@@ -44,6 +70,18 @@ class DevInfo:
     preview_url: str
     health_url: str
     agent_pid: int
+
+
+def _below(path: Path, directory: Path) -> str | None:
+    """Where `path` is below `directory`, "." for itself; None: elsewhere. It need not exist yet.
+
+    Told by what the directories are, not by their names: names differ in case, and by mounts, where directories do not.
+    """
+    for ancestor in (path, *path.parents):
+        with suppress(OSError):
+            if ancestor.samefile(directory):
+                return path.relative_to(ancestor).as_posix()
+    return None
 
 
 class Terminal:

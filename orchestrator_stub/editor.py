@@ -4,24 +4,23 @@ It does what the product's editor does, over the same HTTP endpoints and with a 
 `upsert_project_file`, a removal `delete_project_file`, several at once `apply_project_files`; binary files go to the
 `project-assets` bucket first. What was last sent is kept in a *baseline* file, so that at the next start only what
 changed in the directory meanwhile is sent, and what changed in the database meanwhile is left alone.
+
+A file is deleted when it is seen to be gone, or to be something else now (a directory, a link). One that cannot be read
+(no rights, no descriptors, a failing disk) keeps what the project has of it, is said once, and is tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
-import stat
 import time
-import unicodedata
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
     Generator,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -36,38 +35,23 @@ import tenacity
 from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
-from orchestrator_stub.tokens import Keyring
-
-IGNORED_DIRECTORIES: Final = frozenset(
-    {
-        ".cache",
-        ".git",
-        ".hg",
-        ".idea",
-        ".parcel-cache",
-        ".preview-sync",
-        ".svn",
-        ".turbo",
-        ".vite",
-        ".vscode",
-        "build",
-        "coverage",
-        "dist",
-        "node_modules",
-    }
+from orchestrator_stub.paths import ignored, path_problem, shown
+from orchestrator_stub.reading import (
+    MAX_ASSET,
+    LocalFile,
+    Unreadable,
+    directories,
+    in_few_words,
+    is_directory,
+    list_files,
+    read_file,
+    relative_path,
+    stands,
 )
-"""What a project's .gitignore names anyway: made from the source, or a tool's own."""
-
-IGNORED_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "4913"})
-"""The last one is Vim's probe of the directory."""
-
-IGNORED_SUFFIXES: Final = ("~", ".swp", ".swx", ".swo", ".log", ".tsbuildinfo", ".crswap", ".tmp")
+from orchestrator_stub.tokens import Keyring
 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
-
-MAX_ASSET: Final = 50 * 2**20
-"""Bytes of one object: Supabase's default."""
 
 BATCH_FILES: Final = 2000
 BATCH_BYTES: Final = 32 * 2**20
@@ -77,6 +61,9 @@ QUIET: Final = 10
 """Milliseconds without a further change after which a batch of saves is sent: what a person cannot notice, and
 enough for the write, rename and touch of one editor's save to arrive together."""
 
+TRY_AGAIN: Final = 2.0
+"""Seconds until what could not be read is tried again: nothing may announce that it can be."""
+
 RENEW_SECONDS: Final = 0.2
 """Between a watch that failed and the next: a program may make names that it cannot say without end."""
 
@@ -85,14 +72,6 @@ RENEW_REST: Final = 2
 
 TOKEN_LIFE: Final = 300
 """Seconds. A user's token is made for each request; it need only outlive the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """What the directory holds at one path."""
-
-    digest: str
-    executable: bool
 
 
 UNCERTAIN: Final = LocalFile("", False)
@@ -137,7 +116,11 @@ class UserAuth(httpx.Auth):
 
 
 class Editor:
-    """One directory and the project it is sent to. `http` has the stack's base URL, API key and a user's auth."""
+    """One directory and the project it is sent to. `http` has the stack's base URL, API key and a user's auth.
+
+    Raises `OSError` when there is a `baseline` that cannot be read: without it the directory would go over what others
+    have saved.
+    """
 
     def __init__(self, root: Path, project_id: UUID, http: httpx.AsyncClient, baseline: Path) -> None:
         self._root = root.resolve()
@@ -145,7 +128,13 @@ class Editor:
         self._http = http
         self._baseline_path = baseline
         self._baseline = _read_baseline(baseline, project_id)
+        self._unread: dict[str, str] = {}
+        """What could not be read, and why, as it was said; a directory that could not be listed ends in a slash."""
+        self._try_again = 0.0
+        self._unkept: str | None = None
+        """Why the baseline on the disk is not what was sent."""
         self._said: set[str] = set()
+        """What was left out for its name or size, as it was said."""
         self.renewals = 0
         """How often the watch had to be made again."""
 
@@ -154,8 +143,8 @@ class Editor:
 
         Raises `httpx.HTTPError` when the stack does not answer.
         """
-        found = await asyncio.to_thread(lambda: set(scan(self._root)))
-        return await self.send(found | set(self._baseline))
+        found, unlisted = await asyncio.to_thread(list_files, self._root)
+        return await self.send(found | set(self._baseline) | self._files_unread(), self._note("", unlisted))
 
     async def watch(self) -> AsyncIterator[Sent]:
         """Send every save from now on, for ever; yields what each batch sent.
@@ -169,7 +158,7 @@ class Editor:
                 async with aclosing(self._changes(deep)) as turns:
                     async for places in turns:
                         # The first turn proves that the watch is in place: what came before is found by a scan.
-                        sent = await (self._send_all_again() if first else self.send(self._touched(places)))
+                        sent = await (self._send_all_again() if first else self._send_changed(places))
                         first = False
                         if sent:
                             yield sent
@@ -180,7 +169,10 @@ class Editor:
                 # A name that is not UTF-8, anywhere below: watchfiles fails, with whatever else it had seen.
                 if failed.split(WatchfilesRustInternalError)[1] is not None:
                     raise
-            # A directory of such a name lets no watch over all that is below be made: this one is over each by itself.
+            except (PermissionError, FileNotFoundError):
+                # A directory that must not be watched, or that went while the watch was made.
+                pass
+            # Such a directory lets no watch over all that is below be made: this one is over each by itself.
             deep = deep and not first
             self.renewals += 1
             began = time.monotonic()
@@ -207,22 +199,59 @@ class Editor:
         sent = await self.send_all()
         return replace(sent, skipped=tuple(line for line in sent.skipped if line not in said))
 
-    def _touched(self, paths: Iterable[str]) -> set[str]:
-        """The project's paths that the watcher's may stand for: a directory stands for all below it."""
-        touched: set[str] = set()
-        for path in paths:
-            relative = _relative(self._root, path)
-            if relative is None:
-                continue
-            if os.path.isdir(path) and not os.path.islink(path):
-                touched.update(scan(self._root, relative))
-            elif not ignored(relative):
-                touched.add(relative)
-            touched.update(known for known in self._baseline if known.startswith(relative + "/"))
-        return touched
+    async def _send_changed(self, places: Iterable[str]) -> Sent:
+        """Send what the watcher named, and what could not be read when it is time to try that again."""
+        due = self._due()
+        named = {relative_path(self._root, place) for place in places}
+        sent = await self._send_touched(due | {path for path in named if path is not None})
+        if due:
+            self._try_again = asyncio.get_running_loop().time() + TRY_AGAIN
+        return sent
 
-    async def send(self, paths: set[str]) -> Sent:
-        """Send what became of these paths since they were last sent. Raises as `send_all`."""
+    def _due(self) -> set[str]:
+        """What could not be read, when it is time to try it again."""
+        if asyncio.get_running_loop().time() < self._try_again:
+            return set()
+        return {path.rstrip("/") for path in self._unread}
+
+    async def _send_touched(self, touched: set[str]) -> Sent:
+        """Send what the watcher's paths may stand for: a directory stands for all below it."""
+        paths: set[str] = set()
+        news: dict[str, str] = {}
+        for path in touched:
+            if is_directory(self._root, path) and not path_problem(path):
+                found, unlisted = list_files(self._root, path)
+                paths |= found
+                self._unread.pop(path, None)
+                news |= self._note(path, unlisted)
+            elif path and not ignored(path):
+                self._note(path, {})
+                paths.add(path)
+            paths.update(known for known in self._baseline if known.startswith(path + "/"))
+        return await self.send(paths, news)
+
+    def _files_unread(self) -> set[str]:
+        return {path for path in self._unread if not path.endswith("/")}
+
+    def _note(self, below: str, unlisted: Mapping[str, str]) -> dict[str, str]:
+        """Keep which directories at and below one could not be listed; gives those that were not said yet."""
+        at = f"{below}/" if below else ""
+        for path in [path for path in self._unread if path.endswith("/") and path.startswith(at)]:
+            if path not in unlisted:
+                del self._unread[path]
+        news = {path: reason for path, reason in unlisted.items() if self._unread.get(path) != reason}
+        self._unread.update(unlisted)
+        return news
+
+    async def send(self, paths: set[str], unread: Mapping[str, str] | None = None) -> Sent:
+        """Send what became of these paths since they were last sent. Raises as `send_all`.
+
+        `unread`: what else could not be read, to be said with it.
+        """
+        if self._unkept is not None:
+            await self._keep()
+        unkept = self._unkept
+        news = dict(unread or {})
         updates: dict[str, tuple[LocalFile, bytes]] = {}
         deletes: list[str] = []
         skipped: list[str] = []
@@ -230,10 +259,16 @@ class Editor:
         size = 0
         for path in sorted(paths):
             if problem := path_problem(path):
-                if _stands(self._root / path):
+                if stands(self._root, path):
                     skipped.append(f"{shown(path)}: {problem}")
                 continue
-            read = await asyncio.to_thread(_read, self._root / path)
+            try:
+                read = await asyncio.to_thread(read_file, self._root, path)
+            except Unreadable as error:
+                if self._unread.get(path) != str(error):
+                    self._unread[path] = news[path] = str(error)
+                continue
+            self._unread.pop(path, None)
             if read is None:
                 if path in self._baseline:
                     deletes.append(path)
@@ -252,7 +287,9 @@ class Editor:
         if updates or deletes:
             sent = _sum(sent, await self._commit(updates, deletes))
         self._said.update(skipped)
-        return _sum(sent, Sent(skipped=tuple(skipped)))
+        if self._unkept not in (None, unkept):
+            skipped.append(f"the note of what was sent: {self._unkept}; a start before that sends it again")
+        return _sum(sent, Sent(skipped=(*skipped, *in_few_words(news))))
 
     async def _commit(self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]) -> Sent:
         """One batch: one RPC, and the baseline moved on. What is refused whole is tried again one by one."""
@@ -283,7 +320,15 @@ class Editor:
         return Sent(len(updates), len(deletes))
 
     async def _keep(self) -> None:
-        await asyncio.to_thread(_write_baseline, self._baseline_path, self._project_id, dict(self._baseline))
+        """Write the baseline. Where it cannot be written now, it is with what is sent next."""
+        try:
+            await asyncio.to_thread(
+                _write_baseline, self._baseline_path, self._project_id, dict(self._baseline)
+            )
+        except OSError as error:
+            self._unkept = f"cannot be written now ({error.strerror}); tried again until it can"
+        else:
+            self._unkept = None
 
     async def _call_for(
         self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]
@@ -323,16 +368,27 @@ class Editor:
         await self._post(f"/rest/v1/rpc/{name}", json=arguments, known=known)
 
     async def _upload(self, digest: str, content: bytes) -> None:
-        """An object is its hash: one that is there already is the same."""
+        """Have an asset stored. An object is its hash, so one that is there already is the same and is not sent.
+
+        Storage refuses a stored key without reading the body, which then stands in the connection before whatever
+        comes next; so an upload is the last of its connection.
+        """
+        at = f"project-assets/{self._project_id}/{digest}"
+        absent = frozenset({"404"})
+        if await self._post(f"/storage/v1/object/sign/{at}", json={"expiresIn": 1}, known=absent):
+            return
         await self._post(
-            f"/storage/v1/object/project-assets/{self._project_id}/{digest}",
+            f"/storage/v1/object/{at}",
             content=content,
-            headers={"Content-Type": "application/octet-stream"},
+            headers={"Content-Type": "application/octet-stream", "Connection": "close"},
             known=frozenset({"409"}),
         )
 
-    async def _post(self, path: str, *, known: frozenset[str] = frozenset(), **body: Any) -> None:
-        """POST, tried again while the stack is unreachable or overloaded. Raises `SaveRefused`, `httpx.HTTPError`."""
+    async def _post(self, path: str, *, known: frozenset[str] = frozenset(), **body: Any) -> bool:
+        """POST, tried again while the stack is unreachable or overloaded. False: refused with one of the `known` codes.
+
+        Raises `SaveRefused`, `httpx.HTTPError`.
+        """
         async for attempt in tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(5),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
@@ -342,95 +398,13 @@ class Editor:
             with attempt:
                 response = await self._http.post(path, **body)
                 if response.is_success:
-                    return
+                    return True
                 if response.status_code == 429 or response.status_code >= 500:
                     response.raise_for_status()
                 answer = _object(response)
                 if known.isdisjoint({str(answer.get("statusCode")), str(answer.get("code"))}):
                     raise SaveRefused(str(answer.get("message") or response.status_code))
-
-
-def scan(root: Path, below: str = "") -> Iterable[str]:
-    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
-
-    Of a directory whose name is not UTF-8 only itself is given: opening it would be an event that the watch fails at.
-    """
-    for relative, names in _walk(root, below):
-        prefix = relative + "/" if relative else ""
-        for name in names:
-            if not ignored(prefix + name):
-                yield prefix + name
-
-
-def directories(root: Path) -> list[Path]:
-    """The directories in which the project's files are, its root among them."""
-    return [root, *(root / relative for relative, _ in _walk(root) if relative)]
-
-
-def _walk(root: Path, below: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Each directory that may hold files of the project, relative, and the names that are no directories to enter."""
-    for directory, names, files in os.walk(root / below):
-        relative = _relative(root, directory)
-        if relative is None:
-            names.clear()
-            continue
-        names[:] = [
-            name
-            for name in names
-            if name not in IGNORED_DIRECTORIES and not os.path.islink(os.path.join(directory, name))
-        ]
-        unsayable = [name for name in names if not _is_utf8(name)]
-        names[:] = [name for name in names if _is_utf8(name)]
-        yield relative, [*files, *unsayable]
-
-
-def ignored(path: str) -> bool:
-    """Whether a file is no part of the project."""
-    *directories, name = path.split("/")
-    return (
-        not IGNORED_DIRECTORIES.isdisjoint(directories)
-        or name in IGNORED_FILES
-        or name.startswith(".#")
-        or name.endswith(IGNORED_SUFFIXES)
-    )
-
-
-def path_problem(path: str) -> str | None:
-    """Why the database would not take this path (protocol: `file_path`), or None."""
-    if not _is_utf8(path):
-        return "its name is not UTF-8"
-    if len(path.encode()) > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
-        return "its name is too long"
-    if path.count("/") >= 64:
-        return "it lies below more than 63 directories"
-    if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
-        return "its name has a backslash or a control character"
-    if not unicodedata.is_normalized("NFC", path):
-        return "its name is not in Unicode's composed form (NFC)"
-    return None
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
         return False
-    return True
-
-
-def _stands(path: Path) -> bool:
-    """Whether a file or a directory is there, without opening it: that would be an event, and the watch fails at it."""
-    try:
-        mode = path.lstat().st_mode
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-
-
-def shown(path: str) -> str:
-    """`path` with nothing in it that a terminal cannot show or would act on."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_text(content: bytes) -> str | None:
@@ -443,37 +417,14 @@ def as_text(content: bytes) -> str | None:
         return None
 
 
-def _relative(root: Path, path: str) -> str | None:
-    """`path` below `root`, or None when it is elsewhere or in an ignored directory."""
-    relative = os.path.relpath(path, root).replace(os.sep, "/")
-    if relative == ".":
-        return ""
-    if relative.startswith("../") or not IGNORED_DIRECTORIES.isdisjoint(relative.split("/")):
-        return None
-    return relative
-
-
-def _read(path: Path) -> tuple[LocalFile, bytes] | None:
-    """A regular file's content, as it is now; None when there is none (any more)."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            content = file.read(MAX_ASSET + 1)
-    except OSError:
-        return None
-    return LocalFile(hashlib.sha256(content).hexdigest(), bool(status.st_mode & stat.S_IXUSR)), content
-
-
 def _read_baseline(path: Path, project_id: UUID) -> dict[str, LocalFile]:
-    """What was sent before; empty when nothing was, or to another project."""
+    """What was sent before; empty when nothing was, or to another project. Raises `OSError`."""
     try:
         kept = json.loads(path.read_text())
         if kept["project_id"] != str(project_id):
             return {}
         return {name: LocalFile(digest, executable) for name, (digest, executable) in kept["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

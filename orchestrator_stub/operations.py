@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import psycopg
 from prometheus_client import (
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orchestrator_stub.database import Pool
 from orchestrator_stub.openapi import openapi_document
 from orchestrator_stub.sessions import ENDED, PROBLEMS, State
+from orchestrator_stub.tokens import KEY_PROBLEMS
 
 READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""
@@ -83,6 +84,12 @@ class Metrics:
             "When this orchestrator last swept to the end; of several, one sweeps at a time. 0: not yet.",
             registry=registry,
         )
+        self.key_problems = Gauge(
+            PREFIX + "key_problems",
+            "What is wrong with the key set now. unread: its file gives none and the one of before is in force.",
+            ["kind"],
+            registry=registry,
+        )
         ProcessCollector(namespace=PREFIX.rstrip("_"), registry=registry)
         PlatformCollector(registry=registry)
 
@@ -102,6 +109,15 @@ class Metrics:
         for gauge, counts in ((self.troubled, problems), (self.agents, agents)):
             for label, number in counts.items():
                 gauge.labels(label).set(number)
+
+    def watch_keys(self, problems: Callable[[], Mapping[str, int]]) -> None:
+        """Ask for the key set's problems at each scrape: nobody may have shown a token since the set changed."""
+
+        def number_of(kind: str) -> Callable[[], float]:
+            return lambda: problems()[kind]
+
+        for kind in KEY_PROBLEMS:
+            self.key_problems.labels(kind).set_function(number_of(kind))
 
     def forget(self) -> None:
         """Nothing is known of the sessions now, and nothing is said."""

@@ -78,6 +78,7 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: control.swept_at)
+        metrics.watch_keys(keys.problems)
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]

@@ -134,7 +134,9 @@ class Snapshots:
                     manifest, size = await self._write(project_id, base_revision, spool)
                     digest = await asyncio.to_thread(_sha256, spool)
                     path = _object_path(project_id, manifest, digest, anew=anew)
-                    await self._store(path, spool, size)
+                    await self._storage.ensure(
+                        BUCKET, path, _pieces(spool), size, content_type="application/zip"
+                    )
         except (StorageFailure, ArchiveTooLarge, OSError) as error:
             raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
         except psycopg.OperationalError as error:
@@ -205,14 +207,6 @@ class Snapshots:
                 f"cannot build a snapshot: {ASSETS}/{project_id}/{file.digest} does not hold what {file.path!r} "
                 f"is said to be ({size} bytes, {file.size} expected); upload it again"
             )
-
-    async def _store(self, path: str, spool: IO[bytes], size: int) -> None:
-        try:
-            await self._storage.upload(BUCKET, path, _pieces(spool), size, content_type="application/zip")
-        except StorageFailure as failure:
-            # Same name, same hash, same bytes: somebody stored it already.
-            if failure.code not in ("KeyAlreadyExists", "Duplicate"):
-                raise
 
 
 def _manifest(

@@ -2,6 +2,10 @@
 
 Storage hides what it means behind HTTP 400 and says it in a JSON body (`code`, `statusCode`); here that becomes one
 exception that says whether trying again can help. The service key is sent with every call and is in no message.
+
+Storage answers an upload that it refuses without reading it, and keeps the connection: whatever comes next on it waits
+behind the unread body until a timeout (bodies from 150 KB; from 4 MB the upload itself). So a connection carries one
+upload and nothing after it, and what is named by its hash is asked for before it is sent (`StorageClient.ensure`).
 """
 
 from __future__ import annotations
@@ -24,12 +28,13 @@ class StorageFailure(Exception):
     """Storage did not do what it was asked.
 
     `code` is Storage's own word (`NoSuchKey`, `KeyAlreadyExists` …) or `HTTP 502`, or the network error's class.
-    `transient`: the same call may succeed later.
+    `transient`: the same call may succeed later. `missing`: there is no such object, or bucket.
     """
 
-    def __init__(self, what: str, code: str, *, transient: bool) -> None:
+    def __init__(self, what: str, code: str, *, transient: bool, missing: bool = False) -> None:
         self.code = code
         self.transient = transient
+        self.missing = missing
         super().__init__(f"cannot {what}: {code}")
 
 
@@ -53,15 +58,54 @@ class StorageClient:
         *,
         content_type: str = "application/octet-stream",
         cache_seconds: int = 3600,
+        replace: bool = False,
     ) -> None:
-        """Store an object that is not there yet; one that is there is left alone and is `KeyAlreadyExists`."""
+        """Store an object. One that is there is replaced, or else left alone and is `KeyAlreadyExists`."""
         headers = {
             "content-type": content_type,
             "content-length": str(size),
             "cache-control": f"max-age={cache_seconds}",
-            "x-upsert": "false",
+            "x-upsert": str(replace).lower(),
+            "connection": "close",
         }
         await self._call("POST", f"object/{_at(bucket, path)}", f"upload {path}", content, headers)
+
+    async def ensure(
+        self,
+        bucket: str,
+        path: str,
+        content: bytes | AsyncIterator[bytes],
+        size: int,
+        *,
+        content_type: str = "application/octet-stream",
+    ) -> None:
+        """Have an object stored whose name ends in its hash: one that is there has these bytes, and is not sent again.
+
+        Who stores the same at the same moment is replaced by it, since a replacing upload is read to its end: a refused
+        one would hold up the connection of a gateway in between, which closing ours does not reach (nginx, measured).
+        """
+        if await self.exists(bucket, path):
+            return
+        try:
+            await self.upload(bucket, path, content, size, content_type=content_type, replace=True)
+        except StorageFailure:
+            # It may be there all the same: the answer was lost, or somebody else's upload was in the way of ours.
+            try:
+                stored = await self.exists(bucket, path)
+            except StorageFailure:
+                stored = False
+            if not stored:
+                raise
+
+    async def exists(self, bucket: str, path: str) -> bool:
+        """Whether the object is stored."""
+        try:
+            await self.sign(bucket, path, 1)
+        except StorageFailure as failure:
+            if failure.missing:
+                return False
+            raise
+        return True
 
     async def sign(self, bucket: str, path: str, expires_in: int) -> str:
         """A URL that opens this object, and nothing else, for `expires_in` seconds."""
@@ -150,5 +194,6 @@ async def _failure(response: httpx.Response, what: str) -> StorageFailure:
     status = response.status_code
     if isinstance(told, dict) and str(told.get("statusCode", "")).isdigit():
         status = int(told["statusCode"])
-    transient = not isinstance(code, str) or status == 429 or status >= 500
-    return StorageFailure(what, code if isinstance(code, str) else f"HTTP {status}", transient=transient)
+    if not isinstance(code, str):
+        return StorageFailure(what, f"HTTP {status}", transient=True)
+    return StorageFailure(what, code, transient=status == 429 or status >= 500, missing=status == 404)

@@ -13,8 +13,10 @@ import psycopg
 
 from orchestrator_stub.control import BeginningRefused
 from orchestrator_stub.database import Pool, head_of
-from orchestrator_stub.editor import as_text, scan
-from orchestrator_stub.storage import StorageClient, StorageFailure
+from orchestrator_stub.editor import as_text
+from orchestrator_stub.paths import path_problem, shown
+from orchestrator_stub.reading import scan
+from orchestrator_stub.storage import StorageClient
 
 ASSETS = "project-assets"
 
@@ -55,7 +57,7 @@ class Template:
                 change["content"] = text
             else:
                 change["encoding"] = "base64"
-                await self._upload(f"{project_id}/{digest}", content)
+                await self._storage.ensure(ASSETS, f"{project_id}/{digest}", content, len(content))
             changes.append(change)
         try:
             async with self._pool.connection() as connection:
@@ -77,17 +79,12 @@ class Template:
         head = await head_of(self._pool, project_id)
         return head is not None and head.revision == 0
 
-    async def _upload(self, path: str, content: bytes) -> None:
-        try:
-            await self._storage.upload(ASSETS, path, content, len(content))
-        except StorageFailure as failure:
-            if failure.code not in ("KeyAlreadyExists", "Duplicate"):
-                raise
-
 
 def _read_all(directory: Path) -> dict[str, tuple[bytes, bool]]:
     found = {}
     for path in sorted(scan(directory)):
+        if problem := path_problem(path):
+            raise BeginningRefused(f"{directory} is no template: {shown(path)}: {problem}")
         file = directory / path
         found[path] = (file.read_bytes(), bool(file.stat().st_mode & 0o100))
     return found

@@ -6,15 +6,23 @@ without one (Supabase's legacy HS256 secret mints those) is tried against the ke
 opened from a file follows the file, without a restart: to rotate, write the new key first in the set, and
 drop the old one once the longest-lived token signed with it has expired.
 
+A key that cannot be used (of another kind, or with a typo) is left out and the rest of the set counts: a key that was
+dropped never outlives its set because of what stands beside it. A file that gives no key at all leaves the last good
+set in force. Both are errors in the log, and in `Keyring.problems` for as long as they last.
+
     TokenRejected    the token is not to be believed; `reason` is one word for problems and metrics
+    CannotSign       no key of the set is private
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import time
 from base64 import urlsafe_b64encode
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +30,11 @@ from typing import Any, Final
 from uuid import UUID
 
 import jwt
+import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
+
+log = structlog.get_logger("tokens")
 
 AUDIENCE: Final = "preview-agent"
 """Of session tokens: a user's or a service's token never passes for one, nor the other way round."""
@@ -33,6 +44,17 @@ LEEWAY: Final = 5
 
 SECRET_BYTES: Final = 32
 """HS256 wants a key at least as long as its output (RFC 7518, 3.2)."""
+
+
+LOOK_AGAIN: Final = 10.0
+"""Seconds between two looks at a file that cannot be used and has not changed: its rights may have, or the disk."""
+
+KEY_PROBLEMS: Final = ("unread", "skipped", "named_twice", "cannot_sign")
+"""What can be wrong with a key set: the file gives none, keys left out, names shared, nothing to sign with."""
+
+
+class CannotSign(Exception):
+    """No key of the set is private."""
 
 
 class TokenRejected(Exception):
@@ -67,13 +89,55 @@ class SessionClaims:
     """Unix seconds."""
 
 
-class Keyring:
-    """The keys that sign and verify. See the module's docstring for how keys are chosen and rotated."""
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """The keys of a set that can be used, in its order; why others were left out; the names that several keys have."""
 
-    def __init__(self, keys: Sequence[Key], *, path: Path | None = None) -> None:
-        self._keys = tuple(keys)
+    keys: tuple[Key, ...]
+    skipped: tuple[str, ...] = ()
+    named_twice: tuple[str, ...] = ()
+
+    @property
+    def cannot_sign(self) -> bool:
+        return all(key.private is None for key in self.keys)
+
+    def say(self, path: Path | None) -> None:
+        """An error line for each thing that is wrong with it."""
+        file = str(path) if path else None
+        for reason in self.skipped:
+            log.error("keys.skipped", file=file, reason=f"{reason}; it neither signs nor verifies")
+        for name in self.named_twice:
+            log.error("keys.named_twice", file=file, reason=f"several keys are named {name}; name each once")
+        if self.cannot_sign:
+            log.error(
+                "keys.cannot_sign", file=file, reason="no key of the set is private; add one that signs"
+            )
+
+
+Stamp = tuple[int, int, int] | None
+
+
+class Keyring:
+    """The keys that sign and verify. See the module's docstring for how keys are chosen and rotated.
+
+    `path` is the file they were read from, `stamp` what it looked like before that; `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[Key] | KeySet,
+        *,
+        path: Path | None = None,
+        stamp: Stamp = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._set = keys if isinstance(keys, KeySet) else KeySet(tuple(keys))
         self._path = path
-        self._stamp = _stamp(path) if path else None
+        self._clock = clock
+        self._stamp = stamp
+        """Of the file when the set in force was read."""
+        self._unread: tuple[Stamp, float] | None = None
+        """The file's stamp when it last gave no set, and when to look again if that does not change."""
 
     @classmethod
     def from_secret(cls, secret: str, *, kid: str | None = None) -> Keyring:
@@ -84,22 +148,27 @@ class Keyring:
         return cls([Key(kid, "HS256", key, key)])
 
     @classmethod
-    def from_jwks(cls, jwks: object, *, path: Path | None = None) -> Keyring:
-        """A JSON Web Key Set with `oct` and `EC` P-256 keys. Raises `ValueError` on anything else."""
-        return cls(_read_jwks(jwks), path=path)
+    def from_jwks(cls, jwks: object) -> Keyring:
+        """A JSON Web Key Set with `oct` and `EC` P-256 keys. Raises `ValueError` when it has none of them."""
+        found = _read_jwks(jwks)
+        found.say(None)
+        return cls(found)
 
     @classmethod
-    def open(cls, path: Path) -> Keyring:
+    def open(cls, path: Path, *, clock: Callable[[], float] = time.monotonic) -> Keyring:
         """The key set in the file `path`, re-read when the file changes. Raises `OSError`, `ValueError`."""
-        return cls.from_jwks(json.loads(path.read_text()), path=path)
+        stamp = _stamp(path)
+        found = _read_file(path)
+        found.say(path)
+        return cls(found, path=path, stamp=stamp, clock=clock)
 
     def sign(self, claims: Mapping[str, object]) -> str:
-        """A compact JWT of `claims`, by the first private key. Raises `ValueError` when the ring has none."""
+        """A compact JWT of `claims`, by the first private key. Raises `CannotSign` when the ring has none."""
         for key in self._current():
             if key.private is not None:
                 headers = {"kid": key.kid} if key.kid else None
                 return jwt.encode(dict(claims), key.private, algorithm=key.algorithm, headers=headers)
-        raise ValueError("the keyring has no private key to sign with")
+        raise CannotSign("no key of the set is private, so nothing can be signed; add one to the key set")
 
     def verify(self, token: str, *, audience: str | None = None, grace: float = 0.0) -> dict[str, Any]:
         """The claims of a token that one of the keys signed and that has not expired.
@@ -143,18 +212,34 @@ class Keyring:
         """Changes (by identity) whenever the keys do: what was verified by other keys must be verified again."""
         return self._current()
 
+    def problems(self) -> dict[str, int]:
+        """How many things of each of `KEY_PROBLEMS` are wrong with the set now; looks at the file first."""
+        self._current()
+        found = (self._unread is not None, len(self._set.skipped), len(self._set.named_twice))
+        return dict(zip(KEY_PROBLEMS, map(int, (*found, self._set.cannot_sign)), strict=True))
+
     def _current(self) -> tuple[Key, ...]:
-        """The keys, re-read when the file's stamp moved. A torn or missing file keeps the old ones."""
-        if self._path is not None and (stamp := _stamp(self._path)) != self._stamp and stamp is not None:
+        """The keys, re-read when the file's stamp moved. When it gives no set the old ones stay, which is said."""
+        if self._path is None:
+            return self._set.keys
+        stamp, now = _stamp(self._path), self._clock()
+        if stamp is not None and stamp == self._stamp:
+            self._unread = None
+        elif self._unread is None or self._unread[0] != stamp or self._unread[1] <= now:
             try:
-                self._keys = tuple(_read_jwks(json.loads(self._path.read_text())))
-                self._stamp = stamp
-            except (OSError, ValueError):
-                pass
-        return self._keys
+                self._set = _read_file(self._path)
+            except (OSError, ValueError) as error:
+                self._unread = stamp, now + LOOK_AGAIN
+                log.error(
+                    "keys.unread", file=str(self._path), reason=f"{error}; the keys of before stay in force"
+                )
+            else:
+                self._stamp, self._unread = stamp, None
+                self._set.say(self._path)
+        return self._set.keys
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> Stamp:
     try:
         stat = path.stat()
     except OSError:
@@ -162,35 +247,73 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _read_jwks(jwks: object) -> list[Key]:
-    keys = jwks.get("keys") if isinstance(jwks, dict) else None
-    if not isinstance(keys, list) or not keys:
+def _read_file(path: Path) -> KeySet:
+    """Raises `OSError`, and `ValueError` for what is no key set."""
+    try:
+        return _read_jwks(json.loads(path.read_bytes()))
+    except RecursionError:
+        raise ValueError("it is nested too deep to be a key set") from None
+
+
+def _read_jwks(jwks: object) -> KeySet:
+    """The keys that can be used. Raises `ValueError` when there is none."""
+    listed = jwks.get("keys") if isinstance(jwks, dict) else None
+    if not isinstance(listed, list) or not listed:
         raise ValueError('a key set is {"keys": [...]} with at least one key')
-    return [_read_jwk(jwk) for jwk in keys]
+    keys, skipped = [], []
+    for number, jwk in enumerate(listed, 1):
+        try:
+            keys.append(_read_jwk(jwk))
+        except ValueError as error:
+            skipped.append(f"key {number} of the set: {error}")
+    if not keys:
+        raise ValueError(f"no key of the set can be used; {'; '.join(skipped[:5])}")
+    names = Counter(key.kid for key in keys if key.kid is not None)
+    return KeySet(
+        tuple(keys), tuple(skipped), tuple(_shown(name) for name, times in names.items() if times > 1)
+    )
 
 
 def _read_jwk(jwk: object) -> Key:
+    """One key. Raises `ValueError`, whose text repeats none of its secrets."""
     if not isinstance(jwk, dict):
-        raise ValueError("a key of the set is not an object")
-    kid = jwk.get("kid")
+        raise ValueError("it is no object")
+    kid, algorithm = jwk.get("kid"), jwk.get("alg")
     if kid is not None and not isinstance(kid, str):
-        raise ValueError("a key's kid is not text")
+        raise ValueError("its kid is not text")
+    named = f"{_shown(kid)}: " if kid else ""
     match jwk.get("kty"), jwk.get("crv"):
-        case "oct", _:
-            secret = jwt.utils.base64url_decode(str(jwk.get("k", "")))
+        case "oct", _ if algorithm in (None, "HS256"):
+            secret = _secret(jwk.get("k"))
             if len(secret) < SECRET_BYTES:
-                raise ValueError(f"key {kid!r}: HS256 needs at least {SECRET_BYTES} bytes")
+                raise ValueError(f"{named}HS256 needs at least {SECRET_BYTES} bytes")
             return Key(kid, "HS256", secret, secret)
-        case "EC", "P-256":
+        case "EC", "P-256" if algorithm in (None, "ES256"):
             try:
                 loaded = ECAlgorithm.from_jwk(jwk)
-            except jwt.InvalidKeyError as error:
-                raise ValueError(f"key {kid!r}: {error}") from None
+            except (jwt.InvalidKeyError, ValueError, TypeError) as error:
+                raise ValueError(f"{named}it is no key on P-256 ({error})") from None
             if isinstance(loaded, ec.EllipticCurvePrivateKey):
                 return Key(kid, "ES256", loaded, loaded.public_key())
             return Key(kid, "ES256", None, loaded)
         case kty, crv:
-            raise ValueError(f"key {kid!r}: kty {kty!r} crv {crv!r} is not supported; use oct or EC P-256")
+            what = ", ".join(
+                f"{n} {_shown(v)}" for n, v in (("kty", kty), ("crv", crv), ("alg", algorithm)) if v
+            )
+            raise ValueError(
+                f"{named}{what or 'no kty'} is not supported; use oct with HS256 or EC P-256 with ES256"
+            )
+
+
+def _secret(text: object) -> bytes:
+    if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z0-9+/_-]+={0,2}", text):
+        raise ValueError("its k is not base64url")
+    return jwt.utils.base64url_decode(text)
+
+
+def _shown(value: object) -> str:
+    """A name out of a key set as it may stand in a log: short, and never a whole structure."""
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def new_hs256(kid: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ from uuid import UUID
 
 import httpx
 
-from orchestrator_stub.editor import Editor, Sent, UserAuth, scan
+from orchestrator_stub.editor import Editor, Sent, UserAuth
+from orchestrator_stub.reading import scan
 from soak.stack import Stack
 from soak.writing import ASSISTED, PERSON, Action, File, Step, Writing
 

@@ -26,7 +26,7 @@ from uuid import UUID
 import httpx
 
 from agent.model import Digest, RelPath, tree_hash
-from orchestrator_stub.editor import scan
+from orchestrator_stub.reading import scan
 from soak.stack import Stack
 from soak.writing import MARKER
 

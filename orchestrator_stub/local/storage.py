@@ -2,7 +2,8 @@
 
 A file is named by its row's `version`, never by its path: an overwrite is a new file and a changed row, so a
 reader in the middle of a download keeps what it began with, and no path can climb out. Errors are the original's:
-a JSON body whose `statusCode` says 404 or 409, behind HTTP 400 (supabase/storage `internal/errors`).
+a JSON body whose `statusCode` says 404 or 409, behind HTTP 400 (supabase/storage `internal/errors`). So is their
+moment: an upload of a stored key, or of one that the caller may not write, is answered before its body is read.
 
 Signed URLs carry a JWT `{url, iat, exp}` of the project's secret. Uploads are raw bodies; multipart forms, which
 browsers' clients send for a Blob, are refused by name.
@@ -26,9 +27,11 @@ import orjson
 import psycopg
 from psycopg.errors import InsufficientPrivilege, UniqueViolation
 from psycopg.types.json import Jsonb
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from orchestrator_stub.local.access import Claims, Pool, acting_as, read_claims
 from orchestrator_stub.local.keys import ProjectKeys
@@ -37,8 +40,17 @@ from orchestrator_stub.tokens import TokenRejected
 MAX_OBJECT_BYTES = 50 * 1024 * 1024
 """The hosted default of one upload; a bucket's `file_size_limit` can only lower it."""
 
+READ_AHEAD = 128 * 1024
+"""Bytes of a refused body that the original's HTTP server takes in by itself: 100 KB did no harm there, 150 KB did."""
 
-LOCK = "select version from storage.objects where bucket_id = %s and name = %s for update"
+HELD_SECONDS = 72.0
+"""For which a connection with an unread body stays open: Fastify's keep-alive timeout."""
+
+
+ONE_AT_A_TIME = "select pg_advisory_xact_lock(hashtextextended(%s, 0))"
+LOCK = (
+    "select version, metadata ->> 'eTag' from storage.objects where bucket_id = %s and name = %s for update"
+)
 INSERT = """
 insert into storage.objects (bucket_id, name, version, metadata, owner_id)
 values (%s, %s, %s, %s, %s) returning id::text
@@ -53,7 +65,12 @@ returning id::text
 
 
 class StorageError(Exception):
-    """An answer in Storage's error form. `status` stands in the body; HTTP says 400, or 500 for a 500."""
+    """An answer in Storage's error form. `status` stands in the body; HTTP says 400, or 500 for a 500.
+
+    `unread`: it is given before the request's body was read.
+    """
+
+    unread = False
 
     def __init__(self, status: int, code: str, message: str, error: str | None = None) -> None:
         self.status = status
@@ -61,8 +78,35 @@ class StorageError(Exception):
         super().__init__(message)
 
 
+class Unread(JSONResponse):
+    """An answer before the request's body was read, which leaves the connection as the original does: open, and deaf.
+
+    What follows a body of any size waits behind it until the client gives up. ASGI has no way to leave the body
+    unread; here the answer is whole but not over, so that the next request is not begun, and the body is dropped.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        small = declared.isdecimal() and int(declared) <= READ_AHEAD
+        if small or headers.get("connection", "").lower() == "close":
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HELD_SECONDS):
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+        # Returning without the end closes the connection: a request that waited in it is not done long afterwards.
+
+
 def _not_found() -> StorageError:
     return StorageError(404, "NoSuchKey", "Object not found", "not_found")
+
+
+def _denied() -> StorageError:
+    return StorageError(403, "AccessDenied", "new row violates row-level security policy", "Unauthorized")
 
 
 def _too_large() -> StorageError:
@@ -109,10 +153,10 @@ class Storage:
             try:
                 return await endpoint(request)
             except StorageError as error:
-                return JSONResponse(error.body, 500 if error.status == 500 else 400)
+                form = Unread if error.unread else JSONResponse
+                return form(error.body, 500 if error.status == 500 else 400)
             except InsufficientPrivilege:
-                text = "new row violates row-level security policy"
-                return JSONResponse(StorageError(403, "AccessDenied", text, "Unauthorized").body, 400)
+                return JSONResponse(_denied().body, 400)
             except psycopg.OperationalError:
                 # 544 is Storage's own number for this.
                 text = "The connection to the database timed out"
@@ -182,6 +226,7 @@ class Storage:
             raise StorageError(415, "InvalidMimeType", text, "invalid_mime_type")
         limit = await self._limit(bucket)
         version = str(uuid4())
+        await self._rehearse(claims, bucket, name, version, upsert)
         part, final = self._directory / f"{version}.part", self._directory / version
         try:
             etag, size = await _receive(request, part, limit)
@@ -192,14 +237,14 @@ class Storage:
             }  # fmt: skip
             os.replace(part, final)
             try:
-                id_, replaced = await self._record(claims, bucket, name, version, metadata, upsert)
+                id_, unused = await self._record(claims, bucket, name, version, metadata, upsert)
             except BaseException:
                 final.unlink()
                 raise
         finally:
             part.unlink(missing_ok=True)
-        if replaced is not None:
-            self._file(replaced).unlink(missing_ok=True)
+        if unused is not None:
+            self._file(unused).unlink(missing_ok=True)
         return JSONResponse({"Key": f"{bucket}/{name}", "Id": id_})
 
     async def _limit(self, bucket: str) -> int:
@@ -210,25 +255,51 @@ class Storage:
             raise StorageError(404, "NoSuchBucket", "Bucket not found", "Bucket not found")
         return MAX_OBJECT_BYTES if row[0] is None else min(row[0], MAX_OBJECT_BYTES)
 
+    async def _rehearse(self, claims: Claims, bucket: str, name: str, version: str, upsert: bool) -> None:
+        """Write the row and take it back: what refuses it refuses the upload before its body is read."""
+        try:
+            await self._record(claims, bucket, name, version, {}, upsert, rehearsal=True)
+        except (InsufficientPrivilege, StorageError) as error:
+            refusal = error if isinstance(error, StorageError) else _denied()
+            refusal.unread = True
+            raise refusal from None
+
     async def _record(
-        self, claims: Claims, bucket: str, name: str, version: str, metadata: dict[str, Any], upsert: bool
+        self,
+        claims: Claims,
+        bucket: str,
+        name: str,
+        version: str,
+        metadata: dict[str, Any],
+        upsert: bool,
+        *,
+        rehearsal: bool = False,
     ) -> tuple[str, str | None]:
-        """The row of an upload, written as the caller: its id, and the version it replaced."""
+        """The row of an upload, written as the caller: its id, and the version whose file nobody needs now.
+
+        That is the version it replaced; but bytes that are replaced by the same ones stay for those who read them.
+        """
+        written: tuple[Any, ...] | None = None
+        unused: str | None = None
         try:
             async with acting_as(self._pool, claims) as connection:
-                replaced = None
                 if upsert:
-                    before = await connection.execute(LOCK, [bucket, name])
-                    replaced = await before.fetchone()
+                    await connection.execute(ONE_AT_A_TIME, [f"{bucket}/{name}"])
+                    before = await (await connection.execute(LOCK, [bucket, name])).fetchone()
+                    if before is not None:
+                        same = before[1] == metadata.get("eTag")
+                        unused, version = (version, before[0]) if same else (before[0], version)
                 row = await connection.execute(
                     UPSERT if upsert else INSERT,
                     [bucket, name, version, Jsonb(metadata), claims.get("sub")],
                 )
                 written = await row.fetchone()
+                if rehearsal:
+                    raise psycopg.Rollback
         except UniqueViolation:
             raise StorageError(409, "KeyAlreadyExists", "The resource already exists", "Duplicate") from None
         assert written is not None
-        return written[0], replaced[0] if replaced else None
+        return written[0], unused
 
     async def _remove_one(self, request: Request) -> Response:
         bucket, name = _address(request)

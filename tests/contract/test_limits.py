@@ -21,7 +21,7 @@ from agent.disk import Disk
 from agent.errors import PathRefused
 from agent.hydrate import fetch
 from agent.model import parse_path
-from orchestrator_stub.editor import ignored, path_problem
+from orchestrator_stub.paths import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane
 
 PATH = json.loads((Path(__file__).parent / "limits.json").read_text())["path"]

@@ -7,13 +7,14 @@ import base64
 import hashlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
 
 from orchestrator_stub.control import Control, Offer
 from orchestrator_stub.sessions import State
-from orchestrator_stub.tokens import read_session
+from orchestrator_stub.tokens import KeySet, read_session
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.control_world import (
@@ -374,6 +375,30 @@ async def test_a_part_that_is_away_is_a_503_that_says_when_to_ask_again(world: W
     answer = await sync(world, session)
     assert_problem(answer, 503, "unavailable")
     assert int(answer.headers["retry-after"]) >= 1
+
+
+async def test_keys_that_only_verify_start_nothing_and_say_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await world.session()
+    token = bearer(world.token(session))
+    public = KeySet(tuple(replace(key, private=None) for key in world.keys._set.keys))
+    monkeypatch.setattr(world.keys, "_set", public)
+    path = f"/v1/sessions/{session['session_id']}"
+    assert_problem(await world.http.post(f"{path}/token", headers=token), 503, "unavailable")
+    question = {"epoch": None, "revision": 0, "reason": "join"}
+    assert (await world.http.post(f"{path}/sync", json=question, headers=token)).status_code == 200
+    waiting = (await world.create(await world.project())).json()
+    assert waiting["state"] == "provisioning"
+    assert waiting["problem"].startswith("provisioning: no key of the set is private")
+    monkeypatch.undo()
+    await world.pass_time(60)
+    await world.control.sweep()
+    async with asyncio.timeout(15):
+        while (
+            made := await world.control.settled(UUID(waiting["session_id"]), 1)
+        ) and made.machine_id is None:
+            await asyncio.sleep(0.02)
 
 
 async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

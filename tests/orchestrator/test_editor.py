@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,7 +16,9 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from orchestrator_stub.editor import Editor, Sent, UserAuth, as_text, ignored, path_problem, scan
+from orchestrator_stub.editor import Editor, Sent, UserAuth, as_text
+from orchestrator_stub.paths import ignored, path_problem
+from orchestrator_stub.reading import scan
 from tests.fakes.serving import Local, serve_local
 
 PNG = bytes(range(256))
@@ -78,8 +82,9 @@ class Lossy(httpx.AsyncBaseTransport):
         return answer
 
 
-@pytest.fixture
-async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+@asynccontextmanager
+async def at_a_desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+    """A person with an empty project and an empty directory."""
     async with serve_local(database, tmp_path / "storage") as local:
         user_id, project_id = uuid4(), uuid4()
         await local.sql("insert into auth.users (id) values (%s)", user_id)
@@ -90,6 +95,12 @@ async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
         made = Desk(local, root, project_id, user_id, tmp_path / "editor.json")
         yield made
         await made.http.aclose()
+
+
+@pytest.fixture
+async def desk(database: str, tmp_path: Path) -> AsyncIterator[Desk]:
+    async with at_a_desk(database, tmp_path) as made:
+        yield made
 
 
 async def test_an_import_is_one_commit_of_what_is_the_project_s(desk: Desk) -> None:
@@ -116,6 +127,17 @@ async def test_an_import_is_one_commit_of_what_is_the_project_s(desk: Desk) -> N
     rows = await desk.local.sql("select file_path from public.project_files_current where executable")
     assert rows == [("run.sh",)]
     assert not await desk.editor().send_all(), "a second start has nothing to send"
+
+
+@pytest.mark.parametrize("size", [60_000, 200_000, 2_000_000])
+async def test_bytes_that_are_stored_already_hold_up_nothing(desk: Desk, size: int) -> None:
+    """Storage refuses the second upload of one picture unread; what follows on that connection would wait behind it."""
+    picture = b"\0" + random.Random(size).randbytes(size)
+    async with asyncio.timeout(15):
+        for path in ("one.png", "two.png", "three.png"):
+            desk.put(path, picture)
+            assert await desk.editor().send_all() == Sent(updated=1)
+    assert set(await desk.files()) == {"one.png", "two.png", "three.png"}
 
 
 async def test_what_changed_while_it_was_down_is_sent_and_what_others_wrote_is_left(desk: Desk) -> None:
@@ -155,11 +177,11 @@ class Watched:
         self.sent: list[Sent] = []
 
     async def __aenter__(self) -> Watched:
-        self.editor = editor = self.desk.editor()
-        await editor.send_all()
+        self.editor = self.desk.editor()
+        await self.editor.send_all()
 
         async def follow() -> None:
-            async for sent in editor.watch():
+            async for sent in self.editor.watch():
                 self.sent.append(sent)
 
         self.task = asyncio.create_task(follow())
@@ -187,6 +209,28 @@ async def test_saves_removals_and_moves_are_followed(desk: Desk) -> None:
         await desk.until(lambda files: set(files) == {"watched"})
         desk.put("deep/er/c.ts", "c")
         await desk.until(lambda files: files.get("deep/er/c.ts") == "c")
+
+
+async def test_what_is_beside_the_project_is_not_followed_into_it(desk: Desk, tmp_path: Path) -> None:
+    """A state directory in its default place, and one that a link in the project leads to."""
+    outside = tmp_path / "state"
+    outside.mkdir()
+    (desk.root / ".preview-sync").mkdir()
+    (desk.root / "link").symlink_to(outside)
+    (desk.root / "src").mkdir()
+    (desk.root / "src/link").symlink_to(outside)
+    async with Watched(desk):
+        for directory in (outside, desk.root / ".preview-sync"):
+            for name in ("keys.json", "editor.json"):
+                (directory / name).write_text("secret")
+        (outside / "postgres").mkdir()
+        (outside / "postgres/1").write_text("x")
+        desk.put("src/later.ts", "later")
+        await desk.until(lambda files: "src/later.ts" in files)
+        # A second one: what came with the first has been sent by then.
+        desk.put("src/last.ts", "last")
+        await desk.until(lambda files: "src/last.ts" in files)
+        assert set(await desk.files()) == {"watched", "src/later.ts", "src/last.ts"}
 
 
 async def test_many_saves_at_once_are_few_commits(desk: Desk) -> None:

@@ -153,6 +153,38 @@ def test_keys_are_rotated_without_a_restart(
         assert known("second"), "a torn file is not believed"
 
 
+def test_a_key_that_cannot_be_used_is_said_and_keeps_no_other_alive(
+    service: subprocess.Popen[str], port: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.json"
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+
+        def told(kind: str) -> bool:
+            return f'preview_orchestrator_key_problems{{kind="{kind}"}} 1.0' in http.get("/metrics").text
+
+        keys = {
+            "keys": [{"kty": "oct", "kid": "second", "k": f"{'second':x<43}"}, {"kty": "RSA", "kid": "r"}]
+        }
+        assert not told("skipped")
+        draft = tmp_path / "draft"
+        draft.write_text(json.dumps(keys))
+        draft.rename(path)
+        # The scrape looks by itself: nobody has shown a token yet.
+        assert told("skipped")
+        assert http.get("/v1/sessions", headers=user_token("first")).status_code == 401
+        assert http.get("/v1/sessions", headers=user_token("second")).status_code == 403
+        path.write_text("half a key s")
+        assert told("unread")
+        assert http.get("/v1/sessions", headers=user_token("second")).status_code == 403
+    service.send_signal(signal.SIGTERM)
+    assert service.wait(timeout=15) == 0
+    assert service.stderr is not None
+    lines = [json.loads(line) for line in service.stderr.read().splitlines()]
+    assert [(x["event"], x["level"]) for x in lines if x["event"].startswith("keys.")] == [
+        ("keys.skipped", "error"), ("keys.unread", "error"),
+    ]  # fmt: skip
+
+
 def test_a_request_under_way_is_answered_before_the_stop(
     service: subprocess.Popen[str], port: int, database: str, storage: socket.socket
 ) -> None:

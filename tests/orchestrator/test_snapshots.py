@@ -23,6 +23,7 @@ from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.offers import KeptSnapshots, PostgresOffers
 from orchestrator_stub.snapshots import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
 from orchestrator_stub.storage import StorageClient, StorageFailure
+from tests.fakes.gateway import nginx, node_storage
 from tests.fakes.serving import Local, serve_local
 
 MANIFEST = ".preview-sync/manifest.json"
@@ -118,6 +119,21 @@ async def test_the_same_revision_gives_the_same_bytes(world: World) -> None:
     assert (again.sha256, again.object_path) == (first.sha256, first.object_path)
     await world.put({"src/file1.ts": "changed"})
     assert (await world.snapshots.build(world.project_id)).sha256 != first.sha256
+
+
+@pytest.mark.parametrize("size", [200_000, 2_000_000])
+async def test_an_archive_that_is_stored_holds_up_nobody(world: World, size: int) -> None:
+    """On Storage's own HTTP server, behind a gateway that keeps connections, as hosted."""
+    await world.put({"noise.txt": random.Random(size).randbytes(size).hex()})
+    async with node_storage() as behind, nginx(behind) as port, httpx.AsyncClient() as http:
+        snapshots = Snapshots(world.pool, StorageClient(f"http://127.0.0.1:{port}/storage/v1", "key", http))
+        first = await snapshots.build(world.project_id)
+        assert first.bytes > size
+        async with asyncio.timeout(20):
+            for _ in range(3):
+                again = await snapshots.build(world.project_id)
+                assert again.object_path == first.object_path
+                await snapshots.signed_url(again.object_path, 60)
 
 
 async def test_a_delta_has_what_is_newer_and_what_is_gone(world: World) -> None:

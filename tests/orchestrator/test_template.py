@@ -14,6 +14,10 @@ from uuid import UUID
 import httpx
 import pytest
 
+from orchestrator_stub.database import pool_of
+from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.template import Template
+from tests.fakes.descriptors import no_descriptors
 from tests.system.plane import Plane, running_plane
 
 PICTURE = bytes(range(256)) * 8
@@ -72,6 +76,19 @@ async def test_a_new_project_has_its_template_at_its_first_session_in_one_revisi
     assert (await manifest_of(plane, session))["revision"] == 1, "and never again"
 
 
+async def test_a_template_that_cannot_be_read_is_not_a_smaller_one(plane: Plane, directory: Path) -> None:
+    project = await plane.project({})
+    async with (
+        pool_of(plane.dsn) as pool,
+        httpx.AsyncClient() as http,
+    ):
+        template = Template(directory, pool, StorageClient(f"{plane.url}/storage/v1", "key", http))
+        assert await template._is_new(project.id)
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            await template.give(project.id)
+        assert await template._is_new(project.id)
+
+
 async def test_without_a_template_a_new_project_stays_empty(database: str, tmp_path: Path) -> None:
     async with running_plane(database, tmp_path, template_dir="") as plane:
         session = await session_of(plane, (await plane.project({})).id)
@@ -93,13 +110,16 @@ async def test_a_project_that_had_a_commit_keeps_what_it_has(plane: Plane) -> No
     assert (await manifest_of(plane, session))["files"] == [], "emptied on purpose is not new"
 
 
+@pytest.mark.parametrize("name", [b"back\\slash", b"caf\xe9", b"caf\xe9/a.ts", b"back\\slash/a.ts"])
 async def test_a_template_that_no_project_may_hold_ends_the_session_and_says_why(
-    plane: Plane, directory: Path
+    plane: Plane, directory: Path, name: bytes
 ) -> None:
     (directory / "Readme").write_text("one")
     os.symlink("/etc/passwd", directory / "link")
     (directory / ("x" * 200)).mkdir()
-    (directory / ("x" * 200) / "back\\slash").write_text("a name that the database refuses")
+    odd = directory / ("x" * 200) / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    odd.write_text("a name that the database refuses")
     project = await plane.project({})
     session = await session_of(plane, project.id)
 

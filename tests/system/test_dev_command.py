@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from orchestrator_stub.dev_screen import DevOptions
 from orchestrator_stub.machines.local import LocalMachines
 from tests.orchestrator.driver_contract import ANOTHER, spec_for
 from tests.system.stack import REPOSITORY, Stack, copy_example, until
@@ -41,6 +42,49 @@ def test_a_directory_without_package_json_is_one_clear_line(tmp_path: Path) -> N
     assert_one_clear_line(dev(str(tmp_path / "app"), "--port", "0", "--state", str(state)), "package.json")
     assert_one_clear_line(dev(str(tmp_path / "nowhere"), "--port", "0", "--state", str(state)), "nowhere")
     assert not Stack(tmp_path, state).processes()
+
+
+STATE_AND_PROJECT = {
+    "inside": ("app", "app/state"),
+    "deep inside": ("app", "app/src/x/state"),
+    "the same": ("app", "app"),
+    "the same, said otherwise": ("app", "app/src/.."),
+    "inside, by a link": ("app", "link/state"),
+    "inside, of a project by a link": ("link", "app/state"),
+    "inside, as a link": ("app", "linked-state"),
+    "inside, behind a default name that leads elsewhere": ("app", "app/.preview-sync"),
+    "around it": ("around/app", "around"),
+    "around it, far": ("around/deep/er/app", "around"),
+    "around it, by a link": ("link-to-inner", "around"),
+}
+
+
+@pytest.mark.parametrize("case", STATE_AND_PROJECT)
+def test_a_state_among_the_project_s_files_is_one_clear_line(tmp_path: Path, case: str) -> None:
+    """Its keys and its database would be files of the project, and served."""
+    app = copy_example(tmp_path / "app")
+    for inner in ("around/app", "around/deep/er/app"):
+        (tmp_path / inner).mkdir(parents=True)
+        (tmp_path / inner / "package.json").write_text("{}")
+    (tmp_path / "link").symlink_to(app)
+    (tmp_path / "linked-state").symlink_to(app / "kept")
+    (tmp_path / "link-to-inner").symlink_to(tmp_path / "around/deep")
+    (tmp_path / "around/deep/package.json").write_text("{}")
+    (app / ".preview-sync").symlink_to("public")
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    project, state = (tmp_path / part for part in STATE_AND_PROJECT[case])
+    assert_one_clear_line(
+        dev(str(project), "--port", "0", "--state", str(state), "--once"), "--state", str(state)
+    )
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before, "nothing was made"
+
+
+@pytest.mark.parametrize("state", [".preview-sync", ".preview-sync/two", "node_modules/.cache/x", "../state"])
+def test_a_state_that_is_no_part_of_the_project_may_lie_in_its_directory(tmp_path: Path, state: str) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/package.json").write_text("{}")
+    options = DevOptions(tmp_path / "app", tmp_path / "app" / state)
+    options.check()
 
 
 def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:

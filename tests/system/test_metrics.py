@@ -53,6 +53,7 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "session_problems": ("gauge", ("problem",)),
     "agents": ("gauge", ("state",)),
     "last_sweep_timestamp_seconds": ("gauge", ()),
+    "key_problems": ("gauge", ("kind",)),
     "snapshot_build_seconds": ("histogram", ()),
     "snapshot_offers": ("counter", ("how",)),
     "process_resident_memory_bytes": ("gauge", ()),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
+import re
 import time
 from pathlib import Path
 
@@ -16,6 +19,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 BUCKET = "project-snapshots"
 OBJECT = f"/storage/v1/object/{BUCKET}"
+
+Early = tuple[asyncio.StreamReader, asyncio.StreamWriter, str]
 
 
 async def put(local: Local, name: str, content: bytes, **headers: str) -> httpx.Response:
@@ -86,6 +91,60 @@ async def test_an_existing_object_is_replaced_only_on_request(local: Local) -> N
     assert len(list(local.storage.iterdir())) == 1, "the replaced bytes are gone"
 
 
+async def early(local: Local, name: str, token: str, *, declared: int, sent: int, extra: str = "") -> Early:
+    """An upload of which only so many bytes are sent, and its answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", local.port)
+    head = (
+        f"POST {OBJECT}/{name} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        f"Content-Length: {declared}\r\n{extra}\r\n"
+    )
+    writer.write(head.encode() + b"x" * sent)
+    async with asyncio.timeout(10):
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", answer)[1])  # type: ignore[index]
+        return reader, writer, json.loads(await reader.readexactly(length))["code"]
+
+
+async def test_a_stored_key_is_refused_before_the_body_is_read_and_the_connection_is_deaf(
+    local: Local,
+) -> None:
+    await put(local, "x", b"one")
+    size = 2_000_000
+    reader, writer, code = await early(local, "x", local.keys.service_key, declared=size, sent=1000)
+    assert code == "KeyAlreadyExists"
+    writer.write(b"x" * (size - 1000) + b"GET /storage/v1/bucket HTTP/1.1\r\nHost: x\r\n\r\n")
+    following = asyncio.create_task(reader.read(1))
+    # Others are served meanwhile, often enough for an answer here to have come.
+    for _ in range(20):
+        assert (await local.http.get(f"{OBJECT}/x")).content == b"one"
+    assert not following.done()
+    following.cancel()
+    writer.close()
+
+
+async def test_a_key_that_the_caller_may_not_write_is_refused_as_early(local: Local) -> None:
+    _, writer, code = await early(local, "y", local.keys.anon_key, declared=2_000_000, sent=1000)
+    assert code == "AccessDenied"
+    writer.close()
+    assert list(local.storage.iterdir()) == []
+
+
+async def test_a_small_body_is_in_nobody_s_way_and_neither_is_a_connection_s_last(local: Local) -> None:
+    await put(local, "x", b"one")
+    key = local.keys.service_key
+    reader, writer, code = await early(local, "x", key, declared=60_000, sent=60_000)
+    assert code == "KeyAlreadyExists"
+    writer.write(b"GET /storage/v1/bucket HTTP/1.1\r\nHost: x\r\n\r\n")
+    async with asyncio.timeout(10):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 400")
+    writer.close()
+    last = "Connection: close\r\n"
+    reader, writer, code = await early(local, "x", key, declared=60_000, sent=60_000, extra=last)
+    async with asyncio.timeout(10):
+        assert (code, await reader.read()) == ("KeyAlreadyExists", b"")
+    writer.close()
+
+
 async def test_an_overwrite_does_not_tear_a_download(local: Local) -> None:
     old, new = b"o" * 8_000_000, b"n" * 8_000_000
     await put(local, "big", old)
@@ -96,6 +155,25 @@ async def test_an_overwrite_does_not_tear_a_download(local: Local) -> None:
         rest = b"".join([chunk async for chunk in chunks])
     assert head + rest == old
     assert (await local.http.get(f"{OBJECT}/big")).content == new
+
+
+async def test_the_same_bytes_over_the_same_bytes_tear_nobody_s_download(local: Local) -> None:
+    """Several who store what is named by its hash replace each other, and others read it meanwhile."""
+    content = b"same" * 100_000
+    upsert = {"x-upsert": "true"}
+
+    async def write() -> None:
+        for _ in range(15):
+            assert (await put(local, "hash", content, **upsert)).status_code == 200
+
+    async def read() -> None:
+        for _ in range(40):
+            assert (await local.http.get(f"{OBJECT}/hash")).content == content
+
+    await put(local, "hash", content, **upsert)
+    await asyncio.gather(write(), write(), write(), read(), read())
+    await asyncio.gather(*(put(local, "first", content, **upsert) for _ in range(6)))
+    assert len(list(local.storage.iterdir())) == 2, "and no bytes are left that nobody names"
 
 
 async def test_size_limits(local: Local) -> None:

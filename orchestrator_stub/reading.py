@@ -1,0 +1,187 @@
+"""Listing and reading a directory's files: what is there, what is gone, and what cannot be read, which is neither.
+
+A file is gone when it is seen to be gone, or to be something else now. Whatever else keeps it from being read (no
+rights, no descriptors, a failing disk, a directory that is away as a whole) says nothing about it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from orchestrator_stub.paths import IGNORED_DIRECTORIES, ignored, path_problem, shown
+
+MAX_ASSET: Final = 50 * 2**20
+"""Bytes of one object: Supabase's default."""
+
+FEW: Final = 3
+"""Paths that are named one by one when they cannot be read."""
+
+GONE: Final = (FileNotFoundError, NotADirectoryError)
+"""What says that nothing stands at a path. Every other error says that it could not be seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """What the directory holds at one path."""
+
+    digest: str
+    executable: bool
+
+
+class Unreadable(Exception):
+    """What stands at a path cannot be seen or read now; the message says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot be read now ({os.strerror(error.errno or 0)}); tried again until it can")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def scan(root: Path, below: str = "", *, failed: Callable[[OSError], None] = _raise) -> Iterable[str]:
+    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
+
+    Of a directory whose own path the database would not take only itself is given. One that is not UTF-8 must not be
+    opened: that would be an event that the watch fails at. One that is too long could not be.
+    `failed` is told of each directory that cannot be listed; one that went away meanwhile has no files.
+    """
+    for relative, names in _walk(root, below, failed):
+        prefix = relative + "/" if relative else ""
+        for name in names:
+            if not ignored(prefix + name):
+                yield prefix + name
+
+
+def directories(root: Path) -> list[Path]:
+    """The directories in which the project's files are, its root among them; those that can be listed."""
+    return [root, *(root / relative for relative, _ in _walk(root, "", lambda _: None) if relative)]
+
+
+def _walk(root: Path, below: str, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """Each directory that may hold files of the project, relative, and the names that are no directories to enter."""
+
+    def on_error(error: OSError) -> None:
+        if not isinstance(error, GONE):
+            failed(error)
+
+    for directory, names, files in os.walk(root / below, onerror=on_error):
+        relative = relative_path(root, directory)
+        if relative is None:
+            names.clear()
+            continue
+        prefix = relative + "/" if relative else ""
+        names[:] = [
+            name
+            for name in names
+            if name not in IGNORED_DIRECTORIES and not os.path.islink(os.path.join(directory, name))
+        ]
+        closed = [name for name in names if path_problem(prefix + name)]
+        names[:] = [name for name in names if name not in closed]
+        yield relative, [*files, *closed]
+
+
+def list_files(root: Path, below: str = "") -> tuple[set[str], dict[str, str]]:
+    """The files at and below a directory; and the directories that cannot be listed, with a slash, and why."""
+    unlisted: dict[str, str] = {}
+
+    def failed(error: OSError) -> None:
+        relative = relative_path(root, str(error.filename))
+        if relative is not None:
+            unlisted[f"{relative}/"] = str(Unreadable(error))
+
+    return set(scan(root, below, failed=failed)), unlisted
+
+
+def relative_path(root: Path, path: str) -> str | None:
+    """`path` below `root`, or None when it is elsewhere or in an ignored directory."""
+    relative = os.path.relpath(path, root).replace(os.sep, "/")
+    if relative == ".":
+        return ""
+    if relative.startswith("../") or not IGNORED_DIRECTORIES.isdisjoint(relative.split("/")):
+        return None
+    return relative
+
+
+def mode_of(root: Path, path: str) -> int | None:
+    """What stands at a path, by its `st_mode`; None: nothing, or nothing of the project's: a link is on the way to it.
+
+    Raises `OSError` when that cannot be seen, which it cannot when `root` itself is away.
+    """
+    if not stat.S_ISDIR(os.stat(root).st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
+    here, mode = str(root), stat.S_IFDIR
+    for part in path.split("/") if path else ():
+        if not stat.S_ISDIR(mode):
+            return None
+        here = f"{here}/{part}"
+        try:
+            mode = os.lstat(here).st_mode
+        except GONE:
+            return None
+    return mode
+
+
+def is_directory(root: Path, path: str) -> bool:
+    """Whether a directory can be seen to stand there."""
+    try:
+        mode = mode_of(root, path)
+    except OSError:
+        return False
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def stands(root: Path, path: str) -> bool:
+    """Whether a file or a directory is there, without opening it: that would be an event that the watch may fail at."""
+    try:
+        mode = mode_of(root, path)
+    except (OSError, ValueError):
+        return False
+    return mode is not None and (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def read_file(root: Path, path: str) -> tuple[LocalFile, bytes] | None:
+    """A regular file's content, as it is now; None when there is none (any more). Raises `Unreadable`."""
+    try:
+        mode = mode_of(root, path)
+        if mode is None or not stat.S_ISREG(mode):
+            return None
+    except OSError as error:
+        raise Unreadable(error) from None
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(root / path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(MAX_ASSET + 1)
+    except GONE:
+        return None
+    except OSError as error:
+        # A link that came between: seen at the next look.
+        raise Unreadable(error) from None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return LocalFile(hashlib.sha256(content).hexdigest(), bool(status.st_mode & stat.S_IXUSR)), content
+
+
+def in_few_words(unread: Mapping[str, str]) -> Iterator[str]:
+    """A line for each path, or one for many with the same reason. A directory, with a slash, stands for its files."""
+    whole = tuple(path for path in unread if path.endswith("/"))
+    told = {path: why for path, why in unread.items() if path in whole or not _below(path, whole)}
+    for reason in dict.fromkeys(told.values()):
+        paths = sorted(
+            "the whole directory" if path == "/" else shown(path) for path in told if told[path] == reason
+        )
+        if len(paths) > FEW:
+            paths = [f"{paths[0]} and {len(paths) - 1} more"]
+        yield from (f"{path}: {reason}" for path in paths)
+
+
+def _below(path: str, directories: tuple[str, ...]) -> bool:
+    return "/" in directories or path.startswith(directories)
