@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Protocol
 
 from agent.guard import CANNOT_RUN
-from agent.headstart import HeadStart
 from agent.reaper import Reaper
 from agent.rights import Launch, Rights
 
@@ -151,54 +150,6 @@ class _Spawned:
         self._transport.close()
 
 
-class _Adopted:
-    """One that was started before there was a loop; a thread waits for it."""
-
-    def __init__(self, early: HeadStart, output: _Output) -> None:
-        self.pid = early.pid
-        self._lifeline: int | None = early.lifeline
-        self._output_fd = early.output
-        self._code: int | None = None
-        self._pipe: asyncio.ReadTransport | None = None
-        self._waiting = asyncio.create_task(self._wait(output), name=f"adopted-{early.pid}")
-
-    async def read(self, output: _Output) -> None:
-        loop = asyncio.get_running_loop()
-        file = os.fdopen(self._output_fd, "rb", buffering=0)
-        self._pipe, _ = await loop.connect_read_pipe(lambda: _Pipe(output), file)
-
-    async def _wait(self, output: _Output) -> None:
-        _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
-        self._code = os.waitstatus_to_exitcode(status)
-        output.process_exited()
-
-    def returncode(self) -> int | None:
-        return self._code
-
-    def close_lifeline(self) -> None:
-        if self._lifeline is not None:
-            os.close(self._lifeline)
-            self._lifeline = None
-
-    def close(self) -> None:
-        self.close_lifeline()
-        if self._pipe is not None:
-            self._pipe.close()
-
-
-class _Pipe(asyncio.Protocol):
-    """Feeds a pipe into an `_Output`."""
-
-    def __init__(self, output: _Output) -> None:
-        self._output = output
-
-    def data_received(self, data: bytes) -> None:
-        self._output.pipe_data_received(1, data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._output.pipe_connection_lost(1, exc)
-
-
 class _Unstarted:
     """One that the system had no room for."""
 
@@ -215,7 +166,7 @@ class _Unstarted:
 
 
 class Child:
-    """One running program, its guard and its output. Make it with `start` or `adopt`."""
+    """One running program, its guard and its output. Make it with `start`."""
 
     def __init__(self, started: _Started, output: _Output, reaper: Reaper | None) -> None:
         self._started = started
@@ -251,16 +202,6 @@ class Child:
         assert isinstance(lifeline, asyncio.WriteTransport)
         lifeline.write(launch.environment())
         return cls(_Spawned(transport), output, reaper)
-
-    @classmethod
-    async def adopt(
-        cls, early: HeadStart, *, on_line: Callable[[str], None], reaper: Reaper | None = None
-    ) -> Child:
-        """Go on with one that `agent.headstart` started in the same way. The reaper has to own it already."""
-        output = _Output(on_line)
-        adopted = _Adopted(early, output)
-        await adopted.read(output)
-        return cls(adopted, output, reaper)
 
     async def _wait(self) -> int:
         await self._output.exited.wait()

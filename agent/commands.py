@@ -13,7 +13,6 @@ from pathlib import Path
 
 from agent import __version__
 from agent.errors import AgentError, SettingsError
-from agent.headstart import HeadStart
 
 EXITS = """exit codes:
   0   asked to stop, and drained          70  token or snapshot rejected for good
@@ -97,7 +96,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def command(words: Sequence[str], environ: Mapping[str, str], early: HeadStart | None) -> int:
+def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
     """Do what the command line says. Returns the exit code; raises `SystemExit` for `--help` and bad usage."""
     arguments = _parser().parse_args(words)
     try:
@@ -111,7 +110,7 @@ def command(words: Sequence[str], environ: Mapping[str, str], early: HeadStart |
             case "replay":
                 return _replay(arguments)
             case _:
-                return _run(environ, early)
+                return _run(environ)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -127,14 +126,14 @@ def command(words: Sequence[str], environ: Mapping[str, str], early: HeadStart |
         return error.exit_code
 
 
-def _run(environ: Mapping[str, str], early: HeadStart | None) -> int:
+def _run(environ: Mapping[str, str]) -> int:
     # Imported late: `--help` should not wait for the whole agent.
     import asyncio
 
     from agent.config import read_environment
     from agent.daemon import run
 
-    return asyncio.run(run(read_environment(environ), environ, early))
+    return asyncio.run(run(read_environment(environ), environ))
 
 
 def _check() -> int:

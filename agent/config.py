@@ -38,7 +38,6 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from agent.allowlist import PASSED_ON, loads_code
 from agent.errors import MalformedMessage, SettingsError
 from agent.tokens import read_token
 
@@ -49,6 +48,20 @@ SERVICE_KEYS = (
     "SUPABASE_SECRET_KEY",
 )
 """Names under which a service-role key is commonly handed out."""
+
+
+PASSED_ON = "DEV_ENV_"
+"""`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
+LOADS_CODE = frozenset({"GCONV_PATH", "LOCPATH", "GLIBC_TUNABLES"})
+LOADS_CODE_PREFIXES = ("LD_", "DYLD_")
+"""What the dynamic linker and the C library of *every* program obey, that of a shell or of `id` too: glibc itself drops
+these where a program has more rights than who starts it. What one language reads (NODE_OPTIONS, PYTHONPATH, BASH_ENV)
+reaches the project's own programs alone, which run its code anyway."""
+
+
+def loads_code(name: str) -> bool:
+    """Whether a variable of that name has the dynamic linker or the C library load code."""
+    return name in LOADS_CODE or name.startswith(LOADS_CODE_PREFIXES)
 
 
 def _words(text: object) -> object:

@@ -31,7 +31,6 @@ from agent.errors import (
 )
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
-from agent.headstart import HeadStart
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
 from agent.places import weaknesses
@@ -64,11 +63,8 @@ QUICK = 0.25
 """Least seconds between two reports, however fast the state flaps."""
 
 
-async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart | None = None) -> int:
-    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits).
-
-    `early`: the dev server that was started before the agent was awake.
-    """
+async def run(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits)."""
     redactor = redactor_for(settings)
     for secret in credentials(environ):
         redactor.add(secret)
@@ -76,8 +72,6 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
     log_uncaught()
     spans = open_spans(environ, settings.project_id, settings.session_id)
     reaper = Reaper()
-    if early is not None:
-        reaper.own(early.pid)
     reaper.adopt()
     metrics = Metrics()
     problems = Problems(metrics)
@@ -108,7 +102,7 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         )
         ledger = Ledger(settings.ledger)
         follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
-        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, early=early)
+        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
         catch_up = CatchUp(
             api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
         )

@@ -1,7 +1,7 @@
 """Runs between the agent and a program that is not trusted, and outlives neither.
 
-Of the standard library alone: a bare interpreter that runs nothing else (`agent.rights` has the command line), or a
-fork of the agent from before it was awake (`agent.headstart`); in a session of its own either way. It
+Of the standard library alone: a bare interpreter that runs nothing else (`agent.rights` has the command line), in a
+session of its own. It
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
 - starts the program with the rights, limits and signals it should have (`SPEC`, JSON: `argv`, `cwd`, and

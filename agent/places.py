@@ -4,8 +4,6 @@ An agent that is root gives files away, locks directories and believes what its 
 directory above one of ours can rename it and put a link in its place; `O_NOFOLLOW` sees that in the last name of a path
 alone. So on the way to each of ours nothing may be that user's to change. One look at the start is enough: what only
 root can change stays as it is.
-
-Of the standard library alone and quick to import, because `agent.headstart` needs it before anything else.
 """
 
 from __future__ import annotations

@@ -336,12 +336,6 @@ def decides_install(path: str, prefix: str) -> bool:
     return name == "package.json" or name in LOCKS or name in BESIDE or path.endswith("/package.json")
 
 
-def decided_by(directory: Path, root: Path) -> list[str]:
-    """The files that decide what a project in `directory` with its package.json in `root` runs on."""
-    names = ("package.json", *LOCKS, *BESIDE, f"node_modules/{RECORD}")
-    return [str(directory / "package.json"), *(str(root / name) for name in names)]
-
-
 def may_cure(paths: Iterable[str]) -> bool:
     """Whether a change of any of these may make a failed dev server work."""
     return any(RELEVANT.search(path) for path in paths)

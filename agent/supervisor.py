@@ -13,11 +13,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
-from pathlib import Path
 
 import httpx
 
-from agent import devserver, headstart, host, project, readiness
+from agent import devserver, host, project, readiness
 from agent.child import Child
 from agent.config import Settings
 from agent.devserver import (
@@ -38,7 +37,6 @@ from agent.devserver import (
     Tick,
 )
 from agent.errors import DevServerFailed
-from agent.headstart import HeadStart
 from agent.install import How, Installer, Result
 from agent.model import Problem, RelPath
 from agent.problems import ProblemKind
@@ -72,13 +70,10 @@ class Supervisor:
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
         policy: Policy | None = None,
-        early: HeadStart | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`environ` is what the child's allow-list picks from (default: the agent's own); `early` is the dev server
-        that `agent.headstart` began, which is this one's from now on: adopted if it is what would be started,
-        killed otherwise.
+        """`environ` is what the child's allow-list picks from (default: the agent's own).
 
         Raises `SettingsError` when DEV_USER is nobody.
         """
@@ -100,8 +95,6 @@ class Supervisor:
         self._group: asyncio.TaskGroup | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._child: Child | None = None
-        self._early = early
-        self._ready_as: tuple[Launch, dict[str, str]] | None = None
         self._argv: tuple[str, ...] = ()
         self._prefix = ""
         self._seen: Seen | None = None
@@ -202,21 +195,18 @@ class Supervisor:
         Raises `DevServerFailed` when the server failed for good and the settings call it essential, and
         `OSError` when the directory for installs cannot be made.
         """
-        try:
-            await self._installer.open()
-            self._show()
-            async with asyncio.TaskGroup() as group:
-                self._group = group
-                try:
-                    while True:
-                        self._take(await self._next())
-                        if self.state is State.FAILED and self._settings.dev_essential:
-                            raise DevServerFailed(f"the dev server failed for good ({self._machine.reason})")
-                finally:
-                    await self._shut_down()
-                    self._group = None
-        finally:
-            await self._drop_early()
+        await self._installer.open()
+        self._show()
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                while True:
+                    self._take(await self._next())
+                    if self.state is State.FAILED and self._settings.dev_essential:
+                        raise DevServerFailed(f"the dev server failed for good ({self._machine.reason})")
+            finally:
+                await self._shut_down()
+                self._group = None
 
     async def _next(self) -> Input:
         due = self._machine.next_due
@@ -240,9 +230,6 @@ class Supervisor:
                 previous=before.state.value,
                 reason=self._machine.reason,
             )
-            self._note()
-        if self._early and self._machine.hydrated and self.state not in (State.INSTALLING, State.STARTING):
-            self._spawn(self._drop_early(), "dev-unwanted")
         for command in commands:
             match command:
                 case Command.INSTALL:
@@ -309,7 +296,6 @@ class Supervisor:
         failed = result is not None and result.how is How.FAILED
         restart = (result is not None and result.swapped) or (bool(argv) and bool(now) and argv != now)
         self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
-        self._note()
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
         try:
@@ -326,15 +312,12 @@ class Supervisor:
         env = environment(self._environ, user=self._rights.user, more=more)
         root = wanted.root if wanted else self._settings.project_dir
         launch = Launch(running, str(root), env, self._rights)
-        self._ready_as = None if fresh else (launch, more)
         killed_before = host.out_of_memory_kills()
-        running_child = await self._adopt(launch)
-        if running_child is None:
-            if not host.port_is_free(self._host, port):
-                self._start_problem = Problem("port_taken", f"something else listens on port {port}")
-                self._inputs.put_nowait(Exited(generation, "port_taken"))
-                return
-            running_child = await Child.start(launch, on_line=self._heard, reaper=self._reaper)
+        if not host.port_is_free(self._host, port):
+            self._start_problem = Problem("port_taken", f"something else listens on port {port}")
+            self._inputs.put_nowait(Exited(generation, "port_taken"))
+            return
+        running_child = await Child.start(launch, on_line=self._heard, reaper=self._reaper)
         self._child = running_child
         looking = asyncio.create_task(self._look(generation), name=f"look-{generation}")
         try:
@@ -348,25 +331,6 @@ class Supervisor:
             self._log.warning("dev_server.exited", code=code, why=why)
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
-
-    async def _adopt(self, launch: Launch) -> Child | None:
-        """The dev server that was started early, if it is the one that `launch` would start."""
-        early, self._early = self._early, None
-        if early is None:
-            return None
-        child = await Child.adopt(early, on_line=self._heard, reaper=self._reaper)
-        fitting = early.is_what(launch) and (self._install is None or self._install.how is How.CURRENT)
-        self._log.info("dev_server.head_start", adopted=fitting)
-        if fitting:
-            return child
-        await child.kill()
-        return None
-
-    async def _drop_early(self) -> None:
-        """End a dev server that was started early and that nobody asked for."""
-        early, self._early = self._early, None
-        if early:
-            await (await Child.adopt(early, on_line=self._heard, reaper=self._reaper)).kill()
 
     async def _stop(self, running: Child) -> None:
         await running.stop(self._settings.dev_stop_seconds)
@@ -436,18 +400,6 @@ class Supervisor:
             self._silenced += 1
         elif line.strip():
             self._log.info("dev_server.output", source="dev", line=line)
-
-    def _note(self) -> None:
-        """What is ready now is what the next start begins with; what failed for good is not."""
-        if self.state is State.READY and self._ready_as:
-            launch, more = self._ready_as
-            headstart.remember(
-                self._settings.state_dir, launch, more, asked=self._settings.dev_user,
-                listens=(self._host, self._settings.dev_port),
-                decided_by=project.decided_by(self._settings.project_dir, Path(launch.cwd)),
-            )  # fmt: skip
-        elif self.state is State.FAILED:
-            headstart.forget(self._settings.state_dir)
 
     def _show(self) -> None:
         if self._metrics:

@@ -1,9 +1,9 @@
 """Starting and stopping: the agent up to Vite's first page beside Vite started by hand, and what the rest takes.
 
-*First page* starts the same warm project three ways, and asks from outside every few milliseconds until `/` answers
-200: Vite by hand; the agent's supervisor, told that the tree is whole; and the whole agent as a machine starts it,
-against a real database and orchestrator on loopback, in an environment like the image's. *Hydrated*
-says where the time goes for 2,000 files. *Stop* is TERM to the agent with Vite up, a hundred times over.
+*First page* starts the same warm project two ways, and asks from outside every few milliseconds until `/` answers
+200: Vite by hand, and the agent's supervisor, told that the tree is whole. *Hydrated* says where the time goes for
+2,000 files. *Stop* is TERM to the agent with Vite up, a hundred times over. Agents run as a machine starts them,
+against a real database and orchestrator on loopback, in an environment like the image's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from agent.install import Installer
 from agent.project import find
 from agent.rights import Rights
 from agent.supervisor import Supervisor
-from bench.idle import REPOSITORY, environment
+from bench.idle import REPOSITORY
 from bench.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine
 from tests.image.engine import find as find_engine
@@ -100,23 +100,6 @@ async def _supervised(project: Path) -> float:
             await running
 
 
-async def _whole(agent: Agent) -> float:
-    """Seconds from the start of the agent's process to the first page."""
-    began = time.monotonic()
-    agent.start()
-    process = agent.process
-    assert process is not None
-    port = int(agent.environ["DEV_PORT"])
-    try:
-        taken = await asyncio.to_thread(_first_page, port, lambda: process.poll() is not None) - began
-        await eventually("ready", lambda: _is(agent, "ready"))
-        return taken
-    except RuntimeError:
-        raise RuntimeError(agent.log()[-2000:]) from None
-    finally:
-        await agent.stop()
-
-
 def log_moments(log: str) -> list[tuple[str, float]]:
     """Name and time of the agent's own log lines."""
     found = []
@@ -157,36 +140,20 @@ async def _install(project: Path) -> None:
         raise Unmeasurable(f"the example cannot be installed: {done.problem.detail.splitlines()[0]}")
 
 
-async def _first_pages(rounds: int, directory: Path, plane: Plane) -> list[Row]:
+async def _first_pages(rounds: int, directory: Path) -> list[Row]:
     project = directory / "project"
     await _install(project)
-    files = {
-        str(path.relative_to(EXAMPLE)): path.read_text()
-        for path in sorted(EXAMPLE.rglob("*"))
-        if path.is_file() and not {"node_modules", "dist"} & set(path.parts)
-    }
-    agent = await (await plane.project(files)).session(
-        directory / "machine", PROJECT_DIR=str(project), DEV_PORT=str(_free_port()), LOG_FORMAT="json",
-        PYTHONPATH=str(REPOSITORY),
-    )  # fmt: skip
-    agent.python = str(await asyncio.to_thread(environment, directory / "venv"))
     hand: list[float] = []
     supervised: list[float] = []
-    whole: list[float] = []
     for number in range(-1, rounds):
-        taken = await asyncio.to_thread(_by_hand, project), await _supervised(project), await _whole(agent)
+        taken = await asyncio.to_thread(_by_hand, project), await _supervised(project)
         if number >= 0:
-            for samples, one in zip((hand, supervised, whole), taken, strict=True):
-                samples.append(one)
+            hand.append(taken[0])
+            supervised.append(taken[1])
     return [
         Row(
             "tree whole to first page", median(supervised), "s", "vite by hand", median(hand),
             ratio_of(supervised, hand), at_most=1.25, samples=rounds, note="warm node_modules",
-        ),
-        Row(
-            "agent's process to first page", median(whole), "s", "vite by hand", median(hand),
-            ratio_of(whole, hand), at_most=1.25, samples=rounds,
-            note="a restart: ledger resumed, warm node_modules",
         ),
     ]  # fmt: skip
 
@@ -281,7 +248,7 @@ async def _measure(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="preview-bench-") as name:
         directory = Path(name)
         async with _plane(directory) as plane:
-            rows = await _first_pages(rounds, directory, plane)
+            rows = await _first_pages(rounds, directory)
             rows += await _hydrated(3 if quick else 9, directory, plane)
             rows += await _stops(5 if quick else 100, directory, plane)
     return [*rows, *_image()]

@@ -72,8 +72,6 @@ QUOTED = (
            "database: upsert 2 KB, 1 connection", "bare insert", "a bare insert of the row", first=True),
     Quoted("a whole tree to Vite's first page", "start", "tree whole to first page", "vite by hand",
            "Vite by hand", first=True),
-    Quoted("the agent's start to Vite's first page", "start", "agent's process to first page", "vite by hand",
-           "Vite by hand"),
     Quoted("a session's `sync`, nothing missing", "control", "sync answering `current`", "a bare route",
            "a bare route"),
     Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident", first=True),

@@ -6,7 +6,6 @@ The agent is root then, and writes, gives away and locks what stands there.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import stat
@@ -23,7 +22,6 @@ import pytest
 from agent.config import Settings
 from agent.disk import Disk
 from agent.errors import RootUnusable
-from agent.headstart import LEDGER, RECORD, begin
 from agent.install import Installer
 from agent.ledger import Ledger
 from agent.model import Cursor
@@ -212,31 +210,6 @@ async def test_check_says_it_too(open_path: Path) -> None:
     assert done.returncode == 71
     (line,) = [line for line in said.splitlines() if "chmod go-w" in line]
     assert line.startswith("fail  isolation     PROJECT_DIR, STAGING_DIR and MODULES_DIR")
-
-
-@needs_root
-@pytest.mark.parametrize("how", ["parent", "state"])
-def test_a_record_that_the_user_could_have_written_starts_nothing(open_path: Path, how: str) -> None:
-    """It says what is to be run, and as whom: nobody else would have root run it."""
-    environ = layout(open_path, STATE_DIR=str(open_path / "home/state"))
-    state = open_path / "home/state"
-    state.mkdir(parents=True)
-    manifest = open_path / "app/project/package.json"
-    manifest.write_text("{}")
-    seen = manifest.lstat()
-    spec = {"argv": ["touch", str(open_path / "owned")], "cwd": "/", "processes": None, "files": None}
-    noted = {
-        "spec": spec, "more": {}, "user": ["nobody", "/"], "asked": ["nobody", 0], "listens": ["127.0.0.1", 0],
-        "files": {str(manifest): [seen.st_mode, seen.st_ino, seen.st_size, seen.st_mtime_ns]},
-    }  # fmt: skip
-    (state / RECORD).write_text(json.dumps(noted))
-    (state / LEDGER).touch()
-    theirs(state if how == "state" else state.parent)
-    early = begin(environ)
-    if early is not None:
-        os.waitpid(early.pid, 0)
-    assert not (open_path / "owned").exists()
-    assert early is None
 
 
 # --- links

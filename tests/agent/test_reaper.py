@@ -105,7 +105,7 @@ import os, signal, sys, threading
 import agent.__main__, agent.daemon, agent.config
 from agent.reaper import stop_signals
 
-async def run(settings, environ, early):
+async def run(settings, environ):
     os.kill(os.getpid(), signal.SIGTERM)  # of a stop that comes before anybody listens
     heard = asyncio.Queue()
     with stop_signals(lambda number, count: heard.put_nowait((number.name, count))):

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 from agent.guard import LAST_TO_GO, descendants
-from tests.agent.processes import free_port, until
+from tests.agent.processes import until
 from tests.system.plane import Agent, eventually, running_plane
 
 pytestmark = [
@@ -104,24 +104,6 @@ async def test_the_projects_programs_are_the_first_to_go(
         assert agent.process is not None
         assert {score(pid) for pid in below} == {1000}
         assert score(guard) == score(agent.process.pid) == (LAST_TO_GO if may_stay() else score(os.getpid()))
-
-
-async def test_those_of_a_head_start_too(database: str, tmp_path: Path) -> None:
-    command = SLEEPERS.format(then=f"{sys.executable} {SERVER} good")
-    async with machine(database, tmp_path, command, DEV_PORT=str(free_port())) as agent:
-        agent.start()
-
-        async def ready() -> bool:
-            status = await agent.status()
-            return status is not None and status["dev_server"]["state"] == "ready"
-
-        await eventually("it is ready, and remembered", ready)
-        agent.kill()
-        agent.start()
-        guard, below = await programs_of(agent)
-        assert '"adopted": true' in agent.log()
-        assert {score(pid) for pid in below} == {1000}
-        assert score(guard) < 1000
 
 
 @pytest.fixture
