@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev test test-nightly test-image image check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup dev test test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ test-nightly: $(READY) ## everything, with the long profiles
 
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
 	$(BIN)/python -m tests.image.engine preview-agent
+
+wheel: $(READY) ## build the package into dist/: an installation of it needs no checkout
+	@rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 test-image: $(READY) ## build the image and run it, and the container driver, for real
 	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/test_container.py -rs
@@ -61,15 +66,16 @@ soak: $(READY) ## the whole stack with 20 agents under work and faults (MINUTES=
 bench: $(READY) ## side-by-side measurements, ratios first (`python -m bench --help`)
 	$(BIN)/python -m bench
 
-bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, README's table
+bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, the tables in README and docs/measured.md
 	$(BIN)/python -m bench --save
 
-bench-readme: $(READY) ## plot and README's table again, from the run that is kept
+bench-readme: $(READY) ## plots and tables again, from the runs that are kept (the soak's plots too)
 	$(BIN)/python -m bench.kept
+	$(BIN)/python -m soak.report
 
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
 
 clean: ## remove what the other commands made
-	rm -rf $(VENV) .preview-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .preview-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

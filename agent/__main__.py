@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from agent import guard
         from agent.headstart import begin
 
+        guard.be_taken(guard.LAST_TO_GO)
         # Kept until somebody can hear them: PID 1 would lose them for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
         early = begin(environ)

@@ -13,6 +13,16 @@ FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
                           "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
 PASSED_ON = "DEV_ENV_"
 """`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
+LOADS_CODE = frozenset({"GCONV_PATH", "LOCPATH", "GLIBC_TUNABLES"})
+LOADS_CODE_PREFIXES = ("LD_", "DYLD_")
+"""What the dynamic linker and the C library of *every* program obey, that of a shell or of `id` too: glibc itself drops
+these where a program has more rights than who starts it. What one language reads (NODE_OPTIONS, PYTHONPATH, BASH_ENV)
+reaches the project's own programs alone, which run its code anyway."""
+
+
+def loads_code(name: str) -> bool:
+    """Whether a variable of that name has the dynamic linker or the C library load code."""
+    return name in LOADS_CODE or name.startswith(LOADS_CODE_PREFIXES)
 
 
 def environment(

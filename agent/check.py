@@ -28,10 +28,12 @@ from agent import __version__, child, host, project
 from agent.child import printable
 from agent.config import Settings, read_environment
 from agent.errors import MalformedMessage, RootUnusable, SettingsError
-from agent.linksettings import endpoint
+from agent.httpclient import exchange
+from agent.places import weaknesses
 from agent.project import ProjectUnreadable
 from agent.rights import environment
 from agent.sight import Sight
+from agent.stream import endpoint
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
 from agent.tokens import read_token
@@ -186,16 +188,19 @@ async def _user(settings: Settings) -> list[Finding]:
         return [fail("DEV_USER", problem, error.exit_code) for problem in error.problems]
     if allowed.user is None:
         return [warn("isolation", f"{sentence}; start the agent as root, with DEV_USER")]
+    user = allowed.user
     found = [ok("isolation", sentence)]
+    for weak in weaknesses(settings, user.name, user.uid, user.gid):
+        found.append(fail("isolation", weak, RootUnusable.exit_code))
     if lacking := [name for name, bit in CAPABILITIES.items() if not _capabilities() >> bit & 1]:
         found.append(
             fail("isolation", f"root without {', '.join(lacking)}: give the container these capabilities")
         )
     with contextlib.suppress(FileNotFoundError):
         owner = settings.project_dir.stat().st_uid
-        if owner not in (0, allowed.user.uid):
-            name = allowed.user.name
-            detail = f"belongs to uid {owner}, and {name} cannot install there: chown {name} {settings.project_dir}"
+        if owner not in (0, user.uid):
+            name, place = user.name, settings.project_dir
+            detail = f"belongs to uid {owner}, and {name} cannot install there: chown {name} {place}"
             found.append(fail("PROJECT_DIR", detail))
     return found
 
@@ -312,8 +317,8 @@ async def _snapshot(settings: Settings) -> list[Finding]:
     place = urlsplit(url).netloc
     try:
         async with (
-            httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http,
-            http.stream("GET", url, headers={"Range": "bytes=0-0"}) as answer,
+            httpx.AsyncClient(trust_env=False) as http,
+            exchange(http, "GET", url, headers={"Range": "bytes=0-0"}, timeout=PATIENCE) as answer,
         ):
             size = answer.headers.get("content-range", "").rpartition("/")[2] or answer.headers.get(
                 "content-length"
@@ -326,6 +331,8 @@ async def _snapshot(settings: Settings) -> list[Finding]:
                     f"{place} answers {answer.status_code}: {_refused(answer.status_code, settings)}",
                 )
             ]
+    except MalformedMessage as error:
+        return [fail("snapshot", f"SNAPSHOT_URL: {error.reason}", 69)]
     except (httpx.HTTPError, OSError) as error:
         return [fail("snapshot", _unreachable(place, error, "SNAPSHOT_URL"), 69)]
 
@@ -351,12 +358,16 @@ async def _session_api(settings: Settings) -> list[Finding]:
         return [warn("session api", "SESSION_API_URL is not set: no catch-up, no token renewal")]
     place = urlsplit(settings.session_api_url).netloc
     try:
-        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as http:
-            answer = await http.get(settings.session_api_url)
+        async with (
+            httpx.AsyncClient(trust_env=False) as http,
+            exchange(http, "GET", settings.session_api_url, timeout=PATIENCE) as answer,
+        ):
+            grade = warn if answer.status_code >= 500 else ok
+            return [grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")]
+    except MalformedMessage as error:
+        return [fail("session api", f"SESSION_API_URL: {error.reason}")]
     except (httpx.HTTPError, OSError) as error:
         return [fail("session api", _unreachable(place, error, "SESSION_API_URL"))]
-    grade = warn if answer.status_code >= 500 else ok
-    return [grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")]
 
 
 def _refused(status: int, settings: Settings) -> str:

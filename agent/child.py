@@ -240,13 +240,16 @@ class Child:
                 transport, output = await asyncio.get_running_loop().subprocess_exec(
                     lambda: _Output(on_line), *launch.command(),
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                    cwd="/", env=dict(launch.env), start_new_session=True,
+                    cwd="/", env={}, start_new_session=True,
                 )  # fmt: skip
             except (OSError, ValueError) as error:
                 on_line(f"cannot run {printable(launch.argv[0].encode(errors='replace'))}: {error}")
                 return cls(_Unstarted(), _Output.over(), None)
             if reaper:
                 reaper.own(transport.get_pid())
+        lifeline = transport.get_pipe_transport(0)
+        assert isinstance(lifeline, asyncio.WriteTransport)
+        lifeline.write(launch.environment())
         return cls(_Spawned(transport), output, reaper)
 
     @classmethod

@@ -22,7 +22,7 @@ EXITS = """exit codes:
   69  hydration impossible
 
 Settings come from the environment: PROJECT_ID, SESSION_ID, SNAPSHOT_URL, REALTIME_TOKEN, REALTIME_URL,
-SESSION_API_URL and the knobs that README.md lists."""
+SESSION_API_URL and the settings that docs/settings.md lists."""
 
 
 def _parser() -> argparse.ArgumentParser:

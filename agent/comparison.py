@@ -47,8 +47,12 @@ class Difference:
         return Problem("shadow_difference", f"{self.path} {TOLD[self.rule]}", self.path, self.rule.value)
 
 
-Pair = tuple[Digest | None, Digest | None]
-"""What the database wants at a path (None: nothing) and what was found (None: it cannot be read, or nothing)."""
+Found = Digest | bytes | None
+"""What is in the live directory at a path: its digest; bytes for content that is another for sure and was not read;
+None for what cannot be read, or need not be because nobody wants it."""
+
+Pair = tuple[Digest | None, Found]
+"""What the database wants at a path (None: nothing) and what was found."""
 
 
 class Comparison:
@@ -66,13 +70,8 @@ class Comparison:
         self.compared = 0
         """Files that were held against each other at the latest look."""
 
-    def look(
-        self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | None], now: float
-    ) -> None:
-        """Take in what both sides hold now.
-
-        `found`: the files that are there; None for one that cannot be read, or need not be because nobody wants it.
-        """
+    def look(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
+        """Take in what both sides hold now. `found`: the files that are there."""
         standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
 
         def unequal(path: RelPath, rule: Rule, pair: Pair) -> None:

@@ -38,6 +38,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from agent.allowlist import PASSED_ON, loads_code
 from agent.errors import MalformedMessage, SettingsError
 from agent.tokens import read_token
 
@@ -98,11 +99,10 @@ class SnapshotLimits(BaseModel):
     snapshot_max_entries: PositiveInt = 50_000
     """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
     snapshot_max_ratio: PositiveInt = 200
-    """Unpacked to packed size of one file. Source text reaches 10, deflate itself 1032, bombs live near that."""
+    """Unpacked to packed size of one file that no manifest names with its size. Source text reaches 10, deflate itself
+    1032, bombs live near that, and so does a blank picture: what the database has been given is none."""
     snapshot_ratio_floor_bytes: NonNegativeInt = 8 * 2**20
     """The ratio is not looked at below this size: a small file of blanks is no attack."""
-    snapshot_max_depth: PositiveInt = 64
-    """Segments of a path. Deeper than any project, far above what tools that recurse can bear."""
     snapshot_max_manifest_bytes: PositiveInt = 16 * 2**20
     """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
     snapshot_connect_seconds: PositiveFloat = 10.0
@@ -277,7 +277,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     Raises `SettingsError` with one sentence per problem; values are never shown.
     """
     given = {name.upper(): value for name, value in environ.items() if value != ""}
-    problems = [*_forbidden(given), *_missing(given), *_token(given)]
+    problems = [*_forbidden(given), *_loaded_code(environ), *_missing(given), *_token(given)]
     try:
         settings = read_settings(environ)
     except SettingsError as error:
@@ -337,6 +337,17 @@ def _forbidden(given: Mapping[str, str]) -> list[str]:
         f"{name}: a service-role key must not be in the container; remove it (the agent needs REALTIME_TOKEN only)"
         for name in SERVICE_KEYS
         if name in given
+    ]
+
+
+def _loaded_code(environ: Mapping[str, str]) -> list[str]:
+    """What would be passed on to the project's programs, and must not reach what starts them."""
+    names = {name: name.removeprefix(PASSED_ON) for name, value in environ.items() if value}
+    return [
+        f"{name}: has the system load code into every program; remove it, and set {inner} in the dev script for the"
+        " program that needs it"
+        for name, inner in names.items()
+        if inner != name and loads_code(inner)
     ]
 
 

@@ -20,25 +20,36 @@ from agent.catchup import BACKOFF, CatchUp
 from agent.comparison import Comparison
 from agent.config import Settings
 from agent.disk import Disk
-from agent.errors import AgentError, CredentialRejected, MalformedMessage, Superseded, Unavailable
+from agent.errors import (
+    AgentError,
+    CredentialRejected,
+    MalformedMessage,
+    RootUnusable,
+    Superseded,
+    TooLarge,
+    Unavailable,
+)
 from agent.follow import Follower
 from agent.follow import Settings as Clockwork
 from agent.headstart import HeadStart
 from agent.ledger import Ledger
 from agent.model import Problem, RelPath, Tree
+from agent.places import weaknesses
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
 from agent.shadow import Shadow
 from agent.sight import Sight
+from agent.signals import EventSource
 from agent.skew import ClockSkew
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
 from agent.tokens import Tokens, spread
+from agent.wire import Head
 from agent.workspace import Workspace
 
 log = get_logger("daemon")
@@ -83,13 +94,15 @@ async def run(settings: Settings, environ: Mapping[str, str], early: HeadStart |
         )
         key = settings.realtime_api_key
         assert settings.realtime_url is not None, "read_environment requires it"
-        link = RealtimeStream(
+        link: EventSource = realtime_link(
             settings.realtime_url,
             key.get_secret_value() if key else None,
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
         user = None if settings.shadow else rights(settings)[0].user
+        if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
+            raise RootUnusable("\n".join(weak))
         disk = Disk(
             settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
         )
@@ -225,6 +238,15 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
+async def _said(api: SessionApi, report: Report) -> Head:
+    """Say how we are. What is wrong is left out when a peer reads less than we cut it to: the state keeps the lease."""
+    try:
+        return await api.report_status(report.heartbeat())
+    except TooLarge as error:
+        log.warning("heartbeat.too_large", why=str(error))
+        return await api.report_status(report.heartbeat(bare=True))
+
+
 async def _heartbeat(
     every: float, report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
 ) -> None:
@@ -252,7 +274,7 @@ async def _heartbeat(
             sent = seen
             due = now + every * (0.8 + 0.4 * spread())
             try:
-                head = await api.report_status(report.heartbeat())
+                head = await _said(api, report)
             except (Unavailable, MalformedMessage) as error:
                 attempt += 1
                 due = time.monotonic() + BACKOFF.delay(attempt, error)

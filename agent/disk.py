@@ -24,7 +24,7 @@ from pathlib import Path
 
 from agent.batch import Batch, Outcome
 from agent.errors import RootUnusable
-from agent.jail import DirectoryForm
+from agent.jail import DirectoryForm, dress_directory
 from agent.ledger import Done, FileStat
 from agent.looks import Drift
 from agent.model import Entry, Operation, RelPath, Remove
@@ -155,9 +155,7 @@ class Disk(Sight):
 
     def _make_root(self) -> None:
         self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
-        self._root.chmod(self._form.mode)
-        if self._form.owner is not None:
-            os.chown(self._root, *self._form.owner)
+        dress_directory(None, str(self._root), self._form)
 
     def _check_places(self, root: int) -> None:
         """Root writable, staging outside of it and it outside of staging."""

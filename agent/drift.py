@@ -9,15 +9,19 @@ Watched are the directories that hold our files, each by itself. A recursive wat
 
 Events can be lost (the kernel's queue is bounded, and there is a moment between two sets of watches), so after each
 arming and every few minutes the whole tree is looked at once, by stat.
+
+A file whose name is not UTF-8 is none of ours, and `watchfiles` cannot say it: it fails, with whatever else it had
+seen. The watch is then made again, and the look at everything finds what it did not say.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
@@ -25,6 +29,10 @@ from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 from agent.disk import Disk, Drift
 from agent.ledger import FileStat
 from agent.model import Entry, RelPath, parents
+from agent.telemetry import get_logger
+from agent.turns import Steps, in_turns
+
+log = get_logger("drift")
 
 Claims = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
 """What the agent believes to be on disk now: the tree's entries, and how each file looked when it was put there.
@@ -36,10 +44,12 @@ STEP_MS = 200
 """Quiet time after which a burst of events is looked at. Also how often the waiting thread wakes when idle."""
 LONGEST_MS = 1000
 """A burst that does not end is looked at this often."""
+RENEW_SECONDS = 0.5
+"""Between a watch that failed and the next: a program may make such names without end."""
+RENEW_REST = 10
+"""The same, as a multiple of what the last look at everything took: at most a tenth of a core goes into looking."""
 _ROOT = RelPath(".")
 """The root itself, as events name it."""
-SLICE = 200
-"""Files looked at in one go before other tasks get their turn: about 2 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,10 @@ class DriftWatch:
         self._report = report
         self._sweep_seconds = sweep_seconds
         self._open: dict[RelPath, Drift] = {}
+        self._seen = _Seen()
+        self._sweep_took = 0.0
+        self.renewals = 0
+        """How often the watch had to be made again."""
 
     @property
     def open(self) -> Mapping[RelPath, Drift]:
@@ -82,10 +96,16 @@ class DriftWatch:
                 await self._sweep()
                 await asyncio.sleep(self._sweep_seconds / 10)
                 continue
-            with notify:
-                await self._sweep()
-                while await self._turn(notify, watched):
-                    pass
+            try:
+                with notify:
+                    await self._sweep()
+                    while await self._turn(notify, watched):
+                        pass
+            except WatchfilesRustInternalError as error:
+                if not self.renewals:
+                    log.warning("drift.watch_renewed", why=str(error))
+                self.renewals += 1
+                await asyncio.sleep(max(RENEW_SECONDS, RENEW_REST * self._sweep_took))
 
     async def _turn(self, notify: RustNotify, watched: frozenset[RelPath]) -> bool:
         """Wait for one burst and look. False: other directories are to be watched now."""
@@ -130,37 +150,55 @@ class DriftWatch:
             return None
 
     async def _sweep(self) -> None:
+        began = time.monotonic()
         entries, _ = self._claims()
         await self._look_at({*entries, *self._open})
+        self._sweep_took = time.monotonic() - began
 
     async def _look_at(self, paths: Iterable[RelPath]) -> None:
-        waiting = sorted(paths)
-        for start in range(0, len(waiting), SLICE):
-            if start:
-                await asyncio.sleep(0)
-            self._look_at_slice(waiting[start : start + SLICE])
+        """Look, and tell what was seen before anybody else has a turn: it may not be true any more afterwards."""
+        await in_turns(self._looking(sorted(paths)), self._tell)
+        self._tell()
 
-    def _look_at_slice(self, paths: list[RelPath]) -> None:
-        entries, stats = self._claims()
-        drifts: list[Drift] = []
-        settled: list[RelPath] = []
-        touched: dict[RelPath, FileStat] = {}
+    def _looking(self, paths: Iterable[RelPath]) -> Steps[None]:
         for path in paths:
-            entry = entries.get(path)
+            yield
+            entry, known = claimed = self._claim(path)
             found: Drift | FileStat | None = None
             if entry is not None and entry.is_file:
                 try:
-                    found = self._disk.check(path, stats.get(path), entry)
+                    found = yield from self._disk.checking(path, known, entry)
                 except OSError:
                     continue
-            if isinstance(found, Drift):
-                if self._open.get(path) != found:
-                    self._open[path] = found
-                    drifts.append(found)
-                continue
-            if self._open.pop(path, None) is not None:
-                settled.append(path)
-            if found is not None and found != stats.get(path):
-                touched[path] = found
-        if drifts or settled or touched:
-            self._report(Observed(tuple(drifts), tuple(settled), touched))
+            # Something else than was looked for is claimed now: it was written meanwhile, which is seen by itself.
+            if self._claim(path) == claimed:
+                self._note(path, found, known)
+
+    def _claim(self, path: RelPath) -> tuple[Entry | None, FileStat | None]:
+        entries, stats = self._claims()
+        return entries.get(path), stats.get(path)
+
+    def _note(self, path: RelPath, found: Drift | FileStat | None, known: FileStat | None) -> None:
+        if isinstance(found, Drift):
+            if self._open.get(path) != found:
+                self._open[path] = found
+                self._seen.drifts.append(found)
+            return
+        if self._open.pop(path, None) is not None:
+            self._seen.settled.append(path)
+        if found is not None and found != known:
+            self._seen.touched[path] = found
+
+    def _tell(self) -> None:
+        seen, self._seen = self._seen, _Seen()
+        if seen.drifts or seen.settled or seen.touched:
+            self._report(Observed(tuple(seen.drifts), tuple(seen.settled), seen.touched))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen and not told yet."""
+
+    drifts: list[Drift] = field(default_factory=list)
+    settled: list[RelPath] = field(default_factory=list)
+    touched: dict[RelPath, FileStat] = field(default_factory=dict)

@@ -12,12 +12,14 @@
     ├── MalformedMessage         an event, manifest or answer that cannot be read
     ├── SnapshotRejected         an archive refused whole, with the rule it broke
     └── Unavailable              a peer did not answer, or asked us to wait                 (transient)
+        └── TooLarge             it reads no body of this size: the same again cannot help, less can
 
 A per-path failure is data (`agent.model.Problem`), not an exception: the rest goes on.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -82,7 +84,7 @@ class PathRefused(AgentError):
 
     def __init__(self, raw: object, rule: str) -> None:
         self.rule = rule
-        self.shown = repr(raw)[:200]
+        self.shown = (repr(raw) if isinstance(raw, str) else reprlib.repr(raw))[:200]
         super().__init__(f"cannot use path {self.shown}: {rule}")
 
 
@@ -115,3 +117,7 @@ class Unavailable(AgentError):
         self.reason = reason
         self.retry_after = retry_after
         super().__init__(f"{what} is unavailable: {reason}")
+
+
+class TooLarge(Unavailable):
+    """413: the peer, or something in front of it, reads no body as large as ours. Whoever asked can ask with less."""

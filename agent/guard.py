@@ -8,6 +8,8 @@ fork of the agent from before it was awake (`agent.headstart`); in a session of 
   optionally `uid`, `gid`, `processes`, `files`), its standard input empty;
 - holds the agent's lifeline, its own standard input: when that closes, because the agent asked for it or
   because the agent is dead, everything below is killed, whatever session or signal mask it chose;
+- reads the program's environment there, as one line of JSON, and has none itself: the guard may be root, and the
+  dynamic linker, libc and Python would do for it what variables meant for the program say;
 - ends when the program ends, after killing what the program left behind, with the program's exit code, or
   128 + the signal that ended it.
 
@@ -39,6 +41,11 @@ PR_SET_NO_NEW_PRIVS = 38
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 CANNOT_RUN = 126
+FIRST_TO_GO = 1000
+"""`oom_score_adj` of the project's programs, see proc(5): the most there is. Where memory runs out the kernel takes the
+largest program, and with sixty small ones that is the agent, which then can neither start them again nor say so."""
+LAST_TO_GO = -500
+"""The agent's and its guards', where it may have that: half of the memory counts for nothing."""
 KILLED = 128 + signal.SIGKILL
 
 
@@ -63,6 +70,7 @@ def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     if (processes := spec.get("processes")) is not None:
         limit(resource.RLIMIT_NPROC, processes)
     limit(resource.RLIMIT_CORE, 0)
+    be_taken(FIRST_TO_GO)
     if (uid := spec.get("uid")) is not None:
         os.setgroups([])
         os.setresgid(spec["gid"], spec["gid"], spec["gid"])
@@ -80,6 +88,18 @@ def seal() -> None:
     """
     prctl(PR_SET_DUMPABLE, 0)
     limit(resource.RLIMIT_CORE, 0)
+
+
+def be_taken(score: int) -> None:
+    """Say how early the kernel should take this process when memory runs out. Everybody may say earlier, few may say
+    later: not root in a container of the usual kind. What cannot be said is left as it is.
+    """
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as said:
+            if score > 0 or int(said.read()) > score:
+                said.write(str(score))
+    except OSError:
+        return
 
 
 def limit(kind: int, value: int) -> None:
@@ -204,6 +224,19 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
             return KILLED
 
 
+def hear_environment() -> dict[str, str] | None:
+    """The program's environment, from the lifeline; None when that closes before it is told."""
+    told = bytearray()
+    while not told.endswith(b"\n"):
+        more = os.read(0, 65536)
+        if not more:
+            return None
+        told += more
+    environment: dict[str, str] = json.loads(told)
+    return environment
+
+
 def main(spec: str) -> int:
-    """A guard of its own process; its environment is the program's."""
-    return watch(json.loads(spec), os.environ)
+    """A guard of its own process."""
+    env = hear_environment()
+    return KILLED if env is None else watch(json.loads(spec), env)

@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from agent import guard
+from agent import guard, places
 from agent.allowlist import environment
 
 TYPE_CHECKING = False
@@ -96,6 +96,8 @@ def begin(environ: Mapping[str, str]) -> HeadStart | None:
     if (environ.get("SYNC_MODE") or "live") != "live":
         return None
     try:
+        if not _ours_alone(f"{state}/{RECORD}", environ.get("DEV_USER")):
+            return None
         with open(f"{state}/{RECORD}", "rb") as record:
             noted = json.load(record)
         spec, files, listens = noted["spec"], noted["files"], noted["listens"]
@@ -121,6 +123,16 @@ def begin(environ: Mapping[str, str]) -> HeadStart | None:
         os.waitpid(early.pid, 0)
         return None
     return early
+
+
+def _ours_alone(record: str, user: str | None) -> bool:
+    """Whether the user of the project, who is not to be root, could not have put that record there."""
+    if not user or os.geteuid() != 0:
+        return True
+    import pwd
+
+    found = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    return places.replaceable(record, found.pw_uid, found.pw_gid) is None
 
 
 def _looks(path: str) -> list[int] | None:

@@ -8,7 +8,7 @@ the budget is spent. What to do with the staged tree is `agent.plan.reconcile`'s
 Who may be at fault decides the error:
 
     Unavailable          the way there: network, 429, 5xx, a stream cut short, our own disk full     try again
-    CredentialRejected   the URL: expired, altered, not for this object                              a fresh URL
+    CredentialRejected   the URL: expired, altered, not for this object, none at all                 a fresh URL
     SnapshotRejected     the archive: `rule` says which demand it failed                             a fresh build
 
 The URL is a credential. It is in no message, and no exception that carries it is chained.
@@ -41,6 +41,7 @@ from agent.errors import (
     SnapshotRejected,
     Unavailable,
 )
+from agent.httpclient import coding, exchange, read_start
 from agent.model import Entry, RelPath
 from agent.progress import Progress as Progress
 from agent.progress import announced
@@ -88,7 +89,7 @@ async def fetch(
     to it is checked but not staged, and when all are equal the download ends with the manifest. `wall` gives Unix
     seconds, to tell an expired URL before asking.
 
-    Raises `Unavailable`, `CredentialRejected`, `SnapshotRejected`, and `MalformedMessage` for what is no URL.
+    Raises `Unavailable`, `CredentialRejected` (also for a URL that nobody can be asked at) and `SnapshotRejected`.
     """
     progress = progress if progress is not None else Progress()
     progress.restart()
@@ -234,12 +235,12 @@ async def _download(
     try:
         async with (
             within(total, WHAT, f"total_time: not here after {total:g} s"),
-            http.stream(
-                "GET", url, headers={"accept-encoding": "identity"}, timeout=timeout, follow_redirects=False
-            ) as response,
+            exchange(http, "GET", url, timeout=timeout) as response,
         ):
             if response.status_code != 200:
                 raise await _refusal(response, wall)
+            if (encoded := coding(response)) is not None:
+                raise Unavailable(WHAT, f"the archive is encoded as {encoded!r}, which was not asked for")
             progress.expected_bytes = _content_length(response)
             if (progress.expected_bytes or 0) > limits.snapshot_max_compressed_bytes:
                 raise SnapshotRejected("compressed_size", f"{progress.expected_bytes} bytes are announced")
@@ -254,8 +255,8 @@ async def _download(
         raise Unavailable(
             WHAT, f"no_progress: nothing arrived for {limits.snapshot_stall_seconds:g} s"
         ) from None
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        raise MalformedMessage("the snapshot's URL", "it is not an http or https URL") from None
+    except MalformedMessage as malformed:
+        raise CredentialRejected(f"{WHAT}'s URL cannot be used: {malformed.reason}") from None
     except httpx.HTTPError as error:
         # The class, not the text: httpx writes URLs into some of its messages.
         raise Unavailable(WHAT, type(error).__name__) from None
@@ -347,13 +348,8 @@ class _Unpacking:
 
 async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Exception:
     """What an answer other than 200 means. Storage says what it means in JSON, under HTTP 400."""
-    body = bytearray()
-    async for piece in response.aiter_raw():
-        body += piece
-        if len(body) > MAX_REFUSAL_BYTES:
-            break
     status = response.status_code
-    code, stated = _storage_code(bytes(body))
+    code, stated = _storage_code(await read_start(response, MAX_REFUSAL_BYTES))
     said = f"HTTP {status}" + (f", {code}" if code else "")
     if status == 429 or status >= 500 or status == 408:
         return Unavailable(WHAT, said, retry_after(response.headers.get("retry-after"), wall()))
@@ -373,7 +369,8 @@ def _storage_code(body: bytes) -> tuple[str | None, str | None]:
     if not isinstance(told, dict):
         return None, None
     code, stated = told.get("code") or told.get("error"), told.get("statusCode")
-    return (code[:50] if isinstance(code, str) else None), (None if stated is None else str(stated)[:3])
+    number = str(stated)[:3] if isinstance(stated, (str, int)) else None
+    return (code[:50] if isinstance(code, str) else None), number
 
 
 def _content_length(response: httpx.Response) -> int | None:

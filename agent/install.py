@@ -28,7 +28,9 @@ from uuid import UUID
 from agent import child, project, swap
 from agent.child import Finished
 from agent.config import Settings
+from agent.errors import RootUnusable
 from agent.model import Problem
+from agent.places import open_directory
 from agent.project import Manager, Project, ProjectUnreadable
 from agent.reaper import Reaper
 from agent.rights import Rights, environment
@@ -37,6 +39,8 @@ KEPT = 4
 """Finished installs in the cache: a few lock files back and forth, at some 70 MB each."""
 SHELL_SECONDS = 120.0
 """For copying, linking, renaming. Measured in tens of milliseconds; a full disk or a slow one must end too."""
+AT_ONCE = 200
+"""Left-over stages that one shell is given. The guard gets them as one argument, of which Linux takes 128 KB."""
 TAIL = 15
 """Lines of the package manager's last words that a problem shows."""
 
@@ -44,6 +48,9 @@ _STALE_LOCK = re.compile(
     r"EUSAGE|ERR_PNPM_OUTDATED_LOCKFILE|frozen-lockfile|lockfile needs to be updated|lockfile had changes|YN0028"
 )
 """How each package manager says that its lock file and package.json disagree."""
+
+_STAGE = re.compile(r"stage-([1-9][0-9]{0,9})-[0-9]+")
+"""A stage's name: the pid of the agent that made it, and a number. Whatever else is there, others have put there."""
 
 STEPS = {"stage": "stage the install", "seal": "finish the install", "swap": "put node_modules in place"}
 """What fails, in a problem's words."""
@@ -101,20 +108,33 @@ class Installer:
         self._names = itertools.count(1)
 
     async def open(self) -> None:
-        """Make the directory for stages and cache, and remove what a killed agent left. Raises OSError.
+        """Make the directory for stages and cache, and remove what a killed agent left. Raises OSError, and
+        `RootUnusable` where a link stands.
 
         A project directory that somebody made as root is given to the project's user, who has to put node_modules
         there; what is in it stays as it is.
         """
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if user := self._rights.user:
-            os.chown(self._directory, user.uid, user.gid, follow_symlinks=False)
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._project_dir, follow_symlinks=False).st_uid == 0:
-                    os.chown(self._project_dir, user.uid, user.gid, follow_symlinks=False)
-        left = [entry.path for entry in os.scandir(self._directory) if _is_left_over(entry.name)]
-        if left:
-            await self._shell(swap.PUT_BACK, str(self._project_dir), *left)
+        self._give(self._directory, whose=None)
+        with contextlib.suppress(FileNotFoundError):
+            self._give(self._project_dir, whose=0)
+        left = [name for name in os.listdir(self._directory) if _is_left_over(name)]
+        for start in range(0, len(left), AT_ONCE):
+            await self._shell(swap.PUT_BACK, str(self._project_dir), *left[start : start + AT_ONCE])
+
+    def _give(self, directory: Path, *, whose: int | None) -> None:
+        """To the project's user if it is `whose`, or anybody's. Raises `RootUnusable` where a link leads elsewhere."""
+        try:
+            descriptor = open_directory(directory)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RootUnusable(f"cannot use {directory}: {error.strerror}") from error
+        try:
+            if (user := self._rights.user) and whose in (None, os.fstat(descriptor).st_uid):
+                os.fchown(descriptor, user.uid, user.gid)
+        finally:
+            os.close(descriptor)
 
     async def install(self, wanted: Project) -> Result:
         """Make `wanted.modules` what the project wants. Never raises for what the project did wrong."""
@@ -301,15 +321,16 @@ def _last(done: Finished) -> str:
 
 
 def _is_left_over(name: str) -> bool:
-    """A stage of an agent that is no more."""
-    if not name.startswith("stage-"):
+    """Whether this is a stage of an agent that is no more."""
+    stage = _STAGE.fullmatch(name)
+    if stage is None:
         return False
-    pid = name.split("-")[1]
-    if not pid.isdigit() or int(pid) == os.getpid():
+    pid = int(stage[1])
+    if pid == os.getpid():
         return True
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         return False

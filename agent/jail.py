@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from agent.places import OPEN_DIRECTORY, open_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,12 @@ class Blocked(Exception):
 class Jail:
     """The directories of one root.
 
-    `make_root` makes the root itself, should it be gone when something is to be made in it. `hold`: how many
-    directories stay open, well below the usual limit of 1,024 files.
+    `make_root` makes the root itself, should it be gone when something is to be made in it; None where nothing is ever
+    made, and only there may the root be a link. `hold`: how many directories stay open, well below the usual limit of
+    1,024 files.
     """
 
-    def __init__(self, root: Path, make_root: Callable[[], None], *, hold: int = 64) -> None:
+    def __init__(self, root: Path, make_root: Callable[[], None] | None, *, hold: int = 64) -> None:
         self._root = root
         self._make_root = make_root
         self._hold = max(hold, 2)
@@ -110,14 +111,15 @@ class Jail:
         return descriptor
 
     def _open_root(self, make: bool) -> int:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        if self._make_root is None:
+            return os.open(self._root, OPEN_DIRECTORY & ~os.O_NOFOLLOW)
         try:
-            return os.open(self._root, flags)
+            return open_directory(self._root)
         except FileNotFoundError:
             if not make:
                 raise
         self._make_root()
-        return os.open(self._root, flags)
+        return open_directory(self._root)
 
     def _enter(self, above: int, name: str, path: str, make: Callable[[int, str, str], None] | None) -> int:
         try:
@@ -156,8 +158,10 @@ def _place_of(descriptor: int) -> str:
         return ""
 
 
-def dress_directory(above: int, name: str, form: DirectoryForm) -> None:
-    """Give a directory just made the mode and the owner it should have, whatever the umask. Raises `OSError`."""
+def dress_directory(above: int | None, name: str, form: DirectoryForm) -> None:
+    """Give a directory just made the mode and the owner it should have, whatever the umask; without `above`, `name` is
+    a path. Raises `OSError`.
+    """
     descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
     try:
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)

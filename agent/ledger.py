@@ -27,6 +27,7 @@ from msgspec import Struct
 
 from agent.errors import PathRefused, RootUnusable, Unavailable
 from agent.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
+from agent.places import open_directory
 
 FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -44,9 +45,15 @@ create table intended (path text primary key) strict, without rowid;
 """
 
 
-_LOOKS = struct.Struct("<Qqqq")
+_LOOKS = struct.Struct("<QQQQ")
 _RECORDED = struct.Struct("<qqqq")
 """As SQLite's integers are signed."""
+_KEPT = 2**64 - 1
+"""The bits of each number that are kept."""
+
+
+def _packed(inode: int, size: int, mtime_ns: int, ctime_ns: int) -> bytes:
+    return _LOOKS.pack(inode & _KEPT, size & _KEPT, mtime_ns & _KEPT, ctime_ns & _KEPT)
 
 
 class FileStat(bytes):
@@ -55,12 +62,16 @@ class FileStat(bytes):
     Inode, size in bytes, times of modification and change in nanoseconds. The change time cannot be set back by a
     program, which is why it is here; it also moves when only the mode changes, so a difference means *look again*, not
     *changed*. In one piece, because there is one of each file: 80 bytes of memory, of four numbers it were 240.
+
+    Of each number the lowest 64 bits are kept. A file's time of modification can be anything (`touch -d 2300-01-01`),
+    and in nanoseconds 64 bits end in 2262. Two that differ by a multiple of 584 years look the same then, but setting
+    one moves the change time.
     """
 
     __slots__ = ()
 
     def __new__(cls, inode: int, size: int, mtime_ns: int, ctime_ns: int) -> FileStat:
-        return super().__new__(cls, _LOOKS.pack(inode, size, mtime_ns, ctime_ns))
+        return super().__new__(cls, _packed(inode, size, mtime_ns, ctime_ns))
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileStat:
@@ -77,16 +88,21 @@ class FileStat(bytes):
         return _RECORDED.unpack(self)
 
     @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.columns[1]
+
+    @property
     def newest_ns(self) -> int:
         """The later of the two times."""
         return max(self.columns[2:])
 
     def is_of(self, found: os.stat_result) -> bool:
         """Whether a file that looks like this has not been touched since."""
-        return self == _LOOKS.pack(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return self == _packed(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def __repr__(self) -> str:
-        return "FileStat(inode={}, size={}, mtime_ns={}, ctime_ns={})".format(*_LOOKS.unpack(self))
+        return "FileStat(inode={}, size={}, mtime_ns={}, ctime_ns={})".format(*self.columns)
 
 
 class Done(Struct, frozen=True, gc=False):
@@ -139,6 +155,7 @@ class Ledger:
         A torn or foreign file is thrown away, so that the next `replace` or `record` starts a new ledger.
         """
         state = None
+        self._check_directory()
         if self._path.exists():
             try:
                 state = self._read(self._open())
@@ -249,6 +266,7 @@ class Ledger:
     def _open(self) -> sqlite3.Connection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_directory()
             sql = sqlite3.connect(self._path, isolation_level=None, timeout=0, check_same_thread=False)
         except (OSError, sqlite3.OperationalError) as error:
             raise RootUnusable(f"cannot open the ledger {self._path}: {error}") from error
@@ -259,6 +277,17 @@ class Ledger:
         sql.execute("pragma journal_mode = wal")
         sql.execute("pragma synchronous = normal")
         return sql
+
+    def _check_directory(self) -> None:
+        """Raise `RootUnusable` if another directory stands there, or a link to one."""
+        try:
+            os.close(open_directory(self._path.parent))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RootUnusable(
+                f"cannot use the state directory {self._path.parent}: {error.strerror}"
+            ) from error
 
     def _create(self) -> sqlite3.Connection:
         try:

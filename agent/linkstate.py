@@ -1,11 +1,11 @@
-"""The link's states, what makes it leave each, and where to. Pure; the table is the whole state machine.
+"""The state machine of the link, as a table: states, causes, and where each cause leads. Pure.
 
-An input that has no row in the current state is late, and is ignored on purpose (`agent.phoenix`).
+A cause that has no row in the current state is late, and is ignored on purpose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -23,7 +23,7 @@ class LinkState(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a state is left."""
+    """What moves the link from one state to another."""
 
     OPENED = "opened"
     """The handshake succeeded and the join is sent."""
@@ -32,13 +32,14 @@ class Cause(StrEnum):
     CAUGHT_UP = "caught_up"
     """A catch-up succeeded that began after everything we may have missed, and the server's replication is ready."""
     BEHIND = "behind"
-    """Something may have been missed on a joined channel: overflow, replication (re)started."""
+    """Something may have been missed on a joined channel: the queue overflowed, replication (re)started, the clock
+    jumped."""
     EXPIRED = "expired"
-    """The token ran out; the socket stays and is joined again with the next token."""
+    """The token expired; the socket stays and is joined again with the next token."""
     LOST = "lost"
     """The socket or the channel is of no use any more."""
     REFUSED = "refused"
-    """A credential was turned away: the same one will not be tried in a hurry."""
+    """A credential was turned away: the same one is not tried again in a hurry."""
     RETRY = "retry"
     """The delay is over, or a new token came."""
 
@@ -70,3 +71,58 @@ WITH_SOCKET: Final = frozenset({LinkState.JOINING, LinkState.CATCHING_UP, LinkSt
 """States in which a socket is open."""
 
 JOINED_STATES: Final = frozenset({LinkState.CATCHING_UP, LinkState.LIVE})
+
+Observer = Callable[[LinkState, Cause, LinkState, str], None]
+"""Called after every transition with the state left, the cause, the state entered, and the reason in words."""
+
+
+class LinkStateMachine:
+    """Holds the state of one link across all its connections, and the reason of the last transition.
+
+    A joined link is live when two things are true: a catch-up succeeded that began after everything that may have been
+    missed (`caught_up`), and what the server sends is complete (`feed_ready`).
+    """
+
+    def __init__(self, observe: Observer | None = None) -> None:
+        self.state = LinkState.CONNECTING
+        self.why = "started"
+        self._observe = observe
+        self._caught_up = False
+        self._feed_ready = False
+
+    def move(self, cause: Cause, why: str) -> bool:
+        """Follow the table. Returns False when `cause` is late, and then nothing happened."""
+        target = TRANSITIONS.get((self.state, cause))
+        if target is None:
+            return False
+        source, self.state, self.why = self.state, target, why
+        if self._observe is not None:
+            self._observe(source, cause, target, why)
+        return True
+
+    def joined(self, why: str, *, feed_ready: bool) -> None:
+        """Note that the server accepted the join. `feed_ready`: what it sends is complete from here on."""
+        self._caught_up = False
+        self._feed_ready = feed_ready
+        self.move(Cause.JOINED, why)
+
+    def feed_ready(self) -> None:
+        """Note that what the server sends is complete from here on."""
+        self._feed_ready = True
+        self._become_live_if_complete()
+
+    def behind(self, why: str) -> None:
+        """Note that something may have been missed: only the next catch-up makes the link live again."""
+        if self.state in JOINED_STATES:
+            self._caught_up = False
+            self.move(Cause.BEHIND, why)
+
+    def caught_up(self) -> None:
+        """Note that a catch-up succeeded which began after the link fell behind."""
+        if self.state is LinkState.CATCHING_UP:
+            self._caught_up = True
+            self._become_live_if_complete()
+
+    def _become_live_if_complete(self) -> None:
+        if self._caught_up and self._feed_ready:
+            self.move(Cause.CAUGHT_UP, "caught up")

@@ -1,6 +1,6 @@
-"""The token at the link: seen when it changes, wherever it came from, renewed in time, asked for once by many.
+"""Keep the link's token fresh: notice a new one wherever it came from, renew it in time, ask once for many callers.
 
-Renewed at a share of its life (`agent.tokens`), or at once when the server says that it expired.
+A token is renewed at a share of its life (`agent.tokens`), or at once when the server says that it expired.
 """
 
 from __future__ import annotations
@@ -10,37 +10,49 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
-from tenacity import RetryCallState, Retrying
-
 from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
 from agent.linksettings import LinkSettings
 from agent.tokens import Token, TokenSource, spread
 
 
-class Holder(Protocol):
+class TokenHolder(Protocol):
     """Who uses the token: the link."""
 
     @property
     def wants_token(self) -> bool:
-        """Whether it waits for a token, its last one having expired."""
+        """Whether it waits for a token, because its last one expired."""
 
     @property
     def joined(self) -> bool:
-        """Whether the token in force was accepted."""
+        """Whether the server accepted the token in force."""
 
     def token_changed(self) -> None:
-        """There is another token in force."""
+        """Note that another token is in force."""
 
     def token_refused(self, reason: str) -> None:
-        """It waits for a token, and none is to be had."""
+        """Note that no token is to be had, while it waits for one."""
 
 
-class TokenKeeper:
-    """Keeps a fresh token for `holder`. `wall` is the clock that tokens are dated by."""
+class TokenRefresher:
+    """Keeps a fresh token for the link."""
 
     def __init__(
-        self, tokens: TokenSource, settings: LinkSettings, holder: Holder, wall: Callable[[], float]
+        self,
+        tokens: TokenSource,
+        settings: LinkSettings,
+        holder: TokenHolder,
+        wall: Callable[[], float],
+        backoff: Callable[[int], float],
     ) -> None:
+        """Watch over the token of `holder`.
+
+        Args:
+            tokens: Who has the token in force, and can get the next one.
+            settings: How often and how long a renewal is tried.
+            holder: Who is told of a change.
+            wall: The clock that tokens are dated by, Unix seconds.
+            backoff: Seconds to wait after so many failures in a row.
+        """
         self._tokens = tokens
         self._settings = settings
         self._holder = holder
@@ -50,18 +62,18 @@ class TokenKeeper:
         self._seen: Token | None = None
         self._seen_at = wall()
         self._spread = spread()
-        self._backoff = settings.backoff()
+        self._backoff = backoff
         self.sent: Token | None = None
         """The token that the server was last given."""
         self.problem: str | None = None
-        """Why there is none that is accepted, when there is none."""
+        """Why no token is accepted; None: one is, as far as is known."""
 
     def current(self) -> Token | None:
-        """The token in force, for a report: nothing is noticed by it."""
+        """Return the token in force, for a report: a change is not noticed here."""
         return self._tokens.current()
 
-    def look(self) -> Token | None:
-        """The token in force; a change of it is noticed here, wherever it came from."""
+    def poll(self) -> Token | None:
+        """Return the token in force, and tell the holder when it is another one than at the last poll."""
         token = self._tokens.current()
         if token is not self._seen:
             self._seen = token
@@ -70,16 +82,23 @@ class TokenKeeper:
         return token
 
     def renew_now(self) -> None:
-        """The server says that it expired."""
+        """Renew at once: the server says that the token expired."""
         self._wanted_now.set()
 
     async def renew(self, stale: Token | None) -> Token:
-        """A newer token than `stale` if there is one; of several callers one asks.
+        """Get a newer token than `stale`; of several callers at once, one asks the issuer.
 
-        Raises `CredentialRejected`, `SessionGone` or `Unavailable`.
+        Returns:
+            The token in force, which is `stale` itself when the issuer has no newer one.
+
+        Raises:
+            CredentialRejected: The issuer turned the old token away.
+            SessionGone: The issuer does not know the session.
+            Unavailable: There was no answer in time.
+            MalformedMessage: The answer has no token in it.
         """
         async with self._renewing:
-            held = self.look()
+            held = self.poll()
             if held is not None and held is not stale:
                 return held
             try:
@@ -87,13 +106,12 @@ class TokenKeeper:
                     token = await self._tokens.renew_token()
             except TimeoutError:
                 raise Unavailable("the issuer of tokens", "no answer in time") from None
-            self.look()
+            self.poll()
             return token
 
     async def run(self) -> None:
-        """Renew at a share of the token's life, or at once when the server says that it expired, until cancelled."""
-        failures = RetryCallState(Retrying(), None, (), {})
-        failures.attempt_number = 0
+        """Renew the token whenever that is due, until cancelled."""
+        failures = 0
         now = asyncio.get_running_loop().time
         earliest = 0.0
         while True:
@@ -104,7 +122,7 @@ class TokenKeeper:
                     async with asyncio.timeout(min(due_in, 30.0)):
                         await self._wanted_now.wait()
                 continue
-            stale = self.sent if self._holder.wants_token else self.look()
+            stale = self.sent if self._holder.wants_token else self.poll()
             try:
                 renewed = await self.renew(stale) is not stale
                 if not renewed and self._holder.wants_token:
@@ -116,21 +134,21 @@ class TokenKeeper:
                     self._holder.token_refused(str(error))
                 earliest = now() + self._settings.refused_retry
             except AgentError as error:
-                failures.attempt_number += 1
+                failures += 1
                 await asyncio.sleep(max(self._backoff(failures), asked_wait(error)))
             else:
                 self._wanted_now.clear()
                 if self._holder.joined:
                     self.problem = None
-                failures.attempt_number = 0
+                failures = 0
                 earliest = now() + self._settings.renew_pause
 
     def _refresh_in(self) -> float:
-        token = self.look()
+        token = self.poll()
         at = token.refresh_at(self._seen_at, self._spread) if token else None
         return 3600.0 if at is None else at - self._wall()
 
 
 def asked_wait(error: AgentError) -> float:
-    """The least number of seconds that `error`'s peer asked to wait; 0 when it did not."""
+    """Return the least number of seconds that `error`'s peer asked to wait; 0 when it did not ask."""
     return (error.retry_after or 0.0) if isinstance(error, Unavailable) else 0.0

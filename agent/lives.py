@@ -6,6 +6,7 @@ A life is begun and ended as a process is: what the next one knows is what this 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from agent.batch import Outcome
 from agent.disk import Disk
 from agent.follow import Follower
 from agent.ledger import FileStat, Ledger
+from agent.linkstate import LinkState
 from agent.model import Cursor, Operation, Problem, RelPath
 from agent.session import SessionApi
 from agent.signals import Signal
@@ -26,9 +28,11 @@ from agent.workspace import Workspace
 
 @dataclass(slots=True)
 class ScenarioSource:
-    """An `EventSource` whose other end is the replay."""
+    """An `EventSource` whose other end is the replay: always live, it loses what the scenario says."""
 
     waiting: asyncio.Queue[Signal] = field(default_factory=asyncio.Queue)
+    state: LinkState = LinkState.LIVE
+    since: float = field(default_factory=time.time)
 
     async def run(self) -> None:
         """Nothing to own."""
@@ -45,12 +49,22 @@ class ScenarioSource:
     def caught_up(self) -> None:
         """The link has no state here."""
 
-    def doubt(self, reason: str) -> None:
-        """The link is never deaf here; it loses what the scenario says."""
+    def suspect(self, reason: str) -> None:
+        """Nothing: the link is never deaf here."""
+
+    def problems(self) -> tuple[Problem, ...]:
+        """None."""
+        return ()
 
     def report(self) -> dict[str, object]:
-        """For symmetry with a real link."""
-        return {"state": "replay", "queue_depth": self.waiting.qsize()}
+        """As a real link's, as far as there is one."""
+        return {
+            "state": "replay",
+            "why": "a scenario is played",
+            "queue_depth": self.waiting.qsize(),
+            "clock_jumps": 0,
+            "refusals": {},
+        }
 
 
 class FullDisk(Disk):

@@ -27,6 +27,8 @@ Digest = NewType("Digest", str)
 
 MAX_PATH_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
+MAX_SEGMENTS = 64
+"""Deeper than any project, and tools that recurse bear it. The database has the same three, see tests/contract."""
 PROTECTED = frozenset({"node_modules", ".git", ".preview-sync"})
 """Nothing below these is ever written, wherever in the tree they stand (protocol: file_path)."""
 
@@ -35,7 +37,7 @@ def parse_path(raw: object) -> RelPath:
     """Admit a path from outside.
 
     Raises `PathRefused` with one of the rules `not_text, empty, not_utf8, too_long, control, backslash,
-    absolute, empty_segment, dot_segment, segment_too_long, protected, not_nfc`.
+    absolute, empty_segment, dot_segment, segment_too_long, protected, too_deep, not_nfc`.
     """
     if not isinstance(raw, str):
         raise PathRefused(raw, "not_text")
@@ -62,6 +64,8 @@ def parse_path(raw: object) -> RelPath:
             raise PathRefused(raw, "protected")
         if size > MAX_SEGMENT_BYTES and len(segment.encode()) > MAX_SEGMENT_BYTES:
             raise PathRefused(raw, "segment_too_long")
+    if raw.count("/") >= MAX_SEGMENTS:
+        raise PathRefused(raw, "too_deep")
     if not unicodedata.is_normalized("NFC", raw):
         raise PathRefused(raw, "not_nfc")
     return RelPath(raw)

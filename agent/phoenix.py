@@ -1,129 +1,120 @@
-"""The channel protocol, PURE: frames in, meaning and frames out, time passed in. No socket, no clock, no task.
+"""Speak the Phoenix channel protocol, PURE: frames in, events and frames out, time passed in, without socket or clock.
 
 Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are arrays
-`[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `Phoenix` follows one
-topic across many sockets: its refs only grow, so a frame meant for an earlier join can never be taken for ours.
+`[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `PhoenixChannel` is one
+topic on one socket. Its refs only grow, so that the reply to an earlier join is never taken for the reply to this one.
 
-`agent.linkstate.TRANSITIONS` is the whole state machine, `agent.meanings` what comes out. Nothing a server sends makes
-this module raise: what cannot be read is counted in `ignored`.
+The state is in the link's `LinkStateMachine`, which `PhoenixChannel` moves; the events are `agent.meanings`. Nothing
+that a server sends makes this module raise: what cannot be read is counted in `ignored`.
 
-    link = Phoenix("realtime:project:…")
-    link.opened(now, token)                      # the shell has a socket
-    for text in link.outgoing(): send(text)
-    match link.receive(frame, now): ...          # at most one meaning per frame
-    link.tick(now)                               # at link.next_deadline()
+    channel = PhoenixChannel("realtime:project:…", machine)
+    channel.opened(now, token)                   # the caller has a socket
+    for text in channel.outgoing(): send(text)
+    match channel.receive(frame, now): ...       # at most one event for a frame
+    channel.tick(now)                            # at channel.next_deadline()
 
 Time is in seconds of any monotonic clock.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Final
 
 import orjson
 
-from agent.linkstate import JOINED_STATES, TRANSITIONS, WITH_SOCKET, Cause, LinkState
+from agent.linksettings import DEFAULTS, Timing
+from agent.linkstate import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
 from agent.meanings import (
     Broadcast,
+    ChannelEvent,
     Dropped,
     Joined,
-    Meaning,
     Refused,
     ReplicationReady,
     TokenExpired,
-    judge,
+    classify_error,
 )
 
 BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""
 
+BROADCAST_HEAD: Final = 5
+"""Bytes of a broadcast frame before its fields: the type, the lengths of topic, event and meta, the encoding."""
 
-NO_HEAD: Final = b"\x04\0\0\0\0\0"
-"""What no broadcast begins with: its topic would be empty."""
+LONGEST_REASON: Final = 500
+"""Characters kept of why the server refused or ended something."""
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Deadlines of the protocol, all in seconds."""
-
-    heartbeat_every: float = 20.0
-    """The server closes a socket that was silent for 60 s; two may be lost before that."""
-    heartbeat_within: float = 10.0
-    """An unanswered heartbeat older than this means a dead socket, whatever TCP says."""
-    join_within: float = 20.0
-    """Join errors take 5 s by design and a cold tenant longer. A late reply is never waited for on a second join."""
-    replication_within: float = 5.0
-    """How long to wait for `Replication connection established` before taking the server for one that does not
-    say it. Where it comes later after all, it counts as having fallen behind."""
-    probe_every: float = 60.0
-    """How often the token in force is pushed again although the server has it. A server ignores an identical token
-    without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
-    late_tick: float = 1.0
-    """A tick this late is our own lateness (a stalled loop): unread frames get this much time before judgement."""
+JSON_ENCODING: Final = 1
+"""The encoding of a broadcast whose payload is JSON, the only one that is read."""
 
 
-Observer = Callable[[LinkState, Cause, LinkState, str], None]
-"""Told every transition: from, cause, to, and why in words."""
+class PhoenixChannel:
+    """One topic on one socket, from the join to the end of the socket."""
 
+    def __init__(
+        self,
+        topic: str,
+        machine: LinkStateMachine,
+        timing: Timing = DEFAULTS.timing,
+        ignored: Counter[str] | None = None,
+    ) -> None:
+        """Make the channel of a socket that is about to open.
 
-class Phoenix:
-    """One topic's protocol, across sockets. See the module for how it is held."""
-
-    def __init__(self, topic: str, timing: Timing = Timing(), observe: Observer | None = None) -> None:
+        Args:
+            topic: The topic as it stands on the wire.
+            machine: The link's state, moved by what the server says and by deadlines that pass.
+            timing: The deadlines.
+            ignored: Counts the frames that mean nothing to us, by reason: unreadable, foreign, stale, unknown.
+        """
         self.topic = topic
-        self._topic_bytes = topic.encode()
-        self._like: tuple[str, int, bytes] = ("", 0, NO_HEAD)
+        self.machine = machine
         self.timing = timing
-        self.state = LinkState.CONNECTING
-        self.why = "started"
-        self.ignored: Counter[str] = Counter()
-        """Frames that meant nothing to us, by reason: unreadable, foreign, stale, unknown."""
-        self._observe = observe
+        self.ignored: Counter[str] = Counter() if ignored is None else ignored
+        self._topic_bytes = topic.encode()
+
+        # What is sent.
         self._out: list[str] = []
         self._ref = 0
+
+        # The join.
         self._join_ref: str | None = None
+        """The ref of the join in force; None: there is none, or its token has expired."""
+        self._join_by: float | None = None
         self._joins_expired = 0
+        """How many joins in a row were answered with an expired token."""
+        self._replication_by: float | None = None
+        self._replication_ready = False
+
+        # The token.
         self._token = ""
         self._token_unsent = False
         self._probe_at: float | None = None
-        self._join_by: float | None = None
-        self._replication_by: float | None = None
-        self._replication_ready = False
-        self._caught_up = False
-        self._heartbeat_ref: str | None = None
+
+        # The heartbeat. `_heartbeat_at` None: there is no socket.
         self._heartbeat_at: float | None = None
+        self._heartbeat_ref: str | None = None
         self._heartbeat_by: float | None = None
 
-    # --- what the shell tells us
+    # --- what the caller tells
 
     def opened(self, now: float, token: str) -> None:
-        """A socket is open: join, and start the heartbeat."""
-        if self._move(Cause.OPENED, "socket open"):
-            self._heartbeat_ref = self._heartbeat_by = None
+        """Join the topic and start the heartbeat: the socket is open."""
+        if self.machine.move(Cause.OPENED, "socket open"):
             self._heartbeat_at = now + self.timing.heartbeat_every
-            self._joins_expired = 0
             self._join(now, token)
 
-    def lost(self, reason: str) -> None:
-        """The socket is gone, or none came about."""
-        if self._move(Cause.LOST, reason):
-            self._forget()
-
-    def refused(self, reason: str) -> None:
-        """A credential was turned away, in the handshake or by whoever issues them; the socket is to be closed."""
-        if self._move(Cause.REFUSED, reason):
-            self._forget()
-
-    def retry(self) -> None:
-        """A new attempt begins."""
-        self._move(Cause.RETRY, "retry")
+    def close(self) -> None:
+        """Drop every deadline and every unsent frame: the socket is gone, and frames still read from it are stale."""
+        self._forget_join()
+        self._heartbeat_ref = self._heartbeat_at = self._heartbeat_by = None
+        self._out.clear()
 
     def new_token(self, token: str, now: float) -> None:
-        """Use `token` from now on: push it on the joined channel, or join with it when the last one expired."""
-        if self.state not in WITH_SOCKET:
+        """Push `token` on the joined channel, or join with it when the last one expired."""
+        if self.machine.state not in WITH_SOCKET:
             return
         if self._join_ref is None:
             self._join(now, token)
@@ -135,37 +126,20 @@ class Phoenix:
             # A push before the join's reply may find no channel; it follows the reply.
             self._token_unsent = True
 
-    def behind(self, reason: str) -> None:
-        """Something may have been missed; only the next catch-up makes the link live again."""
-        if self.state in JOINED_STATES:
-            self._caught_up = False
-            self._move(Cause.BEHIND, reason)
-
-    def caught_up(self) -> None:
-        """A catch-up succeeded that began after the last time we were behind."""
-        if self.state is LinkState.CATCHING_UP:
-            self._caught_up = True
-            self._settle()
-
     def leave(self) -> None:
-        """Say goodbye on the channel; whatever comes after it is stale."""
+        """Leave the channel; what the server still says about it is stale."""
         if self._join_ref is not None:
             self._push("phx_leave", {})
             self._join_ref = None
 
-    @property
-    def wants_token(self) -> bool:
-        """Whether the last token expired on a socket that is still open."""
-        return self.state is LinkState.JOINING and self._join_ref is None
-
     def outgoing(self) -> list[str]:
-        """The frames to send now, in order; each is given out once."""
+        """Return the frames to send now, in order. Each is returned once."""
         out, self._out = self._out, []
         return out
 
     def next_deadline(self) -> float | None:
-        """When `tick` must be called at the latest; None without a socket."""
-        if self.state not in WITH_SOCKET:
+        """Return when `tick` must be called at the latest; None without a socket."""
+        if self.machine.state not in WITH_SOCKET:
             return None
         deadlines = (
             self._heartbeat_at,
@@ -176,11 +150,15 @@ class Phoenix:
         )
         return min((at for at in deadlines if at is not None), default=None)
 
-    # --- what time tells us
+    # --- what is due
 
     def tick(self, now: float) -> Dropped | None:
-        """Do what is due: send a heartbeat, give up on one, give up on a join."""
-        if self.state not in WITH_SOCKET:
+        """Send the heartbeat or the token if that is due; give up the socket if an answer is overdue.
+
+        A deadline that is noticed more than `late_tick` late is put off once by as much: our own loop stalled, and the
+        answer may lie unread in the socket.
+        """
+        if self.machine.state not in WITH_SOCKET:
             return None
         grace = self.timing.late_tick
         if self._heartbeat_by is not None and now >= self._heartbeat_by:
@@ -197,22 +175,27 @@ class Phoenix:
             return self._drop("join_timeout", f"no reply to the join within {self.timing.join_within:g} s")
         if self._replication_by is not None and now >= self._replication_by:
             self._replication_by = None
-            self._settle()
+            self.machine.feed_ready()
         if self._probe_at is not None and now >= self._probe_at:
             self._push_token(now)
         if self._heartbeat_at is not None and now >= self._heartbeat_at:
             self._heartbeat(now)
         return None
 
-    # --- what the server tells us
+    # --- what the server tells
 
-    def receive(self, frame: bytes, now: float, at: float = 0.0) -> Meaning | None:
-        """Read one frame, text or binary. Never raises; None: nothing for the shell to do.
+    def receive(self, frame: bytes, now: float, at: float = 0.0) -> ChannelEvent | None:
+        """Read one frame. Never raises.
 
-        Which of the two it is shows by its first byte: no JSON begins with a 4. `at`: Unix seconds, for a broadcast
-        to carry.
+        Args:
+            frame: A text or a binary frame; the first byte shows which, since no JSON begins with a 4.
+            now: The time, for deadlines that begin with this frame.
+            at: The time as Unix seconds, for a broadcast to carry.
+
+        Returns:
+            What happened, or None when there is nothing for the caller to do.
         """
-        if self._heartbeat_at is None:  # no socket
+        if self._heartbeat_at is None:
             return self._ignore("stale")
         if frame and frame[0] == BROADCAST_FRAME:
             return self._binary(frame, at)
@@ -231,36 +214,27 @@ class Phoenix:
             return self._ignore("stale")
         return self._ignore("foreign")
 
-    def _binary(self, frame: bytes, at: float) -> Meaning | None:
-        """Type 4: u8 lengths of topic, event and meta, u8 encoding (1 JSON), then the four fields.
+    def _binary(self, frame: bytes, at: float) -> ChannelEvent | None:
+        """Read a broadcast: type, u8 lengths of topic, event and meta, u8 encoding, then the four fields.
 
-        The meta is nothing to us. Frames like the last one, up to their meta, are told by one comparison.
+        The meta is not read.
         """
-        event, start, head = self._like
-        if not frame.startswith(head):
-            if len(frame) < 5:
-                return self._ignore("unreadable")
-            topic_end = 5 + frame[1]
-            event_end = topic_end + frame[2]
-            start = event_end + frame[3]
-            if start > len(frame) or frame[4] != 1:
-                return self._ignore("unreadable")
-            if frame[5:topic_end] != self._topic_bytes:
-                return self._ignore("foreign")
-            try:
-                event = frame[topic_end:event_end].decode()
-            except ValueError:
-                return self._ignore("unreadable")
-            self._like = event, start, frame[:event_end]
+        if len(frame) < BROADCAST_HEAD or frame[4] != JSON_ENCODING:
+            return self._ignore("unreadable")
+        topic_end = BROADCAST_HEAD + frame[1]
+        event_end = topic_end + frame[2]
+        if frame[BROADCAST_HEAD:topic_end] != self._topic_bytes:
+            return self._ignore("foreign")
         try:
-            payload = orjson.loads(frame[start:])
+            event = frame[topic_end:event_end].decode()
+            payload = orjson.loads(frame[event_end + frame[3] :])
         except ValueError:
             return self._ignore("unreadable")
         return Broadcast(event, payload, at) if type(payload) is dict else self._ignore("unreadable")
 
     def _on_channel(
         self, join_ref: object, ref: object, event: str, payload: dict[str, object], now: float, at: float
-    ) -> Meaning | None:
+    ) -> ChannelEvent | None:
         match event:
             case "broadcast":
                 name, body = payload.get("event"), payload.get("payload")
@@ -285,21 +259,20 @@ class Phoenix:
             case _:
                 return self._ignore("unknown")
 
-    def _join_reply(self, payload: dict[str, object], now: float) -> Meaning | None:
+    def _join_reply(self, payload: dict[str, object], now: float) -> ChannelEvent | None:
         self._join_by = None
         if payload.get("status") == "ok":
             self._joins_expired = 0
-            self._caught_up = False
             self._probe_at = now + self.timing.probe_every
             if self._token_unsent:
                 self._push_token(now)
             if not self._replication_ready:
                 self._replication_by = now + self.timing.replication_within
-            self._move(Cause.JOINED, "join accepted")
+            self.machine.joined("join accepted", feed_ready=self._replication_ready)
             return Joined()
         response = payload.get("response")
-        reason = str(response.get("reason", "no reason given") if isinstance(response, dict) else response)
-        kind = judge(reason)
+        reason = _words(response.get("reason", "no reason given") if isinstance(response, dict) else response)
+        kind = classify_error(reason)
         if kind == "expired":
             self._joins_expired += 1
             if self._joins_expired < 2:
@@ -308,8 +281,8 @@ class Phoenix:
             return self._refuse(reason)
         return self._drop("rate_limited" if kind == "rate_limited" else "join_error", reason)
 
-    def _push_reply(self, ref: object, payload: dict[str, object]) -> Meaning | None:
-        """Success is silent on the pushes we make. The one error that counts: the server has no such channel."""
+    def _push_reply(self, ref: object, payload: dict[str, object]) -> ChannelEvent | None:
+        """Read the reply to a token that was pushed: only `unmatched topic` counts, the server lost the channel."""
         response = payload.get("response")
         if not isinstance(response, dict) or response.get("reason") != "unmatched topic":
             return None
@@ -317,8 +290,8 @@ class Phoenix:
             return self._ignore("stale")
         return self._drop("channel_gone", "the server does not know our channel any more")
 
-    def _system(self, join_ref: object, payload: dict[str, object]) -> Meaning | None:
-        message = str(payload.get("message", ""))
+    def _system(self, join_ref: object, payload: dict[str, object]) -> ChannelEvent | None:
+        message = _words(payload.get("message", ""))
         if self._join_ref is None or (join_ref is not None and join_ref != self._join_ref):
             return self._ignore("stale")
         if payload.get("extension") not in (None, "system"):
@@ -327,14 +300,14 @@ class Phoenix:
             if message != "Replication connection established" or self._replication_ready:
                 return None
             self._replication_ready = True
-            if self.state not in JOINED_STATES:
+            if self.machine.state not in JOINED_STATES:
                 return None
             prompt = self._replication_by is not None
             self._replication_by = None
-            self._caught_up = False
-            self._move(Cause.BEHIND, "replication ready" if prompt else "replication ready late")
+            self.machine.behind("replication ready" if prompt else "replication ready late")
+            self.machine.feed_ready()
             return ReplicationReady()
-        match judge(message):
+        match classify_error(message):
             case "expired":
                 return self._expired(message)
             case "credential":
@@ -344,51 +317,34 @@ class Phoenix:
             case _:
                 return self._drop("system_error", message)
 
-    # --- the machine
-
-    def _move(self, cause: Cause, why: str) -> bool:
-        """Follow the table; False: late, ignored on purpose."""
-        target = TRANSITIONS.get((self.state, cause))
-        if target is None:
-            return False
-        source, self.state, self.why = self.state, target, why
-        if self._observe is not None:
-            self._observe(source, cause, target, why)
-        return True
-
-    def _settle(self) -> None:
-        if self._caught_up and self._replication_by is None:
-            self._move(Cause.CAUGHT_UP, "caught up")
+    # --- what ends a join, or the socket
 
     def _expired(self, reason: str) -> TokenExpired:
-        self._leave_join()
-        self._move(Cause.EXPIRED, reason)
+        self._forget_join()
+        self.machine.move(Cause.EXPIRED, reason)
         return TokenExpired(reason)
 
     def _refuse(self, reason: str) -> Refused:
-        self.refused(reason)
+        self.close()
+        self.machine.move(Cause.REFUSED, reason)
         return Refused(reason)
 
     def _drop(self, cause: str, reason: str) -> Dropped:
-        self.lost(reason)
+        self.close()
+        self.machine.move(Cause.LOST, reason)
         return Dropped(cause, reason)
 
-    def _leave_join(self) -> None:
+    def _forget_join(self) -> None:
         self._join_ref = None
         self._join_by = self._replication_by = self._probe_at = None
         self._token_unsent = False
-        self._replication_ready = self._caught_up = False
+        self._replication_ready = False
 
-    def _forget(self) -> None:
-        self._leave_join()
-        self._heartbeat_ref = self._heartbeat_at = self._heartbeat_by = None
-        self._out.clear()
-
-    def _ignore(self, reason: str) -> Meaning | None:
+    def _ignore(self, reason: str) -> ChannelEvent | None:
         self.ignored[reason] += 1
         return None
 
-    # --- what we send
+    # --- what is sent
 
     def _next_ref(self) -> str:
         self._ref += 1
@@ -408,7 +364,7 @@ class Phoenix:
         self._probe_at = now + self.timing.probe_every
 
     def _join(self, now: float, token: str) -> None:
-        self._leave_join()
+        self._forget_join()
         self._token = token
         self._join_ref = self._next_ref()
         self._join_by = now + self.timing.join_within
@@ -431,6 +387,11 @@ class Phoenix:
         self._send(None, self._heartbeat_ref, "phoenix", "heartbeat", {})
 
 
+def _words(said: object) -> str:
+    """What should be text, as text of a line or two; JSON can be nested deeper than Python can write."""
+    return (said if isinstance(said, str) else reprlib.repr(said))[:LONGEST_REASON]
+
+
 def _later(ref: object, join_ref: str) -> bool:
-    """Whether `ref` is of a push made after the join `join_ref`: our refs are numbers that only grow."""
+    """Return whether `ref` belongs to a push made after the join `join_ref`: our refs are numbers that only grow."""
     return isinstance(ref, str) and ref.isascii() and ref.isdigit() and int(ref[:20]) > int(join_ref)

@@ -20,7 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agent.errors import AgentError
+from agent.errors import AgentError, PathRefused
+from agent.model import parse_path
 from agent.swap import PLACES
 
 LARGEST = 64 * 2**20
@@ -139,8 +140,20 @@ def find(directory: Path, *, scripts: bool = False) -> Project | None:
     """The project in `directory`, or in the one directory below it that has a package.json; None without.
 
     `scripts`: whether installs run the dependencies' scripts; it makes another node_modules. Raises
-    `ProjectUnreadable` when there is a package.json that cannot be used.
+    `ProjectUnreadable` when there is a package.json that cannot be used, and nothing else: what JSON was read from can
+    be nested too deep to be written again.
     """
+    try:
+        return _find(directory, scripts)
+    except RecursionError:
+        raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
+    except OSError as error:
+        raise ProjectUnreadable(f"cannot read package.json: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ProjectUnreadable(f"cannot read package.json: {error}") from None
+
+
+def _find(directory: Path, scripts: bool) -> Project | None:
     root = directory
     if not os.path.lexists(root / "package.json"):
         below = _below(directory)
@@ -160,20 +173,24 @@ def _below(directory: Path) -> list[Path]:
     return [
         directory / n
         for n in names
-        if not n.startswith(hidden) and os.path.lexists(directory / n / "package.json")
+        if not n.startswith(hidden) and _is_path(n) and os.path.lexists(directory / n / "package.json")
     ]
+
+
+def _is_path(name: str) -> bool:
+    """Whether the database could have it; nothing else that stands here is the project's."""
+    try:
+        parse_path(name)
+    except PathRefused:
+        return False
+    return True
 
 
 def _read(root: Path, scripts: bool) -> Project:
     raw = read_small(root / "package.json")
     if raw is None:
         raise ProjectUnreadable(f"cannot read {root.name}/package.json: not a regular file, or too large")
-    try:
-        package = json.loads(raw)
-    except RecursionError:
-        raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
-    except ValueError as error:
-        raise ProjectUnreadable(f"cannot read package.json: {error}") from None
+    package = json.loads(raw)
     if not isinstance(package, dict):
         raise ProjectUnreadable("cannot read package.json: it is not an object")
     lock = next((name for name in LOCKS if os.path.lexists(root / name)), None)
@@ -184,6 +201,9 @@ def _read(root: Path, scripts: bool) -> Project:
     declared = package.get("scripts")
     named: dict[str, Any] = declared if isinstance(declared, dict) else {}
     script_name = next((n for n in ("dev", "start") if isinstance(named.get(n), str)), None)
+    if script_name and not _can_be_given(named[script_name]):
+        unusable = "it has a character that no command line can hold"
+        raise ProjectUnreadable(f'cannot use the script "{script_name}" of package.json: {unusable}')
     return Project(
         root=root,
         manager=manager,
@@ -195,6 +215,14 @@ def _read(root: Path, scripts: bool) -> Project:
         release=release,
         modern_yarn=manager is Manager.YARN and _is_modern_yarn(root, release),
     )
+
+
+def _can_be_given(script: str) -> bool:
+    """Whether it can be a word of a command line: JSON may spell half of a surrogate pair, and NUL."""
+    try:
+        return b"\0" not in script.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _named_manager(package: Mapping[str, Any]) -> tuple[Manager, str | None]:

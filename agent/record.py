@@ -21,17 +21,21 @@ import orjson
 
 from agent.config import Settings
 from agent.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
+from agent.httpclient import exchange, read_whole
 from agent.model import Change, Commit, RelPath, digest_of
 from agent.scenario import FORMAT, Log, Scenario, read_scenario
 from agent.scenariofile import files_of, manifest_of
 from agent.session import SessionApi
-from agent.signals import Received, Resync
-from agent.stream import RealtimeStream
+from agent.signals import EventSource, Received, Resync
+from agent.stream import realtime_link
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, SnapshotOffer, read_event
 
 JOIN_SECONDS = 60.0
 """How long the first join may take before the recording is given up."""
+
+PATIENCE = 60.0
+"""Seconds without a byte of a snapshot before the recording is given up."""
 
 
 class Recorder:
@@ -48,13 +52,14 @@ class Recorder:
         self._path = path
         self._say = say
         self._http = http
+        self._most_bytes = settings.snapshot_max_compressed_bytes
         self._lines: list[dict[str, object]] = []
         self._behind = False
         first, key = settings.realtime_token, settings.realtime_api_key
         tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
         self._api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
         topic = f"realtime:project:{settings.project_id}"
-        self._link = RealtimeStream(
+        self._link: EventSource = realtime_link(
             settings.realtime_url, key.get_secret_value() if key else None, topic, self._api
         )
         self._log = Log(str(settings.project_id), "", 0, {})
@@ -109,12 +114,12 @@ class Recorder:
 
     async def _fetch(self, url: str) -> bytes:
         try:
-            answer = await self._http.get(url)
+            async with exchange(self._http, "GET", url, timeout=PATIENCE) as answer:
+                if not answer.is_success:
+                    raise Unavailable("the snapshot", f"HTTP {answer.status_code}")
+                return await read_whole(answer, "the snapshot", self._most_bytes)
         except httpx.HTTPError as error:
             raise Unavailable("the snapshot", type(error).__name__) from None
-        if not answer.is_success:
-            raise Unavailable("the snapshot", f"HTTP {answer.status_code}")
-        return answer.content
 
     # --- what comes
 
@@ -293,7 +298,7 @@ def record(settings: Settings, path: Path, seconds: float | None, say: Callable[
             raise SettingsError([f"cannot record into {path}: {each} exists; remove it or name another"])
 
     async def until_stopped() -> Scenario:
-        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+        async with httpx.AsyncClient(trust_env=False) as http:
             recording = asyncio.create_task(Recorder(settings, path, say, http).run(seconds))
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):

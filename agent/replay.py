@@ -38,7 +38,7 @@ from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, H
 from agent.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.scenario import Log
 from agent.scenariofile import Loaded, load
-from agent.session import SessionApi
+from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.signals import Received, Resync
 from agent.simulated import SimulatedLoop
 from agent.status import SyncStatus
@@ -281,12 +281,14 @@ class Replay:
         if name in self._offered:
             return httpx.Response(200, stream=httpx.ByteStream(self._offered[name]))
         if name == "token":
-            return httpx.Response(200, json={"realtime_token": self._token(), "expires_at": None})
+            return _json(200, {"realtime_token": self._token(), "expires_at": None})
         self.catch_ups += 1
         question = orjson.loads(request.content)
         self.shown.add(question["reason"])
         if request.headers["authorization"] != f"Bearer {self._token()}":
-            return httpx.Response(401, json={"title": "token_expired"})
+            return _json(
+                401, {"type": f"{PROBLEM_TYPE}token_expired", "title": "token expired", "status": 401}
+            )
         name = f"{self.catch_ups}.zip"
         answer = self._log.answer(question, f"{HOST}/{name}")
         if answer["kind"] == "changes" and self._dice_says(DELTAS) and not question.get("paths"):
@@ -294,7 +296,7 @@ class Replay:
             answer = {"kind": "snapshot", "snapshot_url": f"{HOST}/{name}", "manifest": None}
         elif answer["kind"] == "snapshot":
             self._offered[name] = self._zip()
-        return httpx.Response(200, json=answer)
+        return _json(200, answer)
 
     def _token(self) -> str:
         claims = json.dumps({"role": "preview_agent", "jti": self._tokens}).encode()
@@ -356,6 +358,13 @@ class Replay:
             ours = self._life.sync.tree.entries
             here = {path: content for path, content in here.items() if path in ours}
         return here
+
+
+def _json(status: int, body: Mapping[str, object]) -> httpx.Response:
+    """As an answer comes from a socket: its body not read yet."""
+    media = "application/json" if status < 400 else PROBLEM_MEDIA_TYPE
+    stream = httpx.ByteStream(orjson.dumps(body))
+    return httpx.Response(status, headers={"content-type": media}, stream=stream)
 
 
 def _dev_settings(environ: Mapping[str, str], directory: Path) -> Settings:

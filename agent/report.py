@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,9 +20,10 @@ from agent.linkstate import LinkState
 from agent.model import Problem
 from agent.problems import ProblemKind
 from agent.shadow import Shadow
+from agent.signals import EventSource
 from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
-from agent.stream import RealtimeStream
+from agent.statusbody import fitted
 from agent.supervisor import Supervisor
 from agent.sync import Sync
 from agent.telemetry import Metrics, Redactor
@@ -41,7 +42,7 @@ class Report(Collector):
     sync: Sync
     sync_status: SyncStatus
     catch_up: CatchUp
-    link: RealtimeStream
+    link: EventSource
     dev: Supervisor
     problems: Problems
     metrics: Metrics
@@ -68,18 +69,19 @@ class Report(Collector):
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
-    def heartbeat(self) -> dict[str, object]:
-        """The body of PUT …/status."""
+    def heartbeat(self, *, bare: bool = False) -> dict[str, object]:
+        """The body of PUT …/status, what is harmful first; `bare`: of the problems their number alone."""
         tree = self.sync.tree
-        return {
+        head = {
             "state": self.state.value,
             "revision": tree.cursor.revision,
             "epoch": tree.cursor.epoch,
             "tree_hash": tree.hash(),
             "dev_server": self.dev.state.value,
-            "problems": self._shown(),
             "agent_version": __version__,
         }
+        problems = self._shown(sorted(self._problems(), key=lambda problem: problem.kind in HARMLESS))
+        return fitted(head, problems, 0) if bare else fitted(head, problems)
 
     def status(self) -> Mapping[str, object]:
         """All of it, for people; no secret."""
@@ -111,7 +113,7 @@ class Report(Collector):
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
-            "problems": self._shown(),
+            "problems": self._shown(self._problems()),
         }
         clean = self.redactor.value(said)
         assert isinstance(clean, dict)
@@ -169,6 +171,11 @@ class Report(Collector):
         yield CounterMetricFamily(
             "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
         )
+        yield CounterMetricFamily(
+            "preview_agent_watch_renewals",
+            "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
+            value=self.sync.watch_renewals,
+        )
         if self.shadow is not None:
             yield from self.shadow.collect()
 
@@ -202,10 +209,18 @@ class Report(Collector):
     def _problems(self) -> list[Problem]:
         return [*self.problems.open.values(), *self.link.problems(), *self.dev.problems()]
 
-    def _shown(self) -> object:
-        return self.redactor.value(
-            [
-                {"kind": p.kind, "rule": p.rule, "file_path": p.path, "detail": p.detail}
-                for p in self._problems()
-            ]
-        )
+    def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | None]]:
+        return [
+            {key: text and self.redactor.text(text) for key, text in _fields(problem).items()}
+            for problem in problems
+        ]
+
+
+def _fields(problem: Problem) -> dict[str, str | None]:
+    """As it travels."""
+    return {
+        "kind": problem.kind,
+        "rule": problem.rule,
+        "file_path": problem.path,
+        "detail": problem.detail,
+    }

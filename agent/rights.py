@@ -57,9 +57,15 @@ class Launch:
         return spec
 
     def command(self) -> list[str]:
-        """The guard's command line; it wants `env`, a session of its own, and the lifeline as standard input."""
+        """The guard's command line. It wants no environment, a session of its own, and as standard input the lifeline,
+        which first says `environment`.
+        """
         packages = os.path.dirname(os.path.dirname(__file__))
-        return [sys.executable, "-I", "-S", "-c", START, packages, json.dumps(self.spec())]
+        return [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, packages, json.dumps(self.spec())]
+
+    def environment(self) -> bytes:
+        """The program's environment as its guard hears it."""
+        return json.dumps(dict(self.env)).encode() + b"\n"
 
 
 def find_user(name: str) -> User:

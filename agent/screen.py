@@ -20,10 +20,13 @@ import httpx
 import orjson
 
 from agent.errors import Unavailable
+from agent.httpclient import IDENTITY
 from agent.problems import REMEDIES
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARGIN = 13
+MOST_BYTES = 16 * 2**20
+"""Of a report. One with 200 lines of the longest kind and 200 problems has less than two million."""
 """Columns before what a row says."""
 MOST_PATHS = 3
 """Of one kind of problem; a thousand refused paths have one remedy."""
@@ -83,14 +86,23 @@ def look_of(out: TextIO, environ: Mapping[str, str]) -> Look:
 def read_status(url: str) -> dict[str, Any]:
     """The report at `url` (the health server's base). Raises `Unavailable` when no agent answers."""
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/status", timeout=5, trust_env=False)
-        answer.raise_for_status()
-        report = orjson.loads(answer.content)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        report = orjson.loads(_read(f"{url.rstrip('/')}/status"))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError) as error:
         raise Unavailable(f"the agent at {url}", type(error).__name__) from None
     if not isinstance(report, dict) or "agent_version" not in report:
         raise Unavailable(f"the agent at {url}", "what answers there is something else")
     return report
+
+
+def _read(url: str) -> bytes:
+    body = bytearray()
+    with httpx.stream("GET", url, headers=IDENTITY, timeout=5, trust_env=False) as answer:
+        answer.raise_for_status()
+        for piece in answer.iter_raw():
+            body += piece
+            if len(body) > MOST_BYTES:
+                raise ValueError("no report is as large")
+    return bytes(body)
 
 
 def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[str]:

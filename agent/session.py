@@ -1,8 +1,10 @@
 """The HTTP client of the session API: sync, token, status. One call, one try; retrying is the caller's decision.
 
 Errors are sorted by what can be done about them: 401 and 403 are final for the token (`CredentialRejected`), 404 and
-410 for the session (`SessionGone`), 409 tells a conflict (`Superseded`), everything else that may pass is
-`Unavailable` with the wait that was asked for.
+410 for the session (`SessionGone`), 409 tells a conflict (`Superseded`). These end things, so they are believed of the
+orchestrator alone, whose refusals are problem documents of its own types: what stands in front of it answers with the
+same numbers when it is deployed badly, and no session is over because of that. 413 says that we ask with too much
+(`TooLarge`); everything else that may pass is `Unavailable` with the wait that was asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from uuid import UUID
 import httpx
 import orjson
 
-from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
+from agent.errors import (
+    CredentialRejected,
+    MalformedMessage,
+    SessionGone,
+    Superseded,
+    TooLarge,
+    Unavailable,
+)
+from agent.httpclient import coding, exchange, read_start, read_whole
 from agent.model import RelPath
 from agent.retry import http_date, within
 from agent.retry import retry_after as retry_after
@@ -25,6 +35,16 @@ from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """An answer larger than this is not read to its end: sync offers a snapshot long before."""
+
+MAX_REFUSAL_BYTES: Final = 64 * 1024
+"""Of a refusal: the orchestrator's are below 2 KB, whoever stands in front of it may send a page of any size."""
+
+PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
+PROBLEM_TYPE: Final = "urn:preview-sync:problem:"
+"""What the `type` of each of the orchestrator's problem documents (RFC 9457) begins with."""
+
+OF_THE_PATH: Final = PROBLEM_TYPE + "path_unknown"
+"""An orchestrator that does not serve this path: SESSION_API_URL leads elsewhere. It does not speak of the session."""
 
 WHOLE_CALL: Final = 120.0
 """Seconds for a call from its first byte to its last: `TIMEOUT` is between two bytes, and answers may trickle."""
@@ -95,66 +115,72 @@ class SessionApi:
         try:
             async with (
                 within(self._whole, what, f"no whole answer within {self._whole:g} s"),
-                self._http.stream(
+                exchange(
+                    self._http,
                     method,
                     f"{self._base}/{name}",
                     content=orjson.dumps(body),
                     headers=headers,
                     timeout=self._timeout,
-                    follow_redirects=False,
                 ) as response,
             ):
                 self._look_at_clock(response, sent)
-                content = await _read(response, what)
+                if not response.is_success:
+                    raise await self._refusal(what, response)
+                content = await read_whole(response, what, MAX_ANSWER_BYTES)
         except httpx.HTTPError as error:
             # The class, not the text: httpx writes URLs and header values into some of its messages.
             raise Unavailable(what, type(error).__name__) from None
-        if response.is_success:
-            try:
-                return orjson.loads(content)
-            except ValueError:
-                raise MalformedMessage(f"{name} answer", "not JSON") from None
-        raise self._refusal(what, response, content)
+        try:
+            return orjson.loads(content)
+        except ValueError:
+            raise Unavailable(what, _of_somebody_else(response, "JSON")) from None
 
     def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
         date = http_date(response.headers.get("date"))
         if date is not None:
             self._skew.answered(date, sent, self._clock())
 
-    def _refusal(self, what: str, response: httpx.Response, content: bytes) -> Exception:
-        status, detail = response.status_code, _problem(content)
-        said = f"HTTP {status}" + (f", {detail}" if detail else "")
+    async def _refusal(self, what: str, response: httpx.Response) -> Exception:
+        """What an answer that is no success means."""
+        status = response.status_code
+        document = await _problem(response)
+        said = _of_somebody_else(response, "a problem document of the orchestrator's")
+        if document is not None:
+            told = (document.get("title"), document.get("detail"))
+            said = f"HTTP {status}, {': '.join(text for text in told if isinstance(text, str))[:200]}"
+        wait = retry_after(response.headers.get("retry-after"), self._clock().wall)
+        if status == 413:
+            return TooLarge(what, said, wait)
+        if status in (408, 429) or status >= 500 or document is None or document["type"] == OF_THE_PATH:
+            return Unavailable(what, said, wait)
         if status in (401, 403):
             return CredentialRejected(f"{what} refused the token: {said}")
         if status in (404, 410):
             return SessionGone(f"{what} does not know the session: {said}")
         if status == 409:
             return Superseded(f"{what} names a conflict: {said}")
-        if status == 429 or status >= 500 or status == 408:
-            return Unavailable(
-                what, said, retry_after(response.headers.get("retry-after"), self._clock().wall)
-            )
         return MalformedMessage(what, f"unexpected answer: {said}")
 
 
-async def _read(response: httpx.Response, what: str) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in response.aiter_bytes():
-        size += len(chunk)
-        if size > MAX_ANSWER_BYTES:
-            raise MalformedMessage(what, f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _problem(content: bytes) -> str:
-    """The title and detail of an RFC 9457 document, at most a line of them; empty when it is not one."""
+async def _problem(response: httpx.Response) -> dict[str, object] | None:
+    """The orchestrator's own problem document; None when the answer is anything else."""
+    if _media(response) != PROBLEM_MEDIA_TYPE or coding(response) is not None:
+        return None
     try:
-        document = orjson.loads(content[:10_000])
+        document = orjson.loads(await read_start(response, MAX_REFUSAL_BYTES))
     except ValueError:
-        return ""
-    if not isinstance(document, dict):
-        return ""
-    said = (document.get("title"), document.get("detail"))
-    return ": ".join(text for text in said if isinstance(text, str))[:200]
+        return None
+    if not isinstance(document, dict) or document.get("status") != response.status_code:
+        return None
+    kind = document.get("type")
+    return document if isinstance(kind, str) and kind.startswith(PROBLEM_TYPE) else None
+
+
+def _media(response: httpx.Response) -> str:
+    return str(response.headers.get("content-type", "")).partition(";")[0].strip().lower()
+
+
+def _of_somebody_else(response: httpx.Response, wanted: str) -> str:
+    came = repr(_media(response)[:50]) if _media(response) else "no type"
+    return f"HTTP {response.status_code} with {came}, not {wanted}: see what answers at SESSION_API_URL"

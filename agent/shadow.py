@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent.comparison import Comparison
 from agent.ledger import FileStat
+from agent.looks import UNREAD, may_hold
 from agent.model import Digest, Entry, Problem, RelPath
 from agent.sight import Sight
 from agent.status import Problems
@@ -92,12 +93,13 @@ class Shadow:
         self.problems.clear("live_unreadable")
         self.compare(wanted, found)
 
-    def read(self, wanted: Mapping[RelPath, Entry]) -> dict[RelPath, Digest | None]:
+    def read(self, wanted: Mapping[RelPath, Entry]) -> dict[RelPath, Digest | FileStat | None]:
         """The live directory's files, and what those of them hold that are `wanted`. Raises `OSError`.
 
-        What is there and not wanted is not read: that it is there is all that is asked.
+        What is there and not wanted is not read: that it is there is all that is asked. Nor is what cannot be it by its
+        size: how it looks tells it from what stood there before.
         """
-        found: dict[RelPath, Digest | None] = {}
+        found: dict[RelPath, Digest | FileStat | None] = {}
         known: dict[RelPath, tuple[FileStat, Digest]] = {}
         for path, stat in self.live.scan().items():
             if self._stopping:
@@ -106,16 +108,22 @@ class Shadow:
             if entry is None or entry.digest is None:
                 found[path] = None
                 continue
+            if not may_hold(entry, stat.size):
+                found[path] = stat
+                continue
             before = self._known.get(path)
             if before is not None and before[0] == stat:
                 found[path], known[path] = before[1], before
                 continue
             try:
-                read = self.live.read_digest(path)
+                read = self._read(path, stat.size)
             except OSError:
                 found[path] = None
                 continue
             if read is None:
+                continue
+            if read[0] == UNREAD:
+                found[path] = read[1]
                 continue
             found[path] = read[0]
             if time.time_ns() - read[1].newest_ns > RACY_NS:
@@ -123,7 +131,22 @@ class Shadow:
         self._known = known
         return found
 
-    def compare(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | None]) -> None:
+    def _read(self, path: RelPath, size: int) -> tuple[Digest, FileStat] | None:
+        """What it holds; None when it is gone, or there is no more time for it."""
+        steps = self.live.reading(path, size)
+        try:
+            while not self._stopping:
+                next(steps)
+        except StopIteration as end:
+            read: tuple[Digest, FileStat] | None = end.value
+            return read
+        finally:
+            steps.close()
+        return None
+
+    def compare(
+        self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Digest | FileStat | None]
+    ) -> None:
         """Hold `found` against the tree, and tell what came of it."""
         before = self.comparison.counts()
         self.comparison.look(wanted, found, self.clock())

@@ -6,7 +6,6 @@ no more than this.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,9 @@ from pathlib import Path
 from agent.errors import PathRefused
 from agent.jail import Blocked, Jail
 from agent.ledger import FileStat
-from agent.looks import Drift, compare, digest_at, look
+from agent.looks import Drift, compare, look, reading
 from agent.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
+from agent.turns import Steps, at_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +31,10 @@ class Audit:
     drifts: tuple[Drift, ...]
 
 
-def _never() -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
 class Sight:
-    """One root, looked at. `make_root` is for those who may make it, should it be gone. Not thread-safe."""
+    """One root, looked at. `make_root` is for those who also write, should it be gone. Not thread-safe."""
 
-    def __init__(self, root: Path, *, make_root: Callable[[], None] = _never) -> None:
+    def __init__(self, root: Path, *, make_root: Callable[[], None] | None = None) -> None:
         self._root = root
         self._jail = Jail(root, make_root)
 
@@ -60,15 +56,17 @@ class Sight:
             return None
         return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
 
-    def read_digest(self, path: RelPath) -> tuple[Digest, FileStat] | None:
-        """What the file at `path` holds, no link followed; None when there is none. Raises `PermissionError`."""
+    def reading(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
+        """What the file at `path` holds, no link followed; None when there is none. As `looks.reading`."""
         above, _, name = path.rpartition("/")
         try:
-            return digest_at(self._jail.directory(above), name)
+            return (yield from reading(self._jail.directory(above), name, size))
         except (FileNotFoundError, Blocked):
             return None
 
-    def check(self, path: RelPath, known: FileStat | None, entry: Entry | None) -> Drift | FileStat | None:
+    def checking(
+        self, path: RelPath, known: FileStat | None, entry: Entry | None
+    ) -> Steps[Drift | FileStat | None]:
         """Hold one path against what the agent left there.
 
         A `FileStat` when it is as it should be (newer than `known` if it was only touched), None when there is nothing
@@ -83,21 +81,26 @@ class Sight:
                 return Drift(path, "missing") if should_be else None
             if known is not None and should_be and known.is_of(found):
                 return known
-            drift = compare(path, directory, name, found, known, entry)
+            drift = yield from compare(path, directory, name, found, known, entry)
             return FileStat.of(found) if drift is None else drift
         except (FileNotFoundError, Blocked):
             return Drift(path, "missing") if entry is not None and entry.is_file else None
 
     def audit(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Audit:
         """Hold a whole recorded tree against the disk: by stat, and by hash where that differs."""
+        return at_once(self.auditing(tree, stats))
+
+    def auditing(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
+        """As `audit`, in steps. Nothing may be changed between them."""
         held: dict[RelPath, FileStat] = {}
         drifts: list[Drift] = []
         for path, entry in sorted(tree.files().items()):
-            found = self.check(path, stats.get(path), entry)
+            found = yield from self.checking(path, stats.get(path), entry)
             if isinstance(found, FileStat):
                 held[path] = found
             elif found is not None:
                 drifts.append(found)
+            yield
         return Audit(held, tuple(drifts))
 
     def scan(self) -> dict[RelPath, FileStat]:

@@ -1,7 +1,7 @@
-"""What comes out of the link: events, and orders to catch up; and the queue they wait in.
+"""The seam between the link and the rest of the agent: signals, the queue they wait in, and `EventSource`.
 
-`EventSource` is the seam: whatever can say "this happened" and "you may have missed something" can stand in for
-Realtime.
+A signal is an event or an order to catch up. Whatever can say "this happened" and "you may have missed something" can
+stand in for Realtime.
 """
 
 from __future__ import annotations
@@ -11,51 +11,71 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from agent.linkstate import LinkState
 from agent.meanings import Broadcast
+from agent.model import Problem
 
 Received = Broadcast
-"""An application event: `event`, `payload`, and `at`, Unix seconds when its frame was read."""
+"""An application event, by the name that the rest of the agent has for it: `event`, `payload`, and `at`, Unix seconds
+when its frame was read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resync:
-    """Something may have been missed: catch up from the database, then call `caught_up`.
-
-    `reason` is one word for metrics: joined, replication_ready, overflow.
-    """
+    """The order to catch up from the database, then to call `caught_up`: something may have been missed."""
 
     reason: str
+    """One word, for metrics: joined, replication_ready, overflow, clock_jump."""
 
 
 Signal = Received | Resync
 
 
 class EventSource(Protocol):
-    """Where events come from. Another transport (NATS, a file for replay) is one more of these."""
+    """Where events come from: all that the rest of the agent knows of the link.
+
+    `agent.linkloop.LinkLoop` is one over any transport; a replay has one without any.
+    """
+
+    @property
+    def state(self) -> LinkState:
+        """What the link is doing."""
+
+    @property
+    def since(self) -> float:
+        """Since when it has been doing that, Unix seconds."""
 
     async def run(self) -> None:
-        """Own the connection, for ever; ends only by cancellation."""
+        """Hold the connection for ever; ends only by cancellation, or by a bug."""
 
     async def receive(self) -> Signal:
-        """The next signal, in order."""
+        """Return the next signal, in order; waits for one."""
 
     def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting: what arrived together is planned together."""
+        """Return the next signal if one waits, so that what arrived together is planned together."""
 
     def caught_up(self) -> None:
-        """One catch-up succeeded that began after the last `Resync` was received."""
+        """Note that a catch-up succeeded which began after the last `Resync` was received."""
 
-    def doubt(self, reason: str) -> None:
-        """Something came by another way that should have come by this one: make sure the link is not deaf."""
+    def suspect(self, reason: str) -> None:
+        """Replace a connection that looks live: something came by another way that should have come by this one."""
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Return what a person should know is wrong with the link now."""
 
     def report(self) -> dict[str, object]:
-        """What `/status` shows of the link."""
+        """Return what `/status` shows of the link; no secret.
+
+        Always there: `why`, how the state came about; `queue_depth`, `clock_jumps` and `refusals` (counts by reason),
+        which are metrics too.
+        """
 
 
 class SignalQueue:
-    """Signals in order, bounded in number and bytes; past a bound all of them become one `Resync`."""
+    """A queue of signals, bounded in events and bytes; past a bound, one `Resync` replaces all that wait."""
 
     def __init__(self, most_events: int, most_bytes: int) -> None:
+        """`most_events`, `most_bytes`: the bounds on what waits."""
         self._most_events = most_events
         self._most_bytes = most_bytes
         self._waiting: deque[tuple[Signal, int]] = deque()
@@ -68,7 +88,7 @@ class SignalQueue:
         return len(self._waiting)
 
     def put(self, event: Received, size: int) -> bool:
-        """Add an event of `size` bytes; False: it overflowed, and a `Resync` stands in for all that waited."""
+        """Add an event of `size` bytes. Returns False when the queue was full, and now holds one `Resync` instead."""
         if len(self._waiting) >= self._most_events or self._bytes + size > self._most_bytes:
             self._waiting.clear()
             self._bytes = self.resyncs_waiting = 0
@@ -82,21 +102,21 @@ class SignalQueue:
         return True
 
     def resync(self, reason: str) -> None:
-        """Add the order to catch up, unless the last thing in the queue already is one."""
+        """Add an order to catch up, unless the last signal in the queue already is one."""
         if not self._waiting or not isinstance(self._waiting[-1][0], Resync):
             self._waiting.append((Resync(reason), 0))
             self.resyncs_waiting += 1
             self._filled.set()
 
     async def get(self) -> Signal:
-        """The oldest, waiting for one."""
+        """Remove and return the oldest signal; waits for one."""
         while (signal := self.get_now()) is None:
             self._filled.clear()
             await self._filled.wait()
         return signal
 
     def get_now(self) -> Signal | None:
-        """The oldest, if there is one."""
+        """Remove and return the oldest signal, if there is one."""
         if not self._waiting:
             return None
         signal, size = self._waiting.popleft()

@@ -1,11 +1,7 @@
-"""The live link: one socket, never deaf for longer than its deadlines, replaced for ever.
+"""Hold a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `agent.linkloop`.
 
-A shell round `agent.phoenix`. One task owns the socket and is the only one that writes to it or closes it; a second
-keeps the token fresh (`agent.linktoken`); a third looks at the clock once a second, because a machine that was
-suspended has sockets that look alive and are dead. What the rest of the agent sees is an `EventSource`: signals that
-are either an event or the order to catch up, and nothing that could be lost without such an order.
-
-Timings are judgement; each has its reason in `agent.linksettings` and `phoenix.Timing`.
+The protocol is `agent.phoenix`'s; here are the socket and the two tasks on it. One is the only one that writes and
+closes, the other reads.
 """
 
 from __future__ import annotations
@@ -14,233 +10,85 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from tenacity import RetryCallState, Retrying, wait_random
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
+from websockets.protocol import State
 
-from agent.errors import AgentError, CredentialRejected, SessionGone
-from agent.framing import DirectConnect, DirectConnection
-from agent.linksettings import DEFAULTS, LinkSettings, endpoint
-from agent.linkstate import Cause, LinkState
-from agent.linktoken import TokenKeeper, asked_wait
-from agent.meanings import Broadcast, Dropped, Joined, Meaning, Refused, ReplicationReady, TokenExpired
-from agent.model import Problem
-from agent.phoenix import Phoenix
+from agent.linkloop import ConnectionEnd, LinkLoop
+from agent.linksettings import DEFAULTS, LinkSettings
+from agent.meanings import Broadcast, ChannelEvent, Dropped, Joined, Refused, ReplicationReady, TokenExpired
+from agent.phoenix import PhoenixChannel
 from agent.session import retry_after
-from agent.signals import Signal, SignalQueue
-from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource
 
-log = get_logger("link")
+VSN: Final = "2.0.0"
+"""The version of the channel protocol's frames that `agent.phoenix` speaks."""
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Why a socket ended, or none came about. `wait`: the least number of seconds the other side asked for."""
+def realtime_link(
+    url: str,
+    api_key: str | None,
+    topic: str,
+    tokens: TokenSource,
+    *,
+    settings: LinkSettings = DEFAULTS,
+    wall: Callable[[], float] = time.time,
+) -> LinkLoop:
+    """Make an `EventSource` on Supabase Realtime.
 
-    cause: str
-    reason: str
-    refused: bool = False
-    wait: float = 0.0
+    Args:
+        url: As for the official clients (`wss://host/realtime/v1`, also http(s)).
+        api_key: The publishable key, which the server's gateway asks for; None where there is no gateway.
+        topic: The topic as it stands on the wire.
+        tokens: Who has the token that the channel is joined with.
+        settings: Deadlines, bounds and waits.
+        wall: The clock of tokens and reports, Unix seconds.
+
+    Raises:
+        ValueError: `url` is not ws, wss, http or https.
+    """
+    return LinkLoop(RealtimeStream(url, api_key, topic, settings), tokens, settings=settings, wall=wall)
+
+
+def endpoint(url: str, api_key: str | None) -> str:
+    """Build the websocket's address from the realtime URL, as both official clients do.
+
+    Raises:
+        ValueError: `url` is not ws, wss, http or https, or has no host.
+    """
+    parts = urlsplit(url)
+    scheme = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}.get(parts.scheme)
+    try:
+        parts.port  # noqa: B018 - raises when it is none
+    except ValueError:
+        scheme = None
+    if scheme is None or not parts.hostname:
+        raise ValueError("the realtime URL must be ws(s):// or http(s):// with a host and a possible port")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/websocket"):
+        path += "/websocket"
+    query = [(k, v) for k, v in parse_qsl(parts.query) if k not in ("apikey", "vsn")]
+    query += [("apikey", api_key)] if api_key else []
+    return urlunsplit((scheme, parts.netloc, path, urlencode([*query, ("vsn", VSN)]), ""))
 
 
 class RealtimeStream:
-    """An `EventSource` on Supabase Realtime.
+    """Makes and holds connections to Supabase Realtime. Arguments as for `realtime_link`."""
 
-    `url` as for the official clients (`wss://host/realtime/v1`, also http(s)); `topic` the wire topic. `wall` is the
-    clock of tokens and reports; deadlines run on the event loop's clock.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        api_key: str | None,
-        topic: str,
-        tokens: TokenSource,
-        *,
-        settings: LinkSettings = DEFAULTS,
-        wall: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, url: str, api_key: str | None, topic: str, settings: LinkSettings = DEFAULTS) -> None:
+        self.topic = topic
         self._url = endpoint(url, api_key)
         self._settings = settings
-        self._wall = wall
-        self._phoenix = Phoenix(topic, settings.timing, self._observe)
-        self._queue = SignalQueue(settings.queue_events, settings.queue_bytes)
-        self._backoff = settings.backoff()
-        self._hurry = asyncio.Event()
-        self._wake = asyncio.Event()
-        self._broken: Exception | None = None
-        self._clock = _now
-        self._end_because: _End | None = None
-        self._token = TokenKeeper(tokens, settings, self, wall)
-        self._attempt = 0
-        self._refused_in_row = 0
-        self._joined_at: float | None = None
-        self._last_frame_at: float | None = None
-        self._last_event_at: float | None = None
-        self._last_catch_up_at: float | None = None
-        self._state_since = wall()
-        self._losses: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
-        self._clock_jumps = 0
-        self._sockets = 0
-        self._joins = 0
 
-    # --- what the rest of the agent sees
-
-    @property
-    def state(self) -> LinkState:
-        """What the link is doing."""
-        return self._phoenix.state
-
-    @property
-    def since(self) -> float:
-        """Since when it has been doing that, Unix seconds."""
-        return self._state_since
-
-    async def run(self) -> None:
-        """Own the link until cancelled; then leave the channel and close the socket."""
-        self._clock = asyncio.get_running_loop().time
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._token.run(), name="link-token")
-            tasks.create_task(self._look_around(), name="link-clock")
-            # In the body, not as a third child: a group takes no notice of a child that ends as cancelled, and a
-            # link without this one is deaf.
-            await self._own_socket()
-
-    def receive(self) -> Coroutine[object, object, Signal]:
-        """The next signal, in order. One consumer."""
-        return self._queue.get()
-
-    def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting."""
-        return self._queue.get_now()
-
-    def caught_up(self) -> None:
-        """One catch-up succeeded that began after the last `Resync` was received; a newer one is still to come
-        when the queue holds it, and then the link stays behind.
-        """
-        self._last_catch_up_at = self._wall()
-        if not self._queue.resyncs_waiting:
-            self._phoenix.caught_up()
-
-    def doubt(self, reason: str) -> None:
-        """Somebody knows that the link should have delivered something and did not: replace the socket.
-
-        For the status heartbeat, which compares with the head in the database while the link looks live.
-        """
-        if self._phoenix.state is LinkState.LIVE:
-            self._interrupt(_End("doubted", reason))
-
-    def problems(self) -> tuple[Problem, ...]:
-        """What a person should see of the link now."""
-        if self._token.problem is None:
-            return ()
-        return (Problem("token_refused", self._token.problem),)
-
-    def report(self) -> dict[str, object]:
-        """For `/status`: state and since when, last signs of life (Unix seconds), counters. No secret."""
-        token = self._token.current()
-        return {
-            "state": str(self._phoenix.state),
-            "since": self._state_since,
-            "why": self._phoenix.why,
-            "topic": self._phoenix.topic,
-            "last_frame_at": self._last_frame_at,
-            "last_event_at": self._last_event_at,
-            "last_catch_up_at": self._last_catch_up_at,
-            "token_expires_at": token.expires_at if token else None,
-            "attempt": self._attempt,
-            "sockets": self._sockets,
-            "joins": self._joins,
-            "losses": dict(self._losses),
-            "refusals": dict(self._refusals),
-            "clock_jumps": self._clock_jumps,
-            "queue_depth": len(self._queue),
-            "overflows": self._queue.overflows,
-            "ignored_frames": dict(self._phoenix.ignored),
-            "problems": [problem.detail for problem in self.problems()],
-        }
-
-    # --- the task that owns the socket
-
-    async def _own_socket(self) -> None:
-        while True:
-            end = await self._one_socket()
-            self._ended(end)
-            if end.refused:
-                await self._until_trusted_again(end)
-            else:
-                await asyncio.sleep(end.wait)
-                await self._pause(self._delay())
-            self._phoenix.retry()
-
-    def _ended(self, end: _End) -> None:
-        if self._joined_at is not None and _now() - self._joined_at >= self._settings.stable_after:
-            self._attempt = 0
-        self._joined_at = None
-        self._hurry.clear()
-        self._attempt += 1
-        self._losses[end.cause] += 1
-        if end.refused:
-            self._phoenix.refused(end.reason)
-        else:
-            self._phoenix.lost(end.reason)
-
-    def _delay(self) -> float:
-        state = RetryCallState(Retrying(), None, (), {})
-        state.attempt_number = self._attempt
-        return self._backoff(state)
-
-    async def _pause(self, seconds: float) -> None:
-        """Sleep, unless there is a reason to hurry: a new token after a refusal, a machine that woke up."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._hurry.wait()
-
-    async def _until_trusted_again(self, end: _End) -> None:
-        """After a refusal: another token and another try at once; after more of them, slowly, for ever.
-
-        A token that comes from elsewhere meanwhile, as by a rotated file, ends the wait.
-        """
-        self._refused_in_row += 1
-        most = self._settings.refused_retry
-        await asyncio.sleep(end.wait)
-        slow = wait_random(most / 2, most)(RetryCallState(Retrying(), None, (), {}))
-        refused = self._token.sent
-        self._token.problem = end.reason
-        waited = self._refused_in_row > 1
-        if waited:
-            await self._pause(slow)
+    async def hold(self, link: LinkLoop, token: Token) -> ConnectionEnd:
+        """Connect, join the topic and stay until the socket ends (`linkloop.Transport`)."""
         try:
-            renewed = await self._token.renew(refused) is not refused
-        except AgentError as error:
-            self._token.problem = f"{end.reason}; {error}"
-            renewed = False
-        if not renewed and not waited:
-            await self._pause(slow)
-        await asyncio.sleep(self._delay())
-
-    async def _one_socket(self) -> _End:
-        """From connecting to the end of the socket."""
-        token = self._token.look()
-        if token is None or token.expired(self._wall()):
-            # A token that is expired by our clock is asked for again first, and used all the same when there is no
-            # newer one: the clock that counts is the server's.
-            try:
-                token = await self._token.renew(token)
-            except AgentError as error:
-                if token is None:
-                    refused = isinstance(error, (CredentialRejected, SessionGone))
-                    return _End("no_token", str(error), refused, asked_wait(error))
-        self._token.sent = token
-        try:
-            socket = await DirectConnect(
+            socket = await _Connect(
                 self._url,
                 compression=None,
                 max_size=self._settings.max_frame,
@@ -251,159 +99,123 @@ class RealtimeStream:
                 logger=_SILENT,
                 proxy=None,
             )
-            assert isinstance(socket, DirectConnection)
         except InvalidStatus as error:
-            return self._handshake_refused(error)
+            return _handshake_refused(error, link.wall())
         except (OSError, TimeoutError, WebSocketException, EOFError, UnicodeError) as error:
             # The class, not the text: the URL carries the key.
-            return _End("unreachable", f"cannot connect: {type(error).__name__}")
-        self._sockets += 1
-        try:
-            return await self._hold(socket, token)
-        except asyncio.CancelledError:
-            await self._goodbye(socket)
-            raise
-        finally:
-            socket.transport.abort()
+            return ConnectionEnd("unreachable", f"cannot connect: {type(error).__name__}")
+        channel = PhoenixChannel(self.topic, link.machine, self._settings.timing, link.ignored)
+        return await _Connection(socket, channel, link, self._settings).run(token)
 
-    def _handshake_refused(self, error: InvalidStatus) -> _End:
-        response = error.response
-        self._refusals[str(response.status_code)] += 1
-        wait = retry_after(response.headers.get("retry-after"), self._wall()) or 0.0
-        said = f"the handshake was answered with HTTP {response.status_code}"
-        cause = "rate_limited" if response.status_code == 429 else "handshake"
-        return _End(cause, said, response.status_code in (401, 403), wait)
 
-    async def _hold(self, socket: DirectConnection, token: Token) -> _End:
-        """Everything between an open socket and its end. One loop: write what is due, wait until something is."""
-        phoenix = self._phoenix
-        self._end_because = None
-        phoenix.opened(_now(), token.value)
-        socket.attach(self._frame, self._wake.set)
+class _Connection:
+    """One open socket, from the join to its end."""
+
+    def __init__(
+        self, socket: ClientConnection, channel: PhoenixChannel, link: LinkLoop, settings: LinkSettings
+    ) -> None:
+        self._socket = socket
+        self._channel = channel
+        self._link = link
+        self._settings = settings
+
+    async def run(self, token: Token) -> ConnectionEnd:
+        """Join with `token` and stay until the socket ends. Returns how it ended; it is closed then."""
+        self._channel.opened(_now(), token.value)
+        async with asyncio.TaskGroup() as tasks:
+            # In a group, so that a bug in the reading task ends the agent instead of leaving a link that nobody reads.
+            reading = tasks.create_task(self._read(), name="link-read")
+            reading.add_done_callback(lambda _: self._link.interrupt())
+            try:
+                return await self._write(reading)
+            except asyncio.CancelledError:
+                await self._leave()
+                raise
+            finally:
+                reading.cancel()
+                self._channel.close()
+                self._socket.transport.abort()
+
+    async def _read(self) -> ConnectionEnd:
+        """Read and handle frames until the socket is closed. Returns how it was closed.
+
+        Never waits for the consumer: `SignalQueue` bounds what waits, and the library stops reading from the network
+        at 16 frames that wait for this task.
+        """
+        link, now, receive = self._link, asyncio.get_running_loop().time, self._channel.receive
         try:
             while True:
-                self._use_newest_token()
-                for text in phoenix.outgoing():
+                frame = await self._socket.recv(decode=False)
+                link.last_frame_at = at = link.wall()
+                event = receive(frame, now(), at)
+                if type(event) is Broadcast:
+                    link.deliver(event, len(frame))
+                elif event is not None:
+                    self._handle(event)
+        except ConnectionClosed as error:
+            return _closed(error)
+
+    def _handle(self, event: ChannelEvent) -> None:
+        link = self._link
+        match event:
+            case Joined():
+                link.interrupt()  # a token that came during the join is sent now
+            case ReplicationReady():
+                link.resync("replication_ready")
+            case TokenExpired(reason):
+                link.token_expired(reason)
+            case Refused(reason):
+                link.interrupt(ConnectionEnd("refused", reason, refused=True, turned_away="join"))
+            case Dropped(cause, reason):
+                link.interrupt(ConnectionEnd(cause, reason))
+
+    async def _write(self, reading: asyncio.Task[ConnectionEnd]) -> ConnectionEnd:
+        """Write what is due and wait until something is, until the socket ends or is to be ended."""
+        link, channel, socket = self._link, self._channel, self._socket
+        try:
+            while True:
+                if (token := link.newer_token()) is not None:
+                    channel.new_token(token.value, _now())
+                for text in channel.outgoing():
                     async with asyncio.timeout(self._settings.timing.heartbeat_within):
                         await socket.send(text)
-                if self._end_because is None:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout_at(phoenix.next_deadline()):
-                            await self._wake.wait()
-                self._wake.clear()
-                if self._broken is not None:
-                    raise self._broken
-                end = self._end_because or _closed(socket) or _dropped(phoenix.tick(_now()))
-                if end is not None:
-                    return end
-        except ConnectionClosed:
-            return _closed(socket) or _End("reset", "the connection broke")
+                await link.interrupted(self._next_check())
+                if socket.state is not State.OPEN:
+                    # A closing handshake began. `recv` waits for the end of the TCP connection, which a peer that is
+                    # gone never sends; `close` waits for it `close_within` and then cuts the connection.
+                    await socket.close()
+                    return link.ending or await reading
+                if link.ending is None and (dropped := channel.tick(_now())) is not None:
+                    self._handle(dropped)
+                if link.ending is not None:
+                    return link.ending
+        except ConnectionClosed as error:
+            return link.ending or _closed(error)
         except TimeoutError:
-            return _End("stalled", "the socket takes no more frames")
+            return ConnectionEnd("stalled", "the socket takes no more frames")
 
-    def _frame(self, frame: bytes) -> None:
-        """One message from the socket, in the call that read it. What needs the owner wakes it."""
-        try:
-            self._last_frame_at = at = self._wall()
-            meaning = self._phoenix.receive(frame, self._clock(), at)
-            if type(meaning) is Broadcast:
-                self._last_event_at = at
-                if not self._queue.put(meaning, len(frame)):
-                    self._phoenix.behind("overflow")
-            elif meaning is not None:
-                self._meant(meaning)
-                self._wake.set()
-        except Exception as error:
-            # A bug, and asyncio would answer it with a closed socket: the owner ends the link with it instead.
-            self._broken = error
-            self._wake.set()
+    def _next_check(self) -> float:
+        """Return when the deadlines and the state of the socket are checked next, in the event loop's time."""
+        check = _now() + self._settings.check_every
+        deadline = self._channel.next_deadline()
+        return check if deadline is None else min(deadline, check)
 
-    def _meant(self, meaning: Meaning) -> None:
-        match meaning:
-            case Joined():
-                self._joins += 1
-                self._joined_at = _now()
-                self._refused_in_row = 0
-                self._token.problem = None
-                self._queue.resync("joined")
-            case ReplicationReady():
-                self._queue.resync("replication_ready")
-            case TokenExpired(reason):
-                if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
-                    self._interrupt(_End("token_expired", reason))
-                else:
-                    self._token.renew_now()
-            case Refused(reason):
-                self._refusals["join"] += 1
-                self._interrupt(_End("refused", reason, refused=True))
-            case Dropped(cause, reason):
-                self._interrupt(_End(cause, reason))
-
-    def _interrupt(self, end: _End | None = None) -> None:
-        """Wake the owner of the socket, to end it or to see the new token."""
-        if end is not None and self._end_because is None:
-            self._end_because = end
-        self._wake.set()
-
-    async def _goodbye(self, socket: DirectConnection) -> None:
-        self._phoenix.leave()
+    async def _leave(self) -> None:
+        """Leave the channel and close the socket, within a bound: a dead peer must not hold up the drain."""
+        self._channel.leave()
         with contextlib.suppress(ConnectionClosed, TimeoutError, OSError):
             async with asyncio.timeout(self._settings.close_within):
-                for text in self._phoenix.outgoing():
-                    await socket.send(text)
-                await socket.close()
-        self._phoenix.lost("stopped")
+                for text in self._channel.outgoing():
+                    await self._socket.send(text)
+                await self._socket.close()
 
-    # --- what the token's keeper asks and tells (agent.linktoken.Holder)
 
-    @property
-    def wants_token(self) -> bool:
-        """Whether the channel waits for a token, its last one having expired."""
-        return self._phoenix.wants_token
+class _Connect(connect):
+    """Connects without following redirects: the token goes to the host of the settings or to nobody."""
 
-    @property
-    def joined(self) -> bool:
-        """Whether the channel is joined."""
-        return self._joined_at is not None
-
-    def token_changed(self) -> None:
-        """There is another token in force."""
-        if self._phoenix.state is LinkState.REFUSED:
-            self._hurry.set()
-        self._interrupt()
-
-    def token_refused(self, reason: str) -> None:
-        """The channel waits for a token, and none is to be had."""
-        self._interrupt(_End("token_refused", reason, refused=True))
-
-    def _use_newest_token(self) -> None:
-        token = self._token.look()
-        if token is not None and token is not self._token.sent:
-            self._token.sent = token
-            self._phoenix.new_token(token.value, _now())
-
-    # --- the clock
-
-    async def _look_around(self) -> None:
-        """Once a second: has the machine been asleep, has the token's file been rotated?"""
-        offset = self._wall() - _now()
-        while True:
-            await asyncio.sleep(self._settings.look_every)
-            self._token.look()
-            before, offset = offset, self._wall() - _now()
-            if abs(offset - before) > self._settings.clock_jump:
-                self._clock_jumps += 1
-                log.warning("link.clock_jump", seconds=round(offset - before, 1))
-                self._attempt = 0
-                self._queue.resync("clock_jump")
-                self._phoenix.behind("clock jump")
-                self._interrupt(_End("clock_jump", f"the clock jumped by {offset - before:.0f} s"))
-                self._hurry.set()
-
-    def _observe(self, source: LinkState, cause: Cause, target: LinkState, why: str) -> None:
-        self._state_since = self._wall()
-        level = log.info if target is not LinkState.REFUSED else log.warning
-        level("link.state", source=str(source), cause=str(cause), state=str(target), why=why)
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Treat a redirect like any other answer that is not 101."""
+        return exc
 
 
 _SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # noqa: LOG001
@@ -411,22 +223,27 @@ _SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # 
 level set at its root wakes this one."""
 
 
+def _handshake_refused(error: InvalidStatus, now: float) -> ConnectionEnd:
+    """Return what an HTTP answer other than 101 means. `now`: Unix seconds, for a `Retry-After` that is a date."""
+    status = error.response.status_code
+    return ConnectionEnd(
+        "rate_limited" if status == 429 else "handshake",
+        f"the handshake was answered with HTTP {status}",
+        refused=status in (401, 403),
+        wait=retry_after(error.response.headers.get("retry-after"), now) or 0.0,
+        turned_away=str(status),
+    )
+
+
+def _closed(error: ConnectionClosed) -> ConnectionEnd:
+    """Return how the connection ended."""
+    if error.rcvd is not None:
+        code = int(error.rcvd.code)
+        return ConnectionEnd(f"closed_{code}", f"closed with {code} {error.rcvd.reason}".rstrip())
+    if error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG:
+        return ConnectionEnd("oversize", "a frame larger than the largest the server is known to send")
+    return ConnectionEnd("reset", "the connection broke")
+
+
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _closed(socket: DirectConnection) -> _End | None:
-    """How the connection ended, if it did."""
-    if socket.end is None:
-        return None
-    received, sent = socket.end
-    if received is not None:
-        code = int(received.code)
-        return _End(f"closed_{code}", f"closed with {code} {received.reason}".rstrip())
-    if sent is not None and sent.code == CloseCode.MESSAGE_TOO_BIG:
-        return _End("oversize", "a frame larger than the largest the server is known to send")
-    return _End("reset", "the connection broke")
-
-
-def _dropped(dropped: Dropped | None) -> _End | None:
-    return _End(dropped.cause, dropped.reason) if dropped else None

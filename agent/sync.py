@@ -146,6 +146,11 @@ class Sync:
         """Why a catch-up is wanted."""
         return self._follower.needs
 
+    @property
+    def watch_renewals(self) -> int:
+        """How often the watch over the project had to be made again."""
+        return self._drift.renewals
+
     def hear(self, head: Head) -> None:
         """The heartbeat's answer: where the database is."""
         if self._p.status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
@@ -188,7 +193,7 @@ class Sync:
         workspace = self._p.workspace
         loaded = workspace.open()
         if loaded is not None:
-            self._resume(loaded)
+            await self._resume(loaded)
             return
         self._p.status.mode = "rebuild" if workspace.holds_files() else "fresh"
         self._p.status.phase = SyncPhase.HYDRATING
@@ -200,10 +205,10 @@ class Sync:
         workspace.record_whole(self.tree)
         self._hydrated(staged, self._clock() - started)
 
-    def _resume(self, loaded: LedgerState) -> None:
+    async def _resume(self, loaded: LedgerState) -> None:
         """Go on from where an earlier life was: what the ledger says, corrected by what the disk holds."""
         self._p.status.mode = "resume"
-        tree, drifts = self._p.workspace.audit(loaded)
+        tree, drifts = await self._p.workspace.audit(loaded)
         self._follower.adopt(tree)
         self._follower.doubt((drift.path for drift in drifts), self._clock())
         self._follower.need(Reason.JOIN, self._clock())
@@ -410,7 +415,7 @@ class Sync:
             # One event may be lost on a good link; two heartbeats that found commits with no event between did not
             # meet a good link. A new socket costs little.
             if self._silent:
-                self._p.source.doubt("commits are found by the heartbeat alone")
+                self._p.source.suspect("commits are found by the heartbeat alone")
             self._silent = True
         log.info(
             "sync.caught_up",

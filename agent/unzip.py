@@ -13,7 +13,7 @@ is refused by name, with `SnapshotRejected.rule` one of
 
     empty not_a_zip truncated trailing_data unexpected_bytes bad_header bad_extra encrypted unsupported_flags
     unsupported_method unsupported_version descriptor_on_stored descriptor_mismatch name_encoding name_mismatch
-    duplicate path_clash too_deep entry_type directory_content bad_deflate size_mismatch crc_mismatch
+    duplicate path_clash entry_type directory_content bad_deflate size_mismatch crc_mismatch
     directory_mismatch end_mismatch manifest_position compressed_size
     total_size file_size entries ratio
 
@@ -100,7 +100,7 @@ class ZipReader:
 
     def __init__(self, limits: SnapshotLimits, *, reserved: str | None = None) -> None:
         self._limits = limits
-        self._paths = EntryPaths(limits.snapshot_max_depth, reserved)
+        self._paths = EntryPaths(reserved)
         self._buffer = b""
         self._at = 0
         self._base = 0
@@ -479,7 +479,9 @@ class ZipReader:
 
     def _check_ratio(self, name: str, size: int, packed: int) -> None:
         limits = self._limits
-        if size > limits.snapshot_ratio_floor_bytes and size > packed * limits.snapshot_max_ratio:
+        if size <= limits.snapshot_ratio_floor_bytes or size <= packed * limits.snapshot_max_ratio:
+            return
+        if not self._paths.vouched_for(name, size):
             raise SnapshotRejected(
                 "ratio", f"{shown(name)} unpacks to more than {limits.snapshot_max_ratio} times its size"
             )

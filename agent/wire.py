@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,14 @@ from agent.trace import read_traceparent
 COMMIT_EVENTS = frozenset({"file:update", "file:delete", "bulk:apply"})
 SNAPSHOT_FORMAT = 1
 MANIFEST_PATH = ".preview-sync/manifest.json"
+
+MOST = 2**63 - 1
+"""Of a revision, a version, a size: what a bigint of the database holds, and a column of the ledger."""
+
+LONGEST_EPOCH = 255
+"""Characters. It travels with every question and every heartbeat, whose bodies are bounded."""
+
+Count = Annotated[int, Meta(ge=0, le=MOST)]
 
 
 def read_event(
@@ -67,7 +76,7 @@ def read_event(
         event=event,
         changes=changes,
         revision=_number(payload, "revision", event),
-        epoch=_optional_text(payload, "epoch", event),
+        epoch=None if payload.get("epoch") is None else _epoch(payload, event),
         timestamp=_timestamp(payload, event),
         sender=_optional_text(payload, "sender", event),
         complete=payload.get("complete") is not False,
@@ -106,7 +115,7 @@ def _change(path: RelPath, item: Mapping[str, object], what: str) -> tuple[Chang
     if action == "delete":
         return Change(path, None, version), None
     if action != "update":
-        raise MalformedMessage(what, f"action is {action!r}, not update or delete")
+        raise MalformedMessage(what, f"action is {reprlib.repr(action)}, not update or delete")
     claimed = _digest(item, "content_hash", what)
     executable = item.get("executable") is True
     content = _content(item, what)
@@ -135,7 +144,7 @@ def _content(item: Mapping[str, object], what: str) -> bytes | None:
             return content.encode()
     except (binascii.Error, UnicodeEncodeError) as error:
         raise MalformedMessage(what, f"content cannot be decoded: {error}") from None
-    raise MalformedMessage(what, f"encoding {encoding!r} is unknown")
+    raise MalformedMessage(what, f"encoding {reprlib.repr(encoding)} is unknown")
 
 
 class _Format(Struct):
@@ -147,23 +156,23 @@ class _File(Struct, gc=False, rename={"path": "file_path", "digest": "content_ha
 
     path: str
     digest: Annotated[Digest, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    size: Annotated[int, Meta(ge=0)]
-    version: Annotated[int, Meta(ge=0)]
+    size: Count
+    version: Count
     executable: bool = False
 
 
 class _Deleted(Struct, gc=False):
     file_path: str
-    version: Annotated[int, Meta(ge=0)]
+    version: Count
 
 
 class _Manifest(Struct):
     """The manifest's form in JSON."""
 
     project_id: Annotated[str, Meta(min_length=1)]
-    epoch: Annotated[str, Meta(min_length=1)]
-    revision: Annotated[int, Meta(ge=0)]
-    base_revision: Annotated[int, Meta(ge=0)] | None = None
+    epoch: Annotated[str, Meta(min_length=1, max_length=LONGEST_EPOCH)]
+    revision: Count
+    base_revision: Count | None = None
     created_at: str | None = None
     files: list[_File] = []
     deleted: list[_Deleted] = []
@@ -185,10 +194,14 @@ def _manifest(read: Callable[..., Any]) -> Manifest:
     try:
         number = read(type=_Format).format
         if number != SNAPSHOT_FORMAT:
-            raise MalformedMessage(what, f"format is {number!r}; this agent reads {SNAPSHOT_FORMAT}")
+            raise MalformedMessage(
+                what, f"format is {reprlib.repr(number)}; this agent reads {SNAPSHOT_FORMAT}"
+            )
         told: _Manifest = read(type=_Manifest)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise MalformedMessage(what, str(error)) from None
+    except RecursionError:
+        raise MalformedMessage(what, "it is nested too deep") from None
     files: dict[RelPath, Entry] = {}
     listed = len(told.files)
     told.files.reverse()
@@ -263,14 +276,14 @@ def read_sync_answer(obj: object) -> SyncAnswer:
         return SnapshotOffer(
             _text(obj, "snapshot_url", what), None if manifest is None else read_manifest(manifest)
         )
-    epoch = _text(obj, "epoch", what)
+    epoch = _epoch(obj, what)
     revision = _required_number(obj, "revision", what)
     if kind == "current":
         return Current(epoch, revision)
     if kind == "changes":
         changes, problems = read_changes(_objects(obj, "changes", what), what)
         return Changes(epoch, revision, _required_number(obj, "base_revision", what), changes, problems)
-    raise MalformedMessage(what, f"kind {kind!r} is unknown")
+    raise MalformedMessage(what, f"kind {reprlib.repr(kind)} is unknown")
 
 
 def read_head(obj: object) -> Head:
@@ -279,7 +292,7 @@ def read_head(obj: object) -> Head:
     if not isinstance(obj, dict):
         raise MalformedMessage(what, "not an object")
     return Head(
-        _text(obj, "epoch", what),
+        _epoch(obj, what),
         _required_number(obj, "revision", what),
         _optional_text(obj, "tree_hash", what),
         _optional_text(obj, "action", what),
@@ -300,6 +313,13 @@ def _text(obj: Mapping[str, object], key: str, what: str) -> str:
     return value
 
 
+def _epoch(obj: Mapping[str, object], what: str) -> str:
+    value = _text(obj, "epoch", what)
+    if len(value) > LONGEST_EPOCH:
+        raise MalformedMessage(what, f"epoch has more than {LONGEST_EPOCH} characters")
+    return value
+
+
 def _optional_text(obj: Mapping[str, object], key: str, what: str) -> str | None:
     return None if obj.get(key) is None else _text(obj, key, what)
 
@@ -308,8 +328,8 @@ def _number(obj: Mapping[str, object], key: str, what: str) -> int | None:
     value = obj.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MalformedMessage(what, f"{key} is not a whole number of at least 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+        raise MalformedMessage(what, f"{key} is not a whole number from 0 to 2^63 - 1")
     return value
 
 

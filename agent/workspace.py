@@ -22,6 +22,7 @@ from agent.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
 from agent.problems import ProblemKind
 from agent.status import Problems
 from agent.telemetry import get_logger
+from agent.turns import in_turns
 
 log = get_logger("workspace")
 
@@ -45,7 +46,9 @@ class Applied:
 
 
 class Workspace:
-    """One project directory. Not thread-safe; every method is one step that nothing else sees half done."""
+    """One project directory. Not thread-safe; every method is one step that nothing else sees half done, but for
+    `audit`, which is for the start.
+    """
 
     def __init__(self, disk: Disk, ledger: Ledger, problems: Problems) -> None:
         self.disk = disk
@@ -68,9 +71,12 @@ class Workspace:
         self.disk.discard(loaded.leftovers)
         return loaded if loaded.tree.cursor.epoch is not None else None
 
-    def audit(self, loaded: LedgerState) -> tuple[Tree, tuple[Drift, ...]]:
-        """The recorded tree, corrected by what the disk holds: what differs is unconfirmed."""
-        audit = self.disk.audit(loaded.tree, loaded.stats)
+    async def audit(self, loaded: LedgerState) -> tuple[Tree, tuple[Drift, ...]]:
+        """The recorded tree, corrected by what the disk holds: what differs is unconfirmed.
+
+        Of files that all look different everything is read; health answers meanwhile.
+        """
+        audit = await in_turns(self.disk.auditing(loaded.tree, loaded.stats))
         self.stats = dict(audit.stats)
         return self.unconfirmed(loaded.tree, audit.drifts), audit.drifts
 
@@ -146,7 +152,9 @@ class Workspace:
         entries = tree.entries
         for drift in drifts:
             before = entries.get(drift.path, Entry(0, None))
-            entries = entries.set(drift.path, structs.replace(before, digest=drift.digest, provisional=True))
+            size = before.size if drift.stat is None else drift.stat.size
+            found = structs.replace(before, digest=drift.digest, size=size, provisional=True)
+            entries = entries.set(drift.path, found)
             self.stats.pop(drift.path, None)
             if drift.stat is not None:
                 self.stats[drift.path] = drift.stat

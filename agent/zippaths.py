@@ -15,8 +15,7 @@ from agent.ziprecords import shown
 class EntryPaths:
     """`reserved`: the one name that is admitted although `parse_path` refuses it, and only as the first entry's."""
 
-    def __init__(self, max_depth: int, reserved: str | None) -> None:
-        self._max_depth = max_depth
+    def __init__(self, reserved: str | None) -> None:
         self._reserved = reserved
         self._files: set[RelPath] = set()
         self._directories: set[RelPath] = set()
@@ -28,6 +27,11 @@ class EntryPaths:
         So that one of them does not come twice is, from here on, for the caller to see.
         """
         self._listed = listed
+
+    def vouched_for(self, name: str, size: int) -> bool:
+        """Whether the manifest says that the file `name` has so many bytes, or more."""
+        entry = self._listed.get(RelPath(name))
+        return entry is not None and size <= entry.size
 
     def admit(self, name: str, *, is_directory: bool, first: bool) -> RelPath:
         """The path of the entry `name`, when nothing before it stands in its way. Raises `SnapshotRejected`."""
@@ -43,8 +47,6 @@ class EntryPaths:
                 path = parse_path(name[:-1] if is_directory else name)
             except PathRefused as refused:
                 raise SnapshotRejected(refused.rule, str(refused)) from None
-        if path.count("/") >= self._max_depth:
-            raise SnapshotRejected("too_deep", f"{shown(name)} is deeper than {self._max_depth}")
         if listed and path.rpartition("/")[0] in self._directories and path not in self._directories:
             # Most of them: a listed file beside another one, below no file.
             return path

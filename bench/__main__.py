@@ -46,6 +46,8 @@ verdicts:
   too noisy  nothing can be said, so no number is given: the interval lies across the bound or is wider than 30 % of
              the ratio, or others took more than 10 % of the processors meanwhile. Stop what they run, and run it again.
 
+  peer failed  it lost files, or ended, so that there is nothing to compare with
+
 exit code:
   0 every bound is met, 1 one is not met, 2 a measurement failed, 3 too noisy to say, 130 interrupted
   A comparison without a bound that is too noisy says so in its row, and changes nothing here.
@@ -53,7 +55,7 @@ exit code:
 examples:
   python -m bench --quick mirror        whether a measurement works; its numbers are not to be quoted
   python -m bench apply link            two of them, properly
-  python -m bench --save                all of them; then bench/results/ and README.md are this run's
+  python -m bench --save                all of them; bench/results/, README.md and docs/measured.md then show this run
 """
 
 
@@ -100,6 +102,8 @@ def line(row: Row) -> str:
     spread = ""
     if row.ratio is not None and not row.disturbed:
         spread = f" [{figure(row.ratio.low)}–{figure(row.ratio.high)}]"
+    if row.failure:
+        figures += f", {row.peer} {row.failure}"
     text = f"{ratio:>7}{spread:<16} {bound:<7} {row.verdict:<9} {row.name:<34} {row.sense:<6} {figures}"
     if row.waited > BUSIEST:
         text += f"  (waited for a processor {row.waited:.0%} of the time)"
@@ -249,7 +253,7 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--save",
         action="store_true",
-        help=f"keep this run in {RESULTS.name}/, its plot, and the table in README.md",
+        help=f"keep this run in {RESULTS.name}/, its plot, and the tables in README.md and docs/measured.md",
     )
     parser.add_argument(
         "--patience", type=float, default=120, metavar="SECONDS",

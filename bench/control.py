@@ -221,12 +221,15 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         store = SessionStore(pool)
         api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
         driver = FlyMachines(api, FlyShape(APP, "image"))
-        control = Control(settings, store, snapshots, driver, keys)
+        installation = await store.installation()
+        control = Control(settings, store, snapshots, driver, keys, installation=installation)
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
         routes = Api(settings, control, store, catchup, snapshots, keys).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
-            yield World(settings, pool, keys, Platform(), snapshots, assets, store, control, client)
+            yield World(
+                settings, pool, keys, Platform(), snapshots, assets, store, control, client, installation
+            )
             await control.close()
 
 

@@ -30,7 +30,7 @@ from agent.follow import Follower
 from agent.ledger import Ledger
 from agent.model import Cursor, RelPath, Tree, digest_of
 from agent.status import Problems, SyncStatus
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, Redactor, configure_logs
 from agent.tokens import Tokens
@@ -148,7 +148,7 @@ async def following(
     earlier.close()
     ledger = Ledger(place / "ledger.sqlite")
     follower = Follower(Tree())
-    stream = RealtimeStream(url, "key", TOPIC, Tokens(TOKEN))
+    stream = realtime_link(url, "key", TOPIC, Tokens(TOKEN))
     async with httpx.AsyncClient() as http:
         catch_up = CatchUp(
             None, disk, http, SnapshotLimits(), "bench", problems, lambda: follower.tree.entries

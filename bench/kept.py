@@ -1,7 +1,7 @@
-"""What is kept of a run: its JSON, the plot of it, and the table in README.md. All three say the same, and a test holds
-them against each other.
+"""What is kept of a run: its JSON, the plot of it, the tables in README.md and docs/measured.md. They all say the same,
+and a test holds them against each other.
 
-    python -m bench.kept      make plot and table again from bench/results/latest.json
+    python -m bench.kept      make plot and tables again from bench/results/latest.json
 """
 
 from __future__ import annotations
@@ -10,27 +10,30 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.plot import svg
-from bench.table import with_table
+from bench.table import FIRST, QUOTED, with_table
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "bench" / "results"
-JSON, SVG, README = RESULTS / "latest.json", RESULTS / "latest.svg", REPOSITORY / "README.md"
+JSON, SVG = RESULTS / "latest.json", RESULTS / "latest.svg"
+README, MEASURED = REPOSITORY / "README.md", REPOSITORY / "docs" / "measured.md"
 
 
 def keep(run: Mapping[str, object]) -> list[str]:
-    """Write all three; the files' names."""
+    """Write all of it; the files' names."""
     RESULTS.mkdir(exist_ok=True)
     JSON.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
     return [str(path.relative_to(REPOSITORY)) for path in (JSON, *derive())]
 
 
 def derive() -> list[Path]:
-    """Plot and table from the JSON that is kept; what was written."""
+    """Plot and tables from the JSON that is kept; what was written."""
+    from bench.plot import picture  # not above: a run measures without matplotlib in its memory
+
     run = json.loads(JSON.read_text())
-    SVG.write_text(svg(run))
-    README.write_text(with_table(README.read_text(), run))
-    return [SVG, README]
+    SVG.write_text(picture(run))
+    for page, rows in ((README, FIRST), (MEASURED, QUOTED)):
+        page.write_text(with_table(page.read_text(), run, rows))
+    return [SVG, README, MEASURED]
 
 
 if __name__ == "__main__":

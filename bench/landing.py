@@ -144,4 +144,4 @@ class _Look:
     def failure(self, seconds: float) -> NotLanded:
         """What to say when it is too late."""
         missing = len(self._unheard)
-        return NotLanded(f"{missing} of {self._wanted} files did not come within {seconds:.0f} s")
+        return NotLanded(f"lost {missing} of {self._wanted} files: they were not there after {seconds:.0f} s")

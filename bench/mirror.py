@@ -11,6 +11,8 @@ Everybody is on equal terms: whoever saves and looks is this process, whoever br
 file system of its own (`bench.ground`), and nobody's turn begins before the one before has come to rest: a mirror's
 programs go on working when the last file is there.
 
+A mirror that loses files, or ends, has no ratio from then on: its rows say what it did, and the others go on.
+
 A mirror that takes a second for one edit makes four a round, at moments spread evenly over its second; the slowest of
 the four then stands for its p99, which is in its favour.
 """
@@ -22,7 +24,7 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +39,7 @@ from bench.following import Channel, running_apart
 from bench.ground import Ground
 from bench.landing import Landing
 from bench.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
-from bench.results import Row, in_turn, ratio_of
+from bench.results import PeerFailed, Row, in_turn, ratio_of
 from bench.surroundings import at_rest
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.migrations import bootstrap, migrate
@@ -177,6 +179,8 @@ class Contest:
         self._portal, self._fresh, self._stack = portal, fresh, stack
         self._ours: dict[str, Ours] = {}
         self.mirrors: dict[str, Mirror] = {}
+        self.failed: dict[str, str] = {}
+        """The mirrors that have dropped out, and why."""
         for kind in MIRRORS:
             if not kind.missing():
                 mirror = kind(stack.enter_context(fresh()))
@@ -186,17 +190,31 @@ class Contest:
     def edits(self, name: str) -> list[float]:
         at_rest()
         if name in self.mirrors:
-            return self.mirrors[name].edit_all()
+            with self._dropping_out(name) as mirror:
+                return mirror.edit_all()
         return self._portal.call(self._our(name).edit_all)
 
     def burst(self, name: str) -> float:
         at_rest()
         if name in self.mirrors:
-            return self.mirrors[name].burst()
+            with self._dropping_out(name) as mirror:
+                return mirror.burst()
         return self._portal.call(self._our(name).burst)
 
     def names(self) -> list[str]:
-        return [EVENT, SAVE, *self.mirrors]
+        """Those who are still in it."""
+        return [EVENT, SAVE, *(name for name in self.mirrors if name not in self.failed)]
+
+    @contextlib.contextmanager
+    def _dropping_out(self, name: str) -> Iterator[Mirror]:
+        """A mirror's turn. One that fails is stopped: each further turn could cost all of `DEADLINE`."""
+        mirror = self.mirrors[name]
+        try:
+            yield mirror
+        except PeerFailed as failure:
+            self.failed[name] = str(failure)
+            mirror.stop()
+            raise
 
     def _our(self, name: str) -> Ours:
         if name not in self._ours:
@@ -212,16 +230,25 @@ def slowest(taken: Sequence[float]) -> float:
 
 
 def _rows(
-    label: str, samples: dict[str, list[float]], ours: str, bounds: Callable[[str], float | None]
+    label: str,
+    samples: dict[str, list[float]],
+    ours: str,
+    bounds: Callable[[str], float | None],
+    failed: Mapping[str, str],
 ) -> list[Row]:
-    return [
+    middle = median(samples[ours]) * 1e3
+    compared = [
         Row(
-            label, median(samples[ours]) * 1e3, "ms", name, median(samples[name]) * 1e3,
-            ratio_of(samples[ours], samples[name]), at_most=bounds(name), samples=len(samples[ours]),
+            label, middle, "ms", name, median(samples[name]) * 1e3, ratio_of(samples[ours], samples[name]),
+            at_most=bounds(name), samples=len(samples[ours]),
         )
         for name in samples
         if name not in (EVENT, SAVE)
     ]  # fmt: skip
+    return compared + [
+        Row(label, middle, "ms", name, at_most=bounds(name), samples=len(samples[ours]), failure=why)
+        for name, why in failed.items()
+    ]
 
 
 def latency(contest: Contest, rounds: int) -> list[Row]:
@@ -234,12 +261,18 @@ def latency(contest: Contest, rounds: int) -> list[Row]:
         return median(taken)
 
     p50 = in_turn({name: partial(turn, name) for name in contest.names()}, rounds)
-    p99 = {name: taken[-rounds:] for name, taken in p99.items()}
+    p99 = {name: p99[name][-rounds:] for name in p50}
     few = [mirror.name for mirror in contest.mirrors.values() if mirror.edits < EDITS]
     rows: list[Row] = []
     for ours, label, bound in ((EVENT, "event to file", 1.0), (SAVE, "save in PostgreSQL to file", None)):
         for share, samples in (("p50", p50), ("p99", p99)):
-            rows += _rows(f"{label}, {share}", samples, ours, lambda peer, bound=bound: bound)  # type: ignore[misc]
+            rows += _rows(
+                f"{label}, {share}",
+                samples,
+                ours,
+                lambda peer, bound=bound: bound,  # type: ignore[misc]
+                contest.failed,
+            )
     note = f"the slowest of its {SLOW_EDITS} edits a round"
     return [replace(row, note=note) if row.name.endswith("p99") and row.peer in few else row for row in rows]
 
@@ -253,8 +286,9 @@ def burst(contest: Contest, rounds: int) -> list[Row]:
             samples,
             EVENT,
             lambda peer: BURST_AT_MOST.get(peer, 1.0),
+            contest.failed,
         ),
-        *_rows(f"{FILES} files saved in one transaction", samples, SAVE, lambda peer: None),
+        *_rows(f"{FILES} files saved in one transaction", samples, SAVE, lambda peer: None, contest.failed),
     ]
 
 

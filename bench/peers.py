@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from bench.landing import Landing, NotLanded
+from bench.results import PeerFailed
 
 FILES = 500
 """In the mirrored tree, all the time: a burst writes each of them anew."""
@@ -84,7 +85,10 @@ class Mirror:
         raise NotImplementedError
 
     def edit_all(self) -> list[float]:
-        """A turn's edits, one after the other: seconds from the save to the file on the other side, each."""
+        """A turn's edits, one after the other: seconds from the save to the file on the other side, each.
+
+        Raises `PeerFailed` when files are lost or it has ended, as does `burst`.
+        """
         landing = self._started()
         taken = []
         for pause in pauses(self.edits, self.pause, self._chance):
@@ -116,7 +120,11 @@ class Mirror:
         began = time.perf_counter()
         for name, content in wanted.items():
             (self.source / name).write_text(content)
-        return landing.wait({name: len(content) for name, content in wanted.items()}, DEADLINE) - began
+        try:
+            return landing.wait({name: len(content) for name, content in wanted.items()}, DEADLINE) - began
+        except NotLanded as lost:
+            ended = [code for process in self._processes if (code := process.poll()) is not None]
+            raise PeerFailed(f"it ended, with {ended[0]}" if ended else str(lost)) from None
 
     def _started(self) -> Landing:
         if self._landing is not None:
@@ -157,8 +165,8 @@ class Mirror:
                 return
             for process in self._processes:
                 if process.poll() is not None:
-                    raise RuntimeError(f"{self.name} ended at once, with {process.returncode}")
-        raise RuntimeError(f"{self.name} mirrors nothing")
+                    raise PeerFailed(f"it ended at once, with {process.returncode}")
+        raise PeerFailed("it mirrors nothing")
 
 
 class Copying(Mirror):
@@ -266,7 +274,7 @@ class Syncthing(Mirror):
                 env={**os.environ, "HOME": str(self.place)},
             )
             if done.returncode:
-                raise RuntimeError(f"syncthing cannot make its keys: {done.stderr[-300:]}")
+                raise PeerFailed(f"it cannot make its keys: {done.stderr[-300:].strip()}")
         ids = [self._device_id(home) for home in homes]
         devices = "".join(
             f'<device id="{device}" name="d{n}" compression="never"><address>tcp://127.0.0.1:{port}</address>'

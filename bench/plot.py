@@ -1,148 +1,119 @@
 """A run as a picture: JSON in, SVG out, the same for the same.
 
-Each ratio is a bar over its interval of 95 % confidence with the median in it, on a logarithmic scale of the peer's
-time (or of 1 / speed, or memory), so that left is always better; a bound is a mark on the row. A refused row says so
-and has no bar. The picture brings its own background, light or dark as the reader has it.
+Each row is a ratio to a peer, on a logarithmic scale of the peer's time (or of 1 / speed, or memory), so left is always
+better: a dot for the median, a line for the interval of 95 % confidence. Where there is a bound, a green band runs up
+to it: a dot within the band has met it. Rows without a bound stand below, in grey. A refused row has no dot.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Any
-from xml.sax.saxutils import escape
 
-from bench.results import figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-WIDTH = 920
-LABELS = 400
-"""Where the scale begins: left of it are the names."""
+from bench.results import Verdict, figure
+from bench.svg import FAINT, svg
 
-SCALE_END = 790
-ROW = 19
-HEAD = 64
-GROUP = 12
-FOOT = 34
+MARGIN, LEFT, RIGHT = 0.015, 0.4, 0.87
+"""Where names begin, the scale begins and the scale ends, as shares of the width."""
 
-STYLE = """
-  .paper { fill: #ffffff; stroke: #d0d7de } text { font: 12px system-ui, sans-serif; fill: #1f2328 }
-  .title { font-size: 15px; font-weight: 600 } .group { font-weight: 600 }
-  .faint { fill: #656d76 } .grid { stroke: #e4e8ec }
-  .one { stroke: #656d76 } .bound { stroke: #1f2328; stroke-width: 2 }
-  .met { fill: #2da44e } .missed { fill: #e5534b } .free { fill: #4493f8 }
-  .peer, .right { text-anchor: end } .centre { text-anchor: middle }
-  @media (prefers-color-scheme: dark) {
-    .paper { fill: #161b22; stroke: #30363d } text { fill: #e6edf3 } .faint { fill: #9198a1 } .grid { stroke: #2a313a }
-    .one { stroke: #9198a1 } .bound { stroke: #e6edf3 }
-  }
-"""
+HEAD, ROW = 0.8, 0.19
+"""Inches: above the scale, and of a row."""
 
-CLASSES = {"met": "met", "NOT MET": "missed", "measured": "free"}
+MET, MISSED, BAND = "#1a7f37", "#cf222e", "#dafbe1"
+COLOURS = {Verdict.MET: MET, Verdict.NOT_MET: MISSED}
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One row of the picture; figures are of the peer's time, less is better. `middle` None: refused."""
+class Point:
+    """One row of the picture. Figures are of the peer's time, less is better; `nan` when refused."""
 
     name: str
     peer: str
-    said: str
-    style: str
-    low: float = 1.0
-    middle: float | None = None
-    high: float = 1.0
-    bound: float | None = None
+    verdict: Verdict
+    low: float
+    middle: float
+    high: float
+    bound: float | None
 
 
-def bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """Of the rows that have a peer."""
-    made = []
-    for row in rows:
-        if row["peer"] is None:
-            continue
-        name, style = row["name"].strip(), CLASSES.get(row["verdict"], "faint")
-        bound = row["at_least"] if row["at_least"] is not None else row["at_most"]
-        faster = row["sense"] == "speed"
-        if bound is not None and faster:
-            bound = 1 / bound
-        if row["ratio"] is None:
-            made.append(Bar(name, row["peer"], "too noisy", style, bound=bound))
-            continue
-        low, middle, high = row["interval"][0], row["ratio"], row["interval"][1]
-        if faster:
-            low, middle, high = 1 / high, 1 / middle, 1 / low
-        made.append(Bar(name, row["peer"], f"{figure(middle)} ×", style, low, middle, high, bound))
-    return made
+def points(run: Mapping[str, Any]) -> Iterator[Point]:
+    """The run's rows that have a peer."""
+    for result in run["results"].values():
+        parent = ""
+        for row in result.get("rows", ()):
+            name = row["name"].strip()
+            if row["name"].startswith(" "):  # a detail of the row above
+                name = f"{parent}: {name}"
+            else:
+                parent = name
+            if row["peer"] is None:
+                continue
+            low, high = row["interval"] if row["ratio"] is not None else (nan, nan)
+            middle = row["ratio"] if row["ratio"] is not None else nan
+            bound = row["at_least"] if row["at_least"] is not None else row["at_most"]
+            if row["sense"] == "speed":
+                low, middle, high, bound = 1 / high, 1 / middle, 1 / low, bound and 1 / bound
+            yield Point(name, row["peer"], Verdict(row["verdict"]), low, middle, high, bound)
 
 
-def svg(run: Mapping[str, Any]) -> str:
-    """The picture."""
-    groups = {name: made for name, result in run["results"].items() if (made := bars(result.get("rows", ())))}
-    shown = [bar for made in groups.values() for bar in made]
-    values = [v for bar in shown for v in (bar.low, bar.high, bar.bound or 1.0)] or [1.0]
-    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    last = max(last, first + 1)
-
-    def x(value: float) -> float:
-        return LABELS + (math.log10(value) - first) / (last - first) * (SCALE_END - LABELS)
-
-    height = HEAD + len(shown) * ROW + len(groups) * (ROW + GROUP) + FOOT
-    body = [*_scale(first, last, x, height)]
-    y = float(HEAD)
-    for name, made in groups.items():
-        y += GROUP + ROW
-        body.append(_text(16, y - 5, name, "group"))
-        for bar in made:
-            body.extend(_row(bar, y, x))
-            y += ROW
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}"'
-            f' height="{height}" role="img" aria-label="Measured ratios to peers">',
-            f"<style>{STYLE}</style>",
-            f'<rect class="paper" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
-            _text(16, 26, "Ours as a multiple of the peer's time: left of 1 is faster", "title"),
-            _text(16, 46, _about(run), "faint"),
-            *body,
-            "</svg>\n",
-        ]
+def picture(run: Mapping[str, Any]) -> str:
+    """The picture: rows with a bound above, the others below."""
+    shown = list(points(run))
+    bounded = [point for point in shown if point.bound is not None]
+    free = [point for point in shown if point.bound is None]
+    met, machine = sum(point.verdict == Verdict.MET for point in bounded), run["machine"]
+    about = (
+        "Our time as a multiple of the peer's: further left is faster. Dot: the median. Line: its 95 % interval.\n"
+        f"Green band: what the bound allows. {run['at'][:10]}, {machine['cpu']}, {machine['cores']} cores."
     )
+    height = HEAD + ROW * (len(shown) + 4)
 
-
-def _about(run: Mapping[str, Any]) -> str:
-    machine = run["machine"]
-    return (
-        f"{run['at'][:10]} · {machine['cpu']}, {machine['cores']} cores · bar: 95 % interval · tick: the bound · "
-        "green met, red not met, blue no bound"
-    )
-
-
-def _text(x: float, y: float, text: str, style: str = "") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
-
-
-def _scale(first: int, last: int, x: Callable[[float], float], height: float) -> Iterator[str]:
-    """A line and a figure for each power of ten; the peer's own time stands out."""
-    for power in range(first, last + 1):
-        at = x(10.0**power)
-        style = "one" if power == 0 else "grid"
-        yield f'<path class="{style}" d="M{at:.1f} {HEAD}V{height - FOOT + 4:.1f}"/>'
-        label = f"{10.0**power:g} ×" if power else "the peer"
-        yield _text(at, height - 12, label, "faint centre")
-
-
-def _row(bar: Bar, y: float, x: Callable[[float], float]) -> Iterator[str]:
-    middle = y + ROW / 2
-    yield _text(28, middle + 4, bar.name)
-    yield _text(LABELS - 12, middle + 4, bar.peer, "faint peer")
-    if bar.middle is not None:
-        left, right = x(bar.low), x(bar.high)
-        yield (
-            f'<rect class="{bar.style}" x="{left:.1f}" y="{middle - 5:.1f}" width="{max(right - left, 2):.1f}"'
-            ' height="10" rx="2" fill-opacity="0.55"/>'
+    def draw(paper: Figure) -> None:
+        paper.subplots_adjust(LEFT, 0.4 / height, RIGHT, 1 - HEAD / height, hspace=2 * ROW / height)
+        with_bound, without = paper.subplots(
+            2, 1, sharex=True, height_ratios=(len(bounded) + 1, len(free) + 1)
         )
-        yield f'<circle class="{bar.style}" cx="{x(bar.middle):.1f}" cy="{middle:.1f}" r="3.5"/>'
-    if bar.bound is not None:
-        yield f'<path class="bound" d="M{x(bar.bound):.1f} {middle - 7:.1f}v14"/>'
-    yield _text(WIDTH - 16, middle + 4, bar.said + (" not met" if bar.style == "missed" else ""), "right")
+        _panel(with_bound, f"{met} of {len(bounded)} bounds are met", bounded)
+        _panel(without, "Without a bound, for comparison", free)
+        with_bound.tick_params(labeltop=True)
+        paper.text(MARGIN, 1 - 0.2 / height, about, va="top", color=FAINT)
+
+    return svg(11, height, draw)
+
+
+def _panel(axes: Axes, heading: str, its: Sequence[Point]) -> None:
+    rows = range(len(its))
+    colours = [COLOURS.get(point.verdict, FAINT) for point in its]
+    axes.set(xscale="log", ylim=(len(its) - 0.5, -1.5), yticks=())
+    axes.xaxis.set_major_formatter(lambda x, _: "the peer" if x == 1 else f"{x:g} ×")
+    axes.minorticks_off()
+    axes.grid(axis="x")
+    axes.axvline(1, color=FAINT)
+    bounds = [point.bound or nan for point in its]
+    axes.stairs(
+        bounds, [row - 0.5 for row in range(len(its) + 1)], orientation="horizontal", fill=True, color=BAND
+    )
+    axes.plot(bounds, rows, "|", color=MET, markersize=9)
+    axes.hlines(rows, [point.low for point in its], [point.high for point in its], colours)
+    for colour in dict.fromkeys(colours):
+        its_own = [point.middle if each == colour else nan for point, each in zip(its, colours, strict=True)]
+        axes.plot(its_own, rows, "o", color=colour, markersize=4)
+
+    def text(x: float, y: float, said: str, **style: Any) -> None:
+        x = (x - LEFT) / (RIGHT - LEFT)
+        axes.text(x, y, said, transform=axes.get_yaxis_transform(), va="center_baseline", **style)
+
+    text(MARGIN, -1, heading, fontsize=10, weight="bold")
+    for row, point in enumerate(its):
+        if not row or its[row - 1].name != point.name:
+            text(MARGIN, row, point.name)
+        text(LEFT - 0.01, row, point.peer, ha="right", color=FAINT)
+        text(0.93, row, point.verdict if isnan(point.middle) else f"{figure(point.middle)} ×", ha="right")
+        if point.bound is not None:
+            wanted = f"{'not ' if point.verdict == Verdict.NOT_MET else ''}≤ {point.bound:.3g}"
+            text(0.94, row, wanted, color=colours[row])

@@ -34,13 +34,18 @@ class Unmeasurable(Exception):
     """This machine lacks what a measurement needs (a compiler, a peer); the sentence says what."""
 
 
+class PeerFailed(Exception):
+    """A peer did not do what is measured: it lost files, or ended. The sentence says what; the others go on."""
+
+
 class Verdict(StrEnum):
-    """What a row comes to. `MEASURED`: there is no bound to meet."""
+    """What a row comes to. `MEASURED`: there is no bound to meet. `PEER_FAILED`: nothing to compare with."""
 
     MET = "met"
     NOT_MET = "NOT MET"
     TOO_NOISY = "too noisy"
     MEASURED = "measured"
+    PEER_FAILED = "peer failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,8 @@ class Row:
     lower).
     `at_least`, `at_most`: the bound, if one was set. `ours`, `theirs`: medians in `unit`. A row without a peer has no
     ratio and its bound is on `ours`. `waited`: the contestants' `Waits.share`, where it was asked.
-    `taken`: the share of all processors that others took meanwhile.
+    `taken`: the share of all processors that others took meanwhile. `failure`: what the peer did instead of being
+    measured; then there is no ratio.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Row:
     note: str = ""
     waited: float = 0.0
     taken: float = 0.0
+    failure: str = ""
 
     @property
     def disturbed(self) -> bool:
@@ -84,6 +91,8 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
+        if self.failure:
+            return Verdict.PEER_FAILED
         if self.disturbed:
             return Verdict.TOO_NOISY
         low, high = (self.ratio.low, self.ratio.high) if self.ratio else (self.ours, self.ours)
@@ -119,6 +128,7 @@ class Row:
             "samples": self.samples,
             "waited": round(self.waited, 3),
             "note": "" if noisy else self.note,
+            **({"failure": self.failure} if self.failure else {}),
         }
 
 
@@ -175,14 +185,23 @@ def scheduled() -> tuple[int, int]:
 def in_turn(
     contestants: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Each contestant once a round, who goes first changing from round to round; what each call returned."""
+    """Each contestant once a round, who goes first changing from round to round; what each call returned.
+
+    Who raises `PeerFailed` drops out, and what was measured of it does not count.
+    """
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm_up, rounds):
         _progress(f"round {number + 1} of {rounds}" if number >= 0 else "warming up")
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            taken = contestants[name]()
+            if name not in samples:
+                continue
+            try:
+                taken = contestants[name]()
+            except PeerFailed:
+                del samples[name]
+                continue
             if number >= 0:
                 samples[name].append(taken)
     _progress("")

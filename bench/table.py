@@ -1,13 +1,13 @@
-"""README's table, from a run's JSON: text in, text out.
+"""The tables of docs/measured.md and README, from a run's JSON: text in, text out.
 
-What README quotes is listed here, and every figure of it is looked up. A row that the run had to refuse says so in the
-table; those that it does not have are counted under it, by measurement.
+What is quoted is listed here, and every figure of it is looked up; README has the few rows marked `first`. A row that
+the run had to refuse says so in the table; those that it does not have are counted under it, by measurement.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,35 +19,41 @@ END = "<!-- /measured -->"
 
 @dataclass(frozen=True, slots=True)
 class Quoted:
-    """One row of the table: what README calls it, and which row of the run it is. `peer` None: it has none."""
+    """One row of the table: what readers see, and which row of the run it is. `peer` None: it has none."""
 
     what: str
     module: str
     name: str
     peer: str | None = None
     against: str = ""
+    first: bool = False
+    """Also in README: what somebody wants to know who has not seen the project before."""
 
 
 _MIRRORS = ("inotifywait + cp", "inotifywait + rsync", "lsyncd", "unison", "syncthing")
 
 QUOTED = (
     *(
-        Quoted("one event, editor's socket to the file, p50", "mirror", "event to file, p50", peer)
+        Quoted("one event, editor's socket to the file, p50", "mirror", "event to file, p50", peer,
+               first=peer == "lsyncd")
         for peer in _MIRRORS
     ),
     Quoted("the same, p99", "mirror", "event to file, p99", "lsyncd"),
     *(
-        Quoted("one save through PostgreSQL, p50", "mirror", "save in PostgreSQL to file, p50", peer)
+        Quoted("one save through PostgreSQL, p50", "mirror", "save in PostgreSQL to file, p50", peer,
+               first=peer == "lsyncd")
         for peer in ("inotifywait + cp", "lsyncd", "syncthing")
     ),
     *(
-        Quoted("500 files at once, to the last rename", "mirror", "burst of 500 files, events", peer)
+        Quoted("500 files at once, to the last rename", "mirror", "burst of 500 files, events", peer,
+               first=peer == "lsyncd")
         for peer in _MIRRORS
     ),
     Quoted("500 files in one transaction of PostgreSQL", "mirror", "500 files saved in one transaction", "lsyncd"),
     Quoted("an event on the wire to its file, p50", "sync", "event to disk, p50", "websocket round trip",
            "a bare websocket round trip"),
-    Quoted("hydrating 2,000 files, 20 MB", "hydrate", "hydrate 2,000 files, 20 MB", "bsdtar", "curl into bsdtar"),
+    Quoted("hydrating 2,000 files, 20 MB", "hydrate", "hydrate 2,000 files, 20 MB", "bsdtar", "curl into bsdtar",
+           first=True),
     Quoted("hydrating 20,000 files, 200 MB", "hydrate", "hydrate 20,000 files, 200 MB", "bsdtar",
            "curl into bsdtar"),
     Quoted("hydrating 50 incompressible files of 4 MB", "hydrate", "hydrate 50 x 4 MB incompressible", "bsdtar",
@@ -55,24 +61,25 @@ QUOTED = (
     Quoted("memory that hydrating 20,000 files takes, until they are in place", "hydrate",
            "  memory, hydrated: 20,000 files in place"),
     Quoted("one 1 KB change applied: JSON, SHA-256, stage, rename", "apply", "apply 1 KB", "C temp+rename",
-           "a C program's temp file and rename"),
+           "a C program's temp file and rename", first=True),
     Quoted("the same with 10 KB", "apply", "apply 10 KB", "C temp+rename", "a C program's temp file and rename"),
     Quoted("the same with 100 KB", "apply", "apply 100 KB", "C temp+rename", "a C program's temp file and rename"),
     Quoted("the same with 100 KB, where no disk holds C's rename up", "apply", "apply 100 KB, ext4 in memory",
            "C temp+rename", "a C program's temp file and rename"),
     Quoted("receive and decode 1 KB broadcasts", "link", "receive + decode, 1 KB broadcasts", "realtime",
-           "the official Python client"),
+           "the official Python client", first=True),
     Quoted("a 2 KB save in the database: version, revision, broadcast", "database",
-           "database: upsert 2 KB, 1 connection", "bare insert", "a bare insert of the row"),
+           "database: upsert 2 KB, 1 connection", "bare insert", "a bare insert of the row", first=True),
     Quoted("a whole tree to Vite's first page", "start", "tree whole to first page", "vite by hand",
-           "Vite by hand"),
+           "Vite by hand", first=True),
     Quoted("the agent's start to Vite's first page", "start", "agent's process to first page", "vite by hand",
            "Vite by hand"),
     Quoted("a session's `sync`, nothing missing", "control", "sync answering `current`", "a bare route",
            "a bare route"),
-    Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident"),
-    Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor"),
+    Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident", first=True),
+    Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor", first=True),
 )  # fmt: skip
+FIRST = tuple(quoted for quoted in QUOTED if quoted.first)
 
 
 def rows_of(run: Mapping[str, Any], module: str) -> list[dict[str, Any]]:
@@ -116,6 +123,8 @@ def _wanted(row: Mapping[str, Any]) -> str:
 
 def _line(quoted: Quoted, row: Mapping[str, Any]) -> str:
     against = quoted.against or quoted.peer or ""
+    if failure := row.get("failure"):
+        return f"| {quoted.what} | {against} | not compared: {failure} | {_wanted(row)} |"
     if row["ours"] is None:
         return f"| {quoted.what} | {against} | refused: too noisy | {_wanted(row)} |"
     if row["ratio"] is None:
@@ -126,7 +135,7 @@ def _line(quoted: Quoted, row: Mapping[str, Any]) -> str:
     return f"| {quoted.what} | {against} | {ratio} | {_wanted(row)} |"
 
 
-def _lines(run: Mapping[str, Any]) -> Iterator[str]:
+def _lines(run: Mapping[str, Any], rows: Sequence[Quoted]) -> Iterator[str]:
     machine = run["machine"]
     yield run.get("note") or (
         f"One run of `make bench-save` on {run['at'][:10]}: {machine['cpu']}, {machine['cores']} cores, "
@@ -136,7 +145,7 @@ def _lines(run: Mapping[str, Any]) -> Iterator[str]:
     yield "| what | against | ratio (95 %), ours | wanted |"
     yield "|---|---|---|---|"
     absent: Counter[str] = Counter()
-    for quoted in QUOTED:
+    for quoted in rows:
         if row := found(run, quoted):
             yield _line(quoted, row)
         else:
@@ -147,15 +156,15 @@ def _lines(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"Rows that this table has room for and this run does not have: {counted}."
 
 
-def table(run: Mapping[str, Any]) -> str:
+def table(run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED) -> str:
     """The table with the sentence above it."""
-    return "\n".join(_lines(run))
+    return "\n".join(_lines(run, rows))
 
 
-def with_table(readme: str, run: Mapping[str, Any]) -> str:
-    """README with this run's table between the two marks. Raises `ValueError` when they are not there."""
-    before, begin, rest = readme.partition(BEGIN)
+def with_table(page: str, run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED) -> str:
+    """A page with this run's table between the two marks. Raises `ValueError` when they are not there."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has no place for the table: put {BEGIN} and {END} into it")
-    return f"{before}{BEGIN}\n{table(run)}\n{END}{after}"
+        raise ValueError(f"there is no place for the table: put {BEGIN} and {END} into the page")
+    return f"{before}{BEGIN}\n{table(run, rows)}\n{END}{after}"

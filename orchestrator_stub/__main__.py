@@ -1,4 +1,4 @@
-"""`preview-orchestrator dev | serve | migrate | tail`: the command line, and what a failure looks like there."""
+"""`preview-orchestrator dev | serve | migrate | machines | tail`: the command line, and how a failure looks there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-import psycopg
 
-from orchestrator_stub.config import Settings, SettingsError
-from orchestrator_stub.migrations import MigrationError, bootstrap, migrate
+def _cannot_import(error: ModuleNotFoundError) -> str:
+    """The one sentence for a package that is not installed. A module of our own that is missing is a bug: raised."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "agent", "orchestrator_stub"):
+        raise error
+    return (
+        f"preview-orchestrator: {package} is not installed; install this package with its extra, "
+        "as in pip install '.[orchestrator]'"
+    )
+
+
+try:
+    import httpx
+    import psycopg
+
+    from orchestrator_stub.config import Settings, SettingsError
+    from orchestrator_stub.migrations import MigrationError, MigrationRefused, bootstrap, check, migrate
+except ModuleNotFoundError as missing:
+    sys.exit(_cannot_import(missing))
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 64
@@ -27,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
         code = EXIT_SETTINGS
+    except ModuleNotFoundError as error:
+        sys.exit(_cannot_import(error))
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
@@ -55,7 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     migration.add_argument(
         "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
     )
+    migration.add_argument(
+        "--check", action="store_true", help="change nothing; say everything that is in the way"
+    )
+    migration.add_argument(
+        "--adopt-files",
+        action="store_true",
+        help="take a table public.project_files over: moved to the schema preview, its rows adopted, itself kept",
+    )
     migration.set_defaults(run=_migrate)
+
+    machines = commands.add_parser("machines", help="what machines there are, and whose each is")
+    machines.add_argument("--json", action="store_true", help="one JSON object a line")
+    machines.set_defaults(run=_machines)
 
     tail = commands.add_parser("tail", help="print a project's channel as it happens")
     tail.add_argument("project", help="the project's id, or `-` for the one of --state")
@@ -109,16 +138,37 @@ def _migrate(arguments: argparse.Namespace) -> int:
     dsn = arguments.database_url or Settings.database_url_from_environment()
 
     async def run() -> list[str]:
+        if arguments.check:
+            return await check(dsn, adopt_files=arguments.adopt_files)
         if arguments.bootstrap:
             await bootstrap(dsn)
-        return await migrate(dsn)
+        return await migrate(dsn, adopt_files=arguments.adopt_files)
 
     try:
         applied = asyncio.run(run())
+    except MigrationRefused as error:
+        sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
+        return EXIT_FAILED
     except (MigrationError, psycopg.Error, OSError) as error:
         sys.stderr.write(f"preview-orchestrator: cannot migrate: {' '.join(str(error).split())}\n")
         return EXIT_FAILED
-    sys.stdout.write("".join(f"applied {version}\n" for version in applied) or "nothing to apply\n")
+    done = "nothing is in the way of" if arguments.check else "applied"
+    sys.stdout.write("".join(f"{done} {version}\n" for version in applied) or "nothing to apply\n")
+    return 0
+
+
+def _machines(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.inventory import run_machines
+    from orchestrator_stub.machines import MachineError
+    from orchestrator_stub.serve import CannotServe
+    from orchestrator_stub.store import Unmigrated
+
+    settings = Settings.from_environment()
+    try:
+        asyncio.run(run_machines(settings, print, as_json=arguments.json))
+    except (CannotServe, MachineError, Unmigrated, psycopg.Error) as error:
+        sys.stderr.write(f"preview-orchestrator: cannot list the machines: {' '.join(str(error).split())}\n")
+        return EXIT_FAILED
     return 0
 
 

@@ -113,7 +113,8 @@ class Settings(BaseSettings):
     template_dir: Annotated[Path | None, BeforeValidator(_unless_empty)] = (
         _EXAMPLE if _EXAMPLE.is_dir() else None
     )
-    """What a project without any file is given at its first session; empty: it stays without."""
+    """What a project without any file is given at its first session; empty: it stays without. The example is a
+    checkout's: an installed package has none, and `serve` says so at its start."""
 
     # --- machines
     machine_driver: Literal["local", "container", "fly"] = "local"
@@ -133,7 +134,7 @@ class Settings(BaseSettings):
     fly_api_token: SecretStr | None = None
     """Required with `fly`: `fly tokens create deploy` makes one that reaches one app."""
     fly_app: str | None = None
-    """Required with `fly`: the app whose machines are the previews."""
+    """Required with `fly`: the app whose machines are the previews. Orchestrators of several databases may share it."""
     fly_region: str | None = None
     """Where machines are made; unset: Fly chooses."""
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
@@ -162,7 +163,7 @@ class Settings(BaseSettings):
     request_timeout: float = Field(30, gt=0)
     """Seconds for any one request; above every single call it makes."""
     body_limit: int = Field(65_536, ge=1024)
-    """Bytes. The largest honest body of the session API, a status with its problems, has a few kilobytes."""
+    """Bytes. The largest honest body of the session API, a status with its problems, is cut to 32 KB by the agent."""
 
     # --- being watched
     log_level: Literal["debug", "info", "warning", "error"] = "info"

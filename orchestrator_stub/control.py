@@ -3,9 +3,10 @@
 All state is in PostgreSQL and on the machine platform, none in here: any number of orchestrators may run this, and
 any of them may be killed between any two lines. The order of steps is what makes that safe:
 
-    the row exists before its machine is made       so a machine without a row is nobody's, and is swept
+    the row exists before its machine is made       so a machine of ours without a row is nobody's, and is swept
     a claim is taken before a platform is called     so two orchestrators do not work on one session
     the machine's name follows from the row          so making it again finds the first one
+    its name says which database has the row         so another installation on the platform leaves it alone
     the row is ended only when the machine is gone   so a machine is never forgotten
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,17 @@ from orchestrator_stub.machines import (
     MachineSpec,
     MachineState,
 )
-from orchestrator_stub.sessions import LIVE, Event, Session, State, Verdict, judge, machine_name, owner_of
+from orchestrator_stub.sessions import (
+    LIVE,
+    Event,
+    Installation,
+    Session,
+    State,
+    Verdict,
+    judge,
+    machine_name,
+    owner_of,
+)
 from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import SessionStore
 from orchestrator_stub.tokens import Keyring, mint_session
@@ -106,6 +117,7 @@ class Control:
         driver: MachineDriver,
         keys: Keyring,
         *,
+        installation: Installation,
         template: Beginning | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
@@ -116,6 +128,7 @@ class Control:
         self._snapshots = snapshots
         self._driver = driver
         self._keys = keys
+        self._installation = installation
         self._template = template
         self._clock = clock
         self._on_part = on_part
@@ -213,7 +226,7 @@ class Control:
             return
         try:
             async with asyncio.timeout(self._settings.claim_seconds):
-                for machine in await self._driver.find(session_id):
+                for machine in await self._find(session_id):
                     await self._driver.destroy(machine.id)
         except (MachineError, TimeoutError, OSError) as error:
             log.warning("session.not_ended_yet", session_id=str(session_id), reason=str(error))
@@ -249,11 +262,12 @@ class Control:
         """
         # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
         # among those read *afterwards* is nobody's.
-        machines = await self._driver.list()
+        machines = [machine for machine in await self._driver.list() if self._ours(machine)]
         async with self._store.sweeping() as mine:
             if not mine:
                 return 0
             sessions, now = await self._store.unended()
+            ours = await self._store.known(_unmarked(machines))
         known = {session.id: session for session in sessions}
         due: list[Step] = []
         for session in sessions:
@@ -269,7 +283,7 @@ class Control:
                     due.append(partial(self.finish, session.id))
                 case Verdict.LEAVE if _lost(session, machines):
                     due.append(partial(self._end_if_gone, session))
-        unwanted = [machine for machine in machines if not _wanted(machine, known)]
+        unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
         due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
         await asyncio.gather(*(self._guarded(step) for step in due))
         self.swept_at = self._clock()
@@ -311,7 +325,8 @@ class Control:
             token, _ = self.token_for(session)
         settings = self._settings
         return MachineSpec(
-            name=machine_name(session.id, session.generation),
+            name=await self._name_for(session),
+            installation=self._installation.id,
             project_id=session.project_id,
             session_id=session.id,
             generation=session.generation,
@@ -336,10 +351,29 @@ class Control:
         yield
         self._on_part(name, time.perf_counter() - started)
 
+    async def _name_for(self, session: Session) -> str:
+        """What the session's machine is called. One from before machines carried a mark keeps its name: making it again
+        is adopting it.
+        """
+        if session.created_at < self._installation.since:
+            before = machine_name(None, session.id, session.generation)
+            if any(machine.name == before for machine in await self._driver.find(session.id)):
+                return before
+        return machine_name(self._installation.mark, session.id, session.generation)
+
+    def _ours(self, machine: Machine) -> bool:
+        """Whether a machine carries this installation's mark, or none."""
+        owner = owner_of(machine.name)
+        return owner is not None and owner.mark in (None, self._installation.mark)
+
+    async def _find(self, session_id: UUID) -> list[Machine]:
+        """The machines of a session of ours; one without a mark is ours because the session is."""
+        return [machine for machine in await self._driver.find(session_id) if self._ours(machine)]
+
     async def _destroy_older(self, session: Session) -> None:
-        for machine in await self._driver.find(session.id):
+        for machine in await self._find(session.id):
             owner = owner_of(machine.name)
-            if owner is not None and owner[1] < session.generation:
+            if owner is not None and owner.generation < session.generation:
                 await self._driver.retire(machine.id)
 
     async def _end_if_gone(self, session: Session) -> None:
@@ -374,14 +408,30 @@ class Control:
         task.add_done_callback(ended)
 
 
-def _wanted(machine: Machine, known: dict[UUID, Session]) -> bool:
-    """Whether a session that is not over speaks for this machine. Foreign names are never ours to destroy."""
+def _unmarked(machines: list[Machine]) -> set[UUID]:
+    """The sessions of machines from before machines carried a mark."""
+    owners = [owner_of(machine.name) for machine in machines]
+    return {owner.session_id for owner in owners if owner is not None and owner.mark is None}
+
+
+def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UUID]) -> bool:
+    """Whether a session that is not over speaks for this machine, or it is not ours to destroy.
+
+    `ours`: those of the unmarked machines' sessions that are in this database, over or not.
+    """
     owner = owner_of(machine.name)
-    if owner is None:
+    if owner is None or (owner.mark is None and owner.session_id not in ours):
         return True
-    session = known.get(owner[0])
+    session = unended.get(owner.session_id)
+    if session is None:
+        return False
+    if session.state is State.DRAINING:
+        return True
+    if owner.generation == session.generation:
+        # There are two only if an orchestrator from before machines carried a mark made the other.
+        return session.machine_id in (None, machine.id)
     # A newer generation than the row's is left alone: the row was read a moment ago, and may have moved on since.
-    return session is not None and (session.state is State.DRAINING or owner[1] >= session.generation)
+    return owner.generation > session.generation
 
 
 def _lost(session: Session, machines: list[Machine]) -> bool:

@@ -40,10 +40,11 @@ from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.machines import Machine
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.migrations import MIGRATIONS, MigrationError, bootstrap, migrate
+from orchestrator_stub.migrations import MIGRATIONS, MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.redaction import Redactor
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
+from orchestrator_stub.sessions import owner_of
 from orchestrator_stub.smoke import ONCE_DEADLINE, Check
 from orchestrator_stub.tokens import Keyring, local_keyring
 
@@ -99,6 +100,7 @@ class Stack:
         self._stack = stack
         self._state = options.state.absolute()
         self._pid = 0
+        self._mark: str | None = None
 
     async def run(self) -> None:
         directory = self._options.directory
@@ -126,9 +128,10 @@ class Stack:
         )
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
-        self._stack.push_async_callback(_retire_all, driver)
+        self._stack.push_async_callback(self._retire_ours, driver)
         settings = _settings(port, dsn, project_keys, self._state)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
+        self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
         url = f"http://{HOST}:{port}"
 
@@ -227,6 +230,12 @@ class Stack:
                 dsn = given
             await bootstrap(dsn)
             applied = await migrate(dsn, MIGRATIONS)
+        except MigrationRefused as error:
+            if error.by_earlier_version and given is None:
+                raise CannotStart(
+                    f"{self._state} is of a version before the first release: delete it, and start anew"
+                ) from None
+            raise CannotStart(str(error)) from None
         except (EmbeddedPostgresError, MigrationError) as error:
             raise CannotStart(str(error)) from None
         except (psycopg.Error, OSError) as error:
@@ -378,6 +387,13 @@ class Stack:
                 self._terminal.step(f"the agent was started again (process {self._pid})")
             await asyncio.sleep(0.25)
 
+    async def _retire_ours(self, driver: LocalMachines) -> None:
+        """End this database's machines. Others' may stand beside them: `serve` has the same MACHINES_DIR by default."""
+        for machine in await driver.list():
+            owner = owner_of(machine.name)
+            if owner is not None and self._mark is not None and owner.mark == self._mark:
+                await driver.retire(machine.id)
+
     def _agent_started(self, pid: int) -> None:
         self._pid = pid
 
@@ -430,11 +446,6 @@ async def _tasks() -> AsyncIterator[list[asyncio.Task[None]]]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _retire_all(driver: LocalMachines) -> None:
-    for machine in await driver.list():
-        await driver.retire(machine.id)
 
 
 async def _node_version() -> str:

@@ -13,9 +13,20 @@ import hashlib
 import json
 import os
 import stat
+import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -23,6 +34,7 @@ from uuid import UUID
 import httpx
 import tenacity
 from watchfiles import awatch
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from orchestrator_stub.tokens import Keyring
 
@@ -64,6 +76,12 @@ BATCH_BYTES: Final = 32 * 2**20
 QUIET: Final = 10
 """Milliseconds without a further change after which a batch of saves is sent: what a person cannot notice, and
 enough for the write, rename and touch of one editor's save to arrive together."""
+
+RENEW_SECONDS: Final = 0.2
+"""Between a watch that failed and the next: a program may make names that it cannot say without end."""
+
+RENEW_REST: Final = 2
+"""The same, as a multiple of what the last look at everything took: a third of the time goes into looking at most."""
 
 TOKEN_LIFE: Final = 300
 """Seconds. A user's token is made for each request; it need only outlive the request."""
@@ -127,6 +145,9 @@ class Editor:
         self._http = http
         self._baseline_path = baseline
         self._baseline = _read_baseline(baseline, project_id)
+        self._said: set[str] = set()
+        self.renewals = 0
+        """How often the watch had to be made again."""
 
     async def send_all(self) -> Sent:
         """Send what the directory has that was not sent yet, and the removal of what it has no more.
@@ -141,21 +162,50 @@ class Editor:
 
         Raises `httpx.HTTPError` when the stack does not answer for longer than a few tries.
         """
-        first = True
+        deep = True
+        while True:
+            first = True
+            try:
+                async with aclosing(self._changes(deep)) as turns:
+                    async for places in turns:
+                        # The first turn proves that the watch is in place: what came before is found by a scan.
+                        sent = await (self._send_all_again() if first else self.send(self._touched(places)))
+                        first = False
+                        if sent:
+                            yield sent
+                        if not deep and any(map(os.path.isdir, places)):
+                            break
+                continue
+            except ExceptionGroup as failed:
+                # A name that is not UTF-8, anywhere below: watchfiles fails, with whatever else it had seen.
+                if failed.split(WatchfilesRustInternalError)[1] is not None:
+                    raise
+            # A directory of such a name lets no watch over all that is below be made: this one is over each by itself.
+            deep = deep and not first
+            self.renewals += 1
+            began = time.monotonic()
+            if sent := await self._send_all_again():
+                yield sent
+            await asyncio.sleep(max(RENEW_SECONDS, RENEW_REST * (time.monotonic() - began)))
+
+    async def _changes(self, deep: bool) -> AsyncGenerator[list[str], None]:
+        """Where something changed, or nowhere: that shows that the watch is there. `deep`: new directories too."""
         async for changes in awatch(
-            self._root,
+            *([self._root] if deep else directories(self._root)),
             watch_filter=None,
             step=QUIET,
             debounce=10 * QUIET,
             rust_timeout=250,
             yield_on_timeout=True,
-            recursive=True,
+            recursive=deep,
         ):
-            # The first turn is the proof that the watch is in place: whatever came before it is found by a scan.
-            sent = await (self.send_all() if first else self.send(self._touched(path for _, path in changes)))
-            first = False
-            if sent:
-                yield sent
+            yield [path for _, path in changes]
+
+    async def _send_all_again(self) -> Sent:
+        """As `send_all`; what was left out before is not said again."""
+        said = set(self._said)
+        sent = await self.send_all()
+        return replace(sent, skipped=tuple(line for line in sent.skipped if line not in said))
 
     def _touched(self, paths: Iterable[str]) -> set[str]:
         """The project's paths that the watcher's may stand for: a directory stands for all below it."""
@@ -179,6 +229,10 @@ class Editor:
         sent = Sent()
         size = 0
         for path in sorted(paths):
+            if problem := path_problem(path):
+                if _stands(self._root / path):
+                    skipped.append(f"{shown(path)}: {problem}")
+                continue
             read = await asyncio.to_thread(_read, self._root / path)
             if read is None:
                 if path in self._baseline:
@@ -187,9 +241,8 @@ class Editor:
             file, content = read
             if self._baseline.get(path) == file:
                 continue
-            problem = path_problem(path) or (len(content) > MAX_ASSET and "larger than 50 MB") or None
-            if problem:
-                skipped.append(f"{path}: {problem}")
+            if len(content) > MAX_ASSET:
+                skipped.append(f"{shown(path)}: larger than 50 MB")
                 continue
             updates[path] = (file, content)
             size += len(content)
@@ -198,6 +251,7 @@ class Editor:
                 updates, deletes, size = {}, [], 0
         if updates or deletes:
             sent = _sum(sent, await self._commit(updates, deletes))
+        self._said.update(skipped)
         return _sum(sent, Sent(skipped=tuple(skipped)))
 
     async def _commit(self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]) -> Sent:
@@ -220,7 +274,7 @@ class Editor:
             path = next(iter([*updates, *deletes]))
             for refused_path, (file, _) in updates.items():
                 self._baseline[refused_path] = file
-            return Sent(skipped=(f"{path}: {refused}",))
+            return Sent(skipped=(f"{shown(path)}: {refused}",))
         for path, (file, _) in updates.items():
             self._baseline[path] = file
         for path in deletes:
@@ -297,21 +351,37 @@ class Editor:
 
 
 def scan(root: Path, below: str = "") -> Iterable[str]:
-    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out."""
+    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
+
+    Of a directory whose name is not UTF-8 only itself is given: opening it would be an event that the watch fails at.
+    """
+    for relative, names in _walk(root, below):
+        prefix = relative + "/" if relative else ""
+        for name in names:
+            if not ignored(prefix + name):
+                yield prefix + name
+
+
+def directories(root: Path) -> list[Path]:
+    """The directories in which the project's files are, its root among them."""
+    return [root, *(root / relative for relative, _ in _walk(root) if relative)]
+
+
+def _walk(root: Path, below: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Each directory that may hold files of the project, relative, and the names that are no directories to enter."""
     for directory, names, files in os.walk(root / below):
         relative = _relative(root, directory)
         if relative is None:
             names.clear()
             continue
-        prefix = relative + "/" if relative else ""
         names[:] = [
             name
             for name in names
             if name not in IGNORED_DIRECTORIES and not os.path.islink(os.path.join(directory, name))
         ]
-        for name in files:
-            if not ignored(prefix + name):
-                yield prefix + name
+        unsayable = [name for name in names if not _is_utf8(name)]
+        names[:] = [name for name in names if _is_utf8(name)]
+        yield relative, [*files, *unsayable]
 
 
 def ignored(path: str) -> bool:
@@ -327,17 +397,40 @@ def ignored(path: str) -> bool:
 
 def path_problem(path: str) -> str | None:
     """Why the database would not take this path (protocol: `file_path`), or None."""
-    try:
-        size = len(path.encode())
-    except UnicodeEncodeError:
+    if not _is_utf8(path):
         return "its name is not UTF-8"
-    if size > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
+    if len(path.encode()) > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
         return "its name is too long"
+    if path.count("/") >= 64:
+        return "it lies below more than 63 directories"
     if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
         return "its name has a backslash or a control character"
     if not unicodedata.is_normalized("NFC", path):
         return "its name is not in Unicode's composed form (NFC)"
     return None
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stands(path: Path) -> bool:
+    """Whether a file or a directory is there, without opening it: that would be an event, and the watch fails at it."""
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def shown(path: str) -> str:
+    """`path` with nothing in it that a terminal cannot show or would act on."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def as_text(content: bytes) -> str | None:

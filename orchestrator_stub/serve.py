@@ -22,6 +22,7 @@ from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.redaction import Redactor, secrets_of
 from orchestrator_stub.service import Server, configure_logs, control_plane
+from orchestrator_stub.store import Unmigrated
 from orchestrator_stub.tokens import Keyring
 
 log = structlog.get_logger("serve")
@@ -32,6 +33,8 @@ STOP_GRACE = 10
 
 CONNECT_TIMEOUT = 10
 """Seconds for the database to be reached at the start; whoever started us starts us again."""
+
+NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
 
 
 class CannotServe(Exception):
@@ -66,7 +69,11 @@ async def run_serve(settings: Settings) -> int:
             sweeping = asyncio.create_task(service.control.run(), name="sweeper")
             building = asyncio.create_task(service.job.run(), name="snapshot job")
             stopping = asyncio.create_task(stop.wait(), name="stop")
-            log.info("serving", address="{}:{}".format(*listener.getsockname()[:2]))
+            log.info(
+                "serving",
+                address="{}:{}".format(*listener.getsockname()[:2]),
+                template=str(settings.template_dir or NO_TEMPLATE),
+            )
             done, _ = await asyncio.wait(
                 [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
             )
@@ -77,6 +84,8 @@ async def run_serve(settings: Settings) -> int:
             if stopping not in done:
                 log.error("ended", part=", ".join(task.get_name() for task in done))
                 return 1
+    except Unmigrated as error:
+        raise CannotServe(str(error)) from None
     except psycopg.OperationalError as error:
         raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
     finally:

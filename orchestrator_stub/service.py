@@ -27,6 +27,7 @@ from orchestrator_stub.machines import MachineDriver
 from orchestrator_stub.offers import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.operations import Metrics
 from orchestrator_stub.redaction import Redactor
+from orchestrator_stub.sessions import Installation
 from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import Snapshots
 from orchestrator_stub.storage import StorageClient
@@ -45,11 +46,12 @@ class Service:
     store: SessionStore
     metrics: Metrics
     pool: Pool
+    installation: Installation
 
 
 @asynccontextmanager
 async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
-    """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database."""
+    """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database, `Unmigrated`."""
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
@@ -69,14 +71,18 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         def on_part(part: str, seconds: float) -> None:
             metrics.provision_seconds.labels(part).observe(seconds)
 
-        control = Control(settings, store, snapshots, driver, keys, template=template, on_part=on_part)
+        installation = await store.installation()
+        control = Control(
+            settings, store, snapshots, driver, keys,
+            installation=installation, template=template, on_part=on_part,
+        )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: control.swept_at)
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
-            yield Service(routes, control, job, store, metrics, pool)
+            yield Service(routes, control, job, store, metrics, pool, installation)
         finally:
             await control.close()
             await driver.close()

@@ -14,9 +14,10 @@ the table below is ignored on purpose: two orchestrators, a late heartbeat and a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 
@@ -162,18 +163,46 @@ PROBLEMS: Final = (
 """The first words of every problem a session can have, up to the colon."""
 
 
-def machine_name(session_id: UUID, generation: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """All the orchestrators on one database. `since` in Unix seconds: machines of older sessions carry no mark."""
+
+    id: UUID
+    since: float
+
+    @property
+    def mark(self) -> str:
+        """What a machine's name says of it: 48 bits, which with session and generation fit into a DNS label."""
+        return mark_of(self.id)
+
+
+class Owner(NamedTuple):
+    """Whose a machine is, as its name says. `mark` None: from before machines carried one."""
+
+    session_id: UUID
+    generation: int
+    mark: str | None
+
+
+_NAME = re.compile(
+    r"preview-(?:(?P<mark>[0-9a-f]{12})-)?(?P<session>[0-9a-f]{32})-g(?P<generation>[0-9]{1,10})"
+)
+
+
+def mark_of(installation: UUID) -> str:
+    return installation.hex[:12]
+
+
+def machine_name(mark: str | None, session_id: UUID, generation: int) -> str:
     """The one name this machine can have: making it twice is a conflict, not a twin."""
-    return f"preview-{session_id.hex}-g{generation}"
+    return (
+        f"preview-{mark}-{session_id.hex}-g{generation}"
+        if mark
+        else f"preview-{session_id.hex}-g{generation}"
+    )
 
 
-def owner_of(name: str) -> tuple[UUID, int] | None:
-    """The session and generation a machine's name speaks of; None when the machine is not ours."""
-    prefix, _, rest = name.partition("-")
-    hexes, _, generation = rest.partition("-g")
-    if prefix != "preview" or len(hexes) != 32 or not generation.isdecimal():
-        return None
-    try:
-        return UUID(hex=hexes), int(generation)
-    except ValueError:
-        return None
+def owner_of(name: str) -> Owner | None:
+    """Whose machine a name speaks of; None when no control plane of ours made it."""
+    match = _NAME.fullmatch(name)
+    return Owner(UUID(hex=match["session"]), int(match["generation"]), match["mark"]) if match else None

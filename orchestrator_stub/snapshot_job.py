@@ -1,4 +1,5 @@
-"""The background job behind `create_project_snapshot`: builds what was asked for, says so, and clears away the old.
+"""The background job behind `create_project_snapshot`: builds what was asked for, says so, and clears away the old, and
+what deleted projects left.
 
 A request is a row of `public.project_snapshots`; PostgreSQL rings when one is made, and the table is looked at now and
 then all the same, because a ring can be missed. A row is taken with `SKIP LOCKED`, so any number of orchestrators
@@ -21,6 +22,8 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.database import Pool
+from orchestrator_stub.deleted_projects import CHANNEL as DELETIONS
+from orchestrator_stub.deleted_projects import DeletedProjects
 from orchestrator_stub.snapshots import BUCKET, Snapshots
 from orchestrator_stub.storage import StorageClient, StorageFailure
 
@@ -91,6 +94,7 @@ class SnapshotJob:
         self._pool = pool
         self._snapshots = snapshots
         self._storage = storage
+        self._deleted = DeletedProjects(pool, storage)
         self._url_ttl = url_ttl
         self._clock = clock
 
@@ -161,14 +165,16 @@ class SnapshotJob:
     async def _work(self) -> None:
         cleared_at = self._clock()
         async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as listener:
-            await listener.execute(f"listen {CHANNEL}".encode())
+            await listener.execute(f"listen {CHANNEL}; listen {DELETIONS}".encode())
             while True:
-                while await self.take_one():
+                # Somebody waits for a snapshot, nobody for a cleaning.
+                while await self.take_one() or await self._deleted.clean_some():
                     pass
                 if self._clock() - cleared_at > CLEAR_SECONDS:
                     cleared_at = self._clock()
                     try:
                         await self.clear_old()
+                        await self._deleted.look_again()
                     except StorageFailure as error:
                         log.warning("snapshot_job.not_cleared", reason=str(error))
                 async for _ in listener.notifies(timeout=LOOK_SECONDS, stop_after=1):

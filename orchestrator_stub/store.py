@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, LiteralString
 from uuid import UUID
@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.database import Head, Pool
 from orchestrator_stub.machines import Machine
-from orchestrator_stub.sessions import ENDED, LIVE, Event, Session, State, moves
+from orchestrator_stub.sessions import ENDED, LIVE, Event, Installation, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
   id, project_id, state, generation, idempotency_key,
@@ -51,6 +51,10 @@ class ProjectUnknown(Exception):
     """There is no project of that id."""
 
 
+class Unmigrated(Exception):
+    """The database lacks what the migrations make; the message says what to do."""
+
+
 class SessionStore:
     """`preview.sessions`, through `pool`. Raises `psycopg.OperationalError` when the database is not there."""
 
@@ -59,6 +63,27 @@ class SessionStore:
         self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, Head] | None]]] = []
         self._answering: asyncio.Task[None] | None = None
 
+    async def installation(self) -> Installation:
+        """Which installation this database is. One that was copied without its rows becomes a new one.
+
+        Raises `Unmigrated`.
+        """
+        query = "select id, extract(epoch from since)::float8 from preview.installation"
+        try:
+            async with self._pool.connection() as connection:
+                row = await (await connection.execute(query)).fetchone()
+                if row is None:
+                    await connection.execute(
+                        "insert into preview.installation default values on conflict do nothing"
+                    )
+                    row = await (await connection.execute(query)).fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            raise Unmigrated(
+                "the database has no preview.installation; run `preview-orchestrator migrate` first"
+            ) from None
+        assert row is not None
+        return Installation(row[0], float(row[1]))
+
     async def create(
         self, project_id: UUID, *, key: str | None, generation: int, ttl: float
     ) -> tuple[Session, bool]:
@@ -66,14 +91,16 @@ class SessionStore:
 
         Raises `ProjectUnknown`.
         """
+        # The head is what a session stands on; a product's project has none before somebody needs it.
         try:
             made = await self._one(
                 "insert into preview.sessions (project_id, idempotency_key, generation, expires_at)"
-                " values (%(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second')"
+                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second'"
+                " where preview.give_head(%(project)s)"
                 " on conflict (project_id, idempotency_key) do nothing",
                 {"project": project_id, "key": key, "generation": generation, "ttl": ttl},
             )
-        except psycopg.errors.ForeignKeyViolation:
+        except psycopg.errors.ForeignKeyViolation:  # deleted at this moment
             raise ProjectUnknown(str(project_id)) from None
         if made is not None:
             return made, True
@@ -153,6 +180,13 @@ class SessionStore:
             ).fetchone()
             assert moment is not None
             return rows, float(moment[0])
+
+    async def known(self, session_ids: Collection[UUID]) -> Mapping[UUID, Session]:
+        """Those of `session_ids` that are sessions here, over or not."""
+        if not session_ids:
+            return {}
+        rows = await self._rows(SELECT + "where id = any(%(ids)s)", {"ids": list(session_ids)})
+        return {session.id: session for session in rows}
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
         """Take one's turn at making (`TAKE_UP`) or ending (`TAKE_DOWN`) the machine; None: not ours to take."""
@@ -258,14 +292,15 @@ class SessionStore:
         )
 
     async def sees(self, claims: Mapping[str, object], project_id: UUID) -> bool:
-        """Whether row level security shows the project to a user with these claims."""
+        """Whether a user with these claims may read the project."""
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(
                 "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', %s, true)",
                 (json.dumps(dict(claims)),),
             )
-            cursor = await connection.execute("select 1 from public.projects where id = %s", (project_id,))
-            return await cursor.fetchone() is not None
+            cursor = await connection.execute("select preview.allows(%s, 'read')", (project_id,))
+            row = await cursor.fetchone()
+            return bool(row and row[0])
 
     @asynccontextmanager
     async def sweeping(self) -> AsyncIterator[bool]:

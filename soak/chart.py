@@ -1,40 +1,38 @@
-"""PURE: lines over time as one SVG, without a library: axes, a legend, and marks where something happened.
+"""PURE: lines over the minutes of a soak as one SVG, with marks where something happened.
 
-It knows nothing of soaks: `line_chart("memory", "MB", [Line("agent", ((0, 45), (60, 46)))], [Mark(30, "killed")])`.
+It knows nothing of soaks: `line_chart("memory", "MB", [Line("agent", ((0, 45), (60, 46)), "green")])`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from math import nan
 
-WIDTH, HEIGHT = 960, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 56
-COLOURS = ("#2a6fdb", "#d1495b", "#2e8b57", "#9b59b6", "#d68910", "#5d6d7e", "#148f77", "#a04000")
-MOST_POINTS = 400
-"""Of one line; more than pixels is more than anybody sees."""
+from matplotlib.figure import Figure
+
+from bench.svg import FAINT, svg
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points (seconds, value) in order; None as a value is a hole. `name` "" leaves it out of the legend."""
+    """Points (seconds, value) in order; None as a value is a hole. Lines of one name are one entry of the legend."""
 
     name: str
     points: Sequence[tuple[float, float | None]]
-    colour: str | None = None
+    colour: str
     faint: bool = False
     """One of many that are the background to others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A moment, with what it was."""
+    """The seconds at which one kind of thing happened: lines from top to bottom, or `small` ones at the bottom."""
 
-    at: float
-    text: str
-    colour: str = "#d1495b"
+    name: str
+    at: Sequence[float]
+    colour: str = FAINT
+    small: bool = False
 
 
 def line_chart(
@@ -43,90 +41,36 @@ def line_chart(
     lines: Sequence[Line],
     marks: Sequence[Mark] = (),
     *,
-    zero: bool = True,
     end: float = 1.0,
+    log: bool = False,
 ) -> str:
-    """The whole SVG document. `zero`: the vertical axis begins at 0. `end`: the horizontal one goes at least so far."""
+    """The whole document. Values begin at 0, or are on a logarithmic scale; the minutes go at least to `end` s."""
     points = [(at, value) for line in lines for at, value in line.points if value is not None]
-    # One second at the least: what could not even begin is reported too, on empty charts.
-    end = max([at for at, _ in points] + [mark.at for mark in marks] + [end, 1.0])
-    high = max([value for _, value in points] + [0.0])
-    low = 0.0 if zero or not points else min(value for _, value in points)
-    ticks = _ticks(low, high)
-    low, high = ticks[0], ticks[-1]
+    log = log and any(value > 0 for _, value in points)
 
-    def x(at: float) -> float:
-        return LEFT + at / end * (WIDTH - LEFT - RIGHT)
+    def draw(paper: Figure) -> None:
+        axes = paper.add_axes((0.06, 0.2, 0.925, 0.68), yscale="log" if log else "linear")
+        axes.set_title(f"{title} ({unit})", loc="left", weight="bold")
+        axes.grid(axis="y")
+        for mark in marks:
+            axes.vlines(
+                [at / 60 for at in mark.at], 0, 0.04 if mark.small else 1, mark.colour,
+                transform=axes.get_xaxis_transform(), linewidth=0.8, label=mark.name,
+            )  # fmt: skip
+        named = {mark.name for mark in marks}
+        for line in lines:
+            axes.plot(
+                [at / 60 for at, _ in line.points], [nan if value is None else value for _, value in line.points],
+                color=line.colour, linewidth=0.8 if line.faint else 1.5, alpha=0.4 if line.faint else 1,
+                label=None if line.name in named else line.name,
+            )  # fmt: skip
+            named.add(line.name)
+        axes.set_xlim(0, max([at for at, _ in points] + [end, 1.0]) / 60)
+        axes.xaxis.set_major_formatter("{x:g} min")
+        if not log:
+            axes.set_ylim(bottom=min([value for _, value in points] + [0.0]))
+            axes.locator_params(axis="y", integer=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(named))
 
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="11" fill="#333">',
-        f"<title>{escape(title)}</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<text x="{LEFT}" y="20" font-size="14" font-weight="600">{escape(title)} ({escape(unit)})</text>',
-    ]
-    for tick in ticks:
-        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for minute in _ticks(0, end / 60):
-        if minute * 60 <= end * 1.001:
-            at = x(minute * 60)
-            parts.append(
-                f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{minute:g} min</text>'
-            )
-    for mark in marks:
-        parts.append(
-            f'<path d="M{x(mark.at):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="{mark.colour}" opacity=".25">'
-            f"<title>{escape(mark.text)}</title></path>"
-        )
-    names: list[tuple[str, str]] = []
-    for number, line in enumerate(lines):
-        colour = line.colour or COLOURS[number % len(COLOURS)]
-        style = 'stroke-width="1" opacity=".35"' if line.faint else 'stroke-width="1.6"'
-        drawn = _path(_thin(line.points), x, y)
-        if drawn:
-            parts.append(f'<path d="{drawn}" fill="none" stroke="{colour}" {style}/>')
-        if line.name and (line.name, colour) not in names:
-            names.append((line.name, colour))
-    at = float(LEFT)
-    for name, colour in names:
-        parts.append(f'<path d="M{at:.0f} {HEIGHT - 14}h18" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{at + 23:.0f}" y="{HEIGHT - 10}">{escape(name)}</text>')
-        at += 40 + 6.5 * len(name)
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _path(
-    points: Iterable[tuple[float, float | None]], x: Callable[[float], float], y: Callable[[float], float]
-) -> str:
-    words: list[str] = []
-    begun = False
-    for at, value in points:
-        if value is None:
-            begun = False
-            continue
-        words.append(f"{'L' if begun else 'M'}{x(at):.1f} {y(value):.1f}")
-        begun = True
-    return "".join(words)
-
-
-def _thin(points: Sequence[tuple[float, float | None]]) -> Sequence[tuple[float, float | None]]:
-    """At most `MOST_POINTS`; of each run of neighbours the greatest, so that no peak is hidden."""
-    if len(points) <= MOST_POINTS:
-        return points
-    size = math.ceil(len(points) / MOST_POINTS)
-    runs = (points[start : start + size] for start in range(0, len(points), size))
-    return [max(run, key=lambda point: -math.inf if point[1] is None else point[1]) for run in runs]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values from at most `low` to at least `high`."""
-    span = (high - low) or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 6)
-    first = math.floor(low / step)
-    last = max(math.ceil(high / step), first + 1)
-    return [round(number * step, 9) for number in range(first, last + 1)]
+    return svg(10, 3.4, draw)

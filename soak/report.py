@@ -1,6 +1,8 @@
 """The end of a soak: one verdict, a JSON file for machines, and a Markdown page with plots for people.
 
 OUT/report.json   OUT/report.md   OUT/memory.svg   OUT/descriptors.svg   OUT/lag.svg   OUT/behind.svg
+
+    python -m soak.report      make the plots of the kept report again from soak/results/report.json
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import os
 import platform
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
+from typing import Any
 
 from soak import growth
 from soak.chart import Line, Mark, line_chart
@@ -21,12 +25,18 @@ from soak.run import Outcome
 from soak.schedule import Kind
 from soak.watch import Life, quantile
 
+RESULTS = Path(__file__).parent / "results"
+"""The report that is kept."""
+
 ROLES = ("agent", "orchestrator", "supabase")
 
 HEAVY = frozenset(
     {Kind.ORCHESTRATOR_RESTARTED, Kind.ORCHESTRATOR_KILLED, Kind.SUPABASE_KILLED, Kind.DATABASE_CRASHED}
 )
 """What is marked in red: it meets everybody."""
+
+
+BLUE, GREEN, PURPLE, RED, LIGHT = "#0969da", "#1a7f37", "#8250df", "#cf222e", "#b6d9ff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +79,18 @@ def write(outcome: Outcome, out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     judged = verdict(outcome)
     (out / "report.json").write_text(_lines(_as_json(outcome, judged)))
-    for name, drawn in charts(outcome).items():
-        (out / name).write_text(drawn)
+    draw(out)
     text = "\n".join(_summary(outcome, judged))
     (out / "report.md").write_text("\n".join(_page(outcome, judged)) + "\n")
     return text
+
+
+def draw(out: Path) -> list[Path]:
+    """The plots again, from the report that is in `out`; what was written."""
+    drawn = charts(json.loads((out / "report.json").read_text()))
+    for name, text in drawn.items():
+        (out / name).write_text(text)
+    return [out / name for name in drawn]
 
 
 def _summary(outcome: Outcome, judged: Judged) -> Iterator[str]:
@@ -182,45 +199,54 @@ def _page(outcome: Outcome, judged: Judged) -> Iterator[str]:
     yield "</details>"
 
 
-def charts(outcome: Outcome) -> dict[str, str]:
-    """The plots by file name."""
+def charts(whole: Mapping[str, Any]) -> dict[str, str]:
+    """The plots by file name, from what `report.json` holds."""
+    faults = whole["faults"]
     marks = [
-        Mark(at, f"{fault.kind}: {said}", "#d1495b" if fault.kind in HEAVY else "#b0b0b0")
-        for at, fault, said in outcome.faults
-    ] + [Mark(check.at, "looking at equality", "#2a6fdb") for check in outcome.checks]
-    colours = dict(zip(ROLES, ("#2a6fdb", "#2e8b57", "#9b59b6"), strict=True))
+        Mark(
+            "server or database restarted",
+            [each["at"] for each in faults if each["kind"] in HEAVY],
+            RED,
+        ),
+        Mark("equality checked", [each["at"] for each in whole["checks"]], LIGHT),
+        Mark("other fault", [each["at"] for each in faults if each["kind"] not in HEAVY], small=True),
+    ]
+    colours = dict(zip(ROLES, (BLUE, GREEN, PURPLE), strict=True))
 
     def by_life(column: int, scale: float) -> list[Line]:
         return [
             Line(
-                f"{life.role}s" if life.role == "agent" else life.role,
-                [(sample[0], sample[column] / scale) for sample in life.samples],
-                colours[life.role],
-                faint=life.role == "agent",
+                "agents" if life["role"] == "agent" else life["role"],
+                [(sample[0], sample[column] / scale) for sample in life["samples"]],
+                colours[life["role"]],
+                faint=life["role"] == "agent",
             )
-            for life in outcome.lives
+            for life in whole["lives"]
         ]
 
-    def lag(share: float) -> Sequence[tuple[float, float | None]]:
-        values = ((tick.at, quantile(tick.lags, share)) for tick in outcome.ticks)
-        return [(at, None if value is None else value * 1000) for at, value in values]
+    def lag(share: float) -> list[tuple[float, float | None]]:
+        found = []
+        for tick in whole["ticks"]:
+            seconds = quantile([(inf if bound is None else bound, n) for bound, n in tick["lags"]], share)
+            found.append((tick["at"], None if seconds is None else seconds * 1000))
+        return found
 
-    end = outcome.seconds
-    return {
-        "memory.svg": line_chart("Resident memory", "MB", by_life(1, 1e6), marks, end=end),
-        "descriptors.svg": line_chart("Open descriptors", "count", by_life(2, 1.0), marks, end=end),
-        "lag.svg": line_chart(
-            "From commit to rename", "ms", [Line("95 %", lag(0.95)), Line("median", lag(0.5))], marks, end=end
-        ),
-        "behind.svg": line_chart(
+    def count(of: str) -> list[tuple[float, float | None]]:
+        return [(tick["at"], tick[of]) for tick in whole["ticks"]]
+
+    drawn = {
+        "memory": ("Resident memory", "MB", by_life(1, 1e6)),
+        "descriptors": ("Open descriptors", "count", by_life(2, 1.0)),
+        "lag": ("From commit to rename", "ms", [Line("95 %", lag(0.95), BLUE), Line("median", lag(0.5), GREEN)]),
+        "behind": (
             "Agents", "count",
-            [
-                Line("with a live link", [(tick.at, float(tick.live)) for tick in outcome.ticks]),
-                Line("behind the database", [(tick.at, float(tick.behind)) for tick in outcome.ticks]),
-            ],
-            marks, end=end,
+            [Line("with a live link", count("live"), GREEN), Line("behind the database", count("behind"), PURPLE)],
         ),
     }  # fmt: skip
+    return {
+        f"{name}.svg": line_chart(*what, marks, end=whole["seconds"], log=name == "lag")
+        for name, what in drawn.items()
+    }
 
 
 def _as_json(outcome: Outcome, judged: Judged) -> dict[str, object]:
@@ -296,3 +322,7 @@ def _rates(verdict: Verdict, scale: float, unit: str) -> str:
 
 def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    print("made again: " + ", ".join(str(path) for path in draw(RESULTS)))

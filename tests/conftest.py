@@ -8,6 +8,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -68,18 +69,32 @@ def template_database(postgres_dsn: str) -> Iterator[str]:
         server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
+@contextmanager
+def fresh(postgres_dsn: str, template: str) -> Iterator[str]:
+    """The DSN of a copy of `template`, dropped afterwards; like every copy that runs, with an id of its own."""
+    name = f"preview_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres_dsn, autocommit=True) as server:
+        made = sql.SQL("create database {} template {}")
+        server.execute(made.format(sql.Identifier(name), sql.Identifier(template)))
+        dsn = make_conninfo(postgres_dsn, dbname=name)
+        with psycopg.connect(dsn, autocommit=True) as copy:
+            copy.execute("update preview.installation set id = gen_random_uuid()")
+        yield dsn
+        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
 @pytest.fixture
 def database(postgres_dsn: str, template_database: str) -> Iterator[str]:
     """The DSN of a fresh, migrated database."""
-    name = f"preview_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as server:
-        server.execute(
-            sql.SQL("create database {} template {}").format(
-                sql.Identifier(name), sql.Identifier(template_database)
-            )
-        )
-        yield make_conninfo(postgres_dsn, dbname=name)
-        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with fresh(postgres_dsn, template_database) as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def other_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
+    """The DSN of another one."""
+    with fresh(postgres_dsn, template_database) as dsn:
+        yield dsn
 
 
 @pytest.fixture
@@ -97,9 +112,5 @@ def blank(postgres_dsn: str) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def module_database(postgres_dsn: str, template_database: str) -> Iterator[str]:
     """The DSN of a database that was fresh when the module's first test began."""
-    name = f"preview_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(postgres_dsn, autocommit=True) as server:
-        made = sql.SQL("create database {} template {}")
-        server.execute(made.format(sql.Identifier(name), sql.Identifier(template_database)))
-        yield make_conninfo(postgres_dsn, dbname=name)
-        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with fresh(postgres_dsn, template_database) as dsn:
+        yield dsn

@@ -1,4 +1,4 @@
-"""README's GitHub Actions snippet, run as another project's CI would: a fresh venv, the checkout, its two commands."""
+"""docs/replay.md's GitHub Actions snippet, run as another project's CI would: in a fresh venv, from the checkout."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.package.checkout import ROOT, copy_checkout
 
 
 def commands() -> list[str]:
-    snippet = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    snippet = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "replay.md").read_text(), re.DOTALL)
     assert snippet is not None
     return [line.split(" #")[0].strip() for line in re.findall(r"- run: (.*)", snippet[1])]
 
@@ -30,12 +30,7 @@ def test_the_snippet_installs_and_replays() -> None:
 
 @pytest.mark.nightly
 def test_the_snippet_runs_in_a_fresh_venv(tmp_path: Path) -> None:
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    checkout = tmp_path / "preview-sync"
-    for name in files.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    checkout = copy_checkout(tmp_path / "preview-sync")
     (tmp_path / "scenarios").symlink_to(checkout / "tests" / "scenarios")
     venv.create(tmp_path / "venv", with_pip=True)
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"

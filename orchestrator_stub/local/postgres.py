@@ -119,7 +119,7 @@ class EmbeddedPostgres:
             "timezone": "UTC",
             **self._options,
         }
-        command = [str(_binary("postgres")), "-D", str(self._data)]
+        command = [str(binary("postgres")), "-D", str(self._data)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         with self._log.open("wb") as log:
@@ -174,7 +174,7 @@ class EmbeddedPostgres:
         else:
             self._make(account)
         if account is not None:
-            for needed in (self._data, _binary("postgres")):
+            for needed in (self._data, binary("postgres")):
                 _let_through(needed, account)
 
     def _make(self, account: pwd.struct_passwd | None) -> None:
@@ -184,11 +184,11 @@ class EmbeddedPostgres:
         draft.mkdir(parents=True, mode=0o700)
         if account is not None:
             os.chown(draft, account.pw_uid, account.pw_gid)
-            for needed in (draft, _binary("initdb")):
+            for needed in (draft, binary("initdb")):
                 _let_through(needed, account)
         made = subprocess.run(
             [
-                _binary("initdb"),
+                binary("initdb"),
                 *("-D", draft, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions"),
                 *("--locale-provider=builtin", "--locale=C.UTF-8"),
                 *(["--no-sync"] if self._options.get("fsync") == "off" else []),
@@ -241,7 +241,7 @@ class EmbeddedPostgres:
         return ""
 
 
-def _binary(name: str) -> Path:
+def binary(name: str) -> Path:
     """One of the wheel's programs. The package is found, not imported: importing it takes locks and writes files."""
     found = importlib.util.find_spec(WHEEL)
     if found is None or not found.submodule_search_locations:

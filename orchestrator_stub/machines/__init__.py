@@ -1,8 +1,9 @@
 """Where a session's agent runs: the protocol every machine driver keeps, and its nouns.
 
-A machine's name is made from its session and generation (`sessions.machine_name`), so making the same one twice
-is a conflict that the driver answers by *adopting* the machine that is there. That is what makes creation
-exactly-once in effect, even when the reply to a creation was lost.
+A machine's name is made from its installation, session and generation (`sessions.machine_name`), so making the same
+one twice is a conflict that the driver answers by *adopting* the machine that is there. That is what makes creation
+exactly-once in effect, even when the reply to a creation was lost. A platform may be shared: drivers show the machines
+of every installation, and the control plane touches only those whose name has its own mark.
 
     MachineError
     ├── MachineRefused        asking again with the same input cannot help (bad image, no such app, forbidden)
@@ -52,6 +53,7 @@ class MachineSpec:
     """One machine to make. `env` is exactly what the agent is given (protocol: environment of the container)."""
 
     name: str
+    installation: UUID
     project_id: UUID
     session_id: UUID
     generation: int
@@ -110,7 +112,7 @@ class MachineDriver(Protocol):
         ...
 
     async def list(self) -> builtins.list[Machine]:
-        """Every machine that this control plane made and that is not gone. Raises `MachineError`."""
+        """Every machine that a control plane made, ours or another's, and that is not gone. Raises `MachineError`."""
         ...
 
     async def retire(self, machine_id: str) -> None:

@@ -24,6 +24,9 @@ HEALTH_PORT: Final = 9464
 """The agent's defaults, published on free ports of the host."""
 
 LABEL: Final = "preview-sync.session"
+INSTALLATION: Final = "preview-sync.installation"
+"""For a person who filters by it; the control plane goes by the name."""
+
 STOP_SECONDS: Final = 5
 """Above the agent's own STOP_GRACE of 4 s."""
 
@@ -134,7 +137,8 @@ class ContainerMachines:
             part for port in (DEV_PORT, HEALTH_PORT) for part in ("--publish", f"{self._host}::{port}")
         ]
         return [
-            "run", "--detach", "--name", spec.name, "--label", f"{LABEL}={spec.session_id}",
+            "run", "--detach", "--name", spec.name,
+            "--label", f"{LABEL}={spec.session_id}", "--label", f"{INSTALLATION}={spec.installation}",
             "--restart", "on-failure:10", "--stop-timeout", str(STOP_SECONDS), "--pull", "never",
             "--memory", MEMORY, "--pids-limit", str(PIDS), "--security-opt", "no-new-privileges",
             *publish, *env, *self._options, self._image, *self._command,

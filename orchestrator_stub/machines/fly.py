@@ -1,8 +1,8 @@
 """The `fly` driver: a machine is a Fly Machine in one app, made by the Machines API.
 
-Its name follows from session and generation, and names are unique in an app: so a creation whose reply was lost is
-found again by its 409, and adopted. Fly's own restarts (`on-failure`, ten times) are kept; a machine that ends in
-order is destroyed by Fly itself (`auto_destroy`).
+Its name follows from installation, session and generation, and names are unique in an app: so a creation whose reply
+was lost is found again by its 409, and adopted. Fly's own restarts (`on-failure`, ten times) are kept; a machine that
+ends in order is destroyed by Fly itself (`auto_destroy`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ STOP_TIMEOUT: Final = 5.0
 """Seconds, Fly's default and above the agent's own STOP_GRACE of 4 s."""
 
 METADATA: Final = "preview_session"
-"""Says whose a machine is, for a person in Fly's dashboard; the control plane itself goes by the name."""
+INSTALLATION: Final = "preview_installation"
+"""Say whose a machine is, for a person in Fly's dashboard; the control plane itself goes by the name, which nobody can
+change."""
 
 STATES: Final = {
     "created": MachineState.STARTING,
@@ -170,7 +172,7 @@ def machine_request(spec: MachineSpec, shape: FlyShape) -> dict[str, Any]:
             "auto_destroy": True,
             "restart": {"policy": "on-failure", "max_retries": 10},
             "stop_config": {"signal": "SIGTERM", "timeout": duration(STOP_TIMEOUT)},
-            "metadata": {METADATA: str(spec.session_id)},
+            "metadata": {METADATA: str(spec.session_id), INSTALLATION: str(spec.installation)},
             "metrics": {"port": HEALTH_PORT, "path": "/metrics"},
             "checks": {
                 "ready": {

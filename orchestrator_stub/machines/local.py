@@ -37,7 +37,7 @@ import psutil
 import structlog
 
 from orchestrator_stub.machines import Machine, MachineRefused, MachineSpec, MachineState
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions import mark_of, owner_of
 
 log = structlog.get_logger("machines.local")
 
@@ -125,6 +125,10 @@ class LocalMachines:
         async with self._lock(spec.session_id):
             directory = self._directory(spec.session_id)
             record = _read(directory)
+            if record is not None and _of_another(record, spec):
+                raise MachineRefused(
+                    f"{directory} belongs to {record.name}, a machine of another installation"
+                )
             if record is not None and record.name == spec.name and _alive(record):
                 return self._machine(record)
             if record is not None:
@@ -345,6 +349,12 @@ def _read(directory: Path) -> Record | None:
         return Record(**json.loads((directory / "machine.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _of_another(record: Record, spec: MachineSpec) -> bool:
+    """Whether the session's directory is another installation's: both know the session when one database is a copy."""
+    owner = owner_of(record.name)
+    return owner is not None and owner.mark not in (None, mark_of(spec.installation))
 
 
 def _write(directory: Path, record: Record) -> None:

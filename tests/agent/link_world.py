@@ -16,7 +16,7 @@ from typing import Any
 from agent.errors import CredentialRejected, Unavailable
 from agent.linkstate import LinkState
 from agent.signals import Received
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.fakes.proxy import Proxy
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
@@ -51,7 +51,7 @@ class World:
         self.tokens_made = 0
         self.tokens = Tokens(self._mint())
         self.states: list[tuple[float, LinkState]] = []
-        self.link = RealtimeStream(
+        self.link = realtime_link(
             f"ws://127.0.0.1:{proxy.port}/realtime/v1", "publishable", TOPIC, self, wall=self.wall
         )
 
@@ -143,7 +143,7 @@ class World:
                 continue
             await asyncio.sleep(STATUS_GRACE)
             if self.cursor < head:
-                self.link.doubt(f"the head was {head}, the link brought {self.cursor}")
+                self.link.suspect(f"the head was {head}, the link brought {self.cursor}")
                 await self._catch_up("status")
 
     # --- what is asserted

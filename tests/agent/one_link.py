@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from agent.linksettings import LinkSettings
+from agent.linkloop import LinkLoop
+from agent.linksettings import LinkSettings, Timing
 from agent.linkstate import LinkState
-from agent.phoenix import Timing
 from agent.signals import Received, Resync, Signal
 from agent.simulated import SimulatedLoop
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 
@@ -28,7 +28,7 @@ QUICK = LinkSettings(
     renew_pause=0.1,
     renew_within=0.5,
     rejoin_least=0.05,
-    look_every=0.02,
+    check_every=0.02,
     close_within=0.5,
 )
 """The same machine with deadlines that a test can wait for."""
@@ -75,7 +75,7 @@ class Issuer:
 class Link:
     """A running stream and what came out of it; every Resync is answered as sync would."""
 
-    def __init__(self, stream: RealtimeStream, answer: bool = True) -> None:
+    def __init__(self, stream: LinkLoop, answer: bool = True) -> None:
         self.stream = stream
         self.answer = answer
         self.signals: list[Signal] = []
@@ -108,7 +108,7 @@ async def until(condition: Callable[[], bool], what: str, within: float = 10.0) 
 
 
 @contextlib.asynccontextmanager
-async def running(stream: RealtimeStream, *, answer: bool = True) -> AsyncIterator[Link]:
+async def running(stream: LinkLoop, *, answer: bool = True) -> AsyncIterator[Link]:
     link = Link(stream, answer)
     tasks = [asyncio.create_task(stream.run()), asyncio.create_task(link.consume())]
     try:
@@ -121,8 +121,8 @@ async def running(stream: RealtimeStream, *, answer: bool = True) -> AsyncIterat
                 await task
 
 
-def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUICK) -> RealtimeStream:
-    return RealtimeStream(server.url, "publishable", TOPIC, issuer, settings=settings, wall=wall)
+def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUICK) -> LinkLoop:
+    return realtime_link(server.url, "publishable", TOPIC, issuer, settings=settings, wall=wall)
 
 
 async def comes_back(link: Link, server: FakeRealtime, joins: int = 2) -> None:

@@ -11,6 +11,7 @@ from immutables import Map
 
 from agent.disk import Disk, FileStat
 from agent.model import Cursor, Entry, RelPath, Tree, Write, digest_of
+from agent.turns import at_once
 from tests.agent.disks import Agent, kinds, remove, seen, write
 
 
@@ -244,9 +245,9 @@ def test_reading_and_scanning_follow_no_link_and_skip_what_is_protected(
     (root / "link").symlink_to("src")
     (root / "leaf").symlink_to("b")
 
-    assert disk.read_digest(RelPath("src/a")) == (digest_of(b"1"), agent.known[RelPath("src/a")])
+    assert at_once(disk.reading(RelPath("src/a"), 1)) == (digest_of(b"1"), agent.known[RelPath("src/a")])
     for path in ("link/a", "leaf", "nothing", "b/under", "src"):
-        assert disk.read_digest(RelPath(path)) is None
+        assert at_once(disk.reading(RelPath(path), 1)) is None
         assert disk.look(RelPath(path)) is None
     assert disk.scan() == agent.known
 

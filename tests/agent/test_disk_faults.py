@@ -18,6 +18,7 @@ import pytest
 from agent.disk import Disk
 from agent.errors import RootUnusable
 from agent.model import Operation, RelPath
+from agent.turns import at_once
 from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 
 NOBODY = 65534
@@ -477,8 +478,11 @@ def test_descriptors_do_not_pile_up(agent: Agent) -> None:
     for n in range(300):
         agent.apply(write(f"d{n}/e/f", "x"), write("same", f"{n}"))
         agent.apply(write(f"same/{n}", "blocked"))
-        agent.disk.read_digest(RelPath(f"d{n}/e/f"))
-        agent.disk.read_digest(RelPath(f"d{n}"))
+        at_once(agent.disk.reading(RelPath(f"d{n}/e/f"), 1))
+        at_once(agent.disk.reading(RelPath(f"d{n}"), 1))
+        abandoned = agent.disk.checking(RelPath(f"d{n}/e/f"), None, agent.tree[RelPath(f"d{n}/e/f")])
+        next(abandoned, None)
+        abandoned.close()
     assert count() - before <= 64
     agent.disk.scan()
     agent.disk.close()

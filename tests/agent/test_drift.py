@@ -204,3 +204,64 @@ async def test_being_cancelled_leaves_no_thread(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     await loop.shutdown_default_executor()
     assert not [t for t in threading.enumerate() if "asyncio" in t.name and t not in before]
+
+
+# --- names that are not UTF-8, made by anything in the project
+
+LATIN = b"caf\xe9"
+
+
+def make_file(place: bytes) -> None:
+    Path(os.fsdecode(place)).write_bytes(b"x")
+
+
+def make_by_rename(place: bytes) -> None:
+    Path(os.fsdecode(place) + ".part").write_bytes(b"x")
+    os.rename(place + b".part", place)
+
+
+def make_link(place: bytes) -> None:
+    os.symlink(b"nowhere", place)
+
+
+@pytest.mark.parametrize("make", [make_file, os.mkdir, make_by_rename, make_link])
+@pytest.mark.parametrize("below", [b"", b"src/"])
+async def test_a_name_that_is_not_utf_8_does_not_end_the_watch(
+    tmp_path: Path, below: bytes, make: Callable[[bytes], None]
+) -> None:
+    async with watching(tmp_path, {"src/a": "1"}) as watched:
+        for number in (1, 2):
+            (watched.root / "src/a").write_text(f"changed in the same moment {number}")
+            make(os.fsencode(watched.root) + b"/" + below + LATIN + b"%d" % number)
+            await watched.until(lambda number=number: watched.watch.renewals >= number)  # type: ignore[misc]
+            await watched.until(lambda: watched.open == {"src/a": "changed"})
+            (watched.root / "src/a").write_text("1")
+            await watched.until(lambda: watched.open == {})
+        assert reported(watched) == {"src/a"}
+
+
+async def test_names_that_are_not_utf_8_without_end_do_not_hide_what_changes(tmp_path: Path) -> None:
+    """A program that writes such a file again and again; the watch is made again and again, and none stays open."""
+    async with watching(tmp_path, {"src/a": "1"}) as watched:
+        done = threading.Event()
+
+        def write() -> None:
+            while not done.wait(0.005):
+                make_file(os.fsencode(watched.root) + b"/src/" + LATIN)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for number in range(3):
+                before = watched.watch.renewals
+                (watched.root / "src/a").write_text(f"theirs {number}")
+                await watched.until(lambda: watched.open == {"src/a": "changed"})
+                (watched.root / "src/a").write_text("1")
+                await watched.until(lambda: watched.open == {})
+                await watched.until(lambda before=before: watched.watch.renewals > before)  # type: ignore[misc]
+        finally:
+            done.set()
+            writer.join()
+        await watched.until_seen()
+        kinds = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+        assert kinds.count("anon_inode:inotify") == 1

@@ -55,13 +55,17 @@ def test_settings_are_what_they_are_given_and_nothing_of_this_process(
 ) -> None:
     monkeypatch.setenv("DEV_PORT", "4000")
     monkeypatch.setenv("LOG_LEVEL", "loud")
-    monkeypatch.setenv("SNAPSHOT_MAX_DEPTH", "3")
+    monkeypatch.setenv("SNAPSHOT_MAX_ENTRIES", "3")
     given = {name: GOOD[name] for name in ("PROJECT_ID", "SESSION_ID")}
     for settings in (
         read_settings(given),
         Settings(project_id=UUID(given["PROJECT_ID"]), session_id=UUID(given["SESSION_ID"])),
     ):
-        assert (settings.dev_port, settings.log_level, settings.snapshot_max_depth) == (5173, "info", 64)
+        assert (settings.dev_port, settings.log_level, settings.snapshot_max_entries) == (
+            5173,
+            "info",
+            50_000,
+        )
 
 
 def test_a_name_in_small_letters_is_the_same_and_an_empty_value_is_none() -> None:
@@ -173,3 +177,21 @@ def test_the_process_ends_with_64_and_only_those_lines() -> None:
     assert len(lines) == 5
     assert all(line.startswith("preview-agent: ") for line in lines)
     assert "canary" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "GCONV_PATH", "LOCPATH",
+             "GLIBC_TUNABLES"],
+)  # fmt: skip
+def test_what_loads_code_into_every_program_is_refused_by_name(name: str) -> None:
+    (line,) = problems({**GOOD, f"DEV_ENV_{name}": "canary"})
+    assert line.startswith(f"DEV_ENV_{name}: ")
+    assert "canary" not in line
+
+
+@pytest.mark.parametrize(
+    "name", ["NODE_OPTIONS", "PYTHONPATH", "BASH_ENV", "ENV", "PATH", "LDFLAGS", "VITE_LD_X", "TZDIR"]
+)
+def test_what_one_language_reads_is_the_projects_own_matter(name: str) -> None:
+    """Only its own programs read it, as its own user."""
+    assert read_environment({**GOOD, f"DEV_ENV_{name}": "x", "DEV_ENV_LD_DEBUG": "", "LD_PRELOAD": "ours"})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 
 from tests.agent.processes import free_port
 from tests.agent.test_tokens import jwt
-from tests.fakes.origin import Answer, origin
+from tests.fakes.origin import Answer, Origin, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot
 
 FILES = {f"src/file{number}.bin": Random(number).randbytes(20_000) for number in range(20)}
@@ -35,6 +37,10 @@ def started(place: Path, url: str, **more: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "agent", "run"], env=environ, cwd=place, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def base(server: Origin) -> str:
+    return server.url.partition("/storage")[0]
 
 
 async def end_of(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
@@ -99,3 +105,78 @@ async def test_what_cannot_succeed_ends_the_process_with_one_line_that_says_why(
     assert "SECRET" in server.url
     assert "SECRET" not in "".join(lines)
     assert os.listdir(tmp_path / "project") == []
+
+
+PAGE = Answer(b"<html><h1>Nothing here</h1></html>", 404, [("Content-Type", "text/html")])
+OTHER = Answer(b'{"error":"not_found"}', 404, [("Content-Type", "application/json")])
+
+
+def refusal(status: int, kind: str) -> Answer:
+    document = {"type": f"urn:preview-sync:problem:{kind}", "title": kind, "status": status, "detail": "over"}
+    return Answer(json.dumps(document).encode(), status, [("Content-Type", "application/problem+json")])
+
+
+@pytest.mark.parametrize(
+    ("in_front", "own", "code"),
+    [
+        (PAGE, refusal(404, "session_unknown"), 70),
+        (replace(PAGE, status=410), refusal(410, "session_over"), 70),
+        (replace(PAGE, status=409), refusal(409, "generation_superseded"), 0),
+        (replace(PAGE, status=401), refusal(410, "session_over"), 70),
+        (replace(PAGE, status=403), refusal(410, "session_over"), 70),
+        (replace(PAGE, status=200), refusal(410, "session_over"), 70),
+        (OTHER, refusal(404, "session_unknown"), 70),
+    ],
+    ids=["404", "410", "409", "401", "403", "200", "another's JSON"],
+)  # fmt: skip
+async def test_the_orchestrator_alone_ends_an_agent(
+    in_front: Answer, own: Answer, code: int, tmp_path: Path
+) -> None:
+    """Whatever stands in front of it may answer for it, with the same numbers, for a while."""
+    port = free_port()
+    async with (
+        origin(Answer(snapshot(FILES))) as storage,
+        origin(in_front) as api,
+        httpx.AsyncClient() as http,
+    ):
+        process = started(
+            tmp_path, storage.url, SESSION_API_URL=base(api), HEALTH_PORT=str(port), HEARTBEAT_SECONDS="0.2"
+        )
+        try:
+            kinds: set[str] = set()
+            async with asyncio.timeout(30):
+                while "session_api_unreachable" not in kinds or len(api.requests) < 4:
+                    assert process.poll() is None, await end_of(process)
+                    await asyncio.sleep(0.02)
+                    with contextlib.suppress(httpx.TransportError):
+                        said = (await http.get(f"http://127.0.0.1:{port}/status")).json()
+                        kinds = {problem["kind"] for problem in said["problems"]}
+            assert "token_refused" not in kinds
+            api.answers[:] = [own]
+            ended, _ = await end_of(process)
+        finally:
+            process.kill()
+            process.wait()
+    assert ended == code
+
+
+async def test_at_a_start_too_the_orchestrator_is_waited_for(tmp_path: Path) -> None:
+    """Without a snapshot's URL the session API is asked first, and by then may be behind a page."""
+    async with origin(Answer(snapshot(FILES))) as storage, origin(PAGE) as api:
+        process = started(
+            tmp_path, "", SESSION_API_URL=base(api), HEARTBEAT_SECONDS="60", SNAPSHOT_RETRY_SECONDS="0.01"
+        )
+        try:
+            async with asyncio.timeout(30):
+                while len([head for head in api.requests if "/sync " in head]) < 3:
+                    assert process.poll() is None, await end_of(process)
+                    await asyncio.sleep(0.01)
+            offer = {"kind": "snapshot", "snapshot_url": storage.url, "manifest": None}
+            api.answers[:] = [Answer(json.dumps(offer).encode())]
+            async with asyncio.timeout(30):
+                while not (tmp_path / "project" / LAST).exists():
+                    assert process.poll() is None, await end_of(process)
+                    await asyncio.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()

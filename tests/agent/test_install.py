@@ -299,3 +299,51 @@ async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
     assert not bench.lines[-1].endswith("/nonexistent")
     assert (wanted.modules / "thing" / "made").stat().st_uid == 54_323
     assert bench.root.stat().st_uid == 54_323
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"stage-99999999999999999999-1",
+        "stage-²-1".encode(),
+        "stage-٣-1".encode(),
+        b"stage-",
+        b"stage-1",
+        b"stage--1-1",
+        b"stage-0-1",
+        b"stage-+1-1",
+        b"stage-12\n-1",
+        b"stage-caf\xe9-1",
+        b"stage-99999999-1-extra",
+    ],
+)
+async def test_what_only_looks_like_a_stage_stays_and_is_in_nobodys_way(tmp_path: Path, name: bytes) -> None:
+    """What the project's user owns, the project's code can fill with any names."""
+    bench = Bench(tmp_path, install_command=fake())
+    bench.settings.modules.mkdir()
+    planted = os.fsencode(bench.settings.modules) + b"/" + name
+    os.mkdir(planted)
+    result = await bench.install(write(bench.root, dependencies={"thing": "1"}))
+    assert result.how is How.INSTALLED
+    assert bench.leftovers == [os.fsdecode(name)]
+
+
+@pytest.mark.parametrize("pid", ["2147483648", "9999999999"])
+async def test_a_stage_of_a_pid_that_no_system_gives_is_left_over(tmp_path: Path, pid: str) -> None:
+    bench = Bench(tmp_path, install_command=fake())
+    (bench.settings.modules / f"stage-{pid}-1/tree").mkdir(parents=True)
+    (bench.settings.modules / f"stage-{pid}-{'1' * 200}").write_text("a file")
+    await bench.installer.open()
+    assert bench.leftovers == []
+
+
+async def test_any_number_of_stages_is_removed(tmp_path: Path) -> None:
+    """Their names together are longer than what a program may be given."""
+    bench = Bench(tmp_path, install_command=fake())
+    bench.settings.modules.mkdir()
+    above_pid_max, long = 5_000_000, "0" * 200
+    stage = str(bench.settings.modules / f"stage-{above_pid_max}-{long}")
+    for number in range(os.sysconf("SC_ARG_MAX") // len(stage) + 1):
+        Path(f"{stage}{number}").touch()
+    await bench.installer.open()
+    assert bench.leftovers == []

@@ -36,6 +36,8 @@ HOSTILE = [
     ("x" * 256, "segment_too_long"),
     ("é" * 128, "segment_too_long"),
     ("a/" * 512 + "b", "too_long"),
+    ("a/" * 64 + "b", "too_deep"),
+    ("a/" * 511 + "b", "too_deep"),
 ]
 
 

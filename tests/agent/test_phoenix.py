@@ -11,20 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agent.phoenix import (
-    TRANSITIONS,
-    WITH_SOCKET,
-    Broadcast,
-    Cause,
-    Dropped,
-    Joined,
-    LinkState,
-    Phoenix,
-    Refused,
-    ReplicationReady,
-    Timing,
-    TokenExpired,
-)
+from agent.linksettings import Timing
+from agent.linkstate import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
+from agent.meanings import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
+from agent.phoenix import PhoenixChannel
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 
@@ -34,24 +24,24 @@ TIMING = Timing()
 WORST_SILENCE = TIMING.heartbeat_every + TIMING.heartbeat_within
 
 
-def opened(at: float = 0.0) -> Phoenix:
-    link = Phoenix(TOPIC)
+def opened(at: float = 0.0) -> PhoenixChannel:
+    link = PhoenixChannel(TOPIC, LinkStateMachine())
     link.opened(at, "JWT")
     return link
 
 
-def joined(at: float = 0.0) -> Phoenix:
+def joined(at: float = 0.0) -> PhoenixChannel:
     link = opened(at)
     link.outgoing()
     assert link.receive(reply("1"), at) == Joined()
     return link
 
 
-def live(at: float = 0.0) -> Phoenix:
+def live(at: float = 0.0) -> PhoenixChannel:
     link = joined(at)
     link.receive(system("ok", "Replication connection established"), at)
-    link.caught_up()
-    assert link.state is LinkState.LIVE
+    link.machine.caught_up()
+    assert link.machine.state is LinkState.LIVE
     return link
 
 
@@ -94,7 +84,7 @@ def test_golden_exchange(name: str) -> None:
             expect(link, step, now)
 
 
-def expect(link: Phoenix, step: dict[str, Any], now: float) -> None:
+def expect(link: PhoenixChannel, step: dict[str, Any], now: float) -> None:
     """The server's frame means what the golden file says."""
     before = link.ignored.total()
     if "it_binary" in step:
@@ -104,20 +94,20 @@ def expect(link: Phoenix, step: dict[str, Any], now: float) -> None:
         )
     else:
         raw = json.dumps(step["it"]).encode()
-    meaning = link.receive(raw, now)
-    assert (type(meaning).__name__ if meaning is not None else None) == step["means"]
-    if isinstance(meaning, Broadcast):
-        assert (meaning.event, meaning.payload) == (step["event"], step["payload"])
-    if isinstance(meaning, Dropped):
-        assert meaning.cause == step["cause"]
+    event = link.receive(raw, now)
+    assert (type(event).__name__ if event is not None else None) == step["means"]
+    if isinstance(event, Broadcast):
+        assert (event.event, event.payload) == (step["event"], step["payload"])
+    if isinstance(event, Dropped):
+        assert event.cause == step["cause"]
     if "ignored" in step:
         assert link.ignored[step["ignored"]] == 1
         assert link.ignored.total() == before + 1
     if "state" in step:
-        assert link.state == step["state"]
+        assert link.machine.state == step["state"]
 
 
-def advance(link: Phoenix, now: float, seconds: float, sent: list[Any]) -> float:
+def advance(link: PhoenixChannel, now: float, seconds: float, sent: list[Any]) -> float:
     """Let time pass, every heartbeat answered; what is written at the very end goes to `sent` unanswered."""
     end = now + seconds
     while (at := link.next_deadline()) is not None and at <= end:
@@ -142,7 +132,7 @@ def test_an_unanswered_heartbeat_ends_the_socket() -> None:
     dropped = link.tick(30.0)
     assert isinstance(dropped, Dropped)
     assert dropped.cause == "heartbeat_timeout"
-    assert link.state is LinkState.BACKOFF
+    assert link.machine.state is LinkState.BACKOFF
 
 
 def test_only_the_reply_to_the_latest_heartbeat_counts() -> None:
@@ -169,7 +159,7 @@ def test_a_late_tick_reads_before_it_judges() -> None:
     assert link.tick(90.0) is None
     link.receive(reply(ref, topic="phoenix"), 90.5)
     assert link.tick(91.0) is None
-    assert link.state is LinkState.LIVE
+    assert link.machine.state is LinkState.LIVE
 
 
 def test_a_late_tick_still_ends_a_dead_socket() -> None:
@@ -190,29 +180,29 @@ def test_a_join_without_reply_ends_the_socket() -> None:
 
 def test_a_server_that_never_says_replication_ready_is_live_all_the_same() -> None:
     link = joined()
-    link.caught_up()
-    assert link.state is LinkState.CATCHING_UP
+    link.machine.caught_up()
+    assert link.machine.state is LinkState.CATCHING_UP
     assert link.next_deadline() == TIMING.replication_within
     link.tick(TIMING.replication_within)
-    assert link.state is LinkState.LIVE
+    assert link.machine.state is LinkState.LIVE
 
 
 def test_late_replication_means_behind_again() -> None:
     link = joined()
-    link.caught_up()
+    link.machine.caught_up()
     link.tick(TIMING.replication_within)
     assert link.receive(system("ok", "Replication connection established"), 9.0) == ReplicationReady()
-    assert link.state is LinkState.CATCHING_UP
-    link.caught_up()
-    assert link.state is LinkState.LIVE
+    assert link.machine.state is LinkState.CATCHING_UP
+    link.machine.caught_up()
+    assert link.machine.state is LinkState.LIVE
 
 
 def test_replication_ready_before_the_join_reply_counts() -> None:
     link = opened()
     assert link.receive(system("ok", "Replication connection established"), 0.0) is None
     assert link.receive(reply("1"), 0.0) == Joined()
-    link.caught_up()
-    assert link.state is LinkState.LIVE
+    link.machine.caught_up()
+    assert link.machine.state is LinkState.LIVE
 
 
 def test_replication_readiness_is_of_one_join() -> None:
@@ -220,8 +210,8 @@ def test_replication_readiness_is_of_one_join() -> None:
     link.receive(system("error", "Token has expired 0 seconds ago"), 1.0)
     link.new_token("JWT2", 1.0)
     link.receive(reply("2"), 1.0)
-    link.caught_up()
-    assert link.state is LinkState.CATCHING_UP
+    link.machine.caught_up()
+    assert link.machine.state is LinkState.CATCHING_UP
 
 
 # --- tokens
@@ -242,13 +232,13 @@ def test_a_second_expiry_in_a_row_is_a_refusal() -> None:
     assert isinstance(link.receive(reply("1", "error", error), 0.0), TokenExpired)
     link.new_token("JWT2", 0.0)
     assert isinstance(link.receive(reply("2", "error", error), 0.0), Refused)
-    assert link.state is LinkState.REFUSED
+    assert link.machine.state is LinkState.REFUSED
 
 
 def test_an_expired_link_keeps_its_heartbeat_while_it_waits_for_a_token() -> None:
     link = live()
     link.receive(system("error", "Token has expired 0 seconds ago"), 5.0)
-    assert link.wants_token
+    assert link.machine.state is LinkState.JOINING
     assert link.next_deadline() == 20.0
     link.tick(20.0)
     assert isinstance(link.tick(30.0), Dropped)
@@ -266,7 +256,7 @@ def test_what_an_old_join_says_late_is_not_about_ours() -> None:
         frame(None, "1", TOPIC, "phx_reply", {"status": "error", "response": {"reason": "unmatched topic"}}),
     ):
         assert link.receive(late, 6.0) is None
-    assert link.state is LinkState.CATCHING_UP
+    assert link.machine.state is LinkState.CATCHING_UP
 
 
 # --- the table
@@ -288,14 +278,14 @@ def test_every_state_with_a_socket_can_lose_it_and_no_other_row_leaves_a_socket_
 
 
 def test_late_inputs_are_ignored() -> None:
-    link = Phoenix(TOPIC)
-    link.caught_up()
-    link.behind("overflow")
-    link.retry()
+    link = PhoenixChannel(TOPIC, LinkStateMachine())
+    link.machine.caught_up()
+    link.machine.behind("overflow")
+    assert not link.machine.move(Cause.RETRY, "retry")
     link.new_token("JWT", 0.0)
     assert link.tick(1e9) is None
     assert link.receive(reply("1"), 0.0) is None
-    assert link.state is LinkState.CONNECTING
+    assert link.machine.state is LinkState.CONNECTING
     assert link.outgoing() == []
 
 
@@ -344,7 +334,23 @@ def test_junk_never_raises_and_the_machine_stays_whole(frames: list[bytes]) -> N
     link = live()
     for number, raw in enumerate(frames):
         link.receive(raw, float(number))
-        assert (link.state in WITH_SOCKET) == (link.next_deadline() is not None)
+        assert (link.machine.state in WITH_SOCKET) == (link.next_deadline() is not None)
+
+
+@pytest.mark.parametrize("field", ["reason", "response", "message", "event", "extension"])
+def test_what_is_nested_as_deep_as_json_is_read_never_raises(field: str) -> None:
+    deep = "[" * 1000 + "]" * 1000
+    for link in (opened(), live()):
+        said = {
+            "reason": ["phx_reply", f'{{"status": "error", "response": {{"reason": {deep}}}}}'],
+            "response": ["phx_reply", f'{{"status": "error", "response": {deep}}}'],
+            "message": ["system", f'{{"status": "error", "message": {deep}}}'],
+            "event": ["broadcast", f'{{"event": {deep}, "payload": {{}}}}'],
+            "extension": ["system", f'{{"status": "error", "extension": {deep}}}'],
+        }[field]
+        event = link.receive(f'["1", "1", "{TOPIC}", "{said[0]}", {said[1]}]'.encode(), 1.0)
+        assert len(getattr(event, "reason", "")) < 1000
+        assert len(link.machine.why) < 1000
 
 
 @given(st.lists(no_frames, max_size=20))
@@ -352,23 +358,23 @@ def test_what_is_no_frame_never_ends_a_live_link(frames: list[bytes]) -> None:
     link = live()
     for raw in frames:
         assert link.receive(raw, 1.0) is None
-    assert link.state is LinkState.LIVE
+    assert link.machine.state is LinkState.LIVE
 
 
 @given(near_frames.filter(lambda text: json.loads(text)[2] != TOPIC))
 def test_other_topics_never_end_a_live_link(raw: bytes) -> None:
     link = live()
     assert link.receive(raw, 1.0) is None
-    assert link.state is LinkState.LIVE
+    assert link.machine.state is LinkState.LIVE
 
 
 @given(st.binary(min_size=0, max_size=300), st.integers(0, 400))
 def test_a_torn_binary_frame_is_junk(body: bytes, cut: int) -> None:
     whole = type4(TOPIC, "file:update", {"content": body.hex()}, {"id": "1"})
     link = live()
-    meaning = link.receive(whole[:cut], 1.0)
-    assert meaning is None or cut >= len(whole)
-    assert link.state is LinkState.LIVE
+    event = link.receive(whole[:cut], 1.0)
+    assert event is None or cut >= len(whole)
+    assert link.machine.state is LinkState.LIVE
 
 
 characters = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -395,7 +401,8 @@ class AnyHistory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.link = Phoenix(TOPIC, observe=self.observe)
+        self.machine = LinkStateMachine(self.observe)
+        self.link = PhoenixChannel(TOPIC, self.machine)
         self.sent: list[list[Any]] = []
         self.behind_since_catch_up = True
 
@@ -459,29 +466,31 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule()
     def catches_up(self) -> None:
-        self.link.caught_up()
+        self.machine.caught_up()
 
     @rule()
     def falls_behind(self) -> None:
-        self.link.behind("overflow")
-        assert self.link.state is not LinkState.LIVE
+        self.machine.behind("overflow")
+        assert self.machine.state is not LinkState.LIVE
 
     @rule()
     def socket_breaks(self) -> None:
-        self.link.lost("reset")
+        self.link.close()
+        self.machine.move(Cause.LOST, "reset")
 
-    @precondition(lambda self: self.link.state not in WITH_SOCKET)
+    @precondition(lambda self: self.machine.state not in WITH_SOCKET)
     @rule()
     def opens_again(self) -> None:
-        self.link.retry()
+        self.machine.move(Cause.RETRY, "retry")
         self.sent.clear()
+        self.link = PhoenixChannel(TOPIC, self.machine)
         self.link.opened(self.now, "JWT")
         self.take()
         assert [fields[3] for fields in self.sent] == ["phx_join"]
 
     @invariant()
     def a_socket_has_a_deadline(self) -> None:
-        assert (self.link.state in WITH_SOCKET) == (self.link.next_deadline() is not None)
+        assert (self.machine.state in WITH_SOCKET) == (self.link.next_deadline() is not None)
 
     @invariant()
     def refs_never_repeat(self) -> None:
@@ -495,7 +504,7 @@ class AnyHistory(RuleBasedStateMachine):
             assert at <= fell_silent + WORST_SILENCE, "a deaf link would be held on to"
             self.now = max(self.now, at)
             self.link.tick(self.now)
-        assert self.link.state in (LinkState.BACKOFF, LinkState.REFUSED, LinkState.CONNECTING)
+        assert self.machine.state in (LinkState.BACKOFF, LinkState.REFUSED, LinkState.CONNECTING)
 
 
 TestAnyHistory = AnyHistory.TestCase

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
-from collections.abc import AsyncIterator
+import re
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from uuid import UUID
 
@@ -14,13 +18,14 @@ import pytest
 import respx
 
 from agent import session as session_module
-from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, Unavailable
+from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, TooLarge, Unavailable
 from agent.model import RelPath
 from agent.session import SessionApi
 from agent.simulated import simulate
 from agent.skew import Moment
 from agent.tokens import Tokens
 from agent.wire import Changes, Current, Head, SnapshotOffer
+from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt
 
 SESSION = UUID("22222222-2222-4222-8222-222222222222")
@@ -72,23 +77,105 @@ async def test_a_renewed_token_is_in_force_at_once(api: SessionApi) -> None:
     assert status.calls[0].request.headers["authorization"] == f"Bearer {newer}"
 
 
+OURS = "application/problem+json"
+HTML = b"<html><body>No such page</body></html>"
+
+
+def problem(status: int, kind: str = "of_the_test", **more: object) -> dict[str, object]:
+    """As the orchestrator writes one."""
+    urn = f"urn:preview-sync:problem:{kind}"
+    return {"type": urn, "title": "No", "status": status, "detail": "because of the test", **more}
+
+
+def said(status: int, document: object, media: str = OURS) -> httpx.Response:
+    return httpx.Response(
+        status,
+        content=json.dumps(document).encode(),
+        headers={"content-type": media, "location": "http://elsewhere.test/"},
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "error"),
     [
         (401, CredentialRejected), (403, CredentialRejected), (404, SessionGone), (410, SessionGone),
-        (409, Superseded), (408, Unavailable), (429, Unavailable), (500, Unavailable), (503, Unavailable),
-        (302, MalformedMessage), (400, MalformedMessage), (422, MalformedMessage),
+        (409, Superseded), (408, Unavailable), (413, TooLarge), (429, Unavailable), (500, Unavailable),
+        (503, Unavailable), (400, MalformedMessage), (422, MalformedMessage),
     ],
 )  # fmt: skip
 @respx.mock
 async def test_each_refusal_is_sorted_and_tells_its_problem(
     api: SessionApi, status: int, error: type[Exception]
 ) -> None:
-    problem = {"type": "about:blank", "title": "No", "detail": "because of the test", "status": status}
-    respx.post(f"{URL}/sync").respond(status, json=problem, headers={"location": "http://elsewhere.test/"})
+    respx.post(f"{URL}/sync").mock(return_value=said(status, problem(status)))
     with pytest.raises(error, match=rf"{status}, No: because of the test") as caught:
         await api.sync("e", 1, "joined")
+    assert type(caught.value) is error
     assert TOKEN not in str(caught.value)
+
+
+def stranger(name: str, status: int) -> tuple[bytes, str]:
+    """What somebody who is not the orchestrator may say, and its media type."""
+    ours = problem(status, "session_unknown")
+    return {
+        "a page": (HTML, "text/html; charset=utf-8"),
+        "nothing": (b"", ""),
+        "its own JSON": (b'{"error":"not_found","message":"no route"}', "application/json"),
+        "its own problem": (json.dumps(ours | {"type": "about:blank"}).encode(), OURS),
+        "ours as JSON": (json.dumps(ours).encode(), "application/json"),
+        "ours of another status": (json.dumps(ours | {"status": 500}).encode(), OURS),
+        "ours without a status": (json.dumps({"type": ours["type"]}).encode(), OURS),
+        "ours cut short": (json.dumps(ours).encode()[:-1], OURS),
+        "ours in a list": (json.dumps([ours]).encode(), OURS),
+        "ours of no type": (json.dumps(ours | {"type": 7}).encode(), OURS),
+    }[name]
+
+
+STRANGERS = (
+    "a page", "nothing", "its own JSON", "its own problem", "ours as JSON", "ours of another status",
+    "ours without a status", "ours cut short", "ours in a list", "ours of no type",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+@pytest.mark.parametrize("status", [301, 302, 400, 401, 403, 404, 405, 409, 410, 422, 451])
+@respx.mock
+async def test_what_stands_in_front_is_not_believed(api: SessionApi, status: int, who: str) -> None:
+    """A bad deploy answers for the orchestrator; no session is over because of it."""
+    content, media = stranger(who, status)
+    answer = httpx.Response(status, content=content, headers={"content-type": media, "retry-after": "7"})
+    respx.post(f"{URL}/sync").mock(return_value=answer)
+    with pytest.raises(Unavailable, match=f"HTTP {status}") as caught:
+        await api.sync("e", 1, "joined")
+    assert type(caught.value) is Unavailable
+    assert caught.value.retry_after == 7
+
+
+@respx.mock
+async def test_a_path_that_the_orchestrator_does_not_serve_says_nothing_of_the_session(
+    api: SessionApi,
+) -> None:
+    respx.post(f"{URL}/sync").mock(return_value=said(404, problem(404, "path_unknown")))
+    with pytest.raises(Unavailable, match="404, No: because of the test"):
+        await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize("who", ["a page", "nothing"])
+@pytest.mark.parametrize("status", [413, 429, 502])
+@respx.mock
+async def test_what_anybody_may_say_is_believed_of_anybody(api: SessionApi, status: int, who: str) -> None:
+    content, media = stranger(who, status)
+    answer = httpx.Response(status, content=content, headers={"content-type": media})
+    respx.put(f"{URL}/status").mock(return_value=answer)
+    with pytest.raises(TooLarge if status == 413 else Unavailable, match=f"HTTP {status}"):
+        await api.report_status({"state": "serving"})
+
+
+@respx.mock
+async def test_a_page_of_any_size_is_a_refusal_like_another(api: SessionApi) -> None:
+    respx.post(f"{URL}/sync").respond(404, content=b" " * 10_000_000, headers={"content-type": "text/html"})
+    with pytest.raises(Unavailable, match="HTTP 404"):
+        await api.sync("e", 1, "joined")
 
 
 @respx.mock
@@ -110,9 +197,15 @@ async def test_a_broken_network_is_unavailable(api: SessionApi, failure: Excepti
         await api.sync("e", 1, "joined")
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"<html>", b"[]", b'{"kind":"other","epoch":"e","revision":1}', b"\xff"]
-)
+@pytest.mark.parametrize("body", [b"", HTML, b"\xff", b'{"kind":"current"'])
+@respx.mock
+async def test_an_answer_that_is_no_json_is_somebody_else_s(api: SessionApi, body: bytes) -> None:
+    respx.post(f"{URL}/sync").respond(200, content=body, headers={"content-type": "text/html"})
+    with pytest.raises(Unavailable, match="HTTP 200"):
+        await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b'{"kind":"other","epoch":"e","revision":1}'])
 @respx.mock
 async def test_an_answer_of_the_wrong_form_is_malformed(api: SessionApi, body: bytes) -> None:
     respx.post(f"{URL}/sync").respond(200, content=body)
@@ -141,6 +234,49 @@ async def test_an_endless_answer_is_not_read_to_its_end(
     respx.post(f"{URL}/sync").respond(200, content=b" " * 1_001)
     with pytest.raises(MalformedMessage, match="larger than 1000 bytes"):
         await api.sync("e", 1, "joined")
+
+
+@pytest.mark.parametrize("status", [200, 404, 410])
+@pytest.mark.parametrize(
+    ("coding", "encode"),
+    [
+        ("gzip, gzip", lambda body: gzip.compress(gzip.compress(body))),
+        ("gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("GZIP", gzip.compress),
+        ("identity, gzip", gzip.compress),
+        ("of-tomorrow", lambda body: body),
+    ],
+)
+async def test_nothing_is_unpacked(coding: str, encode: Callable[[bytes], bytes], status: int) -> None:
+    """Unpacked, a few kilobytes are gigabytes before anybody can count them."""
+    bomb = encode(b" " * 20_000_000 + b'{"kind":"current","epoch":"e","revision":4}')
+    media = ("Content-Type", OURS)
+    async with (
+        origin(Answer(bomb, status, [("Content-Encoding", coding), media])) as server,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        api = SessionApi(server.url.partition("/storage")[0], SESSION, Tokens(TOKEN), http)
+        tracemalloc.start()
+        try:
+            with pytest.raises(
+                Unavailable, match=f"HTTP {status}" if status != 200 else re.escape(repr(coding.lower()))
+            ):
+                await api.sync("e", 1, "joined")
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+    assert "accept-encoding: identity" in server.requests[0].lower()
+
+
+async def test_an_answer_that_says_it_is_not_encoded_is_read() -> None:
+    body = b'{"kind":"current","epoch":"e","revision":4}'
+    async with (
+        origin(Answer(body, headers=[("Content-Encoding", "Identity")])) as server,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        api = SessionApi(server.url.partition("/storage")[0], SESSION, Tokens(TOKEN), http)
+        assert await api.sync("e", 4, "joined") == Current("e", 4)
 
 
 def test_an_answer_that_trickles_is_given_up() -> None:

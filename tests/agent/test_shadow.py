@@ -21,7 +21,7 @@ from tests.agent.test_environment import GOOD, problems
 
 
 def shadow_of(live: Path, files: dict[str, str], settle: float = 10.0) -> Shadow:
-    wanted = {RelPath(path): Entry(1, digest_of(text.encode())) for path, text in files.items()}
+    wanted = {RelPath(path): Entry(1, digest_of(text.encode()), len(text)) for path, text in files.items()}
     return Shadow(Sight(live), Comparison(settle), Problems(Metrics()), lambda: wanted)
 
 
@@ -56,13 +56,13 @@ def test_only_what_looks_different_is_read_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "RACY_NS", -(2**62))  # the clock is not what this is about
     shadow = shadow_of(tmp_path, {"a": "a", "b": "b", "c": "c"})
     read: list[str] = []
-    digest = Sight.read_digest
+    reading = Sight.reading
 
-    def counted(self: Sight, path: RelPath):  # type: ignore[no-untyped-def]
+    def counted(self: Sight, path: RelPath, size: int):  # type: ignore[no-untyped-def]
         read.append(path)
-        return digest(self, path)
+        return reading(self, path, size)
 
-    monkeypatch.setattr(Sight, "read_digest", counted)
+    monkeypatch.setattr(Sight, "reading", counted)
     shadow.read(shadow.wanted())
     assert sorted(read) == ["a", "b", "c"]
     (tmp_path / "b").write_text("B")

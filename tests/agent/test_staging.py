@@ -54,10 +54,8 @@ def test_a_staging_directory_that_others_could_write_in_is_made_private(tmp_path
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that is not its own")
 def test_a_staging_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    os.chown(theirs, 12345, 12345)
-    (tmp_path / "staging").symlink_to(theirs)
+    (tmp_path / "staging").mkdir()
+    os.chown(tmp_path / "staging", 12345, 12345)
     with pytest.raises(RootUnusable, match=r"belongs to another user \(uid 12345\)"):
         Disk(tmp_path / "project", tmp_path / "staging").open()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
 from agent.linksettings import LinkSettings
 from agent.linkstate import LinkState
 from agent.signals import Resync
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from tests.agent.one_link import (
     QUICK,
     Issuer,
@@ -92,6 +93,27 @@ async def test_comes_back_from_a_close(server: FakeRealtime, issuer: Issuer, cod
         assert link.stream.report()["losses"] == {f"closed_{code}": 1}
 
 
+async def test_what_was_sent_before_a_close_is_delivered(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        for n in range(200):
+            await server.broadcast("file:update", {"n": n, "content": "x" * 2_000})
+        await server.close_sockets(1001)
+        await until(lambda: link.stream.report()["losses"] == {"closed_1001": 1}, "the loss")
+        await until(lambda: len(link.events) == 200, "all events")
+        assert [payload["n"] for _, payload in link.events] == list(range(200))  # type: ignore[index]
+
+
+async def test_a_frame_over_the_limit_costs_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
+    async with running(stream_to(server, issuer, replace(QUICK, max_frame=10_000))) as link:
+        await link.live()
+        await server.broadcast("file:update", {"content": "x" * 9_000})
+        await server.broadcast("file:update", {"content": "x" * 10_000})
+        await comes_back(link, server)
+        assert link.stream.report()["losses"] == {"oversize": 1}
+        assert len(link.events) == 2
+
+
 async def test_comes_back_from_a_reset(server: FakeRealtime, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
@@ -168,7 +190,7 @@ async def test_overflow_becomes_one_resync(server: FakeRealtime, issuer: Issuer)
 
 async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issuer) -> None:
     slept = 0.0
-    stream = RealtimeStream(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: wall() + slept)
+    stream = realtime_link(server.url, None, TOPIC, issuer, settings=QUICK, wall=lambda: wall() + slept)
     async with running(stream) as link:
         await link.live()
         slept = 60.0
@@ -177,23 +199,23 @@ async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issue
         assert "clock_jump" in link.resyncs
 
 
-async def test_doubt_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
+async def test_a_suspicion_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         server.deafen()
-        link.stream.doubt("head is 7, the link brought 5")
+        link.stream.suspect("head is 7, the link brought 5")
         await comes_back(link, server)
 
 
-async def test_doubts_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> None:
+async def test_suspicions_in_a_row_are_one(server: FakeRealtime, issuer: Issuer) -> None:
     """The owner of the socket is interrupted again while it is already being interrupted."""
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         for _ in range(5):
-            link.stream.doubt("again")
+            link.stream.suspect("again")
             await asyncio.sleep(0)
         await comes_back(link, server)
-        assert link.stream.report()["losses"] == {"doubted": 1}
+        assert link.stream.report()["losses"] == {"suspected": 1}
 
 
 async def test_a_bug_in_reading_ends_the_link_loudly(

@@ -13,7 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.linksettings import endpoint
+from agent.stream import endpoint
 from tests.agent.one_link import (
     Issuer,
     SimulatedPolicy,

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Close, Frame, Opcode
 
 from agent.linksettings import LinkSettings
 from agent.linkstate import LinkState
@@ -108,6 +109,14 @@ async def close_1001(world: World) -> None:
 async def close_1012_after_notice(world: World) -> None:
     await world.server.system("error", "Server requested disconnect")
     await world.server.close_sockets(1012)
+
+
+async def close_frame_and_then_silence(world: World) -> None:
+    """The close is said, and the far side is gone before the connection ends."""
+    close = Frame(Opcode.CLOSE, Close(1001, "going away").serialize()).serialize(mask=False)
+    for pipe in world.proxy.pipes:
+        pipe.client.write(close)
+    world.proxy.half_open()
 
 
 async def channel_crash(world: World) -> None:
@@ -210,6 +219,7 @@ FAULTS: dict[Fault, float] = {
     close_1000: ONE_RETRY,
     close_1001: ONE_RETRY,
     close_1012_after_notice: ONE_RETRY,
+    close_frame_and_then_silence: 3 + ONE_RETRY,
     channel_crash: ONE_RETRY,
     rate_limited: ONE_RETRY,
     refused_429: 45 + ONE_RETRY,

@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from agent.errors import CredentialRejected
 from agent.linkstate import LinkState
 from agent.signals import Received
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from orchestrator_stub.local.faults import Faults
 from orchestrator_stub.tokens import Keyring
@@ -67,7 +67,7 @@ class Session:
         self.renewed = 0
         self.may_renew = True
         self.tokens = Tokens(self.mint())
-        self.stream = RealtimeStream(
+        self.stream = realtime_link(
             f"{local.url}/realtime/v1", local.keys.anon_key, f"realtime:{self.topic}", self, settings=SETTINGS
         )
 

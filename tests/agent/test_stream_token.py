@@ -10,7 +10,7 @@ import pytest
 
 from agent.errors import CredentialRejected, Unavailable
 from agent.linkstate import LinkState
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.agent.one_link import (
     QUICK,
@@ -94,11 +94,26 @@ async def test_an_unreachable_issuer_is_asked_until_it_answers(server: FakeRealt
         await comes_back(link, server)
 
 
+async def test_an_expired_token_that_the_issuer_will_not_renew_is_a_refusal(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
+    async with running(stream_to(server, issuer)) as link:
+        await link.live()
+        issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
+        await asyncio.sleep(QUICK.rejoin_least)
+        await server.shut_channels("Token has expired 0 seconds ago")
+        await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
+        assert link.stream.report()["losses"] == {"token_refused": 1}
+        issuer.refuse = None
+        await comes_back(link, server)
+        assert link.stream.problems() == ()
+
+
 async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Path) -> None:
     """Platforms that rotate a file need no session API."""
     file = tmp_path / "token"
     file.write_text(jwt(wall() + 600, wall(), name="one"))
-    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
+    stream = realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
     async with running(stream) as link:
         await link.live()
         second = jwt(wall() + 1200, wall(), name="two")
@@ -116,7 +131,7 @@ async def test_a_rotated_token_file_ends_a_refusal_at_once(server: FakeRealtime,
     server.join_error_for = lambda token: None if token == good else "Unauthorized: no"
     slow = replace(QUICK, refused_retry=60.0)
     async with running(
-        RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=slow, wall=wall)
+        realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=slow, wall=wall)
     ) as link:
         await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
         file.write_text(good)
@@ -129,7 +144,7 @@ async def test_a_new_token_does_not_cut_short_what_was_asked_for(
     file = tmp_path / "token"
     file.write_text(jwt(wall() + 600, wall(), name="one"))
     server.refuse_handshake = (429, {"Retry-After": "5"})
-    stream = RealtimeStream(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
+    stream = realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
     async with running(stream) as link:
         await until(lambda: link.stream.state is LinkState.BACKOFF, "the refusal")
         server.refuse_handshake = None

@@ -100,6 +100,22 @@ async def test_a_crash_loop_fails_says_why_and_ends_with_the_right_change(tmp_pa
         assert supervisor.problems() == ()
 
 
+async def test_a_package_json_nested_to_any_depth_is_a_problem_until_it_is_mended(tmp_path: Path) -> None:
+    async with supervised(tmp_path) as supervisor:
+        await until(lambda: supervisor.state is State.ABSENT)
+        package = tmp_path / "project" / "package.json"
+        for depth in range(900, 1001):
+            package.write_text('{"dependencies": ' + '{"a":' * depth + "1" + "}" * depth + "}")
+            supervisor.files_changed({RelPath("package.json")})
+        await until(supervisor.problems)
+        (problem,) = supervisor.problems()
+        assert (problem.kind, problem.rule) == ("install_failed", "package_json")
+        assert problem.detail == "cannot read package.json: it is nested too deep"
+        package.write_text("{}")
+        supervisor.files_changed({RelPath("package.json")})
+        await until(lambda: supervisor.problems() == ())
+
+
 async def test_one_that_is_essential_ends_the_agent_when_it_fails_for_good(tmp_path: Path) -> None:
     async with supervised(tmp_path, *server("crashes"), essential=True):
         (task,) = (t for t in asyncio.all_tasks() if t.get_name() == "supervisor")

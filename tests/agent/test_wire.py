@@ -5,18 +5,23 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import MalformedMessage, PathRefused
-from agent.model import Commit, digest_of
+from agent.ledger import Done, FileStat, Ledger
+from agent.model import Commit, Cursor, RelPath, Tree, digest_of
+from agent.plan import step
+from agent.skew import ClockSkew, Moment
 from agent.wire import COMMIT_EVENTS, decode_manifest, read_event, read_head, read_manifest, read_sync_answer
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
@@ -156,3 +161,105 @@ def test_a_manifest_with_one_hostile_path_is_refused_whole() -> None:
     ]}  # fmt: skip
     with pytest.raises(PathRefused):
         read_manifest(manifest)
+
+
+MOST = 2**63 - 1
+"""What a bigint of the database holds, and a column of the ledger."""
+
+NUMBERS = {
+    "event revision": lambda n: read("file:update", update(revision=n, epoch="e")),
+    "event version": lambda n: read("file:update", update(version=n)),
+    "reference size": lambda n: read("file:update", update(content=None, content_hash="0" * 64, size=n)),
+    "delete version": lambda n: read("file:delete", {"file_path": "a", "version": n}),
+    "bulk version": lambda n: read(
+        "bulk:apply", {"files": [{"action": "delete", "file_path": "a", "version": n}]}
+    ),
+    "manifest revision": lambda n: both({**MANIFEST, "revision": n}),
+    "manifest base_revision": lambda n: both({**MANIFEST, "base_revision": n}),
+    "manifest size": lambda n: both({**MANIFEST, "files": [{**LISTED, "size": n}]}),
+    "manifest version": lambda n: both({**MANIFEST, "files": [{**LISTED, "version": n}]}),
+    "manifest deleted": lambda n: both({**MANIFEST, "deleted": [{"file_path": "b", "version": n}]}),
+    "current revision": lambda n: read_sync_answer({"kind": "current", "epoch": "e", "revision": n}),
+    "changes revision": lambda n: read_sync_answer(
+        {"kind": "changes", "epoch": "e", "revision": n, "base_revision": 0}
+    ),
+    "changes base_revision": lambda n: read_sync_answer(
+        {"kind": "changes", "epoch": "e", "revision": 0, "base_revision": n}
+    ),
+    "head revision": lambda n: read_head({"epoch": "e", "revision": n}),
+}  # fmt: skip
+
+
+def both(manifest: dict[str, Any]) -> None:
+    """From what it says, and from JSON."""
+    read_manifest(manifest)
+    decode_manifest(json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_a_number_is_one_that_the_database_and_the_ledger_can_hold(what: str) -> None:
+    for good in (0, 1, 2**53, MOST):
+        NUMBERS[what](good)
+    for bad in (MOST + 1, 2**64 - 1, 2**64, 10**400, 1e19, 7.5, -1, "7", True, [7]):
+        with pytest.raises(MalformedMessage):
+            NUMBERS[what](bad)
+
+
+def test_the_greatest_numbers_are_recorded_and_loaded(tmp_path: Path) -> None:
+    fields = {"version": MOST, "revision": MOST, "epoch": "e" * 255}
+    plan = step(Tree(Cursor("e" * 255, MOST - 1)), read("file:update", update(**fields)))
+    stat = FileStat(1, 2, 3, 4)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.record((Done(each, stat) for each in plan.operations), plan.tree.cursor)
+    ledger.close()
+    loaded = Ledger(tmp_path / "ledger.sqlite").load()
+    assert loaded is not None
+    assert loaded.tree == plan.tree
+    assert (loaded.tree.cursor.revision, loaded.tree.entries[RelPath("a.ts")].version) == (MOST, MOST)
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59.999999-23:59", "1970-01-01T00:00:00Z"]
+)
+def test_every_time_that_can_be_written_is_one(moment: str) -> None:
+    timestamp = read("file:update", update(timestamp=moment)).timestamp
+    assert timestamp is not None
+    assert ClockSkew().since(timestamp, Moment(1.8e9, 0.0)) >= 0
+
+
+@pytest.mark.parametrize("epoch", ["", "e" * 256, "é" * 256, 7, ["e"]])
+def test_an_epoch_is_a_name_and_no_book(epoch: object) -> None:
+    """It travels with every question and every heartbeat, whose bodies are bounded."""
+    reads = (
+        lambda: read("file:update", update(revision=1, epoch=epoch)),
+        lambda: both({**MANIFEST, "epoch": epoch}),
+        lambda: read_sync_answer({"kind": "current", "epoch": epoch, "revision": 1}),
+        lambda: read_head({"epoch": epoch, "revision": 1}),
+    )
+    for each in reads:
+        with pytest.raises(MalformedMessage):
+            each()
+
+
+def test_what_is_nested_without_end_is_malformed_or_refused() -> None:
+    """orjson reads up to 1,024 levels, which is more than Python can write again."""
+    deep: Any = orjson.loads(b"[" * 1024 + b"]" * 1024)
+    reads = (
+        lambda: read("file:update", update(file_path=deep)),
+        lambda: read("bulk:apply", {"files": [{"action": deep, "file_path": "a"}]}),
+        lambda: read("file:update", update(encoding=deep)),
+        lambda: read("file:update", update(version=deep)),
+        lambda: read_sync_answer({"kind": deep, "epoch": "e", "revision": 1}),
+        lambda: read_manifest({**MANIFEST, "format": deep}),
+        lambda: read_manifest({**MANIFEST, "files": deep}),
+        lambda: read_manifest({**MANIFEST, "of_tomorrow": deep}),
+        lambda: decode_manifest(
+            orjson.dumps(MANIFEST)[:-1] + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+        ),
+        lambda: decode_manifest(b'{"format":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    )
+    for each in reads:
+        with contextlib.suppress(MalformedMessage, PathRefused):
+            each()
+    (problem,) = read("file:update", update(file_path=deep)).problems
+    assert (problem.kind, problem.rule) == ("path_refused", "not_text")

@@ -1,9 +1,10 @@
-"""What README shows of a run: the table and the plot are the JSON's, and neither makes a number up."""
+"""What README and docs/measured.md show of a run: tables and plot are the JSON's, and none makes a number up."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 
 import bench.__main__ as command
 from bench import kept
-from bench.kept import JSON, README, SVG
-from bench.plot import bars, svg
-from bench.results import Ratio, Row
+from bench.kept import JSON, MEASURED, README, SVG
+from bench.plot import MET, MISSED, picture, points
+from bench.results import Ratio, Row, Verdict
 from bench.surroundings import Others
-from bench.table import BEGIN, END, QUOTED, found, table, with_table
+from bench.svg import FAINT
+from bench.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
 
+NAMESPACE = "{http://www.w3.org/2000/svg}"
+XLINK = "{http://www.w3.org/1999/xlink}"
 KEPT: dict[str, Any] = json.loads(JSON.read_text())
 
 
@@ -38,19 +42,59 @@ def broadcasts(value: float = 16.0, **more: Any) -> Row:
     )
 
 
-def test_readme_says_what_the_kept_run_says() -> None:
-    readme = README.read_text()
-    assert with_table(readme, KEPT) == readme, "run `make bench-readme`"
+def words(drawn: str) -> list[str]:
+    return [
+        line.text or ""
+        for text in ElementTree.fromstring(drawn).iter(f"{NAMESPACE}text")
+        for line in (text, *text)
+    ]
+
+
+def dots(drawn: str, colour: str) -> list[tuple[float, float]]:
+    """Where the picture has a median in that colour."""
+    found = []
+    picture = ElementTree.fromstring(drawn)
+    round_ones = {
+        f"#{path.get('id')}" for path in picture.iter(f"{NAMESPACE}path") if path.get("d", "").count("C") > 4
+    }
+    for use in picture.iter(f"{NAMESPACE}use"):
+        if use.get(f"{XLINK}href") in round_ones and f"fill: {colour}" in use.get("style", ""):
+            found.append((float(use.attrib["x"]), float(use.attrib["y"])))
+    return found
+
+
+@pytest.mark.parametrize(("page", "rows"), [(README, FIRST), (MEASURED, QUOTED)], ids=["README", "measured"])
+def test_the_pages_say_what_the_kept_run_says(page: Path, rows: tuple[Quoted, ...]) -> None:
+    text = page.read_text()
+    assert with_table(text, KEPT, rows) == text, "run `make bench-readme`"
+
+
+def test_readme_has_a_few_of_the_rows_and_leads_to_all() -> None:
+    assert 0 < len(FIRST) <= 10
+    assert set(FIRST) < set(QUOTED)
+    assert all(found(KEPT, quoted) for quoted in FIRST)
+    assert "(docs/measured.md)" in README.read_text()
 
 
 def test_the_picture_is_of_the_kept_run() -> None:
-    assert SVG.read_text() == svg(KEPT), "run `make bench-readme`"
-    assert "bench/results/latest.svg" in README.read_text()
+    assert SVG.read_text() == picture(KEPT), "run `make bench-readme`"
+    assert "(../bench/results/latest.svg)" in MEASURED.read_text()
 
 
-def test_readme_has_no_measured_number_outside_of_the_table() -> None:
-    readme = README.read_text()
-    prose = readme[: readme.index(BEGIN)] + readme[readme.index(END) :]
+def test_the_picture_is_small_undated_and_on_white_paper() -> None:
+    drawn = SVG.read_text()
+    assert len(drawn) < 100_000
+    assert not re.search(r"<dc:(date|creator)>", drawn)
+    paper = next(ElementTree.fromstring(drawn).iter(f"{NAMESPACE}path"))
+    _, _, width, height = ElementTree.fromstring(drawn).attrib["viewBox"].split()
+    assert paper.attrib["style"] == "fill: #ffffff"
+    assert {width, height} <= set(paper.attrib["d"].split())
+
+
+@pytest.mark.parametrize("page", [README, MEASURED], ids=["README", "measured"])
+def test_no_page_has_a_measured_number_outside_of_the_table(page: Path) -> None:
+    text = page.read_text()
+    prose = text[: text.index(BEGIN)] + text[text.index(END) :]
     assert not re.findall(r"\d[\d.,]* ?(?:×|µs|ms\b|times (?:as|the))", prose)
 
 
@@ -67,18 +111,19 @@ def test_what_was_refused_or_not_measured_says_so_and_has_no_number() -> None:
     assert line.split("|")[3].strip() == "refused: too noisy"
     (row,) = refused["results"]["link"]["rows"]
     assert (row["ratio"], row["interval"], row["ours"], row["theirs"]) == (None,) * 4
-    texts = " ".join(re.findall(r">([^<]*)</text>", svg(refused)))
-    assert not re.search(r"16|0\.06|14\.4|17\.6|284|17,?000", texts)
-    assert "too noisy" in svg(refused)
+    drawn = picture(refused)
+    assert "too noisy" in words(drawn)
+    assert not re.search(r"16|0\.06|14\.4|17\.6|284|17,?000", " ".join(words(drawn)))
+    assert not dots(drawn, MET)
     absent = table(run_of(broadcasts())).partition("does not have: ")[2]
     assert sum(int(count) for count in re.findall(r"(\d+) of", absent)) == len(QUOTED) - 1
     assert "link" not in absent
 
 
-@pytest.mark.parametrize("readme", ["no marks", BEGIN, END + BEGIN])
-def test_a_readme_without_a_place_for_it_is_left_alone(readme: str) -> None:
+@pytest.mark.parametrize("page", ["no marks", BEGIN, END + BEGIN])
+def test_a_page_without_a_place_for_it_is_left_alone(page: str) -> None:
     with pytest.raises(ValueError, match="no place for the table"):
-        with_table(readme, KEPT)
+        with_table(page, KEPT)
 
 
 def test_only_the_place_between_the_marks_changes() -> None:
@@ -95,29 +140,42 @@ def test_in_the_picture_left_is_better_whatever_was_measured() -> None:
         broadcasts(),
         Row("t", 1.0, "s", "p", 2.0, Ratio(0.5, 0.4, 0.6), at_most=0.25),
         broadcasts(waited=0.5),
+        Row("  detail", 1.0, "s", "p", 2.0, Ratio(0.5, 0.4, 0.6)),
+        Row("alone", 47.0, "MB", at_most=48),
     ]
-    speed, time, noisy = bars([row.as_json() for row in rows])
-    assert (speed.middle, speed.bound, speed.style) == (1 / 16, 0.1, "met")
+    speed, time, noisy, detail = points(run_of(*rows))
+    assert (speed.middle, speed.bound, speed.verdict) == (1 / 16, 0.1, Verdict.MET)
     assert speed.low < 1 / 16 < speed.high
-    assert (time.low, time.middle, time.high, time.bound, time.style) == (0.4, 0.5, 0.6, 0.25, "missed")
-    assert noisy.middle is None
-    assert not bars([Row("alone", 47.0, "MB", at_most=48).as_json()])
+    assert (time.low, time.middle, time.high, time.bound) == (0.4, 0.5, 0.6, 0.25)
+    assert (time.verdict, noisy.verdict) == (Verdict.NOT_MET, Verdict.TOO_NOISY)
+    assert math.isnan(noisy.middle)
+    assert detail.name == "receive + decode, 1 KB broadcasts: detail"
 
 
 def test_the_picture_is_whole_xml_with_every_row_in_it() -> None:
-    run = run_of(broadcasts(), broadcasts(0.004, at_least=None, note="<&>"))
-    picture = ElementTree.fromstring(svg(run))
-    texts = [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("receive + decode, 1 KB broadcasts") == 2
-    assert {"0.062 ×", "250 ×"} <= set(texts)
-    width = float(picture.attrib["width"])
-    for bar in picture.iter("{http://www.w3.org/2000/svg}rect"):
-        assert 0 <= float(bar.attrib["x"]) <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
-    assert svg(run_of()).endswith("</svg>\n")
+    run = run_of(
+        broadcasts(),
+        broadcasts(3.0),
+        broadcasts(0.004, at_least=None, note="<&>"),
+        Row("<slow> & so on", 1.0, "s", "p", 2.0, Ratio(0.5, 0.4, 0.6), at_most=0.25),
+    )
+    drawn = picture(run)
+    assert {"receive + decode, 1 KB broadcasts", "<slow> & so on", "0.062 ×", "250 ×"} <= set(words(drawn))
+    assert {"1 of 3 bounds are met", "≤ 0.1", "not ≤ 0.1", "not ≤ 0.25"} <= set(words(drawn))
+    assert any("a <cpu>, 2 cores" in said for said in words(drawn))
+    _, _, width, height = map(float, ElementTree.fromstring(drawn).attrib["viewBox"].split())
+    (met,), missed, free = (dots(drawn, colour) for colour in (MET, MISSED, FAINT))
+    assert (len(missed), len(free)) == (2, 1)
+    assert all(0 < x < width and 0 < y < height for x, y in (met, *missed, *free))
+    assert met[0] < min(x for x, _ in missed) < free[0][0]
+
+
+def test_there_is_a_picture_of_nothing() -> None:
+    assert ElementTree.fromstring(picture(run_of())).tag == f"{NAMESPACE}svg"
 
 
 def test_each_quoted_row_is_one_that_its_module_makes() -> None:
-    """In the source, so that a row that is renamed does not silently go from README."""
+    """In the source, so that a row that is renamed does not silently go from the tables."""
     for quoted in QUOTED:
         source = (Path(__file__).parents[2] / "bench" / f"{quoted.module}.py").read_text()
         assert re.search(r"\bdef run\(", source), quoted
@@ -135,7 +193,7 @@ def test_a_kept_row_is_found_by_name_and_peer() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_saved_run_is_json_plot_and_table_at_once_and_a_failed_one_is_none(
+def test_a_saved_run_is_json_plot_and_tables_at_once_and_a_failed_one_is_none(
     fails: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(quick: bool) -> list[Row]:
@@ -145,24 +203,29 @@ def test_a_saved_run_is_json_plot_and_table_at_once_and_a_failed_one_is_none(
 
     monkeypatch.setattr(kept, "REPOSITORY", tmp_path)
     monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
-    for name in ("JSON", "SVG", "README"):
-        monkeypatch.setattr(
-            kept, name, tmp_path / ("README.md" if name == "README" else f"results/it.{name.lower()}")
-        )
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\n{END}\n")
+    pages = {"README": tmp_path / "README.md", "MEASURED": tmp_path / "measured.md"}
+    for name, path in {
+        "JSON": tmp_path / "results/it.json",
+        "SVG": tmp_path / "results/it.svg",
+        **pages,
+    }.items():
+        monkeypatch.setattr(kept, name, path)
+    for path in pages.values():
+        path.write_text(f"before\n{BEGIN}\n{END}\n")
     monkeypatch.setattr(command, "modules", lambda wanted: {"link": run})
     monkeypatch.setattr(command, "quiet", lambda patience: None)
     monkeypatch.setattr(Others, "share", lambda others: 0.02)
     assert command.main(["--save"]) == (2 if fails else 0)
-    readme = (tmp_path / "README.md").read_text()
+    readme, measured = (path.read_text() for path in pages.values())
     if fails:
         assert "not saved" in capsys.readouterr().out
-        assert readme == f"before\n{BEGIN}\n{END}\n"
+        assert readme == measured == f"before\n{BEGIN}\n{END}\n"
         assert not (tmp_path / "results").exists()
         return
     written = json.loads((tmp_path / "results/it.json").read_text())
     assert {"at", "commit", "machine", "peers", "seconds", "results"} <= set(written)
     assert written["results"]["link"]["others"] == 0.02
-    assert readme == with_table(readme, written)
-    assert "16.0 × its speed" in readme
-    assert (tmp_path / "results/it.svg").read_text() == svg(written)
+    assert readme == with_table(readme, written, FIRST)
+    assert measured == with_table(measured, written)
+    assert all("16.0 × its speed" in page for page in (readme, measured))
+    assert (tmp_path / "results/it.svg").read_text() == picture(written)

@@ -8,9 +8,10 @@ import httpx
 import pytest
 from msgspec import structs
 
-from agent.errors import CredentialRejected, SessionGone, Superseded, Unavailable
+from agent.errors import CredentialRejected, SessionGone, Superseded, TooLarge, Unavailable
 from agent.model import Commit, SnapshotReady
 from agent.session import SessionApi
+from agent.statusbody import fitted
 from agent.tokens import Tokens, read_token
 from agent.wire import Changes, Current, SnapshotOffer, read_event, read_head, read_manifest, read_sync_answer
 from tests.contract.golden import DIRECTORY, assert_same_form, load
@@ -98,7 +99,9 @@ class Peer:
 
     def _respond(self, request: httpx.Request) -> httpx.Response:
         self.asked.append((request.method, request.url.path, json.loads(request.content)))
-        return httpx.Response(self.status, json=self.answer)
+        media = "application/json" if self.status < 400 else "application/problem+json"
+        body = httpx.ByteStream(json.dumps(self.answer).encode())
+        return httpx.Response(self.status, headers={"content-type": media}, stream=body)
 
 
 async def test_sync_is_asked_in_the_golden_form() -> None:
@@ -128,20 +131,34 @@ async def test_status_is_put() -> None:
     assert_same_form(body, load("status.request"))
 
 
-@pytest.mark.parametrize(
-    ("status", "error"),
-    [
-        (401, CredentialRejected),
-        (403, CredentialRejected),
-        (404, SessionGone),
-        (409, Superseded),
-        (410, SessionGone),
-        (429, Unavailable),
-        (503, Unavailable),
-    ],
-)
-async def test_problems_are_sorted_by_what_can_be_done(status: int, error: type[Exception]) -> None:
-    peer = Peer(status, {**load("problem"), "status": status})
-    with pytest.raises(error) as raised:
+MEANINGS = {
+    "problem": SessionGone,
+    "problem.token_malformed": CredentialRejected,
+    "problem.foreign_session": CredentialRejected,
+    "problem.session_unknown": SessionGone,
+    "problem.path_unknown": Unavailable,
+    "problem.generation_superseded": Superseded,
+    "problem.body_too_large": TooLarge,
+}
+
+
+def test_a_status_is_of_the_golden_form() -> None:
+    golden = load("status.request")
+    head = {key: golden[key] for key in golden if not key.startswith("problems")}
+    assert fitted(head, golden["problems"]) == golden
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DIRECTORY.glob("problem*.json")))
+async def test_problems_are_sorted_by_what_can_be_done(name: str) -> None:
+    golden = load(name)
+    peer = Peer(golden["status"], golden)
+    with pytest.raises(MEANINGS[name]) as raised:
         await peer.api.sync(None, 0, "start")
-    assert type(raised.value) is error
+    assert type(raised.value) is MEANINGS[name]
+    assert golden["detail"] in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_what_may_pass_is_asked_again(status: int) -> None:
+    with pytest.raises(Unavailable):
+        await Peer(status, {**load("problem"), "status": status}).api.sync(None, 0, "start")

@@ -13,7 +13,7 @@ import httpx
 import psycopg
 import pytest
 
-from tests.contract.golden import assert_same_form, load
+from tests.contract.golden import DIRECTORY, assert_same_form, load
 from tests.system.plane import Agent, Plane, Project, running_plane
 
 BIG = "x" * 300_000
@@ -150,15 +150,36 @@ async def test_token_and_status(agent: Agent) -> None:
     assert_same_form(answer.json(), load("status.answer"), optional=frozenset({"action"}))
 
 
-@pytest.mark.parametrize(
-    ("status", "token"), [(401, "not a token"), (410, None)], ids=["a wrong token", "a session that is over"]
-)
-async def test_refusals_are_problem_documents(
-    agent: Agent, plane: Plane, status: int, token: str | None
+REFUSALS = sorted(path.stem for path in DIRECTORY.glob("problem*.json"))
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+async def test_refusals_are_the_golden_problem_documents(
+    name: str, agent: Agent, project: Project, plane: Plane, tmp_path: Path
 ) -> None:
-    if status == 410:
-        await plane.http.delete(f"/v1/sessions/{agent.session_id}")
-    answer = await call(agent, "POST", "sync", load("sync.request.start"), token)
-    assert answer.status_code == status
+    """An agent ends, or asks with less, because of these and nothing else: told by media type and `type`."""
+    golden = load(name)
+    asked: dict[str, Any] = {"method": "POST", "name": "sync", "body": load("sync.request.start")}
+    match name.partition(".")[2]:
+        case "":
+            await plane.http.delete(f"/v1/sessions/{agent.session_id}")
+        case "token_malformed":
+            asked["token"] = "not a token"
+        case "foreign_session":
+            other = await project.session(tmp_path / "other")
+            asked["token"] = other.environ["REALTIME_TOKEN"]
+        case "session_unknown":
+            async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+                await connection.execute("delete from preview.sessions")
+        case "path_unknown":
+            asked["name"] = "of-tomorrow"
+        case "generation_superseded":
+            newer = {"project_id": str(project.id), "generation": 2}
+            await plane.http.post("/v1/sessions", json=newer, headers={"Idempotency-Key": agent.key})
+        case "body_too_large":
+            asked |= {"method": "PUT", "name": "status", "body": {"problems": "x" * 65_536}}
+    answer = await call(agent, **asked)
+    assert answer.status_code == golden["status"], answer.text
     assert answer.headers["content-type"] == "application/problem+json"
-    assert_same_form(answer.json(), load("problem"))
+    assert_same_form(answer.json(), golden)
+    assert (answer.json()["type"], answer.json()["status"]) == (golden["type"], golden["status"])

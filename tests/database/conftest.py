@@ -13,6 +13,7 @@ from tests.database.db import Project, connect, make_project
 
 CLEAN = b"""
     delete from public.projects;
+    delete from preview.deleted_projects;
     delete from public.user_profiles;
     delete from auth.users;
     delete from realtime.messages;

@@ -21,6 +21,7 @@ from psycopg.conninfo import make_conninfo
 from orchestrator_stub.migrations import (
     MIGRATIONS,
     MigrationError,
+    MigrationRefused,
     bootstrap,
     migrate,
     read_migrations,
@@ -38,6 +39,7 @@ from tests.database.db import (
     upsert,
     user,
 )
+from tests.database.products import make
 
 Db = psycopg.Connection[Any]
 
@@ -86,14 +88,19 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("reference", ["uuid references public.projects (id)", "text"], ids=["uuid", "text"])
 def test_legacy_rows_become_version_one_of_the_same_schema(
-    blank: str, database: str, variant: dict[str, str], reference: str
+    blank: str, variant: dict[str, str], reference: str
 ) -> None:
     with connect(blank) as db:
         db.execute(LEGACY.format(reference=reference, **variant).encode())
-    applied = asyncio.run(migrate(blank))
+    with pytest.raises(MigrationRefused) as refused:
+        asyncio.run(migrate(blank))
+    (problem,) = refused.value.problems
+    assert "--adopt-files" in problem
+    assert "alter table public.project_files set schema preview;" in problem
+    applied = asyncio.run(migrate(blank, adopt_files=True))
     assert applied == [migration.version for migration in read_migrations(MIGRATIONS)]
-    assert shape(blank) == shape(database)
     with connect(blank) as db:
+        assert one(db, "select count(*) from preview.project_files") == 9
         rows = db.execute(
             "select file_path, file_type, content, version, revision, created_by::text, updated_at::date::text"
             " from project_files_current where project_id = %s order by file_path",
@@ -115,11 +122,65 @@ def test_legacy_rows_become_version_one_of_the_same_schema(
             "its path cannot be used: protected",
         ]
         heads = db.execute("select revision from project_heads order by revision").fetchall()
-        assert heads == [(0,), (1,)]
+        assert heads == [(1,)]  # the empty project's is made when it is first needed
         epoch, _ = head(db, ONE)
         assert len(changes_since(db, ONE, epoch, 0)["changes"]) == 4
         assert upsert(db, ONE, "twice", "newest")["version"] == 2
         assert len(files(db, ONE)) == 4
+
+
+def test_the_designs_own_table_is_adopted_with_all_of_its_history(blank: str, database: str) -> None:
+    make(blank, "seed_files")
+    assert asyncio.run(migrate(blank, adopt_files=True)) == [m.version for m in read_migrations(MIGRATIONS)]
+    with connect(blank) as db:
+        rows = db.execute(
+            "select right(id::text, 2), file_path, version, content, is_current_version, is_deleted, revision,"
+            " right(parent_version_id::text, 2), right(created_by::text, 1), size_bytes from public.project_files"
+            " where id::text like '00000000%' order by revision"
+        ).fetchall()
+        assert rows == [
+            ("b1", "src/a.ts", 1, "one", False, False, 1, None, "1", 3),
+            ("b3", "gone", 1, "was", False, False, 2, None, "1", 3),
+            ("b2", "src/a.ts", 2, "two", True, False, 3, "b1", "2", 3),
+            ("b4", "gone", 2, None, True, True, 4, "b3", "1", 0),
+            ("b5", "unmarked", 3, "was", False, False, 5, None, "1", 3),
+            ("b6", "rolled/back", 1, "good", False, False, 6, None, "1", 4),
+            ("b7", "rolled/back", 2, "bad", False, False, 7, "b6", "1", 3),
+            ("b8", "logo.png", 1, None, True, False, 8, None, "1", 7),
+        ]
+        # One version more says which is current, where the last of a path was not.
+        added = db.execute(
+            "select file_path, version, content, is_deleted from public.project_files"
+            " where id::text not like '00000000%' order by file_path"
+        ).fetchall()
+        assert added == [("rolled/back", 3, "good", False), ("unmarked", 4, None, True)]
+        assert [
+            path for (path,) in db.execute("select file_path from public.project_files_current order by 1")
+        ] == [
+            "logo.png",
+            "rolled/back",
+            "src/a.ts",
+        ]
+        assert db.execute("select reason, legacy ->> 'file_path' from preview.legacy_rejects").fetchall() == [
+            ("its bytes are not in project-assets", "lost.png")
+        ]
+        assert one(db, "select count(*) from preview.project_files") == 9
+        for path, version in {
+            "src/a.ts": 3,
+            "gone": 3,
+            "unmarked": 5,
+            "rolled/back": 4,
+            "logo.png": 2,
+        }.items():
+            assert upsert(db, ONE, path, "later")["version"] == version
+        wrong = "select file_path from project_files"
+        wrong += " where content_hash <> encode(sha256(convert_to(content, 'UTF8')), 'hex')"
+        assert db.execute(wrong.encode()).fetchall() == []
+        columns = "select attname, format_type(atttypid, atttypmod), attnotnull from pg_attribute"
+        columns += " where attrelid = 'public.project_files'::regclass and attnum > 0 order by attnum"
+        here = db.execute(columns.encode()).fetchall()
+    with connect(database) as db:
+        assert db.execute(columns.encode()).fetchall() == here
 
 
 def test_each_step_alone_ends_where_all_at_once_do(blank: str, database: str) -> None:
@@ -146,16 +207,16 @@ def test_applied_migrations_are_recorded_as_the_cli_does(database: str) -> None:
     assert rows == [(m.version, m.name) for m in read_migrations(MIGRATIONS)]
 
 
-def test_a_failing_migration_leaves_nothing_of_itself(blank: str, tmp_path: Path) -> None:
+def test_a_failing_migration_leaves_nothing(blank: str, tmp_path: Path) -> None:
     (tmp_path / "20260101000000_fine.sql").write_text("create table public.fine (id int primary key);")
     (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int); select 1/0;")
     with pytest.raises(MigrationError, match="20260102000000_broken: division by zero"):
         asyncio.run(migrate(blank, tmp_path))
     with connect(blank) as db:
-        assert one(db, "select to_regclass('public.fine')::text") == "fine"
-        assert one(db, "select to_regclass('public.half')") is None
+        for made in ("public.fine", "public.half", "supabase_migrations.schema_migrations"):
+            assert one(db, "select to_regclass(%s)", [made]) is None
     (tmp_path / "20260102000000_broken.sql").write_text("create table public.half (id int);")
-    assert asyncio.run(migrate(blank, tmp_path)) == ["20260102000000"]
+    assert asyncio.run(migrate(blank, tmp_path)) == ["20260101000000", "20260102000000"]
 
 
 def test_names_and_order_are_checked(blank: str, tmp_path: Path) -> None:
@@ -262,19 +323,20 @@ def test_the_seed_is_a_project_that_can_be_shown_twice(database: str) -> None:
         assert len(files(db, ONE)) == 3
 
 
-def test_a_live_table_is_not_waited_for_for_ever(blank: str) -> None:
-    """A long query on the old table: the migration gives up, changes nothing, and can be run again."""
+@pytest.mark.parametrize(
+    "work", ["select count(*) from public.project_files", "update public.projects set name = 'x'"]
+)
+def test_a_live_table_is_not_waited_for_for_ever(blank: str, work: str) -> None:
+    """A long transaction on a table of the product's: the migration gives up, changes nothing, and can be run again."""
     with connect(blank) as db:
         db.execute(LEGACY.format(reference="text", **VARIANTS["path, content, type"]).encode())
         with db.transaction():
-            db.execute("select count(*) from public.project_files")
-            with pytest.raises(
-                MigrationError, match="20261120000000_project_files: canceling statement due to lock timeout"
-            ):
-                asyncio.run(migrate(blank))
+            db.execute(work.encode())
+            with pytest.raises(MigrationError, match="canceling statement due to lock timeout"):
+                asyncio.run(migrate(blank, adopt_files=True))
         assert one(db, "select to_regnamespace('preview')") is None
         assert one(db, "select count(*) from public.project_files") == 9
-    assert len(asyncio.run(migrate(blank))) == len(read_migrations(MIGRATIONS))
+    assert len(asyncio.run(migrate(blank, adopt_files=True))) == len(read_migrations(MIGRATIONS))
 
 
 DEBIAN = Path("/usr/lib/postgresql")

@@ -63,6 +63,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
     (r"make help", Run(says="make check")),
     (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
+    (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (r"make (test-nightly|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?", Make("nightly, by hand")),
     # --- the agent
@@ -76,11 +77,18 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"preview-agent record \S+", Run(until="recording into")),
     (r"preview-agent replay \S+\.jsonl( .*)?", Run(says="^ok")),
     # --- the orchestrator
-    (r"DATABASE_URL=\S+ preview-orchestrator migrate", Run(says="nothing to apply")),
-    (r"preview-orchestrator migrate", MENTION),
+    (
+        r"DATABASE_URL=\S+ preview-orchestrator migrate( --check| --adopt-files)?",
+        Run(says="nothing to apply"),
+    ),
+    (r"preview-orchestrator migrate( --\w+)?", MENTION),
     (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
+    ),
+    (
+        r"preview-orchestrator machines",
+        ByTest("tests/orchestrator/test_machines_command.py::test_it_says_whose_every_machine_is"),
     ),
     (r"(\.venv/bin/)?preview-orchestrator tail -", Run(until="file:update")),
     (
@@ -118,6 +126,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"\.venv/bin/python -m pytest tests/agent/test_plan\.py", OnlyRead("itself: this is it")),
     (r"git log", MENTION),
     (r"python -m tests\.docs\.test_\w+", Run()),
+    (r"python -m bench --help", Run(says="too noisy")),
     (r"python -m bench \w+", ByTest("tests/bench/test_results.py::test_a_refused_number_appears_nowhere")),
 )
 

@@ -12,7 +12,7 @@ from agent import errors
 from agent.commands import EXITS
 from agent.devserver import State
 from agent.errors import AgentError
-from agent.phoenix import LinkState
+from agent.linkstate import LinkState
 from agent.problems import REMEDIES, ProblemKind
 from agent.status import AgentState
 from orchestrator_stub import sessions

@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
+def install(place: Path) -> str:
+    """Put the command into `place`, which keeps its containers too; its path."""
+    (place / "state").mkdir()
+    cli = place / "engine"
+    cli.write_text(f'#!/bin/sh\nENGINE_STATE={place}/state exec {sys.executable} -S {__file__} "$@"\n')
+    cli.chmod(0o755)
+    return str(cli)
+
+
 def fail(code: int, text: str) -> NoReturn:
     sys.stderr.write(f"Error: {text}\n")
     sys.exit(code)
@@ -39,7 +48,6 @@ def run(arguments: list[str], status: str) -> None:
     parser = argparse.ArgumentParser()
     for option in (
         "name",
-        "label",
         "restart",
         "stop-timeout",
         "pull",
@@ -48,6 +56,7 @@ def run(arguments: list[str], status: str) -> None:
         "security-opt",
     ):
         parser.add_argument(f"--{option}", required=True)
+    parser.add_argument("--label", action="append", required=True)
     parser.add_argument("--publish", action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--detach", action="store_true")
@@ -56,7 +65,6 @@ def run(arguments: list[str], status: str) -> None:
     given = parser.parse_args(arguments)
     if "no-such-image" in given.image:
         fail(125, f"{given.image}: image not known")
-    label, _, value = given.label.partition("=")
     ports = {}
     for n, published in enumerate(given.publish):
         host, _, port = published.rpartition("::")
@@ -65,7 +73,10 @@ def run(arguments: list[str], status: str) -> None:
         "Name": given.name,
         "Created": datetime.now(UTC).isoformat(),
         "State": {"Status": status},
-        "Config": {"Env": [f"{name}={os.environ[name]}" for name in given.env], "Labels": {label: value}},
+        "Config": {
+            "Env": [f"{name}={os.environ[name]}" for name in given.env],
+            "Labels": dict(label.split("=", 1) for label in given.label),
+        },
         "NetworkSettings": {"Ports": ports},
     }
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import struct
@@ -31,16 +32,20 @@ class Answer:
 
 @dataclass(slots=True)
 class Origin:
-    """Gives its `answers` in turn, the last one for ever. `requests` has each request's head."""
+    """Gives its `answers` in turn, the last one for ever. `requests` has each request's head, `bodies` its body."""
 
     answers: list[Answer]
     requests: list[str] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
     url: str = ""
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             self.requests.append(head.decode())
+            # Read whole: what is left in a socket that is closed resets the connection, answer and all.
+            length = re.search(rb"(?im)^content-length: *(\d+)", head)
+            self.bodies.append(await reader.readexactly(int(length[1])) if length else b"")
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
             await self._answer(answer, reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):

@@ -17,6 +17,7 @@ from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, Offer, SnapshotUnavailable
 from orchestrator_stub.database import Pool, pool_of
+from orchestrator_stub.sessions import Installation, machine_name
 from orchestrator_stub.store import SessionStore
 from orchestrator_stub.tokens import Keyring, mint_session, new_es256, new_hs256
 from tests.fakes.machines import FakeMachines, Platform
@@ -70,6 +71,7 @@ class World:
     store: SessionStore
     control: Control
     http: httpx.AsyncClient
+    installation: Installation
 
     async def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async with self.pool.connection() as connection:
@@ -111,7 +113,12 @@ class World:
             self.snapshots,
             driver or FakeMachines(self.platform),
             self.keys,
+            installation=self.installation,
         )
+
+    def name_of(self, session_id: UUID, generation: int = 1) -> str:
+        """What the session's machine is called."""
+        return machine_name(self.installation.mark, session_id, generation)
 
     def token(
         self, session: dict[str, Any], *, generation: int | None = None, ttl: float = 600, **other: Any
@@ -177,20 +184,27 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
 
 @asynccontextmanager
 async def control_world(
-    dsn: str, *, on_ready: Callable[[float], None] = lambda seconds: None, **changed: Any
+    dsn: str,
+    *,
+    platform: Platform | None = None,
+    on_ready: Callable[[float], None] = lambda seconds: None,
+    **changed: Any,
 ) -> AsyncIterator[World]:
-    """One orchestrator over the database at `dsn`, answering in process."""
+    """One orchestrator over the database at `dsn` and `platform`, or one of its own, answering in process."""
     settings = settings_for(dsn, **changed)
     keys = Keyring.from_jwks({"keys": [new_es256("e1"), new_hs256("h1")]})
-    platform, snapshots, assets = Platform(), PaperSnapshots(), PaperAssets()
+    platform, snapshots, assets = platform or Platform(), PaperSnapshots(), PaperAssets()
     async with pool_of(dsn, size=6, timeout=5) as pool:
         store = SessionStore(pool)
-        control = Control(settings, store, snapshots, FakeMachines(platform), keys)
+        installation = await store.installation()
+        control = Control(settings, store, snapshots, FakeMachines(platform), keys, installation=installation)
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=on_ready)
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
-            world = World(settings, pool, keys, platform, snapshots, assets, store, control, http)
+            world = World(
+                settings, pool, keys, platform, snapshots, assets, store, control, http, installation
+            )
             try:
                 yield world
             finally:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from uuid import UUID, uuid4
 
 from orchestrator_stub.machines import MachineDriver, MachineSpec, MachineState
-from orchestrator_stub.sessions import machine_name
+from orchestrator_stub.sessions import machine_name, mark_of
+
+INSTALLATION, ANOTHER = uuid4(), uuid4()
 
 
-def spec_for(session_id: UUID | None = None, generation: int = 1, **env: str) -> MachineSpec:
-    """A machine to be made."""
+def spec_for(
+    session_id: UUID | None = None, generation: int = 1, *, of: UUID = INSTALLATION, **env: str
+) -> MachineSpec:
+    """A machine to be made, of the installation `of`."""
     session_id = session_id or uuid4()
     return MachineSpec(
-        name=machine_name(session_id, generation),
+        name=machine_name(mark_of(of), session_id, generation),
+        installation=of,
         project_id=uuid4(),
         session_id=session_id,
         generation=generation,
@@ -57,7 +62,7 @@ class DriverContract:
         first = await driver.create(spec_for(session_id, 1))
         await driver.retire(first.id)
         second = await driver.create(spec_for(session_id, 2))
-        assert [m.name for m in await driver.find(session_id)] == [machine_name(session_id, 2)]
+        assert [m.name for m in await driver.find(session_id)] == [spec_for(session_id, 2).name]
         await driver.destroy(second.id)
         assert await driver.find(session_id) == []
 

@@ -130,7 +130,7 @@ async def test_each_part_of_making_a_machine_is_told(world: World) -> None:
     told: list[str] = []
     control = Control(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
-        on_part=lambda part, seconds: told.append(part),
+        installation=world.installation, on_part=lambda part, seconds: told.append(part),
     )  # fmt: skip
     project = await world.project()
     for generation in (1, 2):

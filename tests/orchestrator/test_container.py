@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pytest
 
 from orchestrator_stub.machines import MachineRefused, MachineState
 from orchestrator_stub.machines.container import ContainerMachines
+from tests.fakes import engine as fake_engine
 from tests.orchestrator.driver_contract import DriverContract, spec_for
 
 IMAGE = "localhost/preview-sync-test-sleep"
@@ -79,13 +79,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Engine(*found)
         subprocess.run([found[0], "rmi", "--force", IMAGE], capture_output=True, timeout=60)
         return
-    place = tmp_path_factory.mktemp("engine")
-    (place / "state").mkdir()
-    cli = place / "engine"
-    fake = Path(__file__).parents[1] / "fakes" / "engine.py"
-    cli.write_text(f'#!/bin/sh\nENGINE_STATE={place}/state exec {sys.executable} -S {fake} "$@"\n')
-    cli.chmod(0o755)
-    yield Engine(str(cli))
+    yield Engine(fake_engine.install(tmp_path_factory.mktemp("engine")))
 
 
 @pytest.fixture

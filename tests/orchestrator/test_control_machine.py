@@ -1,8 +1,9 @@
 """The control plane as a hypothesis state machine: everything that can go wrong, in any order, any number of times.
 
 Each rule is done by an orchestrator of its own, which may be killed at any of its steps: before or after any call to
-the database or to the platform. What must hold is the issue's sentence: never two live machines for a session, never
-a machine without an owner after the sweep, never a session stuck in between past its deadline.
+the database or to the platform. There are two databases, so two installations, on one platform, and machines of nobody.
+What must hold: never two live machines for a session, never a machine without an owner after the sweep, never a session
+stuck in between past its deadline, and no machine ended but by the installation that made it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from orchestrator_stub.control import Control
-from orchestrator_stub.machines import MachineState
+from orchestrator_stub.machines import Machine, MachineState
 from orchestrator_stub.sessions import ENDED, State, owner_of
 from tests.fakes.machines import FakeMachines, Platform
 from tests.orchestrator.control_world import World, control_world
@@ -63,10 +64,30 @@ class Mortal:
             raise Killed
 
 
-class ControlMachine(RuleBasedStateMachine):
-    """Sessions of two projects, under every fault."""
+class Watched(FakeMachines):
+    """A driver of one installation; `wrongs` gets each machine of somebody else that it was told to end."""
 
-    database = ""
+    def __init__(self, platform: Platform, mark: str, wrongs: list[str]) -> None:
+        super().__init__(platform)
+        self._mark = mark
+        self._wrongs = wrongs
+
+    async def destroy(self, machine_id: str) -> None:
+        machine = self.platform.machines.get(machine_id)
+        owner = owner_of(machine.name) if machine else None
+        if machine is not None and (owner is None or owner.mark != self._mark):
+            self._wrongs.append(machine.name)
+        await super().destroy(machine_id)
+
+
+NOBODYS = ("preview-" + "0" * 32 + "-g1", "somebody-s-own")
+"""From before machines carried a mark, of a session that no database knows; and a name that says nothing."""
+
+
+class ControlMachine(RuleBasedStateMachine):
+    """Sessions of two projects in each of two installations, under every fault."""
+
+    databases: tuple[str, str] = ("", "")
     runner: asyncio.Runner
 
     def run(self, step: Coroutine[Any, Any, Any]) -> Any:
@@ -74,28 +95,37 @@ class ControlMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.context = control_world(self.database)
-        self.world: World = self.run(self.context.__aenter__())
-        # Each example has the table to itself; the platform is a new one anyway.
-        self.run(self.world.sql("truncate preview.sessions"))
-        self.projects = [self.run(self.world.project()) for _ in range(2)]
-        self.create("a", None, 0)
-        self.create("b", None, 0)
+        self.platform = Platform()
+        self.wrongs: list[str] = []
+        self.contexts = [control_world(dsn, platform=self.platform) for dsn in self.databases]
+        self.worlds: list[World] = [self.run(context.__aenter__()) for context in self.contexts]
+        for n, name in enumerate(NOBODYS):
+            self.platform.machines[f"nobody-{n}"] = Machine(
+                "fake", f"nobody-{n}", name, MachineState.STOPPED, 0.0
+            )
+        self.projects = []
+        for world in self.worlds:
+            # Each example has the table to itself; the platform is a new one anyway.
+            self.run(world.sql("truncate preview.sessions"))
+            self.projects.append([self.run(world.project()) for _ in range(2)])
+        for which in range(2):
+            self.create(which, "a", None, 0)
+            self.create(which, "b", None, 0)
 
     def teardown(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "worlds"):
             return
         try:
             self.settle()
         finally:
-            self.run(self.context.__aexit__(None, None, None))
+            for context in self.contexts:
+                self.run(context.__aexit__(None, None, None))
 
-    async def by_somebody(self, fuse: int, act: Callable[[Control], Awaitable[Any]]) -> None:
+    async def by_somebody(self, world: World, fuse: int, act: Callable[[Control], Awaitable[Any]]) -> None:
         """`act` in an orchestrator of its own, with all it started, killed at its `fuse`th step (0: never)."""
         steps = [fuse]
-        control = self.world.control_of(
-            Mortal(FakeMachines(self.world.platform), steps), Mortal(self.world.store, steps)
-        )
+        driver = Watched(self.platform, world.installation.mark, self.wrongs)
+        control = world.control_of(Mortal(driver, steps), Mortal(world.store, steps))
         try:
             await act(control)
             while control._tasks:
@@ -105,45 +135,47 @@ class ControlMachine(RuleBasedStateMachine):
         finally:
             await control.drop()
 
+    which = st.integers(0, 1)
     fuses = st.just(0) | st.integers(1, 14)
 
-    @rule(key=st.sampled_from(KEYS), generation=st.none() | st.integers(1, 3), fuse=fuses)
-    def create(self, key: str | None, generation: int | None, fuse: int) -> None:
-        project = self.projects[key == "b"]
+    @rule(which=which, key=st.sampled_from(KEYS), generation=st.none() | st.integers(1, 3), fuse=fuses)
+    def create(self, which: int, key: str | None, generation: int | None, fuse: int) -> None:
+        project = self.projects[which][key == "b"]
 
         async def act(control: Control) -> None:
             await control.request(project, key=key, generation=generation, ttl=600)
 
-        self.run(self.by_somebody(fuse, act))
+        self.run(self.by_somebody(self.worlds[which], fuse, act))
 
-    @rule(fuse=fuses)
-    def sweep(self, fuse: int) -> None:
+    @rule(which=which, fuse=fuses)
+    def sweep(self, which: int, fuse: int) -> None:
         async def act(control: Control) -> None:
             try:
                 await control.sweep()
             except Exception:
-                assert self.world.platform.down, "a sweep fails only while the platform is away"
+                assert self.platform.down, "a sweep fails only while the platform is away"
 
-        self.run(self.by_somebody(fuse, act))
+        self.run(self.by_somebody(self.worlds[which], fuse, act))
 
-    @rule(nth=st.integers(0, 3), fuse=fuses)
-    def delete(self, nth: int, fuse: int) -> None:
-        sessions = self.rows()
+    @rule(which=which, nth=st.integers(0, 3), fuse=fuses)
+    def delete(self, which: int, nth: int, fuse: int) -> None:
+        sessions = self.rows(self.worlds[which])
         session_id = sessions[nth % len(sessions)][0]
-        self.run(self.by_somebody(fuse, lambda control: control.end(session_id)))
+        self.run(self.by_somebody(self.worlds[which], fuse, lambda control: control.end(session_id)))
 
     @rule(nth=st.integers(0, 3), state=st.sampled_from(["installing", "serving"]))
     def heartbeat(self, nth: int, state: str) -> None:
         """A machine that runs says so, and obeys."""
-        platform = self.world.platform
+        platform = self.platform
         running = [m for m in platform.machines.values() if m.state is MachineState.RUNNING]
         if not running:
             return
         machine = running[nth % len(running)]
         spec = platform.specs[machine.id]
+        (world,) = [world for world in self.worlds if world.installation.id == spec.installation]
 
         async def beat() -> int:
-            answer = await self.world.http.put(
+            answer = await world.http.put(
                 f"/v1/sessions/{spec.session_id}/status",
                 json={"state": state, "revision": 0},
                 headers={"Authorization": f"Bearer {spec.env['REALTIME_TOKEN']}"},
@@ -158,84 +190,101 @@ class ControlMachine(RuleBasedStateMachine):
 
     @rule(nth=st.integers(0, 3))
     def machine_vanishes(self, nth: int) -> None:
-        machines = list(self.world.platform.machines)
+        machines = [machine_id for machine_id in self.platform.machines if machine_id in self.platform.specs]
         if machines:
-            del self.world.platform.machines[machines[nth % len(machines)]]
+            del self.platform.machines[machines[nth % len(machines)]]
 
-    @rule(seconds=st.sampled_from([1, 30, 90, 150, 320, 700]))
-    def time_passes(self, seconds: int) -> None:
-        self.run(self.world.pass_time(seconds))
+    @rule(which=which, seconds=st.sampled_from([1, 30, 90, 150, 320, 700]))
+    def time_passes(self, which: int, seconds: int) -> None:
+        self.run(self.worlds[which].pass_time(seconds))
 
-    @rule(what=st.sampled_from(["lost reply", "platform", "storage", "all is well"]))
-    def trouble(self, what: str) -> None:
-        platform = self.world.platform
-        platform.down = what == "platform"
-        platform.lose_replies = int(what == "lost reply")
-        self.world.snapshots.broken = what == "storage"
+    @rule(which=which, what=st.sampled_from(["lost reply", "platform", "storage", "all is well"]))
+    def trouble(self, which: int, what: str) -> None:
+        self.platform.down = what == "platform"
+        self.platform.lose_replies = int(what == "lost reply")
+        self.worlds[which].snapshots.broken = what == "storage"
+
+    @invariant()
+    def nobody_ends_what_is_not_theirs(self) -> None:
+        if hasattr(self, "worlds"):
+            assert self.wrongs == []
+            assert {f"nobody-{n}" for n in range(len(NOBODYS))} <= set(self.platform.machines)
 
     @invariant()
     def never_two_live_machines_for_a_session(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "worlds"):
             return
         owners = [
             (owner_of(machine.name) or (None,))[0]
-            for machine in self.world.platform.machines.values()
+            for machine in self.platform.machines.values()
             if machine.state is MachineState.RUNNING
         ]
         assert len(owners) == len(set(owners))
 
     @invariant()
     def what_is_over_has_no_machine(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "worlds"):
             return
-        for session_id, state, _ in self.rows():
-            if state in ENDED:
-                assert not self.world.platform.live(session_id)
+        for world in self.worlds:
+            for session_id, state, _ in self.rows(world):
+                if state in ENDED:
+                    assert not self.platform.live(session_id)
 
-    def rows(self) -> list[tuple[UUID, str, str | None]]:
+    def rows(self, world: World) -> list[tuple[UUID, str, str | None]]:
         rows: list[tuple[UUID, str, str | None]] = self.run(
-            self.world.sql("select id, state, machine_id from preview.sessions order by created_at, id")
+            world.sql("select id, state, machine_id from preview.sessions order by created_at, id")
         )
         return rows
 
     def settle(self) -> None:
-        """The faults end, claims lapse, one orchestrator sweeps: everything must come out right."""
-        platform: Platform = self.world.platform
-        platform.down, platform.lose_replies, self.world.snapshots.broken = False, 0, False
-        self.run(self.world.pass_time(self.world.settings.claim_seconds + 1))
+        """The faults end, claims lapse, one orchestrator of each sweeps: everything must come out right."""
+        self.platform.down, self.platform.lose_replies = False, 0
+        for world in self.worlds:
+            world.snapshots.broken = False
+        for world in self.worlds:
+            self.come_right(world)
+        for world in self.worlds:
+            self.come_to_an_end(world)
+        self.nobody_ends_what_is_not_theirs()
+        assert len(self.platform.machines) == len(NOBODYS)
 
-        async def act(control: Control) -> None:
-            for _ in range(3):
-                await control.sweep()
-                while control._tasks:
-                    await asyncio.wait(list(control._tasks.values()))
-
-        self.run(self.by_somebody(0, act))
-        rows = {row[0]: row for row in self.rows()}
-        for machine in platform.machines.values():
+    def come_right(self, world: World) -> None:
+        self.run(world.pass_time(world.settings.claim_seconds + 1))
+        self.run(self.by_somebody(world, 0, sweep_thrice))
+        rows = {row[0]: row for row in self.rows(world)}
+        for machine in self.platform.machines.values():
             owner = owner_of(machine.name)
-            assert owner is not None
-            assert owner[0] in rows, f"{machine.name} is nobody's"
-            assert rows[owner[0]][1] not in ENDED, f"{machine.name} outlives its session"
-            assert rows[owner[0]][2] == machine.id, f"{machine.name} is not the one its session knows"
+            if owner is None or owner.mark != world.installation.mark:
+                continue
+            assert owner.session_id in rows, f"{machine.name} is nobody's"
+            assert rows[owner.session_id][1] not in ENDED, f"{machine.name} outlives its session"
+            assert rows[owner.session_id][2] == machine.id, f"{machine.name} is not the one its session knows"
         for session_id, state, machine_id in rows.values():
             assert state not in (State.REQUESTED, State.DRAINING), f"{session_id} is stuck in {state}"
             if state not in ENDED:
-                assert machine_id in platform.machines, f"{session_id} has no machine"
+                assert machine_id in self.platform.machines, f"{session_id} has no machine"
 
-        self.run(self.world.pass_time(self.world.settings.provision_seconds + 1))
-        self.run(self.by_somebody(0, act))
-        assert {row[1] for row in self.rows()} <= {*ENDED, State.READY}
-        self.run(self.world.pass_time(10_000))
-        self.run(self.by_somebody(0, act))
-        assert {row[1] for row in self.rows()} <= {str(state) for state in ENDED}
-        assert not platform.machines
+    def come_to_an_end(self, world: World) -> None:
+        self.run(world.pass_time(world.settings.provision_seconds + 1))
+        self.run(self.by_somebody(world, 0, sweep_thrice))
+        assert {row[1] for row in self.rows(world)} <= {*ENDED, State.READY}
+        self.run(world.pass_time(10_000))
+        self.run(self.by_somebody(world, 0, sweep_thrice))
+        assert {row[1] for row in self.rows(world)} <= {str(state) for state in ENDED}
+
+
+async def sweep_thrice(control: Control) -> None:
+    for _ in range(3):
+        await control.sweep()
+        while control._tasks:
+            await asyncio.wait(list(control._tasks.values()))
 
 
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_the_control_plane_survives_everything(postgres_dsn: str, database: str, long: bool) -> None:
+def test_the_control_plane_survives_everything(database: str, other_database: str, long: bool) -> None:
     with asyncio.Runner() as runner:
-        machine = type("Machine", (ControlMachine,), {"database": database, "runner": runner})
+        given = {"databases": (database, other_database), "runner": runner}
+        machine = type("Machine", (ControlMachine,), given)
         # A failure is shown as found: each step is a round of real queries, and shrinking takes minutes of them.
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
         number = examples(1000, 1000) if long else examples(30, 30)

@@ -155,7 +155,7 @@ class Watched:
         self.sent: list[Sent] = []
 
     async def __aenter__(self) -> Watched:
-        editor = self.desk.editor()
+        self.editor = editor = self.desk.editor()
         await editor.send_all()
 
         async def follow() -> None:
@@ -279,3 +279,90 @@ async def test_a_save_that_never_arrived_and_was_undone_is_no_refusal(desk: Desk
     (desk.root / "never.ts").unlink()
     assert (await editor.send_all()).skipped == ()
     assert not await editor.send_all()
+
+
+LATIN = b"caf\xe9"
+"""A name that is not UTF-8."""
+
+
+def plant(directory: Path, kind: str) -> None:
+    place = os.fsencode(directory) + b"/" + LATIN
+    directory.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        with open(place, "wb") as file:
+            file.write(b"x")
+    elif kind == "directory":
+        os.mkdir(place)
+    else:
+        os.symlink(b"nowhere", place)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+@pytest.mark.parametrize("below", ["", "src", "node_modules/x"])
+async def test_a_name_that_is_not_utf_8_does_not_end_the_watch(desk: Desk, below: str, kind: str) -> None:
+    """Also in a directory that is none of the project's: the watch is over all of them."""
+    (desk.root / below).mkdir(parents=True, exist_ok=True)
+    async with Watched(desk) as watched:
+        desk.put("with-it.ts", "saved in the same moment")
+        plant(desk.root / below, kind)
+        await desk.until(lambda files: "with-it.ts" in files)
+        desk.put("src/after.ts", "after")
+        await desk.until(lambda files: files.get("src/after.ts") == "after")
+        assert not watched.task.done()
+        assert watched.editor.renewals > 0
+        async with asyncio.timeout(30):
+            # Its own looks are no reason to make it again: once it is there, saves come through it.
+            for number in range(1000):
+                before = watched.editor.renewals
+                for again in "ab":
+                    desk.put("src/after.ts", f"{number}{again}")
+                    await desk.until(lambda files, now=f"{number}{again}": files.get("src/after.ts") == now)
+                    await asyncio.sleep(0.3)
+                if watched.editor.renewals == before:
+                    break
+        (desk.root / "with-it.ts").unlink()
+        desk.put("new/deep/er/c.ts", "1")
+        await desk.until(lambda files: "with-it.ts" not in files and "new/deep/er/c.ts" in files)
+        desk.put("new/deep/er/c.ts", "2")
+        await desk.until(lambda files: files["new/deep/er/c.ts"] == "2")
+        skipped = [line for sent in watched.sent for line in sent.skipped]
+        assert len(skipped) == (1 if kind != "link" and below != "node_modules/x" else 0)
+        assert all("its name is not UTF-8" in line for line in skipped)
+        assert "".join(skipped).isprintable(), "what a terminal cannot show is escaped"
+
+
+async def test_names_that_are_not_utf_8_without_end_stop_no_save(desk: Desk) -> None:
+    async with Watched(desk) as watched:
+        done = asyncio.Event()
+
+        async def write() -> None:
+            while not done.is_set():
+                plant(desk.root, "file")
+                await asyncio.sleep(0.01)
+
+        writing = asyncio.create_task(write())
+        for number in range(3):
+            desk.put("src/a.ts", f"{number}")
+            await desk.until(lambda files, number=number: files.get("src/a.ts") == f"{number}")
+        done.set()
+        await writing
+        assert not watched.task.done()
+        lines = [line for sent in watched.sent for line in sent.skipped]
+        assert len(lines) == 1, "said once"
+
+
+async def test_what_has_such_a_name_is_left_out_and_said(desk: Desk) -> None:
+    desk.put(f"{os.fsdecode(LATIN)}/a.ts", "x")
+    desk.put(f"src/{os.fsdecode(LATIN)}.ts", "x")
+    desk.put("b\n.ts", "x")
+    desk.put("b.ts", "x")
+    sent = await desk.editor().send_all()
+    assert (sent.updated, set(sent.skipped)) == (
+        1,
+        {
+            "caf\\xe9: its name is not UTF-8",
+            "src/caf\\xe9.ts: its name is not UTF-8",
+            "b\\n.ts: its name has a backslash or a control character",
+        },
+    )
+    assert (await desk.editor().send_all()).skipped == sent.skipped, "another start says it again"

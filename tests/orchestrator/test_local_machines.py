@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator_stub.machines import Machine, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
-from orchestrator_stub.sessions import machine_name, owner_of
+from orchestrator_stub.sessions import owner_of
 from tests.orchestrator.driver_contract import DriverContract, spec_for
 
 AGENT = """
@@ -145,7 +145,7 @@ async def test_a_port_is_given_to_one_machine_though_nobody_listens_on_it_yet(
     third = await preferring.create(spec_for())
     assert ports(third)[0] != wanted
     assert (await preferring.create(spec_for(session, 2))).preview_url == first.preview_url
-    await preferring.destroy(machine_name(session, 2))
+    await preferring.destroy(spec_for(session, 2).name)
     fourth = await preferring.create(spec_for())
     assert ports(fourth)[0] == wanted
     await preferring.close()

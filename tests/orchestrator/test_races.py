@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator_stub.control import Control
 from orchestrator_stub.machines import Machine, MachineSpec
-from orchestrator_stub.sessions import ENDED, State, machine_name, owner_of
+from orchestrator_stub.sessions import ENDED, State
 from orchestrator_stub.tokens import read_session
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.control_world import World, control_world
@@ -65,7 +65,7 @@ async def test_fifty_times_the_same_key_with_every_generation_is_one_machine_of_
     session = await world.store.get(answers[0][0].id)
     assert session is not None
     assert (session.generation, session.state) == (5, State.PROVISIONING)
-    assert [m.name for m in world.platform.machines.values()] == [machine_name(session.id, 5)]
+    assert [m.name for m in world.platform.machines.values()] == [world.name_of(session.id, 5)]
     assert session.machine_id in world.platform.machines
 
 
@@ -85,7 +85,7 @@ async def test_a_generation_asked_for_while_the_one_before_is_made_waits_for_no_
     await control.request(project, key="k", generation=2, ttl=600)
     go_on.set()
     await idle(control)
-    assert [m.name for m in world.platform.machines.values()] == [machine_name(session.id, 2)]
+    assert [m.name for m in world.platform.machines.values()] == [world.name_of(session.id, 2)]
     kept = await world.store.get(session.id)
     assert kept is not None
     assert kept.machine_id in world.platform.machines
@@ -116,7 +116,7 @@ async def test_two_sweeps_at_once_do_everything_once(world: World, both: list[Co
     for n in range(20):
         await world.store.create(project, key=f"waits-{n}", generation=1, ttl=600)
         await world.store.create(project, key=f"expired-{n}", generation=1, ttl=-1)
-    stray = MachineSpec(machine_name(uuid4(), 1), project, uuid4(), 1, {})
+    stray = MachineSpec(world.name_of(uuid4()), world.installation.id, project, uuid4(), 1, {})
     await FakeMachines(world.platform).create(stray)
     for _ in range(3):
         await asyncio.gather(*(control.sweep() for control in both))
@@ -179,7 +179,7 @@ async def test_connections_that_are_killed_in_the_middle_cost_time_and_nothing_e
     rows = await world.sql("select id, state, generation, machine_id from preview.sessions")
     assert len(rows) == 16
     names = {machine.id: machine.name for machine in world.platform.machines.values()}
-    wanted = {m: machine_name(i, generation) for i, state, generation, m in rows if state not in ENDED}
+    wanted = {m: world.name_of(i, generation) for i, state, generation, m in rows if state not in ENDED}
     assert names == wanted
     assert {state for _, state, *_ in rows} <= {"provisioning", "gone"}
 
@@ -187,7 +187,7 @@ async def test_connections_that_are_killed_in_the_middle_cost_time_and_nothing_e
 async def test_one_session_s_bug_does_not_keep_the_others_from_their_machines(world: World) -> None:
     class Buggy(FakeMachines):
         async def create(self, spec: MachineSpec) -> Machine:
-            if owner_of(spec.name) == (poisoned.id, 1):
+            if spec.session_id == poisoned.id:
                 raise KeyError("a field that is not there")
             return await super().create(spec)
 
@@ -215,7 +215,7 @@ async def test_an_orchestrator_whose_clock_is_wrong_still_gives_tokens_that_last
     now = time.time() + skew
     wrong = Control(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
-        clock=lambda: now,
+        installation=world.installation, clock=lambda: now,
     )  # fmt: skip
     token, expires_at = wrong.token_for(session)
     assert expires_at - now >= world.settings.sweep_seconds

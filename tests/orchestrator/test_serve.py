@@ -112,7 +112,9 @@ def service(
         process.wait()
 
 
-def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str], port: int) -> None:
+def test_it_serves_is_watched_and_stops_in_order(
+    service: subprocess.Popen[str], port: int, tmp_path: Path
+) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
         assert http.get("/livez").json() == {"alive": True}
         assert http.get("/v1/sessions").status_code == 401
@@ -128,6 +130,7 @@ def test_it_serves_is_watched_and_stops_in_order(service: subprocess.Popen[str],
     assert service.wait(timeout=15) == 0
     assert service.stderr is not None
     said = service.stderr.read()
+    assert f'"template": "{tmp_path / "empty"}"' in said
     assert SERVICE_KEY not in said
     assert SECRET not in said
 
@@ -206,6 +209,16 @@ def test_what_cannot_be_reached_is_one_clear_line(port: int, tmp_path: Path) -> 
     for each in (ended, short, busy):
         assert "Traceback" not in each.stderr
         assert each.returncode == 1
+
+
+def test_a_database_without_the_migrations_is_one_clear_line(blank: str, database: str) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("drop table preview.installation")
+    for dsn in (blank, database):
+        ended = run("serve", **settings(dsn, PORT="0"))
+        assert ended.returncode == 1
+        assert "preview-orchestrator migrate" in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
 
 
 def test_migrate_makes_a_plain_database_ours(postgres_dsn: str) -> None:

@@ -15,12 +15,14 @@ from orchestrator_stub.sessions import (
     LIVE,
     PROBLEMS,
     Event,
+    Owner,
     Session,
     State,
     Timing,
     Verdict,
     judge,
     machine_name,
+    mark_of,
     moves,
     owner_of,
 )
@@ -111,18 +113,31 @@ def test_an_ordinary_end_is_no_problem(session: Session) -> None:
         assert judgement.problem is None
 
 
-@given(st.uuids(), st.integers(1, 10**6))
-def test_a_machine_s_name_speaks_of_its_owner(session_id: UUID, generation: int) -> None:
-    name = machine_name(session_id, generation)
-    assert owner_of(name) == (session_id, generation)
-    assert len(name) <= 63, "a DNS label, as machine names become on every platform"
-    assert name != machine_name(uuid4(), generation)
+@given(st.none() | st.uuids(), st.uuids(), st.integers(1, 10**6))
+def test_a_machine_s_name_speaks_of_its_owner(
+    installation: UUID | None, session_id: UUID, generation: int
+) -> None:
+    mark = mark_of(installation) if installation else None
+    name = machine_name(mark, session_id, generation)
+    assert owner_of(name) == Owner(session_id, generation, mark)
+    assert re.fullmatch(r"[a-z][a-z0-9-]{0,61}[a-z0-9]", name), "a DNS label, as it becomes on every platform"
+    for other in (
+        machine_name(mark_of(uuid4()), session_id, generation),
+        machine_name(mark, uuid4(), generation),
+    ):
+        assert name != other
 
 
-@given(st.text())
+@given(
+    st.text()
+    | st.from_regex(r"preview-([0-9a-f]{11,13}-)?[0-9a-f]{31,33}-g\d{1,3}", fullmatch=True)
+    | st.builds("preview-{}-{}-g1".format, st.text(max_size=14), st.uuids().map(lambda session: session.hex))
+)
 def test_a_foreign_name_is_nobody_of_ours(name: str) -> None:
     owner = owner_of(name)
-    assert owner is None or machine_name(*owner) == name or name.startswith("preview-")
+    if owner is not None:
+        assert re.fullmatch(r"preview-([0-9a-f]{12}-)?[0-9a-f]{32}-g[0-9]+", name)
+        assert name.startswith(f"preview-{owner.mark}-" if owner.mark else f"preview-{owner.session_id.hex}-")
 
 
 def test_every_problem_is_in_the_list_that_metrics_go_by() -> None:

@@ -3,7 +3,7 @@
 realtime       the official Python client, vsn 1
 realtime-js    the official JavaScript client in Node, vsn 2 with binary broadcasts
 supabase-js    the same through the front door that applications use
-ours           `agent.stream.RealtimeStream`, which only listens, to one private topic
+ours           `agent.stream.realtime_link`, which only listens, to one private topic
 raw            none: frames as written, to show that the scenario itself is sound
 """
 
@@ -22,11 +22,10 @@ from typing import Any
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscribeStates
 
 from agent.errors import Unavailable
-from agent.linksettings import LinkSettings
+from agent.linksettings import LinkSettings, Timing
 from agent.linkstate import LinkState
-from agent.phoenix import Timing
 from agent.signals import Received, Resync
-from agent.stream import RealtimeStream
+from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.fakes.serving import Local, Phoenix
 
@@ -228,7 +227,7 @@ class Ours(Client):
     can: frozenset[str] = frozenset()
     _SETTINGS = LinkSettings(
         timing=Timing(replication_within=2.0),
-        backoff_first=0.05, backoff_most=0.1, backoff_least=0.01, rejoin_least=0.1, renew_pause=0.1, look_every=0.05,
+        backoff_first=0.05, backoff_most=0.1, backoff_least=0.01, rejoin_least=0.1, renew_pause=0.1, check_every=0.05,
     )  # fmt: skip
 
     async def start(self) -> None:
@@ -238,7 +237,7 @@ class Ours(Client):
         assert token is not None
         self._next: str | None = None
         self._tokens = Tokens(token)
-        self._stream = RealtimeStream(
+        self._stream = realtime_link(
             f"{self.local.url}/realtime/v1", self.local.keys.anon_key, f"realtime:{topic}", self,
             settings=self._SETTINGS,
         )  # fmt: skip

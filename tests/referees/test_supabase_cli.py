@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.migrations import MIGRATIONS, migrate, read_migrations
 from tests.database.db import connect, shape
+from tests.database.products import dump, everything, make
 from tests.referees.clients import NODE
 
 CLI = NODE / "node_modules" / "@supabase" / "cli-linux-x64" / "bin" / "supabase"
@@ -47,13 +48,24 @@ def push(blank: str, packages: None, tmp_path: Path) -> list[str]:
     ]
 
 
-def said(command: list[str], home: Path) -> str:
+def run(command: list[str], home: Path) -> tuple[int, str]:
     environ = {"PATH": os.environ["PATH"], "HOME": str(home), "DO_NOT_TRACK": "1"}
     done = subprocess.run(
         command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def said(command: list[str], home: Path) -> str:
+    code, answer = run(command, home)
+    assert code == 0, answer
+    return answer
+
+
+def refused(command: list[str], home: Path) -> str:
+    code, answer = run(command, home)
+    assert code != 0, answer
+    return answer
 
 
 def history(dsn: str) -> list[tuple[str, str]]:
@@ -62,22 +74,44 @@ def history(dsn: str) -> list[tuple[str, str]]:
         return db.execute(query).fetchall()
 
 
+def applying(count: int) -> str:
+    return f"Apply {count} migration{'s' if count > 1 else ''}"
+
+
 def test_db_push_makes_what_our_migrate_makes(
     push: list[str], blank: str, database: str, tmp_path: Path
 ) -> None:
-    assert f"Apply {len(ALL)} migrations" in said(push, tmp_path)
+    assert applying(len(ALL)) in said(push, tmp_path)
     assert shape(blank) == shape(database)
     assert history(blank) == history(database)
     assert asyncio.run(migrate(blank)) == []
 
 
-def test_db_push_goes_on_where_our_migrate_stopped(
-    push: list[str], blank: str, database: str, tmp_path: Path
-) -> None:
-    asyncio.run(migrate(blank, only=4))
-    assert f"Apply {len(ALL) - 4} migrations" in said(push, tmp_path)
-    assert shape(blank) == shape(database)
+def test_db_push_goes_on_where_our_migrate_stopped(push: list[str], blank: str, tmp_path: Path) -> None:
+    asyncio.run(migrate(blank))
     assert "up to date" in said(push, tmp_path)
+    later = tmp_path / "checkout" / "supabase" / "migrations" / "20990101000000_later.sql"
+    later.write_text("create table preview.later (id uuid primary key);")
+    assert applying(1) in said(push, tmp_path)
+    assert asyncio.run(migrate(blank, later.parent)) == []
+
+
+def test_db_push_onto_a_product_that_is_refused_changes_nothing(
+    push: list[str], blank: str, tmp_path: Path
+) -> None:
+    """The check is the migration's first statement, so the CLI says what our `migrate` says."""
+    make(blank, "bigint")
+    before = everything(blank, "supabase_migrations")  # which the CLI makes before it begins
+    answer = refused(push, tmp_path)
+    assert "public.projects.id is bigint, and must be uuid" in answer
+    assert everything(blank, "supabase_migrations") == before
+
+
+def test_db_push_onto_a_product_leaves_its_tables_alone(push: list[str], blank: str, tmp_path: Path) -> None:
+    relations = make(blank, "user_id")
+    before = dump(blank, relations)
+    said(push, tmp_path)
+    assert dump(blank, relations) == before
 
 
 def test_the_seed_is_a_user_with_a_project(push: list[str], blank: str, tmp_path: Path) -> None:

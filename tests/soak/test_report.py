@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from soak.equality import Check, differences, read_saved, read_tree
 from soak.logs import read_logs
-from soak.report import verdict, write
+from soak.report import RESULTS, charts, verdict, write
 from soak.run import Outcome
 from soak.schedule import Fault, Kind, Settings
 from soak.watch import Life, Tick, quantile
@@ -51,6 +52,33 @@ def test_the_exit_says_how_it_went(given: Outcome, code: int, said: str, tmp_pat
     assert whole["passed"] == (code == 0)
     assert whole["settings"]["seed"] == 7
     assert said in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_kept_plots_are_what_the_kept_report_says() -> None:
+    drawn = charts(json.loads((RESULTS / "report.json").read_text()))
+    assert {path.name for path in RESULTS.glob("*.svg")} == set(drawn)
+    for name, text in drawn.items():
+        assert (RESULTS / name).read_text() == text, "run `make bench-readme`"
+        assert len(text) < 100_000
+        assert not re.search(r"<dc:(date|creator)>", text)
+        assert f"({name})" in (RESULTS / "report.md").read_text()
+
+
+def test_the_plots_show_every_fault_and_life(tmp_path: Path) -> None:
+    write(outcome(), tmp_path)
+    said = {name: (tmp_path / f"{name}.svg").read_text() for name in ("memory", "lag", "behind")}
+    for word in (
+        "agents<",
+        "orchestrator<",
+        "supabase<",
+        "other fault<",
+        "equality checked<",
+        "Resident memory (MB)<",
+    ):
+        assert word in said["memory"]
+    assert "95 %<" in said["lag"]
+    assert "median<" in said["lag"]
+    assert "behind the database<" in said["behind"]
 
 
 def test_two_trees_differ_by_bytes_mode_and_names(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from orchestrator_stub.machines.local import LocalMachines
+from tests.orchestrator.driver_contract import ANOTHER, spec_for
 from tests.system.stack import REPOSITORY, Stack, copy_example, until
 
 pytestmark = pytest.mark.system
@@ -97,11 +100,21 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_goes_on(idle_stack: Stack, tmp
             os.environ["TMPDIR"] = before
 
 
-def test_once_edits_measures_and_stops(tmp_path: Path) -> None:
-    app = copy_example(tmp_path / "app")
+async def test_once_edits_measures_and_stops(tmp_path: Path) -> None:
+    """And leaves alone an orchestrator's machines, in the directory that is the default of both."""
+    app, state = copy_example(tmp_path / "app"), tmp_path / "state"
     files = {path: path.read_bytes() for path in app.rglob("*") if path.is_file()}
-    ended = dev(str(app), "--port", "0", "--state", str(tmp_path / "state"), "--once")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "save to served" in ended.stdout
-    assert {path: path.read_bytes() for path in app.rglob("*") if path.is_file()} == files
-    assert not Stack(app, tmp_path / "state").processes()
+    command = (sys.executable, "-c", "import time; time.sleep(600)")
+    others = LocalMachines(state / "machines", environment={}, command=command)
+    other = await others.create(spec_for(of=ANOTHER))
+    try:
+        ended = await asyncio.to_thread(dev, str(app), "--port", "0", "--state", str(state), "--once")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "save to served" in ended.stdout
+        assert {path: path.read_bytes() for path in app.rglob("*") if path.is_file()} == files
+        assert (await others.inspect(other.id)) == other
+        assert len(Stack(app, state).processes()) == 1
+    finally:
+        await others.destroy(other.id)
+        await others.close()
+    assert not Stack(app, state).processes()

@@ -36,6 +36,7 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "link_refusals": ("counter", ("reason",)),
     # ours
     "problems_opened": ("counter", ("kind",)),
+    "watch_renewals": ("counter", ()),
     "clock_skew_seconds": ("gauge", ()),
     "clock_skew_uncertainty_seconds": ("gauge", ()),
     "process_resident_memory_bytes": ("gauge", ()),

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from agent.devserver import State as DevServerState
-from agent.phoenix import LinkState
+from agent.linkstate import LinkState
 from agent.plan import Reason
 from agent.problems import ProblemKind
 from orchestrator_stub.sessions import PROBLEMS

@@ -1,0 +1,128 @@
+"""Whether the agent's directories are where they seem to be, when the project's user is not to be trusted with that.
+
+An agent that is root gives files away, locks directories and believes what its state says. Who may write in the
+directory above one of ours can rename it and put a link in its place; `O_NOFOLLOW` sees that in the last name of a path
+alone. So on the way to each of ours nothing may be that user's to change. One look at the start is enough: what only
+root can change stays as it is.
+
+Of the standard library alone and quick to import, because `agent.headstart` needs it before anything else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agent.config import Settings
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MOST_LINKS = 40
+"""As the kernel follows on one way."""
+
+
+def open_directory(path: Path) -> int:
+    """A descriptor of a directory that is no link itself. Raises `OSError` whose `strerror` says what to do."""
+    try:
+        return os.open(path, OPEN_DIRECTORY)
+    except NotADirectoryError:
+        if not path.is_symlink():
+            raise
+        remedy = "it is a symbolic link; name the directory that it leads to"
+        raise OSError(errno.ELOOP, remedy, str(path)) from None
+
+
+def replaceable(path: str, uid: int, gid: int, *, given: bool = False) -> str | None:
+    """The first thing on the way to `path` whose owner or mode lets that user put something else there.
+
+    None when there is none; then only root can. `given`: what is at `path` is that user's or will be. The user has no
+    group but `gid`. Links are followed as the kernel does, and what is not there counts as what the user may make.
+    """
+    at, links = "/", 0
+    ahead = _names(os.path.join(os.getcwd(), path))
+    while ahead:
+        name = ahead.pop(0)
+        if name == "..":
+            at = os.path.dirname(at)
+            continue
+        here, last = os.path.join(at, name), not ahead
+        found = _seen(here)
+        above = os.stat(at)
+        if above.st_uid == uid:
+            return at
+        if _may_write(at, above, gid):
+            if not above.st_mode & stat.S_ISVTX or found is None or (given and last):
+                return at
+            if found.st_uid == uid:
+                return here
+        if found is None:
+            return None
+        if not stat.S_ISLNK(found.st_mode):
+            at = here
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            return None
+        target = os.readlink(here)
+        at = "/" if target.startswith("/") else at
+        ahead = _names(target) + ahead
+    return None
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]
+
+
+def _seen(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
+
+
+def _may_write(directory: str, found: os.stat_result, gid: int) -> bool:
+    """Whether somebody of that group, who does not own it, may write in it; an access list is taken to name them."""
+    by_group = found.st_mode & stat.S_IWGRP and (found.st_gid == gid or _has_access_list(directory))
+    return bool(by_group or found.st_mode & stat.S_IWOTH)
+
+
+def _has_access_list(directory: str) -> bool:
+    """Whether others are named than owner and group; who they are is not looked at."""
+    try:
+        return bool(os.getxattr(directory, "system.posix_acl_access"))
+    except (OSError, AttributeError):
+        return False
+
+
+def weaknesses(settings: Settings, user: str, uid: int, gid: int) -> list[str]:
+    """One sentence for each directory in which `user` could put something else in place of ours."""
+    import shlex  # for refusals alone
+
+    ways = (
+        ("PROJECT_DIR", settings.tree_dir, True),
+        ("STAGING_DIR", settings.staging, False),
+        ("STATE_DIR", settings.state_dir / "anything", False),
+        ("MODULES_DIR", settings.modules, True),
+    )
+    found: dict[str, list[str]] = {}
+    for name, path, given in ways:
+        if weak := replaceable(str(path), uid, gid, given=given):
+            found.setdefault(weak, []).append(name)
+    sentences = []
+    for weak, names in found.items():
+        elsewhere = "choose a place that only root can change"
+        if not os.stat(weak).st_mode & stat.S_ISVTX:
+            elsewhere = f"chown root {shlex.quote(weak)} && chmod go-w {shlex.quote(weak)}, or {elsewhere}"
+        sentences.append(
+            f"{_listed(names)}: {user} can put a link there instead, since {weak} is theirs to change; {elsewhere}"
+        )
+    return sentences
+
+
+def _listed(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

@@ -1,0 +1,144 @@
+"""A snapshot's URL that nobody can be asked at, and a body that comes encoded: told, asked again, never the end."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from agent.catchup import CatchUp
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.errors import CredentialRejected, Unavailable
+from agent.follow import Request
+from agent.hydrate import fetch, obtain
+from agent.plan import Reason
+from agent.status import Problems
+from agent.telemetry import Metrics
+from tests.agent.disks import in_staging
+from tests.fakes.origin import Answer, origin
+from tests.fakes.zips import PROJECT, snapshot
+
+QUICK = SnapshotLimits(
+    snapshot_stall_seconds=0.5, snapshot_retry_seconds=0.001, snapshot_retry_max_seconds=0.002
+)
+FILES = {"package.json": b"{}", "src/App.tsx": b"export default 1\n" * 40}
+
+NO_ADDRESS = {
+    "a port above all": "http://127.0.0.1:99999/s.zip?token=SECRET",
+    "a port of twenty digits": "http://127.0.0.1:99999999999999999999/s.zip?token=SECRET",
+    "a port below none": "http://127.0.0.1:-1/s.zip?token=SECRET",
+    "no port": "http://127.0.0.1:x/s.zip?token=SECRET",
+    "a name of no letters": "http://xn--/s.zip?token=SECRET",
+    "a name of wrong letters": "http://xn--a-ecp.ru/s.zip?token=SECRET",
+    "half an address": "http://[::1/s.zip?token=SECRET",
+    "half a surrogate pair": "http://127.0.0.1/\ud800?token=SECRET",
+    "a control character": "http://127.0.0.1/\0?token=SECRET",
+    "no end": "http://127.0.0.1/" + "a" * 70_000 + "?token=SECRET",
+    "no host": "http:///s.zip?token=SECRET",
+    "another scheme": "file:///etc/passwd?token=SECRET",
+    "no scheme": "s.zip?token=SECRET",
+    "nothing": "",
+}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk.open()
+    yield disk
+    disk.close()
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
+async def test_a_url_that_nobody_can_be_asked_at_is_refused(
+    url: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    with pytest.raises(CredentialRejected, match=r"^the snapshot's URL cannot be used: ") as caught:
+        await fetch(url, disk=disk, http=http, limits=QUICK)
+    assert "SECRET" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert in_staging(tmp_path / "staging") == []
+
+
+@pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
+async def test_another_is_asked_for_at_a_start(url: str, disk: Disk, http: httpx.AsyncClient) -> None:
+    asked: list[str] = []
+    async with origin(Answer(snapshot(FILES))) as server:
+
+        async def renew(reason: str) -> str:
+            asked.append(reason)
+            return server.url
+
+        await obtain(url, renew=renew, disk=disk, http=http, limits=QUICK)
+    assert asked == ["snapshot_expired"]
+
+
+@pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
+async def test_and_in_a_catch_up_it_is_a_problem_until_another_comes(
+    url: str, disk: Disk, http: httpx.AsyncClient
+) -> None:
+    problems = Problems(Metrics())
+    catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
+    catch_up.offered = url
+    with pytest.raises(Unavailable):
+        await catch_up.ask(Request(None, 0, Reason.SNAPSHOT_READY, frozenset()))
+    assert [problem.kind for problem in problems.open.values()] == ["snapshot_expired"]
+    async with origin(Answer(snapshot(FILES))) as server:
+        catch_up.offered = server.url
+        await catch_up.ask(Request(None, 0, Reason.SNAPSHOT_READY, frozenset()))
+    assert not problems.open
+
+
+@pytest.mark.parametrize(
+    ("coding", "encode"),
+    [
+        ("gzip", gzip.compress),
+        ("gzip, gzip", lambda body: gzip.compress(gzip.compress(body))),
+        ("deflate", zlib.compress),
+        ("of-tomorrow", lambda body: body),
+    ],
+)
+@pytest.mark.parametrize("content", ["a snapshot", "a bomb"])
+async def test_a_body_that_is_encoded_is_refused_unread(
+    content: str,
+    coding: str,
+    encode: Callable[[bytes], bytes],
+    disk: Disk,
+    http: httpx.AsyncClient,
+    tmp_path: Path,
+) -> None:
+    body = encode(snapshot(FILES) if content == "a snapshot" else bytes(20_000_000))
+    async with origin(Answer(body, headers=[("Content-Encoding", coding)])) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(Unavailable, match=f"encoded as '{coding}'"):
+                await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        finally:
+            tracemalloc.stop()
+    assert "accept-encoding: identity" in server.requests[0].lower()
+    assert in_staging(tmp_path / "staging") == []
+    assert os.listdir(tmp_path / "project") == []
+
+
+async def test_a_refusal_that_is_nested_without_end_is_one_like_another(
+    disk: Disk, http: httpx.AsyncClient
+) -> None:
+    deep = "[" * 1000 + "]" * 1000
+    for body in (f'{{"statusCode": {deep}}}', f'{{"code": {deep}, "error": {deep}}}'):
+        async with origin(Answer(body.encode(), 400)) as server:
+            with pytest.raises(Unavailable, match="HTTP 400"):
+                await fetch(server.url, disk=disk, http=http, limits=QUICK)

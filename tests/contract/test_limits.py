@@ -1,0 +1,168 @@
+"""What the database takes, the agent takes, in the snapshot too that a new machine opens the project with.
+
+One file that only one of them takes makes its whole project one that nobody can open. The numbers are in `limits.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from agent import model
+from agent.config import SnapshotLimits
+from agent.disk import Disk
+from agent.errors import PathRefused
+from agent.hydrate import fetch
+from agent.model import parse_path
+from orchestrator_stub.editor import ignored, path_problem
+from tests.system.plane import Plane, Project, running_plane
+
+PATH = json.loads((Path(__file__).parent / "limits.json").read_text())["path"]
+SEGMENT = "s" * PATH["segment_bytes"]
+
+
+def of_bytes(count: int) -> str:
+    """A path of so many bytes in segments of two hundred."""
+    return (("s" * 200 + "/") * count)[: count - 1] + "x"
+
+
+AT_THE_LIMIT = {
+    "bytes": of_bytes(PATH["bytes"]),
+    "bytes, of two each": "/".join(["é" * 127] * 4) + "/ab",
+    "segment": SEGMENT,
+    "segment, of two each": "é" * (PATH["segment_bytes"] // 2) + "x",
+    "segments": "/".join("d" * PATH["segments"]),
+    "segments and bytes": "/".join(["d" * 15] * (PATH["segments"] - 1)) + "/" + "x" * 16,
+    **{f"almost {name}": f"a/{name}x/b" for name in PATH["protected"]},
+}
+ONE_OVER = {
+    "bytes": (of_bytes(PATH["bytes"] + 1), "too_long"),
+    "segment": (f"a/{SEGMENT}s", "segment_too_long"),
+    "segment, of two each": ("é" * (PATH["segment_bytes"] // 2 + 1), "segment_too_long"),
+    "segments": ("/".join("d" * (PATH["segments"] + 1)), "too_deep"),
+    "segments, by far": ("d/" * 400 + "x", "too_deep"),
+    **{f"below {name}": (f"a/{name}/b", "protected") for name in PATH["protected"]},
+}
+
+
+def bitmap(width: int, height: int) -> bytes:
+    """A white one, as a paint program saves it."""
+    size = width * height * 3
+    head = struct.pack("<2sIHHI", b"BM", 54 + size, 0, 0, 54)
+    return (
+        head
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, size, 2835, 2835, 0, 0)
+        + b"\xff" * size
+    )
+
+
+BLANK = {
+    "a blank bitmap": bitmap(2000, 1500),
+    "zeros": b"0" * 9_000_000,
+    "equal rows": b'{"id":1,"name":"Test User","email":"test@example.com","active":true},\n' * 130_000,
+}
+
+
+@pytest.fixture
+async def plane(database: str, tmp_path: Path) -> AsyncIterator[Plane]:
+    async with running_plane(database, tmp_path / "plane") as plane:
+        yield plane
+
+
+def test_the_agents_numbers_are_these() -> None:
+    assert {
+        "bytes": model.MAX_PATH_BYTES,
+        "segment_bytes": model.MAX_SEGMENT_BYTES,
+        "segments": model.MAX_SEGMENTS,
+        "protected": sorted(model.PROTECTED),
+    } == PATH
+    for path in AT_THE_LIMIT.values():
+        assert parse_path(path) == path
+    for path, rule in ONE_OVER.values():
+        with pytest.raises(PathRefused) as refused:
+            parse_path(path)
+        assert refused.value.rule == rule
+
+
+def test_the_databases_are_too(database: str) -> None:
+    with psycopg.connect(database) as connection:
+        for path, wanted in [*((path, None) for path in AT_THE_LIMIT.values()), *ONE_OVER.values()]:
+            (rule,) = connection.execute("select preview.path_problem(%s)", (path,)).fetchone() or ()
+            assert rule == wanted, path
+
+
+def test_what_make_dev_leaves_out_is_what_the_database_would_refuse() -> None:
+    assert [path for path in AT_THE_LIMIT.values() if path_problem(path)] == []
+    assert [rule for path, rule in ONE_OVER.values() if not (path_problem(path) or ignored(path))] == []
+
+
+async def opened(project: Project, directory: Path) -> dict[str, bytes]:
+    """What a new machine reads from the snapshot it is given, file by file."""
+    agent = await project.session(directory / "machine")
+    disk = Disk(directory / "project", directory / "staging")
+    disk.open()
+    try:
+        async with httpx.AsyncClient(trust_env=False) as http:
+            snapshot = await fetch(
+                agent.environ["SNAPSHOT_URL"], disk=disk, http=http, limits=SnapshotLimits(),
+                expected_project=str(project.id),
+            )  # fmt: skip
+        assert snapshot.staged.keys() == snapshot.manifest.files.keys()
+        (life,) = (directory / "staging").iterdir()
+        places = {path: life / name for path, name in snapshot.staged.items()}
+        return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
+    finally:
+        disk.clear_staging()
+        disk.close()
+
+
+async def test_a_project_of_all_that_is_at_the_limit_is_opened(plane: Plane, tmp_path: Path) -> None:
+    project = await plane.project({})
+    for path in AT_THE_LIMIT.values():
+        await project.save(path, path)
+    assert await opened(project, tmp_path) == {path: path.encode() for path in AT_THE_LIMIT.values()}
+
+
+@pytest.mark.parametrize("case", ONE_OVER)
+async def test_what_is_over_it_is_refused_when_it_is_saved(plane: Plane, tmp_path: Path, case: str) -> None:
+    path, rule = ONE_OVER[case]
+    project = await plane.project({"a.txt": "1"})
+    answer = await plane.http.post(
+        "/rest/v1/rpc/upsert_project_file",
+        json={"project_uuid": str(project.id), "p_file_path": path, "p_content": "x"},
+    )
+    assert (answer.status_code, json.loads(answer.json()["details"])["rule"]) == (400, rule)
+    assert await opened(project, tmp_path) == {"a.txt": b"1"}
+
+
+@pytest.mark.parametrize(
+    ("case", "as_binary"),
+    [
+        ("a blank bitmap", True),
+        ("zeros", True),
+        ("zeros", False),
+        ("equal rows", True),
+        ("equal rows", False),
+    ],
+)
+async def test_what_packs_well_is_no_bomb(plane: Plane, tmp_path: Path, case: str, as_binary: bool) -> None:
+    content = BLANK[case]
+    project = await plane.project({})
+    if as_binary:
+        digest = hashlib.sha256(content).hexdigest()
+        stored = await plane.http.post(
+            f"/storage/v1/object/project-assets/{project.id}/{digest}", content=content
+        )
+        assert stored.is_success, stored.text
+        change = {"file_path": "public/blank", "encoding": "base64", "content_hash": digest}
+        await project.rpc("apply_project_files", changes=[change])
+    else:
+        await project.save("public/blank", content.decode())
+    assert await opened(project, tmp_path) == {"public/blank": content}
