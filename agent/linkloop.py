@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
-from tenacity import RetryCallState, Retrying, wait_random, wait_random_exponential
-from tenacity.wait import wait_base
-
 from agent.errors import AgentError, CredentialRejected, SessionGone
 from agent.linksettings import DEFAULTS, LinkSettings
 from agent.linkstate import JOINED_STATES, Cause, LinkState, LinkStateMachine
-from agent.linktoken import TokenRefresher, asked_wait
+from agent.linktoken import TokenRefresher
 from agent.model import Problem
+from agent.retry import Backoff, asked_wait
 from agent.signals import Received, Signal, SignalQueue
 from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource
@@ -101,7 +100,7 @@ class LinkLoop:
         self._transport = transport
         self._settings = settings
         self._queue = SignalQueue(settings.queue_events, settings.queue_bytes)
-        self._backoff = full_jitter(settings)
+        self._backoff = Backoff(settings.backoff_first, settings.backoff_most, settings.backoff_least)
         self._token = TokenRefresher(tokens, settings, self, wall, self._backoff)
 
         # The connection.
@@ -286,7 +285,7 @@ class LinkLoop:
                 await self._wait_for_new_token(end)
             else:
                 await asyncio.sleep(end.wait)
-                await self._pause(self._backoff(self._attempt))
+                await self._pause(self._backoff.delay(self._attempt))
             self.machine.move(Cause.RETRY, "retry")
 
     async def _token_to_connect_with(self) -> Token | ConnectionEnd:
@@ -324,7 +323,7 @@ class LinkLoop:
         self._refused_in_row += 1
         await asyncio.sleep(end.wait)
         most = self._settings.refused_retry
-        slow = _seconds(wait_random(most / 2, most))
+        slow = random.uniform(most / 2, most)  # noqa: S311 - spreads load, guards nothing
         refused = self._token.sent
         self._token.problem = end.reason
         waited = self._refused_in_row > 1
@@ -337,7 +336,7 @@ class LinkLoop:
             renewed = False
         if not renewed and not waited:
             await self._pause(slow)
-        await asyncio.sleep(self._backoff(self._attempt))
+        await asyncio.sleep(self._backoff.delay(self._attempt))
 
     async def _pause(self, seconds: float) -> None:
         """Sleep until there is a reason to hurry: a new token after a refusal, a machine that woke up."""
@@ -379,20 +378,6 @@ class LinkLoop:
             self._queue.resync("joined")
         elif cause is Cause.EXPIRED:
             self._token_expired = True
-
-
-def full_jitter(settings: LinkSettings) -> Callable[[int], float]:
-    """Return the backoff: seconds to wait, by how many attempts failed in a row. Full jitter, never a tight loop."""
-    wait = wait_random_exponential(
-        multiplier=settings.backoff_first, max=settings.backoff_most, min=settings.backoff_least
-    )
-    return lambda attempt: _seconds(wait, attempt)
-
-
-def _seconds(wait: wait_base, attempt: int = 1) -> float:
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = attempt
-    return wait(state)
 
 
 def _now() -> float:

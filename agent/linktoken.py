@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
-from agent.errors import AgentError, CredentialRejected, SessionGone, Unavailable
+from agent.errors import AgentError, CredentialRejected, SessionGone
 from agent.linksettings import LinkSettings
+from agent.retry import Backoff, within
 from agent.tokens import Token, TokenSource, spread
 
 
@@ -42,7 +43,7 @@ class TokenRefresher:
         settings: LinkSettings,
         holder: TokenHolder,
         wall: Callable[[], float],
-        backoff: Callable[[int], float],
+        backoff: Backoff,
     ) -> None:
         """Watch over the token of `holder`.
 
@@ -51,7 +52,7 @@ class TokenRefresher:
             settings: How often and how long a renewal is tried.
             holder: Who is told of a change.
             wall: The clock that tokens are dated by, Unix seconds.
-            backoff: Seconds to wait after so many failures in a row.
+            backoff: How long to wait after failures in a row.
         """
         self._tokens = tokens
         self._settings = settings
@@ -101,11 +102,8 @@ class TokenRefresher:
             held = self.poll()
             if held is not None and held is not stale:
                 return held
-            try:
-                async with asyncio.timeout(self._settings.renew_within):
-                    token = await self._tokens.renew_token()
-            except TimeoutError:
-                raise Unavailable("the issuer of tokens", "no answer in time") from None
+            async with within(self._settings.renew_within, "the issuer of tokens", "no answer in time"):
+                token = await self._tokens.renew_token()
             self.poll()
             return token
 
@@ -135,7 +133,7 @@ class TokenRefresher:
                 earliest = now() + self._settings.refused_retry
             except AgentError as error:
                 failures += 1
-                await asyncio.sleep(max(self._backoff(failures), asked_wait(error)))
+                await asyncio.sleep(self._backoff.delay(failures, error))
             else:
                 self._wanted_now.clear()
                 if self._holder.joined:
@@ -147,8 +145,3 @@ class TokenRefresher:
         token = self.poll()
         at = token.refresh_at(self._seen_at, self._spread) if token else None
         return 3600.0 if at is None else at - self._wall()
-
-
-def asked_wait(error: AgentError) -> float:
-    """Return the least number of seconds that `error`'s peer asked to wait; 0 when it did not ask."""
-    return (error.retry_after or 0.0) if isinstance(error, Unavailable) else 0.0

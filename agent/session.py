@@ -27,8 +27,7 @@ from agent.errors import (
 )
 from agent.httpclient import coding, exchange, read_start, read_whole
 from agent.model import RelPath
-from agent.retry import http_date, within
-from agent.retry import retry_after as retry_after
+from agent.retry import http_date, retry_after, within
 from agent.skew import ClockSkew, Moment
 from agent.tokens import Token, Tokens
 from agent.wire import Head, SyncAnswer, read_head, read_sync_answer

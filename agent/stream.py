@@ -23,7 +23,7 @@ from agent.linkloop import ConnectionEnd, LinkLoop
 from agent.linksettings import DEFAULTS, LinkSettings
 from agent.meanings import Broadcast, ChannelEvent, Dropped, Joined, Refused, ReplicationReady, TokenExpired
 from agent.phoenix import PhoenixChannel
-from agent.session import retry_after
+from agent.retry import retry_after
 from agent.tokens import Token, TokenSource
 
 VSN: Final = "2.0.0"

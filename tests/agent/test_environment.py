@@ -55,13 +55,17 @@ def test_settings_are_what_they_are_given_and_nothing_of_this_process(
 ) -> None:
     monkeypatch.setenv("DEV_PORT", "4000")
     monkeypatch.setenv("LOG_LEVEL", "loud")
-    monkeypatch.setenv("SNAPSHOT_MAX_DEPTH", "3")
+    monkeypatch.setenv("SNAPSHOT_MAX_ENTRIES", "3")
     given = {name: GOOD[name] for name in ("PROJECT_ID", "SESSION_ID")}
     for settings in (
         read_settings(given),
         Settings(project_id=UUID(given["PROJECT_ID"]), session_id=UUID(given["SESSION_ID"])),
     ):
-        assert (settings.dev_port, settings.log_level) == (5173, "info")
+        assert (settings.dev_port, settings.log_level, settings.snapshot_max_entries) == (
+            5173,
+            "info",
+            50_000,
+        )
 
 
 def test_a_name_in_small_letters_is_the_same_and_an_empty_value_is_none() -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from agent.linkloop import ConnectionEnd, LinkLoop, full_jitter
-from agent.linksettings import LinkSettings
+from agent.linkloop import ConnectionEnd, LinkLoop
 from agent.linkstate import Cause, LinkState, LinkStateMachine
 from agent.lives import ScenarioSource
 from agent.signals import EventSource, Received
@@ -181,17 +180,6 @@ async def test_every_event_source_has_what_the_rest_of_the_agent_reads(issuer: I
         report = source.report()
         assert isinstance(report["why"], str)
         assert (report["queue_depth"], report["clock_jumps"], report["refusals"]) == (0, 0, {})
-
-
-def test_the_backoff_is_full_jitter_within_its_bounds() -> None:
-    settings = LinkSettings()
-    backoff = full_jitter(settings)
-    for attempt in (*range(1, 12), 1_000_000):
-        waits = [backoff(attempt) for _ in range(200)]
-        most = min(settings.backoff_most, settings.backoff_first * 2 ** min(attempt - 1, 20))
-        assert settings.backoff_least <= min(waits) <= max(waits) <= most
-        assert min(waits) < most / 4, "spread over the whole, not around its end"
-        assert max(waits) > most * 3 / 4
 
 
 def test_live_takes_a_catch_up_and_a_feed_in_any_order() -> None:

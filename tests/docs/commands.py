@@ -72,7 +72,6 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"(\.venv/bin/)?preview-agent status --watch --url \S+", Run(until="serving|degraded|starting")),
     (r"preview-agent status --json", Run(says='"revision"')),
     (r"preview-agent status", Run(says="revision")),
-    (r"preview-agent run", Run(until="agent.started")),
     (r"env -u SUPABASE_SERVICE_ROLE_KEY preview-agent run", Run(until="shadow.begun")),
     (r"preview-agent record \S+", Run(until="recording into")),
     (r"preview-agent replay \S+\.jsonl( .*)?", Run(says="^ok")),
