@@ -14,13 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from agent.config import SnapshotLimits
+from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
+from agent.core.messages import MANIFEST_PATH, decode_manifest
+from agent.core.model import Digest, Entry, Manifest, RelPath, digest_of
 from agent.disk import Disk
-from agent.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
-from agent.model import Digest, Entry, Manifest, RelPath, digest_of
 from agent.progress import Progress
 from agent.staging import Stage, Staged
 from agent.unzip import ZipReader
-from agent.wire import MANIFEST_PATH, decode_manifest
 from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 
 
@@ -35,7 +35,7 @@ class StagingFailed(Unavailable):
 class StagedSnapshot:
     """A whole, verified snapshot. Its files wait in staging, except those the caller had already.
 
-    `staged`: per path what `Write.staged` wants, as `agent.plan.reconcile` takes it.
+    `staged`: per path what `Write.staged` wants, as `core.reconcile.reconcile` takes it.
     `plain`: the archive had no manifest (the seed's form), so `manifest` is made from what it held: every version
     0, and epoch and revision mean nothing. `size`: bytes that travelled.
     """

@@ -31,11 +31,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.failures import ENVIRONMENT, UNUSABLE, environment_problem
 from agent.jail import Blocked, DirectoryForm, Jail, dress_directory, is_twin
 from agent.ledger import Done, FileStat
 from agent.looks import Drift, compare, look
-from agent.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.order import in_order
 from agent.stagedtree import StagedTree
 from agent.staging import NO_EXCHANGE, Staging, Temp, exchange

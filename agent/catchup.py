@@ -1,7 +1,7 @@
 """Asking the database what is missing, through the session API, and fetching the snapshot when that is the answer.
 
-The question is `agent.follow`'s, what the answer means is `agent.plan`'s; here is only the asking, and the one place
-that knows the two ways to a first tree: the URL of the environment, and the session API's offer.
+The question is `core.scheduler`'s, what the answer means is `core.reconcile`'s; here is only the asking, and the
+one place that knows the two ways to a first tree: the URL of the environment, and the session API's offer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 import httpx
 
 from agent.config import SnapshotLimits
+from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
+from agent.core.messages import Changes, Current, SnapshotOffer
+from agent.core.model import Entry, Problem, RelPath
+from agent.core.scheduler import Request
 from agent.disk import Disk
-from agent.errors import CredentialRejected, SnapshotRejected, Unavailable
-from agent.follow import Request
 from agent.hydrate import Progress, StagedSnapshot, fetch, obtain
-from agent.model import Entry, Problem, RelPath
 from agent.retry import Backoff
 from agent.session import SessionApi
 from agent.status import Problems
-from agent.wire import Changes, Current, SnapshotOffer
 
 Answer = Current | Changes | StagedSnapshot
 

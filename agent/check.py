@@ -27,7 +27,7 @@ import websockets
 from agent import __version__, child, host, project
 from agent.child import printable
 from agent.config import Settings, read_environment
-from agent.errors import MalformedMessage, RootUnusable, SettingsError
+from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.httpclient import exchange
 from agent.places import weaknesses
 from agent.project import ProjectUnreadable

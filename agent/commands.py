@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from agent import __version__
-from agent.errors import AgentError, SettingsError
+from agent.core.errors import AgentError, SettingsError
 
 EXITS = """exit codes:
   0   asked to stop, and drained          70  token or snapshot rejected for good

@@ -38,7 +38,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from agent.errors import MalformedMessage, SettingsError
+from agent.core.errors import MalformedMessage, SettingsError
 from agent.tokens import read_token
 
 SERVICE_KEYS = (

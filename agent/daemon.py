@@ -17,10 +17,10 @@ import httpx
 
 from agent import health, heap
 from agent.catchup import BACKOFF, CatchUp
-from agent.comparison import Comparison
 from agent.config import Settings
-from agent.disk import Disk
-from agent.errors import (
+from agent.core.clock_skew import ClockSkew
+from agent.core.divergence import Comparison
+from agent.core.errors import (
     AgentError,
     CredentialRejected,
     MalformedMessage,
@@ -29,10 +29,12 @@ from agent.errors import (
     TooLarge,
     Unavailable,
 )
-from agent.follow import Follower
-from agent.follow import Settings as Clockwork
+from agent.core.messages import Head
+from agent.core.model import Problem, RelPath, Tree
+from agent.core.scheduler import Follower
+from agent.core.scheduler import Settings as Clockwork
+from agent.disk import Disk
 from agent.ledger import Ledger
-from agent.model import Problem, RelPath, Tree
 from agent.places import weaknesses
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
@@ -40,7 +42,6 @@ from agent.session import SessionApi
 from agent.shadow import Shadow
 from agent.sight import Sight
 from agent.signals import EventSource
-from agent.skew import ClockSkew
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
 from agent.stream import realtime_link
@@ -48,7 +49,6 @@ from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
 from agent.tokens import Tokens, spread
-from agent.wire import Head
 from agent.workspace import Workspace
 
 log = get_logger("daemon")

@@ -23,11 +23,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agent.batch import Batch, Outcome
-from agent.errors import RootUnusable
+from agent.core.errors import RootUnusable
+from agent.core.model import Entry, Operation, RelPath, Remove
 from agent.jail import DirectoryForm, dress_directory
 from agent.ledger import Done, FileStat
 from agent.looks import Drift
-from agent.model import Entry, Operation, RelPath, Remove
 from agent.sight import Audit, Sight
 from agent.staging import Stage, Staged, Staging
 

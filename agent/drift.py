@@ -26,9 +26,9 @@ from pathlib import Path
 
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
+from agent.core.model import Entry, RelPath, parents
 from agent.disk import Disk, Drift
 from agent.ledger import FileStat
-from agent.model import Entry, RelPath, parents
 from agent.telemetry import get_logger
 from agent.turns import Steps, in_turns
 

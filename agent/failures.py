@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-from agent.model import Problem, RelPath
-from agent.problems import ProblemKind
+from agent.core.model import Problem, RelPath
+from agent.core.problems import ProblemKind
 
 UNUSABLE = {
     errno.ENAMETOOLONG: "name_too_long",

@@ -22,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 
 from agent import host
 from agent.config import Settings
-from agent.errors import SettingsError
+from agent.core.errors import SettingsError
 
 PATIENCE = 5.0
 """Seconds for a request to arrive and for its answer to leave."""

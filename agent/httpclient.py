@@ -12,7 +12,7 @@ from typing import Final
 
 import httpx
 
-from agent.errors import MalformedMessage, Unavailable
+from agent.core.errors import MalformedMessage, Unavailable
 
 IDENTITY: Final = {"accept-encoding": "identity"}
 """For every request: the answer's bytes are to be the body's."""

@@ -3,7 +3,7 @@
 `fetch` is one try: it downloads, unpacks into staging while the bytes arrive, and returns only when the archive
 agrees with itself (`agent.unzip`) and with its manifest, file by file. On any failure the staging area is empty
 again. `obtain` is the patience around it: retry what may pass, ask for a fresh URL when it will not, give up when
-the budget is spent. What to do with the staged tree is `agent.plan.reconcile`'s to say and the disk's to do.
+the budget is spent. What to do with the staged tree is `core.reconcile.reconcile`'s to say and the disk's to do.
 
 Who may be at fault decides the error:
 
@@ -32,8 +32,7 @@ from agent import heap
 from agent.assembly import Assembly, StagingFailed
 from agent.assembly import StagedSnapshot as StagedSnapshot
 from agent.config import SnapshotLimits
-from agent.disk import Disk
-from agent.errors import (
+from agent.core.errors import (
     CredentialRejected,
     HydrationImpossible,
     MalformedMessage,
@@ -41,8 +40,9 @@ from agent.errors import (
     SnapshotRejected,
     Unavailable,
 )
+from agent.core.model import Entry, RelPath
+from agent.disk import Disk
 from agent.httpclient import coding, exchange, read_start
-from agent.model import Entry, RelPath
 from agent.progress import Progress as Progress
 from agent.progress import announced
 from agent.retry import Backoff, retry_after, retrying, within

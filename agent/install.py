@@ -28,8 +28,8 @@ from uuid import UUID
 from agent import child, project, swap
 from agent.child import Finished
 from agent.config import Settings
-from agent.errors import RootUnusable
-from agent.model import Problem
+from agent.core.errors import RootUnusable
+from agent.core.model import Problem
 from agent.places import open_directory
 from agent.project import Manager, Project, ProjectUnreadable
 from agent.reaper import Reaper

@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from agent.model import Commit, Cursor, RelPath
-from agent.plan import Outcome
-from agent.skew import ClockSkew, Moment
+from agent.core.clock_skew import ClockSkew, Moment
+from agent.core.model import Commit, Cursor, RelPath
+from agent.core.reconcile import Outcome
+from agent.core.trace import TraceParent
 from agent.spans import SpanSink
 from agent.status import Applied, SyncStatus
 from agent.telemetry import Metrics, get_logger
-from agent.trace import TraceParent
 
 log = get_logger("sync")
 

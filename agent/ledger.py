@@ -25,8 +25,8 @@ from pathlib import Path
 from immutables import Map
 from msgspec import Struct
 
-from agent.errors import PathRefused, RootUnusable, Unavailable
-from agent.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
+from agent.core.errors import PathRefused, RootUnusable, Unavailable
+from agent.core.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
 from agent.places import open_directory
 
 FORMAT = 1

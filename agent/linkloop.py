@@ -19,11 +19,11 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.errors import AgentError, CredentialRejected, SessionGone
+from agent.core.errors import AgentError, CredentialRejected, SessionGone
+from agent.core.model import Problem
 from agent.linksettings import DEFAULTS, LinkSettings
 from agent.linkstate import JOINED_STATES, Cause, LinkState, LinkStateMachine
 from agent.linktoken import TokenRefresher
-from agent.model import Problem
 from agent.retry import Backoff, asked_wait
 from agent.signals import Received, Signal, SignalQueue
 from agent.telemetry import get_logger

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
-from agent.errors import AgentError, CredentialRejected, SessionGone
+from agent.core.errors import AgentError, CredentialRejected, SessionGone
 from agent.linksettings import LinkSettings
 from agent.retry import Backoff, within
 from agent.tokens import Token, TokenSource, spread

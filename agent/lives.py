@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.batch import Outcome
+from agent.core.model import Cursor, Operation, Problem, RelPath
+from agent.core.scheduler import Follower
 from agent.disk import Disk
-from agent.follow import Follower
 from agent.ledger import FileStat, Ledger
 from agent.linkstate import LinkState
-from agent.model import Cursor, Operation, Problem, RelPath
 from agent.session import SessionApi
 from agent.signals import Signal
 from agent.status import Problems

@@ -13,8 +13,8 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.ledger import FileStat
-from agent.model import Digest, Entry, Problem, RelPath
 from agent.turns import Steps
 
 PIECE = 2**18

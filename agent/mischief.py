@@ -13,7 +13,7 @@ from agent.scenario import Step
 
 PAUSES = (0.0, 0.0, 0.0, 0.01, 0.1, 0.5)
 """Seconds between two steps that are shuffled: nothing, less and more than the loop's spacing and its patience with
-a hole (`agent.follow`)."""
+a hole (`core.scheduler`)."""
 
 AWAY = 0.1
 """Share of answers, of what is shuffled, that are 503 instead."""

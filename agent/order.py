@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.model import Operation, RelPath, Write, parents
+from agent.core.model import Operation, RelPath, Write, parents
 
 MANY = 1_000
 """Operations from which on they are done directory by directory, so that each directory is opened once: half the

@@ -20,8 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agent.errors import AgentError, PathRefused
-from agent.model import parse_path
+from agent.core.errors import AgentError, PathRefused
+from agent.core.model import parse_path
 from agent.swap import PLACES
 
 LARGEST = 64 * 2**20

@@ -20,16 +20,16 @@ import httpx
 import orjson
 
 from agent.config import Settings
-from agent.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
+from agent.core.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
+from agent.core.messages import Changes, Current, SnapshotOffer, read_event
+from agent.core.model import Change, Commit, RelPath, digest_of
 from agent.httpclient import exchange, read_whole
-from agent.model import Change, Commit, RelPath, digest_of
 from agent.scenario import FORMAT, Log, Scenario, read_scenario
 from agent.scenariofile import files_of, manifest_of
 from agent.session import SessionApi
 from agent.signals import EventSource, Received, Resync
 from agent.stream import realtime_link
 from agent.tokens import Tokens
-from agent.wire import Changes, Current, SnapshotOffer, read_event
 
 JOIN_SECONDS = 60.0
 """How long the first join may take before the recording is given up."""

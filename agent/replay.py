@@ -28,14 +28,15 @@ import orjson
 
 from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits, read_settings
+from agent.core.errors import AgentError, MalformedMessage, SettingsError
+from agent.core.messages import MANIFEST_PATH, read_head
+from agent.core.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
+from agent.core.scheduler import Follower
+from agent.core.scheduler import Settings as Clockwork
 from agent.devserver import State
-from agent.errors import AgentError, MalformedMessage, SettingsError
-from agent.follow import Follower
-from agent.follow import Settings as Clockwork
 from agent.ledger import Ledger
 from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
 from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
-from agent.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.scenario import Log
 from agent.scenariofile import Loaded, load
 from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
@@ -47,7 +48,6 @@ from agent.sync import Parts, Sync
 from agent.telemetry import Metrics
 from agent.tokens import Tokens
 from agent.verdict import Result, as_json, as_junit, compare
-from agent.wire import MANIFEST_PATH, read_head
 
 HOST = "http://scenario"
 SETTLE_SECONDS = 180.0

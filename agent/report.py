@@ -16,12 +16,12 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.catchup import CatchUp
 from agent.config import Settings
+from agent.core.clock_skew import Bounds, ClockSkew, Moment
+from agent.core.model import Problem
+from agent.core.problems import ProblemKind
 from agent.linkstate import LinkState
-from agent.model import Problem
-from agent.problems import ProblemKind
 from agent.shadow import Shadow
 from agent.signals import EventSource
-from agent.skew import Bounds, ClockSkew, Moment
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
 from agent.supervisor import Supervisor

@@ -22,7 +22,7 @@ from tenacity import (
 )
 from tenacity.wait import wait_base
 
-from agent.errors import Unavailable
+from agent.core.errors import Unavailable
 
 LONGEST_ASKED: Final = 3600.0
 """Seconds. The most that `Retry-After` is believed: a wrong clock somewhere must not silence us for longer."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agent import allowlist
-from agent.errors import SettingsError
+from agent.core.errors import SettingsError
 
 START = "import sys; sys.path.append(sys.argv[1]); from agent.guard import main; sys.exit(main(sys.argv[2]))"
 """Imported, not run as a script: then it is compiled once, not at every start."""

@@ -20,9 +20,9 @@ from typing import Any
 
 import orjson
 
-from agent.errors import MalformedMessage, PathRefused
-from agent.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
-from agent.wire import SNAPSHOT_FORMAT, read_event
+from agent.core.errors import MalformedMessage, PathRefused
+from agent.core.messages import SNAPSHOT_FORMAT, read_event
+from agent.core.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
 
 FAULTS = ("disconnect", "expire_token", "disk_full", "restart_agent")
 FORMAT = 1

@@ -12,10 +12,10 @@ from typing import Any
 
 import orjson
 
-from agent.errors import MalformedMessage, PathRefused
-from agent.model import RelPath, digest_of
+from agent.core.errors import MalformedMessage, PathRefused
+from agent.core.messages import MANIFEST_PATH, read_manifest
+from agent.core.model import RelPath, digest_of
 from agent.scenario import Log, Scenario, read_scenario
-from agent.wire import MANIFEST_PATH, read_manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 import httpx
 import orjson
 
-from agent.errors import Unavailable
+from agent.core.errors import Unavailable
+from agent.core.problems import REMEDIES
 from agent.httpclient import IDENTITY
-from agent.problems import REMEDIES
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARGIN = 13

@@ -17,7 +17,8 @@ from uuid import UUID
 import httpx
 import orjson
 
-from agent.errors import (
+from agent.core.clock_skew import ClockSkew, Moment
+from agent.core.errors import (
     CredentialRejected,
     MalformedMessage,
     SessionGone,
@@ -25,12 +26,11 @@ from agent.errors import (
     TooLarge,
     Unavailable,
 )
+from agent.core.messages import Head, SyncAnswer, read_head, read_sync_answer
+from agent.core.model import RelPath
 from agent.httpclient import coding, exchange, read_start, read_whole
-from agent.model import RelPath
 from agent.retry import http_date, retry_after, within
-from agent.skew import ClockSkew, Moment
 from agent.tokens import Token, Tokens
-from agent.wire import Head, SyncAnswer, read_head, read_sync_answer
 
 MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """An answer larger than this is not read to its end: sync offers a snapshot long before."""

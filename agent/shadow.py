@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from agent.comparison import Comparison
+from agent.core.divergence import Comparison
+from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.ledger import FileStat
 from agent.looks import UNREAD, may_hold
-from agent.model import Digest, Entry, Problem, RelPath
 from agent.sight import Sight
 from agent.status import Problems
 from agent.telemetry import get_logger

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.errors import PathRefused
+from agent.core.errors import PathRefused
+from agent.core.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
 from agent.jail import Blocked, Jail
 from agent.ledger import FileStat
 from agent.looks import Drift, compare, look, reading
-from agent.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
 from agent.turns import Steps, at_once
 
 

@@ -11,9 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from agent.core.model import Problem
 from agent.linkstate import LinkState
 from agent.meanings import Broadcast
-from agent.model import Problem
 
 Received = Broadcast
 """An application event, by the name that the rest of the agent has for it: `event`, `payload`, and `at`, Unix seconds

@@ -14,8 +14,8 @@ from urllib.parse import unquote
 from uuid import UUID
 
 from agent import __version__
+from agent.core.trace import TraceParent
 from agent.telemetry import get_logger
-from agent.trace import TraceParent
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -27,10 +27,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.errors import RootUnusable
+from agent.core.errors import RootUnusable
+from agent.core.model import Digest, RelPath
 from agent.jail import DirectoryForm
 from agent.ledger import FileStat
-from agent.model import Digest, RelPath
 from agent.places import OPEN_DIRECTORY, open_directory
 from agent.stagedtree import CREATE, StagedTree, remove_tree
 

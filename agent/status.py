@@ -10,8 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from agent.model import Problem
-from agent.problems import ProblemKind
+from agent.core.model import Problem
+from agent.core.problems import ProblemKind
 from agent.telemetry import Metrics, get_logger
 
 log = get_logger("status")

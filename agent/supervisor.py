@@ -19,6 +19,9 @@ import httpx
 from agent import devserver, host, project, readiness
 from agent.child import Child
 from agent.config import Settings
+from agent.core.errors import DevServerFailed
+from agent.core.model import Problem, RelPath
+from agent.core.problems import ProblemKind
 from agent.devserver import (
     Answered,
     Command,
@@ -36,10 +39,7 @@ from agent.devserver import (
     Stop,
     Tick,
 )
-from agent.errors import DevServerFailed
 from agent.install import How, Installer, Result
-from agent.model import Problem, RelPath
-from agent.problems import ProblemKind
 from agent.project import Project, ProjectUnreadable
 from agent.readiness import Seen, Verdict
 from agent.reaper import Reaper

@@ -1,7 +1,7 @@
 """The loop: hydrate → stream → plan → disk → ledger. The only place where the tree changes.
 
-Everything that is decided is decided in `agent.plan` and `agent.follow`; everything here happens in one thread and
-between two awaits, so the tree, the disk and the ledger move together.
+Everything that is decided is decided in `core.reconcile` and `core.scheduler`; everything here happens in one
+thread and between two awaits, so the tree, the disk and the ledger move together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Literal
 from msgspec import structs
 
 from agent.catchup import BACKOFF, Answer, CatchUp
-from agent.disk import Drift
-from agent.drift import DriftWatch, Observed
-from agent.errors import (
+from agent.core.clock_skew import ClockSkew
+from agent.core.errors import (
     AgentError,
     CredentialRejected,
     MalformedMessage,
@@ -28,11 +27,8 @@ from agent.errors import (
     Superseded,
     Unavailable,
 )
-from agent.follow import Follower, Request
-from agent.hydrate import StagedSnapshot
-from agent.lag import LagMeter
-from agent.ledger import LedgerState
-from agent.model import (
+from agent.core.messages import Changes, Current, Head, read_event
+from agent.core.model import (
     Commit,
     Cursor,
     Problem,
@@ -40,14 +36,18 @@ from agent.model import (
     SnapshotReady,
     Tree,
 )
-from agent.plan import Outcome, Plan, Reason, brake, catch_up, reconcile
+from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
+from agent.core.scheduler import Follower, Request
+from agent.core.trace import read_traceparent
+from agent.disk import Drift
+from agent.drift import DriftWatch, Observed
+from agent.hydrate import StagedSnapshot
+from agent.lag import LagMeter
+from agent.ledger import LedgerState
 from agent.signals import EventSource, Received, Resync, Signal
-from agent.skew import ClockSkew
 from agent.spans import SpanSink
 from agent.status import Problems, SyncPhase, SyncStatus
 from agent.telemetry import Metrics, get_logger, traced
-from agent.trace import read_traceparent
-from agent.wire import Changes, Current, Head, read_event
 from agent.workspace import Workspace
 
 log = get_logger("sync")

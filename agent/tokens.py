@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 import orjson
 
-from agent.errors import CredentialRejected, MalformedMessage
+from agent.core.errors import CredentialRejected, MalformedMessage
 
 REFRESH_SHARE: Final = 0.7
 """Share of a token's life after which the next is asked for: enough is left for a slow orchestrator's retries."""

@@ -17,7 +17,7 @@ is refused by name, with `SnapshotRejected.rule` one of
     directory_mismatch end_mismatch manifest_position compressed_size
     total_size file_size entries ratio
 
-or one of the rules of `agent.model.parse_path`. Memory: what was fed, one chunk out, and the names (of which
+or one of the rules of `core.model.parse_path`. Memory: what was fed, one chunk out, and the names (of which
 those that a manifest listed are the caller's), whatever the entries' sizes and number.
 """
 
@@ -31,8 +31,8 @@ from isal import isal_zlib
 from msgspec import Struct
 
 from agent.config import SnapshotLimits
-from agent.errors import SnapshotRejected
-from agent.model import Entry, RelPath
+from agent.core.errors import SnapshotRejected
+from agent.core.model import Entry, RelPath
 from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.zippaths import EntryPaths
 from agent.ziprecords import (

@@ -14,8 +14,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 import orjson
 
+from agent.core.model import RelPath, digest_of
 from agent.mischief import Mischief
-from agent.model import RelPath, digest_of
 
 MOST_LINES = 60
 """Lines of differences printed; a tree that is all wrong needs no thousand."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from immutables import Map
 from msgspec import structs
 
+from agent.core.errors import Unavailable
+from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
+from agent.core.problems import ProblemKind
 from agent.disk import Disk, Drift
 from agent.drift import Observed
-from agent.errors import Unavailable
 from agent.ledger import FileStat, Ledger, LedgerState
-from agent.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
-from agent.problems import ProblemKind
 from agent.status import Problems
 from agent.telemetry import get_logger
 from agent.turns import in_turns

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from agent.model import RelPath
+from agent.core.model import RelPath
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from agent.errors import PathRefused, SnapshotRejected
-from agent.model import Entry, RelPath, parents, parse_path
+from agent.core.errors import PathRefused, SnapshotRejected
+from agent.core.model import Entry, RelPath, parents, parse_path
 from agent.ziprecords import shown
 
 

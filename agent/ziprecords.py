@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from agent.errors import SnapshotRejected
+from agent.core.errors import SnapshotRejected
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")

@@ -27,11 +27,11 @@ from statistics import median
 
 import orjson
 
+from agent.core.messages import read_event
+from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
+from agent.core.reconcile import step
 from agent.disk import Disk, FileStat, Outcome
 from agent.ledger import Ledger
-from agent.model import Commit, Cursor, Entry, RelPath, Tree, Write
-from agent.plan import step
-from agent.wire import read_event
 from bench.ground import NEW, Ground
 from bench.results import Row, Unmeasurable, Waits, in_turn, ratio_of
 

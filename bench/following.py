@@ -25,10 +25,10 @@ from websockets.frames import Frame, Opcode
 
 from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits
+from agent.core.model import Cursor, RelPath, Tree, digest_of
+from agent.core.scheduler import Follower
 from agent.disk import Disk
-from agent.follow import Follower
 from agent.ledger import Ledger
-from agent.model import Cursor, RelPath, Tree, digest_of
 from agent.status import Problems, SyncStatus
 from agent.stream import realtime_link
 from agent.sync import Parts, Sync

@@ -25,7 +25,7 @@ from uuid import UUID
 
 import httpx
 
-from agent.model import Digest, RelPath, tree_hash
+from agent.core.model import Digest, RelPath, tree_hash
 from orchestrator_stub.reading import scan
 from soak.stack import Stack
 from soak.writing import MARKER

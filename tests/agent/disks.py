@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.model import Entry, Operation, RelPath, Remove, Write, digest_of
 from agent.disk import Disk, FileStat, Outcome
-from agent.model import Entry, Operation, RelPath, Remove, Write, digest_of
 from agent.staging import ROOMS
 
 

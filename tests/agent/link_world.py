@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from agent.errors import CredentialRejected, Unavailable
+from agent.core.errors import CredentialRejected, Unavailable
 from agent.linkstate import LinkState
 from agent.signals import Received
 from agent.stream import realtime_link

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from immutables import Map
 
+from agent.core.model import Cursor, Entry, RelPath, Tree, Write, digest_of
 from agent.disk import Disk, FileStat
-from agent.model import Cursor, Entry, RelPath, Tree, Write, digest_of
 from agent.turns import at_once
 from tests.agent.disks import Agent, kinds, remove, seen, write
 

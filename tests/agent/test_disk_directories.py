@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.core.model import Operation, RelPath, parents
 from agent.disk import Disk, Outcome
-from agent.model import Operation, RelPath, parents
 from agent.order import in_order
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, staged, write
 from tests.profiles import examples

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.errors import RootUnusable
+from agent.core.model import Operation, RelPath
 from agent.disk import Disk
-from agent.errors import RootUnusable
-from agent.model import Operation, RelPath
 from agent.turns import at_once
 from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 

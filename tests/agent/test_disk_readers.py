@@ -15,8 +15,8 @@ from random import Random
 
 import pytest
 
+from agent.core.model import Tree, digest_of
 from agent.ledger import Ledger, LedgerState
-from agent.model import Tree, digest_of
 from tests.agent.disks import Agent, opened, write
 from tests.profiles import NIGHTLY
 
@@ -107,7 +107,7 @@ WRITER = textwrap.dedent(
     from pathlib import Path
     from agent.disk import Disk
     from agent.ledger import Ledger, LedgerState
-    from agent.model import Cursor, Entry, RelPath, Remove, Write, digest_of
+    from agent.core.model import Cursor, Entry, RelPath, Remove, Write, digest_of
 
     home = Path(sys.argv[1])
     disk, ledger = Disk(home / "project", home / "staging"), Ledger(home / "state/ledger.db")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from immutables import Map
 
+from agent.core.model import RelPath
 from agent.disk import Disk
 from agent.drift import DriftWatch, Observed
-from agent.model import RelPath
 from tests.agent.disks import Agent, remove, write
 
 DEADLINE = 10.0

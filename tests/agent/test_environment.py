@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 
 from agent.config import Settings, read_environment, read_settings
-from agent.errors import SettingsError
+from agent.core.errors import SettingsError
 
 
 def jwt(**claims: object) -> str:

@@ -13,17 +13,17 @@ import pytest
 from immutables import Map
 
 from agent import batch, turns
+from agent.core.messages import Changes
+from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
+from agent.core.reconcile import catch_up
 from agent.disk import Drift, FileStat
 from agent.drift import DriftWatch, Observed
 from agent.ledger import Ledger, LedgerState
 from agent.looks import PIECE, UNREAD, reading
-from agent.model import Change, Cursor, Digest, RelPath, Tree, digest_of
-from agent.plan import catch_up
 from agent.sight import Sight
 from agent.status import Problems
 from agent.telemetry import Metrics
 from agent.turns import at_once
-from agent.wire import Changes
 from agent.workspace import Workspace
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, write
 from tests.agent.test_shadow import shadow_of

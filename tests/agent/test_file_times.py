@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
+from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.disk import FileStat
 from agent.drift import DriftWatch, Observed
 from agent.ledger import Ledger
-from agent.model import Cursor, RelPath, Tree, digest_of
 from tests.agent.disks import kinds, opened, write
 from tests.agent.processes import until
 from tests.agent.test_shadow import shadow_of

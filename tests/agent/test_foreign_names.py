@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from immutables import Map
 
+from agent.core.model import Cursor, RelPath, digest_of
 from agent.ledger import Ledger
-from agent.model import Cursor, RelPath, digest_of
 from agent.project import find
 from agent.status import Problems
 from agent.telemetry import Metrics

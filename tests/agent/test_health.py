@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from agent import health
 from agent.config import Settings
-from agent.errors import SettingsError
+from agent.core.errors import SettingsError
 
 
 @dataclass

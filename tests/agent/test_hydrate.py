@@ -20,15 +20,15 @@ import pytest
 
 from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
-from agent.disk import Disk
-from agent.errors import (
+from agent.core.errors import (
     CredentialRejected,
     HydrationImpossible,
     SnapshotRejected,
     Unavailable,
 )
+from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
+from agent.disk import Disk
 from agent.hydrate import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
-from agent.model import MAX_SEGMENTS, Entry, RelPath, digest_of
 from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics

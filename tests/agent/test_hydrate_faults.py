@@ -22,12 +22,12 @@ import httpx
 import pytest
 
 from agent.config import SnapshotLimits
+from agent.core.errors import AgentError, CredentialRejected, SnapshotRejected, Unavailable
+from agent.core.model import RelPath, Tree, digest_of
+from agent.core.reconcile import reconcile
 from agent.disk import Disk
-from agent.errors import AgentError, CredentialRejected, SnapshotRejected, Unavailable
 from agent.hydrate import fetch
 from agent.ledger import FileStat
-from agent.model import RelPath, Tree, digest_of
-from agent.plan import reconcile
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot

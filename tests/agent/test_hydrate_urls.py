@@ -14,11 +14,11 @@ import pytest
 
 from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
+from agent.core.errors import CredentialRejected, Unavailable
+from agent.core.reconcile import Reason
+from agent.core.scheduler import Request
 from agent.disk import Disk
-from agent.errors import CredentialRejected, Unavailable
-from agent.follow import Request
 from agent.hydrate import fetch, obtain
-from agent.plan import Reason
 from agent.status import Problems
 from agent.telemetry import Metrics
 from tests.agent.disks import in_staging

@@ -10,13 +10,13 @@ import structlog
 from msgspec import structs
 from structlog.testing import capture_logs
 
+from agent.core.clock_skew import ClockSkew, Moment
+from agent.core.model import Change, Commit, Cursor, RelPath, digest_of
+from agent.core.reconcile import Outcome
+from agent.core.trace import TraceParent
 from agent.lag import LATE, MOST_LATE, LagMeter
-from agent.model import Change, Commit, Cursor, RelPath, digest_of
-from agent.plan import Outcome
-from agent.skew import ClockSkew, Moment
 from agent.status import SyncStatus
 from agent.telemetry import Metrics
-from agent.trace import TraceParent
 
 NOW = 1_800_000_000.0
 TRACE = TraceParent("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "01")

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
-from agent.errors import RootUnusable, Unavailable
+from agent.core.errors import RootUnusable, Unavailable
+from agent.core.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
 from agent.ledger import Done, FileStat, Ledger, LedgerState
-from agent.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
 from tests.profiles import examples
 
 ROWS = 40
@@ -294,7 +294,7 @@ RECORDER = textwrap.dedent(
     import os, sys
     from pathlib import Path
     from agent.ledger import Done, FileStat, Ledger
-    from agent.model import Cursor, Entry, RelPath, Write, digest_of
+    from agent.core.model import Cursor, Entry, RelPath, Write, digest_of
 
     ledger = Ledger(Path(sys.argv[1]))
     state = ledger.load()

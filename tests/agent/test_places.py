@@ -20,11 +20,11 @@ from uuid import UUID
 import pytest
 
 from agent.config import Settings
+from agent.core.errors import RootUnusable
+from agent.core.model import Cursor
 from agent.disk import Disk
-from agent.errors import RootUnusable
 from agent.install import Installer
 from agent.ledger import Ledger
-from agent.model import Cursor
 from agent.places import replaceable, weaknesses
 from agent.rights import Rights
 from tests.agent.disks import Agent, kinds, opened, write

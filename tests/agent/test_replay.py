@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.__main__ import main
-from agent.errors import MalformedMessage
+from agent.core.errors import MalformedMessage
+from agent.core.messages import MANIFEST_PATH
+from agent.core.model import RelPath, digest_of, tree_hash
 from agent.mischief import Broken, Committed, Delivered, Mischief, Paused, play
-from agent.model import RelPath, digest_of, tree_hash
 from agent.replay import Manner, replay
 from agent.scenario import FAULTS, Step
 from agent.verdict import compare
-from agent.wire import MANIFEST_PATH
 from tests.profiles import NIGHTLY
 
 LIBRARY = sorted((Path(__file__).parents[1] / "scenarios").glob("*.jsonl"))

@@ -14,8 +14,8 @@ from uuid import UUID
 
 import pytest
 
+from agent.core.model import RelPath, digest_of, parents, tree_hash
 from agent.mischief import Mischief
-from agent.model import RelPath, digest_of, parents, tree_hash
 from agent.replay import Manner, replay
 from tests.profiles import NIGHTLY
 

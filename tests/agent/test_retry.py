@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import CredentialRejected, MalformedMessage, Unavailable
+from agent.core.errors import CredentialRejected, MalformedMessage, Unavailable
 from agent.retry import Backoff, asked_wait, http_date, retry_after, retrying, within
 from agent.simulated import simulate
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from agent.problems import REMEDIES
+from agent.core.problems import REMEDIES
 from agent.screen import Look, render, sparkline
 
 NOW = 1_000_000.0

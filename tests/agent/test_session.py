@@ -18,13 +18,20 @@ import pytest
 import respx
 
 from agent import session as session_module
-from agent.errors import CredentialRejected, MalformedMessage, SessionGone, Superseded, TooLarge, Unavailable
-from agent.model import RelPath
+from agent.core.clock_skew import Moment
+from agent.core.errors import (
+    CredentialRejected,
+    MalformedMessage,
+    SessionGone,
+    Superseded,
+    TooLarge,
+    Unavailable,
+)
+from agent.core.messages import Changes, Current, Head, SnapshotOffer
+from agent.core.model import RelPath
 from agent.session import SessionApi
 from agent.simulated import simulate
-from agent.skew import Moment
 from agent.tokens import Tokens
-from agent.wire import Changes, Current, Head, SnapshotOffer
 from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from agent import shadow as module
-from agent.comparison import Comparison
 from agent.config import read_environment
-from agent.errors import SettingsError
-from agent.model import Entry, RelPath, digest_of
+from agent.core.divergence import Comparison
+from agent.core.errors import SettingsError
+from agent.core.model import Entry, RelPath, digest_of
 from agent.shadow import MOST_SHOWN, Shadow
 from agent.sight import Sight
 from agent.status import Problems

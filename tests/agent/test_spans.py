@@ -11,8 +11,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent import spans as spans_module
+from agent.core.trace import TraceParent
 from agent.spans import ENDPOINT, FLUSH_SECONDS, Spans, credentials, open_spans
-from agent.trace import TraceParent
 from tests.fakes.collector import attributes, collecting
 
 PROJECT, SESSION = UUID(int=1), UUID(int=2)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.errors import RootUnusable
 from agent.disk import Disk
-from agent.errors import RootUnusable
 from tests.agent.disks import Agent, in_staging, staged
 
 

@@ -16,7 +16,7 @@ import pytest_asyncio
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from agent.errors import CredentialRejected
+from agent.core.errors import CredentialRejected
 from agent.linkstate import LinkState
 from agent.signals import Received
 from agent.stream import realtime_link

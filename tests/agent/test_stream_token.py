@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import CredentialRejected, Unavailable
+from agent.core.errors import CredentialRejected, Unavailable
 from agent.linkstate import LinkState
 from agent.stream import realtime_link
 from agent.tokens import Token, Tokens

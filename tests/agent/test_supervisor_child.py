@@ -16,7 +16,7 @@ import pytest
 
 from agent import child
 from agent.child import Child, printable
-from agent.errors import SettingsError
+from agent.core.errors import SettingsError
 from agent.rights import Launch, Rights, User, environment, find_user
 from tests.agent.processes import of_user, running, until
 

@@ -16,9 +16,9 @@ import pytest
 
 from agent import supervisor as module
 from agent.config import Settings
+from agent.core.errors import DevServerFailed
+from agent.core.model import RelPath
 from agent.devserver import Policy, State
-from agent.errors import DevServerFailed
-from agent.model import RelPath
 from agent.supervisor import Supervisor
 from agent.telemetry import Metrics
 from tests.agent.processes import free_port, running, until

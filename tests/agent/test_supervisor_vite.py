@@ -17,8 +17,8 @@ import pytest
 import websockets
 
 from agent.config import Settings
+from agent.core.model import RelPath
 from agent.devserver import State
-from agent.model import RelPath
 from agent.supervisor import Supervisor
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port, running, until

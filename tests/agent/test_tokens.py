@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import CredentialRejected, MalformedMessage
+from agent.core.errors import CredentialRejected, MalformedMessage
 from agent.tokens import Token, Tokens, read_token
 from tests.fakes.realtime import jwt
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.errors import SnapshotRejected
+from agent.core.errors import SnapshotRejected
 from agent.unzip import CHUNK, ZipReader
 from agent.zipevents import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
 from tests.fakes.zips import Member, archive, deflate

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.errors import SnapshotRejected
+from agent.core.errors import SnapshotRejected
 from agent.unzip import CHUNK, ZipReader
 from agent.zipevents import Event, FileFound
 from tests.fakes.zips import Member, archive, deflate

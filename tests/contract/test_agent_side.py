@@ -8,12 +8,20 @@ import httpx
 import pytest
 from msgspec import structs
 
-from agent.errors import CredentialRejected, SessionGone, Superseded, TooLarge, Unavailable
-from agent.model import Commit, SnapshotReady
+from agent.core.errors import CredentialRejected, SessionGone, Superseded, TooLarge, Unavailable
+from agent.core.messages import (
+    Changes,
+    Current,
+    SnapshotOffer,
+    read_event,
+    read_head,
+    read_manifest,
+    read_sync_answer,
+)
+from agent.core.model import Commit, SnapshotReady
 from agent.session import SessionApi
 from agent.statusbody import fitted
 from agent.tokens import Tokens, read_token
-from agent.wire import Changes, Current, SnapshotOffer, read_event, read_head, read_manifest, read_sync_answer
 from tests.contract.golden import DIRECTORY, assert_same_form, load
 
 EVENTS = sorted(path.stem for path in DIRECTORY.glob("event.*.json"))

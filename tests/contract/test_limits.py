@@ -15,12 +15,12 @@ import httpx
 import psycopg
 import pytest
 
-from agent import model
 from agent.config import SnapshotLimits
+from agent.core import model
+from agent.core.errors import PathRefused
+from agent.core.model import parse_path
 from agent.disk import Disk
-from agent.errors import PathRefused
 from agent.hydrate import fetch
-from agent.model import parse_path
 from orchestrator_stub.paths import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane
 

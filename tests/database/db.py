@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from agent.model import Digest, RelPath, tree_hash
+from agent.core.model import Digest, RelPath, tree_hash
 
 Json = dict[str, Any]
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import PathRefused
-from agent.model import parse_path
+from agent.core.errors import PathRefused
+from agent.core.model import parse_path
 from tests.database.db import Project, apply, delete, files, head, messages, one, upsert
 
 Db = psycopg.Connection[Any]

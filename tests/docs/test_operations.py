@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from typing import get_args
 
-from agent import errors
 from agent.commands import EXITS
+from agent.core import errors
+from agent.core.errors import AgentError
+from agent.core.problems import REMEDIES, ProblemKind
 from agent.devserver import State
-from agent.errors import AgentError
 from agent.linkstate import LinkState
-from agent.problems import REMEDIES, ProblemKind
 from agent.status import AgentState
 from orchestrator_stub import sessions
 from tests.docs.reading import ROOT

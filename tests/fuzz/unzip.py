@@ -15,9 +15,9 @@ from io import BytesIO
 from pathlib import Path
 
 from agent.config import SnapshotLimits
-from agent.errors import SnapshotRejected
+from agent.core.errors import SnapshotRejected
+from agent.core.messages import MANIFEST_PATH
 from agent.unzip import ZipReader
-from agent.wire import MANIFEST_PATH
 from agent.zipevents import FileFound, FileStarted
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -21,7 +21,7 @@ from typing import Any
 
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscribeStates
 
-from agent.errors import Unavailable
+from agent.core.errors import Unavailable
 from agent.linksettings import LinkSettings, Timing
 from agent.linkstate import LinkState
 from agent.signals import Received, Resync

@@ -24,7 +24,7 @@ import httpx
 import psycopg
 import uvicorn
 
-from agent.model import RelPath, digest_of, tree_hash
+from agent.core.model import RelPath, digest_of, tree_hash
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control

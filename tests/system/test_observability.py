@@ -13,10 +13,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from agent.core.problems import ProblemKind
+from agent.core.reconcile import Reason
 from agent.devserver import State as DevServerState
 from agent.linkstate import LinkState
-from agent.plan import Reason
-from agent.problems import ProblemKind
 from orchestrator_stub.sessions import PROBLEMS
 from orchestrator_stub.sessions import State as SessionState
 from tests.system.scrape import Scraped

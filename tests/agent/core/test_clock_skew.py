@@ -10,8 +10,8 @@ import respx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.core.clock_skew import DRIFT, JUMP, ClockSkew, Moment
 from agent.session import SessionApi
-from agent.skew import DRIFT, JUMP, ClockSkew, Moment
 from agent.tokens import Tokens
 from tests.agent.test_session import BASE, SESSION, TOKEN, URL
 

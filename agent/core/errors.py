@@ -14,7 +14,7 @@
     └── Unavailable              a peer did not answer, or asked us to wait                 (transient)
         └── TooLarge             it reads no body of this size: the same again cannot help, less can
 
-A per-path failure is data (`agent.model.Problem`), not an exception: the rest goes on.
+A per-path failure is data (`core.model.Problem`), not an exception: the rest goes on.
 """
 
 from __future__ import annotations

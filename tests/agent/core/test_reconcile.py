@@ -1,4 +1,4 @@
-"""The planner's rules, one by one, by the names `agent.plan` gives them."""
+"""The planner's rules, one by one, by the names `agent.core.reconcile` gives them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from immutables import Map
 
-from agent.model import (
+from agent.core.messages import Changes
+from agent.core.model import (
     Change,
     Commit,
     Cursor,
@@ -20,8 +21,7 @@ from agent.model import (
     Write,
     digest_of,
 )
-from agent.plan import Gap, Outcome, Plan, Reason, brake, catch_up, reconcile, settle, step
-from agent.wire import Changes
+from agent.core.reconcile import Gap, Outcome, Plan, Reason, brake, catch_up, reconcile, settle, step
 
 A, B, C = RelPath("a.ts"), RelPath("b.ts"), RelPath("src/c.ts")
 EPOCH = "e1"

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from agent.errors import MalformedMessage, PathRefused
-from agent.model import (
+from agent.core.errors import MalformedMessage, PathRefused
+from agent.core.model import (
     Change,
     Commit,
     Digest,
@@ -32,7 +32,7 @@ from agent.model import (
     digest_of,
     parse_path,
 )
-from agent.trace import read_traceparent
+from agent.core.trace import read_traceparent
 
 COMMIT_EVENTS = frozenset({"file:update", "file:delete", "bulk:apply"})
 SNAPSHOT_FORMAT = 1

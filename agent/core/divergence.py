@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import translate
 
-from agent.model import Digest, Entry, Problem, RelPath
+from agent.core.model import Digest, Entry, Problem, RelPath
 
 
 class Rule(StrEnum):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import PathRefused
-from agent.model import Cursor, Digest, RelPath, parents, parse_path, tree_hash
+from agent.core.errors import PathRefused
+from agent.core.model import Cursor, Digest, RelPath, parents, parse_path, tree_hash
 
 HOSTILE = [
     ("", "empty"),

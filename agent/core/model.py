@@ -15,9 +15,9 @@ from typing import NewType
 from immutables import Map
 from msgspec import Struct, field
 
-from agent.errors import PathRefused
-from agent.problems import ProblemKind
-from agent.trace import TraceParent
+from agent.core.errors import PathRefused
+from agent.core.problems import ProblemKind
+from agent.core.trace import TraceParent
 
 RelPath = NewType("RelPath", str)
 """A path that passed `parse_path`: relative, `/`-separated, NFC, no tricks."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from agent.model import Problem
-from agent.problems import REMEDIES, ProblemKind
+from agent.core.model import Problem
+from agent.core.problems import REMEDIES, ProblemKind
 
-AGENT = Path(__file__).parents[2] / "agent"
+AGENT = Path(__file__).parents[3] / "agent"
 
 
 def test_every_kind_has_one_line_of_what_to_do() -> None:

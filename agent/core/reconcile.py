@@ -23,7 +23,8 @@ from enum import StrEnum
 from immutables import Map
 from msgspec import Struct, structs
 
-from agent.model import (
+from agent.core.messages import Changes
+from agent.core.model import (
     Change,
     Commit,
     Cursor,
@@ -36,7 +37,6 @@ from agent.model import (
     Tree,
     Write,
 )
-from agent.wire import Changes
 
 
 class Outcome(StrEnum):

@@ -13,12 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import MalformedMessage, PathRefused
+from agent.core.clock_skew import ClockSkew, Moment
+from agent.core.errors import MalformedMessage, PathRefused
+from agent.core.messages import (
+    COMMIT_EVENTS,
+    decode_manifest,
+    read_event,
+    read_head,
+    read_manifest,
+    read_sync_answer,
+)
+from agent.core.model import Commit, Cursor, RelPath, Tree, digest_of
+from agent.core.reconcile import step
 from agent.ledger import Done, FileStat, Ledger
-from agent.model import Commit, Cursor, RelPath, Tree, digest_of
-from agent.plan import step
-from agent.skew import ClockSkew, Moment
-from agent.wire import COMMIT_EVENTS, decode_manifest, read_event, read_head, read_manifest, read_sync_answer
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),

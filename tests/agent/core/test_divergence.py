@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.comparison import Comparison, Rule
-from agent.model import Digest, Entry, RelPath, digest_of
+from agent.core.divergence import Comparison, Rule
+from agent.core.model import Digest, Entry, RelPath, digest_of
 from tests.profiles import examples
 
 SETTLE = 10.0

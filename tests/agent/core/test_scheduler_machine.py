@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec import structs
 
-from agent.follow import Follower, Settings
-from agent.model import (
+from agent.core.messages import Changes, Current, Head
+from agent.core.model import (
     Change,
     Commit,
     Cursor,
@@ -28,8 +28,8 @@ from agent.model import (
     digest_of,
     tree_hash,
 )
-from agent.plan import Plan, Reason, catch_up, reconcile
-from agent.wire import Changes, Current, Head
+from agent.core.reconcile import Plan, Reason, catch_up, reconcile
+from agent.core.scheduler import Follower, Settings
 from tests.profiles import examples
 
 PATHS = [RelPath(p) for p in ("a.ts", "b.ts", "src/c.ts", "src/d.ts", "src/deep/e.ts", "bin.png")]
