@@ -29,11 +29,11 @@ from agent.child import printable
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.httpclient import exchange
+from agent.link.realtime import endpoint
 from agent.places import weaknesses
 from agent.project import ProjectUnreadable
 from agent.rights import environment
 from agent.sight import Sight
-from agent.stream import endpoint
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
 from agent.tokens import read_token

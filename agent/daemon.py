@@ -35,16 +35,16 @@ from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.disk import Disk
 from agent.ledger import Ledger
+from agent.link.realtime import realtime_link
+from agent.link.source import EventSource
 from agent.places import weaknesses
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
 from agent.shadow import Shadow
 from agent.sight import Sight
-from agent.signals import EventSource
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
-from agent.stream import realtime_link
 from agent.supervisor import Supervisor, rights
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for

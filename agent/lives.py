@@ -16,9 +16,9 @@ from agent.core.model import Cursor, Operation, Problem, RelPath
 from agent.core.scheduler import Follower
 from agent.disk import Disk
 from agent.ledger import FileStat, Ledger
-from agent.linkstate import LinkState
+from agent.link.source import Signal
+from agent.link.states import LinkState
 from agent.session import SessionApi
-from agent.signals import Signal
 from agent.status import Problems
 from agent.supervisor import Supervisor
 from agent.sync import Sync

@@ -24,11 +24,11 @@ from agent.core.errors import MalformedMessage, PathRefused, SettingsError, Unav
 from agent.core.messages import Changes, Current, SnapshotOffer, read_event
 from agent.core.model import Change, Commit, RelPath, digest_of
 from agent.httpclient import exchange, read_whole
+from agent.link.realtime import realtime_link
+from agent.link.source import EventSource, Received, Resync
 from agent.scenario import FORMAT, Log, Scenario, read_scenario
 from agent.scenariofile import files_of, manifest_of
 from agent.session import SessionApi
-from agent.signals import EventSource, Received, Resync
-from agent.stream import realtime_link
 from agent.tokens import Tokens
 
 JOIN_SECONDS = 60.0

@@ -35,12 +35,12 @@ from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver import State
 from agent.ledger import Ledger
+from agent.link.source import Received, Resync
 from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
 from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
 from agent.scenario import Log
 from agent.scenariofile import Loaded, load
 from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
-from agent.signals import Received, Resync
 from agent.simulated import SimulatedLoop
 from agent.status import SyncStatus
 from agent.supervisor import Supervisor

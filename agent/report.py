@@ -19,9 +19,9 @@ from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem
 from agent.core.problems import ProblemKind
-from agent.linkstate import LinkState
+from agent.link.source import EventSource
+from agent.link.states import LinkState
 from agent.shadow import Shadow
-from agent.signals import EventSource
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
 from agent.supervisor import Supervisor

@@ -44,7 +44,7 @@ from agent.drift import DriftWatch, Observed
 from agent.hydrate import StagedSnapshot
 from agent.lag import LagMeter
 from agent.ledger import LedgerState
-from agent.signals import EventSource, Received, Resync, Signal
+from agent.link.source import EventSource, Received, Resync, Signal
 from agent.spans import SpanSink
 from agent.status import Problems, SyncPhase, SyncStatus
 from agent.telemetry import Metrics, get_logger, traced

@@ -29,8 +29,8 @@ from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
 from agent.disk import Disk
 from agent.ledger import Ledger
+from agent.link.realtime import realtime_link
 from agent.status import Problems, SyncStatus
-from agent.stream import realtime_link
 from agent.sync import Parts, Sync
 from agent.telemetry import Metrics, Redactor, configure_logs
 from agent.tokens import Tokens

@@ -111,8 +111,8 @@ async def receive_ours(port: int) -> float:
     """Our link, consumed as sync does it. Returns messages per second."""
     import structlog
 
-    from agent.signals import Received, Signal
-    from agent.stream import realtime_link
+    from agent.link.realtime import realtime_link
+    from agent.link.source import Received, Signal
     from agent.tokens import Tokens
     from tests.fakes.realtime import jwt
 

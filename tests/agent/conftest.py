@@ -14,7 +14,7 @@ import pytest
 from agent import batch
 from agent.disk import Disk
 from tests.agent.disks import Agent, in_staging, mounted
-from tests.agent.one_link import Issuer, wall
+from tests.agent.link.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "react-app"

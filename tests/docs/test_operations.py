@@ -13,7 +13,7 @@ from agent.core import errors
 from agent.core.errors import AgentError
 from agent.core.problems import REMEDIES, ProblemKind
 from agent.devserver import State
-from agent.linkstate import LinkState
+from agent.link.states import LinkState
 from agent.status import AgentState
 from orchestrator_stub import sessions
 from tests.docs.reading import ROOT

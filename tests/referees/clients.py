@@ -3,7 +3,7 @@
 realtime       the official Python client, vsn 1
 realtime-js    the official JavaScript client in Node, vsn 2 with binary broadcasts
 supabase-js    the same through the front door that applications use
-ours           `agent.stream.realtime_link`, which only listens, to one private topic
+ours           `agent.link.realtime.realtime_link`, which only listens, to one private topic
 raw            none: frames as written, to show that the scenario itself is sound
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscribeStates
 
 from agent.core.errors import Unavailable
-from agent.linksettings import LinkSettings, Timing
-from agent.linkstate import LinkState
-from agent.signals import Received, Resync
-from agent.stream import realtime_link
+from agent.link.realtime import realtime_link
+from agent.link.settings import LinkSettings, Timing
+from agent.link.source import Received, Resync
+from agent.link.states import LinkState
 from agent.tokens import Token, Tokens
 from tests.fakes.serving import Local, Phoenix
 

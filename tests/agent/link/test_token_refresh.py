@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import CredentialRejected, Unavailable
-from agent.linkstate import LinkState
-from agent.stream import realtime_link
+from agent.link.realtime import realtime_link
+from agent.link.states import LinkState
 from agent.tokens import Token, Tokens
-from tests.agent.one_link import (
+from tests.agent.link.one_link import (
     QUICK,
     Issuer,
     SimulatedPolicy,

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agent.linksettings import Timing
-from agent.linkstate import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
-from agent.meanings import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
-from agent.phoenix import PhoenixChannel
+from agent.link.channel import PhoenixChannel
+from agent.link.frame_types import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
+from agent.link.settings import Timing
+from agent.link.states import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 

@@ -1,6 +1,6 @@
-"""Hold a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `agent.linkloop`.
+"""Hold a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `link.loop`.
 
-The protocol is `agent.phoenix`'s; here are the socket and the two tasks on it. One is the only one that writes and
+The protocol is `link.channel`'s; here are the socket and the two tasks on it. One is the only one that writes and
 closes, the other reads.
 """
 
@@ -19,15 +19,23 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode
 from websockets.protocol import State
 
-from agent.linkloop import ConnectionEnd, LinkLoop
-from agent.linksettings import DEFAULTS, LinkSettings
-from agent.meanings import Broadcast, ChannelEvent, Dropped, Joined, Refused, ReplicationReady, TokenExpired
-from agent.phoenix import PhoenixChannel
+from agent.link.channel import PhoenixChannel
+from agent.link.frame_types import (
+    Broadcast,
+    ChannelEvent,
+    Dropped,
+    Joined,
+    Refused,
+    ReplicationReady,
+    TokenExpired,
+)
+from agent.link.loop import ConnectionEnd, LinkLoop
+from agent.link.settings import DEFAULTS, LinkSettings
 from agent.retry import retry_after
 from agent.tokens import Token, TokenSource
 
 VSN: Final = "2.0.0"
-"""The version of the channel protocol's frames that `agent.phoenix` speaks."""
+"""The version of the channel protocol's frames that `link.channel` speaks."""
 
 
 def realtime_link(
@@ -218,7 +226,7 @@ class _Connect(connect):
         return exc
 
 
-_SILENT: Final = logging.Logger("agent.stream.websockets", logging.CRITICAL)  # noqa: LOG001
+_SILENT: Final = logging.Logger("agent.link.realtime.websockets", logging.CRITICAL)  # noqa: LOG001
 """The library logs frames and URLs at debug level, and both carry credentials. Outside the tree of loggers, so that no
 level set at its root wakes this one."""
 

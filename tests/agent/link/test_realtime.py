@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from agent.linksettings import LinkSettings
-from agent.linkstate import LinkState
-from agent.signals import Resync
-from agent.stream import realtime_link
-from tests.agent.one_link import (
+from agent.link.realtime import realtime_link
+from agent.link.settings import LinkSettings
+from agent.link.source import Resync
+from agent.link.states import LinkState
+from tests.agent.link.one_link import (
     QUICK,
     Issuer,
     SimulatedPolicy,

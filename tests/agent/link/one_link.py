@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from agent.linkloop import LinkLoop
-from agent.linksettings import LinkSettings, Timing
-from agent.linkstate import LinkState
-from agent.signals import Received, Resync, Signal
+from agent.link.loop import LinkLoop
+from agent.link.realtime import realtime_link
+from agent.link.settings import LinkSettings, Timing
+from agent.link.source import Received, Resync, Signal
+from agent.link.states import LinkState
 from agent.simulated import SimulatedLoop
-from agent.stream import realtime_link
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.signals import Received, Resync, SignalQueue
+from agent.link.source import Received, Resync, SignalQueue
 
 MOST_EVENTS, MOST_BYTES = 5, 100
 

@@ -13,8 +13,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.stream import endpoint
-from tests.agent.one_link import (
+from agent.link.realtime import endpoint
+from tests.agent.link.one_link import (
     Issuer,
     SimulatedPolicy,
     comes_back,

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from agent.core.errors import CredentialRejected, Unavailable
-from agent.linkstate import LinkState
-from agent.signals import Received
-from agent.stream import realtime_link
+from agent.link.realtime import realtime_link
+from agent.link.source import Received
+from agent.link.states import LinkState
 from agent.tokens import Token, Tokens
 from tests.fakes.proxy import Proxy
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt

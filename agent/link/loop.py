@@ -21,11 +21,11 @@ from typing import Protocol
 
 from agent.core.errors import AgentError, CredentialRejected, SessionGone
 from agent.core.model import Problem
-from agent.linksettings import DEFAULTS, LinkSettings
-from agent.linkstate import JOINED_STATES, Cause, LinkState, LinkStateMachine
-from agent.linktoken import TokenRefresher
+from agent.link.settings import DEFAULTS, LinkSettings
+from agent.link.source import Received, Signal, SignalQueue
+from agent.link.states import JOINED_STATES, Cause, LinkState, LinkStateMachine
+from agent.link.token_refresh import TokenRefresher
 from agent.retry import Backoff, asked_wait
-from agent.signals import Received, Signal, SignalQueue
 from agent.telemetry import get_logger
 from agent.tokens import Token, TokenSource
 
@@ -126,7 +126,7 @@ class LinkLoop:
         self._sockets = 0
         self._joins = 0
 
-    # --- what the rest of the agent sees (agent.signals.EventSource)
+    # --- what the rest of the agent sees (agent.link.source.EventSource)
 
     @property
     def state(self) -> LinkState:
@@ -252,7 +252,7 @@ class LinkLoop:
         """Why the connection is to be ended; None: it is not."""
         return self._ending
 
-    # --- what the token's refresher asks and tells (agent.linktoken.TokenHolder)
+    # --- what the token's refresher asks and tells (agent.link.token_refresh.TokenHolder)
 
     @property
     def wants_token(self) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.core.model import Problem
-from agent.linkstate import LinkState
-from agent.meanings import Broadcast
+from agent.link.frame_types import Broadcast
+from agent.link.states import LinkState
 
 Received = Broadcast
 """An application event, by the name that the rest of the agent has for it: `event`, `payload`, and `at`, Unix seconds
@@ -34,7 +34,7 @@ Signal = Received | Resync
 class EventSource(Protocol):
     """Where events come from: all that the rest of the agent knows of the link.
 
-    `agent.linkloop.LinkLoop` is one over any transport; a replay has one without any.
+    `link.loop.LinkLoop` is one over any transport; a replay has one without any.
     """
 
     @property

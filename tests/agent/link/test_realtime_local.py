@@ -17,13 +17,13 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from agent.core.errors import CredentialRejected
-from agent.linkstate import LinkState
-from agent.signals import Received
-from agent.stream import realtime_link
+from agent.link.realtime import realtime_link
+from agent.link.source import Received
+from agent.link.states import LinkState
 from agent.tokens import Token, Tokens
 from orchestrator_stub.local.faults import Faults
 from orchestrator_stub.tokens import Keyring
-from tests.agent.one_link import QUICK, Link, running, until
+from tests.agent.link.one_link import QUICK, Link, running, until
 from tests.fakes.serving import Local, serve_local
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

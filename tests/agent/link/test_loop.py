@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from agent.linkloop import ConnectionEnd, LinkLoop
-from agent.linkstate import Cause, LinkState, LinkStateMachine
+from agent.link.loop import ConnectionEnd, LinkLoop
+from agent.link.source import EventSource, Received
+from agent.link.states import Cause, LinkState, LinkStateMachine
 from agent.lives import ScenarioSource
-from agent.signals import EventSource, Received
 from agent.tokens import Token
-from tests.agent.one_link import QUICK, Issuer, SimulatedPolicy, running, until, wall
+from tests.agent.link.one_link import QUICK, Issuer, SimulatedPolicy, running, until, wall
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
 """The hook that replaces it would apply to every test below its conftest, and rename them."""

@@ -4,7 +4,7 @@ Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are 
 `[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `PhoenixChannel` is one
 topic on one socket. Its refs only grow, so that the reply to an earlier join is never taken for the reply to this one.
 
-The state is in the link's `LinkStateMachine`, which `PhoenixChannel` moves; the events are `agent.meanings`. Nothing
+The state is in the link's `LinkStateMachine`, which `PhoenixChannel` moves; the events are `link.frame_types`. Nothing
 that a server sends makes this module raise: what cannot be read is counted in `ignored`.
 
     channel = PhoenixChannel("realtime:project:…", machine)
@@ -25,9 +25,7 @@ from typing import Final
 
 import orjson
 
-from agent.linksettings import DEFAULTS, Timing
-from agent.linkstate import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
-from agent.meanings import (
+from agent.link.frame_types import (
     Broadcast,
     ChannelEvent,
     Dropped,
@@ -37,6 +35,8 @@ from agent.meanings import (
     TokenExpired,
     classify_error,
 )
+from agent.link.settings import DEFAULTS, Timing
+from agent.link.states import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
 
 BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""

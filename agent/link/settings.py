@@ -8,7 +8,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The deadlines of the channel protocol (`agent.phoenix`)."""
+    """The deadlines of the channel protocol (`link.channel`)."""
 
     heartbeat_every: float = 20.0
     """The server closes a socket that was silent for 60 s; two heartbeats may be lost before that."""

@@ -15,10 +15,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close, Frame, Opcode
 
-from agent.linksettings import LinkSettings
-from agent.linkstate import LinkState
+from agent.link.settings import LinkSettings
+from agent.link.states import LinkState
 from agent.simulated import simulate
-from tests.agent.link_world import World, now
+from tests.agent.link.link_world import World, now
 from tests.fakes.realtime import type4
 from tests.profiles import NIGHTLY
 

@@ -1,6 +1,6 @@
 """docs/link.md says what the code does: the transition table is the code's, and the tests it names exist.
 
-After a change of the table: `python -m tests.agent.test_link_doc` writes it again.
+After a change of the table: `python -m tests.agent.link.test_link_doc` writes it again.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import json
 import re
 from pathlib import Path
 
-from agent.linkstate import TRANSITIONS, Cause, LinkState
-from tests.agent.test_stream_faults import FAULTS
+from agent.link.states import TRANSITIONS, Cause, LinkState
+from tests.agent.link.test_realtime_faults import FAULTS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOC = ROOT / "docs" / "link.md"
-BEGIN = "<!-- transitions: made by tests/agent/test_link_doc.py from agent.linkstate.TRANSITIONS -->\n"
+BEGIN = "<!-- transitions: made by tests/agent/link/test_link_doc.py from agent.link.states.TRANSITIONS -->\n"
 END = "<!-- end of transitions -->"
 
 
 def causes() -> dict[Cause, str]:
     """Each cause with its docstring, which Python does not keep."""
-    tree = ast.parse((ROOT / "agent" / "linkstate.py").read_text())
+    tree = ast.parse((ROOT / "agent" / "link" / "states.py").read_text())
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Cause").body
     found: dict[Cause, str] = {}
     for assignment, doc in zip(body[1::2], body[2::2], strict=True):
@@ -50,7 +50,7 @@ def with_table(text: str) -> str:
 
 
 def test_the_table_in_the_docs_is_the_codes() -> None:
-    assert with_table(DOC.read_text()) == DOC.read_text(), "python -m tests.agent.test_link_doc"
+    assert with_table(DOC.read_text()) == DOC.read_text(), "python -m tests.agent.link.test_link_doc"
 
 
 def test_every_test_the_docs_name_exists() -> None:
