@@ -17,9 +17,9 @@ from agent.core.messages import Changes, Current, SnapshotOffer
 from agent.core.model import Entry, Problem, RelPath
 from agent.core.scheduler import Request
 from agent.disk import Disk
-from agent.hydrate import Progress, StagedSnapshot, fetch, obtain
 from agent.retry import Backoff
 from agent.session import SessionApi
+from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
 from agent.status import Problems
 
 Answer = Current | Changes | StagedSnapshot
@@ -133,7 +133,7 @@ class CatchUp:
         return self._with_build_time(staged)
 
     async def _offer(self, reason: str) -> str | None:
-        """A fresh URL for an agent that has no tree; `reason` as `agent.hydrate.obtain` gives it."""
+        """A fresh URL for an agent that has no tree; `reason` as `snapshot.download.obtain` gives it."""
         assert self.api is not None
         answer = await self.api.sync(None, 0, reason, None)
         if not isinstance(answer, SnapshotOffer):

@@ -41,10 +41,10 @@ from agent.core.scheduler import Follower, Request
 from agent.core.trace import read_traceparent
 from agent.disk import Drift
 from agent.drift import DriftWatch, Observed
-from agent.hydrate import StagedSnapshot
 from agent.lag import LagMeter
 from agent.ledger import LedgerState
 from agent.link.source import EventSource, Received, Resync, Signal
+from agent.snapshot.download import StagedSnapshot
 from agent.spans import SpanSink
 from agent.status import Problems, SyncPhase, SyncStatus
 from agent.telemetry import Metrics, get_logger, traced

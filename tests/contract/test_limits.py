@@ -20,7 +20,7 @@ from agent.core import model
 from agent.core.errors import PathRefused
 from agent.core.model import parse_path
 from agent.disk import Disk
-from agent.hydrate import fetch
+from agent.snapshot.download import fetch
 from orchestrator_stub.paths import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane
 

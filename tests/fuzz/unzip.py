@@ -17,8 +17,8 @@ from pathlib import Path
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
 from agent.core.messages import MANIFEST_PATH
-from agent.unzip import ZipReader
-from agent.zipevents import FileFound, FileStarted
+from agent.snapshot.zip_events import FileFound, FileStarted
+from agent.snapshot.zip_reader import ZipReader
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -68,7 +68,7 @@ def _name(info: zipfile.ZipInfo) -> str:
 
 def seeds() -> dict[str, bytes]:
     """The archives that the tests make, by name."""
-    from tests.agent.test_unzip_hostile import GRAMMAR
+    from tests.agent.snapshot.test_zip_reader_hostile import GRAMMAR
     from tests.fakes.zips import Member, archive, snapshot
 
     files = {"package.json": b"{}", "src/App.tsx": b"export default 1\n" * 40, "bin/x": bytes(range(256))}

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.unzip import ZipReader
-from agent.zipevents import ExecutableFound, FileFound, FileStarted
+from agent.snapshot.zip_events import ExecutableFound, FileFound, FileStarted
+from agent.snapshot.zip_reader import ZipReader
 from orchestrator_stub import zipwriter
 from orchestrator_stub.zipwriter import PIECE, ArchiveTooLarge, ZipWriter
 from tests.profiles import examples

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
-from agent.unzip import CHUNK, ZipReader
-from agent.zipevents import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
+from agent.snapshot.zip_events import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
+from agent.snapshot.zip_reader import CHUNK, ZipReader
 from tests.fakes.zips import Member, archive, deflate
 
 LIMITS = SnapshotLimits()

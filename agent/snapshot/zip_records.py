@@ -1,6 +1,7 @@
 """The zip format's records: their layout, and the rules that one record alone can break. Pure.
 
-Layouts and numbers are those of PKWARE's APPNOTE 6.3. The grammar that puts records in order is `agent.unzip`'s.
+Layouts and numbers are those of PKWARE's APPNOTE 6.3. The grammar that puts records in order is
+`snapshot.zip_reader`'s.
 """
 
 from __future__ import annotations

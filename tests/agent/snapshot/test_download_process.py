@@ -31,7 +31,7 @@ def started(place: Path, url: str, **more: str) -> subprocess.Popen[str]:
         "PROJECT_ID": PROJECT, "SESSION_ID": str(uuid4()), "SNAPSHOT_URL": url, "REALTIME_URL": "ws://127.0.0.1:9",
         "REALTIME_TOKEN": jwt(4_000_000_000), "PATH": os.environ["PATH"], "PROJECT_DIR": str(place / "project"),
         "STATE_DIR": str(place / "state"), "HEALTH_HOST": "127.0.0.1", "HEALTH_PORT": "0", "DEV_HOST": "127.0.0.1",
-        "PYTHONPATH": str(Path(__file__).parents[2]), **more,
+        "PYTHONPATH": str(Path(__file__).parents[3]), **more,
     }  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "agent", "run"], env=environ, cwd=place, text=True,

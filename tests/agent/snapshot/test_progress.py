@@ -8,8 +8,8 @@ import io
 import pytest
 import structlog
 
-from agent import progress as told
-from agent.progress import Progress, announced
+from agent.snapshot import progress as told
+from agent.snapshot.progress import Progress, announced
 
 
 class Terminal(io.StringIO):

@@ -33,9 +33,9 @@ from msgspec import Struct
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
 from agent.core.model import Entry, RelPath
-from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
-from agent.zippaths import EntryPaths
-from agent.ziprecords import (
+from agent.snapshot.zip_events import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
+from agent.snapshot.zip_paths import EntryPaths
+from agent.snapshot.zip_records import (
     CENTRAL,
     CENTRAL_SIGNATURE,
     DEFLATED,

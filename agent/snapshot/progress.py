@@ -24,7 +24,7 @@ log = get_logger("hydrate")
 
 @dataclass(slots=True)
 class Progress:
-    """Written by `agent.hydrate`, read by everybody. Totals are None until known."""
+    """Written by `snapshot.download`, read by everybody. Totals are None until known."""
 
     attempt: int = 0
     received_bytes: int = 0

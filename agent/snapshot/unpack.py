@@ -18,10 +18,10 @@ from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, U
 from agent.core.messages import MANIFEST_PATH, decode_manifest
 from agent.core.model import Digest, Entry, Manifest, RelPath, digest_of
 from agent.disk import Disk
-from agent.progress import Progress
+from agent.snapshot.progress import Progress
+from agent.snapshot.zip_events import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
+from agent.snapshot.zip_reader import ZipReader
 from agent.staging import Stage, Staged
-from agent.unzip import ZipReader
-from agent.zipevents import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 
 
 class StagingFailed(Unavailable):

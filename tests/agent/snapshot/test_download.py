@@ -28,12 +28,12 @@ from agent.core.errors import (
 )
 from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
 from agent.disk import Disk
-from agent.hydrate import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
+from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
+from agent.snapshot.zip_events import Event
+from agent.snapshot.zip_reader import ZipReader
 from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics
-from agent.unzip import ZipReader
-from agent.zipevents import Event
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot

@@ -1,4 +1,4 @@
-"""What the zip reader (`agent.unzip`) says of an archive, in order. Pure.
+"""What the zip reader (`snapshot.zip_reader`) says of an archive, in order. Pure.
 
 Of each file `FileFound`, or `FileStarted`, its bytes in pieces and `FileEnded`; then `ExecutableFound` of some, and
 `ArchiveEnded`, before which nothing may be used.

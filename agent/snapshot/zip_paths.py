@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from agent.core.errors import PathRefused, SnapshotRejected
 from agent.core.model import Entry, RelPath, parents, parse_path
-from agent.ziprecords import shown
+from agent.snapshot.zip_records import shown
 
 
 class EntryPaths:

@@ -18,7 +18,7 @@ from agent.core.errors import CredentialRejected, Unavailable
 from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
 from agent.disk import Disk
-from agent.hydrate import fetch, obtain
+from agent.snapshot.download import fetch, obtain
 from agent.status import Problems
 from agent.telemetry import Metrics
 from tests.agent.disks import in_staging

@@ -1,7 +1,7 @@
 """A signed zip becomes a staged tree: streamed, bounded, verified. Nothing here touches the project itself.
 
 `fetch` is one try: it downloads, unpacks into staging while the bytes arrive, and returns only when the archive
-agrees with itself (`agent.unzip`) and with its manifest, file by file. On any failure the staging area is empty
+agrees with itself (`snapshot.zip_reader`) and with its manifest, file by file. On any failure the staging area is empty
 again. `obtain` is the patience around it: retry what may pass, ask for a fresh URL when it will not, give up when
 the budget is spent. What to do with the staged tree is `core.reconcile.reconcile`'s to say and the disk's to do.
 
@@ -29,8 +29,6 @@ import httpx
 import orjson
 
 from agent import heap
-from agent.assembly import Assembly, StagingFailed
-from agent.assembly import StagedSnapshot as StagedSnapshot
 from agent.config import SnapshotLimits
 from agent.core.errors import (
     CredentialRejected,
@@ -43,9 +41,11 @@ from agent.core.errors import (
 from agent.core.model import Entry, RelPath
 from agent.disk import Disk
 from agent.httpclient import coding, exchange, read_start
-from agent.progress import Progress as Progress
-from agent.progress import announced
 from agent.retry import Backoff, retry_after, retrying, within
+from agent.snapshot.progress import Progress as Progress
+from agent.snapshot.progress import announced
+from agent.snapshot.unpack import Assembly, StagingFailed
+from agent.snapshot.unpack import StagedSnapshot as StagedSnapshot
 
 WHAT: Final = "the snapshot"
 
