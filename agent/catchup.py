@@ -16,7 +16,7 @@ from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
 from agent.core.model import Entry, Problem, RelPath
 from agent.core.scheduler import Request
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.retry import Backoff
 from agent.session import SessionApi
 from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain

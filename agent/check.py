@@ -28,12 +28,12 @@ from agent import __version__, child, host, project
 from agent.child import printable
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
+from agent.fs.places import weaknesses
+from agent.fs.sight import Sight
 from agent.httpclient import exchange
 from agent.link.realtime import endpoint
-from agent.places import weaknesses
 from agent.project import ProjectUnreadable
 from agent.rights import environment
-from agent.sight import Sight
 from agent.supervisor import rights
 from agent.telemetry import redactor_for
 from agent.tokens import read_token

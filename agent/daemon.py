@@ -33,16 +33,16 @@ from agent.core.messages import Head
 from agent.core.model import Problem, RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
-from agent.disk import Disk
+from agent.fs.places import weaknesses
+from agent.fs.project_dir import Disk
+from agent.fs.sight import Sight
 from agent.ledger import Ledger
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
-from agent.places import weaknesses
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
 from agent.shadow import Shadow
-from agent.sight import Sight
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
 from agent.supervisor import Supervisor, rights

@@ -27,10 +27,10 @@ from pathlib import Path
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from agent.core.model import Entry, RelPath, parents
-from agent.disk import Disk, Drift
+from agent.fs.project_dir import Disk, Drift
+from agent.fs.turns import Steps, in_turns
 from agent.ledger import FileStat
 from agent.telemetry import get_logger
-from agent.turns import Steps, in_turns
 
 log = get_logger("drift")
 

@@ -30,7 +30,7 @@ from agent.child import Finished
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
-from agent.places import open_directory
+from agent.fs.places import open_directory
 from agent.project import Manager, Project, ProjectUnreadable
 from agent.reaper import Reaper
 from agent.rights import Rights, environment

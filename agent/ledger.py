@@ -27,7 +27,7 @@ from msgspec import Struct
 
 from agent.core.errors import PathRefused, RootUnusable, Unavailable
 from agent.core.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
-from agent.places import open_directory
+from agent.fs.places import open_directory
 
 FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.batch import Outcome
 from agent.core.model import Cursor, Operation, Problem, RelPath
 from agent.core.scheduler import Follower
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
+from agent.fs.transaction import Outcome
 from agent.ledger import FileStat, Ledger
 from agent.link.source import Signal
 from agent.link.states import LinkState

@@ -21,9 +21,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
+from agent.fs.looks import UNREAD, may_hold
+from agent.fs.sight import Sight
 from agent.ledger import FileStat
-from agent.looks import UNREAD, may_hold
-from agent.sight import Sight
 from agent.status import Problems
 from agent.telemetry import get_logger
 

@@ -39,8 +39,8 @@ from agent.core.model import (
 from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.core.trace import read_traceparent
-from agent.disk import Drift
 from agent.drift import DriftWatch, Observed
+from agent.fs.project_dir import Drift
 from agent.lag import LagMeter
 from agent.ledger import LedgerState
 from agent.link.source import EventSource, Received, Resync, Signal

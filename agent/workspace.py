@@ -17,12 +17,12 @@ from msgspec import structs
 from agent.core.errors import Unavailable
 from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
 from agent.core.problems import ProblemKind
-from agent.disk import Disk, Drift
 from agent.drift import Observed
+from agent.fs.project_dir import Disk, Drift
+from agent.fs.turns import in_turns
 from agent.ledger import FileStat, Ledger, LedgerState
 from agent.status import Problems
 from agent.telemetry import get_logger
-from agent.turns import in_turns
 
 log = get_logger("workspace")
 

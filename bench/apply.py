@@ -3,9 +3,9 @@
 Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was, the
 look at what stands there, staging, rename, the look at what now stands. The C program has its bytes in memory, checks
 nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns;
-ours makes them in sixteen directories (`agent.staging` says what for), the C program in one.
+ours makes them in sixteen directories (`agent.fs.staging` says what for), the C program in one.
 
-Ours lets old and new change places (`agent.batch` says why): on ext4 that spares a write to the disk at each
+Ours lets old and new change places (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
 replacement, on tmpfs nothing. The second row has a C program that does so too: what is left is the price of the rest.
 The bounds are for this disk. How much of that is the disk's share in C's rename is seen on an ext4 in memory
 (`bench.ground`), where there is next to none: those rows have no bound.
@@ -30,7 +30,7 @@ import orjson
 from agent.core.messages import read_event
 from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.core.reconcile import step
-from agent.disk import Disk, FileStat, Outcome
+from agent.fs.project_dir import Disk, FileStat, Outcome
 from agent.ledger import Ledger
 from bench.ground import NEW, Ground
 from bench.results import Row, Unmeasurable, Waits, in_turn, ratio_of

@@ -27,7 +27,7 @@ from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits
 from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.ledger import Ledger
 from agent.link.realtime import realtime_link
 from agent.status import Problems, SyncStatus

@@ -48,7 +48,7 @@ from starlette.applications import Starlette
 from agent.config import SnapshotLimits
 from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.ledger import FileStat
 from agent.snapshot.download import fetch
 from bench.ground import Ground

@@ -39,7 +39,7 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.model import Entry, RelPath
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.httpclient import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
 from agent.snapshot.progress import Progress as Progress

@@ -17,11 +17,11 @@ from agent.config import SnapshotLimits
 from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
 from agent.core.messages import MANIFEST_PATH, decode_manifest
 from agent.core.model import Digest, Entry, Manifest, RelPath, digest_of
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
+from agent.fs.staging import Stage, Staged
 from agent.snapshot.progress import Progress
 from agent.snapshot.zip_events import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
-from agent.staging import Stage, Staged
 
 
 class StagingFailed(Unavailable):

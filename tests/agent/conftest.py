@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent import batch
-from agent.disk import Disk
+from agent.fs import transaction
+from agent.fs.project_dir import Disk
 from tests.agent.disks import Agent, in_staging, mounted
 from tests.agent.link.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
@@ -71,7 +71,7 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     if request.param == "copy":
-        monkeypatch.setattr(batch, "exchange", refuse)
+        monkeypatch.setattr(transaction, "exchange", refuse)
     return str(request.param)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from agent.core.model import Entry, Operation, RelPath, Remove, Write, digest_of
-from agent.disk import Disk, FileStat, Outcome
-from agent.staging import ROOMS
+from agent.fs.project_dir import Disk, FileStat, Outcome
+from agent.fs.staging import ROOMS
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:

@@ -14,8 +14,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import RelPath
-from agent.disk import Disk
 from agent.drift import DriftWatch, Observed
+from agent.fs.project_dir import Disk
 from tests.agent.disks import Agent, remove, write
 
 DEADLINE = 10.0

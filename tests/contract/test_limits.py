@@ -19,7 +19,7 @@ from agent.config import SnapshotLimits
 from agent.core import model
 from agent.core.errors import PathRefused
 from agent.core.model import parse_path
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
 from orchestrator_stub.paths import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane

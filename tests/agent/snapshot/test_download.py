@@ -27,11 +27,11 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
+from agent.fs.staging import Staging
 from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.snapshot.zip_events import Event
 from agent.snapshot.zip_reader import ZipReader
-from agent.staging import Staging
 from agent.status import Problems
 from agent.telemetry import Metrics
 from tests.agent.disks import in_staging

@@ -17,7 +17,7 @@ from agent.config import SnapshotLimits
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch, obtain
 from agent.status import Problems
 from agent.telemetry import Metrics

@@ -105,7 +105,7 @@ WRITER = textwrap.dedent(
     """
     import os, random, signal, sys
     from pathlib import Path
-    from agent.disk import Disk
+    from agent.fs.project_dir import Disk
     from agent.ledger import Ledger, LedgerState
     from agent.core.model import Cursor, Entry, RelPath, Remove, Write, digest_of
 

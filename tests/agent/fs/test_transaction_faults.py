@@ -17,8 +17,8 @@ import pytest
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Operation, RelPath
-from agent.disk import Disk
-from agent.turns import at_once
+from agent.fs.project_dir import Disk
+from agent.fs.turns import at_once
 from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 
 NOBODY = 65534

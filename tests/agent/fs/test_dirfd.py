@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from agent import jail
-from agent.jail import is_twin
+from agent.fs import dirfd
+from agent.fs.dirfd import is_twin
 from tests.agent.disks import Agent, in_staging, kinds, opened, remove, seen, staged, write
 
 IS_ROOT = os.geteuid() == 0
@@ -28,7 +28,7 @@ IS_ROOT = os.geteuid() == 0
 def revalidation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With /proc, where held directories are asked for their place, and as on a system without it."""
     if request.param == "walked":
-        monkeypatch.setattr(jail, "_place_of", lambda descriptor: "")
+        monkeypatch.setattr(dirfd, "_place_of", lambda descriptor: "")
     return str(request.param)
 
 

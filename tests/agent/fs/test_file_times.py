@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, Tree, digest_of
-from agent.disk import FileStat
 from agent.drift import DriftWatch, Observed
+from agent.fs.project_dir import FileStat
 from agent.ledger import Ledger
 from tests.agent.disks import kinds, opened, write
 from tests.agent.processes import until

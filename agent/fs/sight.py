@@ -1,7 +1,7 @@
 """Looking at a directory: what stands in it, by stat and by hash, no link followed. Nothing here can write.
 
-`agent.disk.Disk` is one that also writes; `agent.shadow` looks at a directory that belongs to somebody else, and has
-no more than this.
+`fs.project_dir.Disk` is one that also writes; `agent.shadow` looks at a directory that belongs to somebody else,
+and has no more than this.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from agent.core.errors import PathRefused
 from agent.core.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
-from agent.jail import Blocked, Jail
+from agent.fs.dirfd import Blocked, Jail
+from agent.fs.looks import Drift, compare, look, reading
+from agent.fs.turns import Steps, at_once
 from agent.ledger import FileStat
-from agent.looks import Drift, compare, look, reading
-from agent.turns import Steps, at_once
 
 
 @dataclass(frozen=True, slots=True)

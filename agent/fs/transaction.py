@@ -12,7 +12,7 @@ links Vite 8 kept serving 9 of 2,100 files stale, without 0 of 3,000). Therefore
 and where the file system cannot do that, the old is copied. Only what is no file, or has become larger than what is
 copied on the event loop, is set aside before.
 
-A directory that is new, and waits in staging with all that is to be in it (`agent.stagedtree`), appears by one rename
+A directory that is new, and waits in staging with all that is to be in it (`fs.staged_tree`), appears by one rename
 where it would have been made. Its inverse is one rename as well, which is not done when somebody else has put something
 into it: then it stays, and says so.
 
@@ -32,14 +32,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
-from agent.failures import ENVIRONMENT, UNUSABLE, environment_problem
-from agent.jail import Blocked, DirectoryForm, Jail, dress_directory, is_twin
+from agent.fs.dirfd import Blocked, DirectoryForm, Jail, dress_directory, is_twin
+from agent.fs.failures import ENVIRONMENT, UNUSABLE, environment_problem
+from agent.fs.looks import Drift, compare, look
+from agent.fs.order import in_order
+from agent.fs.staged_tree import StagedTree
+from agent.fs.staging import NO_EXCHANGE, Staging, Temp, exchange
+from agent.fs.turns import at_once
 from agent.ledger import Done, FileStat
-from agent.looks import Drift, compare, look
-from agent.order import in_order
-from agent.stagedtree import StagedTree
-from agent.staging import NO_EXCHANGE, Staging, Temp, exchange
-from agent.turns import at_once
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, Entry, RelPath, Tree, Write, digest_of
-from agent.disk import Disk, FileStat
-from agent.turns import at_once
+from agent.fs.project_dir import Disk, FileStat
+from agent.fs.turns import at_once
 from tests.agent.disks import Agent, kinds, remove, seen, write
 
 

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 from immutables import Map
 
-from agent import batch, turns
 from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
-from agent.disk import Drift, FileStat
 from agent.drift import DriftWatch, Observed
+from agent.fs import transaction, turns
+from agent.fs.looks import PIECE, UNREAD, reading
+from agent.fs.project_dir import Drift, FileStat
+from agent.fs.sight import Sight
+from agent.fs.turns import at_once
 from agent.ledger import Ledger, LedgerState
-from agent.looks import PIECE, UNREAD, reading
-from agent.sight import Sight
 from agent.status import Problems
 from agent.telemetry import Metrics
-from agent.turns import at_once
 from agent.workspace import Workspace
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, write
 from tests.agent.test_shadow import shadow_of
@@ -160,7 +160,7 @@ def test_a_copy_is_made_piece_by_piece(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(38, os.strerror(38))
 
-    monkeypatch.setattr(batch, "exchange", refuse)
+    monkeypatch.setattr(transaction, "exchange", refuse)
     agent.apply(write("a", bytes(32 * 2**20), executable=True))
     operations = (write("a", "2", version=2), write("b", "2"))
     tracemalloc.start()
@@ -188,7 +188,7 @@ def test_a_copy_that_is_put_back_is_the_same(
     content = os.urandom(3 * 2**20 + 1)
     agent.apply(write("a", content, executable=True))
     real = os.rename
-    monkeypatch.setattr(batch, "exchange", refuse)
+    monkeypatch.setattr(transaction, "exchange", refuse)
     monkeypatch.setattr(os, "rename", full)
     assert agent.apply(write("a", "2", version=2), write("z", "2")).rolled_back
     assert (root / "a").read_bytes() == content
@@ -198,7 +198,7 @@ def test_a_copy_that_is_put_back_is_the_same(
 def test_past_so_many_bytes_a_batch_reads_no_more(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "READ_MOST", 25)
+    monkeypatch.setattr(transaction, "READ_MOST", 25)
     for name in ("a", "b", "c"):
         (root / name).write_text("0123456789")
     outcome = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from agent.core.model import RelPath, parents
-from agent.jail import DirectoryForm, dress_directory
-from agent.places import OPEN_DIRECTORY
+from agent.fs.dirfd import DirectoryForm, dress_directory
+from agent.fs.places import OPEN_DIRECTORY
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

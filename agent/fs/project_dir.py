@@ -22,14 +22,14 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from agent.batch import Batch, Outcome
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
-from agent.jail import DirectoryForm, dress_directory
+from agent.fs.dirfd import DirectoryForm, dress_directory
+from agent.fs.looks import Drift
+from agent.fs.sight import Audit, Sight
+from agent.fs.staging import Stage, Staged, Staging
+from agent.fs.transaction import Batch, Outcome
 from agent.ledger import Done, FileStat
-from agent.looks import Drift
-from agent.sight import Audit, Sight
-from agent.staging import Stage, Staged, Staging
 
 __all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
 

@@ -22,16 +22,16 @@ import pytest
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Cursor
-from agent.disk import Disk
+from agent.fs.places import replaceable, weaknesses
+from agent.fs.project_dir import Disk
 from agent.install import Installer
 from agent.ledger import Ledger
-from agent.places import replaceable, weaknesses
 from agent.rights import Rights
 from tests.agent.disks import Agent, kinds, opened, write
 from tests.agent.processes import until
 from tests.agent.test_check import environment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 UID, GID = 65534, 54_341
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what is not its own")
 

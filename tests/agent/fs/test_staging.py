@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import RootUnusable
-from agent.disk import Disk
+from agent.fs.project_dir import Disk
 from tests.agent.disks import Agent, in_staging, staged
 
 

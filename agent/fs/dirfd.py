@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.places import OPEN_DIRECTORY, open_directory
+from agent.fs.places import OPEN_DIRECTORY, open_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class DirectoryForm:
 class Blocked(Exception):
     """Something at `path` makes the operation impossible for this path only.
 
-    `rule` is one of `symlink, not_a_directory, case_twin`; `agent.batch` adds what system errors say of one path.
+    `rule` is one of `symlink, not_a_directory, case_twin`; `fs.transaction` adds what system errors say of one path.
     """
 
     def __init__(self, path: str, rule: str) -> None:
