@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 import httpx
 
 from agent import health, heap
-from agent.catchup import BACKOFF, CatchUp
 from agent.config import Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
@@ -36,20 +35,21 @@ from agent.core.scheduler import Settings as Clockwork
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
 from agent.fs.sight import Sight
-from agent.ledger import Ledger
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
-from agent.shadow import Shadow
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
 from agent.supervisor import Supervisor, rights
-from agent.sync import Parts, Sync
+from agent.sync.catchup import BACKOFF, CatchUp
+from agent.sync.engine import Parts, Sync
+from agent.sync.ledger import Ledger
+from agent.sync.shadow import Shadow
+from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
 from agent.tokens import Tokens, spread
-from agent.workspace import Workspace
 
 log = get_logger("daemon")
 

@@ -26,7 +26,6 @@ from pathlib import Path
 import httpx
 import orjson
 
-from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits, read_settings
 from agent.core.errors import AgentError, MalformedMessage, SettingsError
 from agent.core.messages import MANIFEST_PATH, read_head
@@ -34,7 +33,6 @@ from agent.core.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver import State
-from agent.ledger import Ledger
 from agent.link.source import Received, Resync
 from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
 from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
@@ -44,7 +42,9 @@ from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.simulated import SimulatedLoop
 from agent.status import SyncStatus
 from agent.supervisor import Supervisor
-from agent.sync import Parts, Sync
+from agent.sync.catchup import CatchUp
+from agent.sync.engine import Parts, Sync
+from agent.sync.ledger import Ledger
 from agent.telemetry import Metrics
 from agent.tokens import Tokens
 from agent.verdict import Result, as_json, as_junit, compare

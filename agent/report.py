@@ -14,18 +14,18 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from agent import __version__
-from agent.catchup import CatchUp
 from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem
 from agent.core.problems import ProblemKind
 from agent.link.source import EventSource
 from agent.link.states import LinkState
-from agent.shadow import Shadow
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
 from agent.supervisor import Supervisor
-from agent.sync import Sync
+from agent.sync.catchup import CatchUp
+from agent.sync.engine import Sync
+from agent.sync.shadow import Shadow
 from agent.telemetry import Metrics, Redactor
 
 HARMLESS: frozenset[ProblemKind] = frozenset(

@@ -31,7 +31,7 @@ from agent.core.messages import read_event
 from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.core.reconcile import step
 from agent.fs.project_dir import Disk, FileStat, Outcome
-from agent.ledger import Ledger
+from agent.sync.ledger import Ledger
 from bench.ground import NEW, Ground
 from bench.results import Row, Unmeasurable, Waits, in_turn, ratio_of
 

@@ -23,18 +23,18 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
-from agent.catchup import CatchUp
 from agent.config import Settings, SnapshotLimits
 from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import Disk
-from agent.ledger import Ledger
 from agent.link.realtime import realtime_link
 from agent.status import Problems, SyncStatus
-from agent.sync import Parts, Sync
+from agent.sync.catchup import CatchUp
+from agent.sync.engine import Parts, Sync
+from agent.sync.ledger import Ledger
+from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics, Redactor, configure_logs
 from agent.tokens import Tokens
-from agent.workspace import Workspace
 from orchestrator_stub.machines.local import ALLOCATOR
 
 EPOCH = "00000000-0000-4000-8000-00000000000e"

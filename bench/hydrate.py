@@ -49,8 +49,8 @@ from agent.config import SnapshotLimits
 from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
 from agent.fs.project_dir import Disk
-from agent.ledger import FileStat
 from agent.snapshot.download import fetch
+from agent.sync.ledger import FileStat
 from bench.ground import Ground
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options

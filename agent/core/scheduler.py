@@ -1,7 +1,7 @@
 """What to do next, and when: the clockwork of the sync loop. Pure; time is passed in, in monotonic seconds.
 
 A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. Its shell
-(`agent.sync`) gives it what arrives, does what it says, and tells it what became of that:
+(`sync.engine`) gives it what arrives, does what it says, and tells it what became of that:
 
     receive(commit)  →  ready() gives a Batch  →  the disk applies it  →  settle(batch, …)
     need(reason)     →  request() gives a Request  →  the orchestrator answers  →  answered() / failed()

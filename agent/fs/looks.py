@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.turns import Steps
-from agent.ledger import FileStat
+from agent.sync.ledger import FileStat
 
 PIECE = 2**18
 """Bytes that are read at a time: about 0.4 ms of hashing."""

@@ -11,7 +11,7 @@ What stands at a path is looked at before it is replaced or removed, by stat and
 caller knows, by hash. A difference is reported as drift; the database wins unless the caller says otherwise. A file
 that the caller does not know is replaced when the database has that path, and never removed.
 
-Files are not synced one by one (it makes hydration six times slower): `agent.ledger` says why that is safe.
+Files are not synced one by one (it makes hydration six times slower): `sync.ledger` says why that is safe.
 All calls block for microseconds to milliseconds and are meant for the event loop's own thread: handing each event
 to another thread costs three times as much as the write.
 """
@@ -29,7 +29,7 @@ from agent.fs.looks import Drift
 from agent.fs.sight import Audit, Sight
 from agent.fs.staging import Stage, Staged, Staging
 from agent.fs.transaction import Batch, Outcome
-from agent.ledger import Done, FileStat
+from agent.sync.ledger import Done, FileStat
 
 __all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
 

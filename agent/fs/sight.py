@@ -1,6 +1,6 @@
 """Looking at a directory: what stands in it, by stat and by hash, no link followed. Nothing here can write.
 
-`fs.project_dir.Disk` is one that also writes; `agent.shadow` looks at a directory that belongs to somebody else,
+`fs.project_dir.Disk` is one that also writes; `sync.shadow` looks at a directory that belongs to somebody else,
 and has no more than this.
 """
 
@@ -17,7 +17,7 @@ from agent.core.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
 from agent.fs.dirfd import Blocked, Jail
 from agent.fs.looks import Drift, compare, look, reading
 from agent.fs.turns import Steps, at_once
-from agent.ledger import FileStat
+from agent.sync.ledger import FileStat
 
 
 @dataclass(frozen=True, slots=True)

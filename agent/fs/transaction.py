@@ -39,7 +39,7 @@ from agent.fs.order import in_order
 from agent.fs.staged_tree import StagedTree
 from agent.fs.staging import NO_EXCHANGE, Staging, Temp, exchange
 from agent.fs.turns import at_once
-from agent.ledger import Done, FileStat
+from agent.sync.ledger import Done, FileStat
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,18 +15,18 @@ from immutables import Map
 from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
-from agent.drift import DriftWatch, Observed
 from agent.fs import transaction, turns
 from agent.fs.looks import PIECE, UNREAD, reading
 from agent.fs.project_dir import Drift, FileStat
 from agent.fs.sight import Sight
 from agent.fs.turns import at_once
-from agent.ledger import Ledger, LedgerState
 from agent.status import Problems
+from agent.sync.drift import DriftWatch, Observed
+from agent.sync.ledger import Ledger, LedgerState
+from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics
-from agent.workspace import Workspace
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, write
-from tests.agent.test_shadow import shadow_of
+from tests.agent.sync.test_shadow import shadow_of
 
 HUGE = 2**40
 """Bytes, and no block of the disk. Hashing them takes half an hour: a test that reads them does not end."""

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, Tree, digest_of
-from agent.drift import DriftWatch, Observed
 from agent.fs.project_dir import FileStat
-from agent.ledger import Ledger
+from agent.sync.drift import DriftWatch, Observed
+from agent.sync.ledger import Ledger
 from tests.agent.disks import kinds, opened, write
 from tests.agent.processes import until
-from tests.agent.test_shadow import shadow_of
+from tests.agent.sync.test_shadow import shadow_of
 
 YEAR_2300 = 10_413_792_000
 YEARS = pytest.mark.parametrize(

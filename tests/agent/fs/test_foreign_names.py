@@ -11,14 +11,14 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, digest_of
-from agent.ledger import Ledger
 from agent.project import find
 from agent.status import Problems
+from agent.sync.ledger import Ledger
+from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics
-from agent.workspace import Workspace
 from tests.agent.disks import Agent, kinds, write
 from tests.agent.installs import write as write_package
-from tests.agent.test_shadow import shadow_of
+from tests.agent.sync.test_shadow import shadow_of
 
 LATIN = os.fsdecode(b"caf\xe9")
 """As Python spells it: with a surrogate, which no UTF-8 has."""

@@ -25,8 +25,8 @@ from agent.core.model import Cursor
 from agent.fs.places import replaceable, weaknesses
 from agent.fs.project_dir import Disk
 from agent.install import Installer
-from agent.ledger import Ledger
 from agent.rights import Rights
+from agent.sync.ledger import Ledger
 from tests.agent.disks import Agent, kinds, opened, write
 from tests.agent.processes import until
 from tests.agent.test_check import environment

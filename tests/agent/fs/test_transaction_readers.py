@@ -16,7 +16,7 @@ from random import Random
 import pytest
 
 from agent.core.model import Tree, digest_of
-from agent.ledger import Ledger, LedgerState
+from agent.sync.ledger import Ledger, LedgerState
 from tests.agent.disks import Agent, opened, write
 from tests.profiles import NIGHTLY
 
@@ -106,7 +106,7 @@ WRITER = textwrap.dedent(
     import os, random, signal, sys
     from pathlib import Path
     from agent.fs.project_dir import Disk
-    from agent.ledger import Ledger, LedgerState
+    from agent.sync.ledger import Ledger, LedgerState
     from agent.core.model import Cursor, Entry, RelPath, Remove, Write, digest_of
 
     home = Path(sys.argv[1])

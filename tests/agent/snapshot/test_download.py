@@ -18,7 +18,6 @@ from random import Random
 import httpx
 import pytest
 
-from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
 from agent.core.errors import (
     CredentialRejected,
@@ -33,6 +32,7 @@ from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry
 from agent.snapshot.zip_events import Event
 from agent.snapshot.zip_reader import ZipReader
 from agent.status import Problems
+from agent.sync.catchup import CatchUp
 from agent.telemetry import Metrics
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin

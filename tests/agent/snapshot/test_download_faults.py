@@ -26,8 +26,8 @@ from agent.core.errors import AgentError, CredentialRejected, SnapshotRejected, 
 from agent.core.model import RelPath, Tree, digest_of
 from agent.core.reconcile import reconcile
 from agent.fs.project_dir import Disk
-from agent.ledger import FileStat
 from agent.snapshot.download import fetch
+from agent.sync.ledger import FileStat
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot

@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from agent.catchup import CatchUp
 from agent.config import SnapshotLimits
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.core.reconcile import Reason
@@ -20,6 +19,7 @@ from agent.core.scheduler import Request
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch, obtain
 from agent.status import Problems
+from agent.sync.catchup import CatchUp
 from agent.telemetry import Metrics
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin

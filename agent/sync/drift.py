@@ -29,7 +29,7 @@ from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 from agent.core.model import Entry, RelPath, parents
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import Steps, in_turns
-from agent.ledger import FileStat
+from agent.sync.ledger import FileStat
 from agent.telemetry import get_logger
 
 log = get_logger("drift")

@@ -21,7 +21,7 @@ from immutables import Map
 
 from agent.core.errors import RootUnusable, Unavailable
 from agent.core.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
-from agent.ledger import Done, FileStat, Ledger, LedgerState
+from agent.sync.ledger import Done, FileStat, Ledger, LedgerState
 from tests.profiles import examples
 
 ROWS = 40
@@ -293,7 +293,7 @@ RECORDER = textwrap.dedent(
     """
     import os, sys
     from pathlib import Path
-    from agent.ledger import Done, FileStat, Ledger
+    from agent.sync.ledger import Done, FileStat, Ledger
     from agent.core.model import Cursor, Entry, RelPath, Write, digest_of
 
     ledger = Ledger(Path(sys.argv[1]))

@@ -14,8 +14,8 @@ from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.model import Change, Commit, Cursor, RelPath, digest_of
 from agent.core.reconcile import Outcome
 from agent.core.trace import TraceParent
-from agent.lag import LATE, MOST_LATE, LagMeter
 from agent.status import SyncStatus
+from agent.sync.latency import LATE, MOST_LATE, LagMeter
 from agent.telemetry import Metrics
 
 NOW = 1_800_000_000.0

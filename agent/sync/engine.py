@@ -15,7 +15,6 @@ from typing import Literal
 
 from msgspec import structs
 
-from agent.catchup import BACKOFF, Answer, CatchUp
 from agent.core.clock_skew import ClockSkew
 from agent.core.errors import (
     AgentError,
@@ -39,16 +38,17 @@ from agent.core.model import (
 from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.core.trace import read_traceparent
-from agent.drift import DriftWatch, Observed
 from agent.fs.project_dir import Drift
-from agent.lag import LagMeter
-from agent.ledger import LedgerState
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.snapshot.download import StagedSnapshot
 from agent.spans import SpanSink
 from agent.status import Problems, SyncPhase, SyncStatus
+from agent.sync.catchup import BACKOFF, Answer, CatchUp
+from agent.sync.drift import DriftWatch, Observed
+from agent.sync.latency import LagMeter
+from agent.sync.ledger import LedgerState
+from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics, get_logger, traced
-from agent.workspace import Workspace
 
 log = get_logger("sync")
 

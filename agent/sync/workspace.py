@@ -17,11 +17,11 @@ from msgspec import structs
 from agent.core.errors import Unavailable
 from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
 from agent.core.problems import ProblemKind
-from agent.drift import Observed
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
-from agent.ledger import FileStat, Ledger, LedgerState
 from agent.status import Problems
+from agent.sync.drift import Observed
+from agent.sync.ledger import FileStat, Ledger, LedgerState
 from agent.telemetry import get_logger
 
 log = get_logger("workspace")

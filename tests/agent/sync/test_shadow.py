@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from agent import shadow as module
 from agent.config import read_environment
 from agent.core.divergence import Comparison
 from agent.core.errors import SettingsError
 from agent.core.model import Entry, RelPath, digest_of
 from agent.fs.sight import Sight
-from agent.shadow import MOST_SHOWN, Shadow
 from agent.status import Problems
+from agent.sync import shadow as module
+from agent.sync.shadow import MOST_SHOWN, Shadow
 from agent.telemetry import Metrics
 from tests.agent.test_environment import GOOD, problems
 

@@ -23,8 +23,8 @@ from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.looks import UNREAD, may_hold
 from agent.fs.sight import Sight
-from agent.ledger import FileStat
 from agent.status import Problems
+from agent.sync.ledger import FileStat
 from agent.telemetry import get_logger
 
 log = get_logger("shadow")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.model import Cursor, digest_of
-from agent.ledger import Ledger
+from agent.sync.ledger import Ledger
 from tests.agent.disks import opened, write
 
 FILES = [f"src/file{n}.ts" for n in range(20)]

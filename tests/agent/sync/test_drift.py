@@ -14,8 +14,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import RelPath
-from agent.drift import DriftWatch, Observed
 from agent.fs.project_dir import Disk
+from agent.sync.drift import DriftWatch, Observed
 from tests.agent.disks import Agent, remove, write
 
 DEADLINE = 10.0
@@ -180,7 +180,7 @@ async def test_without_watches_it_sweeps(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise OSError(28, "inotify watch limit reached")
 
-    monkeypatch.setattr("agent.drift.RustNotify", refuse)
+    monkeypatch.setattr("agent.sync.drift.RustNotify", refuse)
     disk = Disk(tmp_path / "project", tmp_path / "staging")
     disk.open()
     agent = Agent(disk)
