@@ -30,7 +30,7 @@ ARG TEMPLATE=examples/react-app
 ARG NODE_EXTRA_CA_CERTS
 WORKDIR /app/project
 COPY ${TEMPLATE}/package.json ${TEMPLATE}/package-lock.json ./
-RUN /opt/preview-agent/bin/python -m agent.install /app/project \
+RUN /opt/preview-agent/bin/python -m agent.devserver.install /app/project \
  && rm package.json package-lock.json
 
 # --- what is deployed

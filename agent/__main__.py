@@ -15,11 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's). Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in HOLD_CREDENTIALS:
-        from agent import guard
+        from agent.devserver import guard
 
         guard.seal()
     if words == ["run"]:
-        from agent import guard
+        from agent.devserver import guard
 
         guard.be_taken(guard.LAST_TO_GO)
         # Blocked until the daemon listens, half a second of imports later: PID 1 would lose them for good.

@@ -24,17 +24,18 @@ from urllib.parse import urlsplit
 import httpx
 import websockets
 
-from agent import __version__, child, host, project
-from agent.child import printable
+from agent import __version__, host
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
+from agent.devserver import process, project
+from agent.devserver.process import printable
+from agent.devserver.project import ProjectUnreadable
+from agent.devserver.sandbox import environment
+from agent.devserver.supervisor import rights
 from agent.fs.places import weaknesses
 from agent.fs.sight import Sight
 from agent.httpclient import exchange
 from agent.link.realtime import endpoint
-from agent.project import ProjectUnreadable
-from agent.rights import environment
-from agent.supervisor import rights
 from agent.telemetry import redactor_for
 from agent.tokens import read_token
 
@@ -239,7 +240,7 @@ async def _node(settings: Settings) -> list[Finding]:
     with contextlib.suppress(SettingsError):
         allowed, _ = rights(settings)
         env = environment(os.environ, user=allowed.user, more={})
-        done = await child.run(
+        done = await process.run(
             ("node", "--version"), cwd=Path("/"), env=env, rights=allowed, timeout=PATIENCE / 2
         )
         said = done.tail[-1] if done.tail else f"exit {done.code}"

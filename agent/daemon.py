@@ -32,17 +32,17 @@ from agent.core.messages import Head
 from agent.core.model import Problem, RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
+from agent.devserver.reaper import Reaper, stop_signals
+from agent.devserver.supervisor import Supervisor, rights
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
 from agent.fs.sight import Sight
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
-from agent.reaper import Reaper, stop_signals
 from agent.report import Report
 from agent.session import SessionApi
 from agent.spans import credentials, open_spans
 from agent.status import AgentState, Problems, SyncStatus
-from agent.supervisor import Supervisor, rights
 from agent.sync.catchup import BACKOFF, CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger

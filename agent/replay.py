@@ -32,7 +32,8 @@ from agent.core.messages import MANIFEST_PATH, read_head
 from agent.core.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
-from agent.devserver import State
+from agent.devserver.state import State
+from agent.devserver.supervisor import Supervisor
 from agent.link.source import Received, Resync
 from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
 from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
@@ -41,7 +42,6 @@ from agent.scenariofile import Loaded, load
 from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.simulated import SimulatedLoop
 from agent.status import SyncStatus
-from agent.supervisor import Supervisor
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger

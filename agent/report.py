@@ -18,11 +18,11 @@ from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem
 from agent.core.problems import ProblemKind
+from agent.devserver.supervisor import Supervisor
 from agent.link.source import EventSource
 from agent.link.states import LinkState
 from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
-from agent.supervisor import Supervisor
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow

@@ -29,10 +29,10 @@ from uuid import UUID
 import structlog
 
 from agent.config import Settings
-from agent.install import Installer
-from agent.project import find
-from agent.rights import Rights
-from agent.supervisor import Supervisor
+from agent.devserver.install import Installer
+from agent.devserver.project import find
+from agent.devserver.sandbox import Rights
+from agent.devserver.supervisor import Supervisor
 from bench.idle import REPOSITORY
 from bench.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine

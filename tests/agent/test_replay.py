@@ -251,7 +251,7 @@ def test_real_time_is_the_recorded_pace(tmp_path: Path) -> None:
 
 
 def dev_manner(mode: str) -> Manner:
-    command = f"{sys.executable} {Path(__file__).parent / 'dev_server.py'} {mode}"
+    command = f"{sys.executable} {Path(__file__).parent / 'devserver' / 'dev_server.py'} {mode}"
     return Manner(environ={"PATH": os.environ["PATH"], "DEV_COMMAND": command})
 
 

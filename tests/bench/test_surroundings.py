@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import bench.__main__ as command
-from agent.guard import PR_SET_CHILD_SUBREAPER, prctl
+from agent.devserver.guard import PR_SET_CHILD_SUBREAPER, prctl
 from bench.results import Ratio, Row, Unmeasurable
 from bench.surroundings import Descendants, Others, Spent, own_descendants, taken_by_others, versions
 

@@ -12,7 +12,7 @@ from agent.commands import EXITS
 from agent.core import errors
 from agent.core.errors import AgentError
 from agent.core.problems import REMEDIES, ProblemKind
-from agent.devserver import State
+from agent.devserver.state import State
 from agent.link.states import LinkState
 from agent.status import AgentState
 from orchestrator_stub import sessions

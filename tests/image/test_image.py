@@ -17,7 +17,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from agent import project
+from agent.devserver import project
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port
 from tests.image.engine import TAG, Engine
@@ -155,7 +155,9 @@ async def test_a_save_reaches_the_screen_and_the_stop_is_clean(container: Contai
     # The project's user is not the agent, and cannot look at it.
     owners = container.sh("for p in /proc/[0-9]*; do echo $(stat -c %u $p) $(tr '\\0' ' ' <$p/cmdline); done")
     servers = [
-        line.split()[0] for line in owners.splitlines() if "bin/vite" in line and "agent.guard" not in line
+        line.split()[0]
+        for line in owners.splitlines()
+        if "bin/vite" in line and "agent.devserver.guard" not in line
     ]
     assert servers == ["10001"], owners
     for look in ("cat /proc/1/environ", "cat /proc/1/mem", "ls /var/lib/preview-agent", "kill -0 1"):

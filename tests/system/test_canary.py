@@ -39,7 +39,7 @@ from tests.system.plane import Agent, Plane, Project, eventually, running_plane
 
 pytestmark = pytest.mark.system
 
-DEV_SERVER = Path(__file__).parents[1] / "agent" / "dev_server.py"
+DEV_SERVER = Path(__file__).parents[1] / "agent" / "devserver" / "dev_server.py"
 FILES = {"package.json": '{"scripts": {"dev": "x"}}', "src/a.ts": "a\n"}
 COLLECTOR_KEY = "authorization=Bearer%20canary-collector-key"
 

@@ -15,7 +15,7 @@ import yaml
 
 from agent.core.problems import ProblemKind
 from agent.core.reconcile import Reason
-from agent.devserver import State as DevServerState
+from agent.devserver.state import State as DevServerState
 from agent.link.states import LinkState
 from orchestrator_stub.sessions import PROBLEMS
 from orchestrator_stub.sessions import State as SessionState

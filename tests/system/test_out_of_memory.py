@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from agent.guard import LAST_TO_GO, descendants
+from agent.devserver.guard import LAST_TO_GO, descendants
 from tests.agent.processes import until
 from tests.system.plane import Agent, eventually, running_plane
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
-SERVER = Path(__file__).parents[1] / "agent" / "dev_server.py"
+SERVER = Path(__file__).parents[1] / "agent" / "devserver" / "dev_server.py"
 LIMIT = 256 << 20
 """Bytes for the agent and all it starts; the agent takes 50 MB, the project would like 900."""
 

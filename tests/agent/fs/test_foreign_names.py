@@ -11,13 +11,13 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, digest_of
-from agent.project import find
+from agent.devserver.project import find
 from agent.status import Problems
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
 from agent.telemetry import Metrics
+from tests.agent.devserver.installs import write as write_package
 from tests.agent.disks import Agent, kinds, write
-from tests.agent.installs import write as write_package
 from tests.agent.sync.test_shadow import shadow_of
 
 LATIN = os.fsdecode(b"caf\xe9")

@@ -22,10 +22,10 @@ import pytest
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Cursor
+from agent.devserver.install import Installer
+from agent.devserver.sandbox import Rights
 from agent.fs.places import replaceable, weaknesses
 from agent.fs.project_dir import Disk
-from agent.install import Installer
-from agent.rights import Rights
 from agent.sync.ledger import Ledger
 from tests.agent.disks import Agent, kinds, opened, write
 from tests.agent.processes import until

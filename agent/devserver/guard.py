@@ -1,7 +1,7 @@
 """Runs between the agent and a program that is not trusted, and outlives neither.
 
-Of the standard library alone: a bare interpreter that runs nothing else (`agent.rights` has the command line), in a
-session of its own. It
+Of the standard library alone: a bare interpreter that runs nothing else (`devserver.sandbox` has the command line),
+in a session of its own. It
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
 - starts the program with the rights, limits and signals it should have (`SPEC`, JSON: `argv`, `cwd`, and

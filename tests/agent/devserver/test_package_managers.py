@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.install import How
-from agent.project import Manager, find
-from tests.agent.installs import DEPENDENCY, FAKE, Bench, needs_npm, with_dependency, write
+from agent.devserver.install import How
+from agent.devserver.project import Manager, find
+from tests.agent.devserver.installs import DEPENDENCY, FAKE, Bench, needs_npm, with_dependency, write
 
 
 async def test_a_package_manager_that_is_not_here_is_named(tmp_path: Path) -> None:

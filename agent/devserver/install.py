@@ -25,15 +25,15 @@ from enum import StrEnum
 from pathlib import Path
 from uuid import UUID
 
-from agent import child, project, swap
-from agent.child import Finished
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
+from agent.devserver import process, project, swap
+from agent.devserver.process import Finished
+from agent.devserver.project import Manager, Project, ProjectUnreadable
+from agent.devserver.reaper import Reaper
+from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
-from agent.project import Manager, Project, ProjectUnreadable
-from agent.reaper import Reaper
-from agent.rights import Rights, environment
 
 KEPT = 4
 """Finished installs in the cache: a few lock files back and forth, at some 70 MB each."""
@@ -205,7 +205,7 @@ class Installer:
             stale = stale or bool(_STALE_LOCK.search(line))
             self._on_line(line)
 
-        done = await child.run(
+        done = await process.run(
             command, cwd=stage, env=env, rights=self._rights, timeout=self._seconds,
             on_line=heard, reaper=self._reaper,
         )  # fmt: skip
@@ -254,7 +254,7 @@ class Installer:
             raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
 
     async def _shell(self, script: str, *arguments: str) -> Finished:
-        return await child.run(
+        return await process.run(
             ("sh", "-c", script, "install", *arguments), cwd=self._directory, env=self._environment(),
             rights=self._rights, timeout=SHELL_SECONDS, reaper=self._reaper,
         )  # fmt: skip

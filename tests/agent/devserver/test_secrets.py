@@ -16,7 +16,7 @@ import pytest
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port, until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("npm") is None or shutil.which("setpriv") is None,
     reason="needs root, Node and setpriv",
@@ -65,8 +65,8 @@ export default {}
 AGENT = """
 import asyncio, os, sys
 from agent.config import read_settings
-from agent.reaper import Reaper
-from agent.supervisor import Supervisor
+from agent.devserver.reaper import Reaper
+from agent.devserver.supervisor import Supervisor
 
 async def main():
     token = os.environ["REALTIME_TOKEN"]  # in memory too

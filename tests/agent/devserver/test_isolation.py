@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.child import Child
-from agent.rights import Launch, Rights, User
+from agent.devserver.process import Child
+from agent.devserver.sandbox import Launch, Rights, User
 from tests.agent.processes import until
 
 SOMEBODY = User("somebody", 54_331, 54_331, "/")

@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from agent.guard import FORWARDED, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
+from agent.devserver.guard import FORWARDED, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
 
 STOP_SIGNALS = FORWARDED
 

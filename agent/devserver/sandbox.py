@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agent import allowlist
 from agent.core.errors import SettingsError
+from agent.devserver import allowlist
 
-START = "import sys; sys.path.append(sys.argv[1]); from agent.guard import main; sys.exit(main(sys.argv[2]))"
+START = "import sys; sys.path.append(sys.argv[1]); from agent.devserver.guard import main; sys.exit(main(sys.argv[2]))"
 """Imported, not run as a script: then it is compiled once, not at every start."""
 
 
@@ -60,7 +60,7 @@ class Launch:
         """The guard's command line. It wants no environment, a session of its own, and as standard input the lifeline,
         which first says `environment`.
         """
-        packages = os.path.dirname(os.path.dirname(__file__))
+        packages = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
         return [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, packages, json.dumps(self.spec())]
 
     def environment(self) -> bytes:
@@ -82,6 +82,6 @@ def find_user(name: str) -> User:
 def environment(
     given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
 ) -> dict[str, str]:
-    """The whole environment of a program that runs as `user` (see `agent.allowlist`)."""
+    """The whole environment of a program that runs as `user` (see `devserver.allowlist`)."""
     name, home = (user.name, user.home) if user else (None, None)
     return allowlist.environment(given, user=name, home=home, more=more, install=install)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from agent import install, project
-from agent.install import How
-from agent.project import NO_DEPENDENCIES, Project
-from agent.rights import Rights, User
-from tests.agent.installs import FAKE, Bench, fake, snapshot, write
+from agent.devserver import install, project
+from agent.devserver.install import How
+from agent.devserver.project import NO_DEPENDENCIES, Project
+from agent.devserver.sandbox import Rights, User
+from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
 from tests.agent.processes import running, until
 
 
@@ -127,10 +127,10 @@ async def test_an_agent_killed_half_way_leaves_everything_as_it_was_and_the_next
 import asyncio, os, sys
 from pathlib import Path
 from uuid import UUID
-from agent.rights import Rights
+from agent.devserver.sandbox import Rights
 from agent.config import Settings
-from agent.install import Installer
-from agent.project import find
+from agent.devserver.install import Installer
+from agent.devserver.project import find
 root = Path({str(bench.root)!r})
 settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=root,
     install_command=("sh", "-c", "mkdir -p node_modules/half; touch started; sleep 60 # {tmp_path}"))

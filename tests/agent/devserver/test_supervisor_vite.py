@@ -18,8 +18,8 @@ import websockets
 
 from agent.config import Settings
 from agent.core.model import RelPath
-from agent.devserver import State
-from agent.supervisor import Supervisor
+from agent.devserver.state import State
+from agent.devserver.supervisor import Supervisor
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port, running, until
 

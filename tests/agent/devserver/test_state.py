@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agent.devserver import (
+from agent.devserver.state import (
     Answered,
     Command,
     Edited,

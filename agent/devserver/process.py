@@ -2,7 +2,7 @@
 
 Everything that runs project code (the dev server, installs, their clean-up) goes through here: a clean
 environment from an allow-list, another user where the agent may choose one, limits, a process group of its
-own, and `agent.guard` in between, which kills whatever is left when the program or the agent ends.
+own, and `devserver.guard` in between, which kills whatever is left when the program or the agent ends.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from agent.guard import CANNOT_RUN
-from agent.reaper import Reaper
-from agent.rights import Launch, Rights
+from agent.devserver.guard import CANNOT_RUN
+from agent.devserver.reaper import Reaper
+from agent.devserver.sandbox import Launch, Rights
 
 LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""

@@ -1,4 +1,4 @@
-"""The dev server's keeper: asks `agent.devserver` what to do, does it, and tells it what came of it.
+"""The dev server's keeper: asks `devserver.state` what to do, does it, and tells it what came of it.
 
 The shell round the pure table. It starts and stops the process, looks whether a preview is served, runs
 installs, and keeps the last lines of output. Nothing here decides when to restart or when to give up.
@@ -16,13 +16,19 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import devserver, host, project, readiness
-from agent.child import Child
+from agent import host
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, RelPath
 from agent.core.problems import ProblemKind
-from agent.devserver import (
+from agent.devserver import probe, project, state
+from agent.devserver.install import How, Installer, Result
+from agent.devserver.probe import Seen, Verdict
+from agent.devserver.process import Child
+from agent.devserver.project import Project, ProjectUnreadable
+from agent.devserver.reaper import Reaper
+from agent.devserver.sandbox import Launch, Rights, environment, find_user
+from agent.devserver.state import (
     Answered,
     Command,
     Edited,
@@ -39,11 +45,6 @@ from agent.devserver import (
     Stop,
     Tick,
 )
-from agent.install import How, Installer, Result
-from agent.project import Project, ProjectUnreadable
-from agent.readiness import Seen, Verdict
-from agent.reaper import Reaper
-from agent.rights import Launch, Rights, environment, find_user
 from agent.telemetry import Metrics, get_logger, show_state
 
 LOG_LINES = 200
@@ -219,7 +220,7 @@ class Supervisor:
 
     def _take(self, given: Input) -> None:
         before = self._machine
-        self._machine, commands = devserver.step(
+        self._machine, commands = state.step(
             before, given, self._clock(), policy=self._policy, jitter=self._chance()
         )
         if self._machine.state is not before.state:
@@ -252,9 +253,7 @@ class Supervisor:
         task.add_done_callback(self._work.discard)
 
     async def _shut_down(self) -> None:
-        self._machine, _ = devserver.step(
-            self._machine, Stop(), self._clock(), policy=self._policy, jitter=0.0
-        )
+        self._machine, _ = state.step(self._machine, Stop(), self._clock(), policy=self._policy, jitter=0.0)
         self._show()
         for task in list(self._work):
             if task.get_name() != "dev-kill":
@@ -264,9 +263,7 @@ class Supervisor:
             await running.stop(self._settings.dev_stop_seconds)
             self._child = None
         ended = Exited(self._machine.generation, "exit")
-        self._machine, _ = devserver.step(
-            self._machine, ended, self._clock(), policy=self._policy, jitter=0.0
-        )
+        self._machine, _ = state.step(self._machine, ended, self._clock(), policy=self._policy, jitter=0.0)
         self._show()
 
     # --- the commands
@@ -344,7 +341,7 @@ class Supervisor:
         without_socket: float | None = None
         async with httpx.AsyncClient(trust_env=False, timeout=patience) as http:
             while True:
-                self._seen = seen = await readiness.look(http, self.url, timeout=patience)
+                self._seen = seen = await probe.look(http, self.url, timeout=patience)
                 if seen.verdict is not Verdict.SILENT:
                     self._inputs.put_nowait(Answered(generation))
                     every = LATER_LOOKS
@@ -360,10 +357,8 @@ class Supervisor:
             self._inputs.put_nowait(Served(generation))
             while True:
                 await asyncio.sleep(patience)
-                seen = await readiness.look(http, self.url, timeout=patience, socket=False)
-                if seen.verdict is not Verdict.SILENT or await readiness.ping(
-                    http, self.url, timeout=patience
-                ):
+                seen = await probe.look(http, self.url, timeout=patience, socket=False)
+                if seen.verdict is not Verdict.SILENT or await probe.ping(http, self.url, timeout=patience):
                     self._inputs.put_nowait(
                         Outdated(generation) if seen.verdict is Verdict.OUTDATED else Answered(generation)
                     )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import project
-from agent.project import ProjectUnreadable, find
-from tests.agent.installs import write
+from agent.devserver import project
+from agent.devserver.project import ProjectUnreadable, find
+from tests.agent.devserver.installs import write
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from uuid import UUID
 import pytest
 
 from agent.config import Settings
-from agent.install import Installer, Result
-from agent.project import Project, find
-from agent.rights import Rights
+from agent.devserver.install import Installer, Result
+from agent.devserver.project import Project, find
+from agent.devserver.sandbox import Rights
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 DEPENDENCY = {"name": "dep", "version": "1.0.0", "main": "index.js"}

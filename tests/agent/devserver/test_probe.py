@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from agent.readiness import Seen, Verdict, look, module_scripts
+from agent.devserver.probe import Seen, Verdict, look, module_scripts
 
 Answer = tuple[bytes, str, dict[str, str]]
 SCRIPT = b'<script type="module" src="/main.js"></script>'

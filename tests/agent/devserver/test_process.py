@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from agent import child
-from agent.child import Child, printable
 from agent.core.errors import SettingsError
-from agent.rights import Launch, Rights, User, environment, find_user
+from agent.devserver import process
+from agent.devserver.process import Child, printable
+from agent.devserver.sandbox import Launch, Rights, User, environment, find_user
 from tests.agent.processes import of_user, running, until
 
 PLAIN = Rights()
@@ -45,10 +45,10 @@ async def test_the_exit_code_is_the_programs(script: str, code: int) -> None:
 
 
 async def test_a_program_that_cannot_be_run_says_so(tmp_path: Path) -> None:
-    done = await child.run(["no-such-program"], cwd=tmp_path, env=ENV, rights=PLAIN, timeout=10)
+    done = await process.run(["no-such-program"], cwd=tmp_path, env=ENV, rights=PLAIN, timeout=10)
     assert done.code == 126
     assert "cannot run no-such-program: [Errno 2]" in done.tail[0]
-    done = await child.run(["true"], cwd=tmp_path / "gone", env=ENV, rights=PLAIN, timeout=10)
+    done = await process.run(["true"], cwd=tmp_path / "gone", env=ENV, rights=PLAIN, timeout=10)
     assert done.code == 126
 
 
@@ -70,7 +70,7 @@ async def test_no_process_left_for_it_is_an_ending_too() -> None:
 import asyncio, os, resource
 from pathlib import Path
 from agent import child
-from agent.rights import Rights
+from agent.devserver.sandbox import Rights
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 if os.geteuid() == 0:
     os.setresuid(54324, 54324, 54324)  # root has no such limit
@@ -78,7 +78,7 @@ done = asyncio.run(child.run(["true"], cwd=Path("/"), env={}, rights=Rights(), t
 print(done.code, done.tail[0])
 """
     done = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", source, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", source, cwd=Path(__file__).parents[3], stdout=asyncio.subprocess.PIPE
     )
     said = (await done.communicate())[0].decode()
     assert said.startswith("126 cannot run true: [Errno 11]"), said
@@ -90,7 +90,7 @@ async def test_a_program_that_ignores_term_is_killed_after_the_grace(word: str) 
     await until(lambda: lines)
     began = time.monotonic()
     assert await program.stop(0.3) == 137
-    assert 0.3 <= time.monotonic() - began < 0.3 + child.KILL_PATIENCE
+    assert 0.3 <= time.monotonic() - began < 0.3 + process.KILL_PATIENCE
     assert running(word) == []
 
 
@@ -136,9 +136,9 @@ async def test_nothing_outlives_a_killed_agent_or_guard(word: str, end: str) -> 
     source = f"""
 import asyncio, os, sys
 from pathlib import Path
-from agent.child import Child
-from agent.reaper import Reaper
-from agent.rights import Launch, Rights
+from agent.devserver.process import Child
+from agent.devserver.reaper import Reaper
+from agent.devserver.sandbox import Launch, Rights
 async def main():
     reaper = Reaper()
     reaper.adopt()
@@ -174,7 +174,7 @@ async def test_a_fork_bomb_stays_within_its_limit_and_is_removed() -> None:
         "exec perl -e 'while (1) { defined fork or select undef, undef, undef, 0.001 }'", rights=rights
     )
     await until(lambda: len(of_user(54_321)) >= 40)
-    done = await child.run(["true"], cwd=Path("/"), env=ENV, rights=PLAIN, timeout=10)
+    done = await process.run(["true"], cwd=Path("/"), env=ENV, rights=PLAIN, timeout=10)
     assert done.ok, "the agent itself could not start anything"
     assert len(of_user(54_321)) == 40
     await program.kill()
@@ -203,7 +203,7 @@ async def test_output_comes_line_by_line_and_harmless() -> None:
 
 
 def test_a_line_is_cut_and_cannot_forge_another() -> None:
-    assert printable(b"x" * 10_000) == "x" * child.LONGEST_LINE + " … cut"
+    assert printable(b"x" * 10_000) == "x" * process.LONGEST_LINE + " … cut"
     assert "\n" not in printable("a\u2028b\u0085c".encode())
     assert "\u202e" not in printable("txt\u202eexe".encode())
     assert printable(b"\xff\xfe ok") == "\ufffd\ufffd ok"
@@ -218,12 +218,12 @@ async def test_a_program_that_prints_without_end_is_neither_blocked_nor_kept_in_
         if line.endswith(" MB left out"):
             left_out.append(line)
 
-    done = await child.run(
+    done = await process.run(
         ["sh", "-c", "head -c 200000000 /dev/zero; yes | head -c 200000000; echo; echo the end"],
         cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60, on_line=heard,
     )  # fmt: skip
     assert done.ok
-    assert max(lengths) <= 4 * child.LONGEST_LINE + 10, "a control character becomes four"
+    assert max(lengths) <= 4 * process.LONGEST_LINE + 10, "a control character becomes four"
     assert len(lengths) < 100_000, "of a hundred million"
     assert left_out
     assert done.tail[-1] == "the end", "last words are heard whatever was left out before"
@@ -231,9 +231,9 @@ async def test_a_program_that_prints_without_end_is_neither_blocked_nor_kept_in_
 
 async def test_a_timeout_and_a_cancel_leave_nothing(word: str) -> None:
     script = ["sh", "-c", f"echo before; sleep 60 # {word}"]
-    done = await child.run(script, cwd=Path("/"), env=ENV, rights=PLAIN, timeout=0.3)
+    done = await process.run(script, cwd=Path("/"), env=ENV, rights=PLAIN, timeout=0.3)
     assert (done.timed_out, done.ok, done.tail) == (True, False, ("before",))
-    task = asyncio.create_task(child.run(script, cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60))
+    task = asyncio.create_task(process.run(script, cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60))
     await until(lambda: len(running(word)) >= 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 ORPHANS = """
 import asyncio, os, sys
-from agent.reaper import Reaper
+from agent.devserver.reaper import Reaper
 from tests.agent.processes import until, zombies_of
 
 async def main():
@@ -42,7 +42,7 @@ asyncio.run(main())
 
 SIGNALS = """
 import asyncio, signal, os
-from agent.reaper import stop_signals
+from agent.devserver.reaper import stop_signals
 
 async def main():
     heard = asyncio.Queue()
@@ -103,7 +103,7 @@ async def test_pid_1_hears_every_signal_that_means_stop() -> None:
 STARTED = """
 import os, signal, sys, threading
 import agent.__main__, agent.daemon, agent.config
-from agent.reaper import stop_signals
+from agent.devserver.reaper import stop_signals
 
 async def run(settings, environ):
     os.kill(os.getpid(), signal.SIGTERM)  # of a stop that comes before anybody listens

@@ -14,12 +14,12 @@ from uuid import UUID
 
 import pytest
 
-from agent import supervisor as module
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import RelPath
-from agent.devserver import Policy, State
-from agent.supervisor import Supervisor
+from agent.devserver import supervisor as module
+from agent.devserver.state import Policy, State
+from agent.devserver.supervisor import Supervisor
 from agent.telemetry import Metrics
 from tests.agent.processes import free_port, running, until
 
