@@ -36,7 +36,7 @@ from agent.fs.places import weaknesses
 from agent.fs.sight import Sight
 from agent.httpclient import exchange
 from agent.link.realtime import endpoint
-from agent.telemetry import redactor_for
+from agent.telemetry.metrics import redactor_for
 from agent.tokens import read_token
 
 PATIENCE = 10.0

@@ -41,14 +41,21 @@ from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.report import Report
 from agent.session import SessionApi
-from agent.spans import credentials, open_spans
-from agent.status import AgentState, Problems, SyncStatus
 from agent.sync.catchup import BACKOFF, CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics, configure_logs, get_logger, log_uncaught, process_age, redactor_for
+from agent.telemetry.metrics import (
+    Metrics,
+    configure_logs,
+    get_logger,
+    log_uncaught,
+    process_age,
+    redactor_for,
+)
+from agent.telemetry.spans import credentials, open_spans
+from agent.telemetry.status import AgentState, Problems, SyncStatus
 from agent.tokens import Tokens, spread
 
 log = get_logger("daemon")

@@ -19,11 +19,11 @@ from agent.fs.transaction import Outcome
 from agent.link.source import Signal
 from agent.link.states import LinkState
 from agent.session import SessionApi
-from agent.status import Problems
 from agent.sync.engine import Sync
 from agent.sync.ledger import FileStat, Ledger
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 
 
 @dataclass(slots=True)

@@ -41,11 +41,11 @@ from agent.scenario import Log
 from agent.scenariofile import Loaded, load
 from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.simulated import SimulatedLoop
-from agent.status import SyncStatus
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import SyncStatus
 from agent.tokens import Tokens
 from agent.verdict import Result, as_json, as_junit, compare
 

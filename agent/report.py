@@ -21,12 +21,12 @@ from agent.core.problems import ProblemKind
 from agent.devserver.supervisor import Supervisor
 from agent.link.source import EventSource
 from agent.link.states import LinkState
-from agent.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 from agent.statusbody import fitted
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
-from agent.telemetry import Metrics, Redactor
+from agent.telemetry.metrics import Metrics, Redactor
+from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
     {"drift", "path_refused", "path_unusable", "hmr_unreachable", "shadow_difference"}

@@ -28,12 +28,12 @@ from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import Disk
 from agent.link.realtime import realtime_link
-from agent.status import Problems, SyncStatus
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics, Redactor, configure_logs
+from agent.telemetry.metrics import Metrics, Redactor, configure_logs
+from agent.telemetry.status import Problems, SyncStatus
 from agent.tokens import Tokens
 from orchestrator_stub.machines.local import ALLOCATOR
 

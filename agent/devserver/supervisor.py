@@ -45,7 +45,7 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
-from agent.telemetry import Metrics, get_logger, show_state
+from agent.telemetry.metrics import Metrics, get_logger, show_state
 
 LOG_LINES = 200
 LOG_RATE = 100

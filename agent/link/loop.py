@@ -26,7 +26,7 @@ from agent.link.source import Received, Signal, SignalQueue
 from agent.link.states import JOINED_STATES, Cause, LinkState, LinkStateMachine
 from agent.link.token_refresh import TokenRefresher
 from agent.retry import Backoff, asked_wait
-from agent.telemetry import get_logger
+from agent.telemetry.metrics import get_logger
 from agent.tokens import Token, TokenSource
 
 log = get_logger("link")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, TextIO
 
-from agent.telemetry import get_logger
+from agent.telemetry.metrics import get_logger
 
 EVERY: Final = 1.0
 """Seconds between two log lines of long work. What is done before the first is not announced at all."""

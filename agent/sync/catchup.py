@@ -20,7 +20,7 @@ from agent.fs.project_dir import Disk
 from agent.retry import Backoff
 from agent.session import SessionApi
 from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
-from agent.status import Problems
+from agent.telemetry.status import Problems
 
 Answer = Current | Changes | StagedSnapshot
 

@@ -41,14 +41,14 @@ from agent.core.trace import read_traceparent
 from agent.fs.project_dir import Drift
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.snapshot.download import StagedSnapshot
-from agent.spans import SpanSink
-from agent.status import Problems, SyncPhase, SyncStatus
 from agent.sync.catchup import BACKOFF, Answer, CatchUp
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.latency import LagMeter
 from agent.sync.ledger import LedgerState
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics, get_logger, traced
+from agent.telemetry.metrics import Metrics, get_logger, traced
+from agent.telemetry.spans import SpanSink
+from agent.telemetry.status import Problems, SyncPhase, SyncStatus
 
 log = get_logger("sync")
 

@@ -16,9 +16,9 @@ from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.model import Commit, Cursor, RelPath
 from agent.core.reconcile import Outcome
 from agent.core.trace import TraceParent
-from agent.spans import SpanSink
-from agent.status import Applied, SyncStatus
-from agent.telemetry import Metrics, get_logger
+from agent.telemetry.metrics import Metrics, get_logger
+from agent.telemetry.spans import SpanSink
+from agent.telemetry.status import Applied, SyncStatus
 
 log = get_logger("sync")
 

@@ -23,9 +23,9 @@ from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.looks import UNREAD, may_hold
 from agent.fs.sight import Sight
-from agent.status import Problems
 from agent.sync.ledger import FileStat
-from agent.telemetry import get_logger
+from agent.telemetry.metrics import get_logger
+from agent.telemetry.status import Problems
 
 log = get_logger("shadow")
 

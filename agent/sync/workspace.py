@@ -19,10 +19,10 @@ from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, W
 from agent.core.problems import ProblemKind
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
-from agent.status import Problems
 from agent.sync.drift import Observed
 from agent.sync.ledger import FileStat, Ledger, LedgerState
-from agent.telemetry import get_logger
+from agent.telemetry.metrics import get_logger
+from agent.telemetry.status import Problems
 
 log = get_logger("workspace")
 

@@ -14,7 +14,7 @@ from agent.core.errors import AgentError
 from agent.core.problems import REMEDIES, ProblemKind
 from agent.devserver.state import State
 from agent.link.states import LinkState
-from agent.status import AgentState
+from agent.telemetry.status import AgentState
 from orchestrator_stub import sessions
 from tests.docs.reading import ROOT
 

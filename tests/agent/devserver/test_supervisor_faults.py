@@ -20,7 +20,7 @@ from agent.core.model import RelPath
 from agent.devserver import supervisor as module
 from agent.devserver.state import Policy, State
 from agent.devserver.supervisor import Supervisor
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
 from tests.agent.processes import free_port, running, until
 
 SERVER = Path(__file__).with_name("dev_server.py")

@@ -20,11 +20,11 @@ from agent.fs.looks import PIECE, UNREAD, reading
 from agent.fs.project_dir import Drift, FileStat
 from agent.fs.sight import Sight
 from agent.fs.turns import at_once
-from agent.status import Problems
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger, LedgerState
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, write
 from tests.agent.sync.test_shadow import shadow_of
 

@@ -12,10 +12,10 @@ from immutables import Map
 
 from agent.core.model import Cursor, RelPath, digest_of
 from agent.devserver.project import find
-from agent.status import Problems
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 from tests.agent.devserver.installs import write as write_package
 from tests.agent.disks import Agent, kinds, write
 from tests.agent.sync.test_shadow import shadow_of

@@ -31,9 +31,9 @@ from agent.fs.staging import Staging
 from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.snapshot.zip_events import Event
 from agent.snapshot.zip_reader import ZipReader
-from agent.status import Problems
 from agent.sync.catchup import CatchUp
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot

@@ -18,9 +18,9 @@ from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch, obtain
-from agent.status import Problems
 from agent.sync.catchup import CatchUp
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, snapshot

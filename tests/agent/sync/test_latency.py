@@ -14,9 +14,9 @@ from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.model import Change, Commit, Cursor, RelPath, digest_of
 from agent.core.reconcile import Outcome
 from agent.core.trace import TraceParent
-from agent.status import SyncStatus
 from agent.sync.latency import LATE, MOST_LATE, LagMeter
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import SyncStatus
 
 NOW = 1_800_000_000.0
 TRACE = TraceParent("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "01")
@@ -144,7 +144,7 @@ def test_a_clock_that_is_behind_does_not_make_a_lag_of_minutes(bench: Bench) -> 
 
 
 def test_logs_meanwhile_carry_the_trace() -> None:
-    from agent.telemetry import traced
+    from agent.telemetry.metrics import traced
 
     structlog.contextvars.clear_contextvars()
     with traced(TRACE):

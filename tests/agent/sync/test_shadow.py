@@ -13,10 +13,10 @@ from agent.core.divergence import Comparison
 from agent.core.errors import SettingsError
 from agent.core.model import Entry, RelPath, digest_of
 from agent.fs.sight import Sight
-from agent.status import Problems
 from agent.sync import shadow as module
 from agent.sync.shadow import MOST_SHOWN, Shadow
-from agent.telemetry import Metrics
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.status import Problems
 from tests.agent.test_environment import GOOD, problems
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from agent.core.model import Problem
 from agent.core.problems import ProblemKind
-from agent.telemetry import Metrics, get_logger
+from agent.telemetry.metrics import Metrics, get_logger
 
 log = get_logger("status")
 

@@ -10,9 +10,9 @@ from uuid import UUID
 import pytest
 from structlog.testing import capture_logs
 
-from agent import spans as spans_module
 from agent.core.trace import TraceParent
-from agent.spans import ENDPOINT, FLUSH_SECONDS, Spans, credentials, open_spans
+from agent.telemetry import spans as spans_module
+from agent.telemetry.spans import ENDPOINT, FLUSH_SECONDS, Spans, credentials, open_spans
 from tests.fakes.collector import attributes, collecting
 
 PROJECT, SESSION = UUID(int=1), UUID(int=2)
