@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import health, heap
+from agent import heap
 from agent.config import Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
@@ -37,9 +37,10 @@ from agent.devserver.supervisor import Supervisor, rights
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
 from agent.fs.sight import Sight
+from agent.health import server
+from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
-from agent.report import Report
 from agent.session import SessionApi
 from agent.sync.catchup import BACKOFF, CatchUp
 from agent.sync.engine import Parts, Sync
@@ -154,7 +155,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
             "link": link.run,
             "sync": sync.run,
             **({"dev-server": supervisor.run} if shadow is None else {"shadow": shadow.run}),
-            "health": lambda: health.serve(
+            "health": lambda: server.serve(
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
             "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),

@@ -19,8 +19,8 @@ from agent.core.messages import (
     read_sync_answer,
 )
 from agent.core.model import Commit, SnapshotReady
+from agent.health.status_body import fitted
 from agent.session import SessionApi
-from agent.statusbody import fitted
 from agent.tokens import Tokens, read_token
 from tests.contract.golden import DIRECTORY, assert_same_form, load
 

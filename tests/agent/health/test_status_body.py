@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.statusbody import LONGEST_DETAIL, MOST_BYTES, cut, fitted
+from agent.health.status_body import LONGEST_DETAIL, MOST_BYTES, cut, fitted
 
 HEAD = {
     "state": "degraded", "revision": 2**63 - 1, "epoch": "e" * 255, "tree_hash": "0" * 64, "dev_server": "backoff",

@@ -1,0 +1,3 @@
+"""Answers `/livez`, `/readyz`, `/status` and `/metrics`, and tells the orchestrator the same by heartbeat.
+Looks at every other room and changes none.
+"""
