@@ -160,7 +160,7 @@ def _record(arguments: argparse.Namespace) -> int:
     import structlog
 
     from agent.config import read_environment
-    from agent.record import record
+    from agent.replay.record import record
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     return record(
@@ -171,8 +171,8 @@ def _record(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     import structlog
 
-    from agent.mischief import Mischief
-    from agent.replay import Manner, replay_all
+    from agent.replay.faults import Mischief
+    from agent.replay.runner import Manner, replay_all
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
     mischief = Mischief(

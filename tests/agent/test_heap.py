@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import heap
-from agent.simulated import simulate
+from agent.replay.simulated_clock import simulate
 from orchestrator_stub.machines.local import ALLOCATOR
 
 ROOT = Path(__file__).parents[2]

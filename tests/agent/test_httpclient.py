@@ -16,7 +16,7 @@ import pytest
 from agent import screen
 from agent.config import Settings
 from agent.core.errors import MalformedMessage, Unavailable
-from agent.record import Recorder
+from agent.replay.record import Recorder
 from agent.screen import read_status
 from tests.agent.test_check import asked, environment
 from tests.agent.test_tokens import jwt

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.errors import CredentialRejected, MalformedMessage, Unavailable
+from agent.replay.simulated_clock import simulate
 from agent.retry import Backoff, asked_wait, http_date, retry_after, retrying, within
-from agent.simulated import simulate
 
 BUSY = Unavailable("peer", "busy", 17.0)
 

@@ -29,8 +29,8 @@ from agent.core.errors import (
 )
 from agent.core.messages import Changes, Current, Head, SnapshotOffer
 from agent.core.model import RelPath
+from agent.replay.simulated_clock import simulate
 from agent.session import SessionApi
-from agent.simulated import simulate
 from agent.tokens import Tokens
 from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt

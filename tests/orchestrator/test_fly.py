@@ -10,7 +10,7 @@ import httpx
 import pytest
 import respx
 
-from agent.simulated import simulate
+from agent.replay.simulated_clock import simulate
 from orchestrator_stub.machines import MachineRefused, MachineState, MachineUnavailable
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape, machine_request
 from orchestrator_stub.machines.fly_api import Buckets, Conflict, FlyApi, Rate

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from agent.mischief import Mischief
-from agent.replay import Manner, replay
+from agent.replay.faults import Mischief
+from agent.replay.runner import Manner, replay
 from tests.fakes.proxy import Proxy
 from tests.system.plane import Agent, Project, eventually, running_plane
 

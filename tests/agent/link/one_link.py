@@ -11,7 +11,7 @@ from agent.link.realtime import realtime_link
 from agent.link.settings import LinkSettings, Timing
 from agent.link.source import Received, Resync, Signal
 from agent.link.states import LinkState
-from agent.simulated import SimulatedLoop
+from agent.replay.simulated_clock import SimulatedLoop
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
 

@@ -17,7 +17,7 @@ from websockets.frames import Close, Frame, Opcode
 
 from agent.link.settings import LinkSettings
 from agent.link.states import LinkState
-from agent.simulated import simulate
+from agent.replay.simulated_clock import simulate
 from tests.agent.link.link_world import World, now
 from tests.fakes.realtime import type4
 from tests.profiles import NIGHTLY

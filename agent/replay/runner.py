@@ -35,19 +35,19 @@ from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.state import State
 from agent.devserver.supervisor import Supervisor
 from agent.link.source import Received, Resync
-from agent.lives import FullDisk, Killable, Life, Noted, ScenarioSource
-from agent.mischief import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
-from agent.scenario import Log
-from agent.scenariofile import Loaded, load
+from agent.replay.faults import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
+from agent.replay.harness import FullDisk, Killable, Life, Noted, ScenarioSource
+from agent.replay.result import Result, as_json, as_junit, compare
+from agent.replay.scenario import Log
+from agent.replay.scenario_file import Loaded, load
+from agent.replay.simulated_clock import SimulatedLoop
 from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
-from agent.simulated import SimulatedLoop
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import SyncStatus
 from agent.tokens import Tokens
-from agent.verdict import Result, as_json, as_junit, compare
 
 HOST = "http://scenario"
 SETTLE_SECONDS = 180.0

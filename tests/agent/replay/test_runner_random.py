@@ -15,8 +15,8 @@ from uuid import UUID
 import pytest
 
 from agent.core.model import RelPath, digest_of, parents, tree_hash
-from agent.mischief import Mischief
-from agent.replay import Manner, replay
+from agent.replay.faults import Mischief
+from agent.replay.runner import Manner, replay
 from tests.profiles import NIGHTLY
 
 LIVES = 1000 if NIGHTLY else 40

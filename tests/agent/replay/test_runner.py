@@ -20,13 +20,13 @@ from agent.__main__ import main
 from agent.core.errors import MalformedMessage
 from agent.core.messages import MANIFEST_PATH
 from agent.core.model import RelPath, digest_of, tree_hash
-from agent.mischief import Broken, Committed, Delivered, Mischief, Paused, play
-from agent.replay import Manner, replay
-from agent.scenario import FAULTS, Step
-from agent.verdict import compare
+from agent.replay.faults import Broken, Committed, Delivered, Mischief, Paused, play
+from agent.replay.result import compare
+from agent.replay.runner import Manner, replay
+from agent.replay.scenario import FAULTS, Step
 from tests.profiles import NIGHTLY
 
-LIBRARY = sorted((Path(__file__).parents[1] / "scenarios").glob("*.jsonl"))
+LIBRARY = sorted((Path(__file__).parents[2] / "scenarios").glob("*.jsonl"))
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +251,7 @@ def test_real_time_is_the_recorded_pace(tmp_path: Path) -> None:
 
 
 def dev_manner(mode: str) -> Manner:
-    command = f"{sys.executable} {Path(__file__).parent / 'devserver' / 'dev_server.py'} {mode}"
+    command = f"{sys.executable} {Path(__file__).parents[1] / 'devserver' / 'dev_server.py'} {mode}"
     return Manner(environ={"PATH": os.environ["PATH"], "DEV_COMMAND": command})
 
 

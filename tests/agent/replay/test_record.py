@@ -1,6 +1,6 @@
 """What a recording leaves out. That it records rightly is `tests/system/test_record.py`."""
 
-from agent.record import unsigned
+from agent.replay.record import unsigned
 
 
 def test_a_recording_holds_no_signature() -> None:

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 import orjson
 
 from agent.core.model import RelPath, digest_of
-from agent.mischief import Mischief
+from agent.replay.faults import Mischief
 
 MOST_LINES = 60
 """Lines of differences printed; a tree that is all wrong needs no thousand."""

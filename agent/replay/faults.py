@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agent.scenario import Step
+from agent.replay.scenario import Step
 
 PAUSES = (0.0, 0.0, 0.0, 0.01, 0.1, 0.5)
 """Seconds between two steps that are shuffled: nothing, less and more than the loop's spacing and its patience with
@@ -53,7 +53,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A fault happens: one of `agent.scenario.FAULTS`, or `crash`."""
+    """A fault happens: one of `replay.scenario.FAULTS`, or `crash`."""
 
     fault: str
     step: Step | None = None

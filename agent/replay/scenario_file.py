@@ -15,7 +15,7 @@ import orjson
 from agent.core.errors import MalformedMessage, PathRefused
 from agent.core.messages import MANIFEST_PATH, read_manifest
 from agent.core.model import RelPath, digest_of
-from agent.scenario import Log, Scenario, read_scenario
+from agent.replay.scenario import Log, Scenario, read_scenario
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.replay import Manner, replay
-from agent.verdict import Result
+from agent.replay.result import Result
+from agent.replay.runner import Manner, replay
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 LIBRARY = TESTS / "scenarios"
 PAGE = (LIBRARY / "README.md").read_text()
 BY_EVENTS, BY_TESTS, FLOWS = PAGE.split("\n## ")[1:]
@@ -69,7 +69,7 @@ def test_a_scenario_meets_what_it_is_there_for(name: str, shows: str) -> None:
 
 
 def with_dev_server(name: str, mode: str, directory: Path, **environ: str) -> Result:
-    command = f"{sys.executable} {Path(__file__).parent / 'devserver' / 'dev_server.py'} {mode}"
+    command = f"{sys.executable} {Path(__file__).parents[1] / 'devserver' / 'dev_server.py'} {mode}"
     given = {"PATH": os.environ["PATH"], "HOME": str(directory), "DEV_COMMAND": command, **environ}
     return replay(LIBRARY / f"{name}.jsonl", directory / "replay", Manner(real_time=True, environ=given))
 

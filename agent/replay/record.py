@@ -26,8 +26,8 @@ from agent.core.model import Change, Commit, RelPath, digest_of
 from agent.httpclient import exchange, read_whole
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource, Received, Resync
-from agent.scenario import FORMAT, Log, Scenario, read_scenario
-from agent.scenariofile import files_of, manifest_of
+from agent.replay.scenario import FORMAT, Log, Scenario, read_scenario
+from agent.replay.scenario_file import files_of, manifest_of
 from agent.session import SessionApi
 from agent.tokens import Tokens
 
