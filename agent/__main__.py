@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Blocked until the daemon listens, half a second of imports later: PID 1 would lose them for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
 
-    from agent.commands import command
+    from agent.cli.main import command
 
     return command(words, dict(os.environ))
 

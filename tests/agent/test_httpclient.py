@@ -13,12 +13,12 @@ from uuid import UUID
 import httpx
 import pytest
 
-from agent import screen
+from agent.cli import status
+from agent.cli.status import read_status
 from agent.config import Settings
 from agent.core.errors import MalformedMessage, Unavailable
 from agent.replay.record import Recorder
-from agent.screen import read_status
-from tests.agent.test_check import asked, environment
+from tests.agent.cli.test_check import asked, environment
 from tests.agent.test_tokens import jwt
 from tests.fakes.origin import Answer, Origin, origin
 
@@ -83,7 +83,7 @@ async def test_a_status_unpacks_nothing_and_reads_so_much_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report = b'{"agent_version": "1"}'
-    monkeypatch.setattr(screen, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(status, "MOST_BYTES", 1_000_000)
     for answer in (BOMB, Answer(bytes(8_000_000)), Answer(report, 503), Answer(b"<html>"), Answer(b"[]")):
         async with origin(answer) as server:
             with in_little_memory(), pytest.raises(Unavailable, match="the agent at http://127"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.commands import _parser as agent_parser
+from agent.cli.main import _parser as agent_parser
 from orchestrator_stub.__main__ import _parser as orchestrator_parser
 from tests.docs.commands import PROGRAMS, WAYS, ByTest, Make, OnlyRead, all_commands, program_of
 from tests.docs.reading import DOCUMENTS, ROOT, blocks

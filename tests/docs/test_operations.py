@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import get_args
 
-from agent.commands import EXITS
+from agent.cli.main import EXITS
 from agent.core import errors
 from agent.core.errors import AgentError
 from agent.core.problems import REMEDIES, ProblemKind

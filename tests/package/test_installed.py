@@ -15,7 +15,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from orchestrator_stub.migrations import MIGRATIONS, read_migrations
-from tests.agent.test_check import environment
+from tests.agent.cli.test_check import environment
 from tests.orchestrator.test_serve import settings
 from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked
 from tests.system.stack import Stack, copy_example

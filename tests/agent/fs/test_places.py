@@ -27,9 +27,9 @@ from agent.devserver.sandbox import Rights
 from agent.fs.places import replaceable, weaknesses
 from agent.fs.project_dir import Disk
 from agent.sync.ledger import Ledger
+from tests.agent.cli.test_check import environment
 from tests.agent.disks import Agent, kinds, opened, write
 from tests.agent.processes import until
-from tests.agent.test_check import environment
 
 ROOT = Path(__file__).parents[3]
 UID, GID = 65534, 54_341

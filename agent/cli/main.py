@@ -139,13 +139,13 @@ def _run(environ: Mapping[str, str]) -> int:
 def _check() -> int:
     import asyncio
 
-    from agent.check import check
+    from agent.cli.check import check
 
     return asyncio.run(check(dict(os.environ), print))
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from agent.screen import show
+    from agent.cli.status import show
 
     url = arguments.url or f"http://127.0.0.1:{os.environ.get('HEALTH_PORT', '9464')}"
     # A terminal without UTF-8 shows question marks instead of the line of lags, and everything else.

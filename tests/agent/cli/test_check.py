@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import websockets
 
-from agent.check import check
+from agent.cli.check import check
 from tests.agent.processes import free_port
 
 
@@ -219,7 +219,7 @@ async def test_directories_and_capabilities_that_are_wrong(tmp_path: Path) -> No
     given = environment(tmp_path, DEV_USER="nobody", STATE_DIR="/proc/nowhere")
     done = await asyncio.create_subprocess_exec(
         "setpriv", "--bounding-set", "-setuid,-kill", sys.executable, "-m", "agent", "check",
-        env=given, cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE,
+        env=given, cwd=Path(__file__).parents[3], stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     said = (await done.communicate())[0].decode()
     assert done.returncode == 71

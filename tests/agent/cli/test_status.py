@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
+from agent.cli.status import Look, render, sparkline
 from agent.core.problems import REMEDIES
-from agent.screen import Look, render, sparkline
 
 NOW = 1_000_000.0
 
