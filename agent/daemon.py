@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import heap
+from agent import memory
 from agent.config import Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
@@ -41,7 +41,7 @@ from agent.health import server
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF, CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
@@ -123,7 +123,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
 
         def on_hydrated() -> None:
             gc.collect()
-            heap.trim()
+            memory.trim()
             if shadow is None:
                 supervisor.project_ready()
             else:
@@ -159,7 +159,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
             "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),
-            "memory": lambda: heap.trim_every(settings.heartbeat_seconds),
+            "memory": lambda: memory.trim_every(settings.heartbeat_seconds),
         }
         try:
             return await _until_stopped(tasks, settings, report, supervisor, stop)

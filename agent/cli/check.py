@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import httpx
 import websockets
 
-from agent import __version__, host
+from agent import __version__, net
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.devserver import process, project
@@ -34,7 +34,7 @@ from agent.devserver.sandbox import environment
 from agent.devserver.supervisor import rights
 from agent.fs.places import weaknesses
 from agent.fs.sight import Sight
-from agent.httpclient import exchange
+from agent.http_client import exchange
 from agent.link.realtime import endpoint
 from agent.telemetry.metrics import redactor_for
 from agent.tokens import read_token
@@ -221,8 +221,8 @@ async def _ports(settings: Settings) -> list[Finding]:
     if not settings.shadow:
         listening.insert(0, ("DEV_PORT", settings.dev_host, settings.dev_port))
     for name, address, port in listening:
-        here = host.listening_host(address)
-        free = host.port_is_free(here, port)
+        here = net.listening_host(address)
+        free = net.port_is_free(here, port)
         shown = f"[{here}]:{port}" if ":" in here else f"{here}:{port}"
         found.append(
             ok(name, f"{shown} is free")

@@ -21,7 +21,7 @@ import orjson
 
 from agent.core.errors import Unavailable
 from agent.core.problems import REMEDIES
-from agent.httpclient import IDENTITY
+from agent.http_client import IDENTITY
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARGIN = 13

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 
 import httpx
 
-from agent import host
+from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, RelPath
@@ -86,7 +86,7 @@ class Supervisor:
         self._clock = clock
         self._chance = chance
         self._log = get_logger("supervisor")
-        self._host = host.listening_host(settings.dev_host)
+        self._host = net.listening_host(settings.dev_host)
         self._rights, self._isolation = rights(settings)
         self._installer = Installer(
             settings, environ=self._environ, rights=self._rights, on_line=self._heard, reaper=reaper
@@ -309,8 +309,8 @@ class Supervisor:
         env = environment(self._environ, user=self._rights.user, more=more)
         root = wanted.root if wanted else self._settings.project_dir
         launch = Launch(running, str(root), env, self._rights)
-        killed_before = host.out_of_memory_kills()
-        if not host.port_is_free(self._host, port):
+        killed_before = net.out_of_memory_kills()
+        if not net.port_is_free(self._host, port):
             self._start_problem = Problem("port_taken", f"something else listens on port {port}")
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
@@ -322,7 +322,7 @@ class Supervisor:
         finally:
             looking.cancel()
         why = "exit" if code < 128 else "signal"
-        if code == 137 and host.out_of_memory_kills() > killed_before:
+        if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
         if not running_child.asked_to_stop:
             self._log.warning("dev_server.exited", code=code, why=why)

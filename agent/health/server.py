@@ -20,7 +20,7 @@ import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from agent import host
+from agent import net
 from agent.config import Settings
 from agent.core.errors import SettingsError
 
@@ -129,7 +129,7 @@ def _write(writer: asyncio.StreamWriter, given: Answer, *, head: bool = False) -
 
 
 def _listen(wanted: str, port: int) -> socket.socket:
-    name = host.listening_host(wanted)
+    name = net.listening_host(wanted)
     both = name == "::" and socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET

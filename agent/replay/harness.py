@@ -18,7 +18,7 @@ from agent.fs.project_dir import Disk
 from agent.fs.transaction import Outcome
 from agent.link.source import Signal
 from agent.link.states import LinkState
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.sync.engine import Sync
 from agent.sync.ledger import FileStat, Ledger
 from agent.sync.workspace import Workspace

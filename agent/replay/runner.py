@@ -41,7 +41,7 @@ from agent.replay.result import Result, as_json, as_junit, compare
 from agent.replay.scenario import Log
 from agent.replay.scenario_file import Loaded, load
 from agent.replay.simulated_clock import SimulatedLoop
-from agent.session import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
+from agent.session_api import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger

@@ -28,7 +28,7 @@ import httpcore
 import httpx
 import orjson
 
-from agent import heap
+from agent import memory
 from agent.config import SnapshotLimits
 from agent.core.errors import (
     CredentialRejected,
@@ -40,7 +40,7 @@ from agent.core.errors import (
 )
 from agent.core.model import Entry, RelPath
 from agent.fs.project_dir import Disk
-from agent.httpclient import coding, exchange, read_start
+from agent.http_client import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
 from agent.snapshot.progress import Progress as Progress
 from agent.snapshot.progress import announced
@@ -105,7 +105,7 @@ async def fetch(
         raise
     # The buffers and the manifest's text are free: what promoting 20,000 files takes shall not come on top of them.
     del assembly
-    heap.trim()
+    memory.trim()
     return snapshot
 
 

@@ -18,7 +18,7 @@ from agent.core.model import Entry, Problem, RelPath
 from agent.core.scheduler import Request
 from agent.fs.project_dir import Disk
 from agent.retry import Backoff
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
 from agent.telemetry.status import Problems
 

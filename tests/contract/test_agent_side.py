@@ -20,7 +20,7 @@ from agent.core.messages import (
 )
 from agent.core.model import Commit, SnapshotReady
 from agent.health.status_body import fitted
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.tokens import Tokens, read_token
 from tests.contract.golden import DIRECTORY, assert_same_form, load
 

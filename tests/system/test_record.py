@@ -168,7 +168,7 @@ async def test_what_the_channel_did_not_bring_stands_in_it_as_lost(database: str
 
 
 async def test_where_it_cannot_be_written_nothing_is_recorded(tmp_path: Path) -> None:
-    from tests.agent.test_environment import GOOD
+    from tests.agent.test_config import GOOD
 
     machine = Agent(None, None, tmp_path, GOOD)  # type: ignore[arg-type]
     taken = tmp_path / "taken.jsonl"

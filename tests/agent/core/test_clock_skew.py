@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.clock_skew import DRIFT, JUMP, ClockSkew, Moment
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.tokens import Tokens
-from tests.agent.test_session import BASE, SESSION, TOKEN, URL
+from tests.agent.test_session_api import BASE, SESSION, TOKEN, URL
 
 START = 1_800_000_000.0
 

@@ -17,7 +17,7 @@ from agent.sync import shadow as module
 from agent.sync.shadow import MOST_SHOWN, Shadow
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems
-from tests.agent.test_environment import GOOD, problems
+from tests.agent.test_config import GOOD, problems
 
 
 def shadow_of(live: Path, files: dict[str, str], settle: float = 10.0) -> Shadow:

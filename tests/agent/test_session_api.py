@@ -17,7 +17,7 @@ import httpx
 import pytest
 import respx
 
-from agent import session as session_module
+from agent import session_api as session_module
 from agent.core.clock_skew import Moment
 from agent.core.errors import (
     CredentialRejected,
@@ -30,7 +30,7 @@ from agent.core.errors import (
 from agent.core.messages import Changes, Current, Head, SnapshotOffer
 from agent.core.model import RelPath
 from agent.replay.simulated_clock import simulate
-from agent.session import SessionApi
+from agent.session_api import SessionApi
 from agent.tokens import Tokens
 from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import heap
+from agent import memory
 from agent.replay.simulated_clock import simulate
 from orchestrator_stub.machines.local import ALLOCATOR
 
@@ -36,7 +36,7 @@ print((faults() - before) / 200)
 
 BURST = """
 import psutil
-from agent.heap import trim
+from agent.memory import trim
 me = psutil.Process()
 before = me.memory_info().rss
 burst = [b"x" * 100_000 for _ in range(300)]
@@ -91,11 +91,11 @@ def test_it_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> Non
     at: list[float] = []
 
     async def for_a_while() -> None:
-        monkeypatch.setattr(heap, "trim", lambda: at.append(asyncio.get_running_loop().time()))
+        monkeypatch.setattr(memory, "trim", lambda: at.append(asyncio.get_running_loop().time()))
         began = asyncio.get_running_loop().time()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(100):
-                await heap.trim_every(30)
+                await memory.trim_every(30)
         at[:] = [round(moment - began) for moment in at]
 
     simulate(for_a_while())
