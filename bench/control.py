@@ -37,14 +37,14 @@ from bench.start import log_moments
 from orchestrator_stub.app import Api, application
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.control import Control
-from orchestrator_stub.database import pool_of
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
-from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.platform.database import pool_of
+from orchestrator_stub.platform.migrations import bootstrap, migrate
+from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions import owner_of
 from orchestrator_stub.store import SessionStore
-from orchestrator_stub.tokens import Keyring, new_hs256
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform
 from tests.orchestrator.control_world import (

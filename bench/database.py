@@ -25,7 +25,7 @@ import psycopg
 
 from bench.results import Row, in_turn, ratio_of
 from orchestrator_stub.local.postgres import EmbeddedPostgres
-from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.platform.migrations import bootstrap, migrate
 
 SIZE = 2_000
 PROJECTS = 50

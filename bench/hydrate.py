@@ -56,10 +56,10 @@ from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.local import ALLOCATOR
-from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.platform.migrations import bootstrap, migrate
+from orchestrator_stub.platform.storage import StorageClient
+from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.snapshots import Snapshots
-from orchestrator_stub.storage import StorageClient
-from orchestrator_stub.tokens import Keyring
 from orchestrator_stub.zipwriter import ZipWriter
 
 PROJECT = "00000000-0000-4000-8000-000000000001"

@@ -41,8 +41,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local import Limits, ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres
-from orchestrator_stub.migrations import bootstrap
-from orchestrator_stub.tokens import Keyring
+from orchestrator_stub.platform.migrations import bootstrap
+from orchestrator_stub.platform.tokens import Keyring
 
 PAYLOAD = "x" * 1000
 KEYS = ProjectKeys.of(Keyring.from_secret("a secret for benchmarks only, nobody's"))

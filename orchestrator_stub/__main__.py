@@ -25,7 +25,13 @@ try:
     import psycopg
 
     from orchestrator_stub.config import Settings, SettingsError
-    from orchestrator_stub.migrations import MigrationError, MigrationRefused, bootstrap, check, migrate
+    from orchestrator_stub.platform.migrations import (
+        MigrationError,
+        MigrationRefused,
+        bootstrap,
+        check,
+        migrate,
+    )
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
 

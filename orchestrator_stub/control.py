@@ -33,6 +33,8 @@ from orchestrator_stub.machines import (
     MachineSpec,
     MachineState,
 )
+from orchestrator_stub.platform.storage import StorageFailure
+from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
 from orchestrator_stub.sessions import (
     LIVE,
     Event,
@@ -44,9 +46,7 @@ from orchestrator_stub.sessions import (
     machine_name,
     owner_of,
 )
-from orchestrator_stub.storage import StorageFailure
 from orchestrator_stub.store import SessionStore
-from orchestrator_stub.tokens import CannotSign, Keyring, mint_session
 
 log = structlog.get_logger("control")
 

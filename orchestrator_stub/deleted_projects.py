@@ -14,8 +14,8 @@ from uuid import UUID
 import psycopg
 import structlog
 
-from orchestrator_stub.database import Pool, fetch_one
-from orchestrator_stub.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.database import Pool, fetch_one
+from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 
 log = structlog.get_logger("deleted_projects")
 

@@ -40,13 +40,19 @@ from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.machines import Machine
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.migrations import MIGRATIONS, MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.operations import Measured
-from orchestrator_stub.redaction import Redactor
+from orchestrator_stub.platform.migrations import (
+    MIGRATIONS,
+    MigrationError,
+    MigrationRefused,
+    bootstrap,
+    migrate,
+)
+from orchestrator_stub.platform.redaction import Redactor
+from orchestrator_stub.platform.tokens import Keyring, local_keyring
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
 from orchestrator_stub.sessions import owner_of
 from orchestrator_stub.smoke import ONCE_DEADLINE, Check
-from orchestrator_stub.tokens import Keyring, local_keyring
 
 HOST: Final = "127.0.0.1"
 

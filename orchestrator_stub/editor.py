@@ -35,8 +35,8 @@ import tenacity
 from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
-from orchestrator_stub.paths import ignored, path_problem, shown
-from orchestrator_stub.reading import (
+from orchestrator_stub.platform.source_paths import ignored, path_problem, shown
+from orchestrator_stub.platform.source_tree import (
     MAX_ASSET,
     LocalFile,
     Unreadable,
@@ -48,7 +48,7 @@ from orchestrator_stub.reading import (
     relative_path,
     stands,
 )
-from orchestrator_stub.tokens import Keyring
+from orchestrator_stub.platform.tokens import Keyring
 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import Offer, SnapshotUnavailable
-from orchestrator_stub.database import Pool, fetch_one, head_of
+from orchestrator_stub.platform.database import Pool, fetch_one, head_of
 from orchestrator_stub.snapshots import Snapshot
 
 log = structlog.get_logger("offers")

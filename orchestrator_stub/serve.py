@@ -20,10 +20,10 @@ from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.operations import Measured
-from orchestrator_stub.redaction import Redactor, secrets_of
+from orchestrator_stub.platform.redaction import Redactor, secrets_of
+from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, configure_logs, control_plane
 from orchestrator_stub.store import Unmigrated
-from orchestrator_stub.tokens import Keyring
 
 log = structlog.get_logger("serve")
 

@@ -29,8 +29,8 @@ import structlog
 from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.control import SnapshotUnavailable
-from orchestrator_stub.database import Pool
-from orchestrator_stub.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.database import Pool
+from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 from orchestrator_stub.zipwriter import ArchiveTooLarge, ZipWriter
 
 log = structlog.get_logger("snapshots")

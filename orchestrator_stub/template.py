@@ -12,11 +12,11 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.control import BeginningRefused
-from orchestrator_stub.database import Pool, head_of
 from orchestrator_stub.editor import as_text
-from orchestrator_stub.paths import path_problem, shown
-from orchestrator_stub.reading import scan
-from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.platform.database import Pool, head_of
+from orchestrator_stub.platform.source_paths import path_problem, shown
+from orchestrator_stub.platform.source_tree import scan
+from orchestrator_stub.platform.storage import StorageClient
 
 ASSETS = "project-assets"
 

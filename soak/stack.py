@@ -31,8 +31,8 @@ from psycopg.rows import dict_row
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.local import LocalMachines, Record
-from orchestrator_stub.migrations import bootstrap, migrate
-from orchestrator_stub.tokens import Keyring, local_keyring
+from orchestrator_stub.platform.migrations import bootstrap, migrate
+from orchestrator_stub.platform.tokens import Keyring, local_keyring
 from soak.program import CannotRun, Program
 
 TOKEN_TTL = 60

@@ -17,9 +17,9 @@ from orchestrator_stub.app import application
 from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
-from orchestrator_stub.redaction import Redactor
+from orchestrator_stub.platform.redaction import Redactor
+from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, configure_logs
-from orchestrator_stub.tokens import Keyring
 
 
 async def _serve() -> None:

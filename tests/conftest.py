@@ -17,7 +17,7 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from orchestrator_stub.local.postgres import EmbeddedPostgres
-from orchestrator_stub.migrations import bootstrap, migrate
+from orchestrator_stub.platform.migrations import bootstrap, migrate
 from tests.profiles import examples
 
 examples(100, 1_000).register_profile("project", examples(100, 1_000))

@@ -19,7 +19,7 @@ from psycopg import AsyncConnection
 from psycopg.errors import InsufficientPrivilege
 from psycopg_pool import AsyncConnectionPool
 
-from orchestrator_stub.tokens import Keyring, TokenRejected
+from orchestrator_stub.platform.tokens import Keyring, TokenRejected
 
 Claims = Mapping[str, Any]
 """The body of a token whose signature was checked."""

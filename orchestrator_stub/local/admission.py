@@ -19,7 +19,7 @@ from orchestrator_stub.local.frames import Broadcast, Push
 from orchestrator_stub.local.hub import Channel, Connection
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.limits import Limits, Rate
-from orchestrator_stub.tokens import TokenRejected
+from orchestrator_stub.platform.tokens import TokenRejected
 
 
 class Refused(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator_stub.tokens import Keyring
+from orchestrator_stub.platform.tokens import Keyring
 
 FAR_FUTURE = 4_102_444_800
 """2100-01-01, Unix seconds. Tokens must carry `exp`; a local API key need never be renewed."""

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from orchestrator_stub.local.access import Claims, Pool, acting_as, read_claims
 from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.tokens import TokenRejected
+from orchestrator_stub.platform.tokens import TokenRejected
 
 SINGULAR = "application/vnd.pgrst.object+json"
 

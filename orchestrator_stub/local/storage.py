@@ -35,7 +35,7 @@ from starlette.types import Receive, Scope, Send
 
 from orchestrator_stub.local.access import Claims, Pool, acting_as, read_claims
 from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.tokens import TokenRejected
+from orchestrator_stub.platform.tokens import TokenRejected
 
 MAX_OBJECT_BYTES = 50 * 1024 * 1024
 """The hosted default of one upload; a bucket's `file_size_limit` can only lower it."""

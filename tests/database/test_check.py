@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from orchestrator_stub.local.postgres import EmbeddedPostgres
-from orchestrator_stub.migrations import (
+from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
     MigrationError,
     MigrationRefused,

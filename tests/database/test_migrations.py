@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from orchestrator_stub.migrations import (
+from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
     MigrationError,
     MigrationRefused,

@@ -16,10 +16,10 @@ from orchestrator_stub.app import Api, application
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control, Offer, SnapshotUnavailable
-from orchestrator_stub.database import Pool, pool_of
+from orchestrator_stub.platform.database import Pool, pool_of
+from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions import Installation, machine_name
 from orchestrator_stub.store import SessionStore
-from orchestrator_stub.tokens import Keyring, mint_session, new_es256, new_hs256
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"

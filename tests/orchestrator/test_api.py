@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator_stub.control import Control, Offer
+from orchestrator_stub.platform.tokens import KeySet, read_session
 from orchestrator_stub.sessions import State
-from orchestrator_stub.tokens import KeySet, read_session
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.control_world import (

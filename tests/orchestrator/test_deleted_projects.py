@@ -17,9 +17,9 @@ from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub import deleted_projects
 from orchestrator_stub.deleted_projects import BUCKETS, DeletedProjects
+from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import Snapshots
-from orchestrator_stub.storage import StorageClient, StorageFailure
 from orchestrator_stub.store import ProjectUnknown, SessionStore
 from tests.fakes.serving import Local, serve_local
 

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from orchestrator_stub.editor import Editor, Sent, UserAuth, as_text
-from orchestrator_stub.paths import ignored, path_problem
-from orchestrator_stub.reading import scan
+from orchestrator_stub.platform.source_paths import ignored, path_problem
+from orchestrator_stub.platform.source_tree import scan
 from tests.fakes.serving import Local, serve_local
 
 PNG = bytes(range(256))

@@ -18,8 +18,8 @@ import pytest
 
 from orchestrator_stub.control import Control
 from orchestrator_stub.machines import Machine, MachineSpec
+from orchestrator_stub.platform.tokens import read_session
 from orchestrator_stub.sessions import ENDED, State
-from orchestrator_stub.tokens import read_session
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.control_world import World, control_world
 from tests.orchestrator.test_two_orchestrators import SlowMachines, settle

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import jwt
 import pytest
 
-from orchestrator_stub.tokens import Keyring, mint_session, new_es256, read_session
+from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, read_session
 from tests.orchestrator.control_world import (
     ROUTES,
     SERVICE_KEY,

@@ -14,9 +14,9 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
+from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.snapshot_job import SnapshotJob
 from orchestrator_stub.snapshots import BUCKET, Snapshots
-from orchestrator_stub.storage import StorageClient
 from tests.fakes.serving import Local, serve_local
 
 

@@ -21,8 +21,8 @@ from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.offers import KeptSnapshots, PostgresOffers
+from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 from orchestrator_stub.snapshots import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
-from orchestrator_stub.storage import StorageClient, StorageFailure
 from tests.fakes.gateway import nginx, node_storage
 from tests.fakes.serving import Local, serve_local
 

@@ -14,8 +14,8 @@ from uuid import UUID
 import httpx
 import pytest
 
-from orchestrator_stub.database import pool_of
-from orchestrator_stub.storage import StorageClient
+from orchestrator_stub.platform.database import pool_of
+from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.template import Template
 from tests.fakes.descriptors import no_descriptors
 from tests.system.plane import Plane, running_plane

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from orchestrator_stub.migrations import MIGRATIONS, read_migrations
+from orchestrator_stub.platform.migrations import MIGRATIONS, read_migrations
 from tests.agent.cli.test_check import environment
 from tests.orchestrator.test_serve import settings
 from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator_stub.migrations import MIGRATIONS, migrate, read_migrations
+from orchestrator_stub.platform.migrations import MIGRATIONS, migrate, read_migrations
 from tests.database.db import connect, shape
 from tests.database.products import dump, everything, make
 from tests.referees.clients import NODE

@@ -34,8 +34,8 @@ from orchestrator_stub.local.socket import uvicorn_options
 from orchestrator_stub.machines import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.operations import Measured
+from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, control_plane
-from orchestrator_stub.tokens import Keyring
 
 
 async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> Any:

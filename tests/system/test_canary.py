@@ -27,7 +27,7 @@ import pytest
 import structlog
 
 from agent.tokens import read_token
-from orchestrator_stub.redaction import Redactor
+from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.service import configure_logs
 from tests.fakes.collector import collecting
 from tests.fakes.origin import Answer, origin

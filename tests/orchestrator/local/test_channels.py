@@ -14,7 +14,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from orchestrator_stub.tokens import Keyring, new_es256, new_hs256
+from orchestrator_stub.platform.tokens import Keyring, new_es256, new_hs256
 from tests.fakes.serving import Local, quick, serve_local
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import psycopg
 
-BOOTSTRAP = Path(__file__).parent / "local" / "bootstrap.sql"
+BOOTSTRAP = Path(__file__).parents[1] / "local" / "bootstrap.sql"
 
-MIGRATIONS = (Path(__file__).parent / "migrations_sql").resolve()
+MIGRATIONS = (Path(__file__).parents[1] / "migrations_sql").resolve()
 """In a checkout this is a link to `supabase/migrations`; a wheel and an sdist carry the files."""
 
 _NAME = re.compile(r"(?P<version>\d{14})_(?P<name>[a-z0-9_]+)\.sql")

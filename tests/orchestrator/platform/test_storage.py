@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from orchestrator_stub.local import ProjectKeys
-from orchestrator_stub.storage import StorageClient, StorageFailure
-from orchestrator_stub.tokens import Keyring
+from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.tokens import Keyring
 from tests.fakes.gateway import nginx, node_storage
 from tests.fakes.serving import SECRET, serve_local
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from structlog.testing import capture_logs
 
-from orchestrator_stub.tokens import (
+from orchestrator_stub.platform.tokens import (
     LOOK_AGAIN,
     CannotSign,
     Keyring,

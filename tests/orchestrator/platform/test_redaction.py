@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator_stub.config import Settings, SettingsError
-from orchestrator_stub.redaction import REDACTED, Redactor, secrets_of
+from orchestrator_stub.platform.redaction import REDACTED, Redactor, secrets_of
 from tests.fakes.realtime import jwt
 
 SECRET = "a-secret-of-some-length"
@@ -80,7 +80,7 @@ def test_what_a_library_warns_of_passes_the_redactor_too() -> None:
     """In a process of its own: the tests' logging is pytest's."""
     script = (
         "import logging, sys; from orchestrator_stub.service import configure_logs;"
-        "from orchestrator_stub.redaction import Redactor; configure_logs('info', 'json', Redactor([sys.argv[1]]));"
+        "from orchestrator_stub.platform.redaction import Redactor; configure_logs('info', 'json', Redactor([sys.argv[1]]));"
         "logging.getLogger('uvicorn.error').error('lost %s', sys.argv[1])"
     )
     told = subprocess.run([sys.executable, "-c", script, SECRET], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from uuid import UUID
 import jwt
 import pytest
 
-from orchestrator_stub.tokens import (
+from orchestrator_stub.platform.tokens import (
     Keyring,
     SessionReader,
     TokenRejected,

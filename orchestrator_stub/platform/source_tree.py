@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from orchestrator_stub.paths import IGNORED_DIRECTORIES, ignored, path_problem, shown
+from orchestrator_stub.platform.source_paths import IGNORED_DIRECTORIES, ignored, path_problem, shown
 
 MAX_ASSET: Final = 50 * 2**20
 """Bytes of one object: Supabase's default."""
