@@ -39,7 +39,7 @@ wheel: $(READY) ## build the package into dist/: an installation of it needs no 
 	@ls dist/*.whl
 
 test-image: $(READY) ## build the image and run it, and the container driver, for real
-	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/test_container.py -rs
+	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/machines/test_container.py -rs
 
 check: $(READY) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

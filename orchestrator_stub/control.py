@@ -25,7 +25,7 @@ import psycopg
 import structlog
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.machines import (
+from orchestrator_stub.machines.driver import (
     Machine,
     MachineDriver,
     MachineError,

@@ -19,7 +19,7 @@ import psycopg
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import wanted
-from orchestrator_stub.machines import Machine
+from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.serve import CONNECT_TIMEOUT, driver_of

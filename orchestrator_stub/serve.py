@@ -14,8 +14,8 @@ import uvicorn
 
 from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
-from orchestrator_stub.machines import MachineDriver, MachineRefused
 from orchestrator_stub.machines.container import ContainerMachines
+from orchestrator_stub.machines.driver import MachineDriver, MachineRefused
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines

@@ -22,7 +22,7 @@ from orchestrator_stub.app import Api
 from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
 from orchestrator_stub.control import Control
-from orchestrator_stub.machines import MachineDriver
+from orchestrator_stub.machines.driver import MachineDriver
 from orchestrator_stub.offers import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.operations import Metrics
 from orchestrator_stub.platform.database import Pool, pool_of

@@ -18,7 +18,7 @@ import psycopg
 from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 
-from orchestrator_stub.machines import Machine
+from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.platform.database import Head, Pool
 from orchestrator_stub.sessions import ENDED, LIVE, Event, Installation, Session, State, moves
 

@@ -16,7 +16,13 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from orchestrator_stub.machines import Machine, MachineRefused, MachineSpec, MachineState, MachineUnavailable
+from orchestrator_stub.machines.driver import (
+    Machine,
+    MachineRefused,
+    MachineSpec,
+    MachineState,
+    MachineUnavailable,
+)
 from orchestrator_stub.sessions import owner_of
 
 DEV_PORT: Final = 5173

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import httpx
 
-from orchestrator_stub.machines import (
+from orchestrator_stub.machines.driver import (
     Machine,
     MachineRefused,
     MachineSpec,

@@ -23,7 +23,7 @@ from typing import Any, Final
 import httpx
 import tenacity
 
-from orchestrator_stub.machines import MachineError, MachineRefused, MachineUnavailable
+from orchestrator_stub.machines.driver import MachineError, MachineRefused, MachineUnavailable
 
 TIMEOUT: Final = httpx.Timeout(10.0, read=75.0)
 """Seconds. Above the longest `wait` the API takes, 60 s."""

@@ -36,7 +36,7 @@ from uuid import UUID
 import psutil
 import structlog
 
-from orchestrator_stub.machines import Machine, MachineRefused, MachineSpec, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineRefused, MachineSpec, MachineState
 from orchestrator_stub.sessions import mark_of, owner_of
 
 log = structlog.get_logger("machines.local")

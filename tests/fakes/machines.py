@@ -9,7 +9,7 @@ import builtins
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
-from orchestrator_stub.machines import (
+from orchestrator_stub.machines.driver import (
     Machine,
     MachineRefused,
     MachineSpec,

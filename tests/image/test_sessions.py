@@ -1,7 +1,7 @@
 """Sessions whose machines are containers of the image, on a real engine: made, adopted, replaced, swept, ended.
 
-The container driver's own suite (`tests/orchestrator/test_container.py`) runs on the same engine with an image of a
-shell; here the machine is the agent, and what says `ready` is its heartbeat.
+The container driver's own suite (`tests/orchestrator/machines/test_container.py`) runs on the same engine with an
+image of a shell; here the machine is the agent, and what says `ready` is its heartbeat.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pytest
 from orchestrator_stub.machines.container import ContainerMachines
 from tests.agent.conftest import EXAMPLE
 from tests.image.engine import TAG, Engine
-from tests.orchestrator.driver_contract import spec_for
-from tests.orchestrator.test_container import LIMITS
+from tests.orchestrator.machines.driver_contract import spec_for
+from tests.orchestrator.machines.test_container import LIMITS
 from tests.system.plane import Plane, Project, eventually, running_plane
 
 pytestmark = pytest.mark.image

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from orchestrator_stub.control import Control
-from orchestrator_stub.machines import Machine, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineState
 from orchestrator_stub.sessions import ENDED, State, owner_of
 from tests.fakes.machines import FakeMachines, Platform
 from tests.orchestrator.control_world import World, control_world

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from orchestrator_stub.control import Control
-from orchestrator_stub.machines import Machine, MachineDriver, MachineState
 from orchestrator_stub.machines.container import ContainerMachines
+from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineState
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines

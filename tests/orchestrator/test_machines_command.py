@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.sessions import State, machine_name
 from tests.orchestrator.control_world import World, control_world
-from tests.orchestrator.driver_contract import ANOTHER, spec_for
+from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
 from tests.orchestrator.test_serve import run, settings
 
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from orchestrator_stub.control import Control
-from orchestrator_stub.machines import Machine, MachineSpec
+from orchestrator_stub.machines.driver import Machine, MachineSpec
 from orchestrator_stub.platform.tokens import read_session
 from orchestrator_stub.sessions import ENDED, State
 from tests.fakes.machines import FakeMachines

@@ -31,7 +31,7 @@ from orchestrator_stub.control import Control
 from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options
-from orchestrator_stub.machines import Machine, MachineDriver, MachineSpec, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.operations import Measured
 from orchestrator_stub.platform.tokens import Keyring

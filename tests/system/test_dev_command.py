@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator_stub.dev_screen import DevOptions
 from orchestrator_stub.machines.local import LocalMachines
-from tests.orchestrator.driver_contract import ANOTHER, spec_for
+from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
 from tests.system.stack import REPOSITORY, Stack, copy_example, until
 
 pytestmark = pytest.mark.system

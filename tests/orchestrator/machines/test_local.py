@@ -16,10 +16,10 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from orchestrator_stub.machines import Machine, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
 from orchestrator_stub.sessions import owner_of
-from tests.orchestrator.driver_contract import DriverContract, spec_for
+from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
 
 AGENT = """
     import json, os, signal, subprocess, sys, time
@@ -251,7 +251,7 @@ PARENT = """
     import asyncio, os, sys
     from pathlib import Path
     from orchestrator_stub.machines.local import LocalMachines
-    from tests.orchestrator.driver_contract import spec_for
+    from tests.orchestrator.machines.driver_contract import spec_for
 
     async def main():
         driver = LocalMachines(

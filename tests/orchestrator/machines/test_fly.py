@@ -11,12 +11,12 @@ import pytest
 import respx
 
 from agent.replay.simulated_clock import simulate
-from orchestrator_stub.machines import MachineRefused, MachineState, MachineUnavailable
+from orchestrator_stub.machines.driver import MachineRefused, MachineState, MachineUnavailable
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape, machine_request
 from orchestrator_stub.machines.fly_api import Buckets, Conflict, FlyApi, Rate
 from tests.fakes.fly import APP, DOCUMENT, TOKEN, Fly
 from tests.fakes.openapi import OpenApi
-from tests.orchestrator.driver_contract import DriverContract, spec_for
+from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
 
 SHAPE = FlyShape(app=APP, image="registry.fly.io/previews:v1")
 URL = "http://fly.invalid/v1"

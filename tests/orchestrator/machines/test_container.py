@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator_stub.machines import MachineRefused, MachineState
 from orchestrator_stub.machines.container import ContainerMachines
+from orchestrator_stub.machines.driver import MachineRefused, MachineState
 from tests.fakes import engine as fake_engine
-from tests.orchestrator.driver_contract import DriverContract, spec_for
+from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
 
 IMAGE = "localhost/preview-sync-test-sleep"
 

@@ -13,9 +13,9 @@ from agent.config import Settings
 from orchestrator_stub.machines.fly import machine_request
 from tests.fakes.fly import APP, DOCUMENT
 from tests.fakes.openapi import OpenApi
-from tests.orchestrator.test_fly import SHAPE, spec_for
+from tests.orchestrator.machines.test_fly import SHAPE, spec_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 KEYS: dict[str, set[str]] = {
     "": {"app", "primary_region", "kill_signal", "kill_timeout", "build", "env", "http_service", "checks", "metrics",
