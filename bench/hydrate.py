@@ -59,8 +59,8 @@ from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.snapshots import Snapshots
-from orchestrator_stub.zipwriter import ZipWriter
+from orchestrator_stub.snapshots.builder import Snapshots
+from orchestrator_stub.snapshots.zip_writer import ZipWriter
 
 PROJECT = "00000000-0000-4000-8000-000000000001"
 EPOCH = "00000000-0000-4000-8000-00000000000e"

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import Offer, SnapshotUnavailable
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
-from orchestrator_stub.snapshots import Snapshot
+from orchestrator_stub.snapshots.builder import Snapshot
 
 log = structlog.get_logger("offers")
 

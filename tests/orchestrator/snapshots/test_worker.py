@@ -15,8 +15,8 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient
-from orchestrator_stub.snapshot_job import SnapshotJob
-from orchestrator_stub.snapshots import BUCKET, Snapshots
+from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
+from orchestrator_stub.snapshots.worker import SnapshotJob
 from tests.fakes.serving import Local, serve_local
 
 

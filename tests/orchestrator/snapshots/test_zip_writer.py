@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from agent.config import SnapshotLimits
 from agent.snapshot.zip_events import ExecutableFound, FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
-from orchestrator_stub import zipwriter
-from orchestrator_stub.zipwriter import PIECE, ArchiveTooLarge, ZipWriter
+from orchestrator_stub.snapshots import zip_writer
+from orchestrator_stub.snapshots.zip_writer import PIECE, ArchiveTooLarge, ZipWriter
 from tests.profiles import examples
 
 names = st.text(
@@ -95,11 +95,11 @@ def test_media_is_stored_and_text_is_packed() -> None:
 
 
 def test_what_does_not_fit_the_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zipwriter, "MAX_BYTES", 5_000)
+    monkeypatch.setattr(zip_writer, "MAX_BYTES", 5_000)
     with pytest.raises(ArchiveTooLarge):
         written({"a": (os.urandom(6_000), False)})
     with pytest.raises(ArchiveTooLarge):
         written({"a": (os.urandom(6_000), False)}, [1_000])
-    monkeypatch.setattr(zipwriter, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(zip_writer, "MAX_ENTRIES", 2)
     with pytest.raises(ArchiveTooLarge):
         written(dict.fromkeys("abc", (b"", False)))

@@ -31,7 +31,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.zipwriter import ArchiveTooLarge, ZipWriter
+from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
 log = structlog.get_logger("snapshots")
 

@@ -21,11 +21,11 @@ import tenacity
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.control import SnapshotUnavailable
-from orchestrator_stub.deleted_projects import CHANNEL as DELETIONS
-from orchestrator_stub.deleted_projects import DeletedProjects
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots import BUCKET, Snapshots
+from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
+from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
+from orchestrator_stub.snapshots.deletion import DeletedProjects
 
 log = structlog.get_logger("snapshot_job")
 

@@ -15,11 +15,11 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from orchestrator_stub import deleted_projects
-from orchestrator_stub.deleted_projects import BUCKETS, DeletedProjects
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshot_job import SnapshotJob
-from orchestrator_stub.snapshots import Snapshots
+from orchestrator_stub.snapshots import deletion
+from orchestrator_stub.snapshots.builder import Snapshots
+from orchestrator_stub.snapshots.deletion import BUCKETS, DeletedProjects
+from orchestrator_stub.snapshots.worker import SnapshotJob
 from orchestrator_stub.store import ProjectUnknown, SessionStore
 from tests.fakes.serving import Local, serve_local
 
@@ -186,7 +186,7 @@ async def test_a_deletion_clears_everything_it_left_and_nothing_else(works: Work
 
 
 async def test_cleaning_goes_on_where_it_was_killed(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deleted_projects, "BATCH", 2)
+    monkeypatch.setattr(deletion, "BATCH", 2)
     owner = await works.user()
     project_id = await works.project(owner)
     for number in range(5):
