@@ -35,19 +35,19 @@ from starlette.routing import Route
 from bench.results import Row, in_turn, ratio_of
 from bench.start import log_moments
 from orchestrator_stub.app import Api, application
-from orchestrator_stub.catchup import Catchup
-from orchestrator_stub.control import Control
 from orchestrator_stub.local.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
-from orchestrator_stub.sessions import owner_of
-from orchestrator_stub.store import SessionStore
+from orchestrator_stub.sessions.catchup import Catchup
+from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.lifecycle import owner_of
+from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform
-from tests.orchestrator.control_world import (
+from tests.orchestrator.sessions.control_world import (
     SERVICE_KEY,
     PaperAssets,
     PaperSnapshots,

@@ -169,10 +169,10 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 
 def _machines(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.inventory import run_machines
     from orchestrator_stub.machines.driver import MachineError
     from orchestrator_stub.serve import CannotServe
-    from orchestrator_stub.store import Unmigrated
+    from orchestrator_stub.sessions.inventory import run_machines
+    from orchestrator_stub.sessions.store import Unmigrated
 
     settings = Settings.from_environment()
     try:

@@ -27,15 +27,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from orchestrator_stub.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.config import Settings
-from orchestrator_stub.control import Control, SnapshotSource, SnapshotUnavailable
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
 from orchestrator_stub.problems import Refusal, render
-from orchestrator_stub.sessions import ENDED, LIVE, Session, State
-from orchestrator_stub.store import ProjectUnknown, SessionStore
+from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
+from orchestrator_stub.sessions.controller import Control, SnapshotSource, SnapshotUnavailable
+from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
+from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 
 log = structlog.get_logger("app")
 

@@ -13,7 +13,7 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from orchestrator_stub.sessions import Timing
+from orchestrator_stub.sessions.lifecycle import Timing
 
 _TIMING = Timing()
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "react-app"

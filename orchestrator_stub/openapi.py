@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator_stub import __version__
 from orchestrator_stub.app import CreateBody, SnapshotBody, StatusBody, SyncBody
-from orchestrator_stub.sessions import State
+from orchestrator_stub.sessions.lifecycle import State
 
 Schema = dict[str, Any]
 

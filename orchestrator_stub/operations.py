@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orchestrator_stub.openapi import openapi_document
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.tokens import KEY_PROBLEMS
-from orchestrator_stub.sessions import ENDED, PROBLEMS, State
+from orchestrator_stub.sessions.lifecycle import ENDED, PROBLEMS, State
 
 READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""

@@ -23,7 +23,7 @@ from orchestrator_stub.operations import Measured
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, configure_logs, control_plane
-from orchestrator_stub.store import Unmigrated
+from orchestrator_stub.sessions.store import Unmigrated
 
 log = structlog.get_logger("serve")
 

@@ -19,21 +19,21 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub import operations
 from orchestrator_stub.app import Api
-from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
-from orchestrator_stub.control import Control
 from orchestrator_stub.machines.driver import MachineDriver
 from orchestrator_stub.operations import Metrics
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.sessions import Installation
+from orchestrator_stub.sessions.catchup import Catchup
+from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.lifecycle import Installation
+from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.builder import Snapshots
 from orchestrator_stub.snapshots.cache import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from orchestrator_stub.snapshots.worker import SnapshotJob
-from orchestrator_stub.store import SessionStore
-from orchestrator_stub.template import Template
 
 
 @dataclass(frozen=True, slots=True)

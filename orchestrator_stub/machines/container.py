@@ -23,7 +23,7 @@ from orchestrator_stub.machines.driver import (
     MachineState,
     MachineUnavailable,
 )
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions.lifecycle import owner_of
 
 DEV_PORT: Final = 5173
 HEALTH_PORT: Final = 9464

@@ -24,7 +24,7 @@ from orchestrator_stub.machines.driver import (
     MachineUnavailable,
 )
 from orchestrator_stub.machines.fly_api import Conflict, FlyApi, NotThere, duration
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions.lifecycle import owner_of
 
 DEV_PORT: Final = 5173
 HEALTH_PORT: Final = 9464

@@ -22,8 +22,8 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
-from orchestrator_stub.control import Offer, SnapshotUnavailable
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
+from orchestrator_stub.sessions.controller import Offer, SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import Snapshot
 
 log = structlog.get_logger("offers")

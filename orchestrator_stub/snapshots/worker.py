@@ -20,9 +20,9 @@ import structlog
 import tenacity
 from psycopg.types.json import Jsonb
 
-from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects

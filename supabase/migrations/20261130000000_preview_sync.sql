@@ -1487,7 +1487,7 @@ create table preview.sessions (
 create index sessions_by_project on preview.sessions (project_id, created_at desc);
 create index sessions_not_ended on preview.sessions (state_since) where state not in ('gone', 'failed');
 alter table preview.sessions enable row level security;
-comment on table preview.sessions is 'One running preview of one project; its life is the table in orchestrator_stub/sessions.py.';
+comment on table preview.sessions is 'One running preview of one project; its life is the table in orchestrator_stub/sessions/lifecycle.py.';
 
 -- What was built and signed, for the next session that wants the same: without it every orchestrator, and every
 -- restart of one, builds the archive of every project anew. A cache: it may be emptied at any time.

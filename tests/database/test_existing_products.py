@@ -13,7 +13,7 @@ from psycopg.errors import InsufficientPrivilege
 
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.migrations import MIGRATIONS, MigrationRefused, migrate, read_migrations
-from orchestrator_stub.store import ProjectUnknown, SessionStore
+from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 from tests.database.db import acting_as, apply, changes_since, connect, files, one, upsert, user
 from tests.database.products import dump, everything, make
 

@@ -87,7 +87,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     ),
     (
         r"preview-orchestrator machines",
-        ByTest("tests/orchestrator/test_machines_command.py::test_it_says_whose_every_machine_is"),
+        ByTest("tests/orchestrator/sessions/test_inventory.py::test_it_says_whose_every_machine_is"),
     ),
     (r"(\.venv/bin/)?preview-orchestrator tail -", Run(until="file:update")),
     (

@@ -15,7 +15,7 @@ from agent.core.problems import REMEDIES, ProblemKind
 from agent.devserver.state import State
 from agent.link.states import LinkState
 from agent.telemetry.status import AgentState
-from orchestrator_stub import sessions
+from orchestrator_stub.sessions import lifecycle
 from tests.docs.reading import ROOT
 
 DOC = ROOT / "docs" / "operations.md"
@@ -64,7 +64,7 @@ def test_every_exit_code_is_explained() -> None:
 
 def test_every_state_and_end_of_a_session_is_explained() -> None:
     text = DOC.read_text()
-    assert [state for state in sessions.State if state not in text] == []
+    assert [state for state in lifecycle.State if state not in text] == []
     code = "".join((ROOT / "orchestrator_stub" / name).read_text() for name in ("sessions.py", "control.py"))
     ends = set(re.findall(r'"([a-z]+_[a-z]+): ', code))
     assert len(ends) >= 4

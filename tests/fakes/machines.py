@@ -16,7 +16,7 @@ from orchestrator_stub.machines.driver import (
     MachineState,
     MachineUnavailable,
 )
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions.lifecycle import owner_of
 
 
 @dataclass

@@ -12,12 +12,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from orchestrator_stub.control import Control, Offer
 from orchestrator_stub.platform.tokens import KeySet, read_session
-from orchestrator_stub.sessions import State
+from orchestrator_stub.sessions.controller import Control, Offer
+from orchestrator_stub.sessions.lifecycle import State
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
-from tests.orchestrator.control_world import (
+from tests.orchestrator.sessions.control_world import (
     AGENTS,
     ROUTES,
     SERVICE_KEY,

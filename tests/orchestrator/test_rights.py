@@ -11,7 +11,7 @@ import jwt
 import pytest
 
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, read_session
-from tests.orchestrator.control_world import (
+from tests.orchestrator.sessions.control_world import (
     ROUTES,
     SERVICE_KEY,
     World,

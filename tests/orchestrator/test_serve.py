@@ -22,7 +22,7 @@ import pytest
 from orchestrator_stub.openapi import openapi_document
 from orchestrator_stub.platform.migrations import read_migrations
 from orchestrator_stub.platform.tokens import Keyring
-from tests.orchestrator.control_world import SERVICE_KEY, bearer
+from tests.orchestrator.sessions.control_world import SERVICE_KEY, bearer
 
 SECRET = "a secret of at least thirty-two bytes, for the tests"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.orchestrator.control_world import World, control_world
+from tests.orchestrator.sessions.control_world import World, control_world
 from tests.orchestrator.test_api import head_of
 
 

@@ -25,9 +25,9 @@ import httpx
 import uvicorn
 
 from orchestrator_stub.service import Server
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions.lifecycle import owner_of
 from tests.fakes.fly import APP, TOKEN, Fly
-from tests.orchestrator.control_world import bearer
+from tests.orchestrator.sessions.control_world import bearer
 from tests.system.plane import Plane, eventually, running_plane
 
 SESSIONS = 24

@@ -17,8 +17,8 @@ from agent.core.problems import ProblemKind
 from agent.core.reconcile import Reason
 from agent.devserver.state import State as DevServerState
 from agent.link.states import LinkState
-from orchestrator_stub.sessions import PROBLEMS
-from orchestrator_stub.sessions import State as SessionState
+from orchestrator_stub.sessions.lifecycle import PROBLEMS
+from orchestrator_stub.sessions.lifecycle import State as SessionState
 from tests.system.scrape import Scraped
 from tests.system.test_metrics import AGENT, ORCHESTRATOR
 

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator_stub.machines.driver import Machine, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
-from orchestrator_stub.sessions import owner_of
+from orchestrator_stub.sessions.lifecycle import owner_of
 from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
 
 AGENT = """

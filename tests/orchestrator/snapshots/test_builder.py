@@ -19,8 +19,8 @@ import psycopg
 import pytest
 from psycopg_pool import AsyncConnectionPool
 
-from orchestrator_stub.control import SnapshotUnavailable
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
 from orchestrator_stub.snapshots.cache import KeptSnapshots, PostgresOffers
 from tests.fakes.gateway import nginx, node_storage

@@ -12,11 +12,11 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from orchestrator_stub.control import SnapshotUnavailable
+from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots import cache
 from orchestrator_stub.snapshots.builder import Snapshot
 from orchestrator_stub.snapshots.cache import Kept, KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
-from tests.orchestrator.control_world import World, control_world
+from tests.orchestrator.sessions.control_world import World, control_world
 
 TTL = 600
 

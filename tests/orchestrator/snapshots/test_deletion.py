@@ -16,11 +16,11 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 from orchestrator_stub.snapshots import deletion
 from orchestrator_stub.snapshots.builder import Snapshots
 from orchestrator_stub.snapshots.deletion import BUCKETS, DeletedProjects
 from orchestrator_stub.snapshots.worker import SnapshotJob
-from orchestrator_stub.store import ProjectUnknown, SessionStore
 from tests.fakes.serving import Local, serve_local
 
 SECRET = b"the owner's secret"

@@ -24,11 +24,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from orchestrator_stub.control import Control
 from orchestrator_stub.machines.driver import Machine, MachineState
-from orchestrator_stub.sessions import ENDED, State, owner_of
+from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.lifecycle import ENDED, State, owner_of
 from tests.fakes.machines import FakeMachines, Platform
-from tests.orchestrator.control_world import World, control_world
+from tests.orchestrator.sessions.control_world import World, control_world
 from tests.profiles import examples
 
 KEYS = ["a", "b", None]

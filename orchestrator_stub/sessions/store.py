@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.platform.database import Head, Pool
-from orchestrator_stub.sessions import ENDED, LIVE, Event, Installation, Session, State, moves
+from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Event, Installation, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
   id, project_id, state, generation, idempotency_key,

@@ -7,11 +7,11 @@ import random
 from collections import Counter
 from uuid import UUID
 
-from orchestrator_stub.control import Control
 from orchestrator_stub.machines.driver import Machine, MachineSpec
-from orchestrator_stub.sessions import ENDED, owner_of
+from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.lifecycle import ENDED, owner_of
 from tests.fakes.machines import FakeMachines
-from tests.orchestrator.control_world import World, control_world
+from tests.orchestrator.sessions.control_world import World, control_world
 
 
 class SlowMachines(FakeMachines):

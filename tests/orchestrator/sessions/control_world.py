@@ -13,13 +13,13 @@ from uuid import UUID, uuid4
 import httpx
 
 from orchestrator_stub.app import Api, application
-from orchestrator_stub.catchup import Catchup
 from orchestrator_stub.config import Settings
-from orchestrator_stub.control import Control, Offer, SnapshotUnavailable
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
-from orchestrator_stub.sessions import Installation, machine_name
-from orchestrator_stub.store import SessionStore
+from orchestrator_stub.sessions.catchup import Catchup
+from orchestrator_stub.sessions.controller import Control, Offer, SnapshotUnavailable
+from orchestrator_stub.sessions.lifecycle import Installation, machine_name
+from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"

@@ -16,13 +16,13 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 
-from orchestrator_stub.control import Control
 from orchestrator_stub.machines.driver import Machine, MachineSpec
 from orchestrator_stub.platform.tokens import read_session
-from orchestrator_stub.sessions import ENDED, State
+from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.lifecycle import ENDED, State
 from tests.fakes.machines import FakeMachines
-from tests.orchestrator.control_world import World, control_world
-from tests.orchestrator.test_two_orchestrators import SlowMachines, settle
+from tests.orchestrator.sessions.control_world import World, control_world
+from tests.orchestrator.sessions.test_two_orchestrators import SlowMachines, settle
 
 
 @pytest.fixture

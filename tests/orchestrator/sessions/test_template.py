@@ -16,7 +16,7 @@ import pytest
 
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.storage import StorageClient
-from orchestrator_stub.template import Template
+from orchestrator_stub.sessions.template import Template
 from tests.fakes.descriptors import no_descriptors
 from tests.system.plane import Plane, running_plane
 

@@ -11,9 +11,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.sessions import State, machine_name
-from tests.orchestrator.control_world import World, control_world
+from orchestrator_stub.sessions.lifecycle import State, machine_name
 from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
+from tests.orchestrator.sessions.control_world import World, control_world
 from tests.orchestrator.test_serve import run, settings
 
 SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")

@@ -9,8 +9,8 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator_stub import sessions as sessions_module
-from orchestrator_stub.sessions import (
+from orchestrator_stub.sessions import lifecycle as sessions_module
+from orchestrator_stub.sessions.lifecycle import (
     ENDED,
     LIVE,
     PROBLEMS,

@@ -7,9 +7,9 @@ from uuid import UUID
 
 import pytest
 
-from orchestrator_stub.sessions import Event, Session, State, moves
-from orchestrator_stub.store import SessionStore
-from tests.orchestrator.control_world import World, control_world
+from orchestrator_stub.sessions.lifecycle import Event, Session, State, moves
+from orchestrator_stub.sessions.store import SessionStore
+from tests.orchestrator.sessions.control_world import World, control_world
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from orchestrator_stub.machines.driver import (
 )
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions import (
+from orchestrator_stub.sessions.lifecycle import (
     LIVE,
     Event,
     Installation,
@@ -46,7 +46,7 @@ from orchestrator_stub.sessions import (
     machine_name,
     owner_of,
 )
-from orchestrator_stub.store import SessionStore
+from orchestrator_stub.sessions.store import SessionStore
 
 log = structlog.get_logger("control")
 
