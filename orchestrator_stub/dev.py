@@ -32,15 +32,15 @@ import psycopg
 import uvicorn
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
 from orchestrator_stub.dev_screen import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.editor import Editor, Sent, UserAuth
+from orchestrator_stub.http.operations import Measured
+from orchestrator_stub.http.routes import application
 from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.operations import Measured
 from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
     MigrationError,

@@ -12,14 +12,14 @@ import psycopg
 import structlog
 import uvicorn
 
-from orchestrator_stub.app import application
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.operations import Measured
+from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import MachineDriver, MachineRefused
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.operations import Measured
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, configure_logs, control_plane

@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator_stub import operations
-from orchestrator_stub.app import Api
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http import operations
+from orchestrator_stub.http.operations import Metrics
+from orchestrator_stub.http.routes import Api
 from orchestrator_stub.machines.driver import MachineDriver
-from orchestrator_stub.operations import Metrics
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.storage import StorageClient

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from orchestrator_stub.app import application
+from orchestrator_stub.http.routes import application
 from orchestrator_stub.local.app import stand_in
 from orchestrator_stub.local.keys import ProjectKeys
 from orchestrator_stub.local.socket import uvicorn_options

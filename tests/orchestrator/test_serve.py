@@ -19,7 +19,7 @@ import httpx
 import psycopg
 import pytest
 
-from orchestrator_stub.openapi import openapi_document
+from orchestrator_stub.http.openapi import openapi_document
 from orchestrator_stub.platform.migrations import read_migrations
 from orchestrator_stub.platform.tokens import Keyring
 from tests.orchestrator.sessions.control_world import SERVICE_KEY, bearer

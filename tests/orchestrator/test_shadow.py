@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tests.orchestrator.http.test_routes import head_of
 from tests.orchestrator.sessions.control_world import World, control_world
-from tests.orchestrator.test_api import head_of
 
 
 async def state_after(world: World, *, reported: bool, seconds: float) -> tuple[str, int]:

@@ -12,8 +12,8 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from orchestrator_stub.app import Api, application
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.routes import Api, application
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup

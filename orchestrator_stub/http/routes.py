@@ -28,10 +28,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.problems import Refusal, render
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
-from orchestrator_stub.problems import Refusal, render
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import Control, SnapshotSource, SnapshotUnavailable
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State

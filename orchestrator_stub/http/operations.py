@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from orchestrator_stub.openapi import openapi_document
+from orchestrator_stub.http.openapi import openapi_document
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.tokens import KEY_PROBLEMS
 from orchestrator_stub.sessions.lifecycle import ENDED, PROBLEMS, State

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator_stub import __version__
-from orchestrator_stub.app import CreateBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.http.routes import CreateBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.sessions.lifecycle import State
 
 Schema = dict[str, Any]
