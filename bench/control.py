@@ -35,7 +35,7 @@ from starlette.routing import Route
 from bench.results import Row, in_turn, ratio_of
 from bench.start import log_moments
 from orchestrator_stub.http.routes import Api, application
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
 from orchestrator_stub.platform.database import pool_of

@@ -53,8 +53,8 @@ from agent.snapshot.download import fetch
 from agent.sync.ledger import FileStat
 from bench.ground import Ground
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
-from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.storage import StorageClient

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 async def _measure(seconds: float, directory: Path) -> tuple[float, float]:
     """Resident MB and share of a core over `seconds`, after the agent has come to rest."""
-    from orchestrator_stub.local.postgres import EmbeddedPostgres
+    from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
     from orchestrator_stub.platform.migrations import bootstrap, migrate
 
     server = EmbeddedPostgres(directory / "pg", options={"fsync": "off"})

@@ -41,7 +41,7 @@ from bench.landing import Landing
 from bench.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
 from bench.results import PeerFailed, Row, in_turn, ratio_of
 from bench.surroundings import at_rest
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from tests.system.plane import Project, eventually, running_plane
 

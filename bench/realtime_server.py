@@ -39,8 +39,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from bench.results import Row, Unmeasurable, in_turn, ratio_of
-from orchestrator_stub.local import Limits, ProjectKeys, stand_in, uvicorn_options
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase import Limits, ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import bootstrap
 from orchestrator_stub.platform.tokens import Keyring
 

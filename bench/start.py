@@ -113,7 +113,7 @@ def log_moments(log: str) -> list[tuple[str, float]]:
 
 @contextlib.asynccontextmanager
 async def _plane(directory: Path) -> AsyncIterator[Plane]:
-    from orchestrator_stub.local.postgres import EmbeddedPostgres
+    from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
     from orchestrator_stub.platform.migrations import bootstrap, migrate
 
     server = EmbeddedPostgres(directory / "pg", options={"fsync": "off"})

@@ -37,8 +37,8 @@ from orchestrator_stub.dev_screen import CannotStart, DevInfo, DevOptions, Termi
 from orchestrator_stub.editor import Editor, Sent, UserAuth
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.local import ProjectKeys, stand_in, uvicorn_options
-from orchestrator_stub.local.postgres import EmbeddedPostgres, EmbeddedPostgresError
+from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.migrations import (

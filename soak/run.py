@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 import httpx
 import psutil
 
-from orchestrator_stub.local.postgres import EmbeddedPostgresError
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgresError
 from soak import equality, schedule
 from soak.editors import ProjectEditor
 from soak.equality import Check

@@ -14,9 +14,9 @@ from pathlib import Path
 import uvicorn
 
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.local.app import stand_in
-from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.socket import uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.service import Server, configure_logs

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 
-BOOTSTRAP = Path(__file__).parents[1] / "local" / "bootstrap.sql"
+BOOTSTRAP = Path(__file__).parents[1] / "local_supabase" / "bootstrap.sql"
 
 MIGRATIONS = (Path(__file__).parents[1] / "migrations_sql").resolve()
 """In a checkout this is a link to `supabase/migrations`; a wheel and an sdist carry the files."""

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator_stub.local.postgres import binary
+from orchestrator_stub.local_supabase.postgres import binary
 from tests.database.db import connect
 
 PRODUCTS = Path(__file__).with_name("existing")

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
     MigrationError,

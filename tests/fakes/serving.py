@@ -18,7 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 from websockets.asyncio.client import ClientConnection, connect
 
-from orchestrator_stub.local import Limits, ProjectKeys, StandIn, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase import Limits, ProjectKeys, StandIn, stand_in, uvicorn_options
 from orchestrator_stub.platform.tokens import Keyring
 
 SECRET = "a secret that only this test run knows, and nobody else"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from orchestrator_stub.local.faults import Faults
+from orchestrator_stub.local_supabase.realtime.faults import Faults
 from tests.fakes.serving import Local, serve_local
 from tests.referees.clients import NODE
 

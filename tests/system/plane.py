@@ -28,9 +28,9 @@ from agent.core.model import RelPath, digest_of, tree_hash
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.local.app import stand_in
-from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.socket import uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring

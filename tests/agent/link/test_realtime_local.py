@@ -21,7 +21,7 @@ from agent.link.realtime import realtime_link
 from agent.link.source import Received
 from agent.link.states import LinkState
 from agent.tokens import Token, Tokens
-from orchestrator_stub.local.faults import Faults
+from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.platform.tokens import Keyring
 from tests.agent.link.one_link import QUICK, Link, running, until
 from tests.fakes.serving import Local, serve_local

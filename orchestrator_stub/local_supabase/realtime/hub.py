@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator_stub.local import frames
-from orchestrator_stub.local.access import Claims, Policies
-from orchestrator_stub.local.faults import Faults
-from orchestrator_stub.local.frames import Broadcast, Push, Version
-from orchestrator_stub.local.limits import Limits, Rate
-from orchestrator_stub.local.presence import Metas, Presence
-from orchestrator_stub.local.socket import FrameSocket
+from orchestrator_stub.local_supabase.access import Claims, Policies
+from orchestrator_stub.local_supabase.realtime import frames
+from orchestrator_stub.local_supabase.realtime.faults import Faults
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast, Push, Version
+from orchestrator_stub.local_supabase.realtime.limits import Limits, Rate
+from orchestrator_stub.local_supabase.realtime.presence import Metas, Presence
+from orchestrator_stub.local_supabase.realtime.socket import FrameSocket
 
 log = logging.getLogger("preview_orchestrator.realtime")
 

@@ -21,14 +21,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
-from orchestrator_stub.local.access import Pool
-from orchestrator_stub.local.broadcast import Http
-from orchestrator_stub.local.faults import Faults
-from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.limits import Limits
-from orchestrator_stub.local.realtime import Realtime
-from orchestrator_stub.local.rest import Rest
-from orchestrator_stub.local.storage import Storage
+from orchestrator_stub.local_supabase.access import Pool
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime.broadcast import Http
+from orchestrator_stub.local_supabase.realtime.faults import Faults
+from orchestrator_stub.local_supabase.realtime.limits import Limits
+from orchestrator_stub.local_supabase.realtime.server import Realtime
+from orchestrator_stub.local_supabase.rest import Rest
+from orchestrator_stub.local_supabase.storage import Storage
 
 SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
 """Hosted, as the clients derive it; the long form; self-hosted."""

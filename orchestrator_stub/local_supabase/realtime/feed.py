@@ -15,8 +15,8 @@ from typing import Any
 import psycopg
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from orchestrator_stub.local.access import Pool
-from orchestrator_stub.local.frames import Broadcast
+from orchestrator_stub.local_supabase.access import Pool
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast
 
 CHANNEL = "realtime_messages"
 MOST_REPLAYED = 25

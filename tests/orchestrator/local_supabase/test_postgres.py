@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator_stub.local.postgres import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
+from orchestrator_stub.local_supabase.postgres import SYSTEM_USER, EmbeddedPostgres, EmbeddedPostgresError
 
 FAST = {"fsync": "off"}
 LONG = "select count(*) from generate_series(1, 6000000) n where n % 7 = 3"
@@ -138,7 +138,7 @@ async def test_it_starts_again_after_it_was_killed(data: Path) -> None:
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from orchestrator_stub.local.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 async def main():
     server = EmbeddedPostgres(Path(sys.argv[1]), options={"fsync": "off"})
     await server.start()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
-from orchestrator_stub.local.faults import BadFault, Faults
-from orchestrator_stub.local.frames import (
+from orchestrator_stub.local_supabase.realtime.faults import BadFault, Faults
+from orchestrator_stub.local_supabase.realtime.frames import (
     BadFrame,
     Broadcast,
     Version,
@@ -23,8 +23,8 @@ from orchestrator_stub.local.frames import (
     read_text,
     websocket_frame,
 )
-from orchestrator_stub.local.limits import Rate
-from orchestrator_stub.local.presence import Presence
+from orchestrator_stub.local_supabase.realtime.limits import Rate
+from orchestrator_stub.local_supabase.realtime.presence import Presence
 
 NAMES = st.text(min_size=1, max_size=40)
 JSON = st.recursive(

@@ -33,8 +33,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from orchestrator_stub.local.access import Claims, Pool, acting_as, read_claims
-from orchestrator_stub.local.keys import ProjectKeys
+from orchestrator_stub.local_supabase.access import Claims, Pool, acting_as, read_claims
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.tokens import TokenRejected
 
 MAX_OBJECT_BYTES = 50 * 1024 * 1024

@@ -24,15 +24,15 @@ from urllib.parse import parse_qs
 import orjson
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator_stub.local import feed, frames
-from orchestrator_stub.local.access import Pool
-from orchestrator_stub.local.admission import Admission, AfterJoin, Refused
-from orchestrator_stub.local.faults import Faults
-from orchestrator_stub.local.frames import Broadcast, Push, Version
-from orchestrator_stub.local.hub import Channel, Connection, Hub
-from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.limits import Limits
-from orchestrator_stub.local.socket import EXTENSION
+from orchestrator_stub.local_supabase.access import Pool
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime import feed, frames
+from orchestrator_stub.local_supabase.realtime.admission import Admission, AfterJoin, Refused
+from orchestrator_stub.local_supabase.realtime.faults import Faults
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast, Push, Version
+from orchestrator_stub.local_supabase.realtime.hub import Channel, Connection, Hub
+from orchestrator_stub.local_supabase.realtime.limits import Limits
+from orchestrator_stub.local_supabase.realtime.socket import EXTENSION
 
 log = logging.getLogger("preview_orchestrator.realtime")
 

@@ -13,12 +13,12 @@ from uuid import uuid4
 
 import psycopg
 
-from orchestrator_stub.local import feed
-from orchestrator_stub.local.access import Claims, Policies, Pool, ask_read, ask_write, read_claims
-from orchestrator_stub.local.frames import Broadcast, Push
-from orchestrator_stub.local.hub import Channel, Connection
-from orchestrator_stub.local.keys import ProjectKeys
-from orchestrator_stub.local.limits import Limits, Rate
+from orchestrator_stub.local_supabase.access import Claims, Policies, Pool, ask_read, ask_write, read_claims
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime import feed
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast, Push
+from orchestrator_stub.local_supabase.realtime.hub import Channel, Connection
+from orchestrator_stub.local_supabase.realtime.limits import Limits, Rate
 from orchestrator_stub.platform.tokens import TokenRejected
 
 

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from orchestrator_stub.local.access import Claims, Pool, acting_as, read_claims
-from orchestrator_stub.local.keys import ProjectKeys
+from orchestrator_stub.local_supabase.access import Claims, Pool, acting_as, read_claims
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.tokens import TokenRejected
 
 SINGULAR = "application/vnd.pgrst.object+json"

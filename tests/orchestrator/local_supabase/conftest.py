@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from orchestrator_stub.local.faults import Faults
+from orchestrator_stub.local_supabase.realtime.faults import Faults
 from tests.fakes.serving import Local, serve_local
 
 

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from orchestrator_stub.local.access import Claims
-from orchestrator_stub.local.admission import Refused
-from orchestrator_stub.local.faults import ACTIONS, BadFault, Faults
-from orchestrator_stub.local.frames import Broadcast
-from orchestrator_stub.local.realtime import Realtime
+from orchestrator_stub.local_supabase.access import Claims
+from orchestrator_stub.local_supabase.realtime.admission import Refused
+from orchestrator_stub.local_supabase.realtime.faults import ACTIONS, BadFault, Faults
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast
+from orchestrator_stub.local_supabase.realtime.server import Realtime
 
 CLOSE_CODES = frozenset({1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014})
 """What an endpoint may send in a close frame (RFC 6455, 7.4, and its registry), beside 3000 to 4999."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orchestrator_stub.local.frames import Broadcast
+from orchestrator_stub.local_supabase.realtime.frames import Broadcast
 
 ACTIONS = frozenset({"close", "abort", "oversize", "rate_limit", "expire_tokens", "crash"})
 

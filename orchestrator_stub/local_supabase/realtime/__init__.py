@@ -1,0 +1,1 @@
+"""The local Realtime server: both serializers, authorization by row level security, faults on request."""
