@@ -113,8 +113,8 @@ def _port(text: str) -> int:
 
 
 def _dev(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.dev import run_dev
-    from orchestrator_stub.dev_screen import CannotStart, DevOptions
+    from orchestrator_stub.devstack.stack import run_dev
+    from orchestrator_stub.devstack.terminal import CannotStart, DevOptions
 
     options = DevOptions(
         directory=arguments.dir,
@@ -184,7 +184,7 @@ def _machines(arguments: argparse.Namespace) -> int:
 
 
 def _tail(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.tail import run_tail
+    from orchestrator_stub.devstack.tail import run_tail
 
     return asyncio.run(run_tail(arguments.project, arguments.state, as_json=arguments.json))
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import httpx
 
-from orchestrator_stub.editor import Editor, Sent, UserAuth
+from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
 from orchestrator_stub.platform.source_tree import scan
 from soak.stack import Stack
 from soak.writing import ASSISTED, PERSON, Action, File, Step, Writing

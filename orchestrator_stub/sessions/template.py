@@ -11,7 +11,7 @@ from uuid import UUID
 
 import psycopg
 
-from orchestrator_stub.editor import as_text
+from orchestrator_stub.devstack.editor import as_text
 from orchestrator_stub.platform.database import Pool, head_of
 from orchestrator_stub.platform.source_paths import path_problem, shown
 from orchestrator_stub.platform.source_tree import scan

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orchestrator_stub.dev_screen import DevOptions
+from orchestrator_stub.devstack.terminal import DevOptions
 from orchestrator_stub.machines.local import LocalMachines
 from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
 from tests.system.stack import REPOSITORY, Stack, copy_example, until

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import httpx
 
-from orchestrator_stub.dev_screen import CannotStart, DevInfo, DevOptions
+from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions
 
 ONCE_DEADLINE: Final = 300.0
 """Seconds that `--once` gives the start, most of which is the first `npm install`, and then each of its steps."""

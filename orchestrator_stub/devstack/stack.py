@@ -33,8 +33,9 @@ import uvicorn
 from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.dev_screen import CannotStart, DevInfo, DevOptions, Terminal, screen
-from orchestrator_stub.editor import Editor, Sent, UserAuth
+from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
+from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, Check
+from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
@@ -52,7 +53,6 @@ from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
 from orchestrator_stub.service import Server, Service, configure_logs, control_plane
 from orchestrator_stub.sessions.lifecycle import owner_of
-from orchestrator_stub.smoke import ONCE_DEADLINE, Check
 
 HOST: Final = "127.0.0.1"
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import watchfiles.main
 
-from orchestrator_stub import editor as editor_module
-from orchestrator_stub.editor import Sent
+from orchestrator_stub.devstack import editor as editor_module
+from orchestrator_stub.devstack.editor import Sent
 from orchestrator_stub.platform.source_tree import in_few_words
 from tests.fakes.descriptors import no_descriptors
-from tests.orchestrator.test_editor import Desk, Watched, at_a_desk
+from tests.orchestrator.devstack.test_editor import Desk, Watched, at_a_desk
 
 NOBODY = 65534
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator_stub.config import SettingsError
-from orchestrator_stub.tail import describe, find_channel, run_tail
+from orchestrator_stub.devstack.tail import describe, find_channel, run_tail
 from tests.fakes.serving import Local, serve_local
 
 PROJECT = str(uuid4())
