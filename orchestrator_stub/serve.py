@@ -22,7 +22,7 @@ from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.service import Server, configure_logs, control_plane
+from orchestrator_stub.server import Server, configure_logs, control_plane
 from orchestrator_stub.sessions.store import Unmigrated
 
 log = structlog.get_logger("serve")

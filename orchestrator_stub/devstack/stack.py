@@ -51,7 +51,7 @@ from orchestrator_stub.platform.migrations import (
 )
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
-from orchestrator_stub.service import Server, Service, configure_logs, control_plane
+from orchestrator_stub.server import Server, Service, configure_logs, control_plane
 from orchestrator_stub.sessions.lifecycle import owner_of
 
 HOST: Final = "127.0.0.1"

@@ -22,7 +22,7 @@ from orchestrator_stub.machines.driver import Machine
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.serve import CONNECT_TIMEOUT, driver_of
-from orchestrator_stub.service import configure_logs
+from orchestrator_stub.server import configure_logs
 from orchestrator_stub.sessions.controller import wanted
 from orchestrator_stub.sessions.lifecycle import ENDED, Installation, Session, owner_of
 from orchestrator_stub.sessions.store import SessionStore

@@ -24,7 +24,7 @@ from uuid import UUID
 import httpx
 import uvicorn
 
-from orchestrator_stub.service import Server
+from orchestrator_stub.server import Server
 from orchestrator_stub.sessions.lifecycle import owner_of
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.orchestrator.sessions.control_world import bearer

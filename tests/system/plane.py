@@ -34,7 +34,7 @@ from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.service import Server, control_plane
+from orchestrator_stub.server import Server, control_plane
 from orchestrator_stub.sessions.controller import Control
 
 
