@@ -70,7 +70,7 @@ bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, the
 	$(BIN)/python -m bench --save
 
 bench-readme: $(READY) ## plots and tables again, from the runs that are kept (the soak's plots too)
-	$(BIN)/python -m bench.kept
+	$(BIN)/python -m bench.harness.publish
 	$(BIN)/python -m soak.report
 
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import structlog
 
-import bench
-from bench.kept import RESULTS, keep
-from bench.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
-from bench.surroundings import Descendants, Others, busiest, machine, own_descendants, versions
+from bench import cases
+from bench.harness.machine import Descendants, Others, busiest, machine, own_descendants, versions
+from bench.harness.publish import RESULTS, keep
+from bench.harness.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
 from orchestrator_stub.machines.local import ALLOCATOR
 
 Run = Callable[[bool], Sequence[Row]]
@@ -62,8 +62,8 @@ examples:
 def measurements() -> dict[str, str]:
     """The first line of each module with a `run`, by name; nothing is imported for it."""
     found = {}
-    for info in pkgutil.iter_modules(bench.__path__):
-        source = Path(bench.__path__[0], f"{info.name}.py").read_text()
+    for info in pkgutil.iter_modules(cases.__path__):
+        source = Path(cases.__path__[0], f"{info.name}.py").read_text()
         tree = ast.parse(source)
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             found[info.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
@@ -77,7 +77,9 @@ def modules(wanted: Sequence[str]) -> dict[str, Run]:
         if name not in there:
             raise SystemExit(f"bench: there is no measurement {name!r}; there are: {', '.join(there)}")
     return {
-        name: importlib.import_module(f"bench.{name}").run for name in there if not wanted or name in wanted
+        name: importlib.import_module(f"bench.cases.{name}").run
+        for name in there
+        if not wanted or name in wanted
     }
 
 

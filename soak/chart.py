@@ -11,7 +11,7 @@ from math import nan
 
 from matplotlib.figure import Figure
 
-from bench.svg import FAINT, svg
+from bench.harness.svg import FAINT, svg
 
 
 @dataclass(frozen=True, slots=True)

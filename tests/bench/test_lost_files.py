@@ -12,12 +12,13 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 import bench.__main__ as command
-from bench import mirror, peers
-from bench.peers import Mirror
-from bench.plot import picture
-from bench.results import PeerFailed, Row, Verdict, in_turn
-from bench.surroundings import Others
-from bench.table import table
+from bench.cases import mirror
+from bench.harness import peers
+from bench.harness.machine import Others
+from bench.harness.peers import Mirror
+from bench.harness.plot import picture
+from bench.harness.results import PeerFailed, Row, Verdict, in_turn
+from bench.harness.table import table
 
 
 class Whole(Mirror):

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.landing import Landing, NotLanded
-from bench.peers import FILES, MIRRORS, Mirror, content_of, name_of, pauses
-from bench.surroundings import PROGRAMS, version_of
+from bench.harness.inotify import Landing, NotLanded
+from bench.harness.machine import PROGRAMS, version_of
+from bench.harness.peers import FILES, MIRRORS, Mirror, content_of, name_of, pauses
 
 
 def put(directory: Path, name: str, content: str) -> None:
@@ -125,7 +125,7 @@ def test_both_of_ours_land_and_every_row_names_its_peer(
 
     from anyio.from_thread import start_blocking_portal
 
-    from bench import mirror
+    from bench.cases import mirror
 
     monkeypatch.setattr(mirror, "MIRRORS", [kind for kind in MIRRORS if kind.name == "inotifywait + cp"])
     monkeypatch.setattr(mirror, "EDITS", 3)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as command
-from bench.results import Ratio, Row, Unmeasurable, Verdict, Waits, figure, in_turn, ratio_of
-from bench.surroundings import Others
+from bench.harness.machine import Others
+from bench.harness.results import Ratio, Row, Unmeasurable, Verdict, Waits, figure, in_turn, ratio_of
 
 
 def row(low: float, value: float, high: float, **bound: float) -> Row:
@@ -98,7 +98,7 @@ def test_a_process_that_has_to_share_its_processor_is_seen_waiting() -> None:
     burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
     turn = """
 import os, sys, time
-from bench.results import Waits
+from bench.harness.results import Waits
 os.sched_setaffinity(0, {int(sys.argv[1])})
 waits, deadline = Waits(), time.monotonic() + 10
 while waits.share < 0.25 and time.monotonic() < deadline:
@@ -198,7 +198,7 @@ def test_an_unknown_name_is_one_line() -> None:
 
 
 def test_the_measurement_of_apply_runs(tmp_path: Path) -> None:
-    from bench.apply import EXCHANGING, FOLLOWED, OURS, RENAMING, compile_peer, measure
+    from bench.cases.apply import EXCHANGING, FOLLOWED, OURS, RENAMING, compile_peer, measure
 
     try:
         binary = compile_peer(tmp_path)

@@ -3,7 +3,7 @@
 ASGI's `websocket.send` encodes a frame per socket and needs a task per socket to be awaited in. A fan-out server
 wants neither: it has one finished frame for thousands of sockets. `FrameSocket` therefore puts itself into the
 scope, and the realtime endpoint writes through it, synchronously, with the buffer's size in sight. Measured by
-`bench/realtime_server.py`.
+`bench/cases/realtime_server.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From an event on the wire to the file on disk, beside the least a websocket can do: one frame there and back.
 
 The agent's own link, loop, disk and ledger run against a websocket server on loopback, and the round trip goes over the
-same library. What other programs take for the same is in `bench.mirror`.
+same library. What other programs take for the same is in `bench.cases.mirror`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from statistics import median, quantiles
 
 from websockets.asyncio.client import connect
 
-from bench.following import Loop, running
-from bench.results import Row, ratio_of
+from bench.harness.following import Loop, running
+from bench.harness.results import Row, ratio_of
 
 SIZE = 1_000
 

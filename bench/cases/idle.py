@@ -15,10 +15,10 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.results import Row, Unmeasurable
+from bench.harness.results import Row, Unmeasurable
 from tests.system.plane import eventually, running_plane
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 async def _measure(seconds: float, directory: Path) -> tuple[float, float]:

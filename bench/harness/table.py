@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.results import figure
+from bench.harness.results import figure
 
 BEGIN = "<!-- measured: made by `make bench-readme` from bench/results/latest.json, not by hand -->"
 END = "<!-- /measured -->"

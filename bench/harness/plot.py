@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.results import Verdict, figure
-from bench.svg import FAINT, svg
+from bench.harness.results import Verdict, figure
+from bench.harness.svg import FAINT, svg
 
 MARGIN, LEFT, RIGHT = 0.015, 0.4, 0.87
 """Where names begin, the scale begins and the scale ends, as shares of the width."""

@@ -1,7 +1,7 @@
 """What is kept of a run: its JSON, the plot of it, the tables in README.md and docs/measured.md. They all say the same,
 and a test holds them against each other.
 
-    python -m bench.kept      make plot and tables again from bench/results/latest.json
+    python -m bench.harness.publish      make plot and tables again from bench/results/latest.json
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.table import FIRST, QUOTED, with_table
+from bench.harness.table import FIRST, QUOTED, with_table
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "bench" / "results"
 JSON, SVG = RESULTS / "latest.json", RESULTS / "latest.svg"
 README, MEASURED = REPOSITORY / "README.md", REPOSITORY / "docs" / "measured.md"
@@ -27,7 +27,7 @@ def keep(run: Mapping[str, object]) -> list[str]:
 
 def derive() -> list[Path]:
     """Plot and tables from the JSON that is kept; what was written."""
-    from bench.plot import picture  # not above: a run measures without matplotlib in its memory
+    from bench.harness.plot import picture  # not above: a run measures without matplotlib in its memory
 
     run = json.loads(JSON.read_text())
     SVG.write_text(picture(run))

@@ -23,7 +23,7 @@ from typing import Any
 
 import psycopg
 
-from bench.results import Row, in_turn, ratio_of
+from bench.harness.results import Row, in_turn, ratio_of
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 

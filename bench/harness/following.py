@@ -3,7 +3,7 @@
 The server has one channel and lets the agent in. What is to be said there comes either from this process (`commit`) or
 from an editor's own socket, as a save that another machine makes: two hops to the disk.
 
-    python -m bench.following URL PLACE      the agent's side alone, until its standard input ends
+    python -m bench.harness.following URL PLACE      the agent's side alone, until its standard input ends
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ async def running_apart(place: Path) -> AsyncIterator[tuple[Channel, str]]:
     """The server here, with its URL, and the agent in a process of its own with its log at the default level, as it
     always is."""
     async with serving() as (channel, url):
-        command = (sys.executable, "-m", "bench.following", url, str(place))
+        command = (sys.executable, "-m", "bench.harness.following", url, str(place))
         agent = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
             env={**os.environ, **ALLOCATOR},

@@ -1,7 +1,7 @@
 """Draws with matplotlib and returns the SVG as text: the same text for the same drawing, on white paper.
 
 No pyplot: a `Figure` of its own needs no display and leaves no global state. Text stays text, so a picture is small and
-can be searched. `bench.plot` and `soak.chart` both draw with it.
+can be searched. `bench.harness.plot` and `soak.chart` both draw with it.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import pytest
 
 import bench.__main__ as command
-from bench import kept
-from bench.kept import JSON, MEASURED, README, SVG
-from bench.plot import MET, MISSED, picture, points
-from bench.results import Ratio, Row, Verdict
-from bench.surroundings import Others
-from bench.svg import FAINT
-from bench.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
+from bench.harness import publish
+from bench.harness.machine import Others
+from bench.harness.plot import MET, MISSED, picture, points
+from bench.harness.publish import JSON, MEASURED, README, SVG
+from bench.harness.results import Ratio, Row, Verdict
+from bench.harness.svg import FAINT
+from bench.harness.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -177,7 +177,7 @@ def test_there_is_a_picture_of_nothing() -> None:
 def test_each_quoted_row_is_one_that_its_module_makes() -> None:
     """In the source, so that a row that is renamed does not silently go from the tables."""
     for quoted in QUOTED:
-        source = (Path(__file__).parents[2] / "bench" / f"{quoted.module}.py").read_text()
+        source = (Path(__file__).parents[2] / "bench" / "cases" / f"{quoted.module}.py").read_text()
         assert re.search(r"\bdef run\(", source), quoted
         if quoted.peer is not None and quoted.module != "mirror":
             assert f'"{quoted.peer}"' in source, quoted
@@ -201,15 +201,15 @@ def test_a_saved_run_is_json_plot_and_tables_at_once_and_a_failed_one_is_none(
             raise RuntimeError("a bug")
         return [broadcasts()]
 
-    monkeypatch.setattr(kept, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(kept, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(publish, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     pages = {"README": tmp_path / "README.md", "MEASURED": tmp_path / "measured.md"}
     for name, path in {
         "JSON": tmp_path / "results/it.json",
         "SVG": tmp_path / "results/it.svg",
         **pages,
     }.items():
-        monkeypatch.setattr(kept, name, path)
+        monkeypatch.setattr(publish, name, path)
     for path in pages.values():
         path.write_text(f"before\n{BEGIN}\n{END}\n")
     monkeypatch.setattr(command, "modules", lambda wanted: {"link": run})

@@ -32,8 +32,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bench.results import Row, in_turn, ratio_of
-from bench.start import log_moments
+from bench.cases.start import log_moments
+from bench.harness.results import Row, in_turn, ratio_of
 from orchestrator_stub.http.routes import Api, application
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape

@@ -1,12 +1,12 @@
 """Hydrating, beside `curl | bsdtar` and beside `curl` then `unzip`; and building a snapshot, beside `zip -r`.
 
 One archive as the orchestrator builds it, one local server (sendfile), the contestants in turn, each time onto a file
-system made for that turn (`bench.ground`). The smallest load also onto this disk, as it is: without a bound, since a
-disk in use moves the same contestant by more than a bound could mean.
-Ours is the agent's own path in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest,
-the plan, promotion by rename. The peers check the CRC and nothing else. Time is until the files are in place; starting
-an interpreter is not in ours, since the agent runs already, and starting a shell is in theirs, at 10 ms. Processor time
-is user and system of all processes of a contestant, the server's not among them.
+system made for that turn (`bench.harness.scratch_fs`). The smallest load also onto this disk, as it is: without a
+bound, since a disk in use moves the same contestant by more than a bound could mean. Ours is the agent's own path
+in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest, the plan, promotion by
+rename. The peers check the CRC and nothing else. Time is until the files are in place; starting an interpreter is
+not in ours, since the agent runs already, and starting a shell is in theirs, at 10 ms. Processor time is user and
+system of all processes of a contestant, the server's not among them.
 
 Memory is the growth of the process's peak above what it held before: `fetched` until the whole archive is verified
 in staging, `hydrated` until it is in place and the tree is known.
@@ -51,8 +51,8 @@ from agent.core.reconcile import reconcile
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
 from agent.sync.ledger import FileStat
-from bench.ground import Ground
-from bench.results import Row, Unmeasurable, in_turn, ratio_of
+from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
+from bench.harness.scratch_fs import Ground
 from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.local import ALLOCATOR
@@ -233,7 +233,7 @@ async def build(dsn: str, url: str, project: str) -> dict[str, float]:
 
 def in_a_process(*arguments: str, environ: Mapping[str, str] | None = None) -> dict[str, float]:
     """What `hydrate` or `build` measures in a fresh process, with `environ` added to its environment."""
-    command = [sys.executable, "-m", "bench.hydrate", *arguments]
+    command = [sys.executable, "-m", "bench.cases.hydrate", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, **(environ or {})})
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer

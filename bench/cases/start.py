@@ -33,8 +33,8 @@ from agent.devserver.install import Installer
 from agent.devserver.project import find
 from agent.devserver.sandbox import Rights
 from agent.devserver.supervisor import Supervisor
-from bench.idle import REPOSITORY
-from bench.results import Row, Unmeasurable, ratio_of
+from bench.cases.idle import REPOSITORY
+from bench.harness.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine
 from tests.image.engine import find as find_engine
 from tests.system.plane import Agent, Plane, eventually, running_plane

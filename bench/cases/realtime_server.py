@@ -38,7 +38,7 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from bench.results import Row, Unmeasurable, in_turn, ratio_of
+from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from orchestrator_stub.local_supabase import Limits, ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import bootstrap

@@ -18,8 +18,8 @@ import pytest
 
 import bench.__main__ as command
 from agent.devserver.guard import PR_SET_CHILD_SUBREAPER, prctl
-from bench.results import Ratio, Row, Unmeasurable
-from bench.surroundings import Descendants, Others, Spent, own_descendants, taken_by_others, versions
+from bench.harness.machine import Descendants, Others, Spent, own_descendants, taken_by_others, versions
+from bench.harness.results import Ratio, Row, Unmeasurable
 
 REPOSITORY = Path(__file__).parents[2]
 BURN = "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"

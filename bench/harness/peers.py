@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from bench.landing import Landing, NotLanded
-from bench.results import PeerFailed
+from bench.harness.inotify import Landing, NotLanded
+from bench.harness.results import PeerFailed
 
 FILES = 500
 """In the mirrored tree, all the time: a burst writes each of them anew."""

@@ -8,8 +8,8 @@ hundred files one transaction. The mirrors watch a directory that a file is save
 word on the other side's directory, and take turns round by round.
 
 Everybody is on equal terms: whoever saves and looks is this process, whoever brings the files over is another one, on a
-file system of its own (`bench.ground`), and nobody's turn begins before the one before has come to rest: a mirror's
-programs go on working when the last file is there.
+file system of its own (`bench.harness.scratch_fs`), and nobody's turn begins before the one before has come to
+rest: a mirror's programs go on working when the last file is there.
 
 A mirror that loses files, or ends, has no ratio from then on: its rows say what it did, and the others go on.
 
@@ -35,12 +35,12 @@ import psycopg
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench.following import Channel, running_apart
-from bench.ground import Ground
-from bench.landing import Landing
-from bench.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
-from bench.results import PeerFailed, Row, in_turn, ratio_of
-from bench.surroundings import at_rest
+from bench.harness.following import Channel, running_apart
+from bench.harness.inotify import Landing
+from bench.harness.machine import at_rest
+from bench.harness.peers import DEADLINE, FILES, MIRRORS, SLOW_EDITS, Mirror, content_of, name_of, pauses
+from bench.harness.results import PeerFailed, Row, in_turn, ratio_of
+from bench.harness.scratch_fs import Ground
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from tests.system.plane import Project, eventually, running_plane

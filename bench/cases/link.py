@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from bench.results import Row, in_turn, ratio_of
+from bench.harness.results import Row, in_turn, ratio_of
 
 DISTINCT = 5_000
 COUNTS = {"ours": 60_000, "official": 10_000}
@@ -163,16 +163,16 @@ async def receive_official(port: int) -> float:
 
 def measure(who: str, port: int) -> list[float]:
     """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "bench.link", who, str(port)]
+    command = [sys.executable, "-m", "bench.cases.link", who, str(port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
-        raise RuntimeError(f"bench.link {who} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"bench.cases.link {who} failed:\n{done.stderr[-2000:]}")
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
 def run(quick: bool) -> Sequence[Row]:
     """Ours and the official client in turn."""
-    command = [sys.executable, "-m", "bench.link", "server"]
+    command = [sys.executable, "-m", "bench.cases.link", "server"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -8,7 +8,7 @@ ours makes them in sixteen directories (`agent.fs.staging` says what for), the C
 Ours lets old and new change places (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
 replacement, on tmpfs nothing. The second row has a C program that does so too: what is left is the price of the rest.
 The bounds are for this disk. How much of that is the disk's share in C's rename is seen on an ext4 in memory
-(`bench.ground`), where there is next to none: those rows have no bound.
+(`bench.harness.scratch_fs`), where there is next to none: those rows have no bound.
 
 A `planned, recorded` row is the agent's whole path: with the planner's step, and the ledger's record of each change.
 """
@@ -32,8 +32,8 @@ from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.core.reconcile import step
 from agent.fs.project_dir import Disk, FileStat, Outcome
 from agent.sync.ledger import Ledger
-from bench.ground import NEW, Ground
-from bench.results import Row, Unmeasurable, Waits, in_turn, ratio_of
+from bench.harness.results import Row, Unmeasurable, Waits, in_turn, ratio_of
+from bench.harness.scratch_fs import NEW, Ground
 
 SIZES = ((1_000, 0.70), (10_000, 0.70), (100_000, 0.50), (1_000_000, 0.30))
 """Bytes of a file, and the share of the C program's speed that is asked for."""

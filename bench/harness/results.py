@@ -26,7 +26,7 @@ BUSIEST = 0.10
 computes more harder than the one that waits for the disk more, so it moves the ratio itself, not just its spread."""
 
 TAKEN = 0.10
-"""Share of all processors that others may take while a measurement lasts, see `bench.surroundings`. Two tenths of a
+"""Share of all processors that others may take while a measurement lasts, see `bench.harness.machine`. Two tenths of a
 core on two cores: an idle desktop takes a tenth of that, and one program that computes takes five times as much."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.ground import MEMORY, Ground
+from bench.harness.scratch_fs import MEMORY, Ground
 
 REPOSITORY = Path(__file__).parents[2]
 SIZE = 64 << 20
@@ -20,7 +20,7 @@ SIZE = 64 << 20
 CHILD = """
 import sys
 from pathlib import Path
-from bench.ground import Ground
+from bench.harness.scratch_fs import Ground
 ground = Ground(64 << 20)
 for turn in range(2):
     with ground.fresh() as place:
@@ -35,7 +35,7 @@ for turn in range(2):
 
 def _needs_a_file_system() -> None:
     # Asked in a process of its own: the answer takes a mount namespace for good.
-    ask = "from bench.ground import Ground; print(Ground(64 << 20).lack or '')"
+    ask = "from bench.harness.scratch_fs import Ground; print(Ground(64 << 20).lack or '')"
     done = subprocess.run(
         [sys.executable, "-c", ask], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
