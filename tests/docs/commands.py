@@ -122,7 +122,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     ),
     (r"pg_dump .*", OnlyRead("a client of the server's own version")),
     (r"npm (ci|run dev|install)", MENTION),
-    (r"\.venv/bin/python -m pytest tests/agent/test_plan\.py", OnlyRead("itself: this is it")),
+    (r"\.venv/bin/python -m pytest tests/agent/core/test_reconcile\.py", OnlyRead("itself: this is it")),
     (r"git log", MENTION),
     (r"python -m tests\.docs\.test_\w+", Run()),
     (r"python -m bench --help", Run(says="too noisy")),

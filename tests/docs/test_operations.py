@@ -65,7 +65,10 @@ def test_every_exit_code_is_explained() -> None:
 def test_every_state_and_end_of_a_session_is_explained() -> None:
     text = DOC.read_text()
     assert [state for state in lifecycle.State if state not in text] == []
-    code = "".join((ROOT / "orchestrator_stub" / name).read_text() for name in ("sessions.py", "control.py"))
+    code = "".join(
+        (ROOT / "orchestrator_stub" / name).read_text()
+        for name in ("sessions/lifecycle.py", "sessions/controller.py")
+    )
     ends = set(re.findall(r'"([a-z]+_[a-z]+): ', code))
     assert len(ends) >= 4
     assert sorted(end for end in ends if end not in text) == []

@@ -24,5 +24,5 @@ def test_every_kind_has_one_line_of_what_to_do() -> None:
 
 
 def test_no_kind_is_left_over() -> None:
-    code = "".join(path.read_text() for path in AGENT.glob("*.py") if path.name != "problems.py")
+    code = "".join(path.read_text() for path in AGENT.rglob("*.py") if path.name != "problems.py")
     assert [kind for kind in REMEDIES if f'"{kind}"' not in code] == []

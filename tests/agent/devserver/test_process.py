@@ -69,12 +69,12 @@ async def test_no_process_left_for_it_is_an_ending_too() -> None:
     source = """
 import asyncio, os, resource
 from pathlib import Path
-from agent import child
+from agent.devserver import process
 from agent.devserver.sandbox import Rights
 resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 if os.geteuid() == 0:
     os.setresuid(54324, 54324, 54324)  # root has no such limit
-done = asyncio.run(child.run(["true"], cwd=Path("/"), env={}, rights=Rights(), timeout=10))
+done = asyncio.run(process.run(["true"], cwd=Path("/"), env={}, rights=Rights(), timeout=10))
 print(done.code, done.tail[0])
 """
     done = await asyncio.create_subprocess_exec(

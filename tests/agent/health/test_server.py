@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from agent.config import Settings
 from agent.core.errors import SettingsError
-from agent.health import server
+from agent.health import server as health
 
 
 @dataclass
@@ -35,7 +35,7 @@ def settings(host: str = "127.0.0.1", port: int = 0) -> Settings:
 async def served(agent: Agent, host: str = "127.0.0.1") -> AsyncIterator[httpx.AsyncClient]:
     bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
-        server.serve(
+        health.serve(
             settings(host), lambda: {"state": "serving", "at": UUID(int=7)}, agent.registry, lambda: agent.ready,
             alive=lambda: agent.alive, why=lambda: "the dev server is in backoff", on_bound=bound.set_result,
         )
@@ -109,11 +109,11 @@ async def test_nonsense_is_answered_or_dropped_and_harms_nobody(sent: bytes, sta
 async def test_many_silent_connections_do_not_keep_a_prober_out_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
+    monkeypatch.setattr(health, "PATIENCE", 0.2)
     agent = Agent()
     async with served(agent) as http:
         silent = [
-            await asyncio.open_connection("127.0.0.1", agent.port) for _ in range(server.MOST_AT_ONCE + 5)
+            await asyncio.open_connection("127.0.0.1", agent.port) for _ in range(health.MOST_AT_ONCE + 5)
         ]
         async with asyncio.timeout(5):
             while (await http.get("/livez")).status_code != 200:
@@ -126,7 +126,7 @@ async def test_it_listens_on_both_families() -> None:
     agent = Agent()
     async with served(agent, "::") as http:
         assert (await http.get("/livez")).status_code == 200
-        if server.host.listening_host("::") == "::":
+        if health.net.listening_host("::") == "::":
             async with httpx.AsyncClient() as other:
                 assert (await other.get(f"http://[::1]:{agent.port}/livez")).status_code == 200
 
@@ -137,4 +137,4 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
         with pytest.raises(
             SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
         ):
-            await server.serve(settings(port=agent.port), dict, CollectorRegistry(), lambda: True)
+            await health.serve(settings(port=agent.port), dict, CollectorRegistry(), lambda: True)

@@ -57,7 +57,7 @@ def test_every_test_the_docs_name_exists() -> None:
     golden = json.loads((Path(__file__).parent / "golden_frames.json").read_text())["exchanges"]
     known = {f"test_comes_back_from[{fault.__name__}]" for fault in FAULTS}
     known |= {f"test_golden_exchange[{name}]" for name in golden}
-    for file in Path(__file__).parent.glob("test_*.py"):
+    for file in (ROOT / "tests" / "agent").rglob("test_*.py"):
         known |= set(re.findall(r"^(?:async def |def |)([Tt]est_?\w+)(?=\(| = )", file.read_text(), re.M))
     named = re.findall(r"`((?:test_|Test)[^`]*?)` \|$", DOC.read_text(), re.M)
     assert len(named) > 20

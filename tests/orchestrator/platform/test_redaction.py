@@ -80,7 +80,8 @@ def test_what_a_library_warns_of_passes_the_redactor_too() -> None:
     """In a process of its own: the tests' logging is pytest's."""
     script = (
         "import logging, sys; from orchestrator_stub.server import configure_logs;"
-        "from orchestrator_stub.platform.redaction import Redactor; configure_logs('info', 'json', Redactor([sys.argv[1]]));"
+        "from orchestrator_stub.platform.redaction import Redactor;"
+        " configure_logs('info', 'json', Redactor([sys.argv[1]]));"
         "logging.getLogger('uvicorn.error').error('lost %s', sys.argv[1])"
     )
     told = subprocess.run([sys.executable, "-c", script, SECRET], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator_stub.sessions.controller import SnapshotUnavailable
-from orchestrator_stub.snapshots import cache
+from orchestrator_stub.snapshots import cache as cache_module
 from orchestrator_stub.snapshots.builder import Snapshot
 from orchestrator_stub.snapshots.cache import Kept, KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
 from tests.orchestrator.sessions.control_world import World, control_world
@@ -186,7 +186,7 @@ async def test_a_hundred_complaints_about_one_archive_are_one_rebuild(
         offered = await asyncio.gather(*(orchestrator.offer(project, rebuild=True) for _ in range(50)))
         assert broken.url not in {offer.url for offer in offered}
     assert builder.built == [(None, False), (None, True)]
-    now[0] += cache.REBUILD_REST
+    now[0] += cache_module.REBUILD_REST
     await there.offer(project, rebuild=True)
     assert builder.built[2:] == [(None, True)]
 
@@ -207,7 +207,7 @@ async def test_a_redis_that_goes_away_in_the_middle_costs_time_and_nothing_else(
     await redis_server.start()
     await kept.offer(project)
     assert len(builder.built) == 5, "it is left alone for a moment"
-    clock[0] += cache.REDIS_REST + 1
+    clock[0] += cache_module.REDIS_REST + 1
     await kept.offer(project)
     await kept.offer(project)
     assert len(builder.built) == 6, "and then used again"
