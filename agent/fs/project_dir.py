@@ -25,11 +25,10 @@ from pathlib import Path
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
 from agent.fs.dirfd import DirectoryForm, dress_directory
-from agent.fs.looks import Drift
+from agent.fs.looks import Drift, FileStat
 from agent.fs.sight import Audit, Sight
 from agent.fs.staging import Stage, Staged, Staging
-from agent.fs.transaction import Batch, Outcome
-from agent.sync.ledger import Done, FileStat
+from agent.fs.transaction import Batch, Done, Outcome
 
 __all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
 

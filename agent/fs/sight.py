@@ -15,9 +15,8 @@ from pathlib import Path
 from agent.core.errors import PathRefused
 from agent.core.model import PROTECTED, Digest, Entry, RelPath, Tree, parse_path
 from agent.fs.dirfd import Blocked, Jail
-from agent.fs.looks import Drift, compare, look, reading
+from agent.fs.looks import Drift, FileStat, compare, look, reading
 from agent.fs.turns import Steps, at_once
-from agent.sync.ledger import FileStat
 
 
 @dataclass(frozen=True, slots=True)

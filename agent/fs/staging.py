@@ -30,9 +30,9 @@ from pathlib import Path
 from agent.core.errors import RootUnusable
 from agent.core.model import Digest, RelPath
 from agent.fs.dirfd import DirectoryForm
+from agent.fs.looks import FileStat
 from agent.fs.places import OPEN_DIRECTORY, open_directory
 from agent.fs.staged_tree import CREATE, StagedTree, remove_tree
-from agent.sync.ledger import FileStat
 
 ROOMS = tuple(f"{number:x}" for number in range(16))
 """The directories in which files are made in turn. On ext4 without a journal, after a hundred thousand saves in some

@@ -31,15 +31,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec import Struct
+
 from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.fs.dirfd import Blocked, DirectoryForm, Jail, dress_directory, is_twin
 from agent.fs.failures import ENVIRONMENT, UNUSABLE, environment_problem
-from agent.fs.looks import Drift, compare, look
+from agent.fs.looks import Drift, FileStat, compare, look
 from agent.fs.order import in_order
 from agent.fs.staged_tree import StagedTree
 from agent.fs.staging import NO_EXCHANGE, Staging, Temp, exchange
 from agent.fs.turns import at_once
-from agent.sync.ledger import Done, FileStat
+
+
+class Done(Struct, frozen=True, gc=False):
+    """An operation that is now true on disk. `stat` is the file's, None when there is none."""
+
+    operation: Operation
+    stat: FileStat | None
 
 
 @dataclass(frozen=True, slots=True)

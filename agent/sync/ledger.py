@@ -16,18 +16,18 @@ import json
 import os
 import re
 import sqlite3
-import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from immutables import Map
-from msgspec import Struct
 
 from agent.core.errors import PathRefused, RootUnusable, Unavailable
-from agent.core.model import Cursor, Digest, Entry, Operation, RelPath, Tree, parse_path
+from agent.core.model import Cursor, Digest, Entry, RelPath, Tree, parse_path
+from agent.fs.looks import FileStat
 from agent.fs.places import open_directory
+from agent.fs.transaction import Done
 
 FORMAT = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -43,73 +43,6 @@ create table files (
 create table directories (path text primary key) strict, without rowid;
 create table intended (path text primary key) strict, without rowid;
 """
-
-
-_LOOKS = struct.Struct("<QQQQ")
-_RECORDED = struct.Struct("<qqqq")
-"""As SQLite's integers are signed."""
-_KEPT = 2**64 - 1
-"""The bits of each number that are kept."""
-
-
-def _packed(inode: int, size: int, mtime_ns: int, ctime_ns: int) -> bytes:
-    return _LOOKS.pack(inode & _KEPT, size & _KEPT, mtime_ns & _KEPT, ctime_ns & _KEPT)
-
-
-class FileStat(bytes):
-    """How a file looked when its content was known: enough to see that it has not been touched since.
-
-    Inode, size in bytes, times of modification and change in nanoseconds. The change time cannot be set back by a
-    program, which is why it is here; it also moves when only the mode changes, so a difference means *look again*, not
-    *changed*. In one piece, because there is one of each file: 80 bytes of memory, of four numbers it were 240.
-
-    Of each number the lowest 64 bits are kept. A file's time of modification can be anything (`touch -d 2300-01-01`),
-    and in nanoseconds 64 bits end in 2262. Two that differ by a multiple of 584 years look the same then, but setting
-    one moves the change time.
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, inode: int, size: int, mtime_ns: int, ctime_ns: int) -> FileStat:
-        return super().__new__(cls, _packed(inode, size, mtime_ns, ctime_ns))
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> FileStat:
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    @classmethod
-    def recorded(cls, columns: Sequence[int]) -> FileStat:
-        """From the ledger's columns."""
-        return super().__new__(cls, _RECORDED.pack(*columns))
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """For the ledger."""
-        return _RECORDED.unpack(self)
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.columns[1]
-
-    @property
-    def newest_ns(self) -> int:
-        """The later of the two times."""
-        return max(self.columns[2:])
-
-    def is_of(self, found: os.stat_result) -> bool:
-        """Whether a file that looks like this has not been touched since."""
-        return self == _packed(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    def __repr__(self) -> str:
-        return "FileStat(inode={}, size={}, mtime_ns={}, ctime_ns={})".format(*self.columns)
-
-
-class Done(Struct, frozen=True, gc=False):
-    """An operation that is now true on disk. `stat` is the file's, None when there is none."""
-
-    operation: Operation
-    stat: FileStat | None
 
 
 @dataclass(frozen=True, slots=True)

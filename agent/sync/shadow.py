@@ -21,9 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
-from agent.fs.looks import UNREAD, may_hold
+from agent.fs.looks import UNREAD, FileStat, may_hold
 from agent.fs.sight import Sight
-from agent.sync.ledger import FileStat
 from agent.telemetry.metrics import get_logger
 from agent.telemetry.status import Problems
 

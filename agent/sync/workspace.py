@@ -17,10 +17,11 @@ from msgspec import structs
 from agent.core.errors import Unavailable
 from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
 from agent.core.problems import ProblemKind
+from agent.fs.looks import FileStat
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed
-from agent.sync.ledger import FileStat, Ledger, LedgerState
+from agent.sync.ledger import Ledger, LedgerState
 from agent.telemetry.metrics import get_logger
 from agent.telemetry.status import Problems
 

@@ -48,9 +48,9 @@ from starlette.applications import Starlette
 from agent.config import SnapshotLimits
 from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
+from agent.fs.looks import FileStat
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
-from agent.sync.ledger import FileStat
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from bench.harness.scratch_fs import Ground
 from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options

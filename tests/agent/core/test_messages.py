@@ -25,7 +25,9 @@ from agent.core.messages import (
 )
 from agent.core.model import Commit, Cursor, RelPath, Tree, digest_of
 from agent.core.reconcile import step
-from agent.sync.ledger import Done, FileStat, Ledger
+from agent.fs.looks import FileStat
+from agent.fs.transaction import Done
+from agent.sync.ledger import Ledger
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats(allow_nan=False) | st.text(max_size=8),

@@ -25,9 +25,9 @@ from agent.config import SnapshotLimits
 from agent.core.errors import AgentError, CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.model import RelPath, Tree, digest_of
 from agent.core.reconcile import reconcile
+from agent.fs.looks import FileStat
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
-from agent.sync.ledger import FileStat
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot

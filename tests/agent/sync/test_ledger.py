@@ -21,7 +21,9 @@ from immutables import Map
 
 from agent.core.errors import RootUnusable, Unavailable
 from agent.core.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
-from agent.sync.ledger import Done, FileStat, Ledger, LedgerState
+from agent.fs.looks import FileStat
+from agent.fs.transaction import Done
+from agent.sync.ledger import Ledger, LedgerState
 from tests.profiles import examples
 
 ROWS = 40
@@ -293,7 +295,9 @@ RECORDER = textwrap.dedent(
     """
     import os, sys
     from pathlib import Path
-    from agent.sync.ledger import Done, FileStat, Ledger
+    from agent.fs.looks import FileStat
+    from agent.fs.transaction import Done
+    from agent.sync.ledger import Ledger
     from agent.core.model import Cursor, Entry, RelPath, Write, digest_of
 
     ledger = Ledger(Path(sys.argv[1]))
