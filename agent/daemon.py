@@ -34,9 +34,9 @@ from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.supervisor import Supervisor, rights
+from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
-from agent.fs.sight import Sight
 from agent.health import server
 from agent.health.report import Report
 from agent.link.realtime import realtime_link

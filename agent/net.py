@@ -1,4 +1,10 @@
-"""Questions to the machine that the dev server's keeper and `check` both ask."""
+"""Questions to the machine that the dev server's keeper and `check` both ask.
+
+Asks over HTTP so that nothing that is answered can raise what nobody expects, or unpack to what nobody can hold.
+
+Every body is asked for as it is, and one that comes encoded all the same is refused: of a gzip in a gzip, 2.6 KB are
+3 GB in memory before a bound on what comes out of it is looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,14 @@ import contextlib
 import errno
 import socket
 import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
+
+import httpx
+
+from agent.core.errors import MalformedMessage, Unavailable
 
 
 def listening_host(wanted: str) -> str:
@@ -53,3 +66,73 @@ def _own_group() -> list[Path]:
             if line.startswith("0::"):
                 return [Path("/sys/fs/cgroup", line[3:].lstrip("/"), "memory.events")]
     return []
+
+
+IDENTITY: Final = {"accept-encoding": "identity"}
+"""For every request: the answer's bytes are to be the body's."""
+
+
+@asynccontextmanager
+async def exchange(
+    http: httpx.AsyncClient,
+    method: str,
+    url: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+    timeout: httpx.Timeout | float | None = None,
+) -> AsyncIterator[httpx.Response]:
+    """The answer of one request, its body not yet read; no redirect is followed.
+
+    Raises `httpx.HTTPError` when the way there fails, and `MalformedMessage` for a URL that nobody can be asked
+    at. httpx checks little of one: a port above 65535 is an OverflowError in an ExceptionGroup, a strange name
+    whatever the codec of names has to say.
+    """
+    try:
+        asked = http.build_request(
+            method, url, headers={**(headers or {}), **IDENTITY}, content=content, timeout=timeout
+        )
+        response = await http.send(asked, stream=True, follow_redirects=False)
+    except httpx.UnsupportedProtocol:
+        raise MalformedMessage("a URL", "it is not an http or https URL") from None
+    except httpx.HTTPError:
+        raise
+    except Exception as error:
+        # The class, not the text, and no cause: URLs are credentials.
+        raise MalformedMessage("a URL", f"nobody can be asked at it ({_kind(error)})") from None
+    try:
+        yield response
+    finally:
+        await response.aclose()
+
+
+def _kind(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return type(error).__name__
+
+
+def coding(response: httpx.Response) -> str | None:
+    """How the body is encoded although it was asked for as it is; None when it is not."""
+    said = str(response.headers.get("content-encoding", "")).strip().lower()
+    return None if said in ("", "identity") else said[:50]
+
+
+async def read_whole(response: httpx.Response, what: str, most: int) -> bytes:
+    """The body. Raises `Unavailable` for one that is encoded, `MalformedMessage` for one of more than `most` bytes."""
+    if (encoded := coding(response)) is not None:
+        raise Unavailable(what, f"the answer is encoded as {encoded!r}, which was not asked for")
+    body = await read_start(response, most + 1)
+    if len(body) > most:
+        raise MalformedMessage(what, f"the answer is larger than {most} bytes")
+    return body
+
+
+async def read_start(response: httpx.Response, most: int) -> bytes:
+    """The first `most` bytes of the body, as they came."""
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) >= most:
+            break
+    return bytes(body[:most])

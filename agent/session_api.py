@@ -28,7 +28,7 @@ from agent.core.errors import (
 )
 from agent.core.messages import Head, SyncAnswer, read_head, read_sync_answer
 from agent.core.model import RelPath
-from agent.http_client import coding, exchange, read_start, read_whole
+from agent.net import coding, exchange, read_start, read_whole
 from agent.retry import http_date, retry_after, within
 from agent.tokens import Token, Tokens
 

@@ -136,7 +136,7 @@ def _dev(arguments: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    from orchestrator_stub.serve import CannotServe, run_serve
+    from orchestrator_stub.server import CannotServe, run_serve
 
     try:
         return asyncio.run(run_serve(Settings.from_environment()))
@@ -170,8 +170,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 def _machines(arguments: argparse.Namespace) -> int:
     from orchestrator_stub.machines.driver import MachineError
-    from orchestrator_stub.serve import CannotServe
-    from orchestrator_stub.sessions.inventory import run_machines
+    from orchestrator_stub.server import CannotServe, run_machines
     from orchestrator_stub.sessions.store import Unmigrated
 
     settings = Settings.from_environment()

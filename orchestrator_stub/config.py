@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,21 @@ from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from orchestrator_stub.sessions.lifecycle import Timing
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long things may take. Seconds."""
+
+    provision: float = 300.0
+    """From request to `ready`. A cold image pull on Fly takes about a minute, an install another; and two hundred
+    sessions asked for at once are made in as many seconds, Fly allowing one a second."""
+    lease: float = 120.0
+    """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
+    claim: float = 60.0
+    """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
+    drain: float = 120.0
+    """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
+
 
 _TIMING = Timing()
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "react-app"

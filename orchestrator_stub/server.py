@@ -1,16 +1,26 @@
-"""One orchestrator put together: pool, storage, snapshots, sessions, sweeper, routes. `serve` and `dev` both run it."""
+"""One control plane put together, and the process that serves it.
+
+`control_plane` makes pool, storage, snapshots, sessions, sweeper and routes, for `serve` and `dev` both; `run_serve`
+is `preview-orchestrator serve`, until told to stop; `run_machines` is `preview-orchestrator machines`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import os
+import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from email.utils import formatdate
 from typing import Any
 
 import httpx
+import psycopg
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -19,17 +29,21 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http import operations
-from orchestrator_stub.http.operations import Metrics
-from orchestrator_stub.http.routes import Api
-from orchestrator_stub.machines.driver import MachineDriver
+from orchestrator_stub.http.operations import Measured, Metrics
+from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.machines.container import ContainerMachines
+from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
+from orchestrator_stub.machines.fly import FlyMachines, FlyShape
+from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
+from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.database import Pool, pool_of
-from orchestrator_stub.platform.redaction import Redactor
+from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.lifecycle import Installation
-from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.sessions.inventory import judged
+from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.builder import Snapshots
 from orchestrator_stub.snapshots.cache import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
@@ -154,3 +168,148 @@ def configure_logs(level: str, form: str, redactor: Redactor) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
+
+
+log = structlog.get_logger("serve")
+
+STOP_GRACE = 10
+"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
+
+
+CONNECT_TIMEOUT = 10
+"""Seconds for the database to be reached at the start; whoever started us starts us again."""
+
+NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
+
+
+class CannotServe(Exception):
+    """Why the service does not start, in one line."""
+
+
+async def run_serve(settings: Settings) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
+    configure_logs(settings.log_level, settings.log_format, Redactor(secrets_of(settings)))
+    try:
+        keys = keyring_of(settings)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"cannot read the JWT keys: {error}") from None
+    listener = _listen(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        dsn = settings.database_url.get_secret_value()
+        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
+            pass
+        async with control_plane(settings, keys, driver_of(settings)) as service:
+            config = uvicorn.Config(
+                Measured(application(service.routes), service.metrics),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=STOP_GRACE,
+            )
+            server = Server(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+            sweeping = asyncio.create_task(service.control.run(), name="sweeper")
+            building = asyncio.create_task(service.job.run(), name="snapshot job")
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            log.info(
+                "serving",
+                address="{}:{}".format(*listener.getsockname()[:2]),
+                template=str(settings.template_dir or NO_TEMPLATE),
+            )
+            done, _ = await asyncio.wait(
+                [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
+            )
+            server.should_exit = True
+            for task in (sweeping, building, stopping):
+                task.cancel()
+            await asyncio.gather(serving, sweeping, building, stopping, return_exceptions=True)
+            if stopping not in done:
+                log.error("ended", part=", ".join(task.get_name() for task in done))
+                return 1
+    except Unmigrated as error:
+        raise CannotServe(str(error)) from None
+    except psycopg.OperationalError as error:
+        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+    finally:
+        listener.close()
+    return 0
+
+
+def keyring_of(settings: Settings) -> Keyring:
+    """The keys that sign session tokens. Raises `OSError`, `ValueError`."""
+    if settings.jwt_keys_file is not None:
+        return Keyring.open(settings.jwt_keys_file)
+    if settings.supabase_jwt_secret is None:
+        raise ValueError("neither SUPABASE_JWT_SECRET nor JWT_KEYS_FILE is set")
+    return Keyring.from_secret(settings.supabase_jwt_secret.get_secret_value())
+
+
+def driver_of(settings: Settings) -> MachineDriver:
+    """The machine driver that the settings name. Raises `CannotServe`."""
+    match settings.machine_driver:
+        case "local":
+            return LocalMachines(settings.machines_dir, environment=os.environ)
+        case "container":
+            try:
+                return ContainerMachines(
+                    settings.agent_image, cli=settings.container_cli, options=settings.container_options
+                )
+            except MachineRefused as error:
+                raise CannotServe(str(error)) from None
+        case "fly":
+            assert settings.fly_app is not None
+            assert settings.fly_api_token is not None
+            http = httpx.AsyncClient()
+            token = settings.fly_api_token.get_secret_value()
+            writes = Rate(settings.fly_per_second, WRITES.burst)
+            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http, writes=writes)
+            shape = FlyShape(
+                settings.fly_app,
+                settings.agent_image,
+                settings.fly_cpus,
+                settings.fly_memory_mb,
+                settings.fly_preview_url,
+            )
+            return FlyMachines(api, shape, http)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # Named, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms without it.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    return listener
+
+
+async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
+    """List them all. Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`."""
+    configure_logs("warning", settings.log_format, Redactor(secrets_of(settings)))
+    dsn = settings.database_url.get_secret_value()
+    driver = driver_of(settings)
+    try:
+        # A pool would try again and again to reach a database that is not there.
+        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
+            pass
+        async with pool_of(dsn, size=1) as pool:
+            store = SessionStore(pool)
+            installation = await store.installation()
+            machines = await driver.list()
+            owners = [owner for machine in machines if (owner := owner_of(machine.name)) is not None]
+            sessions = await store.known({owner.session_id for owner in owners})
+    finally:
+        await driver.close()
+    found = [judged(machine, installation, sessions) for machine in machines]
+    for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
+        line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
+        say(json.dumps(asdict(each)) if as_json else line)
+    if not found and not as_json:
+        say("no machines")

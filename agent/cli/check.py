@@ -32,10 +32,10 @@ from agent.devserver.process import printable
 from agent.devserver.project import ProjectUnreadable
 from agent.devserver.sandbox import environment
 from agent.devserver.supervisor import rights
+from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
-from agent.fs.sight import Sight
-from agent.http_client import exchange
 from agent.link.realtime import endpoint
+from agent.net import exchange
 from agent.telemetry.metrics import redactor_for
 from agent.tokens import read_token
 

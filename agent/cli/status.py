@@ -20,8 +20,8 @@ import httpx
 import orjson
 
 from agent.core.errors import Unavailable
-from agent.core.problems import REMEDIES
-from agent.http_client import IDENTITY
+from agent.core.model import REMEDIES
+from agent.net import IDENTITY
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARGIN = 13

@@ -31,8 +31,8 @@ from agent.core.model import (
     SnapshotReady,
     digest_of,
     parse_path,
+    read_traceparent,
 )
-from agent.core.trace import read_traceparent
 
 COMMIT_EVENTS = frozenset({"file:update", "file:delete", "bulk:apply"})
 SNAPSHOT_FORMAT = 1

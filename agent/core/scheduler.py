@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from msgspec import structs
 
 from agent.core.messages import Head
-from agent.core.model import Commit, Operation, Problem, RelPath, Tree
+from agent.core.model import Commit, Operation, Problem, RelPath, TraceParent, Tree
 from agent.core.reconcile import Gap, Outcome, Plan, Reason, settle, step
-from agent.core.trace import TraceParent
 
 SPACING = 0.075
 """Seconds between two writes of one path: stale 8/8 at 15 ms, 1/8 at 45 ms, 0/8 at 60 ms with Vite 8."""

@@ -7,6 +7,15 @@
 Until the swap, two renames for each node_modules, the old ones and whatever runs on them stay as they are; an
 install that fails, hangs or is killed leaves them so for good, and a swap that is cut short is undone. Every step
 that touches what the project's user owns runs as that user: the agent, which may be root, writes nothing there itself.
+
+The directories called node_modules that one install makes: sealed, kept, put in place, and put back, as one set.
+
+A workspace has one at its root and, with pnpm, one in each package. Everything here is a shell script, because it
+is run as the project's user, on what that user owns. A *place* is the path of a node_modules relative to the root.
+
+A stage is `tree`, where the package manager works; `for`, which says whose node_modules it will be; `old`, what
+was in place, while a swap is under way, renamed to `done` by the last step of it. So whoever finds a stage with
+an `old` puts that back: the swap did not come to its end.
 """
 
 from __future__ import annotations
@@ -28,12 +37,81 @@ from uuid import UUID
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
-from agent.devserver import process, project, swap
+from agent.devserver import process, project
 from agent.devserver.process import Finished
 from agent.devserver.project import Manager, Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
+
+PLACES = ".preview-places"
+"""In the root's node_modules: the other places of the set, one a line; not there when there are none."""
+
+_FIND = "find . -name node_modules -prune -type d"
+_START = """
+exact=-T; [ "$(uname)" = Linux ] || exact=
+"""
+"""`mv -T` renames, where a plain `mv` moves *into* a directory that somebody put there in the meantime."""
+
+STAGE_ALL = """
+mkdir -p "$2/tree" && printf %s "$1" >"$2/for" && cd "$1" &&
+tar --exclude=node_modules --exclude=.git -cf - . | tar -C "$2/tree" -xf -
+"""
+"""ROOT STAGE: the whole project but what is installed."""
+
+STAGE_SOME = """
+root=$1; stage=$2; shift 2
+mkdir -p "$stage/tree" && printf %s "$root" >"$stage/for" && cp -p -- "$@" "$stage/tree"
+"""
+"""ROOT STAGE FILE...: those files."""
+
+SEAL = f"""
+cd "$1" && mkdir -p node_modules && [ ! -L node_modules ] && printf '{{"key": "%s"}}\\n' "$2" >"node_modules/$3" &&
+{_FIND} ! -path ./node_modules >node_modules/{PLACES} &&
+{{ [ -s node_modules/{PLACES} ] || rm node_modules/{PLACES}; }}
+"""
+"""TREE KEY RECORD: what it was installed for, and which places belong to it."""
+
+LINK = f"""
+cd "$1" && {_FIND} | while IFS= read -r place; do
+  mkdir -p "$2/${{place%/*}}" || exit 1
+  cp -al "$place" "$2/$place" 2>/dev/null || {{ rm -rf "$2/$place"; cp -Rp "$place" "$2/$place"; }} || exit 1
+done
+"""
+"""FROM TO: the same set elsewhere, as hard links where possible."""
+
+SWAP = f"""{_START}
+root=$2; old=$3
+aside() {{
+  mkdir -p "$old/${{1%/*}}" || return 1
+  if [ -e "$root/$1" ] || [ -L "$root/$1" ]; then mv $exact "$root/$1" "$old/$1"; fi
+}}
+cd "$1" || exit 1
+{{ cat "$root/node_modules/{PLACES}" 2>/dev/null; {_FIND} ! -path ./node_modules; }} | sort -u |
+while IFS= read -r place; do
+  [ -d "$root/${{place%/*}}" ] || continue
+  aside "$place" || exit 1
+  if [ -d "$place" ]; then mv $exact "$place" "$root/$place" || exit 1; fi
+done && aside ./node_modules && mv $exact ./node_modules "$root/node_modules" && mv $exact "$old" "${{old%/*}}/done"
+"""
+"""TREE ROOT OLD: the set into its places, the root's last, because it holds the record that says what is there."""
+
+PUT_BACK = f"""{_START}
+within=$1; shift
+for stage; do
+  [ -d "$stage/old" ] || continue
+  root=$(cat "$stage/for")
+  case "$root/" in "$within"/*) ;; *) continue ;; esac
+  (
+    cd "$stage/old" && find . -name node_modules -prune | while IFS= read -r place; do
+      if [ -d "$root/${{place%/*}}" ]; then rm -rf "$root/$place"; mv $exact "$place" "$root/$place"; fi
+    done
+  )
+done
+rm -rf -- "$@"
+"""
+"""PROJECT_DIR STAGE...: undo what swaps of this project were interrupted, and remove the stages."""
+
 
 KEPT = 4
 """Finished installs in the cache: a few lock files back and forth, at some 70 MB each."""
@@ -120,7 +198,7 @@ class Installer:
             self._give(self._project_dir, whose=0)
         left = [name for name in os.listdir(self._directory) if _is_left_over(name)]
         for start in range(0, len(left), AT_ONCE):
-            await self._shell(swap.PUT_BACK, str(self._project_dir), *left[start : start + AT_ONCE])
+            await self._shell(PUT_BACK, str(self._project_dir), *left[start : start + AT_ONCE])
 
     def _give(self, directory: Path, *, whose: int | None) -> None:
         """To the project's user if it is `whose`, or anybody's. Raises `RootUnusable` where a link leads elsewhere."""
@@ -163,8 +241,8 @@ class Installer:
         kept = self._directory / "cache" / wanted.key
         if not (kept / "node_modules").is_dir():
             return False
-        await self._do("stage", swap.STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
-        done = await self._shell(f'({swap.LINK}) && touch "$1"', str(kept), str(stage / "tree"))
+        await self._do("stage", STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
+        done = await self._shell(f'({LINK}) && touch "$1"', str(kept), str(stage / "tree"))
         if not done.ok:
             await self._discard(stage)
             return False
@@ -182,7 +260,7 @@ class Installer:
             done, _ = await self._manager((*prefix, *commands[1]), staged.root, env)
         if not done.ok:
             raise _explained(commands[0], done, self._seconds)
-        await self._do("seal", swap.SEAL, staged.root, staged.key, project.RECORD)
+        await self._do("seal", SEAL, staged.root, staged.key, project.RECORD)
         await self._keep(staged, stage)
         await self._swap(wanted, stage)
 
@@ -214,7 +292,7 @@ class Installer:
     async def _prepare(self, wanted: Project, stage: Path) -> Project:
         """Fill the stage; the project as it was copied, which may be a save later than `wanted`."""
         whole = wanted.whole_tree or self._command
-        script, files = (swap.STAGE_ALL, ()) if whole else (swap.STAGE_SOME, _manifests(wanted))
+        script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
         await self._do("stage", script, wanted.root, stage, *files)
         try:
             staged = project.find(stage / "tree", scripts=self._scripts)
@@ -230,7 +308,7 @@ class Installer:
         """Into the cache, for the next time. That it cannot be kept is no reason to fail."""
         kept = self._directory / "cache" / staged.key
         done = await self._shell(
-            f'mkdir -p "$2" "$3" && ({swap.LINK}) && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
+            f'mkdir -p "$2" "$3" && ({LINK}) && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
             *map(str, (staged.root, stage / "kept", kept.parent, kept)),
         )
         if not done.ok:
@@ -242,10 +320,10 @@ class Installer:
                 await self._shell('rm -rf -- "$@"', *(entry.path for entry in old))
 
     async def _swap(self, wanted: Project, stage: Path) -> None:
-        await self._do("swap", swap.SWAP, stage / "tree", wanted.root, stage / "old")
+        await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
 
     async def _discard(self, stage: Path) -> None:
-        await self._shell(swap.PUT_BACK, str(self._project_dir), str(stage))
+        await self._shell(PUT_BACK, str(self._project_dir), str(stage))
 
     async def _do(self, rule: str, script: str, *arguments: str | Path) -> None:
         """One step of ours. Raises `_Failed`."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from agent.core.errors import AgentError, PathRefused
 from agent.core.model import parse_path
-from agent.devserver.swap import PLACES
+from agent.devserver.install import PLACES
 
 LARGEST = 64 * 2**20
 """Bytes. Lock files of big workspaces reach 10 MB; past this it is not one."""

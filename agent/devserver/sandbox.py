@@ -9,8 +9,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from agent.config import PASSED_ON
 from agent.core.errors import SettingsError
-from agent.devserver import allowlist
+
+INHERITED = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE",
+                       "SSL_CERT_DIR"})  # fmt: skip
+FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+                          "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
 
 START = "import sys; sys.path.append(sys.argv[1]); from agent.devserver.guard import main; sys.exit(main(sys.argv[2]))"
 """Imported, not run as a script: then it is compiled once, not at every start."""
@@ -82,6 +87,22 @@ def find_user(name: str) -> User:
 def environment(
     given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
 ) -> dict[str, str]:
-    """The whole environment of a program that runs as `user` (see `devserver.allowlist`)."""
-    name, home = (user.name, user.home) if user else (None, None)
-    return allowlist.environment(given, user=name, home=home, more=more, install=install)
+    """The whole environment of a program of the project: an allow-list of the agent's, `DEV_ENV_*`, and `more`.
+
+    Args:
+        given: The agent's own environment.
+        user: Whom the program runs as; None: the agent's own user.
+        more: What its caller sets, before `DEV_ENV_*`.
+        install: Whether it is an installer, which may know of proxies and a registry.
+    """
+    allowed = INHERITED | FOR_INSTALLS if install else INHERITED
+    env = {name: value for name, value in given.items() if name in allowed or name.startswith("LC_")}
+    env["HOME"] = user.home if user else given.get("HOME", "/")
+    if user:
+        env["USER"] = env["LOGNAME"] = user.name
+    env["NO_COLOR"] = "1"
+    env.update(more)
+    for name, value in given.items():
+        if name.startswith(PASSED_ON) and len(name) > len(PASSED_ON):
+            env[name.removeprefix(PASSED_ON)] = value
+    return env

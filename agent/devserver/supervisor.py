@@ -19,8 +19,7 @@ import httpx
 from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
-from agent.core.model import Problem, RelPath
-from agent.core.problems import ProblemKind
+from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, project, state
 from agent.devserver.install import How, Installer, Result
 from agent.devserver.probe import Seen, Verdict

@@ -25,8 +25,7 @@ from pathlib import Path
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
 from agent.fs.dirfd import DirectoryForm, dress_directory
-from agent.fs.looks import Drift, FileStat
-from agent.fs.sight import Audit, Sight
+from agent.fs.inspect import Audit, Drift, FileStat, Sight
 from agent.fs.staging import Stage, Staged, Staging
 from agent.fs.transaction import Batch, Done, Outcome
 

@@ -12,13 +12,15 @@ links Vite 8 kept serving 9 of 2,100 files stale, without 0 of 3,000). Therefore
 and where the file system cannot do that, the old is copied. Only what is no file, or has become larger than what is
 copied on the event loop, is set aside before.
 
-A directory that is new, and waits in staging with all that is to be in it (`fs.staged_tree`), appears by one rename
+A directory that is new, and waits in staging with all that is to be in it (`fs.staging`), appears by one rename
 where it would have been made. Its inverse is one rename as well, which is not done when somebody else has put something
 into it: then it stays, and says so.
 
 A batch of one exchanges too, although it keeps nothing: a rename onto a file makes ext4 write the new content out there
 and then (`auto_da_alloc`), which takes 100 µs on an idle disk and milliseconds on a busy one, on the event loop. What
 that would protect from, a loss of power, is what the ledger's claims are held against the disk for.
+
+In which order the operations of a batch are done. Pure.
 """
 
 from __future__ import annotations
@@ -34,13 +36,53 @@ from functools import partial
 from msgspec import Struct
 
 from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
-from agent.fs.dirfd import Blocked, DirectoryForm, Jail, dress_directory, is_twin
-from agent.fs.failures import ENVIRONMENT, UNUSABLE, environment_problem
-from agent.fs.looks import Drift, FileStat, compare, look
-from agent.fs.order import in_order
-from agent.fs.staged_tree import StagedTree
-from agent.fs.staging import NO_EXCHANGE, Staging, Temp, exchange
+from agent.fs.dirfd import (
+    ENVIRONMENT,
+    UNUSABLE,
+    Blocked,
+    DirectoryForm,
+    Jail,
+    dress_directory,
+    environment_problem,
+    is_twin,
+)
+from agent.fs.inspect import Drift, FileStat, compare, look
+from agent.fs.staging import NO_EXCHANGE, StagedTree, Staging, Temp, exchange
 from agent.fs.turns import at_once
+
+MANY = 1_000
+"""Operations from which on they are done directory by directory, so that each directory is opened once: half the
+processor time for 20,000 files in 1,261 directories that stand there already. Smaller batches keep their order, in
+which an author may have meant the imported file to be there before the importing one."""
+
+
+def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
+    """The order in which a batch is done: what stands in the way goes first, what is merely gone goes last.
+
+    Compared without case, so that a change of case on a case-blind file system is a removal and then a write.
+    """
+    if len(operations) == 1:
+        return operations
+    if len(operations) >= MANY:
+        operations = sorted(operations, key=lambda operation: operation.path.rpartition("/")[0])
+    if all(isinstance(operation, Write) for operation in operations):
+        return operations
+    written = {o.path.casefold() for o in operations if isinstance(o, Write)}
+    if not written:
+        return operations
+    above = {parent for path in written for parent in parents(RelPath(path))}
+    first: list[Operation] = []
+    writes: list[Operation] = []
+    last: list[Operation] = []
+    for operation in operations:
+        key = RelPath(operation.path.casefold())
+        if isinstance(operation, Write):
+            writes.append(operation)
+        elif key in written or key in above or any(parent in written for parent in parents(key)):
+            first.append(operation)
+        else:
+            last.append(operation)
+    return first + writes + last
 
 
 class Done(Struct, frozen=True, gc=False):

@@ -16,12 +16,11 @@ from prometheus_client.registry import Collector
 from agent import __version__
 from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
-from agent.core.model import Problem
-from agent.core.problems import ProblemKind
+from agent.core.model import Problem, ProblemKind
 from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import fitted
 from agent.link.source import EventSource
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow

@@ -25,18 +25,22 @@ from typing import Final
 
 import orjson
 
-from agent.link.frame_types import (
+from agent.link.types import (
+    DEFAULTS,
+    JOINED_STATES,
+    WITH_SOCKET,
     Broadcast,
+    Cause,
     ChannelEvent,
     Dropped,
     Joined,
+    LinkStateMachine,
     Refused,
     ReplicationReady,
+    Timing,
     TokenExpired,
     classify_error,
 )
-from agent.link.settings import DEFAULTS, Timing
-from agent.link.states import JOINED_STATES, WITH_SOCKET, Cause, LinkStateMachine
 
 BROADCAST_FRAME: Final = 4
 """The first byte of a binary frame that carries a broadcast from the server."""

@@ -21,10 +21,9 @@ from typing import Protocol
 
 from agent.core.errors import AgentError, CredentialRejected, SessionGone
 from agent.core.model import Problem
-from agent.link.settings import DEFAULTS, LinkSettings
 from agent.link.source import Received, Signal, SignalQueue
-from agent.link.states import JOINED_STATES, Cause, LinkState, LinkStateMachine
 from agent.link.token_refresh import TokenRefresher
+from agent.link.types import DEFAULTS, JOINED_STATES, Cause, LinkSettings, LinkState, LinkStateMachine
 from agent.retry import Backoff, asked_wait
 from agent.telemetry.metrics import get_logger
 from agent.tokens import Token, TokenSource

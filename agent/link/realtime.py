@@ -20,17 +20,18 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 
 from agent.link.channel import PhoenixChannel
-from agent.link.frame_types import (
+from agent.link.loop import ConnectionEnd, LinkLoop
+from agent.link.types import (
+    DEFAULTS,
     Broadcast,
     ChannelEvent,
     Dropped,
     Joined,
+    LinkSettings,
     Refused,
     ReplicationReady,
     TokenExpired,
 )
-from agent.link.loop import ConnectionEnd, LinkLoop
-from agent.link.settings import DEFAULTS, LinkSettings
 from agent.retry import retry_after
 from agent.tokens import Token, TokenSource
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.core.model import Problem
-from agent.link.frame_types import Broadcast
-from agent.link.states import LinkState
+from agent.link.types import Broadcast, LinkState
 
 Received = Broadcast
 """An application event, by the name that the rest of the agent has for it: `event`, `payload`, and `at`, Unix seconds

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from agent.core.errors import AgentError, CredentialRejected, SessionGone
-from agent.link.settings import LinkSettings
+from agent.link.types import LinkSettings
 from agent.retry import Backoff, within
 from agent.tokens import Token, TokenSource, spread
 

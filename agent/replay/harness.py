@@ -14,11 +14,11 @@ from typing import Any
 from agent.core.model import Cursor, Operation, Problem, RelPath
 from agent.core.scheduler import Follower
 from agent.devserver.supervisor import Supervisor
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk
 from agent.fs.transaction import Outcome
 from agent.link.source import Signal
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.session_api import SessionApi
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger

@@ -23,9 +23,9 @@ from agent.config import Settings
 from agent.core.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer, read_event
 from agent.core.model import Change, Commit, RelPath, digest_of
-from agent.http_client import exchange, read_whole
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource, Received, Resync
+from agent.net import exchange, read_whole
 from agent.replay.scenario import FORMAT, Log, Scenario, read_scenario
 from agent.replay.scenario_file import files_of, manifest_of
 from agent.session_api import SessionApi

@@ -40,11 +40,10 @@ from agent.core.errors import (
 )
 from agent.core.model import Entry, RelPath
 from agent.fs.project_dir import Disk
-from agent.http_client import coding, exchange, read_start
+from agent.net import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
-from agent.snapshot.progress import Progress as Progress
-from agent.snapshot.progress import announced
-from agent.snapshot.unpack import Assembly, StagingFailed
+from agent.snapshot.unpack import Assembly, StagingFailed, announced
+from agent.snapshot.unpack import Progress as Progress
 from agent.snapshot.unpack import StagedSnapshot as StagedSnapshot
 
 WHAT: Final = "the snapshot"

@@ -33,9 +33,7 @@ from msgspec import Struct
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
 from agent.core.model import Entry, RelPath
-from agent.snapshot.zip_events import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
-from agent.snapshot.zip_paths import EntryPaths
-from agent.snapshot.zip_records import (
+from agent.snapshot.zip_format import (
     CENTRAL,
     CENTRAL_SIGNATURE,
     DEFLATED,
@@ -56,6 +54,13 @@ from agent.snapshot.zip_records import (
     TYPE_FILE,
     TYPE_MASK,
     UNIX_HOSTS,
+    ArchiveEnded,
+    EntryPaths,
+    Event,
+    ExecutableFound,
+    FileEnded,
+    FileFound,
+    FileStarted,
     check_end,
     check_end64,
     check_features,

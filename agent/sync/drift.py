@@ -27,7 +27,7 @@ from pathlib import Path
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from agent.core.model import Entry, RelPath, parents
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import Steps, in_turns
 from agent.telemetry.metrics import get_logger

@@ -34,10 +34,10 @@ from agent.core.model import (
     RelPath,
     SnapshotReady,
     Tree,
+    read_traceparent,
 )
 from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
-from agent.core.trace import read_traceparent
 from agent.fs.project_dir import Drift
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.snapshot.download import StagedSnapshot

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from agent.core.clock_skew import ClockSkew, Moment
-from agent.core.model import Commit, Cursor, RelPath
+from agent.core.model import Commit, Cursor, RelPath, TraceParent
 from agent.core.reconcile import Outcome
-from agent.core.trace import TraceParent
 from agent.telemetry.metrics import Metrics, get_logger
 from agent.telemetry.spans import SpanSink
 from agent.telemetry.status import Applied, SyncStatus

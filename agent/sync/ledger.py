@@ -25,7 +25,7 @@ from immutables import Map
 
 from agent.core.errors import PathRefused, RootUnusable, Unavailable
 from agent.core.model import Cursor, Digest, Entry, RelPath, Tree, parse_path
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.places import open_directory
 from agent.fs.transaction import Done
 

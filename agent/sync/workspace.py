@@ -15,9 +15,8 @@ from immutables import Map
 from msgspec import structs
 
 from agent.core.errors import Unavailable
-from agent.core.model import Cursor, Entry, Operation, Problem, RelPath, Tree, Write
-from agent.core.problems import ProblemKind
-from agent.fs.looks import FileStat
+from agent.core.model import Cursor, Entry, Operation, Problem, ProblemKind, RelPath, Tree, Write
+from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed

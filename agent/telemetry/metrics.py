@@ -32,7 +32,7 @@ from prometheus_client import (
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 from agent.config import Settings
-from agent.core.trace import TraceParent
+from agent.core.model import TraceParent
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from uuid import UUID
 
 from agent import __version__
-from agent.core.trace import TraceParent
+from agent.core.model import TraceParent
 from agent.telemetry.metrics import get_logger
 
 if TYPE_CHECKING:

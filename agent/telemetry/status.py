@@ -10,8 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from agent.core.model import Problem
-from agent.core.problems import ProblemKind
+from agent.core.model import Problem, ProblemKind
 from agent.telemetry.metrics import Metrics, get_logger
 
 log = get_logger("status")

@@ -36,6 +36,7 @@ from bench.cases.start import log_moments
 from bench.harness.results import Row, in_turn, ratio_of
 from orchestrator_stub.http.routes import Api, application
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
+from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
 from orchestrator_stub.platform.database import pool_of
@@ -43,7 +44,6 @@ from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.lifecycle import owner_of
 from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform

@@ -48,7 +48,7 @@ from starlette.applications import Starlette
 from agent.config import SnapshotLimits
 from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of

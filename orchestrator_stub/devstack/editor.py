@@ -40,6 +40,7 @@ from orchestrator_stub.platform.source_tree import (
     MAX_ASSET,
     LocalFile,
     Unreadable,
+    as_text,
     directories,
     in_few_words,
     is_directory,
@@ -49,9 +50,6 @@ from orchestrator_stub.platform.source_tree import (
     stands,
 )
 from orchestrator_stub.platform.tokens import Keyring
-
-MAX_TEXT: Final = 10 * 2**20
-"""Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
 
 BATCH_FILES: Final = 2000
 BATCH_BYTES: Final = 32 * 2**20
@@ -405,16 +403,6 @@ class Editor:
                 if known.isdisjoint({str(answer.get("statusCode")), str(answer.get("code"))}):
                     raise SaveRefused(str(answer.get("message") or response.status_code))
         return False
-
-
-def as_text(content: bytes) -> str | None:
-    """The text of a file that the database keeps as text; None for a binary or very large one."""
-    if len(content) > MAX_TEXT or b"\0" in content:
-        return None
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _read_baseline(path: Path, project_id: UUID) -> dict[str, LocalFile]:

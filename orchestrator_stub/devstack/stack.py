@@ -40,7 +40,7 @@ from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
-from orchestrator_stub.machines.driver import Machine
+from orchestrator_stub.machines.driver import Machine, owner_of
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
@@ -52,7 +52,6 @@ from orchestrator_stub.platform.migrations import (
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
 from orchestrator_stub.server import Server, Service, configure_logs, control_plane
-from orchestrator_stub.sessions.lifecycle import owner_of
 
 HOST: Final = "127.0.0.1"
 

@@ -33,9 +33,10 @@ from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
-from orchestrator_stub.sessions.controller import Control, SnapshotSource, SnapshotUnavailable
+from orchestrator_stub.sessions.controller import Control
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
 from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
+from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("app")
 

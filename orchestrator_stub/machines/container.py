@@ -22,8 +22,8 @@ from orchestrator_stub.machines.driver import (
     MachineSpec,
     MachineState,
     MachineUnavailable,
+    owner_of,
 )
-from orchestrator_stub.sessions.lifecycle import owner_of
 
 DEV_PORT: Final = 5173
 HEALTH_PORT: Final = 9464

@@ -1,6 +1,6 @@
 """Where a session's agent runs: the protocol every machine driver keeps, and its nouns.
 
-A machine's name is made from its installation, session and generation (`sessions.machine_name`), so making the same
+A machine's name is made from its installation, session and generation (`machine_name`), so making the same
 one twice is a conflict that the driver answers by *adopting* the machine that is there. That is what makes creation
 exactly-once in effect, even when the reply to a creation was lost. A platform may be shared: drivers show the machines
 of every installation, and the control plane touches only those whose name has its own mark.
@@ -13,10 +13,11 @@ of every installation, and the control plane touches only those whose name has i
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 import jwt
@@ -127,3 +128,48 @@ class MachineDriver(Protocol):
     async def close(self) -> None:
         """Let go of the driver's own resources. Machines live on."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """All the orchestrators on one database. `since` in Unix seconds: machines of older sessions carry no mark."""
+
+    id: UUID
+    since: float
+
+    @property
+    def mark(self) -> str:
+        """What a machine's name says of it: 48 bits, which with session and generation fit into a DNS label."""
+        return mark_of(self.id)
+
+
+class Owner(NamedTuple):
+    """Whose a machine is, as its name says. `mark` None: from before machines carried one."""
+
+    session_id: UUID
+    generation: int
+    mark: str | None
+
+
+_NAME = re.compile(
+    r"preview-(?:(?P<mark>[0-9a-f]{12})-)?(?P<session>[0-9a-f]{32})-g(?P<generation>[0-9]{1,10})"
+)
+
+
+def mark_of(installation: UUID) -> str:
+    return installation.hex[:12]
+
+
+def machine_name(mark: str | None, session_id: UUID, generation: int) -> str:
+    """The one name this machine can have: making it twice is a conflict, not a twin."""
+    return (
+        f"preview-{mark}-{session_id.hex}-g{generation}"
+        if mark
+        else f"preview-{session_id.hex}-g{generation}"
+    )
+
+
+def owner_of(name: str) -> Owner | None:
+    """Whose machine a name speaks of; None when no control plane of ours made it."""
+    match = _NAME.fullmatch(name)
+    return Owner(UUID(hex=match["session"]), int(match["generation"]), match["mark"]) if match else None

@@ -22,9 +22,9 @@ from orchestrator_stub.machines.driver import (
     MachineSpec,
     MachineState,
     MachineUnavailable,
+    owner_of,
 )
 from orchestrator_stub.machines.fly_api import Conflict, FlyApi, NotThere, duration
-from orchestrator_stub.sessions.lifecycle import owner_of
 
 DEV_PORT: Final = 5173
 HEALTH_PORT: Final = 9464

@@ -36,8 +36,14 @@ from uuid import UUID
 import psutil
 import structlog
 
-from orchestrator_stub.machines.driver import Machine, MachineRefused, MachineSpec, MachineState
-from orchestrator_stub.sessions.lifecycle import mark_of, owner_of
+from orchestrator_stub.machines.driver import (
+    Machine,
+    MachineRefused,
+    MachineSpec,
+    MachineState,
+    mark_of,
+    owner_of,
+)
 
 log = structlog.get_logger("machines.local")
 

@@ -17,6 +17,9 @@ from typing import Final
 
 from orchestrator_stub.platform.source_paths import IGNORED_DIRECTORIES, ignored, path_problem, shown
 
+MAX_TEXT: Final = 10 * 2**20
+"""Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
+
 MAX_ASSET: Final = 50 * 2**20
 """Bytes of one object: Supabase's default."""
 
@@ -185,3 +188,13 @@ def in_few_words(unread: Mapping[str, str]) -> Iterator[str]:
 
 def _below(path: str, directories: tuple[str, ...]) -> bool:
     return "/" in directories or path.startswith(directories)
+
+
+def as_text(content: bytes) -> str | None:
+    """The text of a file that the database keeps as text; None for a binary or very large one."""
+    if len(content) > MAX_TEXT or b"\0" in content:
+        return None
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None

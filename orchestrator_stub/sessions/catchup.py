@@ -16,7 +16,7 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Head, Pool, fetch_one
-from orchestrator_stub.sessions.controller import Offer, SnapshotSource
+from orchestrator_stub.snapshots.model import Offer, SnapshotSource
 
 FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
 """Reasons for which no difference will do: the agent's tree, or the snapshot it was given, is not what it should be."""

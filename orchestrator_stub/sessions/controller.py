@@ -16,9 +16,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 from uuid import UUID, uuid4
 
 import psycopg
@@ -26,27 +25,21 @@ import structlog
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.machines.driver import (
+    Installation,
     Machine,
     MachineDriver,
     MachineError,
     MachineRefused,
     MachineSpec,
     MachineState,
-)
-from orchestrator_stub.platform.storage import StorageFailure
-from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions.lifecycle import (
-    LIVE,
-    Event,
-    Installation,
-    Session,
-    State,
-    Verdict,
-    judge,
     machine_name,
     owner_of,
 )
+from orchestrator_stub.platform.storage import StorageFailure
+from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
+from orchestrator_stub.sessions.lifecycle import LIVE, Event, Session, State, Verdict, judge
 from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("control")
 
@@ -55,40 +48,6 @@ Step = Callable[[], Awaitable[object]]
 
 AT_ONCE: Final = 16
 """Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
-
-
-class SnapshotUnavailable(Exception):
-    """The snapshot could not be built or signed now; trying later can help."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A snapshot ready to be fetched: the signed URL, and its manifest as the protocol writes it."""
-
-    url: str
-    manifest: dict[str, Any]
-
-    def __repr__(self) -> str:
-        return f"Offer(revision={self.manifest.get('revision')})"
-
-
-class SnapshotSource(Protocol):
-    """Where snapshots come from."""
-
-    async def offer(
-        self,
-        project_id: UUID,
-        *,
-        base_revision: int | None = None,
-        rebuild: bool = False,
-        resign: bool = False,
-    ) -> Offer:
-        """A snapshot of the project's head. `base_revision`: only what is newer. `rebuild`: not a kept one.
-        `resign`: under a URL that nobody has tried yet.
-
-        Raises `SnapshotUnavailable`.
-        """
-        ...
 
 
 class BeginningRefused(Exception):

@@ -10,22 +10,13 @@ It changes nothing. What is nobody's is left alone by every sweep; a person may 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from uuid import UUID
 
-import psycopg
-
-from orchestrator_stub.config import Settings
-from orchestrator_stub.machines.driver import Machine
-from orchestrator_stub.platform.database import pool_of
-from orchestrator_stub.platform.redaction import Redactor, secrets_of
-from orchestrator_stub.serve import CONNECT_TIMEOUT, driver_of
-from orchestrator_stub.server import configure_logs
+from orchestrator_stub.machines.driver import Installation, Machine, owner_of
 from orchestrator_stub.sessions.controller import wanted
-from orchestrator_stub.sessions.lifecycle import ENDED, Installation, Session, owner_of
-from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.sessions.lifecycle import ENDED, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +65,3 @@ def _whose(
     if not wanted(machine, unended, sessions):
         return "over", f"{said}; the next sweep ends it"
     return "ours", f"{said} (project {session.project_id})" if session else said
-
-
-async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
-    """List them all. Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`."""
-    configure_logs("warning", settings.log_format, Redactor(secrets_of(settings)))
-    dsn = settings.database_url.get_secret_value()
-    driver = driver_of(settings)
-    try:
-        # A pool would try again and again to reach a database that is not there.
-        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
-            pass
-        async with pool_of(dsn, size=1) as pool:
-            store = SessionStore(pool)
-            installation = await store.installation()
-            machines = await driver.list()
-            owners = [owner for machine in machines if (owner := owner_of(machine.name)) is not None]
-            sessions = await store.known({owner.session_id for owner in owners})
-    finally:
-        await driver.close()
-    found = [judged(machine, installation, sessions) for machine in machines]
-    for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
-        line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
-        say(json.dumps(asdict(each)) if as_json else line)
-    if not found and not as_json:
-        say("no machines")

@@ -14,11 +14,12 @@ the table below is ignored on purpose: two orchestrators, a late heartbeat and a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID
+
+from orchestrator_stub.config import Timing
 
 
 class State(StrEnum):
@@ -78,21 +79,6 @@ ENDED = frozenset({State.GONE, State.FAILED})
 def moves(event: Event) -> dict[State, State]:
     """From which state to which `event` leads; in a state that is not a key it means nothing."""
     return {state: after for (state, happened), after in TRANSITIONS.items() if happened is event}
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How long things may take. Seconds."""
-
-    provision: float = 300.0
-    """From request to `ready`. A cold image pull on Fly takes about a minute, an install another; and two hundred
-    sessions asked for at once are made in as many seconds, Fly allowing one a second."""
-    lease: float = 120.0
-    """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
-    claim: float = 60.0
-    """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
-    drain: float = 120.0
-    """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,48 +147,3 @@ PROBLEMS: Final = (
     "provisioning",
 )
 """The first words of every problem a session can have, up to the colon."""
-
-
-@dataclass(frozen=True, slots=True)
-class Installation:
-    """All the orchestrators on one database. `since` in Unix seconds: machines of older sessions carry no mark."""
-
-    id: UUID
-    since: float
-
-    @property
-    def mark(self) -> str:
-        """What a machine's name says of it: 48 bits, which with session and generation fit into a DNS label."""
-        return mark_of(self.id)
-
-
-class Owner(NamedTuple):
-    """Whose a machine is, as its name says. `mark` None: from before machines carried one."""
-
-    session_id: UUID
-    generation: int
-    mark: str | None
-
-
-_NAME = re.compile(
-    r"preview-(?:(?P<mark>[0-9a-f]{12})-)?(?P<session>[0-9a-f]{32})-g(?P<generation>[0-9]{1,10})"
-)
-
-
-def mark_of(installation: UUID) -> str:
-    return installation.hex[:12]
-
-
-def machine_name(mark: str | None, session_id: UUID, generation: int) -> str:
-    """The one name this machine can have: making it twice is a conflict, not a twin."""
-    return (
-        f"preview-{mark}-{session_id.hex}-g{generation}"
-        if mark
-        else f"preview-{session_id.hex}-g{generation}"
-    )
-
-
-def owner_of(name: str) -> Owner | None:
-    """Whose machine a name speaks of; None when no control plane of ours made it."""
-    match = _NAME.fullmatch(name)
-    return Owner(UUID(hex=match["session"]), int(match["generation"]), match["mark"]) if match else None

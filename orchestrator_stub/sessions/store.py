@@ -18,9 +18,9 @@ import psycopg
 from psycopg.rows import class_row, dict_row
 from psycopg.types.json import Jsonb
 
-from orchestrator_stub.machines.driver import Machine
+from orchestrator_stub.machines.driver import Installation, Machine
 from orchestrator_stub.platform.database import Head, Pool
-from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Event, Installation, Session, State, moves
+from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Event, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
   id, project_id, state, generation, idempotency_key,

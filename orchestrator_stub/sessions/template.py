@@ -11,10 +11,9 @@ from uuid import UUID
 
 import psycopg
 
-from orchestrator_stub.devstack.editor import as_text
 from orchestrator_stub.platform.database import Pool, head_of
 from orchestrator_stub.platform.source_paths import path_problem, shown
-from orchestrator_stub.platform.source_tree import scan
+from orchestrator_stub.platform.source_tree import as_text, scan
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.sessions.controller import BeginningRefused
 

@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.sessions.controller import SnapshotUnavailable
+from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
 log = structlog.get_logger("snapshots")

@@ -23,8 +23,8 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
-from orchestrator_stub.sessions.controller import Offer, SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import Snapshot
+from orchestrator_stub.snapshots.model import Offer, SnapshotUnavailable
 
 log = structlog.get_logger("offers")
 

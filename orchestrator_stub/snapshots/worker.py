@@ -22,10 +22,10 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
+from orchestrator_stub.snapshots.model import SnapshotUnavailable
 
 log = structlog.get_logger("snapshot_job")
 

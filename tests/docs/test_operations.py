@@ -11,9 +11,9 @@ from typing import get_args
 from agent.cli.main import EXITS
 from agent.core import errors
 from agent.core.errors import AgentError
-from agent.core.problems import REMEDIES, ProblemKind
+from agent.core.model import REMEDIES, ProblemKind
 from agent.devserver.state import State
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.telemetry.status import AgentState
 from orchestrator_stub.sessions import lifecycle
 from tests.docs.reading import ROOT

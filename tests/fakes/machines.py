@@ -15,8 +15,8 @@ from orchestrator_stub.machines.driver import (
     MachineSpec,
     MachineState,
     MachineUnavailable,
+    owner_of,
 )
-from orchestrator_stub.sessions.lifecycle import owner_of
 
 
 @dataclass

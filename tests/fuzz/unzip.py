@@ -17,7 +17,7 @@ from pathlib import Path
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
 from agent.core.messages import MANIFEST_PATH
-from agent.snapshot.zip_events import FileFound, FileStarted
+from agent.snapshot.zip_format import FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -23,9 +23,8 @@ from realtime import AsyncRealtimeChannel, AsyncRealtimeClient, RealtimeSubscrib
 
 from agent.core.errors import Unavailable
 from agent.link.realtime import realtime_link
-from agent.link.settings import LinkSettings, Timing
 from agent.link.source import Received, Resync
-from agent.link.states import LinkState
+from agent.link.types import LinkSettings, LinkState, Timing
 from agent.tokens import Token, Tokens
 from tests.fakes.serving import Local, Phoenix
 

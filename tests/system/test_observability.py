@@ -13,10 +13,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from agent.core.problems import ProblemKind
+from agent.core.model import ProblemKind
 from agent.core.reconcile import Reason
 from agent.devserver.state import State as DevServerState
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from orchestrator_stub.sessions.lifecycle import PROBLEMS
 from orchestrator_stub.sessions.lifecycle import State as SessionState
 from tests.system.scrape import Scraped

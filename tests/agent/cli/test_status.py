@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from agent.cli.status import Look, render, sparkline
-from agent.core.problems import REMEDIES
+from agent.core.model import REMEDIES
 
 NOW = 1_000_000.0
 

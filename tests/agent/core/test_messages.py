@@ -25,7 +25,7 @@ from agent.core.messages import (
 )
 from agent.core.model import Commit, Cursor, RelPath, Tree, digest_of
 from agent.core.reconcile import step
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.transaction import Done
 from agent.sync.ledger import Ledger
 

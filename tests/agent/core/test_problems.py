@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from agent.core.model import Problem
-from agent.core.problems import REMEDIES, ProblemKind
+from agent.core.model import REMEDIES, Problem, ProblemKind
 
 AGENT = Path(__file__).parents[3] / "agent"
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.messages import read_event
-from agent.core.model import Commit
-from agent.core.trace import TraceParent, read_traceparent
+from agent.core.model import Commit, TraceParent, read_traceparent
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 

@@ -16,9 +16,8 @@ from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
 from agent.fs import transaction, turns
-from agent.fs.looks import PIECE, UNREAD, reading
+from agent.fs.inspect import PIECE, UNREAD, Sight, reading
 from agent.fs.project_dir import Drift, FileStat
-from agent.fs.sight import Sight
 from agent.fs.turns import at_once
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger, LedgerState

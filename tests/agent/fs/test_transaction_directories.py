@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.model import Operation, RelPath, parents
-from agent.fs.order import in_order
 from agent.fs.project_dir import Disk, Outcome
+from agent.fs.transaction import in_order
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, staged, write
 from tests.profiles import examples
 

@@ -16,7 +16,7 @@ from typing import Any
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.link.realtime import realtime_link
 from agent.link.source import Received
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.tokens import Token, Tokens
 from tests.fakes.proxy import Proxy
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt

@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Callable
 
 from agent.link.loop import LinkLoop
 from agent.link.realtime import realtime_link
-from agent.link.settings import LinkSettings, Timing
 from agent.link.source import Received, Resync, Signal
-from agent.link.states import LinkState
+from agent.link.types import LinkSettings, LinkState, Timing
 from agent.replay.simulated_clock import SimulatedLoop
 from agent.tokens import Token, Tokens
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt

@@ -12,9 +12,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agent.link.channel import PhoenixChannel
-from agent.link.frame_types import Broadcast, Dropped, Joined, Refused, ReplicationReady, TokenExpired
-from agent.link.settings import Timing
-from agent.link.states import TRANSITIONS, WITH_SOCKET, Cause, LinkState, LinkStateMachine
+from agent.link.types import (
+    TRANSITIONS,
+    WITH_SOCKET,
+    Broadcast,
+    Cause,
+    Dropped,
+    Joined,
+    LinkState,
+    LinkStateMachine,
+    Refused,
+    ReplicationReady,
+    Timing,
+    TokenExpired,
+)
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 

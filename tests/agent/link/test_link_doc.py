@@ -10,12 +10,12 @@ import json
 import re
 from pathlib import Path
 
-from agent.link.states import TRANSITIONS, Cause, LinkState
+from agent.link.types import TRANSITIONS, Cause, LinkState
 from tests.agent.link.test_realtime_faults import FAULTS
 
 ROOT = Path(__file__).parents[3]
 DOC = ROOT / "docs" / "link.md"
-BEGIN = "<!-- transitions: made by tests/agent/link/test_link_doc.py from agent.link.states.TRANSITIONS -->\n"
+BEGIN = "<!-- transitions: made by tests/agent/link/test_link_doc.py from agent.link.types.TRANSITIONS -->\n"
 END = "<!-- end of transitions -->"
 
 

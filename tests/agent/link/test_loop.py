@@ -12,7 +12,7 @@ import pytest
 
 from agent.link.loop import ConnectionEnd, LinkLoop
 from agent.link.source import EventSource, Received
-from agent.link.states import Cause, LinkState, LinkStateMachine
+from agent.link.types import Cause, LinkState, LinkStateMachine
 from agent.replay.harness import ScenarioSource
 from agent.tokens import Token
 from tests.agent.link.one_link import QUICK, Issuer, SimulatedPolicy, running, until, wall

@@ -9,9 +9,8 @@ from dataclasses import replace
 import pytest
 
 from agent.link.realtime import realtime_link
-from agent.link.settings import LinkSettings
 from agent.link.source import Resync
-from agent.link.states import LinkState
+from agent.link.types import LinkSettings, LinkState
 from tests.agent.link.one_link import (
     QUICK,
     Issuer,

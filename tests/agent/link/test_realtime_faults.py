@@ -15,8 +15,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close, Frame, Opcode
 
-from agent.link.settings import LinkSettings
-from agent.link.states import LinkState
+from agent.link.types import LinkSettings, LinkState
 from agent.replay.simulated_clock import simulate
 from tests.agent.link.link_world import World, now
 from tests.fakes.realtime import type4

@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from agent.core.errors import CredentialRejected
 from agent.link.realtime import realtime_link
 from agent.link.source import Received
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.tokens import Token, Tokens
 from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.platform.tokens import Keyring

@@ -10,7 +10,7 @@ import pytest
 
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.link.realtime import realtime_link
-from agent.link.states import LinkState
+from agent.link.types import LinkState
 from agent.tokens import Token, Tokens
 from tests.agent.link.one_link import (
     QUICK,

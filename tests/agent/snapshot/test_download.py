@@ -29,7 +29,7 @@ from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
 from agent.fs.project_dir import Disk
 from agent.fs.staging import Staging
 from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
-from agent.snapshot.zip_events import Event
+from agent.snapshot.zip_format import Event
 from agent.snapshot.zip_reader import ZipReader
 from agent.sync.catchup import CatchUp
 from agent.telemetry.metrics import Metrics

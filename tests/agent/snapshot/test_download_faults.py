@@ -25,7 +25,7 @@ from agent.config import SnapshotLimits
 from agent.core.errors import AgentError, CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.model import RelPath, Tree, digest_of
 from agent.core.reconcile import reconcile
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
 from tests.agent.disks import in_staging

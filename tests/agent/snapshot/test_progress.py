@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from agent.snapshot import progress as told
-from agent.snapshot.progress import Progress, announced
+from agent.snapshot.unpack import Progress, announced
 
 
 class Terminal(io.StringIO):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
-from agent.snapshot.zip_events import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
+from agent.snapshot.zip_format import ArchiveEnded, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.snapshot.zip_reader import CHUNK, ZipReader
 from tests.fakes.zips import Member, archive, deflate
 

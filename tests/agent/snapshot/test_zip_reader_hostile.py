@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
-from agent.snapshot.zip_events import Event, FileFound
+from agent.snapshot.zip_format import Event, FileFound
 from agent.snapshot.zip_reader import CHUNK, ZipReader
 from tests.fakes.zips import Member, archive, deflate
 from tests.profiles import examples

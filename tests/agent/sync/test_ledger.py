@@ -21,7 +21,7 @@ from immutables import Map
 
 from agent.core.errors import RootUnusable, Unavailable
 from agent.core.model import Cursor, Entry, RelPath, Remove, Tree, Write, digest_of
-from agent.fs.looks import FileStat
+from agent.fs.inspect import FileStat
 from agent.fs.transaction import Done
 from agent.sync.ledger import Ledger, LedgerState
 from tests.profiles import examples
@@ -295,7 +295,7 @@ RECORDER = textwrap.dedent(
     """
     import os, sys
     from pathlib import Path
-    from agent.fs.looks import FileStat
+    from agent.fs.inspect import FileStat
     from agent.fs.transaction import Done
     from agent.sync.ledger import Ledger
     from agent.core.model import Cursor, Entry, RelPath, Write, digest_of

@@ -12,7 +12,7 @@ from agent.config import read_environment
 from agent.core.divergence import Comparison
 from agent.core.errors import SettingsError
 from agent.core.model import Entry, RelPath, digest_of
-from agent.fs.sight import Sight
+from agent.fs.inspect import Sight
 from agent.sync import shadow as module
 from agent.sync.shadow import MOST_SHOWN, Shadow
 from agent.telemetry.metrics import Metrics

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 from structlog.testing import capture_logs
 
-from agent.core.trace import TraceParent
+from agent.core.model import TraceParent
 from agent.telemetry import spans as spans_module
 from agent.telemetry.spans import ENDPOINT, FLUSH_SECONDS, Spans, credentials, open_spans
 from tests.fakes.collector import attributes, collecting

@@ -16,9 +16,9 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth, as_text
+from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
 from orchestrator_stub.platform.source_paths import ignored, path_problem
-from orchestrator_stub.platform.source_tree import scan
+from orchestrator_stub.platform.source_tree import as_text, scan
 from tests.fakes.serving import Local, serve_local
 
 PNG = bytes(range(256))

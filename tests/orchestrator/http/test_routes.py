@@ -13,8 +13,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator_stub.platform.tokens import KeySet, read_session
-from orchestrator_stub.sessions.controller import Control, Offer
+from orchestrator_stub.sessions.controller import Control
 from orchestrator_stub.sessions.lifecycle import State
+from orchestrator_stub.snapshots.model import Offer
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import (

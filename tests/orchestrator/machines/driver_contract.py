@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID, uuid4
 
-from orchestrator_stub.machines.driver import MachineDriver, MachineSpec, MachineState
-from orchestrator_stub.sessions.lifecycle import machine_name, mark_of
+from orchestrator_stub.machines.driver import MachineDriver, MachineSpec, MachineState, machine_name, mark_of
 
 INSTALLATION, ANOTHER = uuid4(), uuid4()
 

@@ -16,9 +16,8 @@ from uuid import uuid4
 import psutil
 import pytest
 
-from orchestrator_stub.machines.driver import Machine, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
 from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
-from orchestrator_stub.sessions.lifecycle import owner_of
 from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
 
 AGENT = """

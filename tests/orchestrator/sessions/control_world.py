@@ -14,12 +14,13 @@ import httpx
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control, Offer, SnapshotUnavailable
-from orchestrator_stub.sessions.lifecycle import Installation, machine_name
+from orchestrator_stub.sessions.controller import Control
 from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.snapshots.model import Offer, SnapshotUnavailable
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"

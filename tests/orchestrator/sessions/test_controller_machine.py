@@ -24,9 +24,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from orchestrator_stub.machines.driver import Machine, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
 from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.lifecycle import ENDED, State, owner_of
+from orchestrator_stub.sessions.lifecycle import ENDED, State
 from tests.fakes.machines import FakeMachines, Platform
 from tests.orchestrator.sessions.control_world import World, control_world
 from tests.profiles import examples

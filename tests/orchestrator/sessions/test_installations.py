@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from orchestrator_stub.machines.container import ContainerMachines
-from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineState
+from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineState, machine_name
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.lifecycle import Session, State, machine_name
+from orchestrator_stub.sessions.lifecycle import Session, State
 from tests.fakes import engine as fake_engine
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import FakeMachines, Platform

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+from orchestrator_stub.machines.driver import machine_name
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.sessions.lifecycle import State, machine_name
+from orchestrator_stub.sessions.lifecycle import State
 from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
 from tests.orchestrator.sessions.control_world import World, control_world
 from tests.orchestrator.test_serve import run, settings

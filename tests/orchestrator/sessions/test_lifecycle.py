@@ -9,22 +9,19 @@ from uuid import UUID, uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator_stub.config import Timing
+from orchestrator_stub.machines.driver import Owner, machine_name, mark_of, owner_of
 from orchestrator_stub.sessions import lifecycle as sessions_module
 from orchestrator_stub.sessions.lifecycle import (
     ENDED,
     LIVE,
     PROBLEMS,
     Event,
-    Owner,
     Session,
     State,
-    Timing,
     Verdict,
     judge,
-    machine_name,
-    mark_of,
     moves,
-    owner_of,
 )
 
 NOW = 1_000_000.0

@@ -7,9 +7,9 @@ import random
 from collections import Counter
 from uuid import UUID
 
-from orchestrator_stub.machines.driver import Machine, MachineSpec
+from orchestrator_stub.machines.driver import Machine, MachineSpec, owner_of
 from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.lifecycle import ENDED, owner_of
+from orchestrator_stub.sessions.lifecycle import ENDED
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import World, control_world
 

@@ -20,9 +20,9 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
 from orchestrator_stub.snapshots.cache import KeptSnapshots, PostgresOffers
+from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from tests.fakes.gateway import nginx, node_storage
 from tests.fakes.serving import Local, serve_local
 

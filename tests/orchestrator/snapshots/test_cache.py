@@ -12,10 +12,10 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from orchestrator_stub.sessions.controller import SnapshotUnavailable
 from orchestrator_stub.snapshots import cache as cache_module
 from orchestrator_stub.snapshots.builder import Snapshot
 from orchestrator_stub.snapshots.cache import Kept, KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
+from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from tests.orchestrator.sessions.control_world import World, control_world
 
 TTL = 600

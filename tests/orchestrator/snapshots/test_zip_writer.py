@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import SnapshotLimits
-from agent.snapshot.zip_events import ExecutableFound, FileFound, FileStarted
+from agent.snapshot.zip_format import ExecutableFound, FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
 from orchestrator_stub.snapshots import zip_writer
 from orchestrator_stub.snapshots.zip_writer import PIECE, ArchiveTooLarge, ZipWriter
