@@ -39,13 +39,10 @@ from agent.core.errors import RootUnusable
 from agent.core.model import Problem
 from agent.devserver import process, project
 from agent.devserver.process import Finished
-from agent.devserver.project import Manager, Project, ProjectUnreadable
+from agent.devserver.project import PLACES, Manager, Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
-
-PLACES = ".preview-places"
-"""In the root's node_modules: the other places of the set, one a line; not there when there are none."""
 
 _FIND = "find . -name node_modules -prune -type d"
 _START = """

@@ -22,12 +22,13 @@ from typing import Any
 
 from agent.core.errors import AgentError, PathRefused
 from agent.core.model import parse_path
-from agent.devserver.install import PLACES
 
 LARGEST = 64 * 2**20
 """Bytes. Lock files of big workspaces reach 10 MB; past this it is not one."""
 RECORD = ".preview-install.json"
 """In node_modules: which key it was installed for."""
+PLACES = ".preview-places"
+"""In the root's node_modules: the other places of the set, one a line; not there when there are none."""
 MOST_RECORDED = 2**20
 """Bytes of a record that is believed."""
 

@@ -62,6 +62,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     # --- make
     (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
     (r"make help", Run(says="make check")),
+    (r"make rooms", Run(says="imports between rooms")),
     (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),

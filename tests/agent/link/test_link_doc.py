@@ -21,7 +21,7 @@ END = "<!-- end of transitions -->"
 
 def causes() -> dict[Cause, str]:
     """Each cause with its docstring, which Python does not keep."""
-    tree = ast.parse((ROOT / "agent" / "link" / "states.py").read_text())
+    tree = ast.parse((ROOT / "agent" / "link" / "types.py").read_text())
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Cause").body
     found: dict[Cause, str] = {}
     for assignment, doc in zip(body[1::2], body[2::2], strict=True):

@@ -8,7 +8,7 @@ import io
 import pytest
 import structlog
 
-from agent.snapshot import progress as told
+from agent.snapshot import unpack as told
 from agent.snapshot.unpack import Progress, announced
 
 
