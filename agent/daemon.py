@@ -47,14 +47,8 @@ from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
-from agent.telemetry.metrics import (
-    Metrics,
-    configure_logs,
-    get_logger,
-    log_uncaught,
-    process_age,
-    redactor_for,
-)
+from agent.telemetry.logging import configure_logs, get_logger, log_uncaught, redactor_for
+from agent.telemetry.metrics import Metrics, process_age
 from agent.telemetry.spans import credentials, open_spans
 from agent.telemetry.status import AgentState, Problems, SyncStatus
 from agent.tokens import Tokens, spread

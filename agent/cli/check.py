@@ -36,7 +36,7 @@ from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
 from agent.net import exchange
-from agent.telemetry.metrics import redactor_for
+from agent.telemetry.logging import redactor_for
 from agent.tokens import read_token
 
 PATIENCE = 10.0

@@ -24,7 +24,8 @@ from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
-from agent.telemetry.metrics import Metrics, Redactor
+from agent.telemetry.logging import Redactor
+from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 
 HARMLESS: frozenset[ProblemKind] = frozenset(

@@ -21,7 +21,7 @@ from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed
 from agent.sync.ledger import Ledger, LedgerState
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
 log = get_logger("workspace")

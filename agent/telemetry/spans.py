@@ -15,7 +15,7 @@ from uuid import UUID
 
 from agent import __version__
 from agent.core.model import TraceParent
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agent.core.model import Problem, ProblemKind
-from agent.telemetry.metrics import Metrics, get_logger
+from agent.telemetry.logging import get_logger
+from agent.telemetry.metrics import Metrics
 
 log = get_logger("status")
 

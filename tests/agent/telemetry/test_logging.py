@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import read_environment
-from agent.telemetry.metrics import REDACTED, Redactor, configure_logs, get_logger, redactor_for
+from agent.telemetry.logging import REDACTED, Redactor, configure_logs, get_logger, redactor_for
 from tests.agent.test_config import GOOD
 
 SECRET = "s3cr3t-canary-value"
