@@ -1,6 +1,6 @@
-"""One picture of the whole agent, put together from its parts for `/status`, `/readyz`, `/metrics` and the heartbeat.
+"""Reports on the whole agent for `/status`, `/readyz`, `/metrics` and the heartbeat.
 
-Reads the parts and changes none of them. The agent's own state is derived here at every look.
+Reads the parts and changes none of them. The agent's state is derived at every reading: a stored one can be wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
 from agent.telemetry.logging import Redactor
-from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
@@ -34,9 +33,9 @@ HARMLESS: frozenset[ProblemKind] = frozenset(
 """Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Report(Collector):
-    """Looks at everything; owns nothing. `draining` is set by the daemon alone."""
+    """Reads every part and owns none. `draining` is set by the daemon alone."""
 
     settings: Settings
     sync: Sync
@@ -45,16 +44,15 @@ class Report(Collector):
     link: EventSource
     dev: Supervisor
     problems: Problems
-    metrics: Metrics
     redactor: Redactor
     skew: ClockSkew
     shadow: Shadow | None = None
-    """With SYNC_MODE=shadow: it stands where the dev server is otherwise."""
+    """With SYNC_MODE=shadow: what stands in the dev server's place."""
     draining: bool = False
 
     @property
     def state(self) -> AgentState:
-        """The agent as a whole, now."""
+        """The state of the agent as a whole."""
         return agent_state(
             self.sync_status.phase,
             self.dev.state.value,
@@ -64,13 +62,13 @@ class Report(Collector):
         )
 
     def ready(self) -> bool:
-        """The tree is whole and the preview is served (protocol: /readyz), or compared; degraded still is."""
+        """Return whether the tree is whole and the preview served, or compared in shadow mode."""
         hydrated = self.sync_status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED)
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
     def heartbeat(self, *, bare: bool = False) -> dict[str, object]:
-        """The body of PUT …/status, what is harmful first; `bare`: of the problems their number alone."""
+        """Return the body of PUT …/status, harmful problems first; with `bare` only their number."""
         tree = self.sync.tree
         head = {
             "state": self.state.value,
@@ -84,7 +82,7 @@ class Report(Collector):
         return fitted(head, problems, 0) if bare else fitted(head, problems)
 
     def status(self) -> Mapping[str, object]:
-        """All of it, for people; no secret."""
+        """Return all that is known, for people; no secret."""
         tree = self.sync.tree
         said: dict[str, object] = {
             "state": self.state.value,
@@ -120,14 +118,14 @@ class Report(Collector):
         return clean
 
     def why(self) -> str:
-        """One sentence that goes with `ready`."""
+        """Return the sentence that goes with `ready`."""
         kinds = sorted({problem.kind for problem in self._problems()})
         return f"{self.state.value}, dev server {self.dev.state.value}" + (
             f"; {', '.join(kinds)}" if kinds else ""
         )
 
     def collect(self) -> Iterator[Metric]:
-        """The parts' own figures, read at each scrape (a prometheus collector)."""
+        """Yield the parts' own figures, read at each scrape (Prometheus' collector protocol)."""
         cursor = self.sync.tree.cursor
         for name, text, value in (
             ("revision", "Everything up to this revision is on disk.", cursor.revision),

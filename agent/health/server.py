@@ -1,10 +1,10 @@
-"""`/livez`, `/readyz`, `/status`, `/metrics`: a small HTTP server that reads state and changes nothing.
+"""Serves `/livez`, `/readyz`, `/status` and `/metrics` over HTTP; changes nothing.
 
 Anybody who reaches the machine can ask, the project's own code included, so it tells no secret, reads no more
 than a request line and its headers, keeps no connection, and waits for nobody longer than a few seconds.
 
-`/livez` is 200 while the loop turns and `alive` says so; a stuck loop does not answer at all, which is what a
-liveness probe is for. `/readyz` is 200 or 503, with the reason as its body.
+`/livez` is always 200: a stuck event loop does not answer at all, which is what a liveness probe is for. `/readyz` is
+200 or 503, with the reason as its body.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import socket
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import Protocol
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -31,6 +32,20 @@ MOST_BYTES = 16 * 1024
 MOST_AT_ONCE = 64
 """Connections. A prober and a scraper need two."""
 
+
+class Source(Protocol):
+    """What is served; `health.report.Report` is one."""
+
+    def status(self) -> Mapping[str, object]:
+        """Return the body of `/status`."""
+
+    def ready(self) -> bool:
+        """Return whether `/readyz` is 200."""
+
+    def why(self) -> str:
+        """Return the sentence that goes with it."""
+
+
 Answer = tuple[HTTPStatus, str, bytes]
 _ACCEPT = re.compile(rb"(?im)^accept:[ \t]*([^\r\n]*)")
 JSON = "application/json"
@@ -39,18 +54,21 @@ TEXT = "text/plain; charset=utf-8"
 
 async def serve(
     settings: Settings,
-    report: Callable[[], Mapping[str, object]],
+    source: Source,
     registry: CollectorRegistry,
-    ready: Callable[[], bool],
     *,
-    alive: Callable[[], bool] = lambda: True,
-    why: Callable[[], str] = lambda: "",
     on_bound: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Serve until cancelled on HEALTH_HOST and HEALTH_PORT.
+    """Serve on HEALTH_HOST and HEALTH_PORT until cancelled.
 
-    `report` is `/status`; `why` is one sentence that goes with `ready`; `on_bound` gets the port (0 picks one).
-    Raises `SettingsError` when the address cannot be listened on.
+    Args:
+        settings: where to listen.
+        source: what to serve.
+        registry: the metrics.
+        on_bound: called with the port, once it is listened on (HEALTH_PORT=0 picks one).
+
+    Raises:
+        SettingsError: the address cannot be listened on.
     """
     listener = _listen(settings.health_host, settings.health_port)
     open_now = 0
@@ -67,11 +85,7 @@ async def serve(
                         _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
                     else:
                         head = await reader.readuntil(b"\r\n\r\n")
-                        _write(
-                            writer,
-                            answer(head, report, registry, ready, alive, why),
-                            head=head[:5] == b"HEAD ",
-                        )
+                        _write(writer, answer(head, source, registry), head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
             open_now -= 1
@@ -83,15 +97,8 @@ async def serve(
         await server.serve_forever()
 
 
-def answer(
-    request: bytes,
-    report: Callable[[], Mapping[str, object]],
-    registry: CollectorRegistry,
-    ready: Callable[[], bool],
-    alive: Callable[[], bool],
-    why: Callable[[], str],
-) -> Answer:
-    """Status, content type and body for one request's head."""
+def answer(request: bytes, source: Source, registry: CollectorRegistry) -> Answer:
+    """Return status, content type and body for one request's head."""
     words = request.split(b"\r\n", 1)[0].split(b" ")
     if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
         return HTTPStatus.BAD_REQUEST, TEXT, b"not HTTP/1\n"
@@ -99,12 +106,15 @@ def answer(
         return HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"only GET\n"
     match words[1].split(b"?", 1)[0]:
         case b"/livez":
-            return _verdict(alive(), "alive", "stuck")
+            return HTTPStatus.OK, TEXT, b"alive\n"
         case b"/readyz":
-            good = ready()
-            return _verdict(good, "ready", "not ready", why())
+            ready = source.ready()
+            said = f"{'ready' if ready else 'not ready'}: {source.why()}\n"
+            return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, said.encode()
         case b"/status":
-            body = orjson.dumps(report(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            body = orjson.dumps(
+                source.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+            )
             return HTTPStatus.OK, JSON, body
         case b"/metrics":
             accept = _ACCEPT.search(request)
@@ -113,13 +123,8 @@ def answer(
     return HTTPStatus.NOT_FOUND, TEXT, b"/livez /readyz /status /metrics\n"
 
 
-def _verdict(good: bool, yes: str, no: str, reason: str = "") -> Answer:
-    said = (yes if good else no) + (f": {reason}" if reason else "")
-    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"{said}\n".encode()
-
-
-def _write(writer: asyncio.StreamWriter, given: Answer, *, head: bool = False) -> None:
-    status, kind, body = given
+def _write(writer: asyncio.StreamWriter, answer: Answer, *, head: bool = False) -> None:
+    status, kind, body = answer
     allow = "Allow: GET, HEAD\r\n" if status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     lines = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"

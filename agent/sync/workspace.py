@@ -89,6 +89,11 @@ class Workspace:
         self.disk.clear_staging()
         self.record(cursor)
 
+    def release(self) -> None:
+        """Close the directories and the ledger; nothing can be done with them any more."""
+        self.disk.close()
+        self._ledger.close()
+
     # --- following operations
 
     def apply(self, operations: Sequence[Operation], entries: Map[RelPath, Entry]) -> Applied:
