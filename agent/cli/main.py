@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--drop", type=_probability, default=0.0, metavar="P", help="lose, with probability P"
     )
     replay.add_argument("--disconnect", type=_count, default=0, metavar="N", help="break the channel N times")
-    replay.add_argument(
-        "--crash", type=_count, default=0, metavar="N", help="kill the loop N times, without a farewell"
-    )
+    replay.add_argument("--crash", type=_count, default=0, metavar="N", help="kill the agent N times")
     replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
     replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
     return parser
@@ -171,11 +169,11 @@ def _record(arguments: argparse.Namespace) -> int:
 def _replay(arguments: argparse.Namespace) -> int:
     import structlog
 
-    from agent.replay.faults import Mischief
-    from agent.replay.runner import Manner, replay_all
+    from agent.replay.faults import FaultPlan
+    from agent.replay.runner import ReplayOptions, replay_all
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    mischief = Mischief(
+    faults = FaultPlan(
         seed=arguments.shuffle or 0,
         shuffle=arguments.shuffle is not None,
         duplicate=arguments.duplicate,
@@ -188,7 +186,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         arguments.scenario,
         arguments.directory,
         partial(print, flush=True),
-        manner=Manner(mischief, real_time=arguments.real_time, environ=environ),
+        options=ReplayOptions(faults, real_time=arguments.real_time, environ=environ),
         json_report=arguments.json,
         junit=arguments.junit,
     )
