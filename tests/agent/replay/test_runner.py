@@ -205,7 +205,7 @@ def test_a_snapshot_beside_the_scenario(tmp_path: Path) -> None:
     assert replay(zipped(tmp_path, archive({"a": "b"}, {"a": "b"})), tmp_path / "1").ok
     assert replay(zipped(tmp_path, archive({"a": "b"})), tmp_path / "2").tree_hash, "the seed's plain form"
     for content, says in (
-        (b"PK no zip", "no zip with a manifest"),
+        (b"PK no zip", "it cannot be unpacked"),
         (archive({}, {"a": "b"}), "a listed file is not in it whole"),
         (archive({"a": "c"}, {"a": "b"}), "a does not have the hash that the manifest lists"),
     ):
