@@ -1,4 +1,4 @@
-"""A recorded piece of a project's life: where it began, what was said, what broke, and how it should end. Pure.
+"""Reads a scenario, a recorded part of a project's history: the snapshot, the events, the faults, the end. Pure.
 
 JSON Lines: a header, then steps in order (protocol: Replay scenario). The scenario is also the log: `Log` commits its
 events as the database did, whether or not they are delivered, and answers catch-up from them. What an event does not
@@ -33,7 +33,7 @@ INLINE_LIMIT = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """How the tree should be at the end. `files` None: the hash alone tells."""
+    """How the tree should be at the end. `files` None: only its hash is known."""
 
     tree_hash: str
     files: Mapping[RelPath, str] | None = None
@@ -83,7 +83,7 @@ def read_scenario(text: str, name: str = "scenario") -> Scenario:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Takes lines apart, and says which one and what about it when that cannot be done."""
+    """Parses lines; an error names the line and what is wrong with it."""
 
     name: str
 
@@ -172,7 +172,7 @@ def _whole(where: str, given: Mapping[str, Any], key: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One path as the log has it; `content` None: deleted."""
+    """One path in the log; `content` None: deleted."""
 
     version: int
     content: bytes | None
@@ -185,7 +185,7 @@ class Row:
 
 
 class Log:
-    """The database of a replay: what was committed so far, and the answers that follow from it."""
+    """Stands for the database: holds what was committed so far, and answers catch-ups from it."""
 
     def __init__(self, project_id: str, epoch: str, revision: int, files: Mapping[RelPath, bytes]) -> None:
         self.project_id = project_id
@@ -195,7 +195,7 @@ class Log:
         self._past: set[str] = set()
 
     def commit(self, step: Step, name: str = "scenario") -> None:
-        """Take a step's event as committed. What no database says (junk, no revision, an epoch that is over) is not.
+        """Commit a step's event; one that no database sends (junk, no revision, a past epoch) is ignored.
 
         Raises `MalformedMessage` when bytes that the event does not carry are not in the scenario either.
         """
@@ -234,16 +234,16 @@ class Log:
         self.rows[change.path] = Row(version, content, change.executable, self.revision)
 
     def files(self) -> dict[RelPath, bytes]:
-        """The current tree."""
+        """Return the current tree."""
         return {path: row.content for path, row in self.rows.items() if row.content is not None}
 
     def head(self) -> dict[str, Any]:
-        """As the status answer says it."""
+        """Return the head as the answer of PUT …/status says it."""
         digests = {path: digest_of(content) for path, content in self.files().items()}
         return {"epoch": self.epoch, "revision": self.revision, "tree_hash": tree_hash(digests)}
 
     def answer(self, request: Mapping[str, Any], snapshot_url: str) -> dict[str, Any]:
-        """The answer of POST …/sync."""
+        """Return the answer of POST …/sync."""
         epoch, revision = request.get("epoch"), int(request.get("revision") or 0)
         paths = {RelPath(path) for path in request.get("paths") or ()}
         full = request.get("reason") in ("tree_hash", "snapshot_rejected")
@@ -278,7 +278,7 @@ class Log:
         }
 
     def manifest(self, base: int | None = None) -> dict[str, Any]:
-        """Of a full snapshot, now; with `base` of a delta for a tree at or above that revision."""
+        """Return the manifest of a full snapshot; with `base`, of a delta for a tree at or above that revision."""
         rows = {path: row for path, row in self.rows.items() if base is None or row.revision > base}
         return {
             "format": SNAPSHOT_FORMAT,
