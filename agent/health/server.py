@@ -13,9 +13,8 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Protocol
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -24,6 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from agent import net
 from agent.config import Settings
 from agent.core.errors import SettingsError
+from agent.health.report import Report
 
 PATIENCE = 5.0
 """Seconds for a request to arrive and for its answer to leave."""
@@ -31,19 +31,6 @@ MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
 """Connections. A prober and a scraper need two."""
-
-
-class Source(Protocol):
-    """What is served; `health.report.Report` is one."""
-
-    def status(self) -> Mapping[str, object]:
-        """Return the body of `/status`."""
-
-    def ready(self) -> bool:
-        """Return whether `/readyz` is 200."""
-
-    def why(self) -> str:
-        """Return the sentence that goes with it."""
 
 
 Answer = tuple[HTTPStatus, str, bytes]
@@ -54,7 +41,7 @@ TEXT = "text/plain; charset=utf-8"
 
 async def serve(
     settings: Settings,
-    source: Source,
+    report: Report,
     registry: CollectorRegistry,
     *,
     on_bound: Callable[[int], None] = lambda port: None,
@@ -63,7 +50,7 @@ async def serve(
 
     Args:
         settings: where to listen.
-        source: what to serve.
+        report: what to serve.
         registry: the metrics.
         on_bound: called with the port, once it is listened on (HEALTH_PORT=0 picks one).
 
@@ -85,7 +72,7 @@ async def serve(
                         _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
                     else:
                         head = await reader.readuntil(b"\r\n\r\n")
-                        _write(writer, answer(head, source, registry), head=head[:5] == b"HEAD ")
+                        _write(writer, answer(head, report, registry), head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
             open_now -= 1
@@ -97,7 +84,7 @@ async def serve(
         await server.serve_forever()
 
 
-def answer(request: bytes, source: Source, registry: CollectorRegistry) -> Answer:
+def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answer:
     """Return status, content type and body for one request's head."""
     words = request.split(b"\r\n", 1)[0].split(b" ")
     if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
@@ -108,12 +95,12 @@ def answer(request: bytes, source: Source, registry: CollectorRegistry) -> Answe
         case b"/livez":
             return HTTPStatus.OK, TEXT, b"alive\n"
         case b"/readyz":
-            ready = source.ready()
-            said = f"{'ready' if ready else 'not ready'}: {source.why()}\n"
+            ready = report.ready()
+            said = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
             return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, said.encode()
         case b"/status":
             body = orjson.dumps(
-                source.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+                report.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
             )
             return HTTPStatus.OK, JSON, body
         case b"/metrics":

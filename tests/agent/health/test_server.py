@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 from agent.config import Settings
 from agent.core.errors import SettingsError
 from agent.health import server as health
+from agent.health.report import Report
 
 
 @dataclass
@@ -43,7 +45,7 @@ def settings(host: str = "127.0.0.1", port: int = 0) -> Settings:
 async def served(agent: Agent, host: str = "127.0.0.1") -> AsyncIterator[httpx.AsyncClient]:
     bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
-        health.serve(settings(host), agent, agent.registry, on_bound=bound.set_result)
+        health.serve(settings(host), cast("Report", agent), agent.registry, on_bound=bound.set_result)
     )
     agent.port = await bound
     try:
@@ -142,4 +144,4 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
         with pytest.raises(
             SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
         ):
-            await health.serve(settings(port=agent.port), agent, CollectorRegistry())
+            await health.serve(settings(port=agent.port), cast("Report", agent), CollectorRegistry())
