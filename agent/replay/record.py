@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
-import orjson
 
 from agent.config import Settings
 from agent.core.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
@@ -26,7 +26,7 @@ from agent.core.model import Change, Commit, Manifest, RelPath, digest_of
 from agent.daemon import realtime, session_api, tokens_of
 from agent.link.source import Received, Resync
 from agent.net import exchange, read_whole
-from agent.replay.scenario import FORMAT, Log, Scenario, read_scenario
+from agent.replay.scenario import Expect, Log, Scenario, Step, write_scenario
 from agent.replay.scenario_file import read_archive
 
 JOIN_SECONDS = 60.0
@@ -52,7 +52,7 @@ class Recorder:
         self._say = say
         self._http = http
         self._most_bytes = settings.snapshot_max_compressed_bytes
-        self._lines: list[dict[str, object]] = []
+        self._steps: list[Step] = []
         self._behind = False
         self._api = api
         self._link = realtime(settings, api)
@@ -134,7 +134,7 @@ class Recorder:
                 await self._fill("a hole", below=read.revision)
             if read.revision > self._log.revision:
                 contents = await self._contents(read)
-        self._append(heard.event, heard.payload, contents)
+        self._append(Step(self._at_ms(), heard.event, unsigned(heard.payload), contents))
         self._say(f"{self._at_ms() / 1000:8.3f} s  {heard.event}")
 
     async def _contents(self, read: Commit) -> dict[RelPath, bytes]:
@@ -182,14 +182,12 @@ class Recorder:
             revision = min(revision, below - 1)
         lost = (epoch, revision) != (self._log.epoch, self._log.revision)
         if fault or lost:
-            step: dict[str, object] = {"at_ms": self._at_ms(), "fault": "disconnect"}
-            self._lines.append({**step, "lost": 1} if lost else step)
+            self._append(Step(self._at_ms(), fault="disconnect", lost=int(lost)))
         if lost:
             stamp = datetime.now(UTC).isoformat()
             files = [_item(change) for change in changes]
-            self._append(
-                "bulk:apply", {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}, {}
-            )
+            payload = {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}
+            self._append(Step(self._at_ms(), "bulk:apply", payload))
             why = f"{why}: {len(files)} files up to revision {revision}"
         if fault or lost:
             self._say(f"{self._at_ms() / 1000:8.3f} s  {why}")
@@ -218,29 +216,25 @@ class Recorder:
 
     # --- what is written
 
-    def _append(self, event: str, payload: Mapping[str, object], contents: Mapping[RelPath, bytes]) -> None:
-        line: dict[str, object] = {"at_ms": self._at_ms(), "event": event, "payload": unsigned(payload)}
-        if contents:
-            line["bytes"] = {path: base64.b64encode(each).decode() for path, each in contents.items()}
-        self._lines.append(line)
-        step = read_scenario(_lines([_header(self._log, "x.zip"), line])).steps[0]
-        self._log.commit(step, str(self._path))
+    def _append(self, step: Step) -> None:
+        self._steps.append(step)
+        if step.event is not None:
+            self._log.commit(step, str(self._path))
 
     def _at_ms(self) -> int:
         return round((time.monotonic() - self._started) * 1000)
 
     def _write(self, archive: bytes, *, known: bool) -> Scenario:
+        """Write the scenario and the snapshot beside it; `known`: whether the end is."""
         snapshot = self._path.with_suffix(".zip")
-        epoch, revision = self._begun
-        header = {**_header(self._log, snapshot.name), "epoch": epoch, "revision": revision}
-        if known:
-            header["expect"] = {"tree_hash": self._log.head()["tree_hash"]}
-        text = _lines([header, *self._lines])
+        expect = Expect(self._log.head()["tree_hash"]) if known else None
+        scenario = Scenario(self._log.project_id, *self._begun, snapshot.name, tuple(self._steps), expect)
+        text = write_scenario(scenario)
         for path, content in ((snapshot, archive), (self._path, text.encode())):
             unfinished = path.with_name(f"{path.name}.part")
             unfinished.write_bytes(content)
             unfinished.replace(path)
-        return read_scenario(text, str(self._path))
+        return scenario
 
 
 def _read(archive: bytes) -> tuple[Manifest, dict[RelPath, bytes]]:
@@ -248,20 +242,6 @@ def _read(archive: bytes) -> tuple[Manifest, dict[RelPath, bytes]]:
     if manifest is None:
         raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
     return manifest, files
-
-
-def _header(log: Log, snapshot: str) -> dict[str, object]:
-    return {
-        "scenario": FORMAT,
-        "project_id": log.project_id,
-        "epoch": log.epoch,
-        "revision": log.revision,
-        "snapshot": snapshot,
-    }
-
-
-def _lines(lines: Iterable[Mapping[str, object]]) -> str:
-    return "".join(f"{orjson.dumps(line).decode()}\n" for line in lines)
 
 
 def _item(change: Change) -> dict[str, object]:
@@ -313,7 +293,7 @@ def record(settings: Settings, path: Path, seconds: float | None, say: Callable[
     return 0
 
 
-def unsigned(payload: Mapping[str, object]) -> Mapping[str, object]:
+def unsigned(payload: dict[str, Any]) -> dict[str, Any]:
     """Return `payload` without the signature of a snapshot's URL: a scenario is kept and shared."""
     url = payload.get("snapshot_url")
     return {**payload, "snapshot_url": url.partition("?")[0]} if isinstance(url, str) else payload

@@ -37,14 +37,14 @@ Count = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(min_length=1)]
 
 
-class Expect(Struct, frozen=True):
+class Expect(Struct, frozen=True, omit_defaults=True):
     """How the tree should be at the end. `files` None: only its hash is known."""
 
     tree_hash: str
     files: dict[RelPath, str] | None = None
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, omit_defaults=True):
     """One event or one fault.
 
     Attributes:
@@ -67,7 +67,7 @@ class _Files(Struct):
     files: dict[RelPath, str]
 
 
-class _Header(Struct):
+class _Header(Struct, omit_defaults=True):
     scenario: Literal[1]
     project_id: Text
     epoch: Text
@@ -108,6 +108,15 @@ def read_scenario(text: str, name: str = "scenario") -> Scenario:
         tuple(steps),
         _expect(top, header.expect),
     )
+
+
+def write_scenario(scenario: Scenario) -> str:
+    """Return the lines that `read_scenario` reads as `scenario`, whose snapshot is a zip beside it."""
+    assert isinstance(scenario.snapshot, str)
+    header = _Header(
+        FORMAT, scenario.project_id, scenario.epoch, scenario.revision, scenario.snapshot, scenario.expect
+    )
+    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in (header, *scenario.steps))
 
 
 def _decoded(where: str, line: str, form: type[T]) -> T:
