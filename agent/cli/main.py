@@ -1,4 +1,4 @@
-"""`preview-agent`: what runs in the container. Each command reads the settings once and exits with a meaning."""
+"""Parses the command line of `preview-agent` and runs the command; the exit code says how it ended."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _count(text: str) -> int:
 
 
 def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Do what the command line says. Returns the exit code; raises `SystemExit` for `--help` and bad usage."""
+    """Run the command; return the exit code. Raises `SystemExit` for `--help` and bad usage."""
     arguments = _parser().parse_args(words)
     try:
         match arguments.command:
@@ -154,25 +154,28 @@ def _status(arguments: argparse.Namespace) -> int:
     )
 
 
-def _record(arguments: argparse.Namespace) -> int:
+def _log_nothing() -> None:
+    """Keep the loop's log lines off the screen of a command that prints results."""
     import structlog
 
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+
+
+def _record(arguments: argparse.Namespace) -> int:
     from agent.config import read_environment
     from agent.replay.record import record
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    _log_nothing()
     return record(
         read_environment(os.environ), arguments.scenario, arguments.seconds, partial(print, flush=True)
     )
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    import structlog
-
     from agent.replay.faults import FaultPlan
     from agent.replay.runner import ReplayOptions, replay_all
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    _log_nothing()
     faults = FaultPlan(
         seed=arguments.shuffle or 0,
         shuffle=arguments.shuffle is not None,

@@ -133,27 +133,18 @@ def log_uncaught() -> None:
     """Log what nothing catches, in any thread, as `agent.bug`: the interpreter's own traceback is not redacted."""
     log = get_logger("process")
 
-    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        log.critical("agent.bug", exc_info=(kind, error, trace))
+    def bug(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None, **fields: object
+    ) -> None:
+        log.critical("agent.bug", exc_info=(kind, error or kind(), trace), **fields)
 
-    def in_thread(told: threading.ExceptHookArgs) -> None:
-        error = told.exc_value or told.exc_type()
-        log.critical(
-            "agent.bug",
-            thread=told.thread.name if told.thread else None,
-            exc_info=(told.exc_type, error, told.exc_traceback),
-        )
+    def in_thread(args: threading.ExceptHookArgs) -> None:
+        bug(args.exc_type, args.exc_value, args.exc_traceback, thread=args.thread and args.thread.name)
 
-    def unraisable(told: UnraisableHookArgs) -> None:
-        error = told.exc_value or told.exc_type()
-        log.error(
-            "agent.bug",
-            why=told.err_msg,
-            where=repr(told.object),
-            exc_info=(told.exc_type, error, told.exc_traceback),
-        )
+    def unraisable(args: UnraisableHookArgs) -> None:
+        bug(args.exc_type, args.exc_value, args.exc_traceback, why=args.err_msg, where=repr(args.object))
 
-    sys.excepthook = uncaught
+    sys.excepthook = bug
     threading.excepthook = in_thread
     sys.unraisablehook = unraisable
 
