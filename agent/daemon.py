@@ -76,7 +76,7 @@ class Agent:
     supervisor: Supervisor
     shadow: Shadow | None
 
-    # what is told
+    # what is reported
     report: Report
     heartbeat: Heartbeat
     spans: Spans | None
@@ -259,7 +259,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 async def _until_stopped(agent: Agent) -> int:
-    """Run the root tasks until one of them ends or somebody asks; drain; return the exit code."""
+    """Run the root tasks until one of them ends or a stop is asked for; drain; return the exit code."""
     grace = agent.settings.stop_grace
 
     def asked(number: signal.Signals, count: int) -> None:
@@ -288,7 +288,7 @@ async def _until_stopped(agent: Agent) -> int:
 
 
 def _exit_code(ended: Collection[asyncio.Task[None]]) -> int:
-    """0 when somebody asked, a newer machine of the session included; else what the first task to end died of."""
+    """Return 0 for a stop that was asked for, or a newer machine of the session; else the first failure's code."""
     for task in ended:
         if task.cancelled():
             continue

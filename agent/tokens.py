@@ -19,18 +19,18 @@ import orjson
 from agent.core.errors import CredentialRejected, MalformedMessage
 
 REFRESH_SHARE: Final = 0.7
-"""Share of a token's life after which the next is asked for: enough is left for a slow orchestrator's retries."""
+"""Share of a token's lifetime after which the next is asked for: the rest is for a slow orchestrator's retries."""
 
 REFRESH_JITTER: Final = 0.05
-"""Share of a token's life by which the refresh is spread, so that sessions opened together do not ask together."""
+"""Share of a token's lifetime by which the refresh is spread: sessions opened together must not ask together."""
 
-ASSUMED_LIFE: Final = 600.0
-"""Seconds a token without `iat` is taken to live when it is first seen: the protocol says minutes."""
+ASSUMED_LIFETIME: Final = 600.0
+"""Seconds that a token without `iat` is taken to last when it is first seen: the protocol says minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A JWT and what its claims say. The value never shows in a repr.
+    """A JWT and its claims. The value never shows in a repr.
 
     `issued_at` and `expires_at` are Unix seconds; `expires_at` None: it does not say.
     """
@@ -53,13 +53,13 @@ class Token:
         """
         if self.expires_at is None:
             return None
-        start = self.issued_at if self.issued_at is not None else self.expires_at - ASSUMED_LIFE
+        start = self.issued_at if self.issued_at is not None else self.expires_at - ASSUMED_LIFETIME
         # A clock behind the issuer's would plan the refresh too late, one ahead of it at once and for ever:
-        # what counts is the life that is left from when we first saw the token.
+        # what counts is the time that is left from when the token was first seen.
         if not start <= seen_at < self.expires_at:
             start = min(seen_at, self.expires_at)
-        life = self.expires_at - start
-        return start + life * (REFRESH_SHARE - REFRESH_JITTER * spread)
+        lifetime = self.expires_at - start
+        return start + lifetime * (REFRESH_SHARE - REFRESH_JITTER * spread)
 
 
 def read_token(value: str) -> Token:

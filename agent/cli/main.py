@@ -112,7 +112,7 @@ def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has seen enough (`| head`); what is still buffered has nowhere to go.
+        # The reader has closed the pipe (`| head`): what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SettingsError as error:

@@ -202,7 +202,7 @@ def show(
 ) -> int:
     """Print the status of the agent at `url`; with `watch` again every second until interrupted.
 
-    Returns 0 when it is ready, 1 when it is not, 69 when nobody answers: with `watch`, at the last style.
+    Returns 0 when it is ready, 1 when it is not, 69 when nobody answers: with `watch`, at the last screen.
     """
     code, terminal = 69, Terminal(out)
     try:
@@ -255,7 +255,7 @@ class Terminal:
             if self._size not in (None, size):
                 home = "\x1b[2J\x1b[H"  # the terminal has wrapped what was there in its own way
             body = "".join(f"\x1b[K{line}\n" for line in lines)
-            # Without automatic wrapping a line that is wider than it looks is cut, and the count stays right.
+            # Without automatic wrapping a line wider than its characters is cut, and the count of lines stays right.
             self._out.write(f"\r{home}\x1b[?7l{body}\x1b[?7h\x1b[J")
             self._height, self._size = len(lines), size
         self._out.flush()

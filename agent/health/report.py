@@ -87,7 +87,7 @@ class Report(Collector):
     def status(self) -> Mapping[str, object]:
         """Return all that is known, for people; no secret."""
         tree = self.sync.tree
-        said: dict[str, object] = {
+        body: dict[str, object] = {
             "state": self.state.value,
             "ready": self.ready(),
             "agent_version": __version__,
@@ -116,7 +116,7 @@ class Report(Collector):
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(self._problems()),
         }
-        clean = self.redactor.value(said)
+        clean = self.redactor.value(body)
         assert isinstance(clean, dict)
         return clean
 

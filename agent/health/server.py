@@ -1,7 +1,7 @@
 """Serves `/livez`, `/readyz`, `/status` and `/metrics` over HTTP; changes nothing.
 
 Anybody who reaches the machine can ask, the project's own code included, so it tells no secret, reads no more
-than a request line and its headers, keeps no connection, and waits for nobody longer than a few seconds.
+than a request line and its headers, keeps no connection, and waits for no client longer than a few seconds.
 
 `/livez` is always 200: a stuck event loop does not answer at all, which is what a liveness probe is for. `/readyz` is
 200 or 503, with the reason as its body.
@@ -26,7 +26,7 @@ from agent.core.errors import SettingsError
 from agent.health.report import Report
 
 PATIENCE = 5.0
-"""Seconds for a request to arrive and for its answer to leave."""
+"""Seconds for a request to arrive and its answer to be sent."""
 MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
@@ -96,8 +96,8 @@ def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answe
             return HTTPStatus.OK, TEXT, b"alive\n"
         case b"/readyz":
             ready = report.ready()
-            said = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
-            return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, said.encode()
+            text = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
+            return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, text.encode()
         case b"/status":
             body = orjson.dumps(
                 report.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE

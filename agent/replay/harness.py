@@ -31,7 +31,7 @@ POLL = 0.05
 
 @dataclass(slots=True)
 class ScenarioSource:
-    """An `EventSource` that a replay feeds: always live, it loses what the scenario says."""
+    """An `EventSource` that a replay feeds: always live, it loses the events that the scenario does."""
 
     waiting: asyncio.Queue[Signal] = field(default_factory=asyncio.Queue)
     state: LinkState = LinkState.LIVE

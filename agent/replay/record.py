@@ -1,7 +1,7 @@
 """Writes a scenario from a live channel: the snapshot to begin with, and every event as it came.
 
 Needs what `run` needs of the environment. The scenario must stand by itself, so what the channel did not bring is
-fetched from the database and written as a lost event: a hole in the revisions, what was said while the
+fetched from the database and written as a lost event: a hole in the revisions, what was sent while the
 connection was down, content by reference that has changed again since, the true files of another epoch. It ends with
 Ctrl-C or after `seconds`, and only then is the expectation known and the header written.
 """

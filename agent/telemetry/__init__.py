@@ -1,4 +1,4 @@
-"""Log lines, metrics, spans, and the status that the other rooms write and `health` shows.
+"""Holds log lines, metrics, spans, and the status that the other rooms write and `health` shows.
 
-May import `core` and `config`. Promises that no secret is in anything that is said.
+May import `core` and `config`. Promises that no secret is in a log line.
 """

@@ -112,16 +112,16 @@ def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -
             remedy="pip install 'preview-sync[otel]', or unset the variable",
         )
         return None
-    said = {
+    resource = {
         "service.version": __version__,
         "preview.project_id": str(project_id),
         "preview.session_id": str(session_id),
     }
     if not environ.get("OTEL_SERVICE_NAME"):
-        said["service.name"] = "preview-agent"
+        resource["service.name"] = "preview-agent"
     timeout = environ.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or environ.get("OTEL_EXPORTER_OTLP_TIMEOUT")
     exporter = OTLPSpanExporter(timeout=float(timeout or EXPORT_SECONDS))
-    provider = TracerProvider(resource=Resource.create(said), shutdown_on_exit=False)
+    provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     log.info("spans.on", sdk=_version())
     return Spans(provider)

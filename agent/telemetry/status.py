@@ -78,7 +78,7 @@ MAX_PROBLEMS = 200
 
 @dataclass(slots=True)
 class Problems:
-    """The open problems: raised by whoever meets them, cleared by whoever sees them gone."""
+    """The open problems, at most `MAX_PROBLEMS` of them."""
 
     metrics: Metrics
     open: dict[tuple[ProblemKind, str | None], Problem] = field(default_factory=dict)
