@@ -1,7 +1,7 @@
-"""The agent's settings, read once from the environment. The unit is in the name, the reason beside the number.
+"""Reads the agent's settings, once, from the environment. The unit is in the name, the reason beside the number.
 
-A refused environment says everything that is wrong at once, one line for each variable and never its value, which may
-be a secret in the wrong place. It is also refused for what the agent must not hold: the project's code runs beside it,
+A refusal names everything that is wrong at once, one line for each variable and never its value, which may be a secret
+in the wrong place. An environment is also refused for what the agent must not hold: the project's code runs beside it,
 so a key that opens every project has no place in the container, neither as a variable nor as the role of the token.
 """
 
@@ -49,7 +49,6 @@ SERVICE_KEYS = (
 )
 """Names under which a service-role key is commonly handed out."""
 
-
 PASSED_ON = "DEV_ENV_"
 """`DEV_ENV_NAME=value` in the agent's environment becomes `NAME=value` in the program's."""
 LOADS_CODE = frozenset({"GCONV_PATH", "LOCPATH", "GLIBC_TUNABLES"})
@@ -60,12 +59,12 @@ reaches the project's own programs alone, which run its code anyway."""
 
 
 def loads_code(name: str) -> bool:
-    """Whether a variable of that name has the dynamic linker or the C library load code."""
+    """Return whether a variable of that name makes the dynamic linker or the C library load code."""
     return name in LOADS_CODE or name.startswith(LOADS_CODE_PREFIXES)
 
 
 def _words(text: object) -> object:
-    """Words as a shell would split them; None for none. The message of the `ValueError` has nothing of the text."""
+    """Split `text` as a shell would; None for no word. The message of the `ValueError` has nothing of the text."""
     if not isinstance(text, str):
         return text
     try:
@@ -76,7 +75,7 @@ def _words(text: object) -> object:
 
 
 def _url(*schemes: str) -> AfterValidator:
-    """Refuse what is no URL of these schemes, without showing it."""
+    """Make the validator that refuses what is no URL of these schemes, without showing it."""
 
     def checked(url: str | SecretStr) -> str | SecretStr:
         text = url if isinstance(url, str) else url.get_secret_value()
@@ -99,7 +98,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class SnapshotLimits(BaseModel):
-    """What a snapshot may cost us before it is refused. Each bound's rule is named in the refusal."""
+    """What a snapshot may cost before it is refused. The refusal names the bound."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -113,9 +112,9 @@ class SnapshotLimits(BaseModel):
     """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
     snapshot_max_ratio: PositiveInt = 200
     """Unpacked to packed size of one file that no manifest names with its size. Source text reaches 10, deflate itself
-    1032, bombs live near that, and so does a blank picture: what the database has been given is none."""
+    1032; bombs come near that, and so does a blank picture, which the manifest names."""
     snapshot_ratio_floor_bytes: NonNegativeInt = 8 * 2**20
-    """The ratio is not looked at below this size: a small file of blanks is no attack."""
+    """The ratio is not checked below this size: a small file of blanks is no attack."""
     snapshot_max_manifest_bytes: PositiveInt = 16 * 2**20
     """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
     snapshot_connect_seconds: PositiveFloat = 10.0
@@ -123,7 +122,7 @@ class SnapshotLimits(BaseModel):
     snapshot_stall_seconds: PositiveFloat = 20.0
     """Without a single byte arriving. Above the pause of a CDN that fetches the object first."""
     snapshot_total_seconds: PositiveFloat = 600.0
-    """For one download. 50 MB at 1 Mbit/s takes 400 s; whoever is slower should see an error, not a spinner."""
+    """For one download. 50 MB at 1 Mbit/s takes 400 s; a slower line should show an error, not a spinner."""
     snapshot_attempts: Annotated[int, Field(ge=1)] = 8
     """Downloads before hydration is called impossible: with the waits below about a minute of a peer being away."""
     snapshot_attempts_per_url: Annotated[int, Field(ge=1)] = 3
@@ -221,7 +220,7 @@ class Settings(SnapshotLimits, BaseSettings):
     """Between two status reports when nothing changes, spread by a fifth. Long enough to cost nothing with 100,000
     sessions, short enough that the loss of the very last event heals before anybody reports it."""
     drift_policy: Literal["report", "restore", "keep"] = "report"
-    """What happens to a file that something else in the container changed: shown, put back, or left in silence. The
+    """What happens to a file that something else in the container changed: reported, restored, or kept in silence. The
     database's next word on that path wins in any case."""
     optimistic_events: bool = False
     """True: show a front end's events (no revision) at once and undo them unless confirmed within 5 s."""
@@ -242,7 +241,7 @@ class Settings(SnapshotLimits, BaseSettings):
 
     @property
     def shadow(self) -> bool:
-        """Whether another flow keeps PROJECT_DIR, and we look on."""
+        """Whether another flow keeps PROJECT_DIR, and the agent only compares."""
         return self.sync_mode == "shadow"
 
     @property
@@ -285,7 +284,7 @@ class Settings(SnapshotLimits, BaseSettings):
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
-    """The settings of an agent that runs: complete, and without what it must not hold.
+    """Read the settings of an agent that runs: complete, and without what it must not hold.
 
     Raises `SettingsError` with one sentence per problem; values are never shown.
     """
@@ -302,7 +301,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
-    """The settings alone, whatever else `run` may need. Raises `SettingsError` with one sentence per problem."""
+    """Read the settings alone, whatever else `run` may need. Raises `SettingsError` with one sentence per problem."""
     source = EnvSettingsSource(Settings)
     source.env_vars = {name.lower(): value for name, value in environ.items() if value != ""}
     try:
@@ -313,7 +312,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 
 def _sentence(refused: Mapping[str, Any]) -> str:
-    """What is wrong with one variable, from its name, its type and its bounds alone."""
+    """Say what is wrong with one variable, from its name, its type and its bounds alone."""
     name = str(refused["loc"][0])
     if refused["type"] == "missing":
         said = "is required and not set"
@@ -325,7 +324,7 @@ def _sentence(refused: Mapping[str, Any]) -> str:
 
 
 def _wanted(field: FieldInfo) -> str:
-    """What a setting takes, in words."""
+    """Say in words what a setting takes."""
     kind: Any = field.annotation
     bounds = list(field.metadata)
     if get_origin(kind) in (Union, UnionType):
@@ -345,7 +344,7 @@ def _wanted(field: FieldInfo) -> str:
 
 
 def _forbidden(given: Mapping[str, str]) -> list[str]:
-    """What must not be in the container, whatever else is right."""
+    """Refuse what must not be in the container, whatever else is right."""
     return [
         f"{name}: a service-role key must not be in the container; remove it (the agent needs REALTIME_TOKEN only)"
         for name in SERVICE_KEYS
@@ -354,7 +353,7 @@ def _forbidden(given: Mapping[str, str]) -> list[str]:
 
 
 def _loaded_code(environ: Mapping[str, str]) -> list[str]:
-    """What the dev server's environment must not name: it would be loaded into every program, the guard included."""
+    """Refuse variables of the dev server by which code would be loaded into every program, the guard included."""
     names = {name: name.removeprefix(PASSED_ON) for name, value in environ.items() if value}
     return [
         f"{name}: has the system load code into every program; remove it, and set {inner} in the dev script for the"
@@ -388,7 +387,7 @@ def _token(given: Mapping[str, str]) -> list[str]:
 
 
 def _apart(settings: Settings) -> list[str]:
-    """Nothing of ours may stand in the directory that is only looked at."""
+    """Refuse a directory of the agent's inside the one that it only compares."""
     live = settings.project_dir.resolve()
     ours = {
         "SHADOW_DIR": settings.tree_dir, "STAGING_DIR": settings.staging, "STATE_DIR": settings.state_dir

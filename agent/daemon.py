@@ -1,8 +1,8 @@
-"""The one place where everything is wired, started, watched and stopped.
+"""Puts an agent together, runs its root tasks, and stops them.
 
-Every root task has a name and runs until the end; the first to end ends all. A signal, the orchestrator's `stop`
-and a failure take the same way out: the sync stops between two batches, the dev server's group is stopped, what
-remains is cut off when the grace is over.
+Every root task has a name and runs until the end; the first to end ends all. A signal, the orchestrator's `stop` and a
+failure take the same way out: the sync stops between two batches, the dev server's group is stopped, and what remains
+when STOP_GRACE is over is cut off.
 """
 
 from __future__ import annotations
@@ -12,24 +12,17 @@ import gc
 import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import httpx
 
-from agent import memory
+from agent import __version__, memory
 from agent.config import Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
-from agent.core.errors import (
-    AgentError,
-    CredentialRejected,
-    MalformedMessage,
-    RootUnusable,
-    Superseded,
-    TooLarge,
-    Unavailable,
-)
-from agent.core.messages import Head
-from agent.core.model import Problem, RelPath, Tree
+from agent.core.errors import AgentError, RootUnusable, Superseded
+from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
@@ -38,263 +31,280 @@ from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
 from agent.health import server
+from agent.health.heartbeat import Heartbeat
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
-from agent.sync.catchup import BACKOFF, CatchUp
+from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
-from agent.telemetry.metrics import (
-    Metrics,
-    configure_logs,
-    get_logger,
-    log_uncaught,
-    process_age,
-    redactor_for,
-)
-from agent.telemetry.spans import credentials, open_spans
-from agent.telemetry.status import AgentState, Problems, SyncStatus
-from agent.tokens import Tokens, spread
+from agent.telemetry.logging import Redactor, configure_logs, get_logger, log_uncaught, redactor_for
+from agent.telemetry.metrics import Metrics
+from agent.telemetry.spans import Spans, credentials, open_spans
+from agent.telemetry.status import Problems, SyncStatus
+from agent.tokens import Tokens, TokenSource
 
 log = get_logger("daemon")
 
-EARLY_LOOK = 0.1
-"""Seconds between looks at whether the state changed, while the agent starts and somebody waits for it."""
+Task = Callable[[], Coroutine[None, None, None]]
 
-SETTLED_LOOK = 0.5
-"""The same once it serves: a look costs a quarter of a millisecond, and an idle agent should cost nothing."""
 
-QUICK = 0.25
-"""Least seconds between two reports, however fast the state flaps."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Agent:
+    """The parts of one agent, put together and not started.
+
+    Attributes:
+        shadow: None unless SYNC_MODE=shadow; then there is no dev server, and `supervisor` is only asked for its state.
+        hydrated: set when the first tree is whole.
+        stop: set to have the agent drain and end.
+    """
+
+    settings: Settings
+
+    # what the tree is made from, and where it stands
+    source: EventSource
+    api: SessionApi | None
+    workspace: Workspace
+    follower: Follower
+    sync: Sync
+
+    # the project's programs, or the comparison that stands in their place
+    reaper: Reaper
+    supervisor: Supervisor
+    shadow: Shadow | None
+
+    # what is reported
+    report: Report
+    heartbeat: Heartbeat
+    spans: Spans | None
+
+    hydrated: asyncio.Event
+    stop: asyncio.Event
+
+    def tasks(self) -> dict[str, Task]:
+        """Return the root tasks by name; each runs until it is cancelled or fails."""
+        return {
+            "link": self.source.run,
+            "sync": self.sync.run,
+            **({"shadow": self.shadow.run} if self.shadow else {"dev-server": self.supervisor.run}),
+            "health": lambda: server.serve(self.settings, self.report, self.report.problems.metrics.registry),
+            "heartbeat": self.heartbeat.run,
+            "memory": self._trim_memory,
+        }
+
+    def close(self) -> None:
+        """Release the directories, the ledger, SIGCHLD and the collector of spans."""
+        self.workspace.release()
+        self.reaper.release()
+        if self.spans is not None:
+            self.spans.close()
+
+    async def _trim_memory(self) -> None:
+        await self.hydrated.wait()
+        gc.collect()
+        memory.trim()
+        await memory.trim_every(self.settings.heartbeat_seconds)
+
+
+def build(
+    settings: Settings,
+    *,
+    environ: Mapping[str, str],
+    http: httpx.AsyncClient,
+    redactor: Redactor | None = None,
+    spans: Spans | None = None,
+    source: EventSource | None = None,
+    disk: Disk | None = None,
+    problems: Problems | None = None,
+    workspace_type: Callable[[Disk, Ledger, Problems], Workspace] = Workspace,
+    drift_policy: Literal["off"] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Agent:
+    """Put an agent together. Nothing is started: no task, no socket, no program, no file.
+
+    A replay runs the same agent between ends of its own, which is what most of the arguments are for.
+
+    Args:
+        settings: as `config.read_environment` gives them.
+        environ: what the dev server's allow-list picks from.
+        http: the client for snapshots and the session API.
+        redactor: takes secrets out of what is reported. Default: one that knows those of the settings.
+        spans: where spans go.
+        source: where events come from. Default: the Realtime link of the settings.
+        disk: the project directory. Default: that of the settings, owned by DEV_USER.
+        problems: where the parts report problems; its metrics are the agent's.
+        workspace_type: makes the workspace of disk, ledger and problems.
+        drift_policy: "off" where nothing else can touch the directory. Default: the settings'.
+        clock: monotonic seconds, as the event loop waits by.
+
+    Raises:
+        RootUnusable: DEV_USER could replace a directory of the agent's.
+        SettingsError: there is no such DEV_USER.
+    """
+    problems = problems or Problems(Metrics())
+    metrics, status, skew = problems.metrics, SyncStatus(), ClockSkew()
+    tokens = tokens_of(settings)
+    api = session_api(settings, tokens, http, skew)
+    source = source or realtime(settings, api or tokens)
+    workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
+    follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
+    reaper = Reaper()
+    supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
+    shadow = _shadow(settings, problems, follower) if settings.shadow else None
+    catch_up = CatchUp(
+        api, workspace.disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
+    )
+    hydrated, stop = asyncio.Event(), asyncio.Event()
+
+    def on_tree(paths: Collection[RelPath]) -> None:
+        if shadow is None:
+            supervisor.files_changed(paths)
+
+    def on_hydrated() -> None:
+        hydrated.set()
+        (supervisor.project_ready if shadow is None else shadow.hydrated)()
+
+    parts = Parts(
+        follower, workspace, source, catch_up, problems, metrics, status, on_tree, on_hydrated, skew, spans
+    )
+    url, policy = settings.snapshot_url, drift_policy or settings.drift_policy
+    sync = Sync(parts, snapshot_url=url.get_secret_value() if url else None, drift_policy=policy, clock=clock)
+    report = Report(
+        settings=settings,
+        sync=sync,
+        sync_status=status,
+        catch_up=catch_up,
+        link=source,
+        dev=supervisor,
+        problems=problems,
+        redactor=redactor or redactor_for(settings),
+        skew=skew,
+        shadow=shadow,
+    )
+    metrics.registry.register(report)
+    return Agent(
+        settings=settings,
+        source=source,
+        api=api,
+        workspace=workspace,
+        follower=follower,
+        sync=sync,
+        reaper=reaper,
+        supervisor=supervisor,
+        shadow=shadow,
+        report=report,
+        heartbeat=Heartbeat(
+            every=settings.heartbeat_seconds, report=report, api=api, sync=sync, problems=problems, stop=stop
+        ),
+        spans=spans,
+        hydrated=hydrated,
+        stop=stop,
+    )
+
+
+def tokens_of(settings: Settings) -> Tokens:
+    """Hold the session's token: the environment's, or the one in REALTIME_TOKEN_FILE."""
+    first = settings.realtime_token
+    return Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+
+
+def session_api(
+    settings: Settings, tokens: Tokens, http: httpx.AsyncClient, skew: ClockSkew | None = None
+) -> SessionApi | None:
+    """Make the client of the session API; None without SESSION_API_URL."""
+    url = settings.session_api_url
+    return None if url is None else SessionApi(url, settings.session_id, tokens, http, skew=skew)
+
+
+def realtime(settings: Settings, tokens: TokenSource) -> EventSource:
+    """Make the link to the project's channel; REALTIME_URL must be set."""
+    assert settings.realtime_url is not None, "read_environment requires it"
+    key, topic = settings.realtime_api_key, f"realtime:project:{settings.project_id}"
+    return realtime_link(settings.realtime_url, key.get_secret_value() if key else None, topic, tokens)
+
+
+def _disk(settings: Settings) -> Disk:
+    user = None if settings.shadow else rights(settings)[0].user
+    if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
+        raise RootUnusable("\n".join(weak))
+    return Disk(settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user else None)
+
+
+def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shadow:
+    """Compare the other flow's directory with our tree."""
+    comparison = Comparison(settings.shadow_settle_seconds, settings.shadow_ignore)
+    log.info("shadow.begun", live_dir=str(settings.project_dir), shadow_dir=str(settings.tree_dir))
+    return Shadow(Sight(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
 
 
 async def run(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Run the agent until it is told to stop; the exit code of the process (protocol: Commands and exits)."""
+    """Run the agent until it is told to stop; return the process's exit code (protocol: Commands and exits)."""
     redactor = redactor_for(settings)
     for secret in credentials(environ):
         redactor.add(secret)
     configure_logs(settings, redactor)
     log_uncaught()
     spans = open_spans(environ, settings.project_id, settings.session_id)
-    reaper = Reaper()
-    reaper.adopt()
-    metrics = Metrics()
-    problems = Problems(metrics)
-    status = SyncStatus()
-    skew = ClockSkew()
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
-        first = settings.realtime_token
-        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
-        api = (
-            SessionApi(settings.session_api_url, settings.session_id, tokens, http, skew=skew)
-            if settings.session_api_url
-            else None
-        )
-        key = settings.realtime_api_key
-        assert settings.realtime_url is not None, "read_environment requires it"
-        link: EventSource = realtime_link(
-            settings.realtime_url,
-            key.get_secret_value() if key else None,
-            f"realtime:project:{settings.project_id}",
-            api or tokens,
-        )
-        user = None if settings.shadow else rights(settings)[0].user
-        if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
-            raise RootUnusable("\n".join(weak))
-        disk = Disk(
-            settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
-        )
-        ledger = Ledger(settings.ledger)
-        follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
-        supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
-        catch_up = CatchUp(
-            api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
-        )
-
-        shadow = _shadow(settings, problems, follower) if settings.shadow else None
-
-        def on_tree(paths: Collection[RelPath]) -> None:
-            if shadow is None:
-                supervisor.files_changed(paths)
-
-        def on_hydrated() -> None:
-            gc.collect()
-            memory.trim()
-            if shadow is None:
-                supervisor.project_ready()
-            else:
-                shadow.hydrated()
-
-        sync = Sync(
-            Parts(
-                follower,
-                Workspace(disk, ledger, problems),
-                link,
-                catch_up,
-                problems,
-                metrics,
-                status,
-                on_tree,
-                on_hydrated,
-                skew,
-                spans,
-            ),
-            snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
-            drift_policy=settings.drift_policy,
-        )
-        report = Report(
-            settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor, skew, shadow
-        )
-        metrics.registry.register(report)
-        stop = asyncio.Event()
-        tasks: dict[str, Callable[[], Coroutine[None, None, None]]] = {
-            "link": link.run,
-            "sync": sync.run,
-            **({"dev-server": supervisor.run} if shadow is None else {"shadow": shadow.run}),
-            "health": lambda: server.serve(
-                settings, report.status, metrics.registry, report.ready, why=report.why
-            ),
-            "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),
-            "memory": lambda: memory.trim_every(settings.heartbeat_seconds),
-        }
+        agent = build(settings, environ=environ, http=http, redactor=redactor, spans=spans)
         try:
-            return await _until_stopped(tasks, settings, report, supervisor, stop)
+            agent.reaper.adopt()
+            return await _until_stopped(agent)
         finally:
-            disk.close()
-            ledger.close()
-            reaper.release()
-            if spans is not None:
-                spans.close()
+            agent.close()
 
 
-def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shadow:
-    """What compares the other flow's directory with our tree."""
-    comparison = Comparison(settings.shadow_settle_seconds, settings.shadow_ignore)
-    log.info("shadow.begun", live_dir=str(settings.project_dir), shadow_dir=str(settings.tree_dir))
-    return Shadow(Sight(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
-
-
-async def _until_stopped(
-    root: Mapping[str, Callable[[], Coroutine[None, None, None]]],
-    settings: Settings,
-    report: Report,
-    supervisor: Supervisor,
-    stop: asyncio.Event,
-) -> int:
-    """Run the root tasks until one of them ends or somebody asks; drain; say how the process should end."""
+async def _until_stopped(agent: Agent) -> int:
+    """Run the root tasks until one of them ends or a stop is asked for; drain; return the exit code."""
+    grace = agent.settings.stop_grace
 
     def asked(number: signal.Signals, count: int) -> None:
         log.info("agent.signal", signal=number.name, count=count)
         if count > 1:
-            supervisor.hurry()
-        stop.set()
+            agent.supervisor.hurry()
+        agent.stop.set()
 
     with stop_signals(asked):
-        tasks = {asyncio.create_task(start(), name=name): name for name, start in root.items()}
-        waiting = asyncio.create_task(stop.wait(), name="stop")
-        log.info("agent.started", version=report.heartbeat()["agent_version"])
+        tasks = [asyncio.create_task(start(), name=name) for name, start in agent.tasks().items()]
+        waiting = asyncio.create_task(agent.stop.wait(), name="stop")
+        log.info("agent.started", version=__version__)
         await asyncio.wait([*tasks, waiting], return_when=asyncio.FIRST_COMPLETED)
         ended = [task for task in tasks if task.done()]
-        report.draining = True
-        log.info("agent.draining", grace=settings.stop_grace)
+        agent.report.draining = True
+        log.info("agent.draining", grace=grace)
         waiting.cancel()
         for task in tasks:
             task.cancel()
-        _, hanging = await asyncio.wait(tasks, timeout=settings.stop_grace)
+        _, hanging = await asyncio.wait(tasks, timeout=grace)
         for task in hanging:
-            log.error("agent.cut_off", task=tasks[task])
-        code = _exit_code(ended, tasks)
+            log.error("agent.cut_off", task=task.get_name())
+        code = _exit_code(ended)
         log.info("agent.stopped", exit=code)
         return code
 
 
-def _exit_code(ended: Collection[asyncio.Task[None]], names: Mapping[asyncio.Task[None], str]) -> int:
-    """0 when somebody asked, a newer machine of the session included; else what the first task to end died of."""
+def _exit_code(ended: Collection[asyncio.Task[None]]) -> int:
+    """Return 0 for a stop that was asked for, or a newer machine of the session; else the first failure's code."""
     for task in ended:
         if task.cancelled():
             continue
-        error = task.exception()
-        if error is None:
-            log.error("agent.task_ended", task=names[task])
-            return 1
-        cause = _first_cause(error)
+        cause: BaseException | None = task.exception()
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        name = task.get_name()
         if isinstance(cause, Superseded):
             log.info("agent.superseded", why=str(cause))
             return 0
         if isinstance(cause, AgentError):
-            log.error("agent.failed", task=names[task], why=str(cause), exit=cause.exit_code)
+            log.error("agent.failed", task=name, why=str(cause), exit=cause.exit_code)
             return cause.exit_code
-        log.error("agent.bug", task=names[task], exc_info=cause)
+        if cause is None:
+            log.error("agent.task_ended", task=name)
+        else:
+            log.error("agent.bug", task=name, exc_info=cause)
         return 1
     return 0
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The first error inside a group of them."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-async def _said(api: SessionApi, report: Report) -> Head:
-    """Say how we are. What is wrong is left out when a peer reads less than we cut it to: the state keeps the lease."""
-    try:
-        return await api.report_status(report.heartbeat())
-    except TooLarge as error:
-        log.warning("heartbeat.too_large", why=str(error))
-        return await api.report_status(report.heartbeat(bare=True))
-
-
-async def _heartbeat(
-    every: float, report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
-) -> None:
-    """Tell the orchestrator how we are, at once on a change; hear where the database is.
-
-    A head that disagrees with the tree heals even the loss of the last event.
-    """
-    sent: object = None
-    due = 0.0
-    was: AgentState | None = None
-    started = False
-    attempt = 0
-    while True:
-        state = report.state
-        if state is not was:
-            log.info("agent.state", state=state.value, before=was.value if was else None)
-            was = state
-        if not started and report.ready():
-            started = True
-            report.metrics.session_start.set(process_age())
-            log.info("agent.ready", seconds=round(process_age(), 3))
-        now = time.monotonic()
-        seen = (state, report.dev.state, report.ready())
-        if api is not None and (now >= due or (seen != sent and attempt == 0)):
-            sent = seen
-            due = now + every * (0.8 + 0.4 * spread())
-            try:
-                head = await _said(api, report)
-            except (Unavailable, MalformedMessage) as error:
-                attempt += 1
-                due = time.monotonic() + BACKOFF.delay(attempt, error)
-                problems.add(Problem("session_api_unreachable", str(error)))
-            except CredentialRejected as error:
-                attempt += 1
-                due = time.monotonic() + every
-                problems.add(Problem("token_refused", str(error)))
-            else:
-                attempt = 0
-                problems.clear_kinds("session_api_unreachable", "token_refused")
-                if head.action == "stop":
-                    log.info("agent.told_to_stop")
-                    stop.set()
-                sync.hear(head)
-                if head.action == "sync":
-                    sync.hurry()
-            await asyncio.sleep(QUICK)
-        else:
-            settled = state in (AgentState.SERVING, AgentState.DEGRADED)
-            await asyncio.sleep(SETTLED_LOOK if settled else EARLY_LOOK)

@@ -1,6 +1,6 @@
-"""Memory that is free goes back to the system. Nothing happens on another libc than glibc.
+"""Returns free memory to the system, on glibc; does nothing on another libc.
 
-How much glibc keeps until then is said by its own variables, which `entrypoint.sh` sets.
+How much glibc keeps until then is set by its own variables, in `entrypoint.sh`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import ctypes
 
 
 def trim() -> None:
-    """Return to the system what is free."""
+    """Return free memory to the system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 async def trim_every(seconds: float) -> None:
-    """Return what bursts took, as often as this: 13 µs when that is nothing, 60 µs for each megabyte otherwise."""
+    """Trim every so many seconds, for ever: 13 µs when nothing is free, else 60 µs for each megabyte."""
     while True:
         await asyncio.sleep(seconds)
         trim()

@@ -1,9 +1,9 @@
-"""Questions to the machine that the dev server's keeper and `check` both ask.
+"""Two things that several rooms need of the network: what can be listened on here, and HTTP requests with bounds.
 
-Asks over HTTP so that nothing that is answered can raise what nobody expects, or unpack to what nobody can hold.
-
-Every body is asked for as it is, and one that comes encoded all the same is refused: of a gzip in a gzip, 2.6 KB are
-3 GB in memory before a bound on what comes out of it is looked at.
+They share no code. The first half asks this machine: addresses, ports, and the kernel's kills for memory. The second
+half asks others: every body is requested without an encoding and refused when it has one all the same (of a gzip in a
+gzip, 2.6 KB are 3 GB in memory before a bound on the output is looked at), is read up to a bound, and whatever the way
+there raises is an `httpx.HTTPError` or a `MalformedMessage`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agent.core.errors import MalformedMessage, Unavailable
 
 
 def listening_host(wanted: str) -> str:
-    """`wanted`, or the IPv4 form of "everywhere" where the kernel has no IPv6."""
+    """Return `wanted`, or the IPv4 form of "everywhere" where the kernel has no IPv6."""
     if wanted != "::":
         return wanted
     try:
@@ -35,8 +35,10 @@ def listening_host(wanted: str) -> str:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now. An address that cannot be used at all counts as free:
-    the server's own message says more."""
+    """Return whether a server could listen there now.
+
+    An address that cannot be used at all counts as free: the server's own message says more.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,7 +50,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def out_of_memory_kills() -> int:
-    """How often the kernel killed for memory: in our control group, else on the whole machine; 0 if unknown."""
+    """Count the kernel's kills for memory in our control group, else on the whole machine; 0 if unknown."""
     if sys.platform != "linux":
         return 0
     for file in (*_own_group(), Path("/proc/vmstat")):
@@ -69,7 +71,7 @@ def _own_group() -> list[Path]:
 
 
 IDENTITY: Final = {"accept-encoding": "identity"}
-"""For every request: the answer's bytes are to be the body's."""
+"""For every request: the bytes that arrive are the body's."""
 
 
 @asynccontextmanager
@@ -82,11 +84,12 @@ async def exchange(
     content: bytes | None = None,
     timeout: httpx.Timeout | float | None = None,
 ) -> AsyncIterator[httpx.Response]:
-    """The answer of one request, its body not yet read; no redirect is followed.
+    """Send one request and yield the response, its body not yet read. Follows no redirect.
 
-    Raises `httpx.HTTPError` when the way there fails, and `MalformedMessage` for a URL that nobody can be asked
-    at. httpx checks little of one: a port above 65535 is an OverflowError in an ExceptionGroup, a strange name
-    whatever the codec of names has to say.
+    Raises:
+        httpx.HTTPError: the way there failed.
+        MalformedMessage: the URL cannot be requested. httpx checks little of one: a port above 65535 is an
+            OverflowError in an ExceptionGroup, a strange name whatever the codec of names raises.
     """
     try:
         asked = http.build_request(
@@ -113,13 +116,13 @@ def _kind(error: BaseException) -> str:
 
 
 def coding(response: httpx.Response) -> str | None:
-    """How the body is encoded although it was asked for as it is; None when it is not."""
+    """Return the body's encoding, which was not asked for; None when it has none."""
     said = str(response.headers.get("content-encoding", "")).strip().lower()
     return None if said in ("", "identity") else said[:50]
 
 
 async def read_whole(response: httpx.Response, what: str, most: int) -> bytes:
-    """The body. Raises `Unavailable` for one that is encoded, `MalformedMessage` for one of more than `most` bytes."""
+    """Read the body. Raises `Unavailable` when it is encoded, `MalformedMessage` above `most` bytes."""
     if (encoded := coding(response)) is not None:
         raise Unavailable(what, f"the answer is encoded as {encoded!r}, which was not asked for")
     body = await read_start(response, most + 1)
@@ -129,7 +132,7 @@ async def read_whole(response: httpx.Response, what: str, most: int) -> bytes:
 
 
 async def read_start(response: httpx.Response, most: int) -> bytes:
-    """The first `most` bytes of the body, as they came."""
+    """Read the first `most` bytes of the body, as they came."""
     body = bytearray()
     async for piece in response.aiter_raw():
         body += piece

@@ -1,7 +1,7 @@
-"""When to try again: full jitter, never sooner than the peer asked, and an end of waiting. On tenacity.
+"""Decides when to try again: full jitter, never sooner than the peer asked, and deadlines. On tenacity.
 
-Full jitter is a wait at random between nothing and a bound that doubles: a thousand agents that lost a peer together
-must not come back to it together.
+Full jitter waits at random between zero and a bound that doubles, so that a thousand agents that lost a peer together
+do not come back to it together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tenacity.wait import wait_base
 from agent.core.errors import Unavailable
 
 LONGEST_ASKED: Final = 3600.0
-"""Seconds. The most that `Retry-After` is believed: a wrong clock somewhere must not silence us for longer."""
+"""Seconds. The most that `Retry-After` is believed: a wrong clock must not silence an agent for longer."""
 
 
 class Backoff(wait_base):
@@ -45,13 +45,13 @@ class Backoff(wait_base):
         self._at_once = at_once
 
     def delay(self, failures: int, error: BaseException | None = None) -> float:
-        """Seconds to wait after so many failures in a row, from 1, of which `error` is the latest."""
+        """Return the seconds to wait after so many failures in a row, from 1; `error` is the latest."""
         state = RetryCallState(Retrying(), None, (), {})
         state.attempt_number = failures
         return self._after(state, error)
 
     def __call__(self, retry_state: RetryCallState) -> float:
-        """The same, as tenacity asks."""
+        """Return the same, as tenacity calls it."""
         return self._after(retry_state, retry_state.outcome.exception() if retry_state.outcome else None)
 
     def _after(self, state: RetryCallState, error: BaseException | None) -> float:
@@ -61,7 +61,7 @@ class Backoff(wait_base):
 
 
 def retrying(backoff: Backoff, *, attempts: int, on: tuple[type[Exception], ...]) -> AsyncRetrying:
-    """What calls a coroutine function again after one of the errors `on`; the last of them is raised as it is."""
+    """Make what calls a coroutine function again after one of the errors `on`; the last is raised as it is."""
     return AsyncRetrying(
         stop=stop_after_attempt(attempts), wait=backoff, retry=retry_if_exception_type(on), reraise=True
     )
@@ -69,7 +69,7 @@ def retrying(backoff: Backoff, *, attempts: int, on: tuple[type[Exception], ...]
 
 @asynccontextmanager
 async def within(seconds: float, what: str, reason: str) -> AsyncIterator[None]:
-    """A deadline for the block. Raises `Unavailable` of `what`, for `reason`, when it passes."""
+    """Give the block a deadline. Raises `Unavailable(what, reason)` when it passes."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -78,12 +78,12 @@ async def within(seconds: float, what: str, reason: str) -> AsyncIterator[None]:
 
 
 def asked_wait(error: BaseException | None) -> float:
-    """The least number of seconds that the peer asked to wait; 0 when it did not."""
+    """Return the seconds that the peer asked to wait; 0 when it did not."""
     return (error.retry_after or 0.0) if isinstance(error, Unavailable) else 0.0
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait from a `Retry-After` header, either of its forms; None when absent or unreadable.
+    """Read a `Retry-After` header in either form, as seconds to wait; None when absent or unreadable.
 
     `now`: Unix seconds.
     """
@@ -100,7 +100,7 @@ def retry_after(value: str | None, now: float) -> float | None:
 
 
 def http_date(value: str | None) -> float | None:
-    """Unix seconds of an HTTP date; None when absent or unreadable."""
+    """Read an HTTP date, as Unix seconds; None when absent or unreadable."""
     try:
         return None if value is None else parsedate_to_datetime(value).timestamp()
     except (ValueError, TypeError, OverflowError):

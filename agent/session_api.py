@@ -1,10 +1,10 @@
-"""The HTTP client of the session API: sync, token, status. One call, one try; retrying is the caller's decision.
+"""Calls the session API: sync, token, status. One call is one try; retrying is the caller's decision.
 
-Errors are sorted by what can be done about them: 401 and 403 are final for the token (`CredentialRejected`), 404 and
-410 for the session (`SessionGone`), 409 tells a conflict (`Superseded`). These end things, so they are believed of the
-orchestrator alone, whose refusals are problem documents of its own types: what stands in front of it answers with the
-same numbers when it is deployed badly, and no session is over because of that. 413 says that we ask with too much
-(`TooLarge`); everything else that may pass is `Unavailable` with the wait that was asked for.
+Errors are sorted by what can be done about them. 401 and 403 are final for the token (`CredentialRejected`), 404 and
+410 for the session (`SessionGone`), 409 names a newer machine (`Superseded`). These end things, so they are believed of
+the orchestrator alone, whose refusals are problem documents of its own types: a proxy in front of it answers with the
+same numbers when it is deployed badly, and no session is over because of that. 413 means that the request is too large
+(`TooLarge`); everything else that may pass is `Unavailable`, with the wait that was asked for.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """An answer larger than this is not read to its end: sync offers a snapshot long before."""
 
 MAX_REFUSAL_BYTES: Final = 64 * 1024
-"""Of a refusal: the orchestrator's are below 2 KB, whoever stands in front of it may send a page of any size."""
+"""Of a refusal: the orchestrator's are below 2 KB, a proxy in front of it may send a page of any size."""
 
 PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
 PROBLEM_TYPE: Final = "urn:preview-sync:problem:"
 """What the `type` of each of the orchestrator's problem documents (RFC 9457) begins with."""
 
-OF_THE_PATH: Final = PROBLEM_TYPE + "path_unknown"
-"""An orchestrator that does not serve this path: SESSION_API_URL leads elsewhere. It does not speak of the session."""
+PATH_UNKNOWN: Final = PROBLEM_TYPE + "path_unknown"
+"""The orchestrator does not serve this path: SESSION_API_URL is wrong. It says nothing of the session."""
 
 WHOLE_CALL: Final = 120.0
 """Seconds for a call from its first byte to its last: `TIMEOUT` is between two bytes, and answers may trickle."""
@@ -86,14 +86,14 @@ class SessionApi:
     async def sync(
         self, epoch: str | None, revision: int, reason: str, paths: Sequence[RelPath] | None = None
     ) -> SyncAnswer:
-        """What happened above (`epoch`, `revision`); `paths` asks for the content of these as well."""
+        """Ask what happened above (`epoch`, `revision`); `paths` asks for the content of these as well."""
         body: dict[str, object] = {"epoch": epoch, "revision": revision, "reason": reason}
         if paths is not None:
             body["paths"] = list(paths)
         return read_sync_answer(await self._call("POST", "sync", body))
 
     async def renew_token(self) -> Token:
-        """Ask for the next token and put it in force."""
+        """Ask for the next token and hold it."""
         answer = await self._call("POST", "token", {})
         value = answer.get("realtime_token") if isinstance(answer, dict) else None
         if not isinstance(value, str):
@@ -101,7 +101,7 @@ class SessionApi:
         return self._tokens.accept(value)
 
     async def report_status(self, status: Mapping[str, object]) -> Head:
-        """Say how we are; hear where the database is."""
+        """Report the agent's status; return where the database is."""
         return read_head(await self._call("PUT", "status", status))
 
     async def _call(self, method: str, name: str, body: Mapping[str, object]) -> object:
@@ -123,7 +123,7 @@ class SessionApi:
                     timeout=self._timeout,
                 ) as response,
             ):
-                self._look_at_clock(response, sent)
+                self._learn_skew(response, sent)
                 if not response.is_success:
                     raise await self._refusal(what, response)
                 content = await read_whole(response, what, MAX_ANSWER_BYTES)
@@ -133,25 +133,25 @@ class SessionApi:
         try:
             return orjson.loads(content)
         except ValueError:
-            raise Unavailable(what, _of_somebody_else(response, "JSON")) from None
+            raise Unavailable(what, _not_the_orchestrators(response, "JSON")) from None
 
-    def _look_at_clock(self, response: httpx.Response, sent: Moment) -> None:
+    def _learn_skew(self, response: httpx.Response, sent: Moment) -> None:
         date = http_date(response.headers.get("date"))
         if date is not None:
             self._skew.answered(date, sent, self._clock())
 
     async def _refusal(self, what: str, response: httpx.Response) -> Exception:
-        """What an answer that is no success means."""
+        """Return the error that an answer without success means."""
         status = response.status_code
         document = await _problem(response)
-        said = _of_somebody_else(response, "a problem document of the orchestrator's")
+        said = _not_the_orchestrators(response, "a problem document of the orchestrator's")
         if document is not None:
             told = (document.get("title"), document.get("detail"))
             said = f"HTTP {status}, {': '.join(text for text in told if isinstance(text, str))[:200]}"
         wait = retry_after(response.headers.get("retry-after"), self._clock().wall)
         if status == 413:
             return TooLarge(what, said, wait)
-        if status in (408, 429) or status >= 500 or document is None or document["type"] == OF_THE_PATH:
+        if status in (408, 429) or status >= 500 or document is None or document["type"] == PATH_UNKNOWN:
             return Unavailable(what, said, wait)
         if status in (401, 403):
             return CredentialRejected(f"{what} refused the token: {said}")
@@ -163,7 +163,7 @@ class SessionApi:
 
 
 async def _problem(response: httpx.Response) -> dict[str, object] | None:
-    """The orchestrator's own problem document; None when the answer is anything else."""
+    """Read the orchestrator's own problem document; None when the answer is anything else."""
     if _media(response) != PROBLEM_MEDIA_TYPE or coding(response) is not None:
         return None
     try:
@@ -180,6 +180,6 @@ def _media(response: httpx.Response) -> str:
     return str(response.headers.get("content-type", "")).partition(";")[0].strip().lower()
 
 
-def _of_somebody_else(response: httpx.Response, wanted: str) -> str:
+def _not_the_orchestrators(response: httpx.Response, wanted: str) -> str:
     came = repr(_media(response)[:50]) if _media(response) else "no type"
     return f"HTTP {response.status_code} with {came}, not {wanted}: see what answers at SESSION_API_URL"

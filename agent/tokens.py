@@ -1,4 +1,4 @@
-"""The one credential of the session: where it comes from, how long it lives, when to ask for the next.
+"""Holds the session's token, reads how long it lives, and plans when to ask for the next.
 
 The claims are read, never trusted: they only plan the refresh. Whoever receives the token verifies it.
 """
@@ -19,18 +19,18 @@ import orjson
 from agent.core.errors import CredentialRejected, MalformedMessage
 
 REFRESH_SHARE: Final = 0.7
-"""Share of a token's life after which the next is asked for: enough is left for a slow orchestrator's retries."""
+"""Share of a token's lifetime after which the next is asked for: the rest is for a slow orchestrator's retries."""
 
 REFRESH_JITTER: Final = 0.05
-"""Share of a token's life by which the refresh is spread, so that sessions opened together do not ask together."""
+"""Share of a token's lifetime by which the refresh is spread: sessions opened together must not ask together."""
 
-ASSUMED_LIFE: Final = 600.0
-"""Seconds a token without `iat` is taken to live when it is first seen: the protocol says minutes."""
+ASSUMED_LIFETIME: Final = 600.0
+"""Seconds that a token without `iat` is taken to last when it is first seen: the protocol says minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A JWT and what its claims say. The value never shows in a repr.
+    """A JWT and its claims. The value never shows in a repr.
 
     `issued_at` and `expires_at` are Unix seconds; `expires_at` None: it does not say.
     """
@@ -41,23 +41,25 @@ class Token:
     role: str | None = None
 
     def expired(self, now: float) -> bool:
-        """Whether it is of no use at `now` (Unix seconds), as far as it says."""
+        """Return whether its claims say that it is over at `now` (Unix seconds)."""
         return self.expires_at is not None and now >= self.expires_at
 
     def refresh_at(self, seen_at: float, spread: float = 0.0) -> float | None:
-        """When to ask for the next one, Unix seconds; None: never by itself.
+        """Plan when to ask for the next one, in Unix seconds; None: never, it does not expire.
 
-        `seen_at` stands in for a missing or impossible `iat`; `spread` in 0…1 takes that share of the jitter off.
+        Args:
+            seen_at: when it was first seen, Unix seconds; stands in for a missing or impossible `iat`.
+            spread: in 0…1, the share of the jitter to take off.
         """
         if self.expires_at is None:
             return None
-        start = self.issued_at if self.issued_at is not None else self.expires_at - ASSUMED_LIFE
+        start = self.issued_at if self.issued_at is not None else self.expires_at - ASSUMED_LIFETIME
         # A clock behind the issuer's would plan the refresh too late, one ahead of it at once and for ever:
-        # what counts is the life that is left from when we first saw the token.
+        # what counts is the time that is left from when the token was first seen.
         if not start <= seen_at < self.expires_at:
             start = min(seen_at, self.expires_at)
-        life = self.expires_at - start
-        return start + life * (REFRESH_SHARE - REFRESH_JITTER * spread)
+        lifetime = self.expires_at - start
+        return start + lifetime * (REFRESH_SHARE - REFRESH_JITTER * spread)
 
 
 def read_token(value: str) -> Token:
@@ -83,19 +85,19 @@ def _moment(value: object) -> float | None:
 
 
 class TokenSource(Protocol):
-    """Who has the token in force, and can get the next one."""
+    """Has the token in force, and can get the next one."""
 
     def current(self) -> Token | None:
-        """The token in force; the same object until it is replaced. Cheap: called every second."""
+        """Return the token in force; the same object until it is replaced. Cheap: called every second."""
 
     async def renew_token(self) -> Token:
-        """A newer one. Raises `CredentialRejected`, `SessionGone` or `Unavailable`."""
+        """Get a newer one. Raises `CredentialRejected`, `SessionGone` or `Unavailable`."""
 
 
 class Tokens:
-    """The token in force, first from the environment or a rotated file, later from whoever `accept`s one for us.
+    """Holds the token in force: the environment's, a rotated file's, or a newer one that was `accept`ed.
 
-    As a `TokenSource` of its own (no session API) it can only wait for the file to change.
+    Also a `TokenSource`, for an agent without a session API: it can only wait for the file to change.
     """
 
     def __init__(
@@ -108,12 +110,12 @@ class Tokens:
         self._held = read_token(first) if first else None
 
     def current(self) -> Token | None:
-        """The token in force, after a look at whether the file changed."""
+        """Return the token in force; reads the file again when it has changed."""
         self._reread()
         return self._held
 
     def accept(self, value: str) -> Token:
-        """Hold a newer one. Raises `MalformedMessage` and keeps the old when it cannot be read."""
+        """Hold a newer token. Raises `MalformedMessage`, and keeps the old one, when it cannot be read."""
         token = read_token(value)
         if self._held is None or token.value != self._held.value:
             self._held = token
@@ -121,14 +123,11 @@ class Tokens:
 
     @property
     def problem(self) -> str | None:
-        """Why the file could not be taken, when it could not."""
+        """Why the file could not be read, when it could not."""
         return self._file_problem
 
     async def renew_token(self) -> Token:
-        """Without an issuer there is only the file: its token if it is still good, else the end.
-
-        Raises `CredentialRejected`.
-        """
+        """Return the file's token while it is good: there is nobody to ask. Raises `CredentialRejected` otherwise."""
         token = self.current()
         if token is None:
             raise CredentialRejected("there is no realtime token and no session API to ask for one")
@@ -137,8 +136,10 @@ class Tokens:
         return token
 
     def _reread(self) -> None:
-        """RACE: a writer that does not rename may be seen half way; then it is no JWT and the old one stays in
-        force until the next look.
+        """Read the file again when its stat has changed.
+
+        RACE: a writer that does not rename may be seen half way; that is no JWT, and the old token stays until the next
+        reading.
         """
         if self._file is None:
             return
@@ -154,5 +155,5 @@ class Tokens:
 
 
 def spread() -> float:
-    """A share of the refresh jitter, 0…1."""
+    """Return a random number in 0…1, to spread what many agents do."""
     return random.random()  # noqa: S311 - spreads load, guards nothing

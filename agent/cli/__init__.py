@@ -1,3 +1,4 @@
-"""The commands of `preview-agent` besides `run`: parses arguments, calls a room, prints for a person. Nothing
-imports it but `__main__`.
+"""The commands of `preview-agent` besides `run`: each parses its arguments, calls a room and prints for a person.
+
+Imported by `__main__` alone.
 """

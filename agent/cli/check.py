@@ -1,7 +1,7 @@
-"""`preview-agent check`: what a person debugging a machine wants to know, one line each.
+"""`preview-agent check`: diagnoses a machine, one line for each finding.
 
-Looks and changes nothing that stays: no install, no join, no write but a probe file that is removed at once. The
-questions run side by side and each has a deadline, so that a machine without a network is told in seconds.
+Changes nothing that stays: no install, no join, no write but a probe file that is removed at once. The questions run
+side by side and each has a deadline, so that a machine without a network is diagnosed in seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
 from agent.net import exchange
-from agent.telemetry.metrics import redactor_for
+from agent.telemetry.logging import redactor_for
 from agent.tokens import read_token
 
 PATIENCE = 10.0
@@ -46,7 +46,7 @@ LEAST_SPACE = 512 * 2**20
 LEAST_INODES = 20_000
 """The example has 600 entries in node_modules, larger projects a hundred times that, and twice during a swap."""
 CAPABILITIES = {"CHOWN": 0, "KILL": 5, "SETGID": 6, "SETUID": 7}
-"""What root needs to run the project as somebody else: `linux/capability.h`. Every engine gives them by default."""
+"""What root needs to run the project as another user: `linux/capability.h`. Every engine gives them by default."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""
 
@@ -85,7 +85,7 @@ def fail(subject: str, detail: str, exit_code: int = 1) -> Finding:
 
 
 async def check(environ: Mapping[str, str], say: Callable[[str], None]) -> int:
-    """Ask everything, `say` one line each. Returns 0, or the exit code of the first finding that failed."""
+    """Ask every question and `say` one line for each finding; return 0, or the exit code of the first that failed."""
     try:
         settings = read_environment(environ)
     except SettingsError as error:
@@ -159,7 +159,7 @@ def _writable(path: Path) -> Path:
 
 
 async def _live(settings: Settings) -> list[Finding]:
-    """The directory that is only looked at."""
+    """The directory of the other flow, which is only read."""
     live = settings.project_dir
     if not live.exists():
         return [warn("PROJECT_DIR", f"{live} is not there yet; every file will be missing in it")]
@@ -207,7 +207,7 @@ async def _user(settings: Settings) -> list[Finding]:
 
 
 def _capabilities() -> int:
-    """Those in effect, as a set of bits; all of them where the kernel does not say."""
+    """Return the capabilities in effect as bits; all of them where the kernel does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("CapEff:"):
@@ -233,7 +233,7 @@ async def _ports(settings: Settings) -> list[Finding]:
 
 
 async def _node(settings: Settings) -> list[Finding]:
-    """Run as the project's programs are: what root can start, DEV_USER may not."""
+    """Run Node as the project's programs are run: what root can start, DEV_USER may not."""
     needed = f"Node {LEAST_NODE[0]}.{LEAST_NODE[1]} or later"
     if shutil.which("node") is None:
         return [fail("node", f"not found on PATH; the image needs {needed}, with npm")]
@@ -314,28 +314,40 @@ async def _token(settings: Settings) -> list[Finding]:
 async def _snapshot(settings: Settings) -> list[Finding]:
     if settings.snapshot_url is None:
         return [warn("snapshot", "SNAPSHOT_URL is not set: only a ledger can be resumed")]
-    url = settings.snapshot_url.get_secret_value()
+
+    def judge(place: str, answer: httpx.Response) -> Finding:
+        headers, status = answer.headers, answer.status_code
+        size = headers.get("content-range", "").rpartition("/")[2] or headers.get("content-length")
+        if status in (200, 206):
+            return ok("snapshot", f"{place} serves {size or 'an unknown number of'} bytes")
+        grade = warn if settings.session_api_url else fail
+        return grade("snapshot", f"{place} answers {status}: {_refused(status, settings)}")
+
+    url, first_byte = settings.snapshot_url.get_secret_value(), {"Range": "bytes=0-0"}
+    return [await _requested("snapshot", "SNAPSHOT_URL", url, judge, headers=first_byte, exit_code=69)]
+
+
+async def _requested(
+    subject: str,
+    setting: str,
+    url: str,
+    judge: Callable[[str, httpx.Response], Finding],
+    *,
+    headers: Mapping[str, str] | None = None,
+    exit_code: int = 1,
+) -> Finding:
+    """Request `url`, the value of `setting`, and let `judge` say what the answer means."""
     place = urlsplit(url).netloc
     try:
         async with (
             httpx.AsyncClient(trust_env=False) as http,
-            exchange(http, "GET", url, headers={"Range": "bytes=0-0"}, timeout=PATIENCE) as answer,
+            exchange(http, "GET", url, headers=headers, timeout=PATIENCE) as answer,
         ):
-            size = answer.headers.get("content-range", "").rpartition("/")[2] or answer.headers.get(
-                "content-length"
-            )
-            if answer.status_code in (200, 206):
-                return [ok("snapshot", f"{place} serves {size or 'an unknown number of'} bytes")]
-            return [
-                (warn if settings.session_api_url else fail)(
-                    "snapshot",
-                    f"{place} answers {answer.status_code}: {_refused(answer.status_code, settings)}",
-                )
-            ]
+            return judge(place, answer)
     except MalformedMessage as error:
-        return [fail("snapshot", f"SNAPSHOT_URL: {error.reason}", 69)]
+        return fail(subject, f"{setting}: {error.reason}", exit_code)
     except (httpx.HTTPError, OSError) as error:
-        return [fail("snapshot", _unreachable(place, error, "SNAPSHOT_URL"), 69)]
+        return fail(subject, _unreachable(place, error, setting), exit_code)
 
 
 async def _realtime(settings: Settings) -> list[Finding]:
@@ -357,22 +369,16 @@ async def _realtime(settings: Settings) -> list[Finding]:
 async def _session_api(settings: Settings) -> list[Finding]:
     if settings.session_api_url is None:
         return [warn("session api", "SESSION_API_URL is not set: no catch-up, no token renewal")]
-    place = urlsplit(settings.session_api_url).netloc
-    try:
-        async with (
-            httpx.AsyncClient(trust_env=False) as http,
-            exchange(http, "GET", settings.session_api_url, timeout=PATIENCE) as answer,
-        ):
-            grade = warn if answer.status_code >= 500 else ok
-            return [grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")]
-    except MalformedMessage as error:
-        return [fail("session api", f"SESSION_API_URL: {error.reason}")]
-    except (httpx.HTTPError, OSError) as error:
-        return [fail("session api", _unreachable(place, error, "SESSION_API_URL"))]
+
+    def judge(place: str, answer: httpx.Response) -> Finding:
+        grade = warn if answer.status_code >= 500 else ok
+        return grade("session api", f"{place} answers (HTTP {answer.status_code} at its base)")
+
+    return [await _requested("session api", "SESSION_API_URL", settings.session_api_url, judge)]
 
 
 def _refused(status: int, settings: Settings) -> str:
-    """What a storage's refusal means, and what to do."""
+    """Say what a storage's refusal means, and what to do."""
     if status in (400, 401, 403, 404):
         new = "the session API gives another" if settings.session_api_url else "start a new session"
         return f"the signed URL has expired, or its object is gone; {new}"
@@ -380,7 +386,7 @@ def _refused(status: int, settings: Settings) -> str:
 
 
 def _unreachable(place: str, error: Exception, setting: str) -> str:
-    """Why nobody was reached at `place`, and where to look."""
+    """Say why `place` was not reached, and where to look."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, (socket.gaierror, ssl.SSLError)):
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""`preview-agent`: what runs in the container. Each command reads the settings once and exits with a meaning."""
+"""Parses the command line of `preview-agent` and runs the command; the exit code says how it ended."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--drop", type=_probability, default=0.0, metavar="P", help="lose, with probability P"
     )
     replay.add_argument("--disconnect", type=_count, default=0, metavar="N", help="break the channel N times")
-    replay.add_argument(
-        "--crash", type=_count, default=0, metavar="N", help="kill the loop N times, without a farewell"
-    )
+    replay.add_argument("--crash", type=_count, default=0, metavar="N", help="kill the agent N times")
     replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
     replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
     return parser
@@ -97,7 +95,7 @@ def _count(text: str) -> int:
 
 
 def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Do what the command line says. Returns the exit code; raises `SystemExit` for `--help` and bad usage."""
+    """Run the command; return the exit code. Raises `SystemExit` for `--help` and bad usage."""
     arguments = _parser().parse_args(words)
     try:
         match arguments.command:
@@ -114,7 +112,7 @@ def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has seen enough (`| head`); what is still buffered has nowhere to go.
+        # The reader has closed the pipe (`| head`): what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except SettingsError as error:
@@ -156,26 +154,29 @@ def _status(arguments: argparse.Namespace) -> int:
     )
 
 
-def _record(arguments: argparse.Namespace) -> int:
+def _log_nothing() -> None:
+    """Keep the loop's log lines off the screen of a command that prints results."""
     import structlog
 
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+
+
+def _record(arguments: argparse.Namespace) -> int:
     from agent.config import read_environment
     from agent.replay.record import record
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
+    _log_nothing()
     return record(
         read_environment(os.environ), arguments.scenario, arguments.seconds, partial(print, flush=True)
     )
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    import structlog
+    from agent.replay.faults import FaultPlan
+    from agent.replay.runner import ReplayOptions, replay_all
 
-    from agent.replay.faults import Mischief
-    from agent.replay.runner import Manner, replay_all
-
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("critical"))
-    mischief = Mischief(
+    _log_nothing()
+    faults = FaultPlan(
         seed=arguments.shuffle or 0,
         shuffle=arguments.shuffle is not None,
         duplicate=arguments.duplicate,
@@ -188,7 +189,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         arguments.scenario,
         arguments.directory,
         partial(print, flush=True),
-        manner=Manner(mischief, real_time=arguments.real_time, environ=environ),
+        options=ReplayOptions(faults, real_time=arguments.real_time, environ=environ),
         json_report=arguments.json,
         junit=arguments.junit,
     )

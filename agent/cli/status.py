@@ -1,9 +1,9 @@
-"""`preview-agent status`: the running agent's own report on one screen, for people who look at a machine.
+"""`preview-agent status`: shows the running agent's report on one screen, for people who look at a machine.
 
-Reads `/status` over HTTP like anybody else; nothing here knows the agent's insides. On a terminal lines are wrapped to
+Reads `/status` over HTTP like anybody else, and nothing else of the agent. On a terminal lines are wrapped to
 its width and the words that matter are coloured (unless NO_COLOR is set); into a pipe goes plain text, one screen after
 another. What the report quotes, the dev server's output and paths, loses its control characters first: a project must
-not write to the operator's terminal.
+not control the operator's terminal.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from agent.net import IDENTITY
 
 SPARKS = "▁▂▃▄▅▆▇█"
 MARGIN = 13
+"""Columns before the text of a row."""
 MOST_BYTES = 16 * 2**20
 """Of a report. One with 200 lines of the longest kind and 200 problems has less than two million."""
-"""Columns before what a row says."""
 MOST_PATHS = 3
-"""Of one kind of problem; a thousand refused paths have one remedy."""
+"""Shown of one kind of problem; a thousand refused paths have one remedy."""
 EVERY = 1.0
-"""Seconds between two looks with `--watch`."""
+"""Seconds between two screens with `--watch`."""
 
 GREEN, YELLOW, RED, DIM, PLAIN = "32", "33", "31", "2", ""
 COLOURS = {
@@ -44,18 +44,18 @@ _UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How a screen is drawn. `columns` None: as long as they come."""
+class Style:
+    """How a screen is drawn. `columns` None: lines are not wrapped."""
 
     columns: int | None = None
     colour: bool = False
 
     def paint(self, text: str, colour: str) -> str:
-        """`text`, coloured where there is colour."""
+        """Return `text`, coloured where there is colour."""
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
 
     def row(self, label: str, text: str, colour: str = PLAIN, colour_of_text: str = PLAIN) -> Iterator[str]:
-        """One row, wrapped below itself. `colour`: of the first word; `colour_of_text`: of all the rest."""
+        """Yield one row, wrapped. `colour`: of its first word; `colour_of_text`: of the rest."""
         whole = f"{label:<{MARGIN}}{text}"
         lines = [whole]
         if self.columns is not None:
@@ -72,19 +72,19 @@ class Look:
             )
 
 
-PIPE = Look()
+PIPE = Style()
 
 
-def look_of(out: TextIO, environ: Mapping[str, str]) -> Look:
-    """How to draw on `out`: the width of its terminal, colour unless the person said no (no-color.org)."""
+def style_of(out: TextIO, environ: Mapping[str, str]) -> Style:
+    """Choose how to draw on `out`: the width of its terminal; colour unless NO_COLOR is set (no-color.org)."""
     if not out.isatty():
         return PIPE
     colour = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-    return Look(max(20, os.get_terminal_size(out.fileno()).columns), colour)
+    return Style(max(20, os.get_terminal_size(out.fileno()).columns), colour)
 
 
 def read_status(url: str) -> dict[str, Any]:
-    """The report at `url` (the health server's base). Raises `Unavailable` when no agent answers."""
+    """Read the report at `url` (the health server's base). Raises `Unavailable` when no agent answers."""
     try:
         report = orjson.loads(_read(f"{url.rstrip('/')}/status"))
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, OverflowError) as error:
@@ -105,8 +105,8 @@ def _read(url: str) -> bytes:
     return bytes(body)
 
 
-def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[str]:
-    """The screen's lines for `report`. `now` in Unix seconds."""
+def render(report: Mapping[str, Any], *, now: float, style: Style = PIPE) -> list[str]:
+    """Return the screen's lines for `report`. `now` in Unix seconds."""
     report = _printable(report)
     link, dev, lags = report["link"], report["dev_server"], report["recent_lags_seconds"]
     behind = report["head_revision"] - report["revision"]
@@ -115,8 +115,8 @@ def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[
     summary = f"{'' if report['ready'] else '(not ready)   '}preview-agent {report['agent_version']}"
     room = (
         None
-        if look.columns is None
-        else max(8, look.columns - MARGIN - len("   last 9999 ms, worst 9999 ms"))
+        if style.columns is None
+        else max(8, style.columns - MARGIN - len("   last 9999 ms, worst 9999 ms"))
     )
     rows: list[tuple[str, str, str]] = [
         ("  project", report["project_id"], PLAIN),
@@ -141,14 +141,14 @@ def render(report: Mapping[str, Any], *, now: float, look: Look = PIPE) -> list[
     if report["catch_up"]:
         rows.append(("  catch-up", f"wanted: {', '.join(report['catch_up'])}", PLAIN))
     uptime = f"up {_span(report['uptime_seconds'])}, {report['hydrate']['mode'] or 'no tree yet'}"
-    lines = [f"{look.paint(state, COLOURS.get(state, YELLOW))} {summary}, {uptime}"]
+    lines = [f"{style.paint(state, COLOURS.get(state, YELLOW))} {summary}, {uptime}"]
     for label, text, colour in rows:
-        lines += look.row(label, text, colour)
-    return lines + list(_problems(report["problems"], look))
+        lines += style.row(label, text, colour)
+    return lines + list(_problems(report["problems"], style))
 
 
 def _shadow(shadow: Mapping[str, Any], now: float) -> tuple[str, str, str]:
-    """The row that stands where the dev server's does otherwise."""
+    """Return the row that stands in the dev server's place."""
     if not shadow["looks"]:
         return "  shadow", f"of {shadow['live_dir']}: not compared yet", YELLOW
     found = ", ".join(f"{count} {rule}" for rule, count in shadow["differences"].items() if count)
@@ -160,24 +160,24 @@ def _shadow(shadow: Mapping[str, Any], now: float) -> tuple[str, str, str]:
     return "  shadow", f"of {shadow['live_dir']}: {verdict}{flight}; {looked}", colour
 
 
-def _problems(problems: Sequence[Mapping[str, Any]], look: Look) -> Iterator[str]:
-    """Each kind once, with its first paths and what to do about it."""
+def _problems(problems: Sequence[Mapping[str, Any]], style: Style) -> Iterator[str]:
+    """Yield each kind once, with its first paths and its remedy."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for problem in problems:
         kinds.setdefault(problem["kind"], []).append(problem)
     for kind, found in kinds.items():
-        yield from look.row("  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED)
+        yield from style.row("  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED)
         for problem in found[:MOST_PATHS]:
-            yield from look.row("", _told(problem))
+            yield from style.row("", _told(problem))
         if len(found) > MOST_PATHS:
-            yield from look.row("", f"… and {len(found) - MOST_PATHS} more in --json")
+            yield from style.row("", f"… and {len(found) - MOST_PATHS} more in --json")
         remedy = REMEDIES.get(kind)  # type: ignore[call-overload]
         if remedy:
-            yield from look.row("", f"→ {remedy}", colour_of_text=YELLOW)
+            yield from style.row("", f"→ {remedy}", colour_of_text=YELLOW)
 
 
 def _told(problem: Mapping[str, Any]) -> str:
-    """One problem in one line: of a log's tail what looks like the reason."""
+    """Return one problem in one line: of a log's tail what looks like the reason."""
     path, detail = problem["file_path"], str(problem["detail"] or "")
     lines = [line.strip() for line in detail.splitlines() if line.strip()]
     told = " / ".join([line for line in lines if "error" in line.lower()][:3] or lines[-3:])
@@ -185,7 +185,7 @@ def _told(problem: Mapping[str, Any]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One character a value, on a scale from nothing to the largest."""
+    """Draw one character a value, on a scale from zero to the largest."""
     top = max(values, default=0.0)
     return "".join(SPARKS[min(7, int(8 * value / top))] if top else SPARKS[0] for value in values) or "–"
 
@@ -202,9 +202,9 @@ def show(
 ) -> int:
     """Print the status of the agent at `url`; with `watch` again every second until interrupted.
 
-    Returns 0 when it is ready, 1 when it is not, 69 when nobody answers: with `watch`, at the last look.
+    Returns 0 when it is ready, 1 when it is not, 69 when nobody answers: with `watch`, at the last screen.
     """
-    code, drawn = 69, Drawn(out)
+    code, terminal = 69, Terminal(out)
     try:
         while True:
             lines: list[str] = []
@@ -216,25 +216,25 @@ def show(
                     err.write(f"{sorry}\n")
                     err.flush()
                 else:
-                    lines = textwrap.wrap(sorry, look_of(out, environ).columns or len(sorry))
+                    lines = textwrap.wrap(sorry, style_of(out, environ).columns or len(sorry))
             else:
                 code = 0 if report["ready"] else 1
                 if as_json:
                     option = orjson.OPT_INDENT_2 if out.isatty() and not watch else 0
                     lines = [orjson.dumps(report, option=option).decode()]
                 else:
-                    lines = render(report, now=time.time(), look=look_of(out, environ))
-            drawn.draw(lines, again=watch and not as_json)
+                    lines = render(report, now=time.time(), style=style_of(out, environ))
+            terminal.draw(lines, again=watch and not as_json)
             if not watch:
                 return code
             sleep(EVERY)
     except KeyboardInterrupt:
-        drawn.end()
+        terminal.end()
         return code
 
 
-class Drawn:
-    """What stands on the terminal, to be drawn over in place; into a pipe, one screen after another."""
+class Terminal:
+    """What stands on the terminal, to be terminal over in place; into a pipe, one screen after another."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -255,7 +255,7 @@ class Drawn:
             if self._size not in (None, size):
                 home = "\x1b[2J\x1b[H"  # the terminal has wrapped what was there in its own way
             body = "".join(f"\x1b[K{line}\n" for line in lines)
-            # Without automatic wrapping a line that is wider than it looks is cut, and the count stays right.
+            # Without automatic wrapping a line wider than its characters is cut, and the count of lines stays right.
             self._out.write(f"\r{home}\x1b[?7l{body}\x1b[?7h\x1b[J")
             self._height, self._size = len(lines), size
         self._out.flush()
@@ -268,7 +268,7 @@ class Drawn:
 
 
 def _printable(value: Any) -> Any:
-    """`value` without anything that a terminal would take for an order."""
+    """Return `value` without what a terminal would take for a command."""
     if isinstance(value, str):
         return _UNPRINTABLE.sub("", value)
     if isinstance(value, dict):

@@ -44,7 +44,8 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
-from agent.telemetry.metrics import Metrics, get_logger, show_state
+from agent.telemetry.logging import get_logger
+from agent.telemetry.metrics import Metrics, show_state
 
 LOG_LINES = 200
 LOG_RATE = 100

@@ -1,6 +1,6 @@
-"""One picture of the whole agent, put together from its parts for `/status`, `/readyz`, `/metrics` and the heartbeat.
+"""Reports on the whole agent for `/status`, `/readyz`, `/metrics` and the heartbeat.
 
-Reads the parts and changes none of them. The agent's own state is derived here at every look.
+Reads the parts and changes none of them. The agent's state is derived at every reading: a stored one can be wrong.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -24,18 +25,20 @@ from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
-from agent.telemetry.metrics import Metrics, Redactor
+from agent.telemetry.logging import Redactor
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
+
+_PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
     {"drift", "path_refused", "path_unusable", "hmr_unreachable", "shadow_difference"}
 )
-"""Problems that are shown and leave the preview what it should be, as far as this disk can hold it."""
+"""Kinds that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Report(Collector):
-    """Looks at everything; owns nothing. `draining` is set by the daemon alone."""
+    """Reads every part and owns none. `draining` is set by the daemon alone."""
 
     settings: Settings
     sync: Sync
@@ -44,16 +47,15 @@ class Report(Collector):
     link: EventSource
     dev: Supervisor
     problems: Problems
-    metrics: Metrics
     redactor: Redactor
     skew: ClockSkew
     shadow: Shadow | None = None
-    """With SYNC_MODE=shadow: it stands where the dev server is otherwise."""
+    """With SYNC_MODE=shadow: what stands in the dev server's place."""
     draining: bool = False
 
     @property
     def state(self) -> AgentState:
-        """The agent as a whole, now."""
+        """The state of the agent as a whole."""
         return agent_state(
             self.sync_status.phase,
             self.dev.state.value,
@@ -63,13 +65,13 @@ class Report(Collector):
         )
 
     def ready(self) -> bool:
-        """The tree is whole and the preview is served (protocol: /readyz), or compared; degraded still is."""
+        """Return whether the tree is whole and the preview served, or compared in shadow mode."""
         hydrated = self.sync_status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED)
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
     def heartbeat(self, *, bare: bool = False) -> dict[str, object]:
-        """The body of PUT …/status, what is harmful first; `bare`: of the problems their number alone."""
+        """Return the body of PUT …/status, harmful problems first; with `bare` only their number."""
         tree = self.sync.tree
         head = {
             "state": self.state.value,
@@ -83,9 +85,9 @@ class Report(Collector):
         return fitted(head, problems, 0) if bare else fitted(head, problems)
 
     def status(self) -> Mapping[str, object]:
-        """All of it, for people; no secret."""
+        """Return all that is known, for people; no secret."""
         tree = self.sync.tree
-        said: dict[str, object] = {
+        body: dict[str, object] = {
             "state": self.state.value,
             "ready": self.ready(),
             "agent_version": __version__,
@@ -114,80 +116,76 @@ class Report(Collector):
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(self._problems()),
         }
-        clean = self.redactor.value(said)
+        clean = self.redactor.value(body)
         assert isinstance(clean, dict)
         return clean
 
     def why(self) -> str:
-        """One sentence that goes with `ready`."""
+        """Return the sentence that goes with `ready`."""
         kinds = sorted({problem.kind for problem in self._problems()})
         return f"{self.state.value}, dev server {self.dev.state.value}" + (
             f"; {', '.join(kinds)}" if kinds else ""
         )
 
     def collect(self) -> Iterator[Metric]:
-        """The parts' own figures, read at each scrape (a prometheus collector)."""
-        cursor = self.sync.tree.cursor
-        for name, text, value in (
-            ("revision", "Everything up to this revision is on disk.", cursor.revision),
+        """Yield the parts' own figures, read at each scrape (Prometheus' collector protocol)."""
+        link: dict[str, Any] = self.link.report()
+        gauges = [
+            ("revision", "Everything up to this revision is on disk.", self.sync.tree.cursor.revision),
             ("head_revision", "The highest revision heard of.", self.sync.head_revision),
             ("pending_files", "Paths waiting for content by reference.", len(self.sync.pending_paths)),
-            ("queue_depth", "Events received and not yet applied.", self._waiting()),
+            (
+                "queue_depth",
+                "Events received and not yet applied.",
+                self.sync.queue_depth + link["queue_depth"],
+            ),
+        ]
+        if (skew := self._skew_bounds()) is not None:
+            gauges += [
+                (
+                    "clock_skew_seconds",
+                    "The orchestrator's clock minus ours, as the lag is corrected for; absent until it has answered.",
+                    skew.estimate,
+                ),
+                (
+                    "clock_skew_uncertainty_seconds",
+                    "The most by which the skew, and so the lag, may be wrong.",
+                    skew.uncertainty,
+                ),
+            ]
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=value)
+        for name, text, count in (
+            ("clock_jumps", "Suspensions and clock steps noticed.", link["clock_jumps"]),
+            (
+                "watch_renewals",
+                "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
+                self.sync.watch_renewals,
+            ),
         ):
-            yield GaugeMetricFamily(f"preview_agent_{name}", text, value=value)
-        if (known := self._skew_bounds()) is not None:
-            yield GaugeMetricFamily(
-                "preview_agent_clock_skew_seconds",
-                "The orchestrator's clock minus ours, as the lag is corrected for; absent until it has answered.",
-                value=known.estimate,
-            )
-            yield GaugeMetricFamily(
-                "preview_agent_clock_skew_uncertainty_seconds",
-                "The most by which the skew, and so the lag, may be wrong.",
-                value=known.uncertainty,
-            )
-        problems = GaugeMetricFamily("preview_agent_problems", "Open problems.", labels=["kind"])
-        for kind, count in sorted(Counter(problem.kind for problem in self._problems()).items()):
-            problems.add_metric([kind], count)
-        yield problems
-        link = self.link.report()
+            yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)
+        problems = GaugeMetricFamily(f"{_PREFIX}_problems", "Open problems.", labels=["kind"])
+        for kind, number in sorted(Counter(problem.kind for problem in self._problems()).items()):
+            problems.add_metric([kind], number)
         state = GaugeMetricFamily(
-            "preview_agent_link_state", "1 for the state the link is in.", labels=["state"]
+            f"{_PREFIX}_link_state", "1 for the state the link is in.", labels=["state"]
         )
         for each in LinkState:
             state.add_metric([each.value], float(each is self.link.state))
-        yield state
         refusals = CounterMetricFamily(
-            "preview_agent_link_refusals", "Connections and joins turned away.", labels=["reason"]
+            f"{_PREFIX}_link_refusals", "Connections and joins turned away.", labels=["reason"]
         )
-        counted = link["refusals"]
-        assert isinstance(counted, dict)
-        for reason, total in counted.items():
-            refusals.add_metric([str(reason)], total)
-        yield refusals
-        jumps = link["clock_jumps"]
-        assert isinstance(jumps, int)
-        yield CounterMetricFamily(
-            "preview_agent_clock_jumps", "Suspensions and clock steps noticed.", value=jumps
-        )
-        yield CounterMetricFamily(
-            "preview_agent_watch_renewals",
-            "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
-            value=self.sync.watch_renewals,
-        )
+        for reason, number in link["refusals"].items():
+            refusals.add_metric([reason], number)
+        yield from (problems, state, refusals)
         if self.shadow is not None:
             yield from self.shadow.collect()
-
-    def _waiting(self) -> int:
-        queued = self.link.report()["queue_depth"]
-        assert isinstance(queued, int)
-        return self.sync.queue_depth + queued
 
     def _skew_bounds(self) -> Bounds | None:
         return self.skew.bounds(Moment(time.time(), time.monotonic()))
 
     def _clock(self) -> Mapping[str, object] | None:
-        """What is known of the orchestrator's clock; None while nothing is."""
+        """Say what is known of the orchestrator's clock; None before its first answer."""
         known = self._skew_bounds()
         if known is None:
             return None
@@ -209,17 +207,17 @@ class Report(Collector):
         return [*self.problems.open.values(), *self.link.problems(), *self.dev.problems()]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | None]]:
+        """Write problems as they travel, without secrets."""
+
+        def clean(text: str | None) -> str | None:
+            return text and self.redactor.text(text)
+
         return [
-            {key: text and self.redactor.text(text) for key, text in _fields(problem).items()}
+            {
+                "kind": problem.kind,
+                "rule": clean(problem.rule),
+                "file_path": clean(problem.path),
+                "detail": clean(problem.detail),
+            }
             for problem in problems
         ]
-
-
-def _fields(problem: Problem) -> dict[str, str | None]:
-    """As it travels."""
-    return {
-        "kind": problem.kind,
-        "rule": problem.rule,
-        "file_path": problem.path,
-        "detail": problem.detail,
-    }

@@ -1,10 +1,10 @@
-"""`/livez`, `/readyz`, `/status`, `/metrics`: a small HTTP server that reads state and changes nothing.
+"""Serves `/livez`, `/readyz`, `/status` and `/metrics` over HTTP; changes nothing.
 
 Anybody who reaches the machine can ask, the project's own code included, so it tells no secret, reads no more
-than a request line and its headers, keeps no connection, and waits for nobody longer than a few seconds.
+than a request line and its headers, keeps no connection, and waits for no client longer than a few seconds.
 
-`/livez` is 200 while the loop turns and `alive` says so; a stuck loop does not answer at all, which is what a
-liveness probe is for. `/readyz` is 200 or 503, with the reason as its body.
+`/livez` is always 200: a stuck event loop does not answer at all, which is what a liveness probe is for. `/readyz` is
+200 or 503, with the reason as its body.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPStatus
 
 import orjson
@@ -23,13 +23,15 @@ from prometheus_client.exposition import choose_encoder
 from agent import net
 from agent.config import Settings
 from agent.core.errors import SettingsError
+from agent.health.report import Report
 
 PATIENCE = 5.0
-"""Seconds for a request to arrive and for its answer to leave."""
+"""Seconds for a request to arrive and its answer to be sent."""
 MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
 """Connections. A prober and a scraper need two."""
+
 
 Answer = tuple[HTTPStatus, str, bytes]
 _ACCEPT = re.compile(rb"(?im)^accept:[ \t]*([^\r\n]*)")
@@ -39,18 +41,21 @@ TEXT = "text/plain; charset=utf-8"
 
 async def serve(
     settings: Settings,
-    report: Callable[[], Mapping[str, object]],
+    report: Report,
     registry: CollectorRegistry,
-    ready: Callable[[], bool],
     *,
-    alive: Callable[[], bool] = lambda: True,
-    why: Callable[[], str] = lambda: "",
     on_bound: Callable[[int], None] = lambda port: None,
 ) -> None:
-    """Serve until cancelled on HEALTH_HOST and HEALTH_PORT.
+    """Serve on HEALTH_HOST and HEALTH_PORT until cancelled.
 
-    `report` is `/status`; `why` is one sentence that goes with `ready`; `on_bound` gets the port (0 picks one).
-    Raises `SettingsError` when the address cannot be listened on.
+    Args:
+        settings: where to listen.
+        report: what to serve.
+        registry: the metrics.
+        on_bound: called with the port, once it is listened on (HEALTH_PORT=0 picks one).
+
+    Raises:
+        SettingsError: the address cannot be listened on.
     """
     listener = _listen(settings.health_host, settings.health_port)
     open_now = 0
@@ -67,11 +72,7 @@ async def serve(
                         _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
                     else:
                         head = await reader.readuntil(b"\r\n\r\n")
-                        _write(
-                            writer,
-                            answer(head, report, registry, ready, alive, why),
-                            head=head[:5] == b"HEAD ",
-                        )
+                        _write(writer, answer(head, report, registry), head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
             open_now -= 1
@@ -83,15 +84,8 @@ async def serve(
         await server.serve_forever()
 
 
-def answer(
-    request: bytes,
-    report: Callable[[], Mapping[str, object]],
-    registry: CollectorRegistry,
-    ready: Callable[[], bool],
-    alive: Callable[[], bool],
-    why: Callable[[], str],
-) -> Answer:
-    """Status, content type and body for one request's head."""
+def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answer:
+    """Return status, content type and body for one request's head."""
     words = request.split(b"\r\n", 1)[0].split(b" ")
     if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
         return HTTPStatus.BAD_REQUEST, TEXT, b"not HTTP/1\n"
@@ -99,12 +93,15 @@ def answer(
         return HTTPStatus.METHOD_NOT_ALLOWED, TEXT, b"only GET\n"
     match words[1].split(b"?", 1)[0]:
         case b"/livez":
-            return _verdict(alive(), "alive", "stuck")
+            return HTTPStatus.OK, TEXT, b"alive\n"
         case b"/readyz":
-            good = ready()
-            return _verdict(good, "ready", "not ready", why())
+            ready = report.ready()
+            text = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
+            return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, text.encode()
         case b"/status":
-            body = orjson.dumps(report(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            body = orjson.dumps(
+                report.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+            )
             return HTTPStatus.OK, JSON, body
         case b"/metrics":
             accept = _ACCEPT.search(request)
@@ -113,13 +110,8 @@ def answer(
     return HTTPStatus.NOT_FOUND, TEXT, b"/livez /readyz /status /metrics\n"
 
 
-def _verdict(good: bool, yes: str, no: str, reason: str = "") -> Answer:
-    said = (yes if good else no) + (f": {reason}" if reason else "")
-    return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"{said}\n".encode()
-
-
-def _write(writer: asyncio.StreamWriter, given: Answer, *, head: bool = False) -> None:
-    status, kind, body = given
+def _write(writer: asyncio.StreamWriter, answer: Answer, *, head: bool = False) -> None:
+    status, kind, body = answer
     allow = "Allow: GET, HEAD\r\n" if status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     lines = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"

@@ -1,8 +1,8 @@
-"""The body of PUT …/status, never larger than a session API reads. Pure.
+"""Cuts the body of PUT …/status to a size that every session API reads. Pure.
 
-A body that is refused for its size is a heartbeat that did not come: the lease lapses and the session is ended, because
-a dev server said ten long lines. So what is wrong is cut to fit, measured in bytes as they are sent, and the body says
-how much it leaves out; `/status` has all of it.
+A body that is refused for its size is a missed heartbeat: the lease lapses and the session ends, because a dev server
+printed ten long lines. So problems are cut to fit, measured in bytes as sent, and the body counts what it leaves out;
+`/status` has all of it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Problem = Mapping[str, str | None]
 def fitted(
     head: Mapping[str, object], problems: Sequence[Problem], most: int = MOST_BYTES
 ) -> dict[str, object]:
-    """`head` with as many of `problems` as fit into `most` bytes, those cut that are long; the rest is counted.
+    """Return `head` with as many of `problems` as fit into `most` bytes; long ones are cut, the rest is counted.
 
-    The first of every kind comes before the second of any, so that the two hundredth refused path does not hide that
-    the token is refused. The head is said in any case.
+    The first of every kind comes before the second of any, so that two hundred refused paths do not hide a refused
+    token. The head is whole in any case.
     """
     body = {**head, "problems": [], "problems_left_out": len(problems)}
     room = most - len(orjson.dumps(body))
@@ -49,8 +49,8 @@ def fitted(
         if size <= room:
             kept[place] = short
             room -= size
-    told = [kept[place] for place in sorted(kept)]
-    return {**head, "problems": told, "problems_left_out": len(problems) - len(told)}
+    shown = [kept[place] for place in sorted(kept)]
+    return {**head, "problems": shown, "problems_left_out": len(problems) - len(shown)}
 
 
 def _fairly(problems: Sequence[Problem]) -> list[int]:
@@ -71,10 +71,9 @@ def _short(problem: Problem) -> Problem:
 
 
 def cut(text: str, most: int) -> str:
-    """`text` in at most `most` bytes of JSON, quotation marks included: its beginning, what is left out, its end.
+    """Shorten `text` to at most `most` bytes of JSON, quotation marks included: its beginning, a note, its end.
 
-    The end gets more: programs say last what they died of. Half a surrogate pair, which JSON cannot hold, is spelled
-    out.
+    The end gets more: programs print last why they failed. Half a surrogate pair, which JSON cannot hold, is escaped.
     """
     text = text.encode("utf-8", "backslashreplace").decode()
     if (whole := _size(text)) <= most - 2:
@@ -88,7 +87,7 @@ def cut(text: str, most: int) -> str:
 
 
 def _as_many(text: str, most: int) -> str:
-    """The longest beginning of `text` that JSON spells in at most `most` bytes."""
+    """Return the longest beginning of `text` that takes at most `most` bytes of JSON."""
     text = text[:most]
     longest = bisect_right(range(len(text) + 1), most, key=lambda end: _size(text[:end])) - 1
     return text[:longest]

@@ -25,7 +25,7 @@ from agent.link.source import Received, Signal, SignalQueue
 from agent.link.token_refresh import TokenRefresher
 from agent.link.types import DEFAULTS, JOINED_STATES, Cause, LinkSettings, LinkState, LinkStateMachine
 from agent.retry import Backoff, asked_wait
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 from agent.tokens import Token, TokenSource
 
 log = get_logger("link")

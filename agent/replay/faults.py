@@ -1,6 +1,6 @@
-"""What the channel between a database and an agent does to a scenario: disorder, doubles, losses, breaks. Pure.
+"""Injects faults into a scenario: reorders, doubles and drops its events, breaks the channel, kills the agent. Pure.
 
-The same seed gives the same disorder, on every machine.
+The same seed gives the same faults, on every machine.
 """
 
 from __future__ import annotations
@@ -8,23 +8,33 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from agent.replay.scenario import Step
 
 PAUSES = (0.0, 0.0, 0.0, 0.01, 0.1, 0.5)
-"""Seconds between two steps that are shuffled: nothing, less and more than the loop's spacing and its patience with
-a hole (`core.scheduler`)."""
+"""Seconds between two shuffled steps: none, less and more than the scheduler's spacing and its grace for a hole."""
 
-AWAY = 0.1
-"""Share of answers, of what is shuffled, that are 503 instead."""
+UNAVAILABLE_SHARE = 0.1
+"""Share of answers that are 503 instead, when shuffled."""
 
-DELTAS = 0.2
-"""Share of answers, of what is shuffled, that come as a delta snapshot, as those do that are too large for one."""
+DELTA_SHARE = 0.2
+"""Share of answers that come as a delta snapshot, when shuffled, as those do that are too large to be inline."""
 
 
 @dataclass(frozen=True, slots=True)
-class Mischief:
-    """What the channel does to deliveries on top of the scenario's own faults. Probabilities in 0…1."""
+class FaultPlan:
+    """Which faults to inject beside the scenario's own.
+
+    Attributes:
+        seed: reproduces the run.
+        shuffle: whether events come out of order, with pauses, and answers late or not at all.
+        duplicate: probability in 0…1 that an event is delivered twice.
+        drop: probability in 0…1 that an event is not delivered.
+        disconnect: how often the channel breaks.
+        crash: how often the agent is killed.
+        reach: how many events later a shuffled or doubled one may come.
+    """
 
     seed: int = 0
     shuffle: bool = False
@@ -32,9 +42,11 @@ class Mischief:
     drop: float = 0.0
     disconnect: int = 0
     crash: int = 0
-
     reach: int = 5
-    """How many events later a shuffled or doubled one may come."""
+
+
+NO_FAULTS: Final = FaultPlan()
+"""The scenario as it was recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +64,48 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
-    """A fault happens: one of `replay.scenario.FAULTS`, or `crash`."""
+class Fault:
+    """A fault happens: one of `replay.scenario.FAULTS`, or `crash`. `step`: the scenario's own, when it is one."""
 
-    fault: str
+    kind: str
     step: Step | None = None
-    """The scenario's own, when it is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Paused:
+class Pause:
     """Nothing happens for so many seconds."""
 
     seconds: float
 
 
-Happening = Committed | Delivered | Broken | Paused
+Occurrence = Committed | Delivered | Fault | Pause
 
 
-def play(steps: Sequence[Step], mischief: Mischief) -> Iterator[Happening]:
-    """The steps as they happen to an agent: commits in their order, deliveries as the channel would have them.
+def inject(steps: Sequence[Step], plan: FaultPlan) -> Iterator[Occurrence]:
+    """Yield what happens to an agent: commits in their order, deliveries and faults as the plan has them.
 
-    An event is never delivered before it is committed, because the database never says what it has not done.
+    An event is never delivered before it is committed, because the database never broadcasts what it has not done.
     """
-    dice = random.Random(mischief.seed)  # noqa: S311 - a reproducible disorder is the point
+    dice = random.Random(plan.seed)  # noqa: S311 - a reproducible disorder is the point
     waiting: list[tuple[float, Step]] = []
-    extra = _extra_faults(len(steps), mischief, dice)
+    extra = _extra_faults(len(steps), plan, dice)
     lost = 0
     for number, step in enumerate(steps):
-        if mischief.shuffle and (pause := dice.choice(PAUSES)):
-            yield Paused(pause)
-        for fault in extra.get(number, ()):
-            yield Broken(fault)
+        if plan.shuffle and (pause := dice.choice(PAUSES)):
+            yield Pause(pause)
+        for kind in extra.get(number, ()):
+            yield Fault(kind)
         if step.fault is not None:
-            yield Broken(step.fault, step)
+            yield Fault(step.fault, step)
             lost = max(lost, step.lost)
             continue
         yield Committed(step)
         if lost:
             lost -= 1
-        elif dice.random() >= mischief.drop:
-            waiting.append((number + (dice.uniform(0, mischief.reach) if mischief.shuffle else 0), step))
-            if dice.random() < mischief.duplicate:
-                waiting.append((number + dice.uniform(0, mischief.reach), step))
+        elif dice.random() >= plan.drop:
+            waiting.append((number + (dice.uniform(0, plan.reach) if plan.shuffle else 0), step))
+            if dice.random() < plan.duplicate:
+                waiting.append((number + dice.uniform(0, plan.reach), step))
         waiting.sort(key=lambda due: due[0])
         while waiting and waiting[0][0] <= number:
             yield Delivered(waiting.pop(0)[1])
@@ -102,9 +113,9 @@ def play(steps: Sequence[Step], mischief: Mischief) -> Iterator[Happening]:
         yield Delivered(step)
 
 
-def _extra_faults(steps: int, mischief: Mischief, dice: random.Random) -> dict[int, list[str]]:
+def _extra_faults(steps: int, plan: FaultPlan, dice: random.Random) -> dict[int, list[str]]:
     extra: dict[int, list[str]] = {}
-    for fault, times in (("disconnect", mischief.disconnect), ("crash", mischief.crash)):
+    for kind, times in (("disconnect", plan.disconnect), ("crash", plan.crash)):
         for _ in range(times):
-            extra.setdefault(dice.randrange(max(steps, 1)), []).append(fault)
+            extra.setdefault(dice.randrange(max(steps, 1)), []).append(kind)
     return extra

@@ -1,6 +1,6 @@
-"""The agent's lives during a replay: its own loop and disk between ends that a scenario plays.
+"""Runs the agent that the daemon runs, between a source, a disk and a workspace that a replay can make fail.
 
-A life is begun and ended as a process is: what the next one knows is what this one left on the disk.
+One run begins and ends as a process does: what the next run knows is what this one left on the disk.
 """
 
 from __future__ import annotations
@@ -11,54 +11,56 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+
+from agent.config import Settings
 from agent.core.model import Cursor, Operation, Problem, RelPath
-from agent.core.scheduler import Follower
-from agent.devserver.supervisor import Supervisor
+from agent.daemon import Agent, build
 from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk
 from agent.fs.transaction import Outcome
-from agent.link.source import Signal
+from agent.link.source import Resync, Signal
 from agent.link.types import LinkState
-from agent.session_api import SessionApi
-from agent.sync.engine import Sync
-from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems
 
+POLL = 0.05
+"""Seconds between two readings of the dev server's problems and state."""
+
 
 @dataclass(slots=True)
 class ScenarioSource:
-    """An `EventSource` whose other end is the replay: always live, it loses what the scenario says."""
+    """An `EventSource` that a replay feeds: always live, it loses the events that the scenario does."""
 
     waiting: asyncio.Queue[Signal] = field(default_factory=asyncio.Queue)
     state: LinkState = LinkState.LIVE
     since: float = field(default_factory=time.time)
 
     async def run(self) -> None:
-        """Nothing to own."""
+        """Wait: there is no connection to hold."""
         await asyncio.Event().wait()
 
     async def receive(self) -> Signal:
-        """The next signal, in order."""
+        """Return the next signal; waits for one."""
         return await self.waiting.get()
 
     def receive_now(self) -> Signal | None:
-        """The next signal if one is waiting."""
+        """Return the next signal if one waits."""
         return None if self.waiting.empty() else self.waiting.get_nowait()
 
     def caught_up(self) -> None:
-        """The link has no state here."""
+        """Do nothing: the state does not change."""
 
     def suspect(self, reason: str) -> None:
-        """Nothing: the link is never deaf here."""
+        """Do nothing: there is no connection to replace."""
 
     def problems(self) -> tuple[Problem, ...]:
-        """None."""
+        """Return no problem."""
         return ()
 
     def report(self) -> dict[str, object]:
-        """As a real link's, as far as there is one."""
+        """Return what every source reports."""
         return {
             "state": "replay",
             "why": "a scenario is played",
@@ -69,25 +71,25 @@ class ScenarioSource:
 
 
 class FullDisk(Disk):
-    """A disk that is full for the next `failures` batches: everything is undone, as `ENOSPC` has it."""
+    """A disk that is full for the next `failures` transactions: each is undone, as after `ENOSPC`."""
 
     failures = 0
 
     def apply(
         self, operations: Sequence[Operation], known: Mapping[RelPath, FileStat], **options: Any
     ) -> Outcome:
-        """As `Disk.apply`, unless it is full."""
+        """Apply as `Disk` does, unless it is full."""
         if operations and self.failures:
             self.failures -= 1
             return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
         return super().apply(operations, known, **options)
 
 
-class Noted(Problems):
-    """Problems of which is remembered that they were there; `kinds` outlives the life."""
+class RememberedProblems(Problems):
+    """Problems whose kinds are kept in `kinds` when they are over, and when the run is."""
 
-    def __init__(self, metrics: Metrics, kinds: set[str]) -> None:
-        super().__init__(metrics)
+    def __init__(self, kinds: set[str]) -> None:
+        super().__init__(Metrics())
         self.kinds = kinds
 
     def add(self, problem: Problem) -> None:
@@ -96,49 +98,99 @@ class Noted(Problems):
         super().add(problem)
 
 
-class Killable(Workspace):
-    """A workspace whose life may end without a farewell."""
+class KillableWorkspace(Workspace):
+    """A workspace that records nothing once it is `killed`, as after SIGKILL."""
 
     killed = False
 
     def close(self, cursor: Cursor) -> None:
-        """Record, unless this life was killed."""
+        """Record and clear the staging directory, unless killed."""
         if not self.killed:
             super().close(cursor)
 
     def record(self, cursor: Cursor) -> None:
-        """Record, unless this life was killed."""
+        """Record, unless killed."""
         if not self.killed:
             super().record(cursor)
 
 
 @dataclass(slots=True)
-class Life:
-    """One life of the agent, from its start to its end."""
+class AgentRun:
+    """One run of the agent, from its start to its end. `dev_server`: whether the project's is run too."""
 
+    agent: Agent
     source: ScenarioSource
     disk: FullDisk
-    ledger: Ledger
-    workspace: Killable
-    follower: Follower
-    sync: Sync
-    api: SessionApi
-    dev: Supervisor | None
+    kinds: set[str]
+    dev_server: bool
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    def look(self) -> None:
+    @classmethod
+    async def start(
+        cls,
+        settings: Settings,
+        *,
+        http: httpx.AsyncClient,
+        kinds: set[str],
+        environ: Mapping[str, str] | None,
+        simulated: bool,
+    ) -> AgentRun:
+        """Start the agent and wait until its tree is whole.
+
+        Args:
+            settings: of the agent.
+            http: answers its requests.
+            kinds: gets the kinds of all problems that were ever open.
+            environ: of the dev server; None: none is run.
+            simulated: whether the event loop's clock jumps.
+
+        Raises:
+            AgentError: what ended it before the tree was whole.
+        """
+        source, disk = ScenarioSource(), FullDisk(settings.project_dir, settings.staging)
+        source.waiting.put_nowait(Resync("joined"))
+        agent = build(
+            settings,
+            environ=environ or {},
+            http=http,
+            source=source,
+            disk=disk,
+            problems=RememberedProblems(kinds),
+            workspace_type=KillableWorkspace,
+            drift_policy="off" if simulated else None,
+            clock=asyncio.get_running_loop().time,
+        )
+        run = cls(agent, source, disk, kinds, dev_server=environ is not None)
+        run.tasks.append(asyncio.create_task(agent.sync.run(), name="sync"))
+        if run.dev_server:
+            run.tasks.append(asyncio.create_task(agent.supervisor.run(), name="dev-server"))
+            run.tasks.append(asyncio.create_task(run._remember_problems(), name="problems"))
+        hydrated = asyncio.create_task(agent.hydrated.wait())
+        await asyncio.wait([hydrated, *run.tasks], return_when=asyncio.FIRST_COMPLETED)
+        hydrated.cancel()
+        run.check()
+        return run
+
+    async def _remember_problems(self) -> None:
+        while True:
+            self.kinds.update(problem.kind for problem in self.agent.supervisor.problems())
+            await asyncio.sleep(POLL)
+
+    def check(self) -> None:
         """Raise what ended one of its tasks."""
         for task in self.tasks:
             if task.done():
                 task.result()
 
-    async def end(self) -> None:
-        """Stop it. Raises what it had died of."""
+    async def end(self, *, killed: bool = False) -> None:
+        """Stop it, `killed` without recording anything. Raises what it had died of."""
+        workspace = self.agent.workspace
+        assert isinstance(workspace, KillableWorkspace)
+        workspace.killed = killed
         for task in self.tasks:
             task.cancel()
         results = await asyncio.gather(*self.tasks, return_exceptions=True)
-        self.disk.close()
-        self.ledger.close()
+        self.agent.close()
         for result in results:
             if isinstance(result, Exception):
                 raise result

@@ -1,7 +1,7 @@
-"""Write a scenario from a live channel: the snapshot to begin with, and every event as it came.
+"""Writes a scenario from a live channel: the snapshot to begin with, and every event as it came.
 
 Needs what `run` needs of the environment. The scenario must stand by itself, so what the channel did not bring is
-fetched from the database and written as an event that was lost: a hole in the revisions, what was said while the
+fetched from the database and written as a lost event: a hole in the revisions, what was sent while the
 connection was down, content by reference that has changed again since, the true files of another epoch. It ends with
 Ctrl-C or after `seconds`, and only then is the expectation known and the header written.
 """
@@ -15,21 +15,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
-import orjson
 
 from agent.config import Settings
 from agent.core.errors import MalformedMessage, PathRefused, SettingsError, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer, read_event
-from agent.core.model import Change, Commit, RelPath, digest_of
-from agent.link.realtime import realtime_link
-from agent.link.source import EventSource, Received, Resync
+from agent.core.model import Change, Commit, Manifest, RelPath, digest_of
+from agent.daemon import realtime, session_api, tokens_of
+from agent.link.source import Received, Resync
 from agent.net import exchange, read_whole
-from agent.replay.scenario import FORMAT, Log, Scenario, read_scenario
-from agent.replay.scenario_file import files_of, manifest_of
-from agent.session_api import SessionApi
-from agent.tokens import Tokens
+from agent.replay.scenario import Expect, Log, Scenario, Step, write_scenario
+from agent.replay.scenario_file import read_archive
 
 JOIN_SECONDS = 60.0
 """How long the first join may take before the recording is given up."""
@@ -44,8 +42,9 @@ class Recorder:
     def __init__(
         self, settings: Settings, path: Path, say: Callable[[str], None], http: httpx.AsyncClient
     ) -> None:
-        """Raises `SettingsError` when the settings do not say where to listen and ask."""
-        if settings.session_api_url is None or settings.realtime_url is None:
+        """Raises `SettingsError` without SESSION_API_URL."""
+        api = session_api(settings, tokens_of(settings), http)
+        if api is None:
             raise SettingsError(
                 ["recording needs SESSION_API_URL, to ask for what the channel does not bring"]
             )
@@ -53,16 +52,12 @@ class Recorder:
         self._say = say
         self._http = http
         self._most_bytes = settings.snapshot_max_compressed_bytes
-        self._lines: list[dict[str, object]] = []
+        self._steps: list[Step] = []
         self._behind = False
-        first, key = settings.realtime_token, settings.realtime_api_key
-        tokens = Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
-        self._api = SessionApi(settings.session_api_url, settings.session_id, tokens, http)
-        topic = f"realtime:project:{settings.project_id}"
-        self._link: EventSource = realtime_link(
-            settings.realtime_url, key.get_secret_value() if key else None, topic, self._api
-        )
+        self._api = api
+        self._link = realtime(settings, api)
         self._log = Log(str(settings.project_id), "", 0, {})
+        self._begun = ("", 0)
         self._started = 0.0
 
     async def run(self, seconds: float | None) -> Scenario:
@@ -104,12 +99,9 @@ class Recorder:
         if not isinstance(offer, SnapshotOffer):
             raise MalformedMessage("sync answer", "no snapshot was offered")
         archive = await self._fetch(offer.snapshot_url)
-        manifest = manifest_of(archive)
-        if manifest is None:
-            raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
-        self._log = Log(
-            manifest["project_id"], manifest["epoch"], int(manifest["revision"]), files_of(archive)
-        )
+        manifest, files = _read(archive)
+        self._begun = (manifest.epoch, manifest.revision)
+        self._log = Log(manifest.project_id, *self._begun, files)
         return archive
 
     async def _fetch(self, url: str) -> bytes:
@@ -121,7 +113,7 @@ class Recorder:
         except httpx.HTTPError as error:
             raise Unavailable("the snapshot", type(error).__name__) from None
 
-    # --- what comes
+    # --- what the channel brings
 
     async def _take(self, heard: Received | Resync) -> None:
         if isinstance(heard, Resync):
@@ -142,11 +134,14 @@ class Recorder:
                 await self._fill("a hole", below=read.revision)
             if read.revision > self._log.revision:
                 contents = await self._contents(read)
-        self._append(heard.event, heard.payload, contents)
+        self._append(Step(self._at_ms(), heard.event, unsigned(heard.payload), contents))
         self._say(f"{self._at_ms() / 1000:8.3f} s  {heard.event}")
 
     async def _contents(self, read: Commit) -> dict[RelPath, bytes]:
-        """The bytes that the event only refers to; none when the database has moved on, and then it says to what."""
+        """Fetch the bytes that an event only refers to.
+
+        Empty when the database has moved on; what it has moved on to is then written first.
+        """
         wanted = {change.path: change.digest for change in read.changes if change.by_reference}
         if not wanted or read.epoch is None or read.revision is None:
             return {}
@@ -156,7 +151,7 @@ class Recorder:
             if isinstance(answer, Changes):
                 found = {c.path: c.content for c in answer.changes if c.content is not None}
             elif isinstance(answer, SnapshotOffer):
-                found = files_of(await self._fetch(answer.snapshot_url))
+                found = _read(await self._fetch(answer.snapshot_url))[1]
         except (Unavailable, MalformedMessage):
             self._behind = True
         contents = {path: found[path] for path in wanted if path in found}
@@ -165,12 +160,15 @@ class Recorder:
         await self._fill("content that has changed again", below=read.revision + 1)
         return {}
 
-    # --- what did not come
+    # --- what it did not bring
 
     async def _fill(self, why: str, *, below: int | None = None, fault: bool = False) -> None:
-        """Ask for everything above what is written and write it as one event that was lost.
+        """Ask for everything above what is written, and write it as one lost event.
 
-        `below`: an event of this revision is to be written next. `fault`: the connection broke, whatever the answer.
+        Args:
+            why: for the person who watches.
+            below: an event of this revision is to be written next.
+            fault: the connection broke; written whatever the answer.
         """
         try:
             changes, epoch, revision = await self._missing()
@@ -184,93 +182,70 @@ class Recorder:
             revision = min(revision, below - 1)
         lost = (epoch, revision) != (self._log.epoch, self._log.revision)
         if fault or lost:
-            step: dict[str, object] = {"at_ms": self._at_ms(), "fault": "disconnect"}
-            self._lines.append({**step, "lost": 1} if lost else step)
+            self._append(Step(self._at_ms(), fault="disconnect", lost=int(lost)))
         if lost:
             stamp = datetime.now(UTC).isoformat()
             files = [_item(change) for change in changes]
-            self._append(
-                "bulk:apply", {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}, {}
-            )
+            payload = {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}
+            self._append(Step(self._at_ms(), "bulk:apply", payload))
             why = f"{why}: {len(files)} files up to revision {revision}"
         if fault or lost:
             self._say(f"{self._at_ms() / 1000:8.3f} s  {why}")
 
     async def _missing(self) -> tuple[Iterable[Change], str, int]:
-        """What the database has above what is written, and where it stands."""
+        """Fetch what the database has above what is written; its epoch and revision."""
         answer = await self._api.sync(self._log.epoch, self._log.revision, "gap")
         if isinstance(answer, Current):
             return (), answer.epoch, answer.revision
         if isinstance(answer, Changes):
             return answer.changes, answer.epoch, answer.revision
-        archive = await self._fetch(answer.snapshot_url)
-        manifest, files = manifest_of(archive), files_of(archive)
-        if manifest is None:
-            raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
-        versions = {item["file_path"]: int(item["version"]) for item in manifest["files"]}
+        manifest, files = _read(await self._fetch(answer.snapshot_url))
+        versions = {path: entry.version for path, entry in manifest.files.items()}
         known = {path: (row.version, row.content) for path, row in self._log.rows.items()}
         changes = [
             Change(path, digest_of(content), versions[path], content)
             for path, content in files.items()
             if known.get(path) != (versions[path], content)
         ]
-        if manifest.get("base_revision") is None:
+        if manifest.base_revision is None:
             gone = self._log.files().keys() - files.keys()
             changes += [Change(path, None, self._log.rows[path].version + 1) for path in sorted(gone)]
         else:
-            changes += [
-                Change(RelPath(item["file_path"]), None, int(item["version"])) for item in manifest["deleted"]
-            ]
-        return changes, manifest["epoch"], int(manifest["revision"])
+            changes += [Change(RelPath(path), None, version) for path, version in manifest.deleted.items()]
+        return changes, manifest.epoch, manifest.revision
 
     # --- what is written
 
-    def _append(self, event: str, payload: Mapping[str, object], contents: Mapping[RelPath, bytes]) -> None:
-        line: dict[str, object] = {"at_ms": self._at_ms(), "event": event, "payload": unsigned(payload)}
-        if contents:
-            line["bytes"] = {path: base64.b64encode(each).decode() for path, each in contents.items()}
-        self._lines.append(line)
-        step = read_scenario(_lines([_header(self._log, "x.zip"), line])).steps[0]
-        self._log.commit(step, str(self._path))
+    def _append(self, step: Step) -> None:
+        self._steps.append(step)
+        if step.event is not None:
+            self._log.commit(step, str(self._path))
 
     def _at_ms(self) -> int:
         return round((time.monotonic() - self._started) * 1000)
 
     def _write(self, archive: bytes, *, known: bool) -> Scenario:
-        manifest = manifest_of(archive)
-        assert manifest is not None
+        """Write the scenario and the snapshot beside it; `known`: whether the end is."""
         snapshot = self._path.with_suffix(".zip")
-        header = {
-            **_header(self._log, snapshot.name),
-            "epoch": manifest["epoch"],
-            "revision": manifest["revision"],
-        }
-        if known:
-            header["expect"] = {"tree_hash": self._log.head()["tree_hash"]}
-        text = _lines([header, *self._lines])
+        expect = Expect(self._log.head()["tree_hash"]) if known else None
+        scenario = Scenario(self._log.project_id, *self._begun, snapshot.name, tuple(self._steps), expect)
+        text = write_scenario(scenario)
         for path, content in ((snapshot, archive), (self._path, text.encode())):
             unfinished = path.with_name(f"{path.name}.part")
             unfinished.write_bytes(content)
             unfinished.replace(path)
-        return read_scenario(text, str(self._path))
+        return scenario
 
 
-def _header(log: Log, snapshot: str) -> dict[str, object]:
-    return {
-        "scenario": FORMAT,
-        "project_id": log.project_id,
-        "epoch": log.epoch,
-        "revision": log.revision,
-        "snapshot": snapshot,
-    }
-
-
-def _lines(lines: Iterable[Mapping[str, object]]) -> str:
-    return "".join(f"{orjson.dumps(line).decode()}\n" for line in lines)
+def _read(archive: bytes) -> tuple[Manifest, dict[RelPath, bytes]]:
+    manifest, files = read_archive(archive)
+    if manifest is None:
+        raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
+    return manifest, files
 
 
 def _item(change: Change) -> dict[str, object]:
-    """One change as a bulk carries it."""
+    """Write a change as `bulk:apply` carries it."""
     if change.content is None:
         return {"action": "delete", "file_path": change.path, "version": change.version}
     return {
@@ -285,9 +260,9 @@ def _item(change: Change) -> dict[str, object]:
 
 
 def record(settings: Settings, path: Path, seconds: float | None, say: Callable[[str], None]) -> int:
-    """The command: record until Ctrl-C or for `seconds`; 0 when a scenario was written whole.
+    """Record until Ctrl-C or for `seconds`; return the exit code, 0 when a scenario was written whole.
 
-    Raises `SettingsError` when it cannot be written where it should go, before anything is recorded.
+    Raises `SettingsError`, before anything is recorded, when it cannot be written to `path`.
     """
     if not path.parent.is_dir():
         raise SettingsError([f"cannot record into {path}: there is no directory {path.parent}"])
@@ -318,9 +293,7 @@ def record(settings: Settings, path: Path, seconds: float | None, say: Callable[
     return 0
 
 
-def unsigned(payload: Mapping[str, object]) -> Mapping[str, object]:
-    """`payload` without the signature of a snapshot's URL: a scenario is kept and shared, and replay needs only that an
-    offer was made.
-    """
+def unsigned(payload: dict[str, Any]) -> dict[str, Any]:
+    """Return `payload` without the signature of a snapshot's URL: a scenario is kept and shared."""
     url = payload.get("snapshot_url")
     return {**payload, "snapshot_url": url.partition("?")[0]} if isinstance(url, str) else payload

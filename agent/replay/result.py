@@ -1,7 +1,6 @@
-"""How replays ended, against what was expected: for a person, as JSON, and as the JUnit XML of CI services. Pure.
+"""Says how replays ended: for a person, as JSON, and as the JUnit XML of CI services. Pure.
 
-What stands in files and events is shown with its control characters written out: it may be anything, and goes to
-terminals and into XML.
+Control characters of files and events are written out: what is shown goes to terminals and into XML.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 import orjson
 
 from agent.core.model import RelPath, digest_of
-from agent.replay.faults import Mischief
+from agent.replay.faults import FaultPlan
 
 MOST_LINES = 60
 """Lines of differences printed; a tree that is all wrong needs no thousand."""
@@ -53,7 +52,7 @@ class Result:
         return not self.differences and self.unreadable is None
 
     def line(self) -> str:
-        """One line for a person."""
+        """Return one line for a person."""
         if self.unreadable is not None:
             return f"UNREADABLE  {printable(self.unreadable)}"
         what = (
@@ -63,7 +62,7 @@ class Result:
         return f"{'ok' if self.ok else 'NOT EQUAL'}  {self.name}: {what}, {self.seconds:.2f} s"
 
     def lines(self) -> Iterator[str]:
-        """The line and what differs, as much as a person reads."""
+        """Yield that line, then what differs, as much as a person reads."""
         yield self.line()
         for line in self.differences[:MOST_LINES]:
             yield f"    {line}"
@@ -72,12 +71,12 @@ class Result:
 
 
 def printable(text: str) -> str:
-    """`text` with what neither terminals nor XML should get written out."""
+    """Return `text` with what neither terminals nor XML should get written out."""
     return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def compare(here: Mapping[RelPath, bytes], wanted: Mapping[RelPath, bytes]) -> list[str]:
-    """What is not as it should be, as lines of a diff: `-` is wanted, `+` is what is there."""
+    """Return what differs as lines of a diff: `-` is wanted, `+` is what is there."""
     lines: list[str] = []
     for path in sorted(here.keys() | wanted.keys()):
         is_there, should_be = here.get(path), wanted.get(path)
@@ -116,20 +115,20 @@ def _diff(here: bytes, wanted: bytes) -> Iterator[str]:
     yield f"    they part at byte {min(len(here), len(wanted)) if at is None else at}"
 
 
-def as_json(results: Sequence[Result], mischief: Mischief) -> bytes:
-    """The report for programs."""
-    body = {"mischief": asdict(mischief), "results": [{**asdict(r), "ok": r.ok} for r in results]}
+def as_json(results: Sequence[Result], plan: FaultPlan) -> bytes:
+    """Return the report for programs."""
+    body = {"faults": asdict(plan), "results": [{**asdict(r), "ok": r.ok} for r in results]}
     return orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
-def as_junit(results: Sequence[Result], mischief: Mischief) -> str:
-    """The report in the form that CI services read."""
+def as_junit(results: Sequence[Result], plan: FaultPlan) -> str:
+    """Return the report in the form that CI services read."""
     suite = Element("testsuite", name="preview-agent replay", tests=str(len(results)))
     suite.set("failures", str(sum(1 for result in results if result.differences)))
     suite.set("errors", str(sum(1 for result in results if result.unreadable is not None)))
     suite.set("time", f"{sum(result.seconds for result in results):.3f}")
     properties = SubElement(suite, "properties")
-    for name, value in asdict(mischief).items():
+    for name, value in asdict(plan).items():
         SubElement(properties, "property", name=name, value=str(value))
     for result in results:
         case = SubElement(

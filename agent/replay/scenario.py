@@ -1,4 +1,4 @@
-"""A recorded piece of a project's life: where it began, what was said, what broke, and how it should end. Pure.
+"""Reads a scenario, a recorded part of a project's history: the snapshot, the events, the faults, the end. Pure.
 
 JSON Lines: a header, then steps in order (protocol: Replay scenario). The scenario is also the log: `Log` commits its
 events as the database did, whether or not they are delivered, and answers catch-up from them. What an event does not
@@ -12,46 +12,68 @@ carry (content by reference, the true bytes behind a wrong hash) stands beside i
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-import orjson
+import msgspec
+from msgspec import Meta, Struct, field, structs
 
 from agent.core.errors import MalformedMessage, PathRefused
 from agent.core.messages import SNAPSHOT_FORMAT, read_event
 from agent.core.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
 
 FAULTS = ("disconnect", "expire_token", "disk_full", "restart_agent")
-FORMAT = 1
+FORMAT: Literal[1] = 1
+
+T = TypeVar("T")
 
 INLINE_LIMIT = 1_000_000
 """Bytes of content that a sync answer carries; above it a snapshot is the answer, as the orchestrator does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Expect:
-    """How the tree should be at the end. `files` None: the hash alone tells."""
+Count = Annotated[int, Meta(ge=0)]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+class Expect(Struct, frozen=True, omit_defaults=True):
+    """How the tree should be at the end. `files` None: only its hash is known."""
 
     tree_hash: str
-    files: Mapping[RelPath, str] | None = None
+    files: dict[RelPath, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One event or one fault, `at_ms` milliseconds after the beginning."""
+class Step(Struct, frozen=True, omit_defaults=True):
+    """One event or one fault.
 
-    at_ms: int
+    Attributes:
+        at_ms: milliseconds after the beginning.
+        contents: bytes that the event does not carry.
+        lost: how many events after this fault are not delivered.
+        line: where it stands in the file, for messages.
+    """
+
+    at_ms: Count
     event: str | None = None
-    payload: Mapping[str, Any] = field(default_factory=dict)
-    contents: Mapping[RelPath, bytes] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict)
+    contents: dict[RelPath, bytes] = field(default_factory=dict, name="bytes")
     fault: str | None = None
-    lost: int = 0
-    """Events after this fault that are not delivered."""
+    lost: Count = 0
     line: int = 0
-    """Where it stands in the file, for messages."""
+
+
+class _Files(Struct):
+    files: dict[RelPath, str]
+
+
+class _Header(Struct, omit_defaults=True):
+    scenario: Literal[1]
+    project_id: Text
+    epoch: Text
+    revision: Count
+    snapshot: str | _Files
+    expect: Expect | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,111 +90,83 @@ class Scenario:
 
 def read_scenario(text: str, name: str = "scenario") -> Scenario:
     """Parse a scenario; `name` is how its author knows it. Raises `MalformedMessage` naming the line."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(f"{name}, line {n}", n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise MalformedMessage(name, "it is empty")
-    reader = _Reader(name)
-    scenario = reader.header(*lines[0])
-    steps = [reader.step(number, line) for number, line in lines[1:]]
+    (top, _, first), *others = lines
+    header = _decoded(top, first, _Header)
+    steps = [_step(where, n, line) for where, n, line in others]
     for before, after in pairwise(steps):
         if after.at_ms < before.at_ms:
             where = f"{name}, line {after.line}"
             raise MalformedMessage(where, f"at_ms is {after.at_ms}, before that of the step above it")
-    return replace(scenario, steps=tuple(steps))
+    return Scenario(
+        header.project_id,
+        header.epoch,
+        header.revision,
+        _snapshot(top, header.snapshot),
+        tuple(steps),
+        _expect(top, header.expect),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Takes lines apart, and says which one and what about it when that cannot be done."""
+def write_scenario(scenario: Scenario) -> str:
+    """Return the lines that `read_scenario` reads as `scenario`, whose snapshot is a zip beside it."""
+    assert isinstance(scenario.snapshot, str)
+    header = _Header(
+        FORMAT, scenario.project_id, scenario.epoch, scenario.revision, scenario.snapshot, scenario.expect
+    )
+    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in (header, *scenario.steps))
 
-    name: str
 
-    def header(self, number: int, line: str) -> Scenario:
-        where, given = self._object(number, line)
-        if given.get("scenario") != FORMAT:
-            found = given.get("scenario")
-            raise MalformedMessage(where, f"scenario is {found!r}; a header with {FORMAT} is the first line")
-        for key in ("project_id", "epoch"):
-            if not isinstance(given.get(key), str) or not given[key]:
-                raise MalformedMessage(where, f"{key} is missing or not text")
-        return Scenario(
-            project_id=given["project_id"],
-            epoch=given["epoch"],
-            revision=_whole(where, given, "revision"),
-            snapshot=self._snapshot(where, given.get("snapshot")),
-            steps=(),
-            expect=None if given.get("expect") is None else self._expect(where, given["expect"]),
-        )
+def _decoded(where: str, line: str, form: type[T]) -> T:
+    try:
+        return msgspec.json.decode(line, type=form)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        kind = "the header, which is the first line" if form is _Header else "a step"
+        raise MalformedMessage(where, f"not {kind}: {error}") from None
 
-    def step(self, number: int, line: str) -> Step:
-        where, given = self._object(number, line)
-        at_ms, event, fault = _whole(where, given, "at_ms"), given.get("event"), given.get("fault")
-        if (event is None) == (fault is None):
-            raise MalformedMessage(where, "a step has either an event or a fault")
-        if fault is not None:
-            if fault not in FAULTS:
-                raise MalformedMessage(where, f"fault {fault!r} is none of {', '.join(FAULTS)}")
-            lost = _whole(where, given, "lost") if "lost" in given else 0
-            return Step(at_ms, fault=fault, lost=lost, line=number)
-        if not isinstance(event, str) or not isinstance(given.get("payload"), dict):
-            raise MalformedMessage(where, "an event has a name and a payload, an object")
-        try:
-            contents = {
-                parse_path(path): base64.b64decode(coded, validate=True)
-                for path, coded in given.get("bytes", {}).items()
-            }
-        except (binascii.Error, AttributeError, TypeError, ValueError, PathRefused) as error:
-            raise MalformedMessage(where, f"bytes is not an object of paths and base64: {error}") from None
-        return Step(at_ms, event, given["payload"], contents, line=number)
 
-    def _object(self, number: int, line: str) -> tuple[str, dict[str, Any]]:
-        where = f"{self.name}, line {number}"
-        try:
-            parsed = orjson.loads(line)
-        except ValueError as error:
-            raise MalformedMessage(where, f"not JSON: {error}") from None
-        if not isinstance(parsed, dict):
-            raise MalformedMessage(where, "not an object")
-        return where, parsed
+def _snapshot(where: str, given: str | _Files) -> Mapping[RelPath, bytes] | str:
+    if isinstance(given, _Files):
+        _admit(where, "snapshot", given.files)
+        return {path: text.encode() for path, text in given.files.items()}
+    if given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
+        raise MalformedMessage(where, "snapshot is neither files nor the name of a zip beside the scenario")
+    return given
 
-    def _snapshot(self, where: str, given: Any) -> Mapping[RelPath, bytes] | str:
-        if isinstance(given, str) and given not in ("", ".", "..") and not {"/", "\\", "\0"} & set(given):
-            return given
-        if not isinstance(given, dict) or not isinstance(given.get("files"), dict):
-            reason = "snapshot is neither the name of a zip beside the scenario nor an object with files"
-            raise MalformedMessage(where, reason)
-        return {path: text.encode() for path, text in self._files(where, "snapshot", given["files"]).items()}
 
-    def _expect(self, where: str, given: Any) -> Expect:
-        if not isinstance(given, dict) or not isinstance(given.get("tree_hash"), str):
-            raise MalformedMessage(where, "expect has no tree_hash")
-        if given.get("files") is None:
-            return Expect(given["tree_hash"])
-        files = self._files(where, "expect", given["files"])
-        true = tree_hash({path: digest_of(text.encode()) for path, text in files.items()})
-        if true != given["tree_hash"]:
+def _expect(where: str, given: Expect | None) -> Expect | None:
+    if given is not None and given.files is not None:
+        _admit(where, "expect", given.files)
+        true = tree_hash({path: digest_of(text.encode()) for path, text in given.files.items()})
+        if true != given.tree_hash:
             raise MalformedMessage(where, f"expect's tree_hash is not that of its files, which is {true}")
-        return Expect(given["tree_hash"], files)
-
-    def _files(self, where: str, what: str, given: Any) -> dict[RelPath, str]:
-        if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
-            raise MalformedMessage(where, f"the files of {what} are not an object of paths and texts")
-        try:
-            return {parse_path(path): text for path, text in given.items()}
-        except PathRefused as refused:
-            raise MalformedMessage(where, f"in {what}: {refused}") from None
+    return given
 
 
-def _whole(where: str, given: Mapping[str, Any], key: str) -> int:
-    value = given.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MalformedMessage(where, f"{key} is not a whole number of at least 0")
-    return value
+def _step(where: str, number: int, line: str) -> Step:
+    step = _decoded(where, line, Step)
+    if (step.event is None) == (step.fault is None):
+        raise MalformedMessage(where, "a step has either an event or a fault")
+    if step.fault not in (None, *FAULTS):
+        raise MalformedMessage(where, f"fault {step.fault!r} is none of {', '.join(FAULTS)}")
+    _admit(where, "bytes", step.contents)
+    return structs.replace(step, line=number)
+
+
+def _admit(where: str, what: str, paths: Iterable[str]) -> None:
+    """Raise `MalformedMessage` when one of `paths` is none that may be written."""
+    try:
+        for path in paths:
+            parse_path(path)
+    except PathRefused as refused:
+        raise MalformedMessage(where, f"in {what}: {refused}") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One path as the log has it; `content` None: deleted."""
+    """One path in the log; `content` None: deleted."""
 
     version: int
     content: bytes | None
@@ -185,7 +179,7 @@ class Row:
 
 
 class Log:
-    """The database of a replay: what was committed so far, and the answers that follow from it."""
+    """Stands for the database: holds what was committed so far, and answers catch-ups from it."""
 
     def __init__(self, project_id: str, epoch: str, revision: int, files: Mapping[RelPath, bytes]) -> None:
         self.project_id = project_id
@@ -195,7 +189,7 @@ class Log:
         self._past: set[str] = set()
 
     def commit(self, step: Step, name: str = "scenario") -> None:
-        """Take a step's event as committed. What no database says (junk, no revision, an epoch that is over) is not.
+        """Commit a step's event; one that no database sends (junk, no revision, a past epoch) is ignored.
 
         Raises `MalformedMessage` when bytes that the event does not carry are not in the scenario either.
         """
@@ -234,16 +228,16 @@ class Log:
         self.rows[change.path] = Row(version, content, change.executable, self.revision)
 
     def files(self) -> dict[RelPath, bytes]:
-        """The current tree."""
+        """Return the current tree."""
         return {path: row.content for path, row in self.rows.items() if row.content is not None}
 
     def head(self) -> dict[str, Any]:
-        """As the status answer says it."""
+        """Return the head as the answer of PUT …/status says it."""
         digests = {path: digest_of(content) for path, content in self.files().items()}
         return {"epoch": self.epoch, "revision": self.revision, "tree_hash": tree_hash(digests)}
 
     def answer(self, request: Mapping[str, Any], snapshot_url: str) -> dict[str, Any]:
-        """The answer of POST …/sync."""
+        """Return the answer of POST …/sync."""
         epoch, revision = request.get("epoch"), int(request.get("revision") or 0)
         paths = {RelPath(path) for path in request.get("paths") or ()}
         full = request.get("reason") in ("tree_hash", "snapshot_rejected")
@@ -278,7 +272,7 @@ class Log:
         }
 
     def manifest(self, base: int | None = None) -> dict[str, Any]:
-        """Of a full snapshot, now; with `base` of a delta for a tree at or above that revision."""
+        """Return the manifest of a full snapshot; with `base`, of a delta for a tree at or above that revision."""
         rows = {path: row for path, row in self.rows.items() if base is None or row.revision > base}
         return {
             "format": SNAPSHOT_FORMAT,

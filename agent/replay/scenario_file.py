@@ -1,4 +1,4 @@
-"""A scenario on disk: its lines, and the snapshot beside them, read whole or refused with file, line and reason."""
+"""Reads a scenario from disk, and the snapshot beside it; whole, or refused with file, line and reason."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from agent.core.errors import MalformedMessage, PathRefused
-from agent.core.messages import MANIFEST_PATH, read_manifest
-from agent.core.model import RelPath, digest_of
+from agent.core.messages import MANIFEST_PATH, decode_manifest
+from agent.core.model import Manifest, RelPath, digest_of
 from agent.replay.scenario import Log, Scenario, read_scenario
 
 
@@ -28,7 +25,7 @@ class Loaded:
 
 
 def load(path: Path) -> Loaded:
-    """The scenario at `path` with the snapshot beside it. Raises `MalformedMessage` naming file and line."""
+    """Read the scenario at `path` with the snapshot beside it. Raises `MalformedMessage` naming file and line."""
     try:
         scenario = read_scenario(path.read_text("utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -36,7 +33,7 @@ def load(path: Path) -> Loaded:
         raise MalformedMessage(str(path), reason or str(error)) from None
     if isinstance(scenario.snapshot, str):
         archive = _read_archive(path, scenario.snapshot)
-        loaded = Loaded(scenario, files_of(archive, f"{path}, line 1: {scenario.snapshot}"), archive)
+        loaded = Loaded(scenario, read_archive(archive, f"{path}, line 1: {scenario.snapshot}")[1], archive)
     else:
         loaded = Loaded(scenario, scenario.snapshot)
     log = Log(scenario.project_id, scenario.epoch, scenario.revision, loaded.files)
@@ -56,35 +53,28 @@ def _read_archive(path: Path, name: str) -> bytes:
         raise MalformedMessage(f"{path}, line 1", reason) from None
 
 
-def manifest_of(archive: bytes) -> dict[str, Any] | None:
-    """The manifest inside a snapshot, unverified; None: a plain zip. Raises `MalformedMessage`."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as whole:
-            manifest: dict[str, Any] = orjson.loads(whole.read(MANIFEST_PATH))
-            return manifest
-    except KeyError:
-        return None
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError) as error:
-        raise MalformedMessage("the snapshot", f"no zip with a manifest: {error}") from None
+def read_archive(archive: bytes, name: str = "the snapshot") -> tuple[Manifest | None, dict[RelPath, bytes]]:
+    """Read the manifest of a snapshot (None: a plain zip has none) and the files it is about.
 
+    Those are the files that the manifest lists, or all of a plain zip; what else is in the archive is for the agent to
+    refuse.
 
-def files_of(archive: bytes, name: str = "the snapshot") -> dict[RelPath, bytes]:
-    """The files a snapshot is about: those its manifest lists, or all of a plain zip.
-
-    What else is in the archive is for the agent to refuse. Raises `MalformedMessage`, called `name`, when a listed file
-    is not there as listed: then nobody knows what the scenario begins with.
+    Raises:
+        MalformedMessage: a listed file is not there as listed, so nobody knows what the scenario begins with.
     """
     try:
-        raw = manifest_of(archive)
-        listed = None if raw is None else read_manifest(raw).files
         with zipfile.ZipFile(io.BytesIO(archive)) as whole:
-            names = [name for name in whole.namelist() if name[-1] != "/"] if listed is None else list(listed)
-            files = {RelPath(each): whole.read(each) for each in names}
+            names = whole.namelist()
+            manifest = decode_manifest(whole.read(MANIFEST_PATH)) if MANIFEST_PATH in names else None
+            listed = [each for each in names if each[-1] != "/"] if manifest is None else manifest.files
+            files = {RelPath(each): whole.read(each) for each in listed}
     except (MalformedMessage, PathRefused) as error:
         raise MalformedMessage(name, str(error)) from None
-    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except KeyError as error:
         raise MalformedMessage(name, f"a listed file is not in it whole: {error}") from None
-    for path, file in (listed or {}).items():
-        if digest_of(files[path]) != file.digest:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise MalformedMessage(name, f"it cannot be unpacked: {error}") from None
+    for path, entry in manifest.files.items() if manifest else ():
+        if digest_of(files[path]) != entry.digest:
             raise MalformedMessage(name, f"{path} does not have the hash that the manifest lists")
-    return files
+    return manifest, files

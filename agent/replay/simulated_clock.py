@@ -1,9 +1,8 @@
-"""An event loop whose clock jumps over idle time: hours pass in seconds, over real sockets.
+"""Runs an event loop whose clock jumps over idle time: hours pass in seconds, over real sockets.
 
 When nothing is ready to run and no socket has anything to say, the loop does not wait for its next timer: it moves
 its clock there. `loop.time()` is what asyncio's timeouts and sleeps go by, so everything that uses them lives in
-simulated time; only code that asks `time` itself does not. Work in the loop's threads takes no simulated time: while
-there is any, the clock stands.
+simulated time; code that asks `time` itself does not. Work in the loop's threads takes no simulated time.
 
 A replay as fast as it goes runs in it, and so do the tests whose deadlines must not depend on how busy a machine is.
 """

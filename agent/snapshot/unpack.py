@@ -26,7 +26,7 @@ from agent.fs.project_dir import Disk
 from agent.fs.staging import Stage, Staged
 from agent.snapshot.zip_format import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 
 EVERY: Final = 1.0
 """Seconds between two log lines of long work. What is done before the first is not announced at all."""

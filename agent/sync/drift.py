@@ -30,7 +30,7 @@ from agent.core.model import Entry, RelPath, parents
 from agent.fs.inspect import FileStat
 from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import Steps, in_turns
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 
 log = get_logger("drift")
 

@@ -46,7 +46,8 @@ from agent.sync.drift import DriftWatch, Observed
 from agent.sync.latency import LagMeter
 from agent.sync.ledger import LedgerState
 from agent.sync.workspace import Workspace
-from agent.telemetry.metrics import Metrics, get_logger, traced
+from agent.telemetry.logging import get_logger, traced
+from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import SpanSink
 from agent.telemetry.status import Problems, SyncPhase, SyncStatus
 

@@ -15,7 +15,8 @@ from typing import Final, NamedTuple
 from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.model import Commit, Cursor, RelPath, TraceParent
 from agent.core.reconcile import Outcome
-from agent.telemetry.metrics import Metrics, get_logger
+from agent.telemetry.logging import get_logger
+from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import SpanSink
 from agent.telemetry.status import Applied, SyncStatus
 

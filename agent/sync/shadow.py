@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.inspect import UNREAD, FileStat, Sight, may_hold
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
 log = get_logger("shadow")

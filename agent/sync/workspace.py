@@ -21,7 +21,7 @@ from agent.fs.project_dir import Disk, Drift
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed
 from agent.sync.ledger import Ledger, LedgerState
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
 log = get_logger("workspace")
@@ -88,6 +88,11 @@ class Workspace:
         """Leave nothing in staging and everything in the ledger."""
         self.disk.clear_staging()
         self.record(cursor)
+
+    def release(self) -> None:
+        """Close the directories and the ledger; nothing can be done with them any more."""
+        self.disk.close()
+        self._ledger.close()
 
     # --- following operations
 

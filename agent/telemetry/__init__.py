@@ -1,3 +1,4 @@
-"""Says what the agent does: log lines, metrics, spans, and the status that the other rooms write and `health`
-shows. May import `core` and `config`. Promises that no secret is in anything that is said.
+"""Holds log lines, metrics, spans, and the status that the other rooms write and `health` shows.
+
+May import `core` and `config`. Promises that no secret is in a log line.
 """

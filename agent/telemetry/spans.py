@@ -1,4 +1,4 @@
-"""The agent's part of a distributed trace, as OpenTelemetry spans; nothing unless somebody collects them.
+"""Sends the agent's part of a distributed trace as OpenTelemetry spans, when a collector is configured.
 
 The SDK is an extra (`pip install 'preview-sync[otel]'`) of some nine megabytes in memory, so it is imported only
 when OTEL_EXPORTER_OTLP_ENDPOINT says where spans go. Its other OTEL_* variables work as its own documentation says;
@@ -15,7 +15,7 @@ from uuid import UUID
 
 from agent import __version__
 from agent.core.model import TraceParent
-from agent.telemetry.metrics import get_logger
+from agent.telemetry.logging import get_logger
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -36,16 +36,16 @@ Attributes = Mapping[str, str | int | float | None]
 
 
 class SpanSink(Protocol):
-    """Whoever takes finished spans."""
+    """Takes finished spans."""
 
     def record(
         self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
     ) -> None:
-        """One span, from `start` to `end` in Unix seconds. Attributes that are None are left out."""
+        """Record one span, from `start` to `end` in Unix seconds; leaves out attributes that are None."""
 
 
 class Spans:
-    """Spans on their way to a collector, sent by a thread of the SDK's own."""
+    """Sends spans to a collector, in a thread of the SDK's own."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -80,14 +80,14 @@ class Spans:
         span.end(int(max(start, end) * 1e9))
 
     def close(self) -> None:
-        """Send what there is, for at most `FLUSH_SECONDS`."""
+        """Send what is left, for at most `FLUSH_SECONDS`."""
         ending = threading.Thread(target=self._provider.shutdown, name="spans-shutdown", daemon=True)
         ending.start()
         ending.join(FLUSH_SECONDS)
 
 
 def credentials(environ: Mapping[str, str]) -> list[str]:
-    """Every value of the collector's headers, as it is given and as it is sent, and each pair whole."""
+    """List every value of the collector's headers, as given and as sent, and each pair whole, for the redactor."""
     found = []
     for name in HEADERS:
         for pair in environ.get(name, "").split(","):
@@ -97,7 +97,7 @@ def credentials(environ: Mapping[str, str]) -> list[str]:
 
 
 def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -> Spans | None:
-    """Where spans go, if `environ`, which must be the process's own, says so. None: nowhere."""
+    """Open the way to the collector that `environ` names, which must be the process's own; None: it names none."""
     if not environ.get(ENDPOINT):
         return None
     try:
@@ -112,16 +112,16 @@ def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -
             remedy="pip install 'preview-sync[otel]', or unset the variable",
         )
         return None
-    said = {
+    resource = {
         "service.version": __version__,
         "preview.project_id": str(project_id),
         "preview.session_id": str(session_id),
     }
     if not environ.get("OTEL_SERVICE_NAME"):
-        said["service.name"] = "preview-agent"
+        resource["service.name"] = "preview-agent"
     timeout = environ.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or environ.get("OTEL_EXPORTER_OTLP_TIMEOUT")
     exporter = OTLPSpanExporter(timeout=float(timeout or EXPORT_SECONDS))
-    provider = TracerProvider(resource=Resource.create(said), shutdown_on_exit=False)
+    provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     log.info("spans.on", sdk=_version())
     return Spans(provider)

@@ -1,6 +1,6 @@
-"""What the agent is doing and what is wrong, in one place for `/status`, the heartbeat and the metrics.
+"""Holds what the agent is doing and what is wrong, for `/status`, the heartbeat and the metrics.
 
-The agent's state is derived from its parts, never set: a state that is stored can be wrong.
+The agent's state is derived from its parts, never set: a stored one can be wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agent.core.model import Problem, ProblemKind
-from agent.telemetry.metrics import Metrics, get_logger
+from agent.telemetry.logging import get_logger
+from agent.telemetry.metrics import Metrics
 
 log = get_logger("status")
 
@@ -49,7 +50,15 @@ def agent_state(
     draining: bool,
     problems: int,
 ) -> AgentState:
-    """The one state that follows from the parts. `link_down_for` in seconds, 0 while the link is live."""
+    """Derive the agent's state from its parts.
+
+    Args:
+        phase: of the tree.
+        dev_server: state of the dev server.
+        link_down_for: seconds without a live link; 0 while it is live.
+        draining: whether the agent was told to stop.
+        problems: how many are open that leave the preview worse than it should be.
+    """
     if draining:
         return AgentState.DRAINING
     if phase is SyncPhase.HALTED:
@@ -69,14 +78,14 @@ MAX_PROBLEMS = 200
 
 @dataclass(slots=True)
 class Problems:
-    """The open problems: raised by whoever meets them, cleared by whoever sees them gone."""
+    """The open problems, at most `MAX_PROBLEMS` of them."""
 
     metrics: Metrics
     open: dict[tuple[ProblemKind, str | None], Problem] = field(default_factory=dict)
     dropped: int = 0
 
     def add(self, problem: Problem) -> None:
-        """Raise a problem; the same kind on the same path stands once."""
+        """Open a problem; the same kind on the same path is open once."""
         key = (problem.kind, problem.path)
         if key not in self.open:
             if len(self.open) >= MAX_PROBLEMS:
@@ -93,17 +102,17 @@ class Problems:
         self.open[key] = problem
 
     def clear(self, kind: ProblemKind, path: str | None = None) -> None:
-        """The problem is gone. Nothing happens when there was none."""
+        """Close a problem; does nothing when it is not open."""
         if self.open.pop((kind, path), None) is not None:
             log.info("problem.closed", kind=kind, file_path=path)
 
     def clear_path(self, path: str) -> None:
-        """Whatever was wrong with `path` is over."""
+        """Close every problem of `path`."""
         for kind, where in [key for key in self.open if key[1] == path]:
             self.clear(kind, where)
 
     def clear_kinds(self, *kinds: ProblemKind) -> None:
-        """These kinds are over, on every path."""
+        """Close every problem of these kinds."""
         for kind, where in [key for key in self.open if key[0] in kinds]:
             self.clear(kind, where)
 
@@ -120,7 +129,7 @@ class Applied:
 
 @dataclass(slots=True)
 class SyncStatus:
-    """What `sync` has to say; written by it alone. Times are Unix seconds."""
+    """What `sync` reports; written by it alone. Times are Unix seconds."""
 
     phase: SyncPhase = SyncPhase.STARTING
     mode: str | None = None

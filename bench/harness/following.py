@@ -32,7 +32,8 @@ from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
-from agent.telemetry.metrics import Metrics, Redactor, configure_logs
+from agent.telemetry.logging import Redactor, configure_logs
+from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems, SyncStatus
 from agent.tokens import Tokens
 from orchestrator_stub.machines.local import ALLOCATOR

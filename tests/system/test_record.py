@@ -17,14 +17,14 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from agent.replay.faults import Mischief
-from agent.replay.runner import Manner, replay
+from agent.replay.faults import FaultPlan
+from agent.replay.runner import ReplayOptions, replay
 from tests.fakes.proxy import Proxy
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 pytestmark = pytest.mark.system
 
-ROUGH = Mischief(7, shuffle=True, duplicate=0.5, drop=0.5, disconnect=2, crash=1)
+ROUGH = FaultPlan(7, shuffle=True, duplicate=0.5, drop=0.5, disconnect=2, crash=1)
 
 
 @dataclass
@@ -94,7 +94,7 @@ async def ends_equal(path: Path, directory: Path, expected: str) -> None:
     result = await asyncio.to_thread(replay, path, directory / "as-it-was")
     assert result.differences == ()
     assert result.tree_hash == expected
-    rough = await asyncio.to_thread(replay, path, directory / "rough", Manner(ROUGH))
+    rough = await asyncio.to_thread(replay, path, directory / "rough", ReplayOptions(ROUGH))
     assert rough.differences == ()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from agent.cli.status import Look, render, sparkline
+from agent.cli.status import Style, render, sparkline
 from agent.core.model import REMEDIES
 
 NOW = 1_000_000.0
@@ -113,7 +113,7 @@ def test_a_project_writes_nothing_to_the_operators_terminal() -> None:
 def test_no_line_is_wider_than_the_terminal_and_nothing_is_left_out(columns: int) -> None:
     lags = [n / 1000 for n in range(40)]
     told = report(recent_lags_seconds=lags, problems=[problem("drift", "src/a.ts")])
-    plain, painted = (render(told, now=NOW, look=Look(columns, colour)) for colour in (False, True))
+    plain, painted = (render(told, now=NOW, style=Style(columns, colour)) for colour in (False, True))
     assert [line for line in plain[1:] if len(line) > columns] == []
     assert "".join(REMEDIES["drift"].split()) in "".join("".join(plain).split())
     assert [re.sub(r"\x1b\[\d*m", "", line) for line in painted] == plain

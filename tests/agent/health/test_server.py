@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -15,16 +16,25 @@ from prometheus_client import CollectorRegistry, Counter
 from agent.config import Settings
 from agent.core.errors import SettingsError
 from agent.health import server as health
+from agent.health.report import Report
 
 
 @dataclass
 class Agent:
     """What the server reads."""
 
-    ready: bool = False
-    alive: bool = True
+    is_ready: bool = False
     port: int = 0
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def status(self) -> dict[str, object]:
+        return {"state": "serving", "at": UUID(int=7)}
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def why(self) -> str:
+        return "the dev server is in backoff"
 
 
 def settings(host: str = "127.0.0.1", port: int = 0) -> Settings:
@@ -35,11 +45,8 @@ def settings(host: str = "127.0.0.1", port: int = 0) -> Settings:
 async def served(agent: Agent, host: str = "127.0.0.1") -> AsyncIterator[httpx.AsyncClient]:
     bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(
-        health.serve(
-            settings(host), lambda: {"state": "serving", "at": UUID(int=7)}, agent.registry, lambda: agent.ready,
-            alive=lambda: agent.alive, why=lambda: "the dev server is in backoff", on_bound=bound.set_result,
-        )
-    )  # fmt: skip
+        health.serve(settings(host), cast("Report", agent), agent.registry, on_bound=bound.set_result)
+    )
     agent.port = await bound
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{agent.port}") as http:
@@ -56,9 +63,9 @@ async def test_ready_and_alive_are_told_apart() -> None:
         answer = await http.get("/readyz")
         assert (answer.status_code, answer.text) == (503, "not ready: the dev server is in backoff\n")
         assert (await http.get("/livez")).status_code == 200
-        agent.ready, agent.alive = True, False
+        agent.is_ready = True
         assert (await http.get("/readyz?x=1")).status_code == 200
-        assert (await http.get("/livez")).text == "stuck\n"
+        assert (await http.get("/livez")).text == "alive\n"
 
 
 async def test_status_is_json_and_metrics_are_in_both_forms() -> None:
@@ -137,4 +144,4 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
         with pytest.raises(
             SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
         ):
-            await health.serve(settings(port=agent.port), dict, CollectorRegistry(), lambda: True)
+            await health.serve(settings(port=agent.port), cast("Report", agent), CollectorRegistry())

@@ -1,4 +1,4 @@
-"""Scenarios: every one of the library ends as it should, undisturbed and under mischief; a wrong end is told apart."""
+"""Every scenario of the library ends as it should, with and without injected faults; a wrong end is told apart."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from agent.__main__ import main
 from agent.core.errors import MalformedMessage
 from agent.core.messages import MANIFEST_PATH
 from agent.core.model import RelPath, digest_of, tree_hash
-from agent.replay.faults import Broken, Committed, Delivered, Mischief, Paused, play
+from agent.replay.faults import Committed, Delivered, Fault, FaultPlan, Pause, inject
 from agent.replay.result import compare
-from agent.replay.runner import Manner, replay
+from agent.replay.runner import ReplayOptions, replay
 from agent.replay.scenario import FAULTS, Step
 from tests.profiles import NIGHTLY
 
@@ -51,9 +51,9 @@ def test_a_scenario_ends_as_it_should(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20 if NIGHTLY else 2))
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_under_mischief_it_ends_the_same(path: Path, seed: int, tmp_path: Path) -> None:
-    mischief = Mischief(seed, shuffle=True, duplicate=0.3, drop=0.3, disconnect=2, crash=1)
-    assert replay(path, tmp_path, Manner(mischief)).differences == ()
+def test_with_faults_injected_it_ends_the_same(path: Path, seed: int, tmp_path: Path) -> None:
+    faults = FaultPlan(seed, shuffle=True, duplicate=0.3, drop=0.3, disconnect=2, crash=1)
+    assert replay(path, tmp_path, ReplayOptions(faults)).differences == ()
 
 
 def changed(tmp_path: Path, name: str = "wrong", **files: str | None) -> Path:
@@ -131,25 +131,24 @@ FILES = '"snapshot":{"files":{"a":"b"}},"expect":{"tree_hash":"%s","files":{"a":
     ("text", "says"),
     [
         ("", "it is empty"),
-        ("not json", "line 1: not JSON"),
-        ("[1]", "line 1: not an object"),
-        ('{"scenario":2}', "line 1: scenario is 2; a header with 1 is the first line"),
-        ('{"at_ms":1,"fault":"disconnect"}', "line 1: scenario is None"),
-        ('{"scenario":1}', "line 1: project_id is missing"),
-        ('{"scenario":1,"project_id":"p","epoch":"e","revision":"1"}', "line 1: revision is not a whole number"),
-        (BEGIN + "}", "line 1: snapshot is neither"),
+        ("not json", "line 1: not the header, which is the first line: JSON is malformed"),
+        ("[1]", "line 1: not the header, which is the first line: Expected `object`"),
+        ('{"scenario":2}', "line 1: not the header, which is the first line: Invalid enum value 2 - at `$.scenario`"),
+        ('{"at_ms":1,"fault":"disconnect"}', "line 1: not the header, which is the first line: Object missing"),
+        ('{"scenario":1}', "required field `project_id`"),
+        ('{"scenario":1,"project_id":"p","epoch":"e","revision":"1"}', "Expected `int`, got `str` - at `$.revision`"),
+        (BEGIN + "}", "required field `snapshot`"),
         (BEGIN + ',"snapshot":"../x.zip"}', "line 1: snapshot is neither"),
         (BEGIN + ',"snapshot":"x.zip"}', "line 1: its snapshot x.zip is not beside it"),
         (BEGIN + ',"snapshot":{"files":{"../x":""}}}', "dot_segment"),
-        (BEGIN + ',"snapshot":{"files":{"x":1}}}', "line 1: the files of snapshot"),
+        (BEGIN + ',"snapshot":{"files":{"x":1}}}', "Expected `str`, got `int` - at `$.snapshot.files[...]`"),
         (BEGIN + "," + FILES, "line 1: expect's tree_hash is not that of its files"),
         (HEADER + '{"at_ms":1}', "line 2: a step has either"),
-        (HEADER + '{"at_ms":-1,"fault":"disconnect"}', "line 2: at_ms is not"),
+        (HEADER + '{"at_ms":-1,"fault":"disconnect"}', "line 2: not a step: Expected `int` >= 0 - at `$.at_ms`"),
         (HEADER + '\n{"at_ms":1,"fault":"fire"}', "line 3: fault 'fire' is none of disconnect, expire_token"),
-        (HEADER + '{"at_ms":1,"fault":"disconnect","lost":-1}', "line 2: lost is not"),
+        (HEADER + '{"at_ms":1,"fault":"disconnect","lost":-1}', "line 2: not a step: Expected `int` >= 0"),
         (HEADER + '{"at_ms":9,"fault":"disconnect"}\n{"at_ms":8,"fault":"disconnect"}', "line 3: at_ms is 8, before"),
-        (EVENT[:-1] + "}", "line 2: an event has a name and a payload"),
-        (HEADER + '{"at_ms":1,"event":"x","payload":{},"bytes":{"a":"%"}}', "line 2: bytes is not"),
+        (HEADER + '{"at_ms":1,"event":"x","payload":{},"bytes":{"a":"%"}}', "Invalid base64 encoded string"),
         (EVENT + REFERENCE + "}", "line 2: the bytes of a are missing"),
         (EVENT + REFERENCE + ',"bytes":{"a":"eA=="}}', "line 2: the bytes of a are missing, or"),
     ],
@@ -205,7 +204,7 @@ def test_a_snapshot_beside_the_scenario(tmp_path: Path) -> None:
     assert replay(zipped(tmp_path, archive({"a": "b"}, {"a": "b"})), tmp_path / "1").ok
     assert replay(zipped(tmp_path, archive({"a": "b"})), tmp_path / "2").tree_hash, "the seed's plain form"
     for content, says in (
-        (b"PK no zip", "no zip with a manifest"),
+        (b"PK no zip", "it cannot be unpacked"),
         (archive({}, {"a": "b"}), "a listed file is not in it whole"),
         (archive({"a": "c"}, {"a": "b"}), "a does not have the hash that the manifest lists"),
     ):
@@ -245,19 +244,19 @@ def test_a_flag_that_means_nothing_is_refused(flags: list[str], capsys: pytest.C
 def test_real_time_is_the_recorded_pace(tmp_path: Path) -> None:
     path = LIBRARY[0].parent / "the-last-event-is-lost.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])["at_ms"] / 1000
-    paced = replay(path, tmp_path / "1", Manner(real_time=True))
+    paced = replay(path, tmp_path / "1", ReplayOptions(real_time=True))
     assert paced.ok
     assert paced.seconds >= last, "not faster than it was"
 
 
-def dev_manner(mode: str) -> Manner:
+def with_dev_server(mode: str) -> ReplayOptions:
     command = f"{sys.executable} {Path(__file__).parents[1] / 'devserver' / 'dev_server.py'} {mode}"
-    return Manner(environ={"PATH": os.environ["PATH"], "DEV_COMMAND": command})
+    return ReplayOptions(environ={"PATH": os.environ["PATH"], "DEV_COMMAND": command})
 
 
 def test_with_the_dev_server_it_must_serve_the_end(tmp_path: Path) -> None:
     path = LIBRARY[0].parent / "restart-in-the-middle.jsonl"
-    served = replay(path, tmp_path / "1", dev_manner("serves"))
+    served = replay(path, tmp_path / "1", with_dev_server("serves"))
     assert served.differences == ()
     assert served.dev_server == "ready"
 
@@ -265,7 +264,7 @@ def test_with_the_dev_server_it_must_serve_the_end(tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_with_a_dev_server_that_fails_it_does_not_end_as_it_should(tmp_path: Path) -> None:
     path = LIBRARY[0].parent / "restart-in-the-middle.jsonl"
-    broken = replay(path, tmp_path, dev_manner("crashes"))
+    broken = replay(path, tmp_path, with_dev_server("crashes"))
     assert broken.dev_server == "failed"
     assert broken.differences[0] == "the dev server is failed at the end"
     assert any("a plugin is broken" in line for line in broken.differences)
@@ -283,15 +282,15 @@ STEPS = st.lists(st.integers(0, 3), max_size=12).map(
 def test_nothing_is_delivered_before_it_is_committed(
     steps: tuple[Step, ...], seed: int, shuffle: bool, duplicate: float, drop: float
 ) -> None:
-    mischief = Mischief(seed, shuffle=shuffle, duplicate=duplicate, drop=drop, disconnect=1, crash=1)
+    faults = FaultPlan(seed, shuffle=shuffle, duplicate=duplicate, drop=drop, disconnect=1, crash=1)
     committed: list[Step] = []
-    for happening in play(steps, mischief):
-        if isinstance(happening, Committed):
-            committed.append(happening.step)
-        elif isinstance(happening, Delivered):
-            assert happening.step in committed
+    for occurrence in inject(steps, faults):
+        if isinstance(occurrence, Committed):
+            committed.append(occurrence.step)
+        elif isinstance(occurrence, Delivered):
+            assert occurrence.step in committed
         else:
-            assert isinstance(happening, Broken | Paused)
+            assert isinstance(occurrence, Fault | Pause)
     assert committed == [step for step in steps if step.event]
-    undisturbed = [h.step for h in play(steps, Mischief()) if isinstance(h, Delivered)]
+    undisturbed = [h.step for h in inject(steps, FaultPlan()) if isinstance(h, Delivered)]
     assert all(step in steps for step in undisturbed)

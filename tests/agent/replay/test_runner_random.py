@@ -1,4 +1,4 @@
-"""Lives that nobody has recorded: random commits, random lies on the channel, random faults, and always the same end.
+"""Random scenarios: random commits, lies on the channel and faults, and always the same end.
 
 What the end should be is kept by the generator's own book, not by the replay's log.
 """
@@ -15,11 +15,11 @@ from uuid import UUID
 import pytest
 
 from agent.core.model import RelPath, digest_of, parents, tree_hash
-from agent.replay.faults import Mischief
-from agent.replay.runner import Manner, replay
+from agent.replay.faults import FaultPlan
+from agent.replay.runner import ReplayOptions, replay
 from tests.profiles import NIGHTLY
 
-LIVES = 1000 if NIGHTLY else 40
+SCENARIOS = 1000 if NIGHTLY else 40
 BATCH = 20
 NAMES = ["a", "b", "lib", "src", "App.tsx", "é.ts", "x.css", "logo.png", "main.ts", "deep"]
 
@@ -149,9 +149,9 @@ class Author:
         path.write_text("\n".join(json.dumps(line) for line in [header, *self.lines]))
         return path
 
-    def manner(self) -> Manner:
+    def options(self) -> ReplayOptions:
         dice = self.dice
-        mischief = Mischief(
+        faults = FaultPlan(
             seed=dice.randrange(2**31),
             shuffle=dice.random() < 0.5,
             duplicate=dice.choice([0.0, 0.2, 0.9]),
@@ -159,14 +159,14 @@ class Author:
             disconnect=dice.choice([0, 1, 4]),
             crash=dice.choice([0, 0, 1, 3]),
         )
-        return Manner(mischief, optimistic=dice.random() < 0.2)
+        return ReplayOptions(faults, optimistic=dice.random() < 0.2)
 
 
-@pytest.mark.parametrize("batch", range(LIVES // BATCH))
-def test_a_random_life_ends_as_the_database(batch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", range(SCENARIOS // BATCH))
+def test_a_random_scenario_ends_as_the_database(batch: int, tmp_path: Path) -> None:
     for seed in range(batch * BATCH, batch * BATCH + BATCH):
         author = Author(seed)
-        path = author.write(tmp_path / f"life-{seed}.jsonl")
-        manner = author.manner()
-        result = replay(path, tmp_path / str(seed), manner)
-        assert result.ok, "\n".join([str(manner), *result.lines()])
+        path = author.write(tmp_path / f"scenario-{seed}.jsonl")
+        options = author.options()
+        result = replay(path, tmp_path / str(seed), options)
+        assert result.ok, "\n".join([str(options), *result.lines()])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.replay.result import Result
-from agent.replay.runner import Manner, replay
+from agent.replay.runner import ReplayOptions, replay
 
 TESTS = Path(__file__).parents[2]
 LIBRARY = TESTS / "scenarios"
@@ -71,7 +71,9 @@ def test_a_scenario_meets_what_it_is_there_for(name: str, shows: str) -> None:
 def with_dev_server(name: str, mode: str, directory: Path, **environ: str) -> Result:
     command = f"{sys.executable} {Path(__file__).parents[1] / 'devserver' / 'dev_server.py'} {mode}"
     given = {"PATH": os.environ["PATH"], "HOME": str(directory), "DEV_COMMAND": command, **environ}
-    return replay(LIBRARY / f"{name}.jsonl", directory / "replay", Manner(real_time=True, environ=given))
+    return replay(
+        LIBRARY / f"{name}.jsonl", directory / "replay", ReplayOptions(real_time=True, environ=given)
+    )
 
 
 def test_a_dev_server_that_crashes_is_back_with_the_save_that_mends_it(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_clock_that_is_behind_does_not_make_a_lag_of_minutes(bench: Bench) -> 
 
 
 def test_logs_meanwhile_carry_the_trace() -> None:
-    from agent.telemetry.metrics import traced
+    from agent.telemetry.logging import traced
 
     structlog.contextvars.clear_contextvars()
     with traced(TRACE):

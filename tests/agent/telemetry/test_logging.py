@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import structlog
@@ -10,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import read_environment
-from agent.telemetry.metrics import REDACTED, Redactor, configure_logs, get_logger, redactor_for
+from agent.telemetry.logging import REDACTED, Redactor, configure_logs, get_logger, redactor_for
 from tests.agent.test_config import GOOD
 
+ROOT = Path(__file__).parents[3]
 SECRET = "s3cr3t-canary-value"
 
 
@@ -53,3 +57,42 @@ def test_lines_are_json_with_the_session_s_names_and_no_secret(capsys: pytest.Ca
     assert "Traceback" in line["exception"]
     assert "canary" not in printed
     assert GOOD["REALTIME_TOKEN"] not in printed
+
+
+UNCAUGHT = """
+import gc, threading
+from agent.config import read_environment
+from agent.telemetry.logging import configure_logs, log_uncaught, redactor_for
+from tests.agent.test_config import GOOD
+
+settings, secret = read_environment({**GOOD, "LOG_FORMAT": "json"}), GOOD["REALTIME_TOKEN"]
+configure_logs(settings, redactor_for(settings))
+log_uncaught()
+
+class Unraisable:
+    def __del__(self):
+        raise ValueError(secret)
+
+def fail():
+    raise RuntimeError(secret)
+
+thread = threading.Thread(target=fail, name="worker")
+thread.start()
+thread.join()
+Unraisable()
+gc.collect()
+raise KeyError(secret)
+"""
+
+
+def test_what_nothing_catches_is_a_redacted_line_in_any_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCAUGHT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in lines] == ["agent.bug"] * 3, done.stderr
+    kinds = ["RuntimeError", "ValueError", "KeyError"]
+    assert all(kind in line["exception"] for kind, line in zip(kinds, lines, strict=True))
+    assert lines[0]["thread"] == "worker"
+    assert GOOD["REALTIME_TOKEN"] not in done.stdout + done.stderr
