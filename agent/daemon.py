@@ -34,9 +34,9 @@ from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.supervisor import Supervisor, rights
-from agent.fs.inspect import Sight
+from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.health import server
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
@@ -105,7 +105,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
         user = None if settings.shadow else rights(settings)[0].user
         if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
             raise RootUnusable("\n".join(weak))
-        disk = Disk(
+        disk = ProjectDir(
             settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
         )
         ledger = Ledger(settings.ledger)
@@ -175,7 +175,7 @@ def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shado
     """What compares the other flow's directory with our tree."""
     comparison = Comparison(settings.shadow_settle_seconds, settings.shadow_ignore)
     log.info("shadow.begun", live_dir=str(settings.project_dir), shadow_dir=str(settings.tree_dir))
-    return Shadow(Sight(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
+    return Shadow(DirectoryView(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
 
 
 async def _until_stopped(

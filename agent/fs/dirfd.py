@@ -70,7 +70,7 @@ def environment_problem(error: OSError, path: RelPath | None, staging: int) -> P
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryForm:
+class DirectoryPermissions:
     """How directories are made."""
 
     mode: int
@@ -89,7 +89,7 @@ class Blocked(Exception):
         super().__init__(f"{path!r} is unusable: {rule}")
 
 
-class Jail:
+class DirectoryCache:
     """The directories of one root.
 
     `make_root` makes the root itself, should it be gone when something is to be made in it; None where nothing is ever
@@ -101,9 +101,9 @@ class Jail:
         self._root = root
         self._make_root = make_root
         self._hold = max(hold, 2)
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._held: OrderedDict[str, _OpenDirectory] = OrderedDict()
 
-    def directory(self, path: str, make: Callable[[int, str, str], None] | None = None) -> int:
+    def open(self, path: str, make: Callable[[int, str, str], None] | None = None) -> int:
         """A descriptor of the directory at `path` ("" is the root), good until the next call.
 
         A missing directory is made by `make(descriptor of the one above, name, path)`, which must create it;
@@ -123,7 +123,7 @@ class Jail:
             at = below
         return descriptor
 
-    def forget(self, path: str | None = None) -> None:
+    def close(self, path: str | None = None) -> None:
         """Close what is held for `path` (which was removed), or everything."""
         for at in [path] if path is not None else list(self._held):
             held = self._held.pop(at, None)
@@ -134,20 +134,20 @@ class Jail:
         held = self._held.get(path)
         if held is None:
             return None
-        if _place_of(held.descriptor) == held.place != "":
+        if _path_of(held.descriptor) == held.place != "":
             self._held.move_to_end(path)
             return held.descriptor
-        self.forget(path)
+        self.close(path)
         return None
 
     def _keep(self, path: str, descriptor: int) -> int:
         above = self._held.get(path.rpartition("/")[0])
         if not path:
-            place = _place_of(descriptor)
+            place = _path_of(descriptor)
         else:
             place = f"{above.place.rstrip('/')}/{path.rpartition('/')[2]}" if above and above.place else ""
-        self.forget(path)
-        self._held[path] = _Held(descriptor, place)
+        self.close(path)
+        self._held[path] = _OpenDirectory(descriptor, place)
         while len(self._held) > self._hold:
             _, held = self._held.popitem(last=False)
             os.close(held.descriptor)
@@ -174,9 +174,9 @@ class Jail:
                 make(above, name, path)
                 return os.open(name, OPEN_DIRECTORY, dir_fd=above)
         except NotADirectoryError:
-            raise Blocked(path, what_stands(above, name)) from None
+            raise Blocked(path, _rule_broken(above, name)) from None
         try:
-            if is_twin(above, name, os.fstat(descriptor)):
+            if is_case_twin(above, name, os.fstat(descriptor)):
                 raise Blocked(path, "case_twin")
         except BaseException:
             os.close(descriptor)
@@ -184,7 +184,7 @@ class Jail:
         return descriptor
 
 
-class _Held:
+class _OpenDirectory:
     """An open directory and the place where the kernel must still see it; "" when it cannot be asked."""
 
     __slots__ = ("descriptor", "place")
@@ -194,14 +194,14 @@ class _Held:
         self.place = place
 
 
-def _place_of(descriptor: int) -> str:
+def _path_of(descriptor: int) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
         return ""
 
 
-def dress_directory(above: int | None, name: str, form: DirectoryForm) -> None:
+def set_permissions(above: int | None, name: str, form: DirectoryPermissions) -> None:
     """Give a directory just made the mode and the owner it should have, whatever the umask; without `above`, `name` is
     a path. Raises `OSError`.
     """
@@ -216,7 +216,7 @@ def dress_directory(above: int | None, name: str, form: DirectoryForm) -> None:
         os.close(descriptor)
 
 
-def what_stands(above: int, name: str) -> str:
+def _rule_broken(above: int, name: str) -> str:
     """The rule that a thing which is no directory breaks by standing where one is needed."""
     try:
         mode = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
@@ -225,7 +225,7 @@ def what_stands(above: int, name: str) -> str:
     return "symlink" if stat.S_ISLNK(mode) else "not_a_directory"
 
 
-def is_twin(above: int, name: str, found: os.stat_result) -> bool:
+def is_case_twin(above: int, name: str, found: os.stat_result) -> bool:
     """Whether `name` found something that is spelled otherwise, on a file system blind to case.
 
     Asked only of things the agent did not put there under this name, so that the price (one stat, and a listing on a

@@ -1,6 +1,6 @@
 """Looking at a directory: what stands in it, by stat and by hash, no link followed. Nothing here can write.
 
-`fs.project_dir.Disk` is one that also writes; `sync.shadow` looks at a directory that belongs to somebody else,
+`fs.project_dir.ProjectDir` is one that also writes; `sync.shadow` looks at a directory that belongs to somebody else,
 and has no more than this.
 
 What stands at a name, and what has become of it: by stat, and by hash where the stat is not the expected one.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from agent.core.errors import PathRefused
 from agent.core.model import PROTECTED, Digest, Entry, Problem, RelPath, Tree, parse_path
-from agent.fs.dirfd import Blocked, Jail
+from agent.fs.dirfd import Blocked, DirectoryCache
 from agent.fs.turns import Steps, at_once
 
 PIECE = 2**18
@@ -198,12 +198,12 @@ class Audit:
     drifts: tuple[Drift, ...]
 
 
-class Sight:
+class DirectoryView:
     """One root, looked at. `make_root` is for those who also write, should it be gone. Not thread-safe."""
 
     def __init__(self, root: Path, *, make_root: Callable[[], None] | None = None) -> None:
         self._root = root
-        self._jail = Jail(root, make_root)
+        self._directories = DirectoryCache(root, make_root)
 
     @property
     def root(self) -> Path:
@@ -212,26 +212,26 @@ class Sight:
 
     def close(self) -> None:
         """Let go of every descriptor."""
-        self._jail.forget()
+        self._directories.close()
 
-    def look(self, path: RelPath) -> FileStat | None:
+    def stat(self, path: RelPath) -> FileStat | None:
         """How the regular file at `path` looks now, no link followed; None when there is none."""
         above, _, name = path.rpartition("/")
         try:
-            found = look(self._jail.directory(above), name)
+            found = look(self._directories.open(above), name)
         except (OSError, Blocked):
             return None
         return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
 
-    def reading(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
+    def digest_steps(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
         """What the file at `path` holds, no link followed; None when there is none. As `looks.reading`."""
         above, _, name = path.rpartition("/")
         try:
-            return (yield from reading(self._jail.directory(above), name, size))
+            return (yield from reading(self._directories.open(above), name, size))
         except (FileNotFoundError, Blocked):
             return None
 
-    def checking(
+    def check_steps(
         self, path: RelPath, known: FileStat | None, entry: Entry | None
     ) -> Steps[Drift | FileStat | None]:
         """Hold one path against what the agent left there.
@@ -241,7 +241,7 @@ class Sight:
         """
         above, _, name = path.rpartition("/")
         try:
-            directory = self._jail.directory(above)
+            directory = self._directories.open(above)
             found = look(directory, name)
             should_be = entry is not None and entry.is_file
             if found is None:
@@ -255,14 +255,14 @@ class Sight:
 
     def audit(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Audit:
         """Hold a whole recorded tree against the disk: by stat, and by hash where that differs."""
-        return at_once(self.auditing(tree, stats))
+        return at_once(self.audit_steps(tree, stats))
 
-    def auditing(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
+    def audit_steps(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
         """As `audit`, in steps. Nothing may be changed between them."""
         held: dict[RelPath, FileStat] = {}
         drifts: list[Drift] = []
         for path, entry in sorted(tree.files().items()):
-            found = yield from self.checking(path, stats.get(path), entry)
+            found = yield from self.check_steps(path, stats.get(path), entry)
             if isinstance(found, FileStat):
                 held[path] = found
             elif found is not None:
@@ -279,7 +279,7 @@ class Sight:
         while waiting:
             at = waiting.pop()
             try:
-                with os.scandir(self._jail.directory(at)) as listing:
+                with os.scandir(self._directories.open(at)) as listing:
                     entries = [(e.name, found) for e in listing if (found := _stat(e)) is not None]
             except (FileNotFoundError, Blocked):
                 continue

@@ -24,17 +24,15 @@ from pathlib import Path
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
-from agent.fs.dirfd import DirectoryForm, dress_directory
-from agent.fs.inspect import Audit, Drift, FileStat, Sight
-from agent.fs.staging import Stage, Staged, Staging
-from agent.fs.transaction import Batch, Done, Outcome
-
-__all__ = ["Audit", "Disk", "Done", "Drift", "FileStat", "Outcome", "Stage", "Staged"]
+from agent.fs.dirfd import DirectoryPermissions, set_permissions
+from agent.fs.inspect import DirectoryView, FileStat
+from agent.fs.staging import StagedFileWriter, Staging
+from agent.fs.transaction import Transaction, TransactionResult
 
 _NOTHING: Mapping[RelPath, Entry] = {}
 
 
-class Disk(Sight):
+class ProjectDir(DirectoryView):
     """One project root and its staging directory.
 
     `owner` (uid, gid), `file_mode` and `dir_mode` hold for everything made here, whatever the umask; an executable gets
@@ -52,7 +50,7 @@ class Disk(Sight):
     ) -> None:
         super().__init__(root, make_root=self._make_root)
         self._staging_path = staging
-        self._form = DirectoryForm(dir_mode, owner)
+        self._form = DirectoryPermissions(dir_mode, owner)
         self._staging = Staging(staging, file_mode=file_mode, form=self._form)
         self._made: set[RelPath] = set()
 
@@ -71,14 +69,14 @@ class Disk(Sight):
         try:
             if not self._root.exists():
                 self._make_root()
-            root = self._jail.directory("")
+            root = self._directories.open("")
         except OSError as error:
             raise RootUnusable(f"cannot use the project directory {self._root}: {error.strerror}") from error
         try:
             self._check_places(root)
             self._staging.open(root)
         except BaseException:
-            self._jail.forget()
+            self._directories.close()
             raise
 
     def close(self) -> None:
@@ -86,7 +84,7 @@ class Disk(Sight):
         super().close()
         self._staging.close()
 
-    def stage(self, path: RelPath | None = None) -> Stage:
+    def stage(self, path: RelPath | None = None) -> StagedFileWriter:
         """Begin a file in staging; `Write.staged` names it once finished. Raises `OSError`.
 
         With the `path` at which it is going to stand, a directory that is new appears at once with all that is in it.
@@ -109,7 +107,7 @@ class Disk(Sight):
         tree: Mapping[RelPath, Entry] = _NOTHING,
         overwrite_drift: bool = True,
         sweep: bool = True,
-    ) -> Outcome:
+    ) -> TransactionResult:
         """Do a batch, all or nothing, and say what is now true. Of several operations on a path the last counts.
 
         `known`: the files the agent put there and how they looked then. `tree`: what they held, so that a file that was
@@ -134,9 +132,9 @@ class Disk(Sight):
         """Remove what was replaced by batches that did not wait for that."""
         self._staging.sweep()
 
-    def discard(self, paths: Iterable[RelPath]) -> Outcome:
+    def discard(self, paths: Iterable[RelPath]) -> TransactionResult:
         """Remove files that an earlier life may have left behind (`LedgerState.leftovers`), whatever they hold."""
-        found = {path: seen for path in paths if (seen := self.look(path)) is not None}
+        found = {path: seen for path in paths if (seen := self.stat(path)) is not None}
         return self.apply([Remove(path, Entry(0, None)) for path in found], found)
 
     def _run(
@@ -145,15 +143,21 @@ class Disk(Sight):
         known: Mapping[RelPath, FileStat],
         tree: Mapping[RelPath, Entry],
         overwrite_drift: bool,
-    ) -> Outcome:
-        batch = Batch(
-            self._jail, self._staging, self._made, self._form, known, tree, overwrite_drift=overwrite_drift
+    ) -> TransactionResult:
+        batch = Transaction(
+            self._directories,
+            self._staging,
+            self._made,
+            self._form,
+            known,
+            tree,
+            overwrite_drift=overwrite_drift,
         )
         return batch.run(operations)
 
     def _make_root(self) -> None:
         self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
-        dress_directory(None, str(self._root), self._form)
+        set_permissions(None, str(self._root), self._form)
 
     def _check_places(self, root: int) -> None:
         """Root writable, staging outside of it and it outside of staging."""

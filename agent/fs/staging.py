@@ -38,7 +38,7 @@ from pathlib import Path
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Digest, RelPath, parents
-from agent.fs.dirfd import DirectoryForm, dress_directory
+from agent.fs.dirfd import DirectoryPermissions, set_permissions
 from agent.fs.inspect import FileStat
 from agent.fs.places import OPEN_DIRECTORY, open_directory
 
@@ -59,7 +59,7 @@ class StagedTree:
     `form` is that of the project's directories: a renamed one keeps it.
     """
 
-    def __init__(self, staging: int, name: str, form: DirectoryForm) -> None:
+    def __init__(self, staging: int, name: str, form: DirectoryPermissions) -> None:
         self._staging = staging
         self._form = form
         self._directories: dict[RelPath, _Directory] = {}
@@ -110,7 +110,7 @@ class StagedTree:
             if directory not in self._directories:
                 os.mkdir(self.place(directory), self._form.mode, dir_fd=self._staging)
                 self._add(directory)
-                dress_directory(self._staging, self.place(directory), self._form)
+                set_permissions(self._staging, self.place(directory), self._form)
         self._directories.setdefault(path, _Directory())
         self._descriptor = os.open(self.place(path), OPEN_DIRECTORY, dir_fd=self._staging)
         self._at = path
@@ -163,7 +163,7 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
+class StagedFile:
     """A whole file waiting in staging. `name` is what `Write.staged` wants: the file's own, or that of the tree in
     which it waits under its path. `size` in bytes."""
 
@@ -173,7 +173,7 @@ class Staged:
 
 
 @dataclass(slots=True)
-class Temp:
+class TempFile:
     """A file in staging that a batch is about to promote. `descriptor` is open when the batch is just this one.
 
     `lasting`: it was staged before the batch began, and waits for the next one when this one fails.
@@ -190,7 +190,7 @@ class Temp:
             self.descriptor = None
 
 
-class Stage:
+class StagedFileWriter:
     """One file being written, hashed as it passes. Ends with `finish` or `abort`; raises `OSError`."""
 
     def __init__(self, staging: Staging, name: str, descriptor: int, path: RelPath | None = None) -> None:
@@ -207,10 +207,10 @@ class Stage:
         self._hash.update(chunk)
         self._size += len(chunk)
 
-    def finish(self) -> Staged:
+    def finish(self) -> StagedFile:
         """Close the file and say what it holds."""
         self._staging.adopt(self._descriptor, self._path)
-        return Staged(self._name, Digest(self._hash.hexdigest()), self._size)
+        return StagedFile(self._name, Digest(self._hash.hexdigest()), self._size)
 
     def abort(self) -> None:
         """Throw the file away."""
@@ -224,7 +224,7 @@ class Staging:
     `file_mode`, `form` and its owner are what everything made here ends up with, whatever the umask.
     """
 
-    def __init__(self, path: Path, *, file_mode: int, form: DirectoryForm) -> None:
+    def __init__(self, path: Path, *, file_mode: int, form: DirectoryPermissions) -> None:
         self._path = path
         self._file_mode = file_mode
         self._form = form
@@ -296,15 +296,15 @@ class Staging:
         number = next(self._numbers)
         return f"{ROOMS[number % len(ROOMS)]}/{self._prefix}{number:x}"
 
-    def stage(self, path: RelPath | None = None) -> Stage:
+    def stage(self, path: RelPath | None = None) -> StagedFileWriter:
         """Begin a file; where it is meant for a `path` at which nothing stands yet, in its tree. Raises `OSError`."""
         if path is not None:
             # What the file system holds against this path says nothing yet: it may suffer another one.
             with suppress(OSError):
                 tree = self._fill()
-                return Stage(self, tree.name, tree.create(path, self._file_mode), path)
+                return StagedFileWriter(self, tree.name, tree.create(path, self._file_mode), path)
         name = self.new_name()
-        return Stage(self, name, self._create(name, self._file_mode))
+        return StagedFileWriter(self, name, self._create(name, self._file_mode))
 
     def stage_whole(self, content: bytes, path: RelPath | None = None) -> str:
         """A file in one piece, as `stage` has it; the name it waits by. Not hashed. Raises `OSError`."""
@@ -340,7 +340,7 @@ class Staging:
         """The tree of that `name`, if it is the one that is being filled or promoted from."""
         return self._tree if self._tree is not None and self._tree.name == name else None
 
-    def put(self, content: bytes, *, executable: bool, hold: bool) -> Temp:
+    def put(self, content: bytes, *, executable: bool, hold: bool) -> TempFile:
         """Make a whole file of `content`; with `hold` its descriptor stays open. Raises `OSError`, leaving nothing."""
         name = self.new_name()
         mode = self.mode(executable)
@@ -349,14 +349,14 @@ class Staging:
             write_all(descriptor, content)
             self._dress(descriptor, mode)
             if hold:
-                return Temp(name, 0, descriptor)
+                return TempFile(name, 0, descriptor)
             inode = os.fstat(descriptor).st_ino
         except BaseException:
             os.close(descriptor)
             self.discard(name)
             raise
         os.close(descriptor)
-        return Temp(name, inode)
+        return TempFile(name, inode)
 
     def copy(self, name: str, directory: int, most: int) -> str | None:
         """Copy the regular file `name` of `directory`, of one that grows its beginning; the copy's name.
@@ -386,12 +386,12 @@ class Staging:
         finally:
             os.close(source)
 
-    def take(self, name: str, *, executable: bool) -> tuple[Temp, FileStat]:
+    def take(self, name: str, *, executable: bool) -> tuple[TempFile, FileStat]:
         """A file staged earlier, ready for promotion, and how it looks. Raises `OSError`, also when there is none."""
         if executable:
             os.chmod(name, self.mode(True), dir_fd=self._descriptor)
         found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        return Temp(name, found.st_ino, lasting=True), FileStat.of(found)
+        return TempFile(name, found.st_ino, lasting=True), FileStat.of(found)
 
     def adopt(self, descriptor: int, path: RelPath | None) -> None:
         """Finish a file: mode, owner, and its place in the tree if it has one; closes `descriptor`."""

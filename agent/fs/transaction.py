@@ -40,14 +40,14 @@ from agent.fs.dirfd import (
     ENVIRONMENT,
     UNUSABLE,
     Blocked,
-    DirectoryForm,
-    Jail,
-    dress_directory,
+    DirectoryCache,
+    DirectoryPermissions,
     environment_problem,
-    is_twin,
+    is_case_twin,
+    set_permissions,
 )
 from agent.fs.inspect import Drift, FileStat, compare, look
-from agent.fs.staging import NO_EXCHANGE, StagedTree, Staging, Temp, exchange
+from agent.fs.staging import NO_EXCHANGE, StagedTree, Staging, TempFile, exchange
 from agent.fs.turns import at_once
 
 MANY = 1_000
@@ -93,7 +93,7 @@ class Done(Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TransactionResult:
     """What is now true on disk.
 
     `done` in the order of the operations. `rolled_back`: the environment failed and everything was undone; `done` then
@@ -107,30 +107,30 @@ class Outcome:
     gone: tuple[RelPath, ...] = ()
 
 
-READ_MOST = 64 * 2**20
+MAX_READ_BYTES = 64 * 2**20
 """Bytes that one batch reads of what stands in the project: a tenth of a second's hashing, on the event loop. Past it a
 file that looks different is taken for another."""
 
 
-class _Kept(Exception):
+class _LeftAlone(Exception):
     """A drifted file that the caller wants left alone."""
 
 
-class Batch:
+class Transaction:
     """One run. `made` is the disk's own set of the directories it made, advanced as they come and go."""
 
     def __init__(
         self,
-        jail: Jail,
+        directories: DirectoryCache,
         staging: Staging,
         made: set[RelPath],
-        form: DirectoryForm,
+        form: DirectoryPermissions,
         known: Mapping[RelPath, FileStat],
         tree: Mapping[RelPath, Entry],
         *,
         overwrite_drift: bool,
     ) -> None:
-        self._jail = jail
+        self._directories = directories
         self._staging = staging
         self._made = made
         self._form = form
@@ -139,17 +139,17 @@ class Batch:
         self._overwrite_drift = overwrite_drift
         self._done: dict[RelPath, Done] = {}
         self._problems: list[Problem] = []
-        self._temps: dict[RelPath, Temp] = {}
+        self._temps: dict[RelPath, TempFile] = {}
         self._saved: list[str] = []
-        self._nest: StagedTree | None = None
+        self._staged_tree: StagedTree | None = None
         self._waiting: dict[RelPath, list[Write]] = {}
         self._whole: set[RelPath] = set()
         self._undo: list[tuple[RelPath | None, Callable[[], None]]] = []
         self._new: dict[RelPath, bool] = {}
         self._at: RelPath | None = None
-        self._readable = READ_MOST
+        self._readable = MAX_READ_BYTES
 
-    def run(self, operations: Sequence[Operation]) -> Outcome:
+    def run(self, operations: Sequence[Operation]) -> TransactionResult:
         """Do all of it, or nothing. At most one operation a path. Raises nothing of the file system's."""
         rolled_back = False
         try:
@@ -158,15 +158,15 @@ class Batch:
                 if isinstance(operation, Write):
                     self._at = operation.path
                     self._ready(operation, hold)
-            if self._nest is not None:
-                self._whole = self._nest.whole(self._waiting)
+            if self._staged_tree is not None:
+                self._whole = self._staged_tree.whole(self._waiting)
             order = in_order(operations)
             for operation in order:
                 if operation.path not in self._done:
                     self._do(operation, last=operation is order[-1])
         except OSError as error:
             # Descriptors first: the undoing needs some, and may have failed for want of them.
-            self._jail.forget()
+            self._directories.close()
             self._problems.append(environment_problem(error, self._at, self._staging.descriptor))
             rolled_back = True
             self._roll_back()
@@ -174,10 +174,10 @@ class Batch:
             self._clean(rolled_back=rolled_back)
         done = tuple([self._done[o.path] for o in operations if o.path in self._done])
         if not self._new:
-            return Outcome(done, tuple(self._problems), rolled_back)
+            return TransactionResult(done, tuple(self._problems), rolled_back)
         made = tuple(path for path, there in self._new.items() if there)
         gone = tuple(path for path, there in self._new.items() if not there)
-        return Outcome(done, tuple(self._problems), rolled_back, made, gone)
+        return TransactionResult(done, tuple(self._problems), rolled_back, made, gone)
 
     def _ready(self, write: Write, hold: bool) -> None:
         path, executable = write.path, write.entry.executable
@@ -186,11 +186,11 @@ class Batch:
             return
         if write.staged is None:
             raise ValueError(f"the write of {path!r} has neither content nor a staged file")
-        nest = self._staging.tree(write.staged)
-        if nest is None:
+        tree_here = self._staging.tree(write.staged)
+        if tree_here is None:
             self._temps[path], _ = self._staging.take(write.staged, executable=executable)
         else:
-            self._nest = nest
+            self._staged_tree = tree_here
             if path not in self._known:
                 self._waiting.setdefault(RelPath(path.rpartition("/")[0]), []).append(write)
 
@@ -201,7 +201,7 @@ class Batch:
                 self._write(operation, keep=not last)
             else:
                 self._remove(operation, keep=not last)
-        except _Kept:
+        except _LeftAlone:
             return
         except Blocked as blocked:
             self._unusable(operation, blocked.path, blocked.rule)
@@ -224,13 +224,13 @@ class Batch:
     def _write(self, write: Write, *, keep: bool) -> None:
         path = write.path
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above, self._make_directory)
+        directory = self._directories.open(above, self._make_directory)
         if path in self._done:
             return
         found = look(directory, name)
         if found is not None and stat.S_ISDIR(found.st_mode):
             self._clear_directory(path)
-            directory, found = self._jail.directory(above), None
+            directory, found = self._directories.open(above), None
         elif self._settle_drift(path, directory, name, found, write.entry):
             assert found is not None
             self._done[path] = Done(write, FileStat.of(found))
@@ -245,14 +245,14 @@ class Batch:
         temp.close()
         del self._temps[path]
 
-    def _take(self, write: Write) -> Temp:
+    def _take(self, write: Write) -> TempFile:
         """A file that waits in the tree and goes alone."""
         name = f"{write.staged}/{write.path}"
         temp, _ = self._staging.take(name, executable=write.entry.executable)
         self._temps[write.path] = temp
         return temp
 
-    def _stat_after(self, path: RelPath, directory: int, name: str, temp: Temp) -> FileStat | None:
+    def _stat_after(self, path: RelPath, directory: int, name: str, temp: TempFile) -> FileStat | None:
         """How the file we put there looks. None when something else has already replaced it, or nobody can say."""
         try:
             if temp.descriptor is not None:
@@ -276,7 +276,7 @@ class Batch:
             return False
         if expected is not None and expected.is_of(found):
             return False
-        if expected is None and is_twin(directory, name, found):
+        if expected is None and is_case_twin(directory, name, found):
             raise Blocked(path, "case_twin")
         entry = self._tree.get(path)
         drift = at_once(compare(path, directory, name, found, expected, entry, wanted, self._may_read))
@@ -291,11 +291,11 @@ class Batch:
     def _drifted(self, drift: Drift) -> None:
         self._problems.append(drift.problem())
         if not self._overwrite_drift:
-            raise _Kept
+            raise _LeftAlone
 
     def _replace(
-        self, path: RelPath, directory: int, name: str, temp: Temp, found: os.stat_result, *, keep: bool
-    ) -> Callable[[RelPath, Temp], None] | None:
+        self, path: RelPath, directory: int, name: str, temp: TempFile, found: os.stat_result, *, keep: bool
+    ) -> Callable[[RelPath, TempFile], None] | None:
         """Let `temp` and what stands at `name` change places; how to undo it. None: a rename has to do it.
 
         That is when nothing stands there any more, or where the file system cannot exchange and no copy is needed.
@@ -345,7 +345,7 @@ class Batch:
         """
         directories = [path]
         for each in directories:
-            inside = self._jail.directory(each)
+            inside = self._directories.open(each)
             for name in os.listdir(inside):
                 found = look(inside, name)
                 if name in PROTECTED or (found is not None and not stat.S_ISDIR(found.st_mode)):
@@ -353,8 +353,8 @@ class Batch:
                 directories.append(RelPath(f"{each}/{name}"))
         for each in reversed(directories):
             above, _, name = each.rpartition("/")
-            os.rmdir(name, dir_fd=self._jail.directory(above))
-            self._jail.forget(each)
+            os.rmdir(name, dir_fd=self._directories.open(above))
+            self._directories.close(each)
             self._forget_directory(each)
 
     # --- removing
@@ -363,7 +363,7 @@ class Batch:
         path = remove.path
         above, _, name = path.rpartition("/")
         try:
-            directory = self._jail.directory(above)
+            directory = self._directories.open(above)
             found = look(directory, name)
         except FileNotFoundError:
             found, directory = None, -1
@@ -399,23 +399,25 @@ class Batch:
         self._new[RelPath(path)] = True
         self._made.add(RelPath(path))
         self._undo.append((None, partial(self._unmake, RelPath(path))))
-        dress_directory(above, name, self._form)
+        set_permissions(above, name, self._form)
 
     def _promote_directory(self, above: int, name: str, path: RelPath) -> bool:
         """Let a directory that waits in the tree appear with all that is in it; False when it has to be made.
 
         How its files look is seen before: there nobody else can touch them, and being renamed with it does not.
         """
-        assert self._nest is not None
-        directories = list(self._nest.within(path))
+        assert self._staged_tree is not None
+        directories = list(self._staged_tree.within(path))
         done: list[Done] = []
         for directory in directories:
             for write in self._waiting.get(directory, ()):
-                place = self._nest.place(write.path)
+                place = self._staged_tree.place(write.path)
                 done.append(Done(write, self._staging.take(place, executable=write.entry.executable)[1]))
         try:
             # Onto nothing, or onto an empty directory that was made this moment.
-            os.rename(self._nest.place(path), name, src_dir_fd=self._staging.descriptor, dst_dir_fd=above)
+            os.rename(
+                self._staged_tree.place(path), name, src_dir_fd=self._staging.descriptor, dst_dir_fd=above
+            )
         except OSError:
             return False
         self._undo.append((path, partial(self._demote_directory, path, directories)))
@@ -435,7 +437,7 @@ class Batch:
                 return
             above, _, name = directory.rpartition("/")
             try:
-                os.rmdir(name, dir_fd=self._jail.directory(above))
+                os.rmdir(name, dir_fd=self._directories.open(above))
             except FileNotFoundError:
                 pass
             except Blocked:
@@ -444,7 +446,7 @@ class Batch:
                 if must and error.errno in ENVIRONMENT:
                     raise
                 return
-            self._jail.forget(directory)
+            self._directories.close(directory)
             self._forget_directory(directory)
 
     def _forget_directory(self, path: RelPath) -> None:
@@ -472,10 +474,10 @@ class Batch:
             if path in stuck or not stuck.isdisjoint(parents(path))
         }
 
-    def _take_back(self, path: RelPath, temp: Temp) -> None:
+    def _take_back(self, path: RelPath, temp: TempFile) -> None:
         """What we put where nothing was goes back to staging, unless something else has taken its place."""
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+        directory = self._directories.open(above)
         found = look(directory, name)
         if found is not None and found.st_ino == temp.inode:
             os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
@@ -483,22 +485,24 @@ class Batch:
 
     def _demote_directory(self, path: RelPath, directories: Sequence[RelPath]) -> None:
         """A whole directory goes back to wait, unless something else was put into it meanwhile."""
-        assert self._nest is not None
-        inside = sum(len(os.listdir(self._jail.directory(each))) for each in directories)
+        assert self._staged_tree is not None
+        inside = sum(len(os.listdir(self._directories.open(each))) for each in directories)
         if inside != sum(len(self._waiting.get(each, ())) + 1 for each in directories) - 1:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-        self._jail.forget()
+        self._directories.close()
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
-        os.rename(name, self._nest.place(path), src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        directory = self._directories.open(above)
+        os.rename(
+            name, self._staged_tree.place(path), src_dir_fd=directory, dst_dir_fd=self._staging.descriptor
+        )
         self._made.difference_update(directories)
         for each in directories:
             self._new.pop(each, None)
 
-    def _change_back(self, path: RelPath, temp: Temp) -> None:
+    def _change_back(self, path: RelPath, temp: TempFile) -> None:
         """What stood there and what we put there change places again."""
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+        directory = self._directories.open(above)
         try:
             exchange(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         except FileNotFoundError:
@@ -506,10 +510,10 @@ class Batch:
         self._saved.remove(temp.name)
         self._temps[path] = temp
 
-    def _copy_back(self, saved: str, path: RelPath, temp: Temp) -> None:
+    def _copy_back(self, saved: str, path: RelPath, temp: TempFile) -> None:
         """The copy of what stood there appears again; what we put there goes back to staging if it is needed there."""
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+        directory = self._directories.open(above)
         staging = self._staging.descriptor
         if temp.lasting:
             with suppress(OSError):
@@ -519,18 +523,18 @@ class Batch:
 
     def _put_back(self, path: RelPath, saved: str) -> None:
         above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+        directory = self._directories.open(above)
         os.rename(saved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
 
     def _unmake(self, path: RelPath) -> None:
         self._made.discard(path)
         self._new.pop(path, None)
         above, _, name = path.rpartition("/")
-        os.rmdir(name, dir_fd=self._jail.directory(above))
-        self._jail.forget(path)
+        os.rmdir(name, dir_fd=self._directories.open(above))
+        self._directories.close(path)
 
     def _remake(self, path: RelPath, ours: bool) -> None:
-        self._jail.directory(path, self._make_directory)
+        self._directories.open(path, self._make_directory)
         self._new.pop(path, None)
         if not ours:
             self._made.discard(path)
@@ -546,5 +550,5 @@ class Batch:
                 self._staging.discard(name)
         else:
             self._staging.spend(self._saved)
-        if self._nest is not None and not rolled_back:
+        if self._staged_tree is not None and not rolled_back:
             self._staging.drop_tree()

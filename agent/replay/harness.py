@@ -15,8 +15,8 @@ from agent.core.model import Cursor, Operation, Problem, RelPath
 from agent.core.scheduler import Follower
 from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk
-from agent.fs.transaction import Outcome
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult
 from agent.link.source import Signal
 from agent.link.types import LinkState
 from agent.session_api import SessionApi
@@ -68,18 +68,18 @@ class ScenarioSource:
         }
 
 
-class FullDisk(Disk):
+class FullDisk(ProjectDir):
     """A disk that is full for the next `failures` batches: everything is undone, as `ENOSPC` has it."""
 
     failures = 0
 
     def apply(
         self, operations: Sequence[Operation], known: Mapping[RelPath, FileStat], **options: Any
-    ) -> Outcome:
-        """As `Disk.apply`, unless it is full."""
+    ) -> TransactionResult:
+        """As `ProjectDir.apply`, unless it is full."""
         if operations and self.failures:
             self.failures -= 1
-            return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
+            return TransactionResult((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
         return super().apply(operations, known, **options)
 
 

@@ -7,7 +7,7 @@ first time are named by `intend` before they are written, so that a file whose r
 ours.
 
 A loss of power can cost more than a SIGKILL, because files are not synced one by one (it would make hydration six
-times slower). Therefore what is loaded is a claim: `Disk.audit` holds it against the disk, by stat and then hash.
+times slower). Therefore what is loaded is a claim: `ProjectDir.audit` holds it against the disk, by stat and then hash.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Ledger:
     ) -> None:
         """Keep what is now true for the next `record`. Until then a kill costs work: it is found out again.
 
-        `made` and `gone` are directories that the agent made and removed (`Outcome.made`, `Outcome.gone`).
+        `made` and `gone` are directories that the agent made and removed (`TransactionResult.made`, `.gone`).
         """
         for each in done:
             self._unwritten[each.operation.path] = each

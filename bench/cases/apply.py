@@ -30,7 +30,9 @@ import orjson
 from agent.core.messages import read_event
 from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.core.reconcile import step
-from agent.fs.project_dir import Disk, FileStat, Outcome
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult
 from agent.sync.ledger import Ledger
 from bench.harness.results import Row, Unmeasurable, Waits, in_turn, ratio_of
 from bench.harness.scratch_fs import NEW, Ground
@@ -109,7 +111,7 @@ class Ours:
 
     def __init__(self, home: Path, size: int, waits: Waits) -> None:
         self.waits = waits
-        self.disk = Disk(home / "ours", home / "staging")
+        self.disk = ProjectDir(home / "ours", home / "staging")
         self.disk.open()
         self.ledger = Ledger(home / "state/ledger.db")
         self.tree = Tree(Cursor(EPOCH, 0))
@@ -171,7 +173,7 @@ class Ours:
         assert isinstance(commit, Commit)
         return commit
 
-    def _follow(self, outcome: Outcome) -> None:
+    def _follow(self, outcome: TransactionResult) -> None:
         for done in outcome.done:
             assert done.stat is not None
             self.known[done.operation.path] = done.stat

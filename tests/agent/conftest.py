@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.fs import transaction
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from tests.agent.disks import Agent, in_staging, mounted
 from tests.agent.link.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
@@ -76,9 +76,9 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def disk(root: Path, tmp_path: Path) -> Iterator[Disk]:
+def disk(root: Path, tmp_path: Path) -> Iterator[ProjectDir]:
     """An open disk; nothing may stay in its staging."""
-    disk = Disk(root, tmp_path / "staging")
+    disk = ProjectDir(root, tmp_path / "staging")
     disk.open()
     yield disk
     assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
@@ -86,7 +86,7 @@ def disk(root: Path, tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture
-def agent(disk: Disk) -> Agent:
+def agent(disk: ProjectDir) -> Agent:
     """`disk`, and what its agent remembers."""
     return Agent(disk)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from agent.core.model import Entry, Operation, RelPath, Remove, Write, digest_of
-from agent.fs.project_dir import Disk, FileStat, Outcome
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
 from agent.fs.staging import ROOMS
+from agent.fs.transaction import TransactionResult
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
@@ -21,7 +23,13 @@ def write(path: str, content: bytes | str, *, version: int = 1, executable: bool
 
 
 def staged(
-    disk: Disk, path: str, content: str, *, version: int = 1, executable: bool = False, nested: bool = True
+    disk: ProjectDir,
+    path: str,
+    content: str,
+    *,
+    version: int = 1,
+    executable: bool = False,
+    nested: bool = True,
 ) -> Write:
     """A write whose bytes wait in staging already: in the tree, or under a name of their own."""
     stage = disk.stage(RelPath(path) if nested else None)
@@ -60,19 +68,21 @@ def in_staging(staging: Path) -> list[str]:
     return found
 
 
-def kinds(outcome: Outcome) -> list[tuple[str, str | None, str | None]]:
+def kinds(outcome: TransactionResult) -> list[tuple[str, str | None, str | None]]:
     return [(p.kind, p.path, p.rule) for p in outcome.problems]
 
 
 class Agent:
     """A disk and what an agent would remember of it."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: ProjectDir) -> None:
         self.disk = disk
         self.known: dict[RelPath, FileStat] = {}
         self.tree: dict[RelPath, Entry] = {}
 
-    def apply(self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True) -> Outcome:
+    def apply(
+        self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True
+    ) -> TransactionResult:
         outcome = self.disk.apply(
             operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift, sweep=sweep
         )
@@ -92,7 +102,7 @@ class Agent:
 @contextmanager
 def opened(root: Path, staging: Path) -> Iterator[Agent]:
     """An agent's disk for as long as the block lasts."""
-    disk = Disk(root, staging)
+    disk = ProjectDir(root, staging)
     disk.open()
     try:
         yield Agent(disk)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.fs import dirfd
-from agent.fs.dirfd import is_twin
+from agent.fs.dirfd import is_case_twin
 from tests.agent.disks import Agent, in_staging, kinds, opened, remove, seen, staged, write
 
 IS_ROOT = os.geteuid() == 0
@@ -28,7 +28,7 @@ IS_ROOT = os.geteuid() == 0
 def revalidation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With /proc, where held directories are asked for their place, and as on a system without it."""
     if request.param == "walked":
-        monkeypatch.setattr(dirfd, "_place_of", lambda descriptor: "")
+        monkeypatch.setattr(dirfd, "_path_of", lambda descriptor: "")
     return str(request.param)
 
 
@@ -256,9 +256,9 @@ def test_what_makes_a_twin(root: Path, agent: Agent, monkeypatch: pytest.MonkeyP
     directory = os.open(root, os.O_RDONLY)
     try:
         found = (root / "rEADME").stat()
-        assert not is_twin(directory, "rEADME", found)
-        assert not is_twin(directory, "123", found)
+        assert not is_case_twin(directory, "rEADME", found)
+        assert not is_case_twin(directory, "123", found)
         monkeypatch.setattr(os, "listdir", lambda _: ["Readme"])
-        assert is_twin(directory, "rEADME", found)
+        assert is_case_twin(directory, "rEADME", found)
     finally:
         os.close(directory)

@@ -16,8 +16,7 @@ from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
 from agent.fs import transaction, turns
-from agent.fs.inspect import PIECE, UNREAD, Sight, reading
-from agent.fs.project_dir import Drift, FileStat
+from agent.fs.inspect import PIECE, UNREAD, DirectoryView, Drift, FileStat, reading
 from agent.fs.turns import at_once
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger, LedgerState
@@ -197,7 +196,7 @@ def test_a_copy_that_is_put_back_is_the_same(
 def test_past_so_many_bytes_a_batch_reads_no_more(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "READ_MOST", 25)
+    monkeypatch.setattr(transaction, "MAX_READ_BYTES", 25)
     for name in ("a", "b", "c"):
         (root / name).write_text("0123456789")
     outcome = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))
@@ -217,7 +216,7 @@ async def test_a_start_takes_what_became_huge_for_unconfirmed(agent: Agent, root
     workspace = Workspace(agent.disk, ledger, Problems(Metrics()))
     recorded = Tree(Cursor("e", 5), Map(agent.tree))
     tree, drifts = await workspace.audit(LedgerState(recorded, agent.known))
-    look = agent.disk.look(RelPath("a"))
+    look = agent.disk.stat(RelPath("a"))
     assert drifts == (Drift(RelPath("a"), "changed", UNREAD, look),)
     entry = tree.entries[RelPath("a")]
     assert (entry.digest, entry.size, entry.provisional) == (UNREAD, HUGE, True)
@@ -246,7 +245,7 @@ async def test_what_is_adopted_has_the_size_that_it_has(agent: Agent, root: Path
     tree = Tree(Cursor("e", 5), Map(agent.tree))
     for content in (b"9", b"10"):
         (root / "a").write_bytes(content)
-        found = agent.disk.look(RelPath("a"))
+        found = agent.disk.stat(RelPath("a"))
         digest = digest_of(content)
         tree = workspace.unconfirmed(tree, [Drift(RelPath("a"), "changed", digest, found)])
     os.utime(root / "a")
@@ -397,10 +396,10 @@ def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: p
     text = "x" * 8 * PIECE
     (tmp_path / "a").write_text(text)
     shadow = shadow_of(tmp_path, {"a": text})
-    real = Sight.reading
+    real = DirectoryView.digest_steps
     pieces = 0
 
-    def counted(self: Sight, path: RelPath, size: int):  # type: ignore[no-untyped-def]
+    def counted(self: DirectoryView, path: RelPath, size: int):  # type: ignore[no-untyped-def]
         nonlocal pieces
         steps = real(self, path, size)
         while True:
@@ -412,7 +411,7 @@ def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: p
             shadow._stopping = pieces == 3
             yield
 
-    monkeypatch.setattr(Sight, "reading", counted)
+    monkeypatch.setattr(DirectoryView, "digest_steps", counted)
     assert shadow.read(shadow.wanted()) == {}
     assert pieces == 3
 

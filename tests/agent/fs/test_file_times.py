@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, Tree, digest_of
-from agent.fs.project_dir import FileStat
+from agent.fs.inspect import FileStat
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger
 from tests.agent.disks import kinds, opened, write

@@ -10,7 +10,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, Entry, RelPath, Tree, Write, digest_of
-from agent.fs.project_dir import Disk, FileStat
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import at_once
 from tests.agent.disks import Agent, kinds, remove, seen, write
 
@@ -49,7 +50,7 @@ def test_every_rewrite_is_a_new_file_so_an_open_reader_keeps_the_old_one(agent: 
 def test_modes_do_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        disk = Disk(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
+        disk = ProjectDir(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
         disk.open()
         stage = disk.stage()
         stage.write(b"#!")
@@ -75,7 +76,7 @@ def test_modes_do_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_files_and_directories_belong_to_the_configured_owner(tmp_path: Path) -> None:
-    disk = Disk(tmp_path / "project", tmp_path / "staging", owner=(12345, 23456))
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging", owner=(12345, 23456))
     disk.open()
     disk.apply([write("src/a", "x"), write("src/b", "y", executable=True)], {})
     disk.apply([write("src/a", "z")], {})
@@ -87,7 +88,7 @@ def test_files_and_directories_belong_to_the_configured_owner(tmp_path: Path) ->
     assert (tmp_path / "staging").stat().st_uid == 0
 
 
-def test_staged_files_are_promoted(disk: Disk, agent: Agent, root: Path) -> None:
+def test_staged_files_are_promoted(disk: ProjectDir, agent: Agent, root: Path) -> None:
     stage = disk.stage()
     stage.write(b"one ")
     stage.write(b"two")
@@ -101,7 +102,7 @@ def test_staged_files_are_promoted(disk: Disk, agent: Agent, root: Path) -> None
     assert outcome.done[0].stat == FileStat.of((root / "d/f").lstat())
 
 
-def test_an_aborted_stage_leaves_nothing(disk: Disk) -> None:
+def test_an_aborted_stage_leaves_nothing(disk: ProjectDir) -> None:
     for path in (None, RelPath("d/never")):
         stage = disk.stage(path)
         stage.write(b"never")
@@ -237,7 +238,7 @@ def test_a_thing_that_is_no_file_is_replaced_and_never_read(agent: Agent, root: 
 
 
 def test_reading_and_scanning_follow_no_link_and_skip_what_is_protected(
-    disk: Disk, agent: Agent, root: Path
+    disk: ProjectDir, agent: Agent, root: Path
 ) -> None:
     agent.put({"src/a": "1", "b": "2"})
     (root / "node_modules/x").mkdir(parents=True)
@@ -245,14 +246,14 @@ def test_reading_and_scanning_follow_no_link_and_skip_what_is_protected(
     (root / "link").symlink_to("src")
     (root / "leaf").symlink_to("b")
 
-    assert at_once(disk.reading(RelPath("src/a"), 1)) == (digest_of(b"1"), agent.known[RelPath("src/a")])
+    assert at_once(disk.digest_steps(RelPath("src/a"), 1)) == (digest_of(b"1"), agent.known[RelPath("src/a")])
     for path in ("link/a", "leaf", "nothing", "b/under", "src"):
-        assert at_once(disk.reading(RelPath(path), 1)) is None
-        assert disk.look(RelPath(path)) is None
+        assert at_once(disk.digest_steps(RelPath(path), 1)) is None
+        assert disk.stat(RelPath(path)) is None
     assert disk.scan() == agent.known
 
 
-def test_an_audit_tells_touched_changed_missing_and_right(disk: Disk, agent: Agent, root: Path) -> None:
+def test_an_audit_tells_touched_changed_missing_and_right(disk: ProjectDir, agent: Agent, root: Path) -> None:
     agent.put({"right": "1", "touched": "2", "changed": "3", "missing": "4", "dir/in": "5", "link": "6"})
     os.utime(root / "touched")
     (root / "changed").write_text("x")
@@ -266,10 +267,10 @@ def test_an_audit_tells_touched_changed_missing_and_right(disk: Disk, agent: Age
         "missing": "missing",
         "link": "not_a_file",
     }
-    assert audit.stats == {p: disk.look(RelPath(p)) for p in ("right", "touched", "dir/in")}
+    assert audit.stats == {p: disk.stat(RelPath(p)) for p in ("right", "touched", "dir/in")}
 
 
-def test_leftovers_of_a_killed_batch_are_discarded(disk: Disk, root: Path) -> None:
+def test_leftovers_of_a_killed_batch_are_discarded(disk: ProjectDir, root: Path) -> None:
     (root / "left").write_text("behind")
     (root / "theirs").write_text("not ours")
     disk.discard([RelPath("left"), RelPath("never"), RelPath("no/where")])

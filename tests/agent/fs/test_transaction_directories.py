@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.model import Operation, RelPath, parents
-from agent.fs.project_dir import Disk, Outcome
-from agent.fs.transaction import in_order
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult, in_order
 from tests.agent.disks import Agent, in_staging, kinds, remove, seen, staged, write
 from tests.profiles import examples
 
@@ -38,7 +38,7 @@ class Renames:
 RENAMES = Renames()
 
 
-def renames(agent: Agent, *operations: Operation) -> tuple[list[str], Outcome]:
+def renames(agent: Agent, *operations: Operation) -> tuple[list[str], TransactionResult]:
     """What was renamed to, in order, while a batch was done."""
     RENAMES.targets = []
     try:
@@ -53,7 +53,7 @@ def test_a_new_directory_appears_with_all_that_is_in_it(tmp_path: Path, umask: i
     files = {"a.ts": "1", "bin/run": "2", "src/b.ts": "3", "src/c/d/e.ts": "4", "src/c/f.ts": "5"}
     old = os.umask(umask)
     try:
-        disk = Disk(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
+        disk = ProjectDir(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
         disk.open()
         agent = Agent(disk)
         writes = [staged(disk, path, text, executable=path == "bin/run") for path, text in files.items()]
@@ -75,7 +75,7 @@ def test_a_new_directory_appears_with_all_that_is_in_it(tmp_path: Path, umask: i
     disk.close()
 
 
-def test_what_is_there_already_is_joined_file_by_file(disk: Disk, agent: Agent, root: Path) -> None:
+def test_what_is_there_already_is_joined_file_by_file(disk: ProjectDir, agent: Agent, root: Path) -> None:
     agent.put({"src/old.ts": "old"})
     (root / "public").mkdir()
     (root / "public/theirs").write_text("foreign")
@@ -88,7 +88,7 @@ def test_what_is_there_already_is_joined_file_by_file(disk: Disk, agent: Agent, 
 
 
 def test_a_directory_of_which_not_all_is_wanted_does_not_appear_whole(
-    disk: Disk, agent: Agent, root: Path
+    disk: ProjectDir, agent: Agent, root: Path
 ) -> None:
     wanted = [staged(disk, "src/a", "1"), staged(disk, "src/c/d", "2"), staged(disk, "lib/e", "3")]
     staged(disk, "src/c/unwanted", "0")
@@ -99,7 +99,7 @@ def test_a_directory_of_which_not_all_is_wanted_does_not_appear_whole(
 
 
 def test_a_directory_somebody_removed_comes_back_and_is_reported(
-    disk: Disk, agent: Agent, root: Path
+    disk: ProjectDir, agent: Agent, root: Path
 ) -> None:
     agent.put({"src/a": "1", "src/b": "2"})
     shutil.rmtree(root / "src")
@@ -109,7 +109,7 @@ def test_a_directory_somebody_removed_comes_back_and_is_reported(
 
 
 def test_a_tree_that_was_left_in_staging_is_cleared(tmp_path: Path) -> None:
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     staged(disk, "a/b/c", "left by a kill")
     disk.close()
@@ -136,11 +136,11 @@ def test_directories_we_made_go_with_their_last_file(agent: Agent, root: Path) -
 
 
 def test_directories_of_an_earlier_life_are_ours_when_the_ledger_says_so(tmp_path: Path) -> None:
-    first = Disk(tmp_path / "project", tmp_path / "staging")
+    first = ProjectDir(tmp_path / "project", tmp_path / "staging")
     first.open()
     outcome = first.apply([write("a/b/c", "1")], {})
     first.close()
-    second = Disk(tmp_path / "project", tmp_path / "staging")
+    second = ProjectDir(tmp_path / "project", tmp_path / "staging")
     second.open(outcome.made)
     second.apply([remove("a/b/c")], {RelPath("a/b/c"): outcome.done[0].stat or pytest.fail("no stat")})
     second.close()
@@ -261,7 +261,7 @@ def trees(draw: st.DrawFn) -> dict[str, str]:
 def test_from_any_tree_to_any_other_in_one_batch(wanted: list[dict[str, str]], chance: Random) -> None:
     """In whatever order the operations come, the disk ends at exactly the wanted tree, without a problem or a trace."""
     with tempfile.TemporaryDirectory() as home:
-        disk = Disk(Path(home, "project"), Path(home, "staging"))
+        disk = ProjectDir(Path(home, "project"), Path(home, "staging"))
         disk.open()
         agent = Agent(disk)
         have: dict[str, str] = {}

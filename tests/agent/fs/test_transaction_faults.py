@@ -17,7 +17,7 @@ import pytest
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Operation, RelPath
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import at_once
 from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 
@@ -169,7 +169,7 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
 def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
     """Nothing else would ever remove it: the agent could not start again."""
     small = mount("nr_inodes=40")
-    killed = Disk(small / "project", small / "staging")
+    killed = ProjectDir(small / "project", small / "staging")
     killed.open()
     for _ in range(os.statvfs(small).f_ffree):
         killed.stage_whole(b"x")
@@ -191,7 +191,7 @@ def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
     (small / "staging").mkdir()
     for number in range(os.statvfs(small).f_ffree - free):
         (small / f"ballast{number}").touch()
-    disk = Disk(small / "project", small / "staging")
+    disk = ProjectDir(small / "project", small / "staging")
     with pytest.raises(RootUnusable, match=r"cannot use the staging directory .*: No space left on device"):
         disk.open()
     assert os.listdir(small / "staging") == []
@@ -204,7 +204,7 @@ def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
 def test_staging_on_another_file_system_is_refused_at_the_start(
     mount: Callable[..., Path], tmp_path: Path
 ) -> None:
-    disk = Disk(tmp_path / "project", mount() / "staging")
+    disk = ProjectDir(tmp_path / "project", mount() / "staging")
     with pytest.raises(RootUnusable, match="on another file system than the project; set STAGING_DIR"):
         disk.open()
     assert list((tmp_path / "project").iterdir()) == []
@@ -216,7 +216,7 @@ def test_a_bind_mount_of_the_same_file_system_is_refused_too(tmp_path: Path) -> 
     mounted(tmp_path / "bound", "bind", kind="none", source=str(tmp_path / "source"))
     try:
         with pytest.raises(RootUnusable, match="on another file system"):
-            Disk(tmp_path / "project", tmp_path / "bound/staging").open()
+            ProjectDir(tmp_path / "project", tmp_path / "bound/staging").open()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "bound")], check=True)
 
@@ -424,7 +424,7 @@ def test_a_root_we_may_not_write_in_is_refused_at_the_start(tmp_path: Path) -> N
         as_nobody(),
         pytest.raises(RootUnusable, match=r"cannot write in the project directory .*permission denied"),
     ):
-        Disk(tmp_path / "project", tmp_path / "staging").open()
+        ProjectDir(tmp_path / "project", tmp_path / "staging").open()
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can be refused to give files away by dropping its powers")
@@ -434,7 +434,7 @@ def test_an_owner_that_files_cannot_be_given_to_is_refused_at_the_start(tmp_path
     root.mkdir()
     staging.mkdir()
     with as_nobody(root, staging), pytest.raises(RootUnusable, match="cannot give files to 12:34"):
-        Disk(root, staging, owner=(12, 34)).open()
+        ProjectDir(root, staging, owner=(12, 34)).open()
 
 
 # --- descriptors
@@ -452,7 +452,7 @@ def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
         write("w/v/two", "2"),
     ]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    agent.disk._jail.forget()
+    agent.disk._directories.close()
     with open(os.devnull) as highest:
         limit = highest.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit + spare, hard))
@@ -478,9 +478,9 @@ def test_descriptors_do_not_pile_up(agent: Agent) -> None:
     for n in range(300):
         agent.apply(write(f"d{n}/e/f", "x"), write("same", f"{n}"))
         agent.apply(write(f"same/{n}", "blocked"))
-        at_once(agent.disk.reading(RelPath(f"d{n}/e/f"), 1))
-        at_once(agent.disk.reading(RelPath(f"d{n}"), 1))
-        abandoned = agent.disk.checking(RelPath(f"d{n}/e/f"), None, agent.tree[RelPath(f"d{n}/e/f")])
+        at_once(agent.disk.digest_steps(RelPath(f"d{n}/e/f"), 1))
+        at_once(agent.disk.digest_steps(RelPath(f"d{n}"), 1))
+        abandoned = agent.disk.check_steps(RelPath(f"d{n}/e/f"), None, agent.tree[RelPath(f"d{n}/e/f")])
         next(abandoned, None)
         abandoned.close()
     assert count() - before <= 64

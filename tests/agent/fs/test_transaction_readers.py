@@ -105,12 +105,12 @@ WRITER = textwrap.dedent(
     """
     import os, random, signal, sys
     from pathlib import Path
-    from agent.fs.project_dir import Disk
+    from agent.fs.project_dir import ProjectDir
     from agent.sync.ledger import Ledger, LedgerState
     from agent.core.model import Cursor, Entry, RelPath, Remove, Write, digest_of
 
     home = Path(sys.argv[1])
-    disk, ledger = Disk(home / "project", home / "staging"), Ledger(home / "state/ledger.db")
+    disk, ledger = ProjectDir(home / "project", home / "staging"), Ledger(home / "state/ledger.db")
     state = ledger.load()
     disk.open(state.directories if state else ())
     disk.clear_staging()
