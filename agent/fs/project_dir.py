@@ -24,7 +24,7 @@ from pathlib import Path
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
-from agent.fs.dirfd import DirectoryPermissions, set_permissions
+from agent.fs.dirfd import DirectoryPermissions
 from agent.fs.inspect import DirectoryView, FileStat
 from agent.fs.staging import StagedFileWriter, Staging
 from agent.fs.transaction import Transaction, TransactionResult
@@ -50,8 +50,8 @@ class ProjectDir(DirectoryView):
     ) -> None:
         super().__init__(root, make_root=self._make_root)
         self._staging_path = staging
-        self._form = DirectoryPermissions(dir_mode, owner)
-        self._staging = Staging(staging, file_mode=file_mode, form=self._form)
+        self._permissions = DirectoryPermissions(dir_mode, owner)
+        self._staging = Staging(staging, file_mode=file_mode, permissions=self._permissions)
         self._made: set[RelPath] = set()
 
     @property
@@ -148,7 +148,7 @@ class ProjectDir(DirectoryView):
             self._directories,
             self._staging,
             self._made,
-            self._form,
+            self._permissions,
             known,
             tree,
             overwrite_drift=overwrite_drift,
@@ -156,8 +156,8 @@ class ProjectDir(DirectoryView):
         return batch.run(operations)
 
     def _make_root(self) -> None:
-        self._root.mkdir(mode=self._form.mode, parents=True, exist_ok=True)
-        set_permissions(None, str(self._root), self._form)
+        self._root.mkdir(mode=self._permissions.mode, parents=True, exist_ok=True)
+        self._permissions.set_on(str(self._root))
 
     def _check_places(self, root: int) -> None:
         """Root writable, staging outside of it and it outside of staging."""

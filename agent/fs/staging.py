@@ -21,7 +21,6 @@ The tree stands in staging, where nobody but us can put anything, so paths in it
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -38,11 +37,10 @@ from pathlib import Path
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Digest, RelPath, parents
-from agent.fs.dirfd import DirectoryPermissions, set_permissions
+from agent.fs.dirfd import DirectoryPermissions
 from agent.fs.inspect import FileStat
 from agent.fs.places import OPEN_DIRECTORY, open_directory
-
-CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+from agent.fs.syscalls import CREATE_FILE, READ_FILE, write_all
 
 
 @dataclass(slots=True)
@@ -56,12 +54,12 @@ class _Directory:
 class StagedTree:
     """One tree below the directory `staging`, filled by one thread and then promoted from.
 
-    `form` is that of the project's directories: a renamed one keeps it.
+    `permissions` are those of the project's directories: a renamed one keeps it.
     """
 
-    def __init__(self, staging: int, name: str, form: DirectoryPermissions) -> None:
+    def __init__(self, staging: int, name: str, permissions: DirectoryPermissions) -> None:
         self._staging = staging
-        self._form = form
+        self._permissions = permissions
         self._directories: dict[RelPath, _Directory] = {}
         self._at: str | None = None
         self._descriptor = -1
@@ -77,7 +75,7 @@ class StagedTree:
         above, _, name = path.rpartition("/")
         if above != self._at:
             self._enter(RelPath(above))
-        return os.open(name, CREATE, mode, dir_fd=self._descriptor)
+        return os.open(name, CREATE_FILE, mode, dir_fd=self._descriptor)
 
     def count(self, path: RelPath) -> None:
         """The file at `path` is whole."""
@@ -108,9 +106,9 @@ class StagedTree:
         self.close()
         for directory in (*parents(path), path) if path else ():
             if directory not in self._directories:
-                os.mkdir(self.place(directory), self._form.mode, dir_fd=self._staging)
+                os.mkdir(self.place(directory), self._permissions.mode, dir_fd=self._staging)
                 self._add(directory)
-                set_permissions(self._staging, self.place(directory), self._form)
+                self._permissions.set_on(self.place(directory), self._staging)
         self._directories.setdefault(path, _Directory())
         self._descriptor = os.open(self.place(path), OPEN_DIRECTORY, dir_fd=self._staging)
         self._at = path
@@ -154,12 +152,6 @@ _TREE = re.compile(r"tree-[0-9a-f]{8}-[0-9a-f]+")
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
 _TOP_OF_HIERARCHIES = 0x20000
 """`FS_IOC_GETFLAGS`, `FS_IOC_SETFLAGS`, `FS_TOPDIR_FL` of linux/fs.h; what `chattr +T` does."""
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_RENAME_EXCHANGE = 2
-
-NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What systems say that cannot exchange two names: some network and FUSE file systems, gVisor, anything but Linux."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +213,14 @@ class StagedFileWriter:
 class Staging:
     """The staging directory, locked for as long as it is open.
 
-    `file_mode`, `form` and its owner are what everything made here ends up with, whatever the umask.
+    `file_mode`, `permissions` and their owner are what everything made here ends up with, whatever the umask.
     """
 
-    def __init__(self, path: Path, *, file_mode: int, form: DirectoryPermissions) -> None:
+    def __init__(self, path: Path, *, file_mode: int, permissions: DirectoryPermissions) -> None:
         self._path = path
         self._file_mode = file_mode
-        self._form = form
-        self._owner = form.owner
+        self._permissions = permissions
+        self._owner = permissions.owner
         self._lock = -1
         self._descriptor = -1
         self._tree: StagedTree | None = None
@@ -332,7 +324,7 @@ class Staging:
         """The tree that files are put into; begins one."""
         if self._tree is None:
             self._tree = StagedTree(
-                self._descriptor, f"tree-{self._life[5:]}-{next(self._numbers):x}", self._form
+                self._descriptor, f"tree-{self._life[5:]}-{next(self._numbers):x}", self._permissions
             )
         return self._tree
 
@@ -363,7 +355,7 @@ class Staging:
 
         None when it is no regular file, or larger than `most` bytes. Raises `OSError`.
         """
-        source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        source = os.open(name, READ_FILE, dir_fd=directory)
         try:
             found = os.fstat(source)
             if stat.S_ISDIR(found.st_mode):
@@ -475,7 +467,7 @@ class Staging:
             os.fchmod(self._lock, 0o700)
 
     def _create(self, name: str, mode: int) -> int:
-        return os.open(name, CREATE, mode, dir_fd=self._descriptor)
+        return os.open(name, CREATE_FILE, mode, dir_fd=self._descriptor)
 
     def _dress(self, descriptor: int, mode: int) -> None:
         if self._set_mode:
@@ -518,23 +510,3 @@ def _mark_top(directory: int) -> None:
         if not flags & _TOP_OF_HIERARCHIES:
             marked = (flags | _TOP_OF_HIERARCHIES).to_bytes(4, sys.byteorder) + bytes(4)
             fcntl.ioctl(directory, _SET_FLAGS, marked)
-
-
-def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
-    """Write every byte; a write may be cut short when space runs out. Raises `OSError`."""
-    written = os.write(descriptor, content)
-    if written != len(content):
-        rest = memoryview(content)[written:]
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-
-
-def exchange(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
-    """Let two names change what they stand for, in one step (renameat2(2), which `os` lacks). Raises `OSError`."""
-    sys.audit("os.rename", source, target, src_dir_fd, dst_dir_fd)
-    call = getattr(_LIBC, "renameat2", None)
-    if call is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if call(src_dir_fd, os.fsencode(source), dst_dir_fd, os.fsencode(target), _RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

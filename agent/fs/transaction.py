@@ -38,16 +38,16 @@ from msgspec import Struct
 from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.fs.dirfd import (
     ENVIRONMENT,
-    UNUSABLE,
+    PATH_RULES,
     Blocked,
     DirectoryCache,
     DirectoryPermissions,
     environment_problem,
     is_case_twin,
-    set_permissions,
 )
-from agent.fs.inspect import Drift, FileStat, compare, look
-from agent.fs.staging import NO_EXCHANGE, StagedTree, Staging, TempFile, exchange
+from agent.fs.inspect import Drift, FileStat, drift_steps, lstat
+from agent.fs.staging import StagedTree, Staging, TempFile
+from agent.fs.syscalls import NO_EXCHANGE, exchange
 from agent.fs.turns import at_once
 
 MANY = 1_000
@@ -124,7 +124,7 @@ class Transaction:
         directories: DirectoryCache,
         staging: Staging,
         made: set[RelPath],
-        form: DirectoryPermissions,
+        permissions: DirectoryPermissions,
         known: Mapping[RelPath, FileStat],
         tree: Mapping[RelPath, Entry],
         *,
@@ -133,7 +133,7 @@ class Transaction:
         self._directories = directories
         self._staging = staging
         self._made = made
-        self._form = form
+        self._permissions = permissions
         self._known = known
         self._tree = tree
         self._overwrite_drift = overwrite_drift
@@ -206,7 +206,7 @@ class Transaction:
         except Blocked as blocked:
             self._unusable(operation, blocked.path, blocked.rule)
         except OSError as error:
-            rule = UNUSABLE.get(error.errno or 0)
+            rule = PATH_RULES.get(error.errno or 0)
             if rule is None:
                 raise
             self._unusable(operation, operation.path, rule)
@@ -223,14 +223,13 @@ class Transaction:
 
     def _write(self, write: Write, *, keep: bool) -> None:
         path = write.path
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above, self._make_directory)
+        directory, name = self._directories.parent(path, self._make_directory)
         if path in self._done:
             return
-        found = look(directory, name)
+        found = lstat(directory, name)
         if found is not None and stat.S_ISDIR(found.st_mode):
             self._clear_directory(path)
-            directory, found = self._directories.open(above), None
+            directory, found = self._directories.parent(path)[0], None
         elif self._settle_drift(path, directory, name, found, write.entry):
             assert found is not None
             self._done[path] = Done(write, FileStat.of(found))
@@ -257,7 +256,7 @@ class Transaction:
         try:
             if temp.descriptor is not None:
                 return FileStat.of(os.fstat(temp.descriptor))
-            now = look(directory, name)
+            now = lstat(directory, name)
         except OSError:
             return None
         if now is None or now.st_ino != temp.inode:
@@ -274,12 +273,12 @@ class Transaction:
             if expected is not None:
                 self._drifted(Drift(path, "missing"))
             return False
-        if expected is not None and expected.is_of(found):
+        if expected is not None and expected.matches(found):
             return False
         if expected is None and is_case_twin(directory, name, found):
             raise Blocked(path, "case_twin")
         entry = self._tree.get(path)
-        drift = at_once(compare(path, directory, name, found, expected, entry, wanted, self._may_read))
+        drift = at_once(drift_steps(path, directory, name, found, expected, entry, wanted, self._may_read))
         if drift is None:
             return False
         runs = found.st_mode & 0o100 != 0
@@ -347,13 +346,13 @@ class Transaction:
         for each in directories:
             inside = self._directories.open(each)
             for name in os.listdir(inside):
-                found = look(inside, name)
+                found = lstat(inside, name)
                 if name in PROTECTED or (found is not None and not stat.S_ISDIR(found.st_mode)):
                     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
                 directories.append(RelPath(f"{each}/{name}"))
         for each in reversed(directories):
-            above, _, name = each.rpartition("/")
-            os.rmdir(name, dir_fd=self._directories.open(above))
+            directory, name = self._directories.parent(each)
+            os.rmdir(name, dir_fd=directory)
             self._directories.close(each)
             self._forget_directory(each)
 
@@ -361,12 +360,11 @@ class Transaction:
 
     def _remove(self, remove: Remove, *, keep: bool) -> None:
         path = remove.path
-        above, _, name = path.rpartition("/")
         try:
-            directory = self._directories.open(above)
-            found = look(directory, name)
+            directory, name = self._directories.parent(path)
+            found = lstat(directory, name)
         except FileNotFoundError:
-            found, directory = None, -1
+            found, directory, name = None, -1, ""
         if found is None:
             self._settle_missing(path)
         elif path not in self._known:
@@ -393,13 +391,13 @@ class Transaction:
         if path in self._whole and self._promote_directory(above, name, RelPath(path)):
             return
         try:
-            os.mkdir(name, self._form.mode, dir_fd=above)
+            os.mkdir(name, self._permissions.mode, dir_fd=above)
         except FileExistsError:
             return
         self._new[RelPath(path)] = True
         self._made.add(RelPath(path))
         self._undo.append((None, partial(self._unmake, RelPath(path))))
-        set_permissions(above, name, self._form)
+        self._permissions.set_on(name, above)
 
     def _promote_directory(self, above: int, name: str, path: RelPath) -> bool:
         """Let a directory that waits in the tree appear with all that is in it; False when it has to be made.
@@ -432,12 +430,12 @@ class Transaction:
         `must`: something may have to stand there, so a failure of the environment is one of the batch. Otherwise an
         empty directory that stays is no reason to undo anything.
         """
-        for directory in reversed(list(parents(path))):
-            if directory not in self._made:
+        for each in reversed(list(parents(path))):
+            if each not in self._made:
                 return
-            above, _, name = directory.rpartition("/")
             try:
-                os.rmdir(name, dir_fd=self._directories.open(above))
+                directory, name = self._directories.parent(each)
+                os.rmdir(name, dir_fd=directory)
             except FileNotFoundError:
                 pass
             except Blocked:
@@ -446,8 +444,8 @@ class Transaction:
                 if must and error.errno in ENVIRONMENT:
                     raise
                 return
-            self._directories.close(directory)
-            self._forget_directory(directory)
+            self._directories.close(each)
+            self._forget_directory(each)
 
     def _forget_directory(self, path: RelPath) -> None:
         ours = path in self._made
@@ -476,9 +474,8 @@ class Transaction:
 
     def _take_back(self, path: RelPath, temp: TempFile) -> None:
         """What we put where nothing was goes back to staging, unless something else has taken its place."""
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above)
-        found = look(directory, name)
+        directory, name = self._directories.parent(path)
+        found = lstat(directory, name)
         if found is not None and found.st_ino == temp.inode:
             os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
         self._temps[path] = temp
@@ -490,8 +487,7 @@ class Transaction:
         if inside != sum(len(self._waiting.get(each, ())) + 1 for each in directories) - 1:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         self._directories.close()
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above)
+        directory, name = self._directories.parent(path)
         os.rename(
             name, self._staged_tree.place(path), src_dir_fd=directory, dst_dir_fd=self._staging.descriptor
         )
@@ -501,8 +497,7 @@ class Transaction:
 
     def _change_back(self, path: RelPath, temp: TempFile) -> None:
         """What stood there and what we put there change places again."""
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above)
+        directory, name = self._directories.parent(path)
         try:
             exchange(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         except FileNotFoundError:
@@ -512,8 +507,7 @@ class Transaction:
 
     def _copy_back(self, saved: str, path: RelPath, temp: TempFile) -> None:
         """The copy of what stood there appears again; what we put there goes back to staging if it is needed there."""
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above)
+        directory, name = self._directories.parent(path)
         staging = self._staging.descriptor
         if temp.lasting:
             with suppress(OSError):
@@ -522,15 +516,14 @@ class Transaction:
         self._temps[path] = temp
 
     def _put_back(self, path: RelPath, saved: str) -> None:
-        above, _, name = path.rpartition("/")
-        directory = self._directories.open(above)
+        directory, name = self._directories.parent(path)
         os.rename(saved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
 
     def _unmake(self, path: RelPath) -> None:
         self._made.discard(path)
         self._new.pop(path, None)
-        above, _, name = path.rpartition("/")
-        os.rmdir(name, dir_fd=self._directories.open(above))
+        directory, name = self._directories.parent(path)
+        os.rmdir(name, dir_fd=directory)
         self._directories.close(path)
 
     def _remake(self, path: RelPath, ours: bool) -> None:

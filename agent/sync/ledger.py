@@ -266,7 +266,7 @@ class Ledger:
                 provisional=bool(row[6]),
             )
             if digest is not None and None not in row[7:]:
-                stats[path] = FileStat.recorded(row[7:])
+                stats[path] = FileStat.from_columns(row[7:])
         epoch, revision, islands = cursor or (None, 0, "[]")
         position = Cursor(epoch, revision, frozenset(int(each) for each in json.loads(islands)))
         directories = frozenset(parse_path(path) for (path,) in sql.execute("select path from directories"))

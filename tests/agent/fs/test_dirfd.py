@@ -28,7 +28,7 @@ IS_ROOT = os.geteuid() == 0
 def revalidation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With /proc, where held directories are asked for their place, and as on a system without it."""
     if request.param == "walked":
-        monkeypatch.setattr(dirfd, "_path_of", lambda descriptor: "")
+        monkeypatch.setattr(dirfd, "path_of", lambda descriptor: "")
     return str(request.param)
 
 

@@ -16,7 +16,7 @@ from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
 from agent.fs import transaction, turns
-from agent.fs.inspect import PIECE, UNREAD, DirectoryView, Drift, FileStat, reading
+from agent.fs.inspect import CHUNK, UNREAD, DirectoryView, Drift, FileStat, digest_steps
 from agent.fs.turns import at_once
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger, LedgerState
@@ -47,27 +47,27 @@ def directory(tmp_path: Path) -> Iterator[int]:
 # --- reading
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_a_file_of_its_size_is_read_in_pieces(tmp_path: Path, directory: int, size: int) -> None:
     (tmp_path / "a").write_bytes(bytes(size))
-    assert at_once(reading(directory, "a", size)) == (
+    assert at_once(digest_steps(directory, "a", size)) == (
         digest_of(bytes(size)),
         FileStat.of((tmp_path / "a").stat()),
     )
-    assert len(list(reading(directory, "a", size))) == max(0, (size - 1) // PIECE)
+    assert len(list(digest_steps(directory, "a", size))) == max(0, (size - 1) // CHUNK)
 
 
-@pytest.mark.parametrize("now", [0, 2 * PIECE, 3 * PIECE - 1, 3 * PIECE + 1, HUGE])
+@pytest.mark.parametrize("now", [0, 2 * CHUNK, 3 * CHUNK - 1, 3 * CHUNK + 1, HUGE])
 def test_a_file_of_another_size_or_of_one_that_changes_is_not_read_on(
     tmp_path: Path, directory: int, now: int
 ) -> None:
-    (tmp_path / "a").write_bytes(bytes(3 * PIECE))
+    (tmp_path / "a").write_bytes(bytes(3 * CHUNK))
     before = FileStat.of((tmp_path / "a").stat())
-    steps = reading(directory, "a", 3 * PIECE)
+    steps = digest_steps(directory, "a", 3 * CHUNK)
     next(steps)
     os.truncate(tmp_path / "a", now)
     assert at_once(steps) == (UNREAD, before)
-    assert at_once(reading(directory, "a", 3 * PIECE)) == (UNREAD, FileStat.of((tmp_path / "a").stat()))
+    assert at_once(digest_steps(directory, "a", 3 * CHUNK)) == (UNREAD, FileStat.of((tmp_path / "a").stat()))
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK])
@@ -76,7 +76,7 @@ async def test_what_is_no_file_is_never_opened(agent: Agent, root: Path, kind: i
     agent.put({"a": ""})
     (root / "a").unlink()
     special(root / "a", kind)
-    audit = agent.disk.audit(Tree(Cursor("e", 1), Map(agent.tree)), agent.known)
+    audit = at_once(agent.disk.audit_steps(Tree(Cursor("e", 1), Map(agent.tree)), agent.known))
     assert audit.drifts == (Drift(RelPath("a"), "not_a_file"),)
     assert shadow_of(root, {"a": ""}).read(shadow_of(root, {"a": ""}).wanted()) == {}
 
@@ -258,8 +258,8 @@ async def test_a_start_that_reads_everything_lets_others_have_their_turn(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.put({f"f{number}": "x" * PIECE for number in range(20)})
-    agent.apply(write("large", bytes(8 * PIECE)))
+    agent.put({f"f{number}": "x" * CHUNK for number in range(20)})
+    agent.apply(write("large", bytes(8 * CHUNK)))
     workspace = Workspace(agent.disk, Ledger(root.parent / "ledger.sqlite"), Problems(Metrics()))
     for path in root.iterdir():
         os.utime(path)
@@ -313,8 +313,8 @@ async def test_the_watch_reads_a_large_file_in_turns_with_others(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.apply(write("large", bytes(16 * PIECE)))
-    (root / "large").write_bytes(b"1" * 16 * PIECE)
+    agent.apply(write("large", bytes(16 * CHUNK)))
+    (root / "large").write_bytes(b"1" * 16 * CHUNK)
     watching = Watching(agent)
     looking = asyncio.create_task(watching.look())
     had = 0
@@ -322,7 +322,7 @@ async def test_the_watch_reads_a_large_file_in_turns_with_others(
         await asyncio.sleep(0)
         had += 1
     assert had >= 15
-    assert watching.open == {"large": digest_of(b"1" * 16 * PIECE)}
+    assert watching.open == {"large": digest_of(b"1" * 16 * CHUNK)}
 
 
 @pytest.mark.parametrize("theirs", [b"1", b"0"])
@@ -332,8 +332,8 @@ async def test_what_we_wrote_while_the_watch_read_is_not_reported_as_it_was(
     """Neither as drift, nor with the look that it had before."""
     monkeypatch.setattr(turns, "TURN", 0.0)
     agent.put({"a": "1"})
-    agent.apply(write("large", b"0" * 16 * PIECE))
-    (root / "large").write_bytes(theirs * 16 * PIECE)
+    agent.apply(write("large", b"0" * 16 * CHUNK))
+    (root / "large").write_bytes(theirs * 16 * CHUNK)
     (root / "a").write_text("2")
     watching = Watching(agent)
     looking = asyncio.create_task(watching.look())
@@ -355,7 +355,7 @@ async def test_a_look_that_is_given_up_leaves_nothing_open(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.apply(write("large", bytes(16 * PIECE)))
+    agent.apply(write("large", bytes(16 * CHUNK)))
     os.utime(root / "large")
 
     def holds() -> int:
@@ -393,7 +393,7 @@ def test_shadow_mode_tells_by_the_size_and_starts_anew_with_each_change(tmp_path
 
 
 def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "x" * 8 * PIECE
+    text = "x" * 8 * CHUNK
     (tmp_path / "a").write_text(text)
     shadow = shadow_of(tmp_path, {"a": text})
     real = DirectoryView.digest_steps
@@ -419,14 +419,14 @@ def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: p
 def test_shadow_mode_reads_no_file_that_grows_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "x" * 8 * PIECE
+    text = "x" * 8 * CHUNK
     (tmp_path / "a").write_text(text)
     shadow = shadow_of(tmp_path, {"a": text})
     real = os.read
 
     def slow(descriptor: int, size: int) -> bytes:
         with (tmp_path / "a").open("ab") as file:
-            file.write(b"y" * PIECE)
+            file.write(b"y" * CHUNK)
         return real(descriptor, size)
 
     with monkeypatch.context() as growing:

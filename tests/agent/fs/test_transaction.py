@@ -261,7 +261,7 @@ def test_an_audit_tells_touched_changed_missing_and_right(disk: ProjectDir, agen
     (root / "link").unlink()
     (root / "link").symlink_to("right")
 
-    audit = disk.audit(Tree(Cursor("e", 1), Map(agent.tree)), agent.known)
+    audit = at_once(disk.audit_steps(Tree(Cursor("e", 1), Map(agent.tree)), agent.known))
     assert {d.path: d.rule for d in audit.drifts} == {
         "changed": "changed",
         "missing": "missing",

@@ -16,6 +16,7 @@ from random import Random
 import pytest
 
 from agent.core.model import Tree, digest_of
+from agent.fs.turns import at_once
 from agent.sync.ledger import Ledger, LedgerState
 from tests.agent.disks import Agent, opened, write
 from tests.profiles import NIGHTLY
@@ -167,7 +168,7 @@ def test_a_kill_at_any_point_loses_work_but_never_truth(tmp_path: Path) -> None:
         state = state or LedgerState(Tree(), {})
         with opened(tmp_path / "project", tmp_path / "staging") as agent:
             agent.disk.clear_staging()
-            audit = agent.disk.audit(state.tree, state.stats)
+            audit = at_once(agent.disk.audit_steps(state.tree, state.stats))
             claimed = state.tree.files()
             doubted = {drift.path for drift in audit.drifts}
             on_disk = agent.disk.scan()
