@@ -509,7 +509,7 @@ class Transaction:
         """The copy of what stood there appears again; what we put there goes back to staging if it is needed there."""
         directory, name = self._directories.parent(path)
         staging = self._staging.descriptor
-        if temp.lasting:
+        if temp.prestaged:
             with suppress(OSError):
                 os.link(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
         os.rename(saved, name, src_dir_fd=staging, dst_dir_fd=directory)
@@ -536,12 +536,12 @@ class Transaction:
         """Leave nothing in staging but what a later try can still promote, and what waits for the next sweep."""
         for temp in self._temps.values():
             temp.close()
-            if not (rolled_back and temp.lasting):
+            if not (rolled_back and temp.prestaged):
                 self._staging.discard(temp.name)
         if rolled_back:
             for name in self._saved:
                 self._staging.discard(name)
         else:
-            self._staging.spend(self._saved)
+            self._staging.discard_later(self._saved)
         if self._staged_tree is not None and not rolled_back:
             self._staging.drop_tree()

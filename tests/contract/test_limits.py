@@ -115,8 +115,7 @@ async def opened(project: Project, directory: Path) -> dict[str, bytes]:
                 expected_project=str(project.id),
             )  # fmt: skip
         assert snapshot.staged.keys() == snapshot.manifest.files.keys()
-        (life,) = (directory / "staging").iterdir()
-        places = {path: life / name for path, name in snapshot.staged.items()}
+        places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}
         return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
     finally:
         disk.clear_staging()

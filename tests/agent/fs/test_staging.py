@@ -64,16 +64,13 @@ def test_clearing_staging_takes_our_names_only(tmp_path: Path) -> None:
     disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     disk.stage().write(b"left by a kill")
-    (life,) = (tmp_path / "staging").iterdir()
-    for place in (tmp_path / "staging", life):
-        (place / "precious").write_text("a user's")
+    (tmp_path / "staging/precious").write_text("a user's")
     assert disk.clear_staging() == 1
-    assert in_staging(tmp_path / "staging") == ["precious", "precious"]
+    assert in_staging(tmp_path / "staging") == ["precious"]
     disk.close()
-    assert (life / "precious").exists()
 
 
-def test_a_life_that_ends_well_leaves_staging_empty(tmp_path: Path) -> None:
+def test_a_run_that_ends_well_leaves_staging_empty(tmp_path: Path) -> None:
     for _ in range(2):
         disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
         disk.open()
@@ -82,17 +79,19 @@ def test_a_life_that_ends_well_leaves_staging_empty(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "staging") == []
 
 
-def test_what_an_earlier_life_left_in_staging_goes_and_nobody_elses(tmp_path: Path) -> None:
-    first = ProjectDir(tmp_path / "project", tmp_path / "staging")
+def test_what_an_earlier_run_left_in_staging_goes_and_no_other_names(tmp_path: Path) -> None:
+    staging = tmp_path / "staging"
+    first = ProjectDir(tmp_path / "project", staging)
     first.open()
     first.stage().write(b"left by a kill")
     staged(first, "a/b", "left by a kill")
     first.close()
     (tmp_path / "precious").write_text("a user's")
-    (tmp_path / "staging/life-00000000").symlink_to(tmp_path)
-    (tmp_path / "staging/life-of-another-kind").mkdir()
-    second = ProjectDir(tmp_path / "project", tmp_path / "staging")
+    (staging / "tree-00000000-0").symlink_to(tmp_path)
+    (staging / "file-00000000-1").mkdir()  # what took a file's place as it was replaced
+    (staging / "tree-of-another-kind").mkdir()
+    second = ProjectDir(tmp_path / "project", staging)
     second.open()
     second.close()
-    assert sorted(os.listdir(tmp_path / "staging")) == ["life-00000000", "life-of-another-kind"]
+    assert os.listdir(staging) == ["tree-of-another-kind"]
     assert (tmp_path / "precious").exists()

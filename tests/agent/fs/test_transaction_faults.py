@@ -6,7 +6,6 @@ import errno
 import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,28 +125,6 @@ def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[...,
         assert seen(small / "project") == {"a": "new"}
 
 
-def test_staging_is_marked_where_the_file_system_knows_the_mark(
-    tmp_path: Path, mount: Callable[..., Path]
-) -> None:
-    if shutil.which("mkfs.ext4") is None or shutil.which("lsattr") is None:
-        pytest.skip("mkfs.ext4 or lsattr is not installed (Debian: e2fsprogs)")
-    image = tmp_path / "ext4.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    for place, marked in (
-        (mount("loop", kind="ext4", source=str(image)), True),
-        (mount(kind="ramfs"), False),
-    ):
-        with opened(place / "project", place / "staging") as agent:
-            agent.put({"src/a": "1", "src/b": "2"})
-            agent.put({"src/a": "3"})
-            (life,) = (place / "staging").iterdir()
-            told = subprocess.run(["lsattr", "-d", str(life)], capture_output=True, text=True, check=False)
-            assert ("T" in told.stdout.partition(" ")[0]) is marked
-        assert seen(place / "project") == {"src/a": "3", "src/b": "2"}
-
-
 def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., Path]) -> None:
     small = mount("nr_inodes=40")
     with opened(small / "project", small / "staging") as agent:
@@ -166,7 +143,7 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
         assert in_staging(small / "staging") == []
 
 
-def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
+def test_what_a_killed_run_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
     """Nothing else would ever remove it: the agent could not start again."""
     small = mount("nr_inodes=40")
     killed = ProjectDir(small / "project", small / "staging")
@@ -181,15 +158,11 @@ def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Pa
     assert os.listdir(small / "staging") == []
 
 
-@pytest.mark.parametrize("free", [0, 1, 2, 16, 17])
-def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
-    mount: Callable[..., Path], free: int
-) -> None:
-    """One inode for the life, sixteen for its rooms, one for the probe."""
+def test_without_room_for_a_file_the_start_says_so_and_leaves_nothing(mount: Callable[..., Path]) -> None:
     small = mount("nr_inodes=40")
     (small / "project").mkdir()
     (small / "staging").mkdir()
-    for number in range(os.statvfs(small).f_ffree - free):
+    for number in range(os.statvfs(small).f_ffree):
         (small / f"ballast{number}").touch()
     disk = ProjectDir(small / "project", small / "staging")
     with pytest.raises(RootUnusable, match=r"cannot use the staging directory .*: No space left on device"):

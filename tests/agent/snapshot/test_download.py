@@ -88,8 +88,7 @@ def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    (life,) = (tmp_path / "staging").iterdir()
-    places = {path: life / name for path, name in snapshot.staged.items()}
+    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
     return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
 
 
