@@ -65,7 +65,7 @@ async def issuer() -> Issuer:
 
 @pytest.fixture(params=["exchange", "copy"])
 def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a batch keeps what it replaces: by exchanging names, or as on a system that cannot."""
+    """How a transaction keeps what it replaces: by exchanging names, or as on a system that cannot."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -81,7 +81,7 @@ def disk(root: Path, tmp_path: Path) -> Iterator[ProjectDir]:
     disk = ProjectDir(root, tmp_path / "staging")
     disk.open()
     yield disk
-    assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
+    assert not in_staging(tmp_path / "staging"), "a transaction left something in staging"
     disk.close()
 
 

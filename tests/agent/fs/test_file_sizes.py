@@ -88,11 +88,11 @@ def special(path: Path, kind: int) -> None:
         pytest.skip("making a device needs root")
 
 
-# --- a batch
+# --- a transaction
 
 
 @pytest.mark.usefixtures("keeping")
-def test_a_batch_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Path) -> None:
+def test_a_transaction_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Path) -> None:
     agent.put({"ours": "1", "gone": "1", "b": "1"})
     (root / "foreign").touch()
     for name in ("ours", "gone", "foreign"):
@@ -129,7 +129,7 @@ def test_a_batch_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Pat
 
 @pytest.mark.usefixtures("keeping")
 @pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFCHR])
-def test_a_batch_puts_back_what_was_no_file(agent: Agent, root: Path, kind: int) -> None:
+def test_a_transaction_puts_back_what_was_no_file(agent: Agent, root: Path, kind: int) -> None:
     agent.put({"a": "1"})
     (root / "a").unlink()
     special(root / "a", kind)
@@ -193,7 +193,7 @@ def test_a_copy_that_is_put_back_is_the_same(
     assert os.access(root / "a", os.X_OK)
 
 
-def test_past_so_many_bytes_a_batch_reads_no_more(
+def test_past_so_many_bytes_a_transaction_reads_no_more(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transaction, "MAX_READ_BYTES", 25)
@@ -203,7 +203,7 @@ def test_past_so_many_bytes_a_batch_reads_no_more(
     assert kinds(outcome) == [("drift", "c", "appeared")], "a and b hold what is wanted; nobody looked into c"
     assert seen(root) == dict.fromkeys("abc", "0123456789")
     (root / "small").write_text("x")
-    assert kinds(agent.apply(write("small", "x"))) == [], "the next batch reads again"
+    assert kinds(agent.apply(write("small", "x"))) == [], "the next transaction reads again"
 
 
 # --- a start

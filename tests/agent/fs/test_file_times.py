@@ -56,7 +56,7 @@ async def test_the_watch_takes_any_time(mount: Callable[..., Path], seconds: int
 
 
 @YEARS
-def test_a_start_and_a_batch_take_any_time(mount: Callable[..., Path], seconds: int) -> None:
+def test_a_start_and_a_transaction_take_any_time(mount: Callable[..., Path], seconds: int) -> None:
     """Also what the ledger keeps of it: a look that was recorded is the look that is found again."""
     small = mount("size=1m")
     tree, ledger = small / "project", Ledger(small / "ledger.sqlite")

@@ -53,7 +53,7 @@ def test_a_staging_directory_that_others_could_write_in_is_made_private(tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that is not its own")
-def test_a_staging_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_a_staging_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "staging").mkdir()
     os.chown(tmp_path / "staging", 12345, 12345)
     with pytest.raises(RootUnusable, match=r"belongs to another user \(uid 12345\)"):

@@ -27,7 +27,7 @@ def test_a_write_lands_with_its_parents_and_says_how_it_looks(agent: Agent, root
     assert set(outcome.made) == {"src", "src/pages"}
 
 
-def test_a_batch_lands_whole_and_answers_in_its_order(agent: Agent, root: Path) -> None:
+def test_a_transaction_lands_whole_and_answers_in_its_order(agent: Agent, root: Path) -> None:
     agent.put({"a": "1", "b": "2"})
 
     outcome = agent.apply(remove("a"), write("c", "3"), write("b", "4", version=2))
@@ -270,7 +270,7 @@ def test_an_audit_tells_touched_changed_missing_and_right(disk: ProjectDir, agen
     assert audit.stats == {p: disk.stat(RelPath(p)) for p in ("right", "touched", "dir/in")}
 
 
-def test_leftovers_of_a_killed_batch_are_discarded(disk: ProjectDir, root: Path) -> None:
+def test_leftovers_of_a_killed_transaction_are_discarded(disk: ProjectDir, root: Path) -> None:
     (root / "left").write_text("behind")
     (root / "theirs").write_text("not ours")
     disk.discard([RelPath("left"), RelPath("never"), RelPath("no/where")])

@@ -1,4 +1,4 @@
-"""Directories: made and gone with their files, whole when they are new, and in whatever order a batch says."""
+"""Directories: made and gone with their files, whole when they are new, and in any order of operations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RENAMES = Renames()
 
 
 def renames(agent: Agent, *operations: Operation) -> tuple[list[str], TransactionResult]:
-    """What was renamed to, in order, while a batch was done."""
+    """What was renamed to, in order, while a transaction was done."""
     RENAMES.targets = []
     try:
         outcome = agent.apply(*operations)
@@ -155,7 +155,7 @@ def test_a_directory_with_something_foreign_in_it_stays(agent: Agent, root: Path
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_a_file_becomes_a_directory_within_one_batch(agent: Agent, root: Path, backwards: bool) -> None:
+def test_a_file_becomes_a_directory_within_one_transaction(agent: Agent, root: Path, backwards: bool) -> None:
     agent.put({"a": "file", "z": "1"})
     operations = [remove("a"), write("a/b/c", "deep"), write("z", "2")]
     outcome = agent.apply(*(reversed(operations) if backwards else operations))
@@ -164,7 +164,7 @@ def test_a_file_becomes_a_directory_within_one_batch(agent: Agent, root: Path, b
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_a_directory_becomes_a_file_within_one_batch(agent: Agent, root: Path, backwards: bool) -> None:
+def test_a_directory_becomes_a_file_within_one_transaction(agent: Agent, root: Path, backwards: bool) -> None:
     agent.put({"a/b/c": "deep", "a/d": "1", "z": "1"})
     operations = [remove("a/b/c"), remove("a/d"), write("a", "file"), remove("z")]
     outcome = agent.apply(*(reversed(operations) if backwards else operations))
@@ -197,10 +197,10 @@ def test_an_empty_directory_gives_way_to_a_file(agent: Agent, root: Path) -> Non
     assert seen(root) == {"a": "file"}
 
 
-def test_empty_directories_give_way_however_deep_and_come_back_when_the_batch_does_not_land(
+def test_empty_directories_give_way_however_deep_and_come_back_when_the_transaction_does_not_land(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a life that was killed made and did not record."""
+    """What a run that was killed made and did not record."""
     (root / "a/b/c").mkdir(parents=True)
     (root / "a/d").mkdir()
     real = os.rename
@@ -216,6 +216,27 @@ def test_empty_directories_give_way_however_deep_and_come_back_when_the_batch_do
     assert sorted(str(path.relative_to(root)) for path in root.rglob("*")) == ["a", "a/b", "a/b/c", "a/d"]
     assert kinds(agent.apply(write("a", "file"))) == []
     assert seen(root) == {"a": "file"}
+
+
+@pytest.mark.parametrize(("old", "new"), [("d/a", "d/A"), ("d/e/a", "d/e/A"), ("d/e/a", "D/e/a")])
+def test_a_directory_that_went_and_came_whole_holds_after_a_rollback_what_it_held(
+    disk: ProjectDir, agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    agent.put({old: "old"})
+    real = os.rename
+
+    def full(source: str, name: str, **at: int) -> None:
+        if name == "z":
+            raise OSError(errno.ENOSPC, "no space")
+        real(source, name, **at)
+
+    operations = [remove(old), staged(disk, new, "new"), write("z", "1")]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", full)
+        assert kinds(agent.apply(*operations)) == [("disk_full", "z", "space")]
+    assert seen(root) == {old: "old"}
+    assert kinds(agent.apply(*operations)) == []
+    assert seen(root) == {new: "new", "z": "1"}
 
 
 @pytest.mark.parametrize("theirs", ["b/file", "b/node_modules/"])
@@ -258,7 +279,7 @@ def trees(draw: st.DrawFn) -> dict[str, str]:
 
 @examples(40, 2_000)
 @given(st.lists(trees(), min_size=1, max_size=5), st.randoms(use_true_random=False))
-def test_from_any_tree_to_any_other_in_one_batch(wanted: list[dict[str, str]], chance: Random) -> None:
+def test_from_any_tree_to_any_other_in_one_transaction(wanted: list[dict[str, str]], chance: Random) -> None:
     """In whatever order the operations come, the disk ends at exactly the wanted tree, without a problem or a trace."""
     with tempfile.TemporaryDirectory() as home:
         disk = ProjectDir(Path(home, "project"), Path(home, "staging"))

@@ -27,7 +27,7 @@ IS_ROOT = os.geteuid() == 0
 # --- file systems of their own
 
 
-def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., Path]) -> None:
+def test_a_full_disk_undoes_the_transaction_and_the_retry_lands(mount: Callable[..., Path]) -> None:
     small = mount("size=256k")
     with opened(small / "project", small / "staging") as agent:
         agent.put({"a": "old", "b": "old"})
@@ -48,10 +48,10 @@ def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., P
 
 
 @pytest.mark.parametrize("free", range(10))
-def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
+def test_wherever_inodes_run_out_the_transaction_lands_whole_or_not_at_all(
     mount: Callable[..., Path], free: int
 ) -> None:
-    """Each number of free inodes stops the batch at another step: staging, the first directory, the second..."""
+    """Each number of free inodes stops the transaction at another step: staging, the first directory, the second..."""
     small = mount("nr_inodes=64")
     before = {"a": "old", "b": "old", "dir/c": "old"}
     after = {"a": "new", "dir": "file now", "x/one": "1", "y/z/two": "2"}
@@ -232,7 +232,7 @@ def failing() -> Iterator[Failing]:
 
 
 @pytest.mark.usefixtures("keeping")
-def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
+def test_whichever_call_fails_the_transaction_lands_whole_or_not_at_all(
     agent: Agent, root: Path, tmp_path: Path, failing: Failing
 ) -> None:
     before = {"a": "old", "b": "old", "dir/deep/c": "old", "file": "old", "gone/x": "old"}
@@ -269,7 +269,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             assert set(agent.disk.made) == made
             assert set(in_staging(tmp_path / "staging")) == {flat.staged, nested[0].staged}
             assert kinds(agent.apply(*operations)) == []
-        # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
+        # What may be left: an empty directory, and in staging what was kept for undoing. The transaction has landed.
         assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
         agent.disk.clear_staging()
         if beyond:
@@ -349,7 +349,7 @@ def reachable(path: Path) -> None:
             above.chmod(above.stat().st_mode | 0o011)
 
 
-def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> None:
+def test_a_directory_we_may_not_write_in_undoes_the_transaction(tmp_path: Path) -> None:
     reachable(tmp_path)
     root, staging = tmp_path / "project", tmp_path / "staging"
     for path in (root, root / "locked", staging):
@@ -414,7 +414,7 @@ def test_an_owner_that_files_cannot_be_given_to_is_refused_at_the_start(tmp_path
 
 
 @pytest.mark.parametrize("spare", range(8))
-def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
+def test_wherever_descriptors_run_out_the_transaction_lands_whole_or_not_at_all(
     agent: Agent, root: Path, spare: int
 ) -> None:
     agent.put({"a": "old", "b/c": "old"})

@@ -45,7 +45,7 @@ READER = textwrap.dedent(
 
 
 def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tmp_path: Path) -> None:
-    """10,000 rewrites of up to 64 KB (1,000 by day), alone and in batches, under two readers that never pause."""
+    """10,000 rewrites of up to 64 KB (1,000 by day), alone and in transactions, under two readers that never pause."""
 
     def content(n: int) -> bytes:
         body = bytes([n % 256]) * (n * 7919 % 65536)
