@@ -141,17 +141,16 @@ class DirectoryCache:
             FileNotFoundError: it is missing, and there is no `make`.
             OSError: as the system gives it.
         """
+        missing: list[str] = []
         at = path
         while (descriptor := self._revalidated(at)) is None and at:
+            missing.append(at)
             at = at.rpartition("/")[0]
         if descriptor is None:
             descriptor = self._keep("", self._open_root(make is not None))
-        while at != path:
-            end = path.find("/", len(at) + 1) if at else path.find("/")
-            below = path if end == -1 else path[:end]
-            name = below[len(at) + 1 :] if at else below
+        for below in reversed(missing):
+            name = below.rpartition("/")[2]
             descriptor = self._keep(below, _open_below(descriptor, name, below, make))
-            at = below
         return descriptor
 
     def parent(self, path: str, make: Make | None = None) -> tuple[int, str]:
@@ -177,11 +176,13 @@ class DirectoryCache:
         return None
 
     def _keep(self, path: str, descriptor: int) -> int:
-        above = self._open.get(path.rpartition("/")[0])
-        if not path:
-            place = path_of(descriptor)
+        above, _, name = path.rpartition("/")
+        if path:
+            # Not asked of the kernel: that could be the place to which it was moved since it was opened.
+            parent = self._open.get(above)
+            place = f"{parent.place.rstrip('/')}/{name}" if parent and parent.place else ""
         else:
-            place = f"{above.place.rstrip('/')}/{path.rpartition('/')[2]}" if above and above.place else ""
+            place = path_of(descriptor)
         self.close(path)
         self._open[path] = _OpenDirectory(descriptor, place)
         while len(self._open) > self._size:

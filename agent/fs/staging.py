@@ -136,27 +136,19 @@ class StagedFile:
     size: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TempFile:
     """A file in staging that a transaction is about to promote.
 
     Attributes:
         name: in staging.
-        inode: 0 while `descriptor` is open.
-        descriptor: open when the transaction is this one write.
+        inode: by which it is known in the project.
         prestaged: it was staged before the transaction began, and stays for the next one when this one fails.
     """
 
     name: str
     inode: int
-    descriptor: int | None = None
     prestaged: bool = False
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
 
 
 class StagedFileWriter:
@@ -312,16 +304,15 @@ class Staging:
         found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
         return TempFile(name, found.st_ino, prestaged=True), FileStat.of(found)
 
-    def put(self, content: bytes, *, executable: bool, hold: bool) -> TempFile:
-        """Make a whole file of `content`; with `hold` its descriptor stays open. Raises `OSError`, leaving nothing."""
+    def put(self, content: Iterable[bytes], *, executable: bool) -> TempFile:
+        """Make a whole file of the chunks of `content`. Raises `OSError`, leaving nothing."""
         name = self.new_name()
         mode = self._mode(executable)
         descriptor = self._create(name, mode)
         try:
-            write_all(descriptor, content)
+            for chunk in content:
+                write_all(descriptor, chunk)
             self._set_permissions(descriptor, mode)
-            if hold:
-                return TempFile(name, 0, descriptor)
             inode = os.fstat(descriptor).st_ino
         except BaseException:
             self.abort(name, descriptor, None)
@@ -345,19 +336,7 @@ class Staging:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not stat.S_ISREG(found.st_mode) or found.st_size > most:
                 return None
-            copied = self.put(b"", executable=found.st_mode & 0o100 != 0, hold=True)
-            assert copied.descriptor is not None
-            left = found.st_size
-            try:
-                while left and (chunk := os.read(source, min(COPY_CHUNK, left))):
-                    write_all(copied.descriptor, chunk)
-                    left -= len(chunk)
-            except BaseException:
-                self.discard(copied.name)
-                raise
-            finally:
-                copied.close()
-            return copied.name
+            return self.put(_chunks(source, found.st_size), executable=found.st_mode & 0o100 != 0).name
         finally:
             os.close(source)
 
@@ -455,6 +434,13 @@ class Staging:
                     ) from error
         finally:
             self.abort(name, descriptor, None)
+
+
+def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
+    """Read so many bytes, or what there is."""
+    while size and (chunk := os.read(descriptor, min(COPY_CHUNK, size))):
+        yield chunk
+        size -= len(chunk)
 
 
 def _remove(name: str, directory: int) -> None:

@@ -172,7 +172,7 @@ class Transaction:
             for operation in operations:
                 if isinstance(operation, Write):
                     self._at = operation.path
-                    self._prepare(operation, hold=len(operations) == 1)
+                    self._prepare(operation)
             if self._staged_tree is not None:
                 self._whole = self._staged_tree.whole(self._waiting)
             order = in_order(operations)
@@ -192,10 +192,10 @@ class Transaction:
         gone = tuple([path for path, there in self._changes.changed.items() if not there])
         return TransactionResult(done, tuple(self._problems), rolled_back, made, gone)
 
-    def _prepare(self, write: Write, *, hold: bool) -> None:
+    def _prepare(self, write: Write) -> None:
         path, executable = write.path, write.entry.executable
         if write.content is not None:
-            self._temps[path] = self._staging.put(write.content, executable=executable, hold=hold)
+            self._temps[path] = self._staging.put([write.content], executable=executable)
             return
         if write.staged is None:
             raise ValueError(f"the write of {path!r} has neither content nor a staged file")
@@ -254,7 +254,6 @@ class Transaction:
         if keep:
             self._undo.append((path, partial(undo or self._undo_create, path, temp)))
         self._done[path] = Done(write, self._stat_after(path, directory, name, temp))
-        temp.close()
         del self._temps[path]
 
     def _take_from_tree(self, write: Write) -> TempFile:
@@ -266,8 +265,6 @@ class Transaction:
     def _stat_after(self, path: RelPath, directory: int, name: str, temp: TempFile) -> FileStat | None:
         """Stat the file just written. None when another process has already replaced it, or it cannot be told."""
         try:
-            if temp.descriptor is not None:
-                return FileStat.of(os.fstat(temp.descriptor))
             now = lstat(directory, name)
         except OSError:
             return None
@@ -474,7 +471,6 @@ class Transaction:
     def _clean(self, *, rolled_back: bool) -> None:
         """Leave in staging only what a later try can still promote, and what waits for the next sweep."""
         for temp in self._temps.values():
-            temp.close()
             if not (rolled_back and temp.prestaged):
                 self._staging.discard(temp.name)
         if rolled_back:
