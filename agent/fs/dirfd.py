@@ -59,7 +59,7 @@ Make = Callable[[int, str, str], None]
 
 
 def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:
-    """Say what an operator has to look at, where `error` is the environment's.
+    """Turn an error of the environment into a problem that tells an operator what to check.
 
     `staging` is a descriptor on the file system that a full disk is told from missing inodes on.
     """

@@ -218,19 +218,14 @@ class Audit:
 
 
 class DirectoryView:
-    """Reads what is below one root. Not thread-safe.
+    """Reads what is below `root`. Not thread-safe.
 
     `make_root` is for a subclass that also writes; without it `root` itself may be a link.
     """
 
     def __init__(self, root: Path, *, make_root: Callable[[], None] | None = None) -> None:
-        self._root = root
+        self.root = root
         self._directories = DirectoryCache(root, make_root)
-
-    @property
-    def root(self) -> Path:
-        """The directory."""
-        return self._root
 
     def close(self) -> None:
         """Close every descriptor."""

@@ -18,7 +18,7 @@ another thread costs three times as much as the write.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agent.core.errors import RootUnusable
@@ -55,12 +55,9 @@ class ProjectDir(DirectoryView):
         self._staging_path = staging
         self._permissions = DirectoryPermissions(dir_mode, owner)
         self._staging = Staging(staging, file_mode=file_mode, permissions=self._permissions)
-        self._made: set[RelPath] = set()
 
-    @property
-    def made(self) -> Collection[RelPath]:
-        """The directories that this run and earlier ones made."""
-        return self._made
+        self.made: set[RelPath] = set()
+        """The directories that this run and earlier ones made; read only."""
 
     def open(self, made: Iterable[RelPath] = ()) -> None:
         """Make root and staging if need be, check them, and lock them against a second agent.
@@ -71,13 +68,13 @@ class ProjectDir(DirectoryView):
         Raises:
             RootUnusable: with a sentence for the operator.
         """
-        self._made = set(made)
+        self.made = set(made)
         try:
-            if not self._root.exists():
+            if not self.root.exists():
                 self._make_root()
             root = self._directories.open("")
         except OSError as error:
-            raise RootUnusable(f"cannot use the project directory {self._root}: {error.strerror}") from error
+            raise RootUnusable(f"cannot use the project directory {self.root}: {error.strerror}") from error
         try:
             self._check_places(root)
             self._staging.open(root)
@@ -136,7 +133,7 @@ class ProjectDir(DirectoryView):
             return Transaction(
                 self._directories,
                 self._staging,
-                self._made,
+                self.made,
                 self._permissions,
                 known,
                 tree,
@@ -160,16 +157,16 @@ class ProjectDir(DirectoryView):
         return self.apply([Remove(path, Entry(0, None)) for path in found], found)
 
     def _make_root(self) -> None:
-        self._root.mkdir(mode=self._permissions.mode, parents=True, exist_ok=True)
-        self._permissions.set_on(str(self._root))
+        self.root.mkdir(mode=self._permissions.mode, parents=True, exist_ok=True)
+        self._permissions.set_on(str(self.root))
 
     def _check_places(self, root: int) -> None:
         """Refuse a root that is not writable, and a staging directory in it or around it."""
-        real = self._root.resolve()
+        real = self.root.resolve()
         staging = self._staging_path.resolve()
         if staging.is_relative_to(real) or real.is_relative_to(staging):
             raise RootUnusable(
                 f"the staging directory {staging} and the project {real} must not contain each other"
             )
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=root, effective_ids=True):
-            raise RootUnusable(f"cannot write in the project directory {self._root}: permission denied")
+            raise RootUnusable(f"cannot write in the project directory {self.root}: permission denied")

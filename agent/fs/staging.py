@@ -193,8 +193,8 @@ class Staging:
         self._permissions = permissions
         self._owner = permissions.owner
 
-        # The open directory, which carries the lock.
-        self._descriptor = -1
+        self.descriptor = -1
+        """The open directory, which carries the lock; renames go out of it and into it. Read only."""
 
         # Names: those of an earlier run are never met.
         self._run = secrets.token_hex(4)
@@ -208,11 +208,6 @@ class Staging:
         self._tree: StagedTree | None = None
         self._replaced: list[str] = []
 
-    @property
-    def descriptor(self) -> int:
-        """The open directory, for renames out of it and into it."""
-        return self._descriptor
-
     def open(self, root: int) -> None:
         """Make the directory, lock it, and prove that a rename from here reaches `root` (a descriptor).
 
@@ -224,9 +219,9 @@ class Staging:
         """
         try:
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._descriptor = open_directory(self._path)
+            self.descriptor = open_directory(self._path)
             self._make_private()
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.clear()
             self._probe(root)
         except BlockingIOError:
@@ -242,9 +237,9 @@ class Staging:
     def close(self) -> None:
         """Unlock and close. What is staged stays until `clear`, or the next `open`."""
         self._close_tree()
-        if self._descriptor != -1:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor != -1:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     # --- files for later transactions
 
@@ -286,7 +281,7 @@ class Staging:
         if path is not None:
             with suppress(OSError):
                 if self._tree is None:
-                    self._tree = StagedTree(self._descriptor, self._new_name("tree"), self._permissions)
+                    self._tree = StagedTree(self.descriptor, self._new_name("tree"), self._permissions)
                 return self._tree.name, self._tree.create(path, self._file_mode), path
         name = self.new_name()
         return name, self._create(name, self._file_mode), None
@@ -300,8 +295,8 @@ class Staging:
     def take(self, name: str, *, executable: bool) -> tuple[TempFile, FileStat]:
         """A file that was staged earlier, ready for promotion, and its stat. Raises `OSError`, also when it is gone."""
         if executable:
-            os.chmod(name, self._mode(True), dir_fd=self._descriptor)
-        found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+            os.chmod(name, self._mode(True), dir_fd=self.descriptor)
+        found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
         return TempFile(name, found.st_ino, prestaged=True), FileStat.of(found)
 
     def put(self, content: Iterable[bytes], *, executable: bool) -> TempFile:
@@ -341,13 +336,13 @@ class Staging:
             os.close(source)
 
     def new_name(self) -> str:
-        """A file's name that nobody else uses here."""
+        """A new file name."""
         return self._new_name("file")
 
     def discard(self, name: str) -> None:
         """Remove the file `name` if it is there."""
         with suppress(OSError):
-            os.unlink(name, dir_fd=self._descriptor)
+            os.unlink(name, dir_fd=self.descriptor)
 
     def discard_later(self, names: Iterable[str]) -> None:
         """Remove these files with the next `sweep`."""
@@ -365,15 +360,15 @@ class Staging:
         if self._tree is not None:
             name = self._tree.name
             self._close_tree()
-            _remove(name, self._descriptor)
+            _remove(name, self.descriptor)
 
     def clear(self) -> int:
         """Remove everything that any run made here; returns how many files and trees."""
         self._close_tree()
         self._replaced.clear()
-        names = [name for name in os.listdir(self._descriptor) if _OWN_NAME.fullmatch(name)]
+        names = [name for name in os.listdir(self.descriptor) if _OWN_NAME.fullmatch(name)]
         for name in names:
-            _remove(name, self._descriptor)
+            _remove(name, self.descriptor)
         return len(names)
 
     # --- how files are made
@@ -382,7 +377,7 @@ class Staging:
         return f"{kind}-{self._run}-{next(self._numbers):x}"
 
     def _create(self, name: str, mode: int) -> int:
-        return os.open(name, CREATE_FILE, mode, dir_fd=self._descriptor)
+        return os.open(name, CREATE_FILE, mode, dir_fd=self.descriptor)
 
     def _mode(self, executable: bool) -> int:
         """A file's permission bits: whoever may read an executable may run it."""
@@ -401,13 +396,13 @@ class Staging:
 
     def _make_private(self) -> None:
         """Close the directory to others: what they can put here, they can make the agent promote."""
-        found = os.fstat(self._descriptor)
+        found = os.fstat(self.descriptor)
         if found.st_uid != os.geteuid():
             raise RootUnusable(
                 f"the staging directory {self._path} belongs to another user (uid {found.st_uid})"
             )
         if found.st_mode & 0o077:
-            os.fchmod(self._descriptor, 0o700)
+            os.fchmod(self.descriptor, 0o700)
 
     def _probe(self, root: int) -> None:
         """Learn on one file what the umask, the owner and the mounts do to those that follow."""
@@ -425,7 +420,7 @@ class Staging:
                     raise RootUnusable(f"cannot give files to {uid}:{gid}: {error.strerror}") from error
             try:
                 # The kernel compares the mounts before it finds that "." can be no target: a probe with no effect.
-                os.rename(name, ".", src_dir_fd=self._descriptor, dst_dir_fd=root)
+                os.rename(name, ".", src_dir_fd=self.descriptor, dst_dir_fd=root)
             except OSError as error:
                 if error.errno == errno.EXDEV:
                     raise RootUnusable(

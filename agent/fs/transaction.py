@@ -385,8 +385,8 @@ class Transaction:
     def _promote_directory(self, above: int, name: str, path: RelPath) -> bool:
         """Rename a whole directory from the staged tree into place; False when it has to be made.
 
-        Its files are stat'ed before: in staging nobody else can touch them, and a rename of their directory changes no
-        stat of theirs.
+        Its files are stat'ed before: in staging no other process can touch them, and a rename of their directory
+        changes no stat of theirs.
         """
         assert self._staged_tree is not None
         directories = list(self._staged_tree.within(path))

@@ -60,8 +60,8 @@ def in_staging(staging: Path) -> list[str]:
     return os.listdir(staging)
 
 
-def kinds(outcome: TransactionResult) -> list[tuple[str, str | None, str | None]]:
-    return [(p.kind, p.path, p.rule) for p in outcome.problems]
+def kinds(result: TransactionResult) -> list[tuple[str, str | None, str | None]]:
+    return [(p.kind, p.path, p.rule) for p in result.problems]
 
 
 class Agent:
@@ -75,20 +75,20 @@ class Agent:
     def apply(
         self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True
     ) -> TransactionResult:
-        outcome = self.disk.apply(
+        result = self.disk.apply(
             operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift, sweep=sweep
         )
-        for done in outcome.done:
+        for done in result.done:
             path = done.operation.path
             self.tree[path] = done.operation.entry
             self.known.pop(path, None)
             if done.stat is not None:
                 self.known[path] = done.stat
-        return outcome
+        return result
 
     def put(self, files: Mapping[str, str]) -> None:
-        outcome = self.apply(*(write(path, content) for path, content in files.items()))
-        assert not outcome.problems, outcome
+        result = self.apply(*(write(path, content) for path, content in files.items()))
+        assert not result.problems, result
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files of a size that is not ours to choose: neither the event loop nor the memory pays for it."""
+"""Files whose size others choose: neither the event loop nor the memory pays for it."""
 
 from __future__ import annotations
 
@@ -108,16 +108,16 @@ def test_a_transaction_replaces_what_became_huge_and_undoes_it(agent: Agent, roo
     real = os.rename
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "rename", full)
-        outcome = agent.apply(
+        result = agent.apply(
             write("ours", "2", version=2), remove("gone"), write("foreign", "2"), write("z", "2")
         )
-    assert outcome.rolled_back
-    assert "undo_failed" not in {problem.kind for problem in outcome.problems}
+    assert result.rolled_back
+    assert "undo_failed" not in {problem.kind for problem in result.problems}
     assert {path.name: path.stat().st_ino for path in root.iterdir()} == before
     assert (root / "ours").stat().st_size == (root / "foreign").stat().st_size == HUGE
 
-    outcome = agent.apply(write("ours", "2", version=2), remove("gone"), write("foreign", "2"))
-    assert kinds(outcome) == [
+    result = agent.apply(write("ours", "2", version=2), remove("gone"), write("foreign", "2"))
+    assert kinds(result) == [
         ("drift", "ours", "changed"), ("drift", "foreign", "appeared"), ("drift", "gone", "changed"),
     ]  # fmt: skip
     assert seen(root) == {"ours": "2", "foreign": "2", "b": "1", "way/": ""}
@@ -163,11 +163,11 @@ def test_a_copy_is_made_piece_by_piece(
     operations = (write("a", "2", version=2), write("b", "2"))
     tracemalloc.start()
     try:
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kinds(outcome) == []
+    assert kinds(result) == []
     assert peak < 4 * 2**20
     assert seen(root) == {"a": "2", "b": "2"}
 
@@ -199,8 +199,8 @@ def test_past_so_many_bytes_a_transaction_reads_no_more(
     monkeypatch.setattr(transaction, "MAX_READ_BYTES", 25)
     for name in ("a", "b", "c"):
         (root / name).write_text("0123456789")
-    outcome = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))
-    assert kinds(outcome) == [("drift", "c", "appeared")], "a and b hold what is wanted; nobody looked into c"
+    result = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))
+    assert kinds(result) == [("drift", "c", "appeared")], "a and b hold what is wanted; c was not read"
     assert seen(root) == dict.fromkeys("abc", "0123456789")
     (root / "small").write_text("x")
     assert kinds(agent.apply(write("small", "x"))) == [], "the next transaction reads again"
@@ -216,11 +216,11 @@ async def test_a_start_takes_what_became_huge_for_unconfirmed(agent: Agent, root
     workspace = Workspace(agent.disk, ledger, Problems(Metrics()))
     recorded = Tree(Cursor("e", 5), Map(agent.tree))
     tree, drifts = await workspace.audit(LedgerState(recorded, agent.known))
-    look = agent.disk.stat(RelPath("a"))
-    assert drifts == (Drift(RelPath("a"), "changed", UNREAD, look),)
+    now = agent.disk.stat(RelPath("a"))
+    assert drifts == (Drift(RelPath("a"), "changed", UNREAD, now),)
     entry = tree.entries[RelPath("a")]
     assert (entry.digest, entry.size, entry.provisional) == (UNREAD, HUGE, True)
-    # What is recorded of it is believed again, and a look after a touch does not read it either.
+    # What is recorded of it is believed again, and a check after a touch does not read it either.
     workspace.record_whole(tree)
     ledger.close()
     loaded = ledger.load()
@@ -237,7 +237,7 @@ async def test_a_start_takes_what_became_huge_for_unconfirmed(agent: Agent, root
 
 
 async def test_what_is_adopted_has_the_size_that_it_has(agent: Agent, root: Path) -> None:
-    """Else the next look took it for another by its size."""
+    """Else the next check took it for another by its size."""
     agent.put({"a": "1"})
     ledger = Ledger(root.parent / "ledger.sqlite")
     workspace = Workspace(agent.disk, ledger, Problems(Metrics()))
@@ -278,14 +278,14 @@ async def test_a_start_that_reads_everything_lets_others_have_their_turn(
 
 
 class Watching:
-    """A watch whose looks the test asks for."""
+    """A drift watch that sweeps when the test says so."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.seen: list[Observed] = []
         self.watch = DriftWatch(agent.disk, lambda: (Map(agent.tree), agent.known), self.seen.append)
 
-    async def look(self) -> None:
+    async def sweep(self) -> None:
         await self.watch._sweep()
 
     @property
@@ -299,12 +299,12 @@ async def test_the_watch_reports_what_became_huge_and_that_it_is_right_again(
     agent.put({"a": "1", "b": "1"})
     watching = Watching(agent)
     inflate(root / "a")
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {"a": UNREAD}
     os.utime(root / "a")
-    await watching.look()
+    await watching.sweep()
     agent.apply(write("a", "2", version=2))
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {}
     assert watching.seen[-1].settled == ("a",)
 
@@ -316,9 +316,9 @@ async def test_the_watch_reads_a_large_file_in_turns_with_others(
     agent.apply(write("large", bytes(16 * CHUNK)))
     (root / "large").write_bytes(b"1" * 16 * CHUNK)
     watching = Watching(agent)
-    looking = asyncio.create_task(watching.look())
+    sweeping = asyncio.create_task(watching.sweep())
     had = 0
-    while not looking.done():
+    while not sweeping.done():
         await asyncio.sleep(0)
         had += 1
     assert had >= 15
@@ -329,25 +329,25 @@ async def test_the_watch_reads_a_large_file_in_turns_with_others(
 async def test_what_we_wrote_while_the_watch_read_is_not_reported_as_it_was(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch, theirs: bytes
 ) -> None:
-    """Neither as drift, nor with the look that it had before."""
+    """Neither as drift, nor with the stat that it had before."""
     monkeypatch.setattr(turns, "TURN", 0.0)
     agent.put({"a": "1"})
     agent.apply(write("large", b"0" * 16 * CHUNK))
     (root / "large").write_bytes(theirs * 16 * CHUNK)
     (root / "a").write_text("2")
     watching = Watching(agent)
-    looking = asyncio.create_task(watching.look())
+    sweeping = asyncio.create_task(watching.sweep())
     for _ in range(8):
         await asyncio.sleep(0)
-    assert not looking.done()
+    assert not sweeping.done()
     assert [drift.path for told in watching.seen for drift in told.drifts] == ["a"], (
         "told before anybody else"
     )
     agent.apply(write("large", "ours", version=2), write("a", "3", version=2))
-    await looking
+    await sweeping
     assert watching.open == {"a": digest_of(b"2")}
     assert not any("large" in told.touched for told in watching.seen)
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {}
 
 
@@ -365,12 +365,12 @@ async def test_a_look_that_is_given_up_leaves_nothing_open(
             if each.is_symlink()
         )
 
-    looking = asyncio.create_task(Watching(agent).look())
+    sweeping = asyncio.create_task(Watching(agent).sweep())
     while not holds():
-        assert not looking.done()
+        assert not sweeping.done()
         await asyncio.sleep(0)
-    looking.cancel()
-    await asyncio.gather(looking, return_exceptions=True)
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
     assert holds() == 0
 
 

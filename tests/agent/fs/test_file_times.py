@@ -57,7 +57,7 @@ async def test_the_watch_takes_any_time(mount: Callable[..., Path], seconds: int
 
 @YEARS
 def test_a_start_and_a_transaction_take_any_time(mount: Callable[..., Path], seconds: int) -> None:
-    """Also what the ledger keeps of it: a look that was recorded is the look that is found again."""
+    """Also what the ledger keeps of it: a stat that was recorded is the stat that is found again."""
     small = mount("size=1m")
     tree, ledger = small / "project", Ledger(small / "ledger.sqlite")
     with opened(tree, small / "staging") as agent:
@@ -77,8 +77,8 @@ def test_a_start_and_a_transaction_take_any_time(mount: Callable[..., Path], sec
         assert loaded.stats == audit.stats
         assert loaded.stats[RelPath("touched")].matches((tree / "touched").stat())
         assert agent.disk.scan().keys() == {"touched", "changed", "foreign"}
-        outcome = agent.apply(write("touched", "new"), write("changed", "new"), write("foreign", "new"))
-        assert kinds(outcome) == [("drift", "changed", "changed"), ("drift", "foreign", "appeared")]
+        result = agent.apply(write("touched", "new"), write("changed", "new"), write("foreign", "new"))
+        assert kinds(result) == [("drift", "changed", "changed"), ("drift", "foreign", "appeared")]
         assert {each.read_text() for each in tree.iterdir()} == {"new"}
 
 

@@ -275,8 +275,8 @@ def test_a_root_that_is_replaced_by_a_link_while_we_work_is_not_followed(tmp_pat
         agent.put({"a": "1", "b/c": "2"})
         root.rename(tmp_path / "aside")
         target = elsewhere(tmp_path, "project")
-        outcome = agent.apply(write("a", "3", version=2), write("d/e" if made else "b/c", "4", version=2))
-        assert {kind for kind, *_ in kinds(outcome)} == {"path_unusable"}
+        result = agent.apply(write("a", "3", version=2), write("d/e" if made else "b/c", "4", version=2))
+        assert {kind for kind, *_ in kinds(result)} == {"path_unusable"}
         assert untouched(target)
         root.unlink()
         (tmp_path / "aside").rename(root)

@@ -42,8 +42,8 @@ def renames(agent: Agent, *operations: Operation) -> tuple[list[str], Transactio
     """What was renamed to, in order, while a transaction was done."""
     RENAMES.targets = []
     try:
-        outcome = agent.apply(*operations)
-        return RENAMES.targets, outcome
+        result = agent.apply(*operations)
+        return RENAMES.targets, result
     finally:
         RENAMES.targets = None
 
@@ -57,15 +57,15 @@ def test_a_new_directory_appears_with_all_that_is_in_it(tmp_path: Path, umask: i
         disk.open()
         agent = Agent(disk)
         writes = [staged(disk, path, text, executable=path == "bin/run") for path, text in files.items()]
-        targets, outcome = renames(agent, *writes)
+        targets, result = renames(agent, *writes)
     finally:
         os.umask(old)
     assert sorted(targets) == ["a.ts", "bin", "src"]
-    assert kinds(outcome) == []
-    assert [done.operation for done in outcome.done] == writes
+    assert kinds(result) == []
+    assert [done.operation for done in result.done] == writes
     assert seen(disk.root) == files
     assert disk.scan() == agent.known
-    assert set(outcome.made) == set(disk.made) == {"bin", "src", "src/c", "src/c/d"}
+    assert set(result.made) == set(disk.made) == {"bin", "src", "src/c", "src/c/d"}
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in disk.root.rglob("*")}
     assert {modes[name] for name in ("bin", "src", "c", "d")} == {0o750}
     assert (modes["run"], modes["e.ts"]) == (0o750, 0o640)
@@ -80,10 +80,10 @@ def test_what_is_there_already_is_joined_file_by_file(disk: ProjectDir, agent: A
     (root / "public").mkdir()
     (root / "public/theirs").write_text("foreign")
     writes = [staged(disk, path, "new") for path in ("public/x", "src/new.ts", "src/whole/a", "src/whole/b")]
-    targets, outcome = renames(agent, *writes)
+    targets, result = renames(agent, *writes)
     assert sorted(targets) == ["new.ts", "whole", "x"]
-    assert kinds(outcome) == []
-    assert set(outcome.made) == {"src/whole"}
+    assert kinds(result) == []
+    assert set(result.made) == {"src/whole"}
     assert disk.scan().keys() - agent.known.keys() == {"public/theirs"}
 
 
@@ -98,13 +98,13 @@ def test_a_directory_of_which_not_all_is_wanted_does_not_appear_whole(
     assert disk.scan() == agent.known
 
 
-def test_a_directory_somebody_removed_comes_back_and_is_reported(
+def test_a_directory_that_was_removed_comes_back_and_is_reported(
     disk: ProjectDir, agent: Agent, root: Path
 ) -> None:
     agent.put({"src/a": "1", "src/b": "2"})
     shutil.rmtree(root / "src")
-    outcome = agent.apply(*(staged(disk, path, "3") for path in ("src/a", "src/b", "src/c")))
-    assert kinds(outcome) == [("drift", "src/a", "missing"), ("drift", "src/b", "missing")]
+    result = agent.apply(*(staged(disk, path, "3") for path in ("src/a", "src/b", "src/c")))
+    assert kinds(result) == [("drift", "src/a", "missing"), ("drift", "src/b", "missing")]
     assert seen(root) == {"src/a": "3", "src/b": "3", "src/c": "3"}
 
 
@@ -122,27 +122,27 @@ def test_a_tree_that_was_left_in_staging_is_cleared(tmp_path: Path) -> None:
     disk.close()
 
 
-def test_directories_we_made_go_with_their_last_file(agent: Agent, root: Path) -> None:
+def test_directories_the_agent_made_go_with_their_last_file(agent: Agent, root: Path) -> None:
     (root / "theirs").mkdir()
     agent.put({"a/b/c/one": "1", "a/b/two": "2", "theirs/three": "3"})
 
-    outcome = agent.apply(remove("a/b/c/one"))
+    result = agent.apply(remove("a/b/c/one"))
     assert seen(root) == {"a/b/two": "2", "theirs/three": "3"}
-    assert outcome.gone == ("a/b/c",)
+    assert result.gone == ("a/b/c",)
 
-    outcome = agent.apply(remove("a/b/two"), remove("theirs/three"))
+    result = agent.apply(remove("a/b/two"), remove("theirs/three"))
     assert seen(root) == {"theirs/": ""}
-    assert set(outcome.gone) == {"a", "a/b"}
+    assert set(result.gone) == {"a", "a/b"}
 
 
 def test_directories_of_an_earlier_life_are_ours_when_the_ledger_says_so(tmp_path: Path) -> None:
     first = ProjectDir(tmp_path / "project", tmp_path / "staging")
     first.open()
-    outcome = first.apply([write("a/b/c", "1")], {})
+    result = first.apply([write("a/b/c", "1")], {})
     first.close()
     second = ProjectDir(tmp_path / "project", tmp_path / "staging")
-    second.open(outcome.made)
-    second.apply([remove("a/b/c")], {RelPath("a/b/c"): outcome.done[0].stat or pytest.fail("no stat")})
+    second.open(result.made)
+    second.apply([remove("a/b/c")], {RelPath("a/b/c"): result.done[0].stat or pytest.fail("no stat")})
     second.close()
     assert seen(tmp_path / "project") == {}
 
@@ -158,8 +158,8 @@ def test_a_directory_with_something_foreign_in_it_stays(agent: Agent, root: Path
 def test_a_file_becomes_a_directory_within_one_transaction(agent: Agent, root: Path, backwards: bool) -> None:
     agent.put({"a": "file", "z": "1"})
     operations = [remove("a"), write("a/b/c", "deep"), write("z", "2")]
-    outcome = agent.apply(*(reversed(operations) if backwards else operations))
-    assert kinds(outcome) == []
+    result = agent.apply(*(reversed(operations) if backwards else operations))
+    assert kinds(result) == []
     assert seen(root) == {"a/b/c": "deep", "z": "2"}
 
 
@@ -167,8 +167,8 @@ def test_a_file_becomes_a_directory_within_one_transaction(agent: Agent, root: P
 def test_a_directory_becomes_a_file_within_one_transaction(agent: Agent, root: Path, backwards: bool) -> None:
     agent.put({"a/b/c": "deep", "a/d": "1", "z": "1"})
     operations = [remove("a/b/c"), remove("a/d"), write("a", "file"), remove("z")]
-    outcome = agent.apply(*(reversed(operations) if backwards else operations))
-    assert kinds(outcome) == []
+    result = agent.apply(*(reversed(operations) if backwards else operations))
+    assert kinds(result) == []
     assert seen(root) == {"a": "file"}
 
 
@@ -179,15 +179,15 @@ def test_a_renamed_file_is_there_before_the_old_one_goes(agent: Agent) -> None:
 
 def test_a_hydration_goes_directory_by_directory_and_answers_in_its_order(agent: Agent, root: Path) -> None:
     operations = [write(f"d{n % 100}/f{n}", str(n)) for n in range(1000)]
-    outcome = agent.apply(*operations)
-    assert [done.operation for done in outcome.done] == operations
+    result = agent.apply(*operations)
+    assert [done.operation for done in result.done] == operations
     assert agent.disk.scan() == agent.known
     directories = [operation.path.partition("/")[0] for operation in in_order(operations)]
     assert sum(a != b for a, b in pairwise(directories)) == 99
 
-    outcome = agent.apply(*(remove(operation.path) for operation in operations))
-    assert len(outcome.done) == 1000
-    assert len(outcome.gone) == 100
+    result = agent.apply(*(remove(operation.path) for operation in operations))
+    assert len(result.done) == 1000
+    assert len(result.gone) == 100
     assert seen(root) == {}
 
 
@@ -255,12 +255,12 @@ def test_directories_with_anything_else_in_them_stay_whole(agent: Agent, root: P
 def test_a_root_that_was_removed_is_made_again(agent: Agent, root: Path) -> None:
     agent.put({"src/a": "1", "b": "1"})
     shutil.rmtree(root)
-    outcome = agent.apply(remove("src/a"))
-    assert kinds(outcome) == [("drift", "src/a", "missing")]
-    outcome = agent.apply(write("b", "2"), write("src/c", "3"))
-    assert kinds(outcome) == [("drift", "b", "missing")]
+    result = agent.apply(remove("src/a"))
+    assert kinds(result) == [("drift", "src/a", "missing")]
+    result = agent.apply(write("b", "2"), write("src/c", "3"))
+    assert kinds(result) == [("drift", "b", "missing")]
     assert seen(root) == {"b": "2", "src/c": "3"}
-    assert set(outcome.made) == {"src"}
+    assert set(result.made) == {"src"}
 
 
 SEGMENTS = st.sampled_from(["a", "b", "c"])
@@ -296,9 +296,9 @@ def test_from_any_tree_to_any_other_in_one_transaction(wanted: list[dict[str, st
                 else:
                     operations.append(staged(disk, path, tree[path], nested=chance.random() < 0.8))
             chance.shuffle(operations)
-            outcome = agent.apply(*operations)
-            assert kinds(outcome) == []
-            assert [done.operation for done in outcome.done] == operations
+            result = agent.apply(*operations)
+            assert kinds(result) == []
+            assert [done.operation for done in result.done] == operations
             assert seen(disk.root) == tree
             assert disk.scan() == agent.known
             assert set(disk.made) == {str(p) for path in tree for p in parents(RelPath(path))}

@@ -1,4 +1,4 @@
-"""The disk on a sick or hostile machine. Each fault is made for real; what needs root says so when it is skipped."""
+"""Transactions on a sick or hostile machine. Each fault is real; what needs root says so when it is skipped."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def test_a_full_disk_undoes_the_transaction_and_the_retry_lands(mount: Callable[
         (small / "ballast").write_bytes(bytes(96 * 1024))
         operations: list[Operation] = [write("a", "new"), remove("b"), write("src/big", bytes(192 * 1024))]
 
-        outcome = agent.apply(*operations)
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("disk_full", "src/big", "space")]
-        assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        result = agent.apply(*operations)
+        assert result.rolled_back
+        assert kinds(result) == [("disk_full", "src/big", "space")]
+        assert (result.done, result.made, result.gone) == ((), (), ())
         assert seen(small / "project") == {"a": "old", "b": "old"}
         assert in_staging(small / "staging") == []
 
         (small / "ballast").unlink()
-        outcome = agent.apply(*operations)
-        assert kinds(outcome) == []
+        result = agent.apply(*operations)
+        assert kinds(result) == []
         assert seen(small / "project") == {"a": "new", "src/big": "\0" * 192 * 1024}
 
 
@@ -71,15 +71,15 @@ def test_wherever_inodes_run_out_the_transaction_lands_whole_or_not_at_all(
             taken.append(small / f"ballast{len(taken)}")
             taken[-1].touch()
 
-        outcome = agent.apply(*operations)
-        if outcome.rolled_back:
-            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "inodes")]
-            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        result = agent.apply(*operations)
+        if result.rolled_back:
+            assert [(p.kind, p.rule) for p in result.problems] == [("disk_full", "inodes")]
+            assert (result.done, result.made, result.gone) == ((), (), ())
             assert seen(small / "project") == before
             for each in taken:
                 each.unlink()
-            outcome = agent.apply(*operations)
-        assert kinds(outcome) == []
+            result = agent.apply(*operations)
+        assert kinds(result) == []
         assert seen(small / "project") == after
         assert in_staging(small / "staging") == []
         assert known.keys() != agent.known.keys()
@@ -98,15 +98,15 @@ def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path
             taken.append(small / f"ballast{len(taken)}")
             taken[-1].touch()
 
-        outcome = agent.apply(*writes)
-        assert outcome.rolled_back
+        result = agent.apply(*writes)
+        assert result.rolled_back
         assert seen(small / "project") == {"old": "old", "kept": "old"}
         assert len(in_staging(small / "staging")) == 2
 
         for each in taken:
             each.unlink()
-        outcome = agent.apply(*writes)
-        assert kinds(outcome) == []
+        result = agent.apply(*writes)
+        assert kinds(result) == []
         assert seen(small / "project") == {w.path: w.path for w in writes}
         assert in_staging(small / "staging") == []
 
@@ -116,9 +116,9 @@ def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[...,
     with opened(small / "project", small / "staging") as agent:
         agent.put({"a": "old", "b": "old"})
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        outcome = agent.apply(remove("b"), write("a", "new"))
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("read_only", "a", "EROFS")]
+        result = agent.apply(remove("b"), write("a", "new"))
+        assert result.rolled_back
+        assert kinds(result) == [("read_only", "a", "EROFS")]
         subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
         assert seen(small / "project") == {"a": "old", "b": "old"}
         assert kinds(agent.apply(remove("b"), write("a", "new"))) == []
@@ -131,8 +131,8 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
         agent.put({"a": "1", "b": "1"})
         free = os.statvfs(small).f_ffree
         for number in range(2, 3 * free):
-            outcome = agent.apply(write("a", f"{number}"), write("b", f"{number}"), sweep=False)
-            assert (outcome.rolled_back, kinds(outcome)) == (False, [])
+            result = agent.apply(write("a", f"{number}"), write("b", f"{number}"), sweep=False)
+            assert (result.rolled_back, kinds(result)) == (False, [])
         assert seen(small / "project") == dict.fromkeys("ab", f"{number}")
         assert 0 < len(in_staging(small / "staging")) <= free
         agent.disk.sweep()
@@ -198,10 +198,10 @@ def test_a_mount_inside_the_project_is_one_problem_and_the_rest_lands(root: Path
     root.mkdir(exist_ok=True)
     mounted(root / "volume")
     try:
-        outcome = agent.apply(write("volume/a", "1"), write("b", "1"))
+        result = agent.apply(write("volume/a", "1"), write("b", "1"))
     finally:
         subprocess.run(["umount", "-l", str(root / "volume")], check=True)
-    assert kinds(outcome) == [("path_unusable", "volume/a", "other_file_system")]
+    assert kinds(result) == [("path_unusable", "volume/a", "other_file_system")]
     assert seen(root) == {"b": "1", "volume/": ""}
 
 
@@ -260,11 +260,11 @@ def test_whichever_call_fails_the_transaction_lands_whole_or_not_at_all(
             nested[2],
         ]
         failing.left = number
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
         beyond, failing.left = failing.left > 0, 0
-        if outcome.rolled_back:
-            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "space")]
-            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        if result.rolled_back:
+            assert [(p.kind, p.rule) for p in result.problems] == [("disk_full", "space")]
+            assert (result.done, result.made, result.gone) == ((), (), ())
             assert seen(root) == before
             assert set(agent.disk.made) == made
             assert set(in_staging(tmp_path / "staging")) == {flat.staged, nested[0].staged}
@@ -277,7 +277,7 @@ def test_whichever_call_fails_the_transaction_lands_whole_or_not_at_all(
     assert number > 30
 
 
-def test_a_new_directory_that_somebody_used_meanwhile_is_not_taken_back(
+def test_a_new_directory_that_another_process_used_meanwhile_is_not_taken_back(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
@@ -291,12 +291,12 @@ def test_a_new_directory_that_somebody_used_meanwhile_is_not_taken_back(
 
     writes = [staged(agent.disk, path, path) for path in ("other/o", "whole/p", "whole/q/r")]
     monkeypatch.setattr(os, "rename", interfering)
-    outcome = agent.apply(*writes, write("z", "z"))
-    assert outcome.rolled_back
-    assert kinds(outcome) == [("disk_full", "z", "space"), ("undo_failed", "whole", None)]
+    result = agent.apply(*writes, write("z", "z"))
+    assert result.rolled_back
+    assert kinds(result) == [("disk_full", "z", "space"), ("undo_failed", "whole", None)]
     assert seen(root) == {"whole/p": "whole/p", "whole/q/r": "whole/q/r", "whole/q/theirs": "foreign"}
-    assert [done.operation for done in outcome.done] == writes[1:]
-    assert set(outcome.made) == set(agent.disk.made) == {"whole", "whole/q"}
+    assert [done.operation for done in result.done] == writes[1:]
+    assert set(result.made) == set(agent.disk.made) == {"whole", "whole/q"}
     agent.disk.clear_staging()
 
 
@@ -315,10 +315,10 @@ def test_where_a_directory_cannot_be_renamed_its_files_are(
     files = {"whole/p": "1", "whole/q/r": "2"}
     writes = [staged(agent.disk, path, text) for path, text in files.items()]
     monkeypatch.setattr(os, "rename", refusing)
-    outcome = agent.apply(*writes)
-    assert kinds(outcome) == []
+    result = agent.apply(*writes)
+    assert kinds(result) == []
     assert seen(root) == files
-    assert set(outcome.made) == {"whole", "whole/q"}
+    assert set(result.made) == {"whole", "whole/q"}
     assert agent.disk.scan() == agent.known
 
 
@@ -365,10 +365,10 @@ def test_a_directory_we_may_not_write_in_undoes_the_transaction(tmp_path: Path) 
             remove("b"),
         ]
 
-        outcome = agent.apply(*operations)
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("permission_denied", "locked/c", "EACCES")]
-        assert "cannot change locked/c: Permission denied" in outcome.problems[0].detail
+        result = agent.apply(*operations)
+        assert result.rolled_back
+        assert kinds(result) == [("permission_denied", "locked/c", "EACCES")]
+        assert "cannot change locked/c: Permission denied" in result.problems[0].detail
         assert seen(root) == {"a": "old", "b": "old", "locked/": ""}
         assert in_staging(staging) == []
     (root / "locked").chmod(0o777)
@@ -430,14 +430,14 @@ def test_wherever_descriptors_run_out_the_transaction_lands_whole_or_not_at_all(
         limit = highest.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit + spare, hard))
     try:
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if outcome.rolled_back:
-        assert [(p.kind, p.rule) for p in outcome.problems] == [("too_many_open_files", "EMFILE")]
+    if result.rolled_back:
+        assert [(p.kind, p.rule) for p in result.problems] == [("too_many_open_files", "EMFILE")]
         assert seen(root) == {"a": "old", "b/c": "old"}
-        outcome = agent.apply(*operations)
-    assert kinds(outcome) == []
+        result = agent.apply(*operations)
+    assert kinds(result) == []
     assert seen(root) == {"a": "new", "x/y/z/one": "1", "w/v/two": "2"}
 
 

@@ -1,4 +1,4 @@
-"""What others see while we write, and what a kill leaves: whole files, always."""
+"""What other processes see while the agent writes, and what a kill leaves: whole files, always."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tm
             operations = [write("src/a", contents[n % 64])]
             if n % 10 == 0:
                 operations.append(write("src/b", "another"))
-            outcome = agent.apply(*operations)
-            assert not outcome.problems
+            result = agent.apply(*operations)
+            assert not result.problems
     finally:
         stop.touch()
         counts = [reader.communicate()[0].split() for reader in readers]
@@ -91,8 +91,8 @@ def test_nothing_happens_to_a_file_before_its_new_content_is_there(agent: Agent,
     try:
         mask = attributes | modified | deleted | moved
         assert libc.inotify_add_watch(watcher, os.fsencode(root / "a"), mask) >= 0
-        outcome = agent.apply(write("a", "new"), write("b", "new"))
-        assert len(outcome.done) == 2
+        result = agent.apply(write("a", "new"), write("b", "new"))
+        assert len(result.done) == 2
         raw = os.read(watcher, 4096)
     finally:
         os.close(watcher)
@@ -144,12 +144,12 @@ WRITER = textwrap.dedent(
                 operations[path] = Write(path, Entry(at, digest_of(content), len(content)), content)
         batch = list(operations.values())
         ledger.intend([o.path for o in batch if isinstance(o, Write) and o.path not in known])
-        outcome = disk.apply(batch, known)
-        for done in outcome.done:
+        result = disk.apply(batch, known)
+        for done in result.done:
             known.pop(done.operation.path, None)
             if done.stat:
                 known[done.operation.path] = done.stat
-        ledger.record(outcome.done, Cursor("e", at), made=outcome.made, gone=outcome.gone)
+        ledger.record(result.done, Cursor("e", at), made=result.made, gone=result.gone)
     """
 )
 
