@@ -27,9 +27,9 @@ from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.supervisor import Supervisor, rights
-from agent.fs.inspect import Sight
+from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.health import server
 from agent.health.heartbeat import Heartbeat
 from agent.health.report import Report
@@ -117,9 +117,9 @@ def build(
     redactor: Redactor | None = None,
     spans: Spans | None = None,
     source: EventSource | None = None,
-    disk: Disk | None = None,
+    disk: ProjectDir | None = None,
     problems: Problems | None = None,
-    workspace_type: Callable[[Disk, Ledger, Problems], Workspace] = Workspace,
+    workspace_type: Callable[[ProjectDir, Ledger, Problems], Workspace] = Workspace,
     drift_policy: Literal["off"] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Agent:
@@ -226,18 +226,18 @@ def realtime(settings: Settings, tokens: TokenSource) -> EventSource:
     return realtime_link(settings.realtime_url, key.get_secret_value() if key else None, topic, tokens)
 
 
-def _disk(settings: Settings) -> Disk:
+def _disk(settings: Settings) -> ProjectDir:
     user = None if settings.shadow else rights(settings)[0].user
     if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
         raise RootUnusable("\n".join(weak))
-    return Disk(settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user else None)
+    return ProjectDir(settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user else None)
 
 
 def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shadow:
     """Compare the other flow's directory with our tree."""
     comparison = Comparison(settings.shadow_settle_seconds, settings.shadow_ignore)
     log.info("shadow.begun", live_dir=str(settings.project_dir), shadow_dir=str(settings.tree_dir))
-    return Shadow(Sight(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
+    return Shadow(DirectoryView(settings.project_dir), comparison, problems, lambda: follower.tree.entries)
 
 
 async def run(settings: Settings, environ: Mapping[str, str]) -> int:

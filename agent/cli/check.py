@@ -32,7 +32,7 @@ from agent.devserver.process import printable
 from agent.devserver.project import ProjectUnreadable
 from agent.devserver.sandbox import environment
 from agent.devserver.supervisor import rights
-from agent.fs.inspect import Sight
+from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
 from agent.net import exchange
@@ -164,7 +164,7 @@ async def _live(settings: Settings) -> list[Finding]:
     if not live.exists():
         return [warn("PROJECT_DIR", f"{live} is not there yet; every file will be missing in it")]
     try:
-        files = await asyncio.to_thread(Sight(live).scan)
+        files = await asyncio.to_thread(DirectoryView(live).scan)
     except OSError as error:
         return [fail("PROJECT_DIR", f"{live} cannot be read: {error.strerror}")]
     return [ok("PROJECT_DIR", f"{live} is compared and never touched: {len(files)} files")]

@@ -1,21 +1,18 @@
-"""Directories under one root, reached by descriptor and never through a symbolic link.
+"""Opens the directories below one root by descriptor, never through a symbolic link.
 
-The project's own code runs beside us and may rename, replace or link any directory while we work. So a path
-from outside is never handed to the kernel whole: each directory of it is opened from the one above with
-`O_NOFOLLOW`, and the file itself is then named relative to that descriptor. What a link points to is thereby
-out of reach, whatever is planted and whenever.
+The project's own code runs beside the agent and may rename, replace or link any directory meanwhile. So no path is
+handed to the kernel whole: each directory is opened from the one above with `O_NOFOLLOW`, and a file is named relative
+to its directory's descriptor. Where a planted link points is thereby out of reach.
 
-Open directories are held for the next write. A held descriptor names a directory, not a path, so before each
-use the kernel is asked where that directory stands now (`/proc/self/fd/N`, one call whatever the depth); moved,
-removed or replaced by a link, the path is walked again. Without /proc it is walked every time.
+Open directories are kept for the next write. A descriptor names a directory, not a path, so before each use the kernel
+is asked for the directory's present path (one readlink, whatever the depth). When that is another, or there is no
+/proc, the path is walked again.
 
-RACE: a directory can be moved away between that question and the rename that follows. Its worst case: the file
-lands in the very directory that stood at the path a moment before, under its new name. A link is not followed
-even then.
+RACE: a directory can be moved between that question and the rename that follows. Worst case: the file lands in the
+directory that stood at the path a moment before, under its new name. No link is followed even then.
 
-What a system error says: that one path is unusable here, or that the environment fails.
-
-The first is a problem of that path, and the rest of a batch lands; the second undoes the batch.
+A system error is one of two kinds. What makes one path unusable is that path's problem, and the rest of a transaction
+is applied (`PATH_RULES`). What the environment refuses undoes the transaction (`ENVIRONMENT`).
 """
 
 from __future__ import annotations
@@ -31,8 +28,9 @@ from pathlib import Path
 
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.fs.places import OPEN_DIRECTORY, open_directory
+from agent.fs.syscalls import path_of
 
-UNUSABLE = {
+PATH_RULES = {
     errno.ENAMETOOLONG: "name_too_long",
     errno.EINVAL: "name_invalid",
     errno.EILSEQ: "name_invalid",
@@ -44,7 +42,7 @@ UNUSABLE = {
     errno.EBUSY: "mount_point",
     errno.EXDEV: "other_file_system",
 }
-"""What a system error says about this path alone. Every other error is the environment's."""
+"""The rule that a path breaks, by the errors that concern this path alone. Every other error is the environment's."""
 
 ENVIRONMENT: Mapping[int, ProblemKind] = {
     errno.ENOSPC: "disk_full",
@@ -56,9 +54,15 @@ ENVIRONMENT: Mapping[int, ProblemKind] = {
     errno.ENFILE: "too_many_open_files",
 }
 
+Make = Callable[[int, str, str], None]
+"""Makes a directory: (descriptor of the one above, name, path)."""
+
 
 def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:
-    """A failure that is not this path's own, typed: what an operator has to look at."""
+    """Turn an error of the environment into a problem that tells an operator what to check.
+
+    `staging` is a descriptor on the file system that a full disk is told from missing inodes on.
+    """
     kind = ENVIRONMENT.get(error.errno or 0, "io_error")
     rule = errno.errorcode.get(error.errno or 0, "unknown")
     if error.errno == errno.ENOSPC:
@@ -70,17 +74,29 @@ def environment_problem(error: OSError, path: RelPath | None, staging: int) -> P
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryForm:
-    """How directories are made."""
+class DirectoryPermissions:
+    """What a directory that is made here ends up with, whatever the umask. `owner`: (uid, gid), None for our own."""
 
     mode: int
     owner: tuple[int, int] | None
+
+    def set_on(self, name: str, above: int | None = None) -> None:
+        """Give them to the directory `name` of `above`, or at the path `name` without it. Raises `OSError`."""
+        descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
+        try:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            if mode & 0o777 != self.mode:
+                os.fchmod(descriptor, mode & ~0o777 | self.mode)
+            if self.owner is not None:
+                os.fchown(descriptor, *self.owner)
+        finally:
+            os.close(descriptor)
 
 
 class Blocked(Exception):
     """Something at `path` makes the operation impossible for this path only.
 
-    `rule` is one of `symlink, not_a_directory, case_twin`; `fs.transaction` adds what system errors say of one path.
+    `rule`: `symlink`, `not_a_directory` or `case_twin`.
     """
 
     def __init__(self, path: str, rule: str) -> None:
@@ -89,68 +105,89 @@ class Blocked(Exception):
         super().__init__(f"{path!r} is unusable: {rule}")
 
 
-class Jail:
-    """The directories of one root.
+@dataclass(slots=True)
+class _OpenDirectory:
+    """`place` is where the kernel must still see it; "" when it cannot be asked."""
 
-    `make_root` makes the root itself, should it be gone when something is to be made in it; None where nothing is ever
-    made, and only there may the root be a link. `hold`: how many directories stay open, well below the usual limit of
-    1,024 files.
+    descriptor: int
+    place: str
+
+
+class DirectoryCache:
+    """Opens the directories of one root and keeps the last used ones open.
+
+    Args:
+        root: the directory at "".
+        make_root: makes `root` when it is gone and something is to be made in it; None for a reader, and only for a
+            reader may `root` itself be a link.
+        size: how many directories stay open, well below the usual limit of 1,024 files.
     """
 
-    def __init__(self, root: Path, make_root: Callable[[], None] | None, *, hold: int = 64) -> None:
+    def __init__(self, root: Path, make_root: Callable[[], None] | None, *, size: int = 64) -> None:
         self._root = root
         self._make_root = make_root
-        self._hold = max(hold, 2)
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._size = max(size, 2)
+        self._open: OrderedDict[str, _OpenDirectory] = OrderedDict()
 
-    def directory(self, path: str, make: Callable[[int, str, str], None] | None = None) -> int:
-        """A descriptor of the directory at `path` ("" is the root), good until the next call.
+    def open(self, path: str, make: Make | None = None) -> int:
+        """Return a descriptor of the directory at `path` ("" is the root), good until the next call.
 
-        A missing directory is made by `make(descriptor of the one above, name, path)`, which must create it;
-        without `make` it raises `FileNotFoundError`. Raises `Blocked` when a link or a file stands in the way, and
-        `OSError` as the system gives it.
+        Args:
+            path: a directory's path below the root.
+            make: makes each directory that is missing.
+
+        Raises:
+            Blocked: a link or a file stands in the way.
+            FileNotFoundError: it is missing, and there is no `make`.
+            OSError: as the system gives it.
         """
+        missing: list[str] = []
         at = path
-        while (descriptor := self._still_there(at)) is None and at:
+        while (descriptor := self._revalidated(at)) is None and at:
+            missing.append(at)
             at = at.rpartition("/")[0]
         if descriptor is None:
             descriptor = self._keep("", self._open_root(make is not None))
-        while at != path:
-            end = path.find("/", len(at) + 1) if at else path.find("/")
-            below = path if end == -1 else path[:end]
-            name = below[len(at) + 1 :] if at else below
-            descriptor = self._keep(below, self._enter(descriptor, name, below, make))
-            at = below
+        for below in reversed(missing):
+            name = below.rpartition("/")[2]
+            descriptor = self._keep(below, _open_below(descriptor, name, below, make))
         return descriptor
 
-    def forget(self, path: str | None = None) -> None:
-        """Close what is held for `path` (which was removed), or everything."""
-        for at in [path] if path is not None else list(self._held):
-            held = self._held.pop(at, None)
-            if held is not None:
-                os.close(held.descriptor)
+    def parent(self, path: str, make: Make | None = None) -> tuple[int, str]:
+        """Return the descriptor of the directory that `path` is in, and its name there. Arguments, errors: `open`."""
+        above, _, name = path.rpartition("/")
+        return self.open(above, make), name
 
-    def _still_there(self, path: str) -> int | None:
-        held = self._held.get(path)
-        if held is None:
+    def close(self, path: str | None = None) -> None:
+        """Close the descriptor of `path` (which was removed), or all of them."""
+        for at in [path] if path is not None else list(self._open):
+            directory = self._open.pop(at, None)
+            if directory is not None:
+                os.close(directory.descriptor)
+
+    def _revalidated(self, path: str) -> int | None:
+        directory = self._open.get(path)
+        if directory is None:
             return None
-        if _place_of(held.descriptor) == held.place != "":
-            self._held.move_to_end(path)
-            return held.descriptor
-        self.forget(path)
+        if path_of(directory.descriptor) == directory.place != "":
+            self._open.move_to_end(path)
+            return directory.descriptor
+        self.close(path)
         return None
 
     def _keep(self, path: str, descriptor: int) -> int:
-        above = self._held.get(path.rpartition("/")[0])
-        if not path:
-            place = _place_of(descriptor)
+        above, _, name = path.rpartition("/")
+        if path:
+            # Not asked of the kernel: that could be the place to which it was moved since it was opened.
+            parent = self._open.get(above)
+            place = f"{parent.place.rstrip('/')}/{name}" if parent and parent.place else ""
         else:
-            place = f"{above.place.rstrip('/')}/{path.rpartition('/')[2]}" if above and above.place else ""
-        self.forget(path)
-        self._held[path] = _Held(descriptor, place)
-        while len(self._held) > self._hold:
-            _, held = self._held.popitem(last=False)
-            os.close(held.descriptor)
+            place = path_of(descriptor)
+        self.close(path)
+        self._open[path] = _OpenDirectory(descriptor, place)
+        while len(self._open) > self._size:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest.descriptor)
         return descriptor
 
     def _open_root(self, make: bool) -> int:
@@ -164,60 +201,29 @@ class Jail:
         self._make_root()
         return open_directory(self._root)
 
-    def _enter(self, above: int, name: str, path: str, make: Callable[[int, str, str], None] | None) -> int:
-        try:
-            try:
-                descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
-            except FileNotFoundError:
-                if make is None:
-                    raise
-                make(above, name, path)
-                return os.open(name, OPEN_DIRECTORY, dir_fd=above)
-        except NotADirectoryError:
-            raise Blocked(path, what_stands(above, name)) from None
-        try:
-            if is_twin(above, name, os.fstat(descriptor)):
-                raise Blocked(path, "case_twin")
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
 
-
-class _Held:
-    """An open directory and the place where the kernel must still see it; "" when it cannot be asked."""
-
-    __slots__ = ("descriptor", "place")
-
-    def __init__(self, descriptor: int, place: str) -> None:
-        self.descriptor = descriptor
-        self.place = place
-
-
-def _place_of(descriptor: int) -> str:
+def _open_below(above: int, name: str, path: str, make: Make | None) -> int:
     try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return ""
-
-
-def dress_directory(above: int | None, name: str, form: DirectoryForm) -> None:
-    """Give a directory just made the mode and the owner it should have, whatever the umask; without `above`, `name` is
-    a path. Raises `OSError`.
-    """
-    descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
+        try:
+            descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=above)
+        except FileNotFoundError:
+            if make is None:
+                raise
+            make(above, name, path)
+            return os.open(name, OPEN_DIRECTORY, dir_fd=above)
+    except NotADirectoryError:
+        raise Blocked(path, _rule_broken(above, name)) from None
     try:
-        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        if mode & 0o777 != form.mode:
-            os.fchmod(descriptor, mode & ~0o777 | form.mode)
-        if form.owner is not None:
-            os.fchown(descriptor, *form.owner)
-    finally:
+        if is_case_twin(above, name, os.fstat(descriptor)):
+            raise Blocked(path, "case_twin")
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
-def what_stands(above: int, name: str) -> str:
-    """The rule that a thing which is no directory breaks by standing where one is needed."""
+def _rule_broken(above: int, name: str) -> str:
+    """The rule that `name`, which is no directory, breaks by standing where one is needed."""
     try:
         mode = os.stat(name, dir_fd=above, follow_symlinks=False).st_mode
     except OSError:
@@ -225,11 +231,11 @@ def what_stands(above: int, name: str) -> str:
     return "symlink" if stat.S_ISLNK(mode) else "not_a_directory"
 
 
-def is_twin(above: int, name: str, found: os.stat_result) -> bool:
-    """Whether `name` found something that is spelled otherwise, on a file system blind to case.
+def is_case_twin(above: int, name: str, found: os.stat_result) -> bool:
+    """Whether `name` found something that is spelled otherwise, on a case-insensitive file system.
 
-    Asked only of things the agent did not put there under this name, so that the price (one stat, and a listing on a
-    case-blind file system) is paid once.
+    Ask only about what the agent did not put there under this name: it costs a stat, and a listing where case is
+    ignored.
     """
     swapped = name.swapcase()
     if swapped == name:

@@ -1,12 +1,10 @@
-"""Looking at a directory: what stands in it, by stat and by hash, no link followed. Nothing here can write.
+"""Reads a directory, by stat and by hash, without following a link. Nothing here can write.
 
-`fs.project_dir.Disk` is one that also writes; `sync.shadow` looks at a directory that belongs to somebody else,
-and has no more than this.
+Every path is named relative to an open directory. Only a file of the size that it should have is read: another size is
+another content, and whoever writes a file decides how large it is (`truncate -s 1T`).
 
-What stands at a name, and what has become of it: by stat, and by hash where the stat is not the expected one.
-
-Everything is named relative to an open directory, and no link is followed. Only a file of the very size that it should
-have is read: another size is another content, and how large a file is decides whoever writes it (`truncate -s 1T`).
+`fs.project_dir.ProjectDir` adds writing to a `DirectoryView`; `sync.shadow` reads another process's directory and has
+no more than the view.
 """
 
 from __future__ import annotations
@@ -16,42 +14,44 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.core.errors import PathRefused
 from agent.core.model import PROTECTED, Digest, Entry, Problem, RelPath, Tree, parse_path
-from agent.fs.dirfd import Blocked, Jail
-from agent.fs.turns import Steps, at_once
+from agent.fs.dirfd import Blocked, DirectoryCache
+from agent.fs.syscalls import READ_FILE
+from agent.fs.turns import Steps
 
-PIECE = 2**18
-"""Bytes that are read at a time: about 0.4 ms of hashing."""
+CHUNK = 2**18
+"""Bytes read at a time: about 0.4 ms of hashing."""
 
 UNREAD = Digest("0" * 64)
-"""Stands for content that was not read and is another than it should be. No content is known that has this hash."""
+"""The digest of content that was not read and differs from what it should be. No known content has it."""
 
-_LOOKS = struct.Struct("<QQQQ")
-_RECORDED = struct.Struct("<qqqq")
-"""As SQLite's integers are signed."""
-_KEPT = 2**64 - 1
-"""The bits of each number that are kept."""
+_UNSIGNED = struct.Struct("<QQQQ")
+_SIGNED = struct.Struct("<qqqq")
+"""SQLite's integers are signed."""
+_LOW_64_BITS = 2**64 - 1
 
 
 def _packed(inode: int, size: int, mtime_ns: int, ctime_ns: int) -> bytes:
-    return _LOOKS.pack(inode & _KEPT, size & _KEPT, mtime_ns & _KEPT, ctime_ns & _KEPT)
+    return _UNSIGNED.pack(
+        inode & _LOW_64_BITS, size & _LOW_64_BITS, mtime_ns & _LOW_64_BITS, ctime_ns & _LOW_64_BITS
+    )
 
 
 class FileStat(bytes):
-    """How a file looked when its content was known: enough to see that it has not been touched since.
+    """A file's inode, size, and times of modification and change when its content was known.
 
-    Inode, size in bytes, times of modification and change in nanoseconds. The change time cannot be set back by a
-    program, which is why it is here; it also moves when only the mode changes, so a difference means *look again*, not
-    *changed*. In one piece, because there is one of each file: 80 bytes of memory, of four numbers it were 240.
+    An equal stat later means that the file was not touched. A program cannot set the change time back, which is why it
+    is here; a chmod moves it too, so a different stat means *read it again*, not *changed*.
 
-    Of each number the lowest 64 bits are kept. A file's time of modification can be anything (`touch -d 2300-01-01`),
-    and in nanoseconds 64 bits end in 2262. Two that differ by a multiple of 584 years look the same then, but setting
-    one moves the change time.
+    Size in bytes, times in nanoseconds, packed into one `bytes`: there is one of each file, and it takes 80 bytes of
+    memory instead of 240. Of each number the lowest 64 bits are kept. A modification time can be anything
+    (`touch -d 2300-01-01`), and 64 bits of nanoseconds end in 2262; two times that differ by a multiple of 584 years
+    compare equal, but setting one moves the change time.
     """
 
     __slots__ = ()
@@ -61,17 +61,18 @@ class FileStat(bytes):
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileStat:
+        """Take it from what `os.stat` returned."""
         return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @classmethod
-    def recorded(cls, columns: Sequence[int]) -> FileStat:
-        """From the ledger's columns."""
-        return super().__new__(cls, _RECORDED.pack(*columns))
+    def from_columns(cls, columns: Sequence[int]) -> FileStat:
+        """Take it from the ledger's columns."""
+        return super().__new__(cls, _SIGNED.pack(*columns))
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """For the ledger."""
-        return _RECORDED.unpack(self)
+        """Inode, size, modification and change time as the ledger's columns take them."""
+        return _SIGNED.unpack(self)
 
     @property
     def size(self) -> int:
@@ -83,8 +84,8 @@ class FileStat(bytes):
         """The later of the two times."""
         return max(self.columns[2:])
 
-    def is_of(self, found: os.stat_result) -> bool:
-        """Whether a file that looks like this has not been touched since."""
+    def matches(self, found: os.stat_result) -> bool:
+        """Whether `found` shows a file that was not touched since."""
         return self == _packed(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def __repr__(self) -> str:
@@ -95,8 +96,11 @@ class FileStat(bytes):
 class Drift:
     """A file that is not as the agent left it.
 
-    `rule`: `changed`, `missing`, `appeared` (one the agent did not write), `not_a_file`. `digest` and `stat` are what
-    stands there, None when it is no file; `UNREAD` where it was not read.
+    Attributes:
+        path: where.
+        rule: `changed`, `missing`, `appeared` (the agent did not write it) or `not_a_file`.
+        digest: what the file there holds; `UNREAD` where it was not read, None when there is no file.
+        stat: the stat of the file there, None when there is no file.
     """
 
     path: RelPath
@@ -105,17 +109,18 @@ class Drift:
     stat: FileStat | None = None
 
     def problem(self) -> Problem:
-        told = {
+        """The problem that says it."""
+        what = {
             "changed": "was changed inside the container",
             "missing": "was removed inside the container",
             "appeared": "was put there by something else",
             "not_a_file": "was replaced by something that is no file",
         }[self.rule]
-        return Problem("drift", f"{self.path} {told}", self.path, self.rule)
+        return Problem("drift", f"{self.path} {what}", self.path, self.rule)
 
 
-def look(directory: int, name: str) -> os.stat_result | None:
-    """What stands at `name`, a link being a link; None when nothing does. Raises `OSError`."""
+def lstat(directory: int, name: str) -> os.stat_result | None:
+    """Stat `name` without following a link; None when nothing is there. Raises `OSError`."""
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
@@ -123,19 +128,22 @@ def look(directory: int, name: str) -> os.stat_result | None:
 
 
 def may_hold(entry: Entry | None, size: int) -> bool:
-    """Whether a file of `size` bytes may be what `entry` says, so that only reading it tells."""
+    """Whether a file of `size` bytes may hold what `entry` says, so that only reading it tells."""
     return entry is not None and entry.digest not in (None, UNREAD) and entry.size == size
 
 
-def reading(directory: int, name: str, size: int) -> Steps[tuple[Digest, FileStat] | None]:
-    """The digest of a regular file of `size` bytes and how it looked *before* it was read; None when there is none.
+def digest_steps(directory: int, name: str, size: int) -> Steps[tuple[Digest, FileStat] | None]:
+    """Hash a regular file that should have `size` bytes.
 
-    A change during the reading moves its times, so a digest of mixed content can never be taken for the stat's. What is
-    of another size, or becomes so meanwhile, is `UNREAD`. Raises `OSError`.
+    Returns:
+        Its digest and its stat from *before* it was read, so that a change during the reading shows in its times. The
+        digest is `UNREAD` when its size is another or becomes so. None when there is no regular file.
+
+    Raises:
+        OSError: it cannot be read.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(name, flags, dir_fd=directory)
+        descriptor = os.open(name, READ_FILE, dir_fd=directory)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
             return None
@@ -146,9 +154,9 @@ def reading(directory: int, name: str, size: int) -> Steps[tuple[Digest, FileSta
             return None
         whole, left = hashlib.sha256(), size if found.st_size == size else -1
         # One byte more than there should be shows a file that grows.
-        while left >= 0 and (piece := os.read(descriptor, min(PIECE, left + 1))):
-            whole.update(piece)
-            left -= len(piece)
+        while left >= 0 and (chunk := os.read(descriptor, min(CHUNK, left + 1))):
+            whole.update(chunk)
+            left -= len(chunk)
             if left > 0:
                 yield
         return Digest(whole.hexdigest()) if left == 0 else UNREAD, FileStat.of(found)
@@ -156,7 +164,7 @@ def reading(directory: int, name: str, size: int) -> Steps[tuple[Digest, FileSta
         os.close(descriptor)
 
 
-def compare(
+def drift_steps(
     path: RelPath,
     directory: int,
     name: str,
@@ -166,9 +174,20 @@ def compare(
     wanted: Entry | None = None,
     may_read: Callable[[int], bool] = lambda size: True,
 ) -> Steps[Drift | None]:
-    """What became of a file whose stat is not the expected one; None when its content is still `entry`'s.
+    """Find out what became of a file whose stat is not the expected one.
 
-    It is read when it may hold what `entry` says, or `wanted`, and `may_read` so many bytes.
+    Args:
+        path: the file's path, which is `name` in `directory`.
+        directory: an open directory.
+        name: see `path`.
+        found: its stat now.
+        expected: its stat when its content was known; None for a file that the agent did not write.
+        entry: what it should hold.
+        wanted: what it is about to hold; a file that holds that already is read too, to say so.
+        may_read: whether so many bytes may be read.
+
+    Returns:
+        None when it still holds what `entry` says.
     """
     if not stat.S_ISREG(found.st_mode):
         return Drift(path, "not_a_file")
@@ -177,7 +196,7 @@ def compare(
     if not (may_hold(entry, size) or may_hold(wanted, size)) or not may_read(size):
         return unread
     try:
-        read = yield from reading(directory, name, size)
+        read = yield from digest_steps(directory, name, size)
     except PermissionError:
         return unread
     if read is None:
@@ -189,80 +208,83 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A recorded tree held against the disk.
+    """A recorded tree compared with the disk.
 
-    `stats`: the files that hold what the tree says, as they look now. `drifts`: the others.
+    `stats`: the files that hold what the tree says, with their present stat. `drifts`: the others.
     """
 
     stats: dict[RelPath, FileStat]
     drifts: tuple[Drift, ...]
 
 
-class Sight:
-    """One root, looked at. `make_root` is for those who also write, should it be gone. Not thread-safe."""
+class DirectoryView:
+    """Reads what is below `root`. Not thread-safe.
+
+    `make_root` is for a subclass that also writes; without it `root` itself may be a link.
+    """
 
     def __init__(self, root: Path, *, make_root: Callable[[], None] | None = None) -> None:
-        self._root = root
-        self._jail = Jail(root, make_root)
-
-    @property
-    def root(self) -> Path:
-        """The directory."""
-        return self._root
+        self.root = root
+        self._directories = DirectoryCache(root, make_root)
 
     def close(self) -> None:
-        """Let go of every descriptor."""
-        self._jail.forget()
+        """Close every descriptor."""
+        self._directories.close()
 
-    def look(self, path: RelPath) -> FileStat | None:
-        """How the regular file at `path` looks now, no link followed; None when there is none."""
-        above, _, name = path.rpartition("/")
+    def stat(self, path: RelPath) -> FileStat | None:
+        """Stat the regular file at `path`; None when there is none, or it cannot be reached."""
         try:
-            found = look(self._jail.directory(above), name)
+            found = lstat(*self._directories.parent(path))
         except (OSError, Blocked):
             return None
         return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
 
-    def reading(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
-        """What the file at `path` holds, no link followed; None when there is none. As `looks.reading`."""
-        above, _, name = path.rpartition("/")
+    def digest_steps(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
+        """Hash the file at `path`; see the function `digest_steps`."""
         try:
-            return (yield from reading(self._jail.directory(above), name, size))
+            return (yield from digest_steps(*self._directories.parent(path), size))
         except (FileNotFoundError, Blocked):
             return None
 
-    def checking(
+    def check_steps(
         self, path: RelPath, known: FileStat | None, entry: Entry | None
     ) -> Steps[Drift | FileStat | None]:
-        """Hold one path against what the agent left there.
+        """Compare one path with what the agent left there.
 
-        A `FileStat` when it is as it should be (newer than `known` if it was only touched), None when there is nothing
-        and should be nothing, else the drift. Raises `OSError` when it cannot be looked at.
+        Args:
+            path: the file's.
+            known: its stat then.
+            entry: what it held; None, or a tombstone, when there should be nothing.
+
+        Returns:
+            A `FileStat` when the file is as it should be (another than `known` if it was only touched), None when
+            there is nothing and should be nothing, else the drift.
+
+        Raises:
+            OSError: it cannot be read.
         """
-        above, _, name = path.rpartition("/")
+        should_be = entry is not None and entry.is_file
         try:
-            directory = self._jail.directory(above)
-            found = look(directory, name)
-            should_be = entry is not None and entry.is_file
-            if found is None:
-                return Drift(path, "missing") if should_be else None
-            if known is not None and should_be and known.is_of(found):
-                return known
-            drift = yield from compare(path, directory, name, found, known, entry)
-            return FileStat.of(found) if drift is None else drift
+            directory, name = self._directories.parent(path)
+            found = lstat(directory, name)
+            if found is not None:
+                if known is not None and should_be and known.matches(found):
+                    return known
+                drift = yield from drift_steps(path, directory, name, found, known, entry)
+                return FileStat.of(found) if drift is None else drift
         except (FileNotFoundError, Blocked):
-            return Drift(path, "missing") if entry is not None and entry.is_file else None
+            pass
+        return Drift(path, "missing") if should_be else None
 
-    def audit(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Audit:
-        """Hold a whole recorded tree against the disk: by stat, and by hash where that differs."""
-        return at_once(self.auditing(tree, stats))
+    def audit_steps(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
+        """Compare a recorded tree with the disk, by stat and where that differs by hash.
 
-    def auditing(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
-        """As `audit`, in steps. Nothing may be changed between them."""
+        Nothing may be changed between two steps. Raises `OSError` when a file cannot be read.
+        """
         held: dict[RelPath, FileStat] = {}
         drifts: list[Drift] = []
         for path, entry in sorted(tree.files().items()):
-            found = yield from self.checking(path, stats.get(path), entry)
+            found = yield from self.check_steps(path, stats.get(path), entry)
             if isinstance(found, FileStat):
                 held[path] = found
             elif found is not None:
@@ -271,16 +293,19 @@ class Sight:
         return Audit(held, tuple(drifts))
 
     def scan(self) -> dict[RelPath, FileStat]:
-        """Every regular file below the root that a project may have, links and protected directories left out."""
-        return dict(self._walk(""))
+        """Stat every regular file below the root that a project may have; links and protected directories are left out.
 
-    def _walk(self, start: str) -> Iterator[tuple[RelPath, FileStat]]:
-        waiting = [start]
+        Raises `OSError` when a directory cannot be read.
+        """
+        files: dict[RelPath, FileStat] = {}
+        waiting = [""]
         while waiting:
             at = waiting.pop()
             try:
-                with os.scandir(self._jail.directory(at)) as listing:
-                    entries = [(e.name, found) for e in listing if (found := _stat(e)) is not None]
+                with os.scandir(self._directories.open(at)) as listing:
+                    entries = [
+                        (entry.name, found) for entry in listing if (found := _stat(entry)) is not None
+                    ]
             except (FileNotFoundError, Blocked):
                 continue
             for name, found in entries:
@@ -293,11 +318,12 @@ class Sight:
                 if stat.S_ISDIR(found.st_mode):
                     waiting.append(path)
                 elif stat.S_ISREG(found.st_mode):
-                    yield path, FileStat.of(found)
+                    files[path] = FileStat.of(found)
+        return files
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """How it looks; None when it went while its directory was listed."""
+    """None when it was removed while its directory was listed."""
     try:
         return entry.stat(follow_symlinks=False)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Whether the agent's directories are where they seem to be, when the project's user is not to be trusted with that.
+"""Checks that the project's user cannot put something else in the place of the agent's directories.
 
-An agent that is root gives files away, locks directories and believes what its state says. Who may write in the
-directory above one of ours can rename it and put a link in its place; `O_NOFOLLOW` sees that in the last name of a path
-alone. So on the way to each of ours nothing may be that user's to change. One look at the start is enough: what only
-root can change stays as it is.
+An agent that is root gives files away, locks directories and trusts its state. A user who may write in the directory
+above one of these can rename it and put a link in its place, which `O_NOFOLLOW` sees in the last name of a path alone.
+So no directory on the way to them may be that user's to change. One check at the start is enough: what only root can
+change stays as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MOST_LINKS = 40
-"""As the kernel follows on one way."""
+"""How many the kernel follows in one path."""
 
 
 def open_directory(path: Path) -> int:
-    """A descriptor of a directory that is no link itself. Raises `OSError` whose `strerror` says what to do."""
+    """Open a directory that is no link itself. Raises `OSError` whose `strerror` says what to do."""
     try:
         return os.open(path, OPEN_DIRECTORY)
     except NotADirectoryError:
@@ -35,10 +35,18 @@ def open_directory(path: Path) -> int:
 
 
 def replaceable(path: str, uid: int, gid: int, *, given: bool = False) -> str | None:
-    """The first thing on the way to `path` whose owner or mode lets that user put something else there.
+    """Find the first directory on the way to `path` whose owner or mode lets a user put something else there.
 
-    None when there is none; then only root can. `given`: what is at `path` is that user's or will be. The user has no
-    group but `gid`. Links are followed as the kernel does, and what is not there counts as what the user may make.
+    Links are followed as the kernel does; what does not exist counts as what the user may make.
+
+    Args:
+        path: an agent's directory.
+        uid: the user.
+        gid: the user's only group.
+        given: what is at `path` belongs to the user, or will.
+
+    Returns:
+        None when only root can.
     """
     at, links = "/", 0
     ahead = _names(os.path.join(os.getcwd(), path))
@@ -48,7 +56,7 @@ def replaceable(path: str, uid: int, gid: int, *, given: bool = False) -> str | 
             at = os.path.dirname(at)
             continue
         here, last = os.path.join(at, name), not ahead
-        found = _seen(here)
+        found = _lstat(here)
         above = os.stat(at)
         if above.st_uid == uid:
             return at
@@ -75,7 +83,7 @@ def _names(path: str) -> list[str]:
     return [name for name in path.split("/") if name not in ("", ".")]
 
 
-def _seen(path: str) -> os.stat_result | None:
+def _lstat(path: str) -> os.stat_result | None:
     try:
         return os.lstat(path)
     except OSError:
@@ -83,13 +91,13 @@ def _seen(path: str) -> os.stat_result | None:
 
 
 def _may_write(directory: str, found: os.stat_result, gid: int) -> bool:
-    """Whether somebody of that group, who does not own it, may write in it; an access list is taken to name them."""
+    """Whether a user of that group who does not own it may write in it. An access list is taken to name the user."""
     by_group = found.st_mode & stat.S_IWGRP and (found.st_gid == gid or _has_access_list(directory))
     return bool(by_group or found.st_mode & stat.S_IWOTH)
 
 
 def _has_access_list(directory: str) -> bool:
-    """Whether others are named than owner and group; who they are is not looked at."""
+    """Whether it names any users or groups; which ones is not asked."""
     try:
         return bool(os.getxattr(directory, "system.posix_acl_access"))
     except (OSError, AttributeError):
@@ -97,7 +105,7 @@ def _has_access_list(directory: str) -> bool:
 
 
 def weaknesses(settings: Settings, user: str, uid: int, gid: int) -> list[str]:
-    """One sentence for each directory in which `user` could put something else in place of ours."""
+    """Say in one sentence for each directory what `user` could replace by a link there, and what to do about it."""
     import shlex  # for refusals alone
 
     ways = (
@@ -116,11 +124,11 @@ def weaknesses(settings: Settings, user: str, uid: int, gid: int) -> list[str]:
         if not os.stat(weak).st_mode & stat.S_ISVTX:
             elsewhere = f"chown root {shlex.quote(weak)} && chmod go-w {shlex.quote(weak)}, or {elsewhere}"
         sentences.append(
-            f"{_listed(names)}: {user} can put a link there instead, since {weak} is theirs to change; {elsewhere}"
+            f"{_enumeration(names)}: {user} can put a link there instead, since {weak} is theirs to change; {elsewhere}"
         )
     return sentences
 
 
-def _listed(names: list[str]) -> str:
+def _enumeration(names: list[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last

@@ -1,26 +1,20 @@
-"""One batch of operations on the disk: it lands all or nothing, and what it could not do is data.
+"""Applies operations to the project's directory, all or nothing, and says what is now true there.
 
-The order of steps is what makes it safe. Every content is staged first, so a full disk is found before any name
-changes. Then: removals that stand in the way of a write (a file that becomes a directory, a directory that becomes
-a file), the writes as given, the other removals. So a renamed module is there under its new name before the old
-one goes. Each step that changes a name leaves its inverse; what a name stood for waits in staging until the last
-step is done. The last step needs no inverse.
+Every content is staged before a name changes, so that a full disk is found first. Then come the removals that stand in
+the way of a write, the writes as given, the other removals: a renamed module is there under its new name before the old
+one goes. Each step records its inverse; what it replaced waits in staging until the last step, which needs no inverse.
 
-Nothing may happen to a file before its new content is there: a second name for it (a hard link to keep it by) would
-already be an event, a watcher would look, find the old content, and drop what follows within 5 ms (chokidar does: with
-links Vite 8 kept serving 9 of 2,100 files stale, without 0 of 3,000). Therefore old and new change places in one step,
-and where the file system cannot do that, the old is copied. Only what is no file, or has become larger than what is
-copied on the event loop, is set aside before.
+Don't hard-link a backup: the link itself fires inotify, chokidar reads the old content and drops the next event within
+5 ms (9 of 2,100 saves stayed stale in Vite 8, none of 3,000 without links). Swap with RENAME_EXCHANGE. Where the file
+system cannot exchange, copy the old content; what is no file, or too large to copy on the event loop, is moved to
+staging before the write.
 
-A directory that is new, and waits in staging with all that is to be in it (`fs.staging`), appears by one rename
-where it would have been made. Its inverse is one rename as well, which is not done when somebody else has put something
-into it: then it stays, and says so.
+Exchange for a single write too, though it needs no backup: a rename onto a file makes ext4 write the new content out at
+once (`auto_da_alloc`), 100 µs on an idle disk and milliseconds on a busy one, on the event loop. That would protect
+from power loss, which the audit of the ledger covers.
 
-A batch of one exchanges too, although it keeps nothing: a rename onto a file makes ext4 write the new content out there
-and then (`auto_da_alloc`), which takes 100 µs on an idle disk and milliseconds on a busy one, on the event loop. What
-that would protect from, a loss of power, is what the ledger's claims are held against the disk for.
-
-In which order the operations of a batch are done. Pure.
+A new directory whose files are all staged (`staging.StagedTree`) appears by one rename. Its inverse is one rename back,
+unless another process has put something into it: then it stays, and a problem says so.
 """
 
 from __future__ import annotations
@@ -35,69 +29,71 @@ from functools import partial
 
 from msgspec import Struct
 
-from agent.core.model import PROTECTED, Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.core.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
+from agent.fs.directory_changes import DirectoryChanges, UndoLog
 from agent.fs.dirfd import (
-    ENVIRONMENT,
-    UNUSABLE,
+    PATH_RULES,
     Blocked,
-    DirectoryForm,
-    Jail,
-    dress_directory,
+    DirectoryCache,
+    DirectoryPermissions,
     environment_problem,
-    is_twin,
+    is_case_twin,
 )
-from agent.fs.inspect import Drift, FileStat, compare, look
-from agent.fs.staging import NO_EXCHANGE, StagedTree, Staging, Temp, exchange
+from agent.fs.inspect import Drift, FileStat, drift_steps, lstat
+from agent.fs.staging import StagedTree, Staging, TempFile
+from agent.fs.syscalls import NO_EXCHANGE, exchange
 from agent.fs.turns import at_once
 
 MANY = 1_000
-"""Operations from which on they are done directory by directory, so that each directory is opened once: half the
-processor time for 20,000 files in 1,261 directories that stand there already. Smaller batches keep their order, in
-which an author may have meant the imported file to be there before the importing one."""
+"""From so many operations on they are sorted by directory, so that each directory is opened once: half the processor
+time for 20,000 files in 1,261 directories that exist. Fewer keep their order, in which an author may have meant the
+imported file to be there before the importing one."""
+
+MAX_READ_BYTES = 64 * 2**20
+"""Bytes that one transaction reads of the project's files: a tenth of a second's hashing, on the event loop. Past it a
+file whose stat differs is taken for another."""
 
 
 def in_order(operations: Sequence[Operation]) -> Sequence[Operation]:
-    """The order in which a batch is done: what stands in the way goes first, what is merely gone goes last.
+    """Sort operations: removals that stand in the way of a write, the writes, the other removals. Pure.
 
-    Compared without case, so that a change of case on a case-blind file system is a removal and then a write.
+    Paths are compared without case, so that a change of case on a case-insensitive file system is a removal and then a
+    write.
     """
-    if len(operations) == 1:
-        return operations
     if len(operations) >= MANY:
         operations = sorted(operations, key=lambda operation: operation.path.rpartition("/")[0])
-    if all(isinstance(operation, Write) for operation in operations):
+    writes = [operation for operation in operations if isinstance(operation, Write)]
+    if len(writes) in (0, len(operations)):
         return operations
-    written = {o.path.casefold() for o in operations if isinstance(o, Write)}
-    if not written:
-        return operations
+    written = {write.path.casefold() for write in writes}
     above = {parent for path in written for parent in parents(RelPath(path))}
     first: list[Operation] = []
-    writes: list[Operation] = []
     last: list[Operation] = []
     for operation in operations:
-        key = RelPath(operation.path.casefold())
-        if isinstance(operation, Write):
-            writes.append(operation)
-        elif key in written or key in above or any(parent in written for parent in parents(key)):
-            first.append(operation)
-        else:
-            last.append(operation)
-    return first + writes + last
+        if isinstance(operation, Remove):
+            path = RelPath(operation.path.casefold())
+            in_the_way = path in written or path in above or not written.isdisjoint(parents(path))
+            (first if in_the_way else last).append(operation)
+    return [*first, *writes, *last]
 
 
 class Done(Struct, frozen=True, gc=False):
-    """An operation that is now true on disk. `stat` is the file's, None when there is none."""
+    """An operation that is now true on disk. `stat` is the file's, None when there is no file."""
 
     operation: Operation
     stat: FileStat | None
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TransactionResult:
     """What is now true on disk.
 
-    `done` in the order of the operations. `rolled_back`: the environment failed and everything was undone; `done` then
-    holds only what could not be undone. `made` and `gone`: directories, for `Ledger.record`.
+    Attributes:
+        done: in the order of the operations.
+        problems: of single paths; of the environment when it was rolled back.
+        rolled_back: the environment failed and everything was undone; `done` has only what could not be.
+        made: directories that were made, for `Ledger.record`.
+        gone: directories of the agent's that were removed, for `Ledger.record`.
     """
 
     done: tuple[Done, ...]
@@ -107,157 +103,169 @@ class Outcome:
     gone: tuple[RelPath, ...] = ()
 
 
-READ_MOST = 64 * 2**20
-"""Bytes that one batch reads of what stands in the project: a tenth of a second's hashing, on the event loop. Past it a
-file that looks different is taken for another."""
-
-
-class _Kept(Exception):
+class _LeftAlone(Exception):
     """A drifted file that the caller wants left alone."""
 
 
-class Batch:
-    """One run. `made` is the disk's own set of the directories it made, advanced as they come and go."""
+class Transaction:
+    """Runs once: stages contents, applies operations, undoes them.
+
+    Args:
+        directories: the project's, opened.
+        staging: where contents wait.
+        made: the directories that the agent made; changed as they come and go.
+        permissions: those of a new directory.
+        known: the files that the agent wrote, and their stat then.
+        tree: what they held.
+        overwrite_drift: whether a file that is not as the agent left it is replaced; otherwise it is left alone.
+    """
 
     def __init__(
         self,
-        jail: Jail,
+        directories: DirectoryCache,
         staging: Staging,
         made: set[RelPath],
-        form: DirectoryForm,
+        permissions: DirectoryPermissions,
         known: Mapping[RelPath, FileStat],
         tree: Mapping[RelPath, Entry],
         *,
         overwrite_drift: bool,
     ) -> None:
-        self._jail = jail
+        self._directories = directories
         self._staging = staging
-        self._made = made
-        self._form = form
         self._known = known
         self._tree = tree
         self._overwrite_drift = overwrite_drift
+
+        # The result.
         self._done: dict[RelPath, Done] = {}
         self._problems: list[Problem] = []
-        self._temps: dict[RelPath, Temp] = {}
-        self._saved: list[str] = []
-        self._nest: StagedTree | None = None
+
+        # In staging: files to promote, files replaced.
+        self._temps: dict[RelPath, TempFile] = {}
+        self._replaced: list[str] = []
+
+        # The staged tree: the writes that wait in it, by directory; the directories that can be promoted whole.
+        self._staged_tree: StagedTree | None = None
         self._waiting: dict[RelPath, list[Write]] = {}
         self._whole: set[RelPath] = set()
-        self._undo: list[tuple[RelPath | None, Callable[[], None]]] = []
-        self._new: dict[RelPath, bool] = {}
-        self._at: RelPath | None = None
-        self._readable = READ_MOST
 
-    def run(self, operations: Sequence[Operation]) -> Outcome:
-        """Do all of it, or nothing. At most one operation a path. Raises nothing of the file system's."""
+        # The inverse of each step; the directories made and removed, which put theirs there too.
+        self._undo: UndoLog = []
+        self._changes = DirectoryChanges(directories, made, permissions, self._undo)
+
+        # The path in hand, for the problem that an error becomes; the bytes that may still be read.
+        self._at: RelPath | None = None
+        self._readable = MAX_READ_BYTES
+
+    def run(self, operations: Sequence[Operation]) -> TransactionResult:
+        """Apply all operations, or none.
+
+        Args:
+            operations: at most one a path.
+
+        Raises:
+            ValueError: a write has neither content nor a staged file. No error of the file system is raised.
+        """
         rolled_back = False
         try:
-            hold = len(operations) == 1
             for operation in operations:
                 if isinstance(operation, Write):
                     self._at = operation.path
-                    self._ready(operation, hold)
-            if self._nest is not None:
-                self._whole = self._nest.whole(self._waiting)
+                    self._prepare(operation)
+            if self._staged_tree is not None:
+                self._whole = self._staged_tree.whole(self._waiting)
             order = in_order(operations)
             for operation in order:
                 if operation.path not in self._done:
-                    self._do(operation, last=operation is order[-1])
+                    self._apply(operation, last=operation is order[-1])
         except OSError as error:
             # Descriptors first: the undoing needs some, and may have failed for want of them.
-            self._jail.forget()
+            self._directories.close()
             self._problems.append(environment_problem(error, self._at, self._staging.descriptor))
             rolled_back = True
             self._roll_back()
         finally:
             self._clean(rolled_back=rolled_back)
         done = tuple([self._done[o.path] for o in operations if o.path in self._done])
-        if not self._new:
-            return Outcome(done, tuple(self._problems), rolled_back)
-        made = tuple(path for path, there in self._new.items() if there)
-        gone = tuple(path for path, there in self._new.items() if not there)
-        return Outcome(done, tuple(self._problems), rolled_back, made, gone)
+        made = tuple([path for path, there in self._changes.changed.items() if there])
+        gone = tuple([path for path, there in self._changes.changed.items() if not there])
+        return TransactionResult(done, tuple(self._problems), rolled_back, made, gone)
 
-    def _ready(self, write: Write, hold: bool) -> None:
+    def _prepare(self, write: Write) -> None:
         path, executable = write.path, write.entry.executable
         if write.content is not None:
-            self._temps[path] = self._staging.put(write.content, executable=executable, hold=hold)
+            self._temps[path] = self._staging.put([write.content], executable=executable)
             return
         if write.staged is None:
             raise ValueError(f"the write of {path!r} has neither content nor a staged file")
-        nest = self._staging.tree(write.staged)
-        if nest is None:
+        tree = self._staging.tree(write.staged)
+        if tree is None:
             self._temps[path], _ = self._staging.take(write.staged, executable=executable)
         else:
-            self._nest = nest
+            self._staged_tree = tree
             if path not in self._known:
                 self._waiting.setdefault(RelPath(path.rpartition("/")[0]), []).append(write)
 
-    def _do(self, operation: Operation, *, last: bool) -> None:
+    def _apply(self, operation: Operation, *, last: bool) -> None:
         self._at = operation.path
         try:
             if isinstance(operation, Write):
                 self._write(operation, keep=not last)
             else:
                 self._remove(operation, keep=not last)
-        except _Kept:
+        except _LeftAlone:
             return
         except Blocked as blocked:
-            self._unusable(operation, blocked.path, blocked.rule)
+            self._refuse(operation, blocked.path, blocked.rule)
         except OSError as error:
-            rule = UNUSABLE.get(error.errno or 0)
+            rule = PATH_RULES.get(error.errno or 0)
             if rule is None:
                 raise
-            self._unusable(operation, operation.path, rule)
+            self._refuse(operation, operation.path, rule)
 
-    def _unusable(self, operation: Operation, at: str, rule: str) -> None:
-        """This path alone is a problem. A removal is nevertheless true: no file of ours is there."""
+    def _refuse(self, operation: Operation, at: str, rule: str) -> None:
+        """Report that this path alone is unusable. A removal is nevertheless true: no file of the agent's is there."""
         detail = f"cannot use {operation.path}: {rule.replace('_', ' ')} at {at}"
         self._problems.append(Problem("path_unusable", detail, operation.path, rule))
         if isinstance(operation, Remove):
             self._done[operation.path] = Done(operation, None)
-        self._prune(operation.path)
+        self._changes.prune(operation.path)
 
     # --- writing
 
     def _write(self, write: Write, *, keep: bool) -> None:
         path = write.path
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above, self._make_directory)
-        if path in self._done:
+        directory, name = self._directories.parent(path, self._make_directory)
+        if path in self._done:  # promoted with its directory
             return
-        found = look(directory, name)
+        found = lstat(directory, name)
         if found is not None and stat.S_ISDIR(found.st_mode):
-            self._clear_directory(path)
-            directory, found = self._jail.directory(above), None
-        elif self._settle_drift(path, directory, name, found, write.entry):
+            self._changes.clear(path)
+            directory, found = self._directories.parent(path)[0], None
+        elif self._already_holds(path, directory, name, found, write.entry):
             assert found is not None
             self._done[path] = Done(write, FileStat.of(found))
             return
-        temp = self._temps.get(path) or self._take(write)
+        temp = self._temps.get(path) or self._take_from_tree(write)
         undo = self._replace(path, directory, name, temp, found, keep=keep) if found is not None else None
         if undo is None:
             os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         if keep:
-            self._undo.append((path, partial(undo or self._take_back, path, temp)))
+            self._undo.append((path, partial(undo or self._undo_create, path, temp)))
         self._done[path] = Done(write, self._stat_after(path, directory, name, temp))
-        temp.close()
         del self._temps[path]
 
-    def _take(self, write: Write) -> Temp:
-        """A file that waits in the tree and goes alone."""
+    def _take_from_tree(self, write: Write) -> TempFile:
         name = f"{write.staged}/{write.path}"
         temp, _ = self._staging.take(name, executable=write.entry.executable)
         self._temps[write.path] = temp
         return temp
 
-    def _stat_after(self, path: RelPath, directory: int, name: str, temp: Temp) -> FileStat | None:
-        """How the file we put there looks. None when something else has already replaced it, or nobody can say."""
+    def _stat_after(self, path: RelPath, directory: int, name: str, temp: TempFile) -> FileStat | None:
+        """Stat the file just written. None when another process has already replaced it, or it cannot be told."""
         try:
-            if temp.descriptor is not None:
-                return FileStat.of(os.fstat(temp.descriptor))
-            now = look(directory, name)
+            now = lstat(directory, name)
         except OSError:
             return None
         if now is None or now.st_ino != temp.inode:
@@ -265,43 +273,51 @@ class Batch:
             return None
         return FileStat.of(now)
 
-    def _settle_drift(
+    def _already_holds(
         self, path: RelPath, directory: int, name: str, found: os.stat_result | None, wanted: Entry
     ) -> bool:
-        """Whether `path` already holds what is wanted. Reports what is not as the agent left it."""
+        """Whether `path` holds what is `wanted`, though the agent did not write it. Reports drift."""
         expected = self._known.get(path)
         if found is None:
             if expected is not None:
-                self._drifted(Drift(path, "missing"))
+                self._report_drift(Drift(path, "missing"))
             return False
-        if expected is not None and expected.is_of(found):
+        if expected is not None and expected.matches(found):
             return False
-        if expected is None and is_twin(directory, name, found):
+        if expected is None and is_case_twin(directory, name, found):
             raise Blocked(path, "case_twin")
         entry = self._tree.get(path)
-        drift = at_once(compare(path, directory, name, found, expected, entry, wanted, self._may_read))
+        drift = at_once(drift_steps(path, directory, name, found, expected, entry, wanted, self._may_read))
         if drift is None:
             return False
         runs = found.st_mode & 0o100 != 0
         if drift.digest == wanted.digest and drift.stat == FileStat.of(found) and runs == wanted.executable:
             return True
-        self._drifted(drift)
+        self._report_drift(drift)
         return False
 
-    def _drifted(self, drift: Drift) -> None:
+    def _report_drift(self, drift: Drift) -> None:
         self._problems.append(drift.problem())
         if not self._overwrite_drift:
-            raise _Kept
+            raise _LeftAlone
+
+    def _may_read(self, size: int) -> bool:
+        """Whether so many bytes more may be read; counts them."""
+        enough = size <= self._readable
+        self._readable -= size if enough else 0
+        return enough
 
     def _replace(
-        self, path: RelPath, directory: int, name: str, temp: Temp, found: os.stat_result, *, keep: bool
-    ) -> Callable[[RelPath, Temp], None] | None:
-        """Let `temp` and what stands at `name` change places; how to undo it. None: a rename has to do it.
+        self, path: RelPath, directory: int, name: str, temp: TempFile, found: os.stat_result, *, keep: bool
+    ) -> Callable[[RelPath, TempFile], None] | None:
+        """Exchange `temp` and what is at `name`, or copy that before it is replaced.
 
-        That is when nothing stands there any more, or where the file system cannot exchange and no copy is needed.
+        RACE: a directory may have taken the file's place since it was stat'ed. Worst case: it ends up in staging, out
+        of the project, where a rename would have failed.
 
-        RACE: a directory may have taken the file's place since it was looked at. Its worst case: it ends up in staging,
-        out of the project, where a rename would have failed.
+        Returns:
+            How to undo it. None when a rename has yet to put `temp` there: nothing is at `name` any more, or the file
+            system cannot exchange and no copy is needed.
         """
         staging = self._staging.descriptor
         try:
@@ -311,148 +327,85 @@ class Batch:
         except OSError as error:
             if error.errno not in NO_EXCHANGE:
                 raise
-            if not keep:
-                return None
-            entry, size, saved = self._tree.get(path), found.st_size, None
-            as_ours = entry is not None and entry.size == size
-            if stat.S_ISREG(found.st_mode) and (as_ours or self._may_read(size)):
-                saved = self._staging.copy(name, directory, size)
-            if saved is None:
-                self._set_aside(path, directory, name)
-                return None
-            self._saved.append(saved)
-            os.rename(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
-            return partial(self._copy_back, saved)
-        self._saved.append(temp.name)
-        return self._change_back
+        else:
+            self._replaced.append(temp.name)
+            return self._undo_exchange
+        if not keep:
+            return None
+        entry, size, copy = self._tree.get(path), found.st_size, None
+        as_expected = entry is not None and entry.size == size
+        if stat.S_ISREG(found.st_mode) and (as_expected or self._may_read(size)):
+            copy = self._staging.copy(name, directory, size)
+        if copy is None:
+            self._move_to_staging(path, directory, name)
+            return None
+        self._replaced.append(copy)
+        os.rename(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
+        return partial(self._undo_copy, copy)
 
-    def _set_aside(self, path: RelPath, directory: int, name: str) -> None:
-        saved = self._staging.new_name()
-        os.rename(name, saved, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
-        self._saved.append(saved)
-        self._undo.append((path, partial(self._put_back, path, saved)))
-
-    def _may_read(self, size: int) -> bool:
-        """Whether the batch reads so many bytes more of what stands in the project."""
-        enough = size <= self._readable
-        self._readable -= size if enough else 0
-        return enough
-
-    def _clear_directory(self, path: RelPath) -> None:
-        """Directories with no file in them give way to a file, however deep; all else is not ours to remove.
-
-        Empty ones may be an earlier life's, killed before it had recorded that it made them.
-        """
-        directories = [path]
-        for each in directories:
-            inside = self._jail.directory(each)
-            for name in os.listdir(inside):
-                found = look(inside, name)
-                if name in PROTECTED or (found is not None and not stat.S_ISDIR(found.st_mode)):
-                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-                directories.append(RelPath(f"{each}/{name}"))
-        for each in reversed(directories):
-            above, _, name = each.rpartition("/")
-            os.rmdir(name, dir_fd=self._jail.directory(above))
-            self._jail.forget(each)
-            self._forget_directory(each)
+    def _move_to_staging(self, path: RelPath, directory: int, name: str) -> None:
+        moved = self._staging.new_name()
+        os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        self._replaced.append(moved)
+        self._undo.append((path, partial(self._undo_move, path, moved)))
 
     # --- removing
 
     def _remove(self, remove: Remove, *, keep: bool) -> None:
         path = remove.path
-        above, _, name = path.rpartition("/")
         try:
-            directory = self._jail.directory(above)
-            found = look(directory, name)
+            directory, name = self._directories.parent(path)
+            found = lstat(directory, name)
         except FileNotFoundError:
-            found, directory = None, -1
+            found, directory, name = None, -1, ""
         if found is None:
-            self._settle_missing(path)
+            if path in self._known:
+                self._problems.append(Drift(path, "missing").problem())
         elif path not in self._known:
             self._problems.append(Drift(path, "appeared").problem())
         elif stat.S_ISDIR(found.st_mode):
             self._problems.append(Drift(path, "not_a_file").problem())
         else:
-            self._settle_drift(path, directory, name, found, remove.entry)
+            self._already_holds(path, directory, name, found, remove.entry)
             if keep:
-                self._set_aside(path, directory, name)
+                self._move_to_staging(path, directory, name)
             else:
                 os.unlink(name, dir_fd=directory)
         self._done[path] = Done(remove, None)
-        self._prune(path, must=keep)
-
-    def _settle_missing(self, path: RelPath) -> None:
-        if path in self._known:
-            self._problems.append(Drift(path, "missing").problem())
+        self._changes.prune(path, must=keep)
 
     # --- directories
 
     def _make_directory(self, above: int, name: str, path: str) -> None:
-        """Make one directory, with the mode and the owner it should have, and with all that waits to be in it."""
-        if path in self._whole and self._promote_directory(above, name, RelPath(path)):
-            return
-        try:
-            os.mkdir(name, self._form.mode, dir_fd=above)
-        except FileExistsError:
-            return
-        self._new[RelPath(path)] = True
-        self._made.add(RelPath(path))
-        self._undo.append((None, partial(self._unmake, RelPath(path))))
-        dress_directory(above, name, self._form)
+        """Make one directory, by promoting it from the staged tree where that has all of it."""
+        directory = RelPath(path)
+        if directory not in self._whole or not self._promote_directory(above, name, directory):
+            self._changes.make(above, name, path)
 
     def _promote_directory(self, above: int, name: str, path: RelPath) -> bool:
-        """Let a directory that waits in the tree appear with all that is in it; False when it has to be made.
+        """Rename a whole directory from the staged tree into place; False when it has to be made.
 
-        How its files look is seen before: there nobody else can touch them, and being renamed with it does not.
+        Its files are stat'ed before: in staging no other process can touch them, and a rename of their directory
+        changes no stat of theirs.
         """
-        assert self._nest is not None
-        directories = list(self._nest.within(path))
+        assert self._staged_tree is not None
+        directories = list(self._staged_tree.within(path))
         done: list[Done] = []
         for directory in directories:
             for write in self._waiting.get(directory, ()):
-                place = self._nest.place(write.path)
+                place = self._staged_tree.place(write.path)
                 done.append(Done(write, self._staging.take(place, executable=write.entry.executable)[1]))
         try:
             # Onto nothing, or onto an empty directory that was made this moment.
-            os.rename(self._nest.place(path), name, src_dir_fd=self._staging.descriptor, dst_dir_fd=above)
+            os.rename(
+                self._staged_tree.place(path), name, src_dir_fd=self._staging.descriptor, dst_dir_fd=above
+            )
         except OSError:
             return False
-        self._undo.append((path, partial(self._demote_directory, path, directories)))
+        self._undo.append((path, partial(self._undo_promote, path, directories)))
         self._done.update((each.operation.path, each) for each in done)
-        self._made.update(directories)
-        self._new.update(dict.fromkeys(directories, True))
+        self._changes.add(directories)
         return True
-
-    def _prune(self, path: RelPath, *, must: bool = False) -> None:
-        """Remove the directories above `path` that we made and that are empty now.
-
-        `must`: something may have to stand there, so a failure of the environment is one of the batch. Otherwise an
-        empty directory that stays is no reason to undo anything.
-        """
-        for directory in reversed(list(parents(path))):
-            if directory not in self._made:
-                return
-            above, _, name = directory.rpartition("/")
-            try:
-                os.rmdir(name, dir_fd=self._jail.directory(above))
-            except FileNotFoundError:
-                pass
-            except Blocked:
-                return
-            except OSError as error:
-                if must and error.errno in ENVIRONMENT:
-                    raise
-                return
-            self._jail.forget(directory)
-            self._forget_directory(directory)
-
-    def _forget_directory(self, path: RelPath) -> None:
-        ours = path in self._made
-        self._made.discard(path)
-        if ours:
-            self._new[path] = False
-        self._undo.append((None, partial(self._remake, path, ours)))
 
     # --- undoing
 
@@ -472,79 +425,58 @@ class Batch:
             if path in stuck or not stuck.isdisjoint(parents(path))
         }
 
-    def _take_back(self, path: RelPath, temp: Temp) -> None:
-        """What we put where nothing was goes back to staging, unless something else has taken its place."""
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
-        found = look(directory, name)
+    def _undo_create(self, path: RelPath, temp: TempFile) -> None:
+        """Move the new file back to staging, unless another process has put something in its place."""
+        directory, name = self._directories.parent(path)
+        found = lstat(directory, name)
         if found is not None and found.st_ino == temp.inode:
             os.rename(name, temp.name, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
         self._temps[path] = temp
 
-    def _demote_directory(self, path: RelPath, directories: Sequence[RelPath]) -> None:
-        """A whole directory goes back to wait, unless something else was put into it meanwhile."""
-        assert self._nest is not None
-        inside = sum(len(os.listdir(self._jail.directory(each))) for each in directories)
-        if inside != sum(len(self._waiting.get(each, ())) + 1 for each in directories) - 1:
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-        self._jail.forget()
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
-        os.rename(name, self._nest.place(path), src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
-        self._made.difference_update(directories)
-        for each in directories:
-            self._new.pop(each, None)
-
-    def _change_back(self, path: RelPath, temp: Temp) -> None:
-        """What stood there and what we put there change places again."""
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+    def _undo_exchange(self, path: RelPath, temp: TempFile) -> None:
+        directory, name = self._directories.parent(path)
         try:
             exchange(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
         except FileNotFoundError:
             os.rename(temp.name, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
-        self._saved.remove(temp.name)
+        self._replaced.remove(temp.name)
         self._temps[path] = temp
 
-    def _copy_back(self, saved: str, path: RelPath, temp: Temp) -> None:
-        """The copy of what stood there appears again; what we put there goes back to staging if it is needed there."""
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
+    def _undo_copy(self, copy: str, path: RelPath, temp: TempFile) -> None:
+        """Let the copy take the new file's place; the new one goes back to staging where a later try needs it."""
+        directory, name = self._directories.parent(path)
         staging = self._staging.descriptor
-        if temp.lasting:
+        if temp.prestaged:
             with suppress(OSError):
                 os.link(name, temp.name, src_dir_fd=directory, dst_dir_fd=staging, follow_symlinks=False)
-        os.rename(saved, name, src_dir_fd=staging, dst_dir_fd=directory)
+        os.rename(copy, name, src_dir_fd=staging, dst_dir_fd=directory)
         self._temps[path] = temp
 
-    def _put_back(self, path: RelPath, saved: str) -> None:
-        above, _, name = path.rpartition("/")
-        directory = self._jail.directory(above)
-        os.rename(saved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+    def _undo_move(self, path: RelPath, moved: str) -> None:
+        directory, name = self._directories.parent(path)
+        os.rename(moved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
 
-    def _unmake(self, path: RelPath) -> None:
-        self._made.discard(path)
-        self._new.pop(path, None)
-        above, _, name = path.rpartition("/")
-        os.rmdir(name, dir_fd=self._jail.directory(above))
-        self._jail.forget(path)
-
-    def _remake(self, path: RelPath, ours: bool) -> None:
-        self._jail.directory(path, self._make_directory)
-        self._new.pop(path, None)
-        if not ours:
-            self._made.discard(path)
+    def _undo_promote(self, path: RelPath, directories: Sequence[RelPath]) -> None:
+        """Move a whole directory back to the staged tree, unless another process has put something into it."""
+        assert self._staged_tree is not None
+        inside = sum(len(os.listdir(self._directories.open(each))) for each in directories)
+        if inside != sum(len(self._waiting.get(each, ())) + 1 for each in directories) - 1:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        self._directories.close()
+        directory, name = self._directories.parent(path)
+        place = self._staged_tree.place(path)
+        os.rename(name, place, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        self._changes.take_back(directories)
 
     def _clean(self, *, rolled_back: bool) -> None:
-        """Leave nothing in staging but what a later try can still promote, and what waits for the next sweep."""
+        """Leave in staging only what a later try can still promote, and what waits for the next sweep."""
         for temp in self._temps.values():
-            temp.close()
-            if not (rolled_back and temp.lasting):
+            if not (rolled_back and temp.prestaged):
                 self._staging.discard(temp.name)
         if rolled_back:
-            for name in self._saved:
+            for name in self._replaced:
                 self._staging.discard(name)
-        else:
-            self._staging.spend(self._saved)
-        if self._nest is not None and not rolled_back:
+            return
+        self._staging.discard_later(self._replaced)
+        if self._staged_tree is not None:
             self._staging.drop_tree()

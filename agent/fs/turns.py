@@ -1,8 +1,8 @@
-"""Work that others take turns with: it is written in steps, and stops between two of them.
+"""Runs long work in steps, so that other tasks of the event loop have their turn between two of them.
 
-Looking at a project means reading its files, and neither their number nor their size is ours to choose. So what looks
-is a generator that yields wherever it may be left alone for a while. On the event loop `in_turns` runs it; `at_once` is
-for a thread of its own, and for what must be seen whole by everybody else.
+Reading a project means reading files whose number and size others choose. So that work is a generator which yields
+where it may be interrupted. `in_turns` runs it on the event loop; `at_once` runs it in a thread, or where no other task
+may see it half done.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[None, None, T]
-"""Work that gives a `T` in the end."""
+"""Work that returns a `T`."""
 
 TURN = 0.005
-"""Seconds for which work has the event loop to itself: a save that comes meanwhile is not seen to wait."""
+"""Seconds for which work keeps the event loop: nobody sees a save wait so long."""
 
 
 def at_once(steps: Steps[T]) -> T:
-    """Run all of it."""
+    """Run all steps without a pause."""
     while True:
         try:
             next(steps)
@@ -31,7 +31,7 @@ def at_once(steps: Steps[T]) -> T:
 
 
 async def in_turns(steps: Steps[T], pause: Callable[[], None] = lambda: None) -> T:
-    """Run all of it, and let every other task have its turn whenever `TURN` is over. `pause` is called before that."""
+    """Run all steps, and let other tasks run after each `TURN`. `pause` is called before they do."""
     over = time.monotonic() + TURN
     try:
         while True:

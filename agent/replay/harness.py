@@ -17,8 +17,8 @@ from agent.config import Settings
 from agent.core.model import Cursor, Operation, Problem, RelPath
 from agent.daemon import Agent, build
 from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk
-from agent.fs.transaction import Outcome
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult
 from agent.link.source import Resync, Signal
 from agent.link.types import LinkState
 from agent.sync.workspace import Workspace
@@ -70,18 +70,18 @@ class ScenarioSource:
         }
 
 
-class FullDisk(Disk):
+class FullDisk(ProjectDir):
     """A disk that is full for the next `failures` transactions: each is undone, as after `ENOSPC`."""
 
     failures = 0
 
     def apply(
         self, operations: Sequence[Operation], known: Mapping[RelPath, FileStat], **options: Any
-    ) -> Outcome:
-        """Apply as `Disk` does, unless it is full."""
+    ) -> TransactionResult:
+        """Apply as `ProjectDir` does, unless it is full."""
         if operations and self.failures:
             self.failures -= 1
-            return Outcome((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
+            return TransactionResult((), (Problem("disk_full", "the scenario says so"),), rolled_back=True)
         return super().apply(operations, known, **options)
 
 

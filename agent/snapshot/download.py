@@ -39,7 +39,7 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.model import Entry, RelPath
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.net import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
 from agent.snapshot.unpack import Assembly, StagingFailed, announced
@@ -74,7 +74,7 @@ _OBJECT_CODES: Final = frozenset(
 async def fetch(
     url: str,
     *,
-    disk: Disk,
+    disk: ProjectDir,
     http: httpx.AsyncClient,
     limits: SnapshotLimits,
     expected_project: str | None = None,
@@ -113,7 +113,7 @@ async def obtain(
     *,
     renew: Callable[[str], Awaitable[str | None]] | None,
     on_refusal: Callable[[SnapshotRejected | CredentialRejected], None] = lambda _: None,
-    disk: Disk,
+    disk: ProjectDir,
     http: httpx.AsyncClient,
     limits: SnapshotLimits,
     expected_project: str | None = None,

@@ -22,8 +22,8 @@ from agent.config import SnapshotLimits
 from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
 from agent.core.messages import MANIFEST_PATH, decode_manifest
 from agent.core.model import Digest, Entry, Manifest, RelPath, digest_of
-from agent.fs.project_dir import Disk
-from agent.fs.staging import Stage, Staged
+from agent.fs.project_dir import ProjectDir
+from agent.fs.staging import StagedFile, StagedFileWriter
 from agent.snapshot.zip_format import ArchiveEnded, Event, ExecutableFound, FileEnded, FileFound, FileStarted
 from agent.snapshot.zip_reader import ZipReader
 from agent.telemetry.logging import get_logger
@@ -153,7 +153,7 @@ class Assembly:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: ProjectDir,
         limits: SnapshotLimits,
         expected_project: str | None,
         progress: Progress,
@@ -169,10 +169,10 @@ class Assembly:
         self._manifest_bytes: bytearray | None = None
         self._path: RelPath | None = None
         self._file: Entry | None = None
-        self._stage: Stage | None = None
+        self._stage: StagedFileWriter | None = None
         self._digest: hashlib._Hash | None = None
         self._staged: dict[RelPath, str] = {}
-        self._plain: dict[RelPath, Staged] = {}
+        self._plain: dict[RelPath, StagedFile] = {}
         self._missing: dict[RelPath, RelPath] = {}
         """What is listed and not yet here, by itself: the manifest's own string is the one to keep."""
         self._executable: set[RelPath] = set()
@@ -254,7 +254,7 @@ class Assembly:
         digest = digest_of(content)
         if self._manifest is None:
             name = self._disk.stage_whole(content, path)
-            self._plain[path] = Staged(name, digest, size)
+            self._plain[path] = StagedFile(name, digest, size)
             self._staged[path] = name
         else:
             path, listed = self._expected(path, size)

@@ -16,7 +16,7 @@ from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
 from agent.core.model import Entry, Problem, RelPath
 from agent.core.scheduler import Request
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.retry import Backoff
 from agent.session_api import SessionApi
 from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
@@ -36,7 +36,7 @@ class CatchUp:
     """`api` None: there is no catch-up, only the snapshot URL of the start. `have` gives the tree as it is now."""
 
     api: SessionApi | None
-    disk: Disk
+    disk: ProjectDir
     http: httpx.AsyncClient
     limits: SnapshotLimits
     project_id: str

@@ -27,8 +27,8 @@ from pathlib import Path
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from agent.core.model import Entry, RelPath, parents
-from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk, Drift
+from agent.fs.inspect import Drift, FileStat
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import Steps, in_turns
 from agent.telemetry.logging import get_logger
 
@@ -37,7 +37,8 @@ log = get_logger("drift")
 Claims = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
 """What the agent believes to be on disk now: the tree's entries, and how each file looked when it was put there.
 
-Asked anew for each look. What it answers must move in one step with the disk: no await between `Disk.apply` and it.
+Asked anew for each look. What it answers must move in one step with the disk: no await between
+`ProjectDir.apply` and it.
 """
 
 STEP_MS = 200
@@ -69,7 +70,12 @@ class DriftWatch:
     """Reports what drifts until it is cancelled. `sweep_seconds`: between two looks at everything."""
 
     def __init__(
-        self, disk: Disk, claims: Claims, report: Callable[[Observed], None], *, sweep_seconds: float = 300.0
+        self,
+        disk: ProjectDir,
+        claims: Claims,
+        report: Callable[[Observed], None],
+        *,
+        sweep_seconds: float = 300.0,
     ) -> None:
         self._disk = disk
         self._claims = claims
@@ -167,7 +173,7 @@ class DriftWatch:
             found: Drift | FileStat | None = None
             if entry is not None and entry.is_file:
                 try:
-                    found = yield from self._disk.checking(path, known, entry)
+                    found = yield from self._disk.check_steps(path, known, entry)
                 except OSError:
                     continue
             # Something else than was looked for is claimed now: it was written meanwhile, which is seen by itself.

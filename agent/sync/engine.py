@@ -38,7 +38,7 @@ from agent.core.model import (
 )
 from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
-from agent.fs.project_dir import Drift
+from agent.fs.inspect import Drift
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.snapshot.download import StagedSnapshot
 from agent.sync.catchup import BACKOFF, Answer, CatchUp

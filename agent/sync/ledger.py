@@ -7,7 +7,7 @@ first time are named by `intend` before they are written, so that a file whose r
 ours.
 
 A loss of power can cost more than a SIGKILL, because files are not synced one by one (it would make hydration six
-times slower). Therefore what is loaded is a claim: `Disk.audit` holds it against the disk, by stat and then hash.
+times slower). Therefore what is loaded is a claim: `ProjectDir.audit` holds it against the disk, by stat and then hash.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Ledger:
     ) -> None:
         """Keep what is now true for the next `record`. Until then a kill costs work: it is found out again.
 
-        `made` and `gone` are directories that the agent made and removed (`Outcome.made`, `Outcome.gone`).
+        `made` and `gone` are directories that the agent made and removed (`TransactionResult.made`, `.gone`).
         """
         for each in done:
             self._unwritten[each.operation.path] = each
@@ -266,7 +266,7 @@ class Ledger:
                 provisional=bool(row[6]),
             )
             if digest is not None and None not in row[7:]:
-                stats[path] = FileStat.recorded(row[7:])
+                stats[path] = FileStat.from_columns(row[7:])
         epoch, revision, islands = cursor or (None, 0, "[]")
         position = Cursor(epoch, revision, frozenset(int(each) for each in json.loads(islands)))
         directories = frozenset(parse_path(path) for (path,) in sql.execute("select path from directories"))

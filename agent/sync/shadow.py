@@ -1,9 +1,9 @@
 """SYNC_MODE=shadow: what the other flow has put into the live directory, held against what the database says.
 
 The agent hydrates and follows into a directory of its own (SHADOW_DIR); here somebody else's directory (PROJECT_DIR)
-is looked at, over and over, and never touched: there is no `Disk` on it, only a `Sight`. Looking goes by stat, and by
-hash where the stat is not the one that the hash was taken at. It is done in a thread, so that the link and the tree do
-not wait for a slow disk.
+is looked at, over and over, and never touched: there is no `ProjectDir` on it, only a `DirectoryView`. Looking goes by
+stat, and by hash where the stat is not the one that the hash was taken at. It is done in a thread, so that the link and
+the tree do not wait for a slow disk.
 
 Polled, not watched: a watch on every directory of somebody else's tree takes from the kernel's budget that their dev
 server lives on, and sees nothing on some network mounts.
@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
-from agent.fs.inspect import UNREAD, FileStat, Sight, may_hold
+from agent.fs.inspect import UNREAD, DirectoryView, FileStat, may_hold
 from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
@@ -42,7 +42,7 @@ look the same: its hash is not kept for the next look (git's racily clean entrie
 class Shadow:
     """See the module. `wanted` gives the tree as the database has it; `look` may begin once `hydrated` is called."""
 
-    live: Sight
+    live: DirectoryView
     comparison: Comparison
     problems: Problems
     wanted: Callable[[], Mapping[RelPath, Entry]]
@@ -131,7 +131,7 @@ class Shadow:
 
     def _read(self, path: RelPath, size: int) -> tuple[Digest, FileStat] | None:
         """What it holds; None when it is gone, or there is no more time for it."""
-        steps = self.live.reading(path, size)
+        steps = self.live.digest_steps(path, size)
         try:
             while not self._stopping:
                 next(steps)

@@ -16,8 +16,8 @@ from msgspec import structs
 
 from agent.core.errors import Unavailable
 from agent.core.model import Cursor, Entry, Operation, Problem, ProblemKind, RelPath, Tree, Write
-from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk, Drift
+from agent.fs.inspect import Drift, FileStat
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed
 from agent.sync.ledger import Ledger, LedgerState
@@ -50,7 +50,7 @@ class Workspace:
     `audit`, which is for the start.
     """
 
-    def __init__(self, disk: Disk, ledger: Ledger, problems: Problems) -> None:
+    def __init__(self, disk: ProjectDir, ledger: Ledger, problems: Problems) -> None:
         self.disk = disk
         self._ledger = ledger
         self._problems = problems
@@ -76,7 +76,7 @@ class Workspace:
 
         Of files that all look different everything is read; health answers meanwhile.
         """
-        audit = await in_turns(self.disk.auditing(loaded.tree, loaded.stats))
+        audit = await in_turns(self.disk.audit_steps(loaded.tree, loaded.stats))
         self.stats = dict(audit.stats)
         return self.unconfirmed(loaded.tree, audit.drifts), audit.drifts
 

@@ -1,12 +1,11 @@
-"""Putting one received change on disk, beside the least anybody could do: a C program's temporary file and rename.
+"""Puts one received change on disk, beside the least anybody could do: a C program's temporary file and rename.
 
-Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was, the
-look at what stands there, staging, rename, the look at what now stands. The C program has its bytes in memory, checks
-nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns;
-ours makes them in sixteen directories (`agent.fs.staging` says what for), the C program in one.
+The agent begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it
+was, a stat of the file there, staging, rename, a stat of the file now. The C program has its bytes in memory, checks
+nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns.
 
-Ours lets old and new change places (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
-replacement, on tmpfs nothing. The second row has a C program that does so too: what is left is the price of the rest.
+The agent exchanges old and new (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
+replacement, on tmpfs nothing. The second row has a C program that exchanges too: what is left is the price of the rest.
 The bounds are for this disk. How much of that is the disk's share in C's rename is seen on an ext4 in memory
 (`bench.harness.scratch_fs`), where there is next to none: those rows have no bound.
 
@@ -30,7 +29,9 @@ import orjson
 from agent.core.messages import read_event
 from agent.core.model import Commit, Cursor, Entry, RelPath, Tree, Write
 from agent.core.reconcile import step
-from agent.fs.project_dir import Disk, FileStat, Outcome
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult
 from agent.sync.ledger import Ledger
 from bench.harness.results import Row, Unmeasurable, Waits, in_turn, ratio_of
 from bench.harness.scratch_fs import NEW, Ground
@@ -109,7 +110,7 @@ class Ours:
 
     def __init__(self, home: Path, size: int, waits: Waits) -> None:
         self.waits = waits
-        self.disk = Disk(home / "ours", home / "staging")
+        self.disk = ProjectDir(home / "ours", home / "staging")
         self.disk.open()
         self.ledger = Ledger(home / "state/ledger.db")
         self.tree = Tree(Cursor(EPOCH, 0))
@@ -160,10 +161,10 @@ class Ours:
 
     def _apply_and_record(self, frame: bytes) -> None:
         plan = step(self.tree, self._read(frame))
-        outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
-        self._follow(outcome)
+        result = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
+        self._follow(result)
         self.tree = plan.tree
-        self.ledger.record(outcome.done, self.tree.cursor)
+        self.ledger.record(result.done, self.tree.cursor)
 
     def _read(self, frame: bytes) -> Commit:
         message = orjson.loads(frame)[4]
@@ -171,8 +172,8 @@ class Ours:
         assert isinstance(commit, Commit)
         return commit
 
-    def _follow(self, outcome: Outcome) -> None:
-        for done in outcome.done:
+    def _follow(self, result: TransactionResult) -> None:
+        for done in result.done:
             assert done.stat is not None
             self.known[done.operation.path] = done.stat
 

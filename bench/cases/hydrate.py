@@ -49,7 +49,7 @@ from agent.config import SnapshotLimits
 from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
 from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from bench.harness.scratch_fs import Ground
@@ -189,7 +189,7 @@ def forget_peak() -> float:
 
 async def hydrate(url: str, directory: Path) -> dict[str, float]:
     """The agent's path, then the same again onto the finished tree."""
-    disk = Disk(directory / "project", directory / "staging")
+    disk = ProjectDir(directory / "project", directory / "staging")
     disk.open()
     tree, known = Tree(), dict[RelPath, FileStat]()
     taken: dict[str, float] = {}

@@ -26,7 +26,7 @@ from websockets.frames import Frame, Opcode
 from agent.config import Settings, SnapshotLimits
 from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.link.realtime import realtime_link
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Parts, Sync
@@ -142,7 +142,7 @@ async def following(
     """The agent's parts, once they are ready to follow the channel at `url` into `place`."""
     metrics = Metrics()
     problems = Problems(metrics)
-    disk = Disk(place / "project", place / "staging")
+    disk = ProjectDir(place / "project", place / "staging")
     # A ledger to resume from: what is measured is following, not hydrating.
     earlier = Ledger(place / "ledger.sqlite")
     earlier.replace(Tree(Cursor(EPOCH, 0)), {})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.fs import transaction
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from tests.agent.disks import Agent, in_staging, mounted
 from tests.agent.link.one_link import Issuer, wall
 from tests.fakes.realtime import FakeRealtime
@@ -65,7 +65,7 @@ async def issuer() -> Issuer:
 
 @pytest.fixture(params=["exchange", "copy"])
 def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a batch keeps what it replaces: by exchanging names, or as on a system that cannot."""
+    """How a transaction keeps what it replaces: by exchanging names, or as on a system that cannot."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -76,17 +76,17 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def disk(root: Path, tmp_path: Path) -> Iterator[Disk]:
+def disk(root: Path, tmp_path: Path) -> Iterator[ProjectDir]:
     """An open disk; nothing may stay in its staging."""
-    disk = Disk(root, tmp_path / "staging")
+    disk = ProjectDir(root, tmp_path / "staging")
     disk.open()
     yield disk
-    assert not in_staging(tmp_path / "staging"), "a batch left something in staging"
+    assert not in_staging(tmp_path / "staging"), "a transaction left something in staging"
     disk.close()
 
 
 @pytest.fixture
-def agent(disk: Disk) -> Agent:
+def agent(disk: ProjectDir) -> Agent:
     """`disk`, and what its agent remembers."""
     return Agent(disk)
 

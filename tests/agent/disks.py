@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from agent.core.model import Entry, Operation, RelPath, Remove, Write, digest_of
-from agent.fs.project_dir import Disk, FileStat, Outcome
-from agent.fs.staging import ROOMS
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
+from agent.fs.transaction import TransactionResult
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
@@ -21,7 +22,13 @@ def write(path: str, content: bytes | str, *, version: int = 1, executable: bool
 
 
 def staged(
-    disk: Disk, path: str, content: str, *, version: int = 1, executable: bool = False, nested: bool = True
+    disk: ProjectDir,
+    path: str,
+    content: str,
+    *,
+    version: int = 1,
+    executable: bool = False,
+    nested: bool = True,
 ) -> Write:
     """A write whose bytes wait in staging already: in the tree, or under a name of their own."""
     stage = disk.stage(RelPath(path) if nested else None)
@@ -49,50 +56,45 @@ def seen(root: Path) -> dict[str, str]:
 
 
 def in_staging(staging: Path) -> list[str]:
-    """What waits in staging, as staging names it, and what stands there besides."""
-    found = []
-    for each in staging.iterdir():
-        if not each.name.startswith("life-"):
-            found.append(each.name)
-            continue
-        inside = [*each.iterdir(), *each.glob("?/*")]
-        found += [str(path.relative_to(each)) for path in inside if path.name not in ROOMS]
-    return found
+    """The names that wait in staging."""
+    return os.listdir(staging)
 
 
-def kinds(outcome: Outcome) -> list[tuple[str, str | None, str | None]]:
-    return [(p.kind, p.path, p.rule) for p in outcome.problems]
+def kinds(result: TransactionResult) -> list[tuple[str, str | None, str | None]]:
+    return [(p.kind, p.path, p.rule) for p in result.problems]
 
 
 class Agent:
     """A disk and what an agent would remember of it."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: ProjectDir) -> None:
         self.disk = disk
         self.known: dict[RelPath, FileStat] = {}
         self.tree: dict[RelPath, Entry] = {}
 
-    def apply(self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True) -> Outcome:
-        outcome = self.disk.apply(
+    def apply(
+        self, *operations: Operation, overwrite_drift: bool = True, sweep: bool = True
+    ) -> TransactionResult:
+        result = self.disk.apply(
             operations, self.known, tree=self.tree, overwrite_drift=overwrite_drift, sweep=sweep
         )
-        for done in outcome.done:
+        for done in result.done:
             path = done.operation.path
             self.tree[path] = done.operation.entry
             self.known.pop(path, None)
             if done.stat is not None:
                 self.known[path] = done.stat
-        return outcome
+        return result
 
     def put(self, files: Mapping[str, str]) -> None:
-        outcome = self.apply(*(write(path, content) for path, content in files.items()))
-        assert not outcome.problems, outcome
+        result = self.apply(*(write(path, content) for path, content in files.items()))
+        assert not result.problems, result
 
 
 @contextmanager
 def opened(root: Path, staging: Path) -> Iterator[Agent]:
     """An agent's disk for as long as the block lasts."""
-    disk = Disk(root, staging)
+    disk = ProjectDir(root, staging)
     disk.open()
     try:
         yield Agent(disk)

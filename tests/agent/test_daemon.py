@@ -16,7 +16,7 @@ import pytest
 from agent.core.errors import RootUnusable
 from agent.daemon import Agent, build
 from agent.devserver.reaper import Reaper
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.link.loop import LinkLoop
 from agent.link.source import Resync
 from agent.replay.harness import ScenarioSource
@@ -172,7 +172,7 @@ async def test_close_releases_the_directories_the_ledger_the_signal_and_the_span
 
 
 async def test_a_replay_s_parts_take_the_place_of_the_settings(tmp_path: Path) -> None:
-    disk, source = Disk(tmp_path / "elsewhere", tmp_path / "staging"), ScenarioSource()
+    disk, source = ProjectDir(tmp_path / "elsewhere", tmp_path / "staging"), ScenarioSource()
 
     class Kept(Workspace):
         pass

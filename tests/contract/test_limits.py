@@ -19,7 +19,7 @@ from agent.config import SnapshotLimits
 from agent.core import model
 from agent.core.errors import PathRefused
 from agent.core.model import parse_path
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
 from orchestrator_stub.platform.source_paths import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane
@@ -106,7 +106,7 @@ def test_what_make_dev_leaves_out_is_what_the_database_would_refuse() -> None:
 async def opened(project: Project, directory: Path) -> dict[str, bytes]:
     """What a new machine reads from the snapshot it is given, file by file."""
     agent = await project.session(directory / "machine")
-    disk = Disk(directory / "project", directory / "staging")
+    disk = ProjectDir(directory / "project", directory / "staging")
     disk.open()
     try:
         async with httpx.AsyncClient(trust_env=False) as http:
@@ -115,8 +115,7 @@ async def opened(project: Project, directory: Path) -> dict[str, bytes]:
                 expected_project=str(project.id),
             )  # fmt: skip
         assert snapshot.staged.keys() == snapshot.manifest.files.keys()
-        (life,) = (directory / "staging").iterdir()
-        places = {path: life / name for path, name in snapshot.staged.items()}
+        places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}
         return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
     finally:
         disk.clear_staging()

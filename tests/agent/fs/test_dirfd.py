@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.fs import dirfd
-from agent.fs.dirfd import is_twin
+from agent.fs.dirfd import is_case_twin
 from tests.agent.disks import Agent, in_staging, kinds, opened, remove, seen, staged, write
 
 IS_ROOT = os.geteuid() == 0
@@ -28,7 +28,7 @@ IS_ROOT = os.geteuid() == 0
 def revalidation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With /proc, where held directories are asked for their place, and as on a system without it."""
     if request.param == "walked":
-        monkeypatch.setattr(dirfd, "_place_of", lambda descriptor: "")
+        monkeypatch.setattr(dirfd, "path_of", lambda descriptor: "")
     return str(request.param)
 
 
@@ -43,18 +43,18 @@ def test_a_directory_replaced_by_a_link_is_not_followed(
     (root / depth).symlink_to(outside)
     before = seen(outside)
 
-    outcome = agent.apply(
+    result = agent.apply(
         write("src/pages/home/a", "new"), write("src/pages/home/n", "new"), write("b", "new")
     )
-    assert kinds(outcome) == [
+    assert kinds(result) == [
         ("path_unusable", "src/pages/home/a", "symlink"),
         ("path_unusable", "src/pages/home/n", "symlink"),
     ]
-    assert [done.operation.path for done in outcome.done] == ["b"]
+    assert [done.operation.path for done in result.done] == ["b"]
     assert seen(outside) == before
 
-    outcome = agent.apply(remove("src/pages/home/a"))
-    assert kinds(outcome) == [("path_unusable", "src/pages/home/a", "symlink")]
+    result = agent.apply(remove("src/pages/home/a"))
+    assert kinds(result) == [("path_unusable", "src/pages/home/a", "symlink")]
     assert seen(outside) == before
 
     (root / depth).unlink()
@@ -77,8 +77,8 @@ def test_a_held_directory_that_is_no_longer_at_its_path_is_not_written_in(
     if how == "replaced":
         (root / "src/pages").mkdir(parents=True)
 
-    outcome = agent.apply(write("src/pages/b", "new"))
-    assert kinds(outcome) == []
+    result = agent.apply(write("src/pages/b", "new"))
+    assert kinds(result) == []
     assert (root / "src/pages/b").read_text() == "new"
     if how != "removed":
         assert seen(tmp_path / "away") == {"pages/a": "old"}
@@ -94,8 +94,8 @@ def test_a_link_planted_as_the_file_is_replaced_and_not_followed(
     for name in ("a", "b"):
         (root / name).unlink()
         (root / name).symlink_to(victim)
-    outcome = agent.apply(write("a", "new"), remove("b"))
-    assert kinds(outcome) == [("drift", "a", "not_a_file"), ("drift", "b", "not_a_file")]
+    result = agent.apply(write("a", "new"), remove("b"))
+    assert kinds(result) == [("drift", "a", "not_a_file"), ("drift", "b", "not_a_file")]
     assert seen(root) == {"a": "new"}
     assert victim.read_text() == "precious"
 
@@ -155,9 +155,9 @@ def test_links_planted_while_we_write_lead_nowhere(agent: Agent, root: Path, tmp
         for n in itertools.count():
             if n >= 500 and ((landed > 10 and refused > 0) or time.monotonic() > end):
                 break
-            outcome = agent.apply(write("src/deep/a", f"{n}"), write(f"src/deep/f{n % 7}", f"{n}"))
-            refused += any(p.kind != "drift" for p in outcome.problems)
-            landed += len(outcome.done) == 2
+            result = agent.apply(write("src/deep/a", f"{n}"), write(f"src/deep/f{n % 7}", f"{n}"))
+            refused += any(p.kind != "drift" for p in result.problems)
+            landed += len(result.done) == 2
     finally:
         attacker.kill()
         attacker.communicate()
@@ -205,13 +205,13 @@ def test_case_twins_on_a_case_blind_file_system(case_blind: Path) -> None:
     root = case_blind / "project"
     with opened(root, case_blind / "staging") as agent:
         agent.put({"Readme.md": "first", "src/a": "1"})
-        outcome = agent.apply(write("README.MD", "twin"), write("SRC/b", "twin"), write("c", "fine"))
-        assert kinds(outcome) == [
+        result = agent.apply(write("README.MD", "twin"), write("SRC/b", "twin"), write("c", "fine"))
+        assert kinds(result) == [
             ("path_unusable", "README.MD", "case_twin"),
             ("path_unusable", "SRC/b", "case_twin"),
         ]
         assert seen(root) == {"Readme.md": "first", "src/a": "1", "c": "fine"}
-        assert outcome.made == ()
+        assert result.made == ()
 
         assert kinds(agent.apply(remove("Readme.md"), write("README.MD", "renamed"))) == []
         assert seen(root) == {"README.MD": "renamed", "src/a": "1", "c": "fine"}
@@ -223,10 +223,8 @@ def test_case_twins_on_a_case_blind_file_system(case_blind: Path) -> None:
 def test_twins_that_arrive_together_are_one_file_and_one_problem(case_blind: Path) -> None:
     root = case_blind / "project"
     with opened(root, case_blind / "staging") as agent:
-        outcome = agent.apply(
-            write("a.ts", "one"), write("A.ts", "two"), write("d/x", "1"), write("D/y", "2")
-        )
-        assert kinds(outcome) == [
+        result = agent.apply(write("a.ts", "one"), write("A.ts", "two"), write("d/x", "1"), write("D/y", "2"))
+        assert kinds(result) == [
             ("path_unusable", "A.ts", "case_twin"),
             ("path_unusable", "D/y", "case_twin"),
         ]
@@ -239,8 +237,8 @@ def test_twins_that_were_staged_together_are_one_file_and_one_problem(case_blind
     root = case_blind / "project"
     with opened(root, case_blind / "staging") as agent:
         files = {"a.ts": "one", "A.ts": "two", "d/x": "1", "D/y": "2", "d/X": "3"}
-        outcome = agent.apply(*(staged(agent.disk, path, text) for path, text in files.items()))
-        assert kinds(outcome) == [
+        result = agent.apply(*(staged(agent.disk, path, text) for path, text in files.items()))
+        assert kinds(result) == [
             ("path_unusable", "A.ts", "case_twin"),
             ("path_unusable", "D/y", "case_twin"),
             ("path_unusable", "d/X", "case_twin"),
@@ -256,9 +254,9 @@ def test_what_makes_a_twin(root: Path, agent: Agent, monkeypatch: pytest.MonkeyP
     directory = os.open(root, os.O_RDONLY)
     try:
         found = (root / "rEADME").stat()
-        assert not is_twin(directory, "rEADME", found)
-        assert not is_twin(directory, "123", found)
+        assert not is_case_twin(directory, "rEADME", found)
+        assert not is_case_twin(directory, "123", found)
         monkeypatch.setattr(os, "listdir", lambda _: ["Readme"])
-        assert is_twin(directory, "rEADME", found)
+        assert is_case_twin(directory, "rEADME", found)
     finally:
         os.close(directory)

@@ -1,4 +1,4 @@
-"""Files of a size that is not ours to choose: neither the event loop nor the memory pays for it."""
+"""Files whose size others choose: neither the event loop nor the memory pays for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from agent.core.messages import Changes
 from agent.core.model import Change, Cursor, Digest, RelPath, Tree, digest_of
 from agent.core.reconcile import catch_up
 from agent.fs import transaction, turns
-from agent.fs.inspect import PIECE, UNREAD, Sight, reading
-from agent.fs.project_dir import Drift, FileStat
+from agent.fs.inspect import CHUNK, UNREAD, DirectoryView, Drift, FileStat, digest_steps
 from agent.fs.turns import at_once
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger, LedgerState
@@ -48,27 +47,27 @@ def directory(tmp_path: Path) -> Iterator[int]:
 # --- reading
 
 
-@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_a_file_of_its_size_is_read_in_pieces(tmp_path: Path, directory: int, size: int) -> None:
     (tmp_path / "a").write_bytes(bytes(size))
-    assert at_once(reading(directory, "a", size)) == (
+    assert at_once(digest_steps(directory, "a", size)) == (
         digest_of(bytes(size)),
         FileStat.of((tmp_path / "a").stat()),
     )
-    assert len(list(reading(directory, "a", size))) == max(0, (size - 1) // PIECE)
+    assert len(list(digest_steps(directory, "a", size))) == max(0, (size - 1) // CHUNK)
 
 
-@pytest.mark.parametrize("now", [0, 2 * PIECE, 3 * PIECE - 1, 3 * PIECE + 1, HUGE])
+@pytest.mark.parametrize("now", [0, 2 * CHUNK, 3 * CHUNK - 1, 3 * CHUNK + 1, HUGE])
 def test_a_file_of_another_size_or_of_one_that_changes_is_not_read_on(
     tmp_path: Path, directory: int, now: int
 ) -> None:
-    (tmp_path / "a").write_bytes(bytes(3 * PIECE))
+    (tmp_path / "a").write_bytes(bytes(3 * CHUNK))
     before = FileStat.of((tmp_path / "a").stat())
-    steps = reading(directory, "a", 3 * PIECE)
+    steps = digest_steps(directory, "a", 3 * CHUNK)
     next(steps)
     os.truncate(tmp_path / "a", now)
     assert at_once(steps) == (UNREAD, before)
-    assert at_once(reading(directory, "a", 3 * PIECE)) == (UNREAD, FileStat.of((tmp_path / "a").stat()))
+    assert at_once(digest_steps(directory, "a", 3 * CHUNK)) == (UNREAD, FileStat.of((tmp_path / "a").stat()))
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK])
@@ -77,7 +76,7 @@ async def test_what_is_no_file_is_never_opened(agent: Agent, root: Path, kind: i
     agent.put({"a": ""})
     (root / "a").unlink()
     special(root / "a", kind)
-    audit = agent.disk.audit(Tree(Cursor("e", 1), Map(agent.tree)), agent.known)
+    audit = at_once(agent.disk.audit_steps(Tree(Cursor("e", 1), Map(agent.tree)), agent.known))
     assert audit.drifts == (Drift(RelPath("a"), "not_a_file"),)
     assert shadow_of(root, {"a": ""}).read(shadow_of(root, {"a": ""}).wanted()) == {}
 
@@ -89,11 +88,11 @@ def special(path: Path, kind: int) -> None:
         pytest.skip("making a device needs root")
 
 
-# --- a batch
+# --- a transaction
 
 
 @pytest.mark.usefixtures("keeping")
-def test_a_batch_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Path) -> None:
+def test_a_transaction_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Path) -> None:
     agent.put({"ours": "1", "gone": "1", "b": "1"})
     (root / "foreign").touch()
     for name in ("ours", "gone", "foreign"):
@@ -109,16 +108,16 @@ def test_a_batch_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Pat
     real = os.rename
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "rename", full)
-        outcome = agent.apply(
+        result = agent.apply(
             write("ours", "2", version=2), remove("gone"), write("foreign", "2"), write("z", "2")
         )
-    assert outcome.rolled_back
-    assert "undo_failed" not in {problem.kind for problem in outcome.problems}
+    assert result.rolled_back
+    assert "undo_failed" not in {problem.kind for problem in result.problems}
     assert {path.name: path.stat().st_ino for path in root.iterdir()} == before
     assert (root / "ours").stat().st_size == (root / "foreign").stat().st_size == HUGE
 
-    outcome = agent.apply(write("ours", "2", version=2), remove("gone"), write("foreign", "2"))
-    assert kinds(outcome) == [
+    result = agent.apply(write("ours", "2", version=2), remove("gone"), write("foreign", "2"))
+    assert kinds(result) == [
         ("drift", "ours", "changed"), ("drift", "foreign", "appeared"), ("drift", "gone", "changed"),
     ]  # fmt: skip
     assert seen(root) == {"ours": "2", "foreign": "2", "b": "1", "way/": ""}
@@ -130,7 +129,7 @@ def test_a_batch_replaces_what_became_huge_and_undoes_it(agent: Agent, root: Pat
 
 @pytest.mark.usefixtures("keeping")
 @pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFCHR])
-def test_a_batch_puts_back_what_was_no_file(agent: Agent, root: Path, kind: int) -> None:
+def test_a_transaction_puts_back_what_was_no_file(agent: Agent, root: Path, kind: int) -> None:
     agent.put({"a": "1"})
     (root / "a").unlink()
     special(root / "a", kind)
@@ -164,11 +163,11 @@ def test_a_copy_is_made_piece_by_piece(
     operations = (write("a", "2", version=2), write("b", "2"))
     tracemalloc.start()
     try:
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kinds(outcome) == []
+    assert kinds(result) == []
     assert peak < 4 * 2**20
     assert seen(root) == {"a": "2", "b": "2"}
 
@@ -194,17 +193,17 @@ def test_a_copy_that_is_put_back_is_the_same(
     assert os.access(root / "a", os.X_OK)
 
 
-def test_past_so_many_bytes_a_batch_reads_no_more(
+def test_past_so_many_bytes_a_transaction_reads_no_more(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "READ_MOST", 25)
+    monkeypatch.setattr(transaction, "MAX_READ_BYTES", 25)
     for name in ("a", "b", "c"):
         (root / name).write_text("0123456789")
-    outcome = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))
-    assert kinds(outcome) == [("drift", "c", "appeared")], "a and b hold what is wanted; nobody looked into c"
+    result = agent.apply(*(write(name, "0123456789") for name in ("a", "b", "c")))
+    assert kinds(result) == [("drift", "c", "appeared")], "a and b hold what is wanted; c was not read"
     assert seen(root) == dict.fromkeys("abc", "0123456789")
     (root / "small").write_text("x")
-    assert kinds(agent.apply(write("small", "x"))) == [], "the next batch reads again"
+    assert kinds(agent.apply(write("small", "x"))) == [], "the next transaction reads again"
 
 
 # --- a start
@@ -217,11 +216,11 @@ async def test_a_start_takes_what_became_huge_for_unconfirmed(agent: Agent, root
     workspace = Workspace(agent.disk, ledger, Problems(Metrics()))
     recorded = Tree(Cursor("e", 5), Map(agent.tree))
     tree, drifts = await workspace.audit(LedgerState(recorded, agent.known))
-    look = agent.disk.look(RelPath("a"))
-    assert drifts == (Drift(RelPath("a"), "changed", UNREAD, look),)
+    now = agent.disk.stat(RelPath("a"))
+    assert drifts == (Drift(RelPath("a"), "changed", UNREAD, now),)
     entry = tree.entries[RelPath("a")]
     assert (entry.digest, entry.size, entry.provisional) == (UNREAD, HUGE, True)
-    # What is recorded of it is believed again, and a look after a touch does not read it either.
+    # What is recorded of it is believed again, and a check after a touch does not read it either.
     workspace.record_whole(tree)
     ledger.close()
     loaded = ledger.load()
@@ -238,7 +237,7 @@ async def test_a_start_takes_what_became_huge_for_unconfirmed(agent: Agent, root
 
 
 async def test_what_is_adopted_has_the_size_that_it_has(agent: Agent, root: Path) -> None:
-    """Else the next look took it for another by its size."""
+    """Else the next check took it for another by its size."""
     agent.put({"a": "1"})
     ledger = Ledger(root.parent / "ledger.sqlite")
     workspace = Workspace(agent.disk, ledger, Problems(Metrics()))
@@ -246,7 +245,7 @@ async def test_what_is_adopted_has_the_size_that_it_has(agent: Agent, root: Path
     tree = Tree(Cursor("e", 5), Map(agent.tree))
     for content in (b"9", b"10"):
         (root / "a").write_bytes(content)
-        found = agent.disk.look(RelPath("a"))
+        found = agent.disk.stat(RelPath("a"))
         digest = digest_of(content)
         tree = workspace.unconfirmed(tree, [Drift(RelPath("a"), "changed", digest, found)])
     os.utime(root / "a")
@@ -259,8 +258,8 @@ async def test_a_start_that_reads_everything_lets_others_have_their_turn(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.put({f"f{number}": "x" * PIECE for number in range(20)})
-    agent.apply(write("large", bytes(8 * PIECE)))
+    agent.put({f"f{number}": "x" * CHUNK for number in range(20)})
+    agent.apply(write("large", bytes(8 * CHUNK)))
     workspace = Workspace(agent.disk, Ledger(root.parent / "ledger.sqlite"), Problems(Metrics()))
     for path in root.iterdir():
         os.utime(path)
@@ -279,14 +278,14 @@ async def test_a_start_that_reads_everything_lets_others_have_their_turn(
 
 
 class Watching:
-    """A watch whose looks the test asks for."""
+    """A drift watch that sweeps when the test says so."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.seen: list[Observed] = []
         self.watch = DriftWatch(agent.disk, lambda: (Map(agent.tree), agent.known), self.seen.append)
 
-    async def look(self) -> None:
+    async def sweep(self) -> None:
         await self.watch._sweep()
 
     @property
@@ -300,12 +299,12 @@ async def test_the_watch_reports_what_became_huge_and_that_it_is_right_again(
     agent.put({"a": "1", "b": "1"})
     watching = Watching(agent)
     inflate(root / "a")
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {"a": UNREAD}
     os.utime(root / "a")
-    await watching.look()
+    await watching.sweep()
     agent.apply(write("a", "2", version=2))
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {}
     assert watching.seen[-1].settled == ("a",)
 
@@ -314,41 +313,41 @@ async def test_the_watch_reads_a_large_file_in_turns_with_others(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.apply(write("large", bytes(16 * PIECE)))
-    (root / "large").write_bytes(b"1" * 16 * PIECE)
+    agent.apply(write("large", bytes(16 * CHUNK)))
+    (root / "large").write_bytes(b"1" * 16 * CHUNK)
     watching = Watching(agent)
-    looking = asyncio.create_task(watching.look())
+    sweeping = asyncio.create_task(watching.sweep())
     had = 0
-    while not looking.done():
+    while not sweeping.done():
         await asyncio.sleep(0)
         had += 1
     assert had >= 15
-    assert watching.open == {"large": digest_of(b"1" * 16 * PIECE)}
+    assert watching.open == {"large": digest_of(b"1" * 16 * CHUNK)}
 
 
 @pytest.mark.parametrize("theirs", [b"1", b"0"])
 async def test_what_we_wrote_while_the_watch_read_is_not_reported_as_it_was(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch, theirs: bytes
 ) -> None:
-    """Neither as drift, nor with the look that it had before."""
+    """Neither as drift, nor with the stat that it had before."""
     monkeypatch.setattr(turns, "TURN", 0.0)
     agent.put({"a": "1"})
-    agent.apply(write("large", b"0" * 16 * PIECE))
-    (root / "large").write_bytes(theirs * 16 * PIECE)
+    agent.apply(write("large", b"0" * 16 * CHUNK))
+    (root / "large").write_bytes(theirs * 16 * CHUNK)
     (root / "a").write_text("2")
     watching = Watching(agent)
-    looking = asyncio.create_task(watching.look())
+    sweeping = asyncio.create_task(watching.sweep())
     for _ in range(8):
         await asyncio.sleep(0)
-    assert not looking.done()
+    assert not sweeping.done()
     assert [drift.path for told in watching.seen for drift in told.drifts] == ["a"], (
         "told before anybody else"
     )
     agent.apply(write("large", "ours", version=2), write("a", "3", version=2))
-    await looking
+    await sweeping
     assert watching.open == {"a": digest_of(b"2")}
     assert not any("large" in told.touched for told in watching.seen)
-    await watching.look()
+    await watching.sweep()
     assert watching.open == {}
 
 
@@ -356,7 +355,7 @@ async def test_a_look_that_is_given_up_leaves_nothing_open(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "TURN", 0.0)
-    agent.apply(write("large", bytes(16 * PIECE)))
+    agent.apply(write("large", bytes(16 * CHUNK)))
     os.utime(root / "large")
 
     def holds() -> int:
@@ -366,12 +365,12 @@ async def test_a_look_that_is_given_up_leaves_nothing_open(
             if each.is_symlink()
         )
 
-    looking = asyncio.create_task(Watching(agent).look())
+    sweeping = asyncio.create_task(Watching(agent).sweep())
     while not holds():
-        assert not looking.done()
+        assert not sweeping.done()
         await asyncio.sleep(0)
-    looking.cancel()
-    await asyncio.gather(looking, return_exceptions=True)
+    sweeping.cancel()
+    await asyncio.gather(sweeping, return_exceptions=True)
     assert holds() == 0
 
 
@@ -394,13 +393,13 @@ def test_shadow_mode_tells_by_the_size_and_starts_anew_with_each_change(tmp_path
 
 
 def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "x" * 8 * PIECE
+    text = "x" * 8 * CHUNK
     (tmp_path / "a").write_text(text)
     shadow = shadow_of(tmp_path, {"a": text})
-    real = Sight.reading
+    real = DirectoryView.digest_steps
     pieces = 0
 
-    def counted(self: Sight, path: RelPath, size: int):  # type: ignore[no-untyped-def]
+    def counted(self: DirectoryView, path: RelPath, size: int):  # type: ignore[no-untyped-def]
         nonlocal pieces
         steps = real(self, path, size)
         while True:
@@ -412,7 +411,7 @@ def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: p
             shadow._stopping = pieces == 3
             yield
 
-    monkeypatch.setattr(Sight, "reading", counted)
+    monkeypatch.setattr(DirectoryView, "digest_steps", counted)
     assert shadow.read(shadow.wanted()) == {}
     assert pieces == 3
 
@@ -420,14 +419,14 @@ def test_shadow_mode_ends_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: p
 def test_shadow_mode_reads_no_file_that_grows_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = "x" * 8 * PIECE
+    text = "x" * 8 * CHUNK
     (tmp_path / "a").write_text(text)
     shadow = shadow_of(tmp_path, {"a": text})
     real = os.read
 
     def slow(descriptor: int, size: int) -> bytes:
         with (tmp_path / "a").open("ab") as file:
-            file.write(b"y" * PIECE)
+            file.write(b"y" * CHUNK)
         return real(descriptor, size)
 
     with monkeypatch.context() as growing:

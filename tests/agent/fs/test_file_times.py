@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, Tree, digest_of
-from agent.fs.project_dir import FileStat
+from agent.fs.inspect import FileStat
+from agent.fs.turns import at_once
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.ledger import Ledger
 from tests.agent.disks import kinds, opened, write
@@ -55,8 +56,8 @@ async def test_the_watch_takes_any_time(mount: Callable[..., Path], seconds: int
 
 
 @YEARS
-def test_a_start_and_a_batch_take_any_time(mount: Callable[..., Path], seconds: int) -> None:
-    """Also what the ledger keeps of it: a look that was recorded is the look that is found again."""
+def test_a_start_and_a_transaction_take_any_time(mount: Callable[..., Path], seconds: int) -> None:
+    """Also what the ledger keeps of it: a stat that was recorded is the stat that is found again."""
     small = mount("size=1m")
     tree, ledger = small / "project", Ledger(small / "ledger.sqlite")
     with opened(tree, small / "staging") as agent:
@@ -66,7 +67,7 @@ def test_a_start_and_a_batch_take_any_time(mount: Callable[..., Path], seconds: 
         for each in tree.iterdir():
             touch(each, seconds)
         recorded = Tree(Cursor("e", 1), Map(agent.tree))
-        audit = agent.disk.audit(recorded, agent.known)
+        audit = at_once(agent.disk.audit_steps(recorded, agent.known))
         assert [(drift.path, drift.rule) for drift in audit.drifts] == [("changed", "changed")]
         ledger.replace(recorded, audit.stats)
         ledger.close()
@@ -74,10 +75,10 @@ def test_a_start_and_a_batch_take_any_time(mount: Callable[..., Path], seconds: 
         ledger.close()
         assert loaded is not None
         assert loaded.stats == audit.stats
-        assert loaded.stats[RelPath("touched")].is_of((tree / "touched").stat())
+        assert loaded.stats[RelPath("touched")].matches((tree / "touched").stat())
         assert agent.disk.scan().keys() == {"touched", "changed", "foreign"}
-        outcome = agent.apply(write("touched", "new"), write("changed", "new"), write("foreign", "new"))
-        assert kinds(outcome) == [("drift", "changed", "changed"), ("drift", "foreign", "appeared")]
+        result = agent.apply(write("touched", "new"), write("changed", "new"), write("foreign", "new"))
+        assert kinds(result) == [("drift", "changed", "changed"), ("drift", "foreign", "appeared")]
         assert {each.read_text() for each in tree.iterdir()} == {"new"}
 
 
@@ -94,7 +95,7 @@ def test_shadow_mode_takes_any_time(mount: Callable[..., Path], seconds: int) ->
 @given(*[st.integers(-(2**80), 2**80)] * 4)
 def test_whatever_a_file_system_says_can_be_kept(inode: int, size: int, mtime: int, ctime: int) -> None:
     stat = FileStat(inode, size, mtime, ctime)
-    assert FileStat.recorded(stat.columns) == stat
+    assert FileStat.from_columns(stat.columns) == stat
     assert all(-(2**63) <= column < 2**63 for column in stat.columns)
     assert "FileStat(" in repr(stat)
     assert stat != FileStat(inode, size, mtime + 1, ctime)

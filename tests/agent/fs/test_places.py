@@ -25,7 +25,7 @@ from agent.core.model import Cursor
 from agent.devserver.install import Installer
 from agent.devserver.sandbox import Rights
 from agent.fs.places import replaceable, weaknesses
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.sync.ledger import Ledger
 from tests.agent.cli.test_check import environment
 from tests.agent.disks import Agent, kinds, opened, write
@@ -237,7 +237,7 @@ def untouched(target: Path) -> bool:
 def test_a_link_in_the_place_of_root_or_staging_is_not_followed(tmp_path: Path, link: str) -> None:
     target = elsewhere(tmp_path, link)
     owner = (12_345, 12_345) if os.geteuid() == 0 else None
-    disk = Disk(tmp_path / "project", tmp_path / "staging", owner=owner)
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging", owner=owner)
     with pytest.raises(RootUnusable, match=f"{link}: it is a symbolic link; name the directory"):
         disk.open()
     assert untouched(target)
@@ -275,8 +275,8 @@ def test_a_root_that_is_replaced_by_a_link_while_we_work_is_not_followed(tmp_pat
         agent.put({"a": "1", "b/c": "2"})
         root.rename(tmp_path / "aside")
         target = elsewhere(tmp_path, "project")
-        outcome = agent.apply(write("a", "3", version=2), write("d/e" if made else "b/c", "4", version=2))
-        assert {kind for kind, *_ in kinds(outcome)} == {"path_unusable"}
+        result = agent.apply(write("a", "3", version=2), write("d/e" if made else "b/c", "4", version=2))
+        assert {kind for kind, *_ in kinds(result)} == {"path_unusable"}
         assert untouched(target)
         root.unlink()
         (tmp_path / "aside").rename(root)

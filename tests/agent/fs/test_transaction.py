@@ -1,4 +1,4 @@
-"""The disk on a healthy machine: what lands, in what order, with what mode, and what is left behind."""
+"""Transactions on a healthy machine: what lands, in what order, with what mode, and what is left behind."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, Entry, RelPath, Tree, Write, digest_of
-from agent.fs.project_dir import Disk, FileStat
+from agent.fs.inspect import FileStat
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import at_once
 from tests.agent.disks import Agent, kinds, remove, seen, write
 
 
 def test_a_write_lands_with_its_parents_and_says_how_it_looks(agent: Agent, root: Path) -> None:
-    outcome = agent.apply(write("src/pages/Home.tsx", "hello"))
+    result = agent.apply(write("src/pages/Home.tsx", "hello"))
 
     assert seen(root) == {"src/pages/Home.tsx": "hello"}
-    (done,) = outcome.done
+    (done,) = result.done
     assert done.stat == FileStat.of((root / "src/pages/Home.tsx").lstat())
-    assert outcome.problems == ()
-    assert not outcome.rolled_back
-    assert set(outcome.made) == {"src", "src/pages"}
+    assert result.problems == ()
+    assert not result.rolled_back
+    assert set(result.made) == {"src", "src/pages"}
 
 
-def test_a_batch_lands_whole_and_answers_in_its_order(agent: Agent, root: Path) -> None:
+def test_a_transaction_lands_whole_and_answers_in_its_order(agent: Agent, root: Path) -> None:
     agent.put({"a": "1", "b": "2"})
 
-    outcome = agent.apply(remove("a"), write("c", "3"), write("b", "4", version=2))
+    result = agent.apply(remove("a"), write("c", "3"), write("b", "4", version=2))
 
-    assert [done.operation.path for done in outcome.done] == ["a", "c", "b"]
-    assert [done.stat is None for done in outcome.done] == [True, False, False]
+    assert [done.operation.path for done in result.done] == ["a", "c", "b"]
+    assert [done.stat is None for done in result.done] == [True, False, False]
     assert seen(root) == {"b": "4", "c": "3"}
     assert all(agent.known[RelPath(p)] == FileStat.of((root / p).lstat()) for p in ("b", "c"))
 
@@ -49,7 +50,7 @@ def test_every_rewrite_is_a_new_file_so_an_open_reader_keeps_the_old_one(agent: 
 def test_modes_do_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        disk = Disk(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
+        disk = ProjectDir(tmp_path / "project", tmp_path / "staging", file_mode=0o640, dir_mode=0o750)
         disk.open()
         stage = disk.stage()
         stage.write(b"#!")
@@ -75,7 +76,7 @@ def test_modes_do_not_depend_on_the_umask(tmp_path: Path, umask: int) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_files_and_directories_belong_to_the_configured_owner(tmp_path: Path) -> None:
-    disk = Disk(tmp_path / "project", tmp_path / "staging", owner=(12345, 23456))
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging", owner=(12345, 23456))
     disk.open()
     disk.apply([write("src/a", "x"), write("src/b", "y", executable=True)], {})
     disk.apply([write("src/a", "z")], {})
@@ -87,21 +88,19 @@ def test_files_and_directories_belong_to_the_configured_owner(tmp_path: Path) ->
     assert (tmp_path / "staging").stat().st_uid == 0
 
 
-def test_staged_files_are_promoted(disk: Disk, agent: Agent, root: Path) -> None:
+def test_staged_files_are_promoted(disk: ProjectDir, agent: Agent, root: Path) -> None:
     stage = disk.stage()
     stage.write(b"one ")
     stage.write(b"two")
     whole = stage.finish()
 
     assert (whole.digest, whole.size) == (digest_of(b"one two"), 7)
-    outcome = agent.apply(
-        Write(RelPath("d/f"), Entry(1, whole.digest, 7), staged=whole.name), write("g", "x")
-    )
+    result = agent.apply(Write(RelPath("d/f"), Entry(1, whole.digest, 7), staged=whole.name), write("g", "x"))
     assert seen(root) == {"d/f": "one two", "g": "x"}
-    assert outcome.done[0].stat == FileStat.of((root / "d/f").lstat())
+    assert result.done[0].stat == FileStat.of((root / "d/f").lstat())
 
 
-def test_an_aborted_stage_leaves_nothing(disk: Disk) -> None:
+def test_an_aborted_stage_leaves_nothing(disk: ProjectDir) -> None:
     for path in (None, RelPath("d/never")):
         stage = disk.stage(path)
         stage.write(b"never")
@@ -115,9 +114,9 @@ def test_a_write_without_bytes_is_the_planners_bug(agent: Agent) -> None:
 
 
 def test_of_several_operations_on_a_path_the_last_counts(agent: Agent, root: Path) -> None:
-    outcome = agent.apply(write("a", "1"), write("a", "2"), write("b", "1"), remove("b"))
+    result = agent.apply(write("a", "1"), write("a", "2"), write("b", "1"), remove("b"))
     assert seen(root) == {"a": "2"}
-    assert [done.operation.path for done in outcome.done] == ["a", "b"]
+    assert [done.operation.path for done in result.done] == ["a", "b"]
 
 
 # --- paths that are unusable here
@@ -127,26 +126,26 @@ def test_a_file_where_a_directory_is_needed_is_one_problem_and_the_rest_lands(
     agent: Agent, root: Path
 ) -> None:
     (root / "a").write_text("in the way")
-    outcome = agent.apply(write("a/b", "1"), write("c/d", "2"))
-    assert kinds(outcome) == [("path_unusable", "a/b", "not_a_directory")]
-    assert [done.operation.path for done in outcome.done] == ["c/d"]
-    assert not outcome.rolled_back
+    result = agent.apply(write("a/b", "1"), write("c/d", "2"))
+    assert kinds(result) == [("path_unusable", "a/b", "not_a_directory")]
+    assert [done.operation.path for done in result.done] == ["c/d"]
+    assert not result.rolled_back
     assert seen(root) == {"a": "in the way", "c/d": "2"}
 
 
 def test_a_full_directory_where_a_file_is_needed_stays(agent: Agent, root: Path) -> None:
     (root / "a").mkdir()
     (root / "a/theirs").write_text("2")
-    outcome = agent.apply(write("a", "file"), write("b", "1"))
-    assert kinds(outcome) == [("path_unusable", "a", "directory_in_the_way")]
+    result = agent.apply(write("a", "file"), write("b", "1"))
+    assert kinds(result) == [("path_unusable", "a", "directory_in_the_way")]
     assert seen(root) == {"a/theirs": "2", "b": "1"}
 
 
 def test_a_name_too_long_for_the_file_system_is_one_problem_and_leaves_no_directory(
     agent: Agent, root: Path
 ) -> None:
-    outcome = agent.apply(write(f"new/{'x' * 300}", "1"), write("b", "1"))
-    assert [(p.kind, p.rule) for p in outcome.problems] == [("path_unusable", "name_too_long")]
+    result = agent.apply(write(f"new/{'x' * 300}", "1"), write("b", "1"))
+    assert [(p.kind, p.rule) for p in result.problems] == [("path_unusable", "name_too_long")]
     assert seen(root) == {"b": "1"}
 
 
@@ -156,8 +155,8 @@ def test_a_name_too_long_for_the_file_system_is_one_problem_and_leaves_no_direct
 def test_a_file_changed_behind_our_back_is_reported_and_the_database_wins(agent: Agent, root: Path) -> None:
     agent.put({"a": "ours", "b": "ours"})
     (root / "a").write_text("theirs")
-    outcome = agent.apply(write("a", "newer"), write("b", "newer"))
-    assert kinds(outcome) == [("drift", "a", "changed")]
+    result = agent.apply(write("a", "newer"), write("b", "newer"))
+    assert kinds(result) == [("drift", "a", "changed")]
     assert seen(root) == {"a": "newer", "b": "newer"}
 
 
@@ -166,11 +165,11 @@ def test_drift_is_kept_when_the_caller_says_so(agent: Agent, root: Path) -> None
     (root / "a").write_text("theirs")
     (root / "b").write_text("theirs")
     (root / "c").unlink()
-    outcome = agent.apply(
+    result = agent.apply(
         write("a", "new"), remove("b"), write("c", "new"), write("d", "new"), overwrite_drift=False
     )
-    assert kinds(outcome) == [("drift", "a", "changed"), ("drift", "c", "missing"), ("drift", "b", "changed")]
-    assert [done.operation.path for done in outcome.done] == ["d"]
+    assert kinds(result) == [("drift", "a", "changed"), ("drift", "c", "missing"), ("drift", "b", "changed")]
+    assert [done.operation.path for done in result.done] == ["d"]
     assert seen(root) == {"a": "theirs", "b": "theirs", "d": "new"}
 
 
@@ -193,26 +192,26 @@ def test_a_removed_file_is_reported_and_comes_back(agent: Agent, root: Path) -> 
     agent.put({"a": "ours", "b": "ours"})
     (root / "a").unlink()
     (root / "b").unlink()
-    outcome = agent.apply(write("a", "new"), remove("b"))
-    assert kinds(outcome) == [("drift", "a", "missing"), ("drift", "b", "missing")]
-    assert len(outcome.done) == 2
+    result = agent.apply(write("a", "new"), remove("b"))
+    assert kinds(result) == [("drift", "a", "missing"), ("drift", "b", "missing")]
+    assert len(result.done) == 2
     assert seen(root) == {"a": "new"}
 
 
 def test_a_file_we_did_not_write_is_replaced_but_never_removed(agent: Agent, root: Path) -> None:
     (root / "a").write_text("theirs")
     (root / "b").write_text("theirs")
-    outcome = agent.apply(write("a", "new"), remove("b"))
-    assert kinds(outcome) == [("drift", "a", "appeared"), ("drift", "b", "appeared")]
+    result = agent.apply(write("a", "new"), remove("b"))
+    assert kinds(result) == [("drift", "a", "appeared"), ("drift", "b", "appeared")]
     assert seen(root) == {"a": "new", "b": "theirs"}
 
 
 def test_a_file_that_is_already_right_is_not_written_again(agent: Agent, root: Path) -> None:
     (root / "a").write_text("same")
     before = (root / "a").stat()
-    outcome = agent.apply(write("a", "same"), write("b", "new"))
-    assert kinds(outcome) == []
-    assert outcome.done[0].stat == FileStat.of((root / "a").lstat())
+    result = agent.apply(write("a", "same"), write("b", "new"))
+    assert kinds(result) == []
+    assert result.done[0].stat == FileStat.of((root / "a").lstat())
     assert (root / "a").stat().st_ino == before.st_ino
     assert (root / "a").stat().st_mtime_ns == before.st_mtime_ns
 
@@ -228,8 +227,8 @@ def test_a_thing_that_is_no_file_is_replaced_and_never_read(agent: Agent, root: 
     for name in ("pipe", "gone"):
         (root / name).unlink()
         os.mkfifo(root / name)
-    outcome = agent.apply(write("pipe", "new"), remove("gone"))
-    assert kinds(outcome) == [("drift", "pipe", "not_a_file"), ("drift", "gone", "not_a_file")]
+    result = agent.apply(write("pipe", "new"), remove("gone"))
+    assert kinds(result) == [("drift", "pipe", "not_a_file"), ("drift", "gone", "not_a_file")]
     assert seen(root) == {"pipe": "new"}
 
 
@@ -237,7 +236,7 @@ def test_a_thing_that_is_no_file_is_replaced_and_never_read(agent: Agent, root: 
 
 
 def test_reading_and_scanning_follow_no_link_and_skip_what_is_protected(
-    disk: Disk, agent: Agent, root: Path
+    disk: ProjectDir, agent: Agent, root: Path
 ) -> None:
     agent.put({"src/a": "1", "b": "2"})
     (root / "node_modules/x").mkdir(parents=True)
@@ -245,14 +244,14 @@ def test_reading_and_scanning_follow_no_link_and_skip_what_is_protected(
     (root / "link").symlink_to("src")
     (root / "leaf").symlink_to("b")
 
-    assert at_once(disk.reading(RelPath("src/a"), 1)) == (digest_of(b"1"), agent.known[RelPath("src/a")])
+    assert at_once(disk.digest_steps(RelPath("src/a"), 1)) == (digest_of(b"1"), agent.known[RelPath("src/a")])
     for path in ("link/a", "leaf", "nothing", "b/under", "src"):
-        assert at_once(disk.reading(RelPath(path), 1)) is None
-        assert disk.look(RelPath(path)) is None
+        assert at_once(disk.digest_steps(RelPath(path), 1)) is None
+        assert disk.stat(RelPath(path)) is None
     assert disk.scan() == agent.known
 
 
-def test_an_audit_tells_touched_changed_missing_and_right(disk: Disk, agent: Agent, root: Path) -> None:
+def test_an_audit_tells_touched_changed_missing_and_right(disk: ProjectDir, agent: Agent, root: Path) -> None:
     agent.put({"right": "1", "touched": "2", "changed": "3", "missing": "4", "dir/in": "5", "link": "6"})
     os.utime(root / "touched")
     (root / "changed").write_text("x")
@@ -260,16 +259,16 @@ def test_an_audit_tells_touched_changed_missing_and_right(disk: Disk, agent: Age
     (root / "link").unlink()
     (root / "link").symlink_to("right")
 
-    audit = disk.audit(Tree(Cursor("e", 1), Map(agent.tree)), agent.known)
+    audit = at_once(disk.audit_steps(Tree(Cursor("e", 1), Map(agent.tree)), agent.known))
     assert {d.path: d.rule for d in audit.drifts} == {
         "changed": "changed",
         "missing": "missing",
         "link": "not_a_file",
     }
-    assert audit.stats == {p: disk.look(RelPath(p)) for p in ("right", "touched", "dir/in")}
+    assert audit.stats == {p: disk.stat(RelPath(p)) for p in ("right", "touched", "dir/in")}
 
 
-def test_leftovers_of_a_killed_batch_are_discarded(disk: Disk, root: Path) -> None:
+def test_leftovers_of_a_killed_transaction_are_discarded(disk: ProjectDir, root: Path) -> None:
     (root / "left").write_text("behind")
     (root / "theirs").write_text("not ours")
     disk.discard([RelPath("left"), RelPath("never"), RelPath("no/where")])

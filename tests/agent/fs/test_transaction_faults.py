@@ -1,4 +1,4 @@
-"""The disk on a sick or hostile machine. Each fault is made for real; what needs root says so when it is skipped."""
+"""Transactions on a sick or hostile machine. Each fault is real; what needs root says so when it is skipped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import pytest
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Operation, RelPath
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import at_once
 from tests.agent.disks import Agent, in_staging, kinds, mounted, opened, remove, seen, staged, write
 
@@ -28,31 +27,31 @@ IS_ROOT = os.geteuid() == 0
 # --- file systems of their own
 
 
-def test_a_full_disk_undoes_the_batch_and_the_retry_lands(mount: Callable[..., Path]) -> None:
+def test_a_full_disk_undoes_the_transaction_and_the_retry_lands(mount: Callable[..., Path]) -> None:
     small = mount("size=256k")
     with opened(small / "project", small / "staging") as agent:
         agent.put({"a": "old", "b": "old"})
         (small / "ballast").write_bytes(bytes(96 * 1024))
         operations: list[Operation] = [write("a", "new"), remove("b"), write("src/big", bytes(192 * 1024))]
 
-        outcome = agent.apply(*operations)
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("disk_full", "src/big", "space")]
-        assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        result = agent.apply(*operations)
+        assert result.rolled_back
+        assert kinds(result) == [("disk_full", "src/big", "space")]
+        assert (result.done, result.made, result.gone) == ((), (), ())
         assert seen(small / "project") == {"a": "old", "b": "old"}
         assert in_staging(small / "staging") == []
 
         (small / "ballast").unlink()
-        outcome = agent.apply(*operations)
-        assert kinds(outcome) == []
+        result = agent.apply(*operations)
+        assert kinds(result) == []
         assert seen(small / "project") == {"a": "new", "src/big": "\0" * 192 * 1024}
 
 
 @pytest.mark.parametrize("free", range(10))
-def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
+def test_wherever_inodes_run_out_the_transaction_lands_whole_or_not_at_all(
     mount: Callable[..., Path], free: int
 ) -> None:
-    """Each number of free inodes stops the batch at another step: staging, the first directory, the second..."""
+    """Each number of free inodes stops the transaction at another step: staging, the first directory, the second..."""
     small = mount("nr_inodes=64")
     before = {"a": "old", "b": "old", "dir/c": "old"}
     after = {"a": "new", "dir": "file now", "x/one": "1", "y/z/two": "2"}
@@ -72,15 +71,15 @@ def test_wherever_inodes_run_out_the_batch_lands_whole_or_not_at_all(
             taken.append(small / f"ballast{len(taken)}")
             taken[-1].touch()
 
-        outcome = agent.apply(*operations)
-        if outcome.rolled_back:
-            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "inodes")]
-            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        result = agent.apply(*operations)
+        if result.rolled_back:
+            assert [(p.kind, p.rule) for p in result.problems] == [("disk_full", "inodes")]
+            assert (result.done, result.made, result.gone) == ((), (), ())
             assert seen(small / "project") == before
             for each in taken:
                 each.unlink()
-            outcome = agent.apply(*operations)
-        assert kinds(outcome) == []
+            result = agent.apply(*operations)
+        assert kinds(result) == []
         assert seen(small / "project") == after
         assert in_staging(small / "staging") == []
         assert known.keys() != agent.known.keys()
@@ -99,15 +98,15 @@ def test_staged_files_survive_a_rollback_for_the_retry(mount: Callable[..., Path
             taken.append(small / f"ballast{len(taken)}")
             taken[-1].touch()
 
-        outcome = agent.apply(*writes)
-        assert outcome.rolled_back
+        result = agent.apply(*writes)
+        assert result.rolled_back
         assert seen(small / "project") == {"old": "old", "kept": "old"}
         assert len(in_staging(small / "staging")) == 2
 
         for each in taken:
             each.unlink()
-        outcome = agent.apply(*writes)
-        assert kinds(outcome) == []
+        result = agent.apply(*writes)
+        assert kinds(result) == []
         assert seen(small / "project") == {w.path: w.path for w in writes}
         assert in_staging(small / "staging") == []
 
@@ -117,35 +116,13 @@ def test_a_read_only_file_system_undoes_nothing_and_says_so(mount: Callable[...,
     with opened(small / "project", small / "staging") as agent:
         agent.put({"a": "old", "b": "old"})
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        outcome = agent.apply(remove("b"), write("a", "new"))
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("read_only", "a", "EROFS")]
+        result = agent.apply(remove("b"), write("a", "new"))
+        assert result.rolled_back
+        assert kinds(result) == [("read_only", "a", "EROFS")]
         subprocess.run(["mount", "-o", "remount,rw", str(small)], check=True)
         assert seen(small / "project") == {"a": "old", "b": "old"}
         assert kinds(agent.apply(remove("b"), write("a", "new"))) == []
         assert seen(small / "project") == {"a": "new"}
-
-
-def test_staging_is_marked_where_the_file_system_knows_the_mark(
-    tmp_path: Path, mount: Callable[..., Path]
-) -> None:
-    if shutil.which("mkfs.ext4") is None or shutil.which("lsattr") is None:
-        pytest.skip("mkfs.ext4 or lsattr is not installed (Debian: e2fsprogs)")
-    image = tmp_path / "ext4.img"
-    with image.open("wb") as file:
-        file.truncate(8 << 20)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
-    for place, marked in (
-        (mount("loop", kind="ext4", source=str(image)), True),
-        (mount(kind="ramfs"), False),
-    ):
-        with opened(place / "project", place / "staging") as agent:
-            agent.put({"src/a": "1", "src/b": "2"})
-            agent.put({"src/a": "3"})
-            (life,) = (place / "staging").iterdir()
-            told = subprocess.run(["lsattr", "-d", str(life)], capture_output=True, text=True, check=False)
-            assert ("T" in told.stdout.partition(" ")[0]) is marked
-        assert seen(place / "project") == {"src/a": "3", "src/b": "2"}
 
 
 def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., Path]) -> None:
@@ -154,8 +131,8 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
         agent.put({"a": "1", "b": "1"})
         free = os.statvfs(small).f_ffree
         for number in range(2, 3 * free):
-            outcome = agent.apply(write("a", f"{number}"), write("b", f"{number}"), sweep=False)
-            assert (outcome.rolled_back, kinds(outcome)) == (False, [])
+            result = agent.apply(write("a", f"{number}"), write("b", f"{number}"), sweep=False)
+            assert (result.rolled_back, kinds(result)) == (False, [])
         assert seen(small / "project") == dict.fromkeys("ab", f"{number}")
         assert 0 < len(in_staging(small / "staging")) <= free
         agent.disk.sweep()
@@ -166,10 +143,10 @@ def test_what_was_replaced_makes_room_when_room_is_lacking(mount: Callable[..., 
         assert in_staging(small / "staging") == []
 
 
-def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
+def test_what_a_killed_run_left_makes_room_for_the_next(mount: Callable[..., Path]) -> None:
     """Nothing else would ever remove it: the agent could not start again."""
     small = mount("nr_inodes=40")
-    killed = Disk(small / "project", small / "staging")
+    killed = ProjectDir(small / "project", small / "staging")
     killed.open()
     for _ in range(os.statvfs(small).f_ffree):
         killed.stage_whole(b"x")
@@ -181,17 +158,13 @@ def test_what_a_killed_life_left_makes_room_for_the_next(mount: Callable[..., Pa
     assert os.listdir(small / "staging") == []
 
 
-@pytest.mark.parametrize("free", [0, 1, 2, 16, 17])
-def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
-    mount: Callable[..., Path], free: int
-) -> None:
-    """One inode for the life, sixteen for its rooms, one for the probe."""
+def test_without_room_for_a_file_the_start_says_so_and_leaves_nothing(mount: Callable[..., Path]) -> None:
     small = mount("nr_inodes=40")
     (small / "project").mkdir()
     (small / "staging").mkdir()
-    for number in range(os.statvfs(small).f_ffree - free):
+    for number in range(os.statvfs(small).f_ffree):
         (small / f"ballast{number}").touch()
-    disk = Disk(small / "project", small / "staging")
+    disk = ProjectDir(small / "project", small / "staging")
     with pytest.raises(RootUnusable, match=r"cannot use the staging directory .*: No space left on device"):
         disk.open()
     assert os.listdir(small / "staging") == []
@@ -204,7 +177,7 @@ def test_without_room_for_a_life_the_start_says_so_and_leaves_nothing(
 def test_staging_on_another_file_system_is_refused_at_the_start(
     mount: Callable[..., Path], tmp_path: Path
 ) -> None:
-    disk = Disk(tmp_path / "project", mount() / "staging")
+    disk = ProjectDir(tmp_path / "project", mount() / "staging")
     with pytest.raises(RootUnusable, match="on another file system than the project; set STAGING_DIR"):
         disk.open()
     assert list((tmp_path / "project").iterdir()) == []
@@ -216,7 +189,7 @@ def test_a_bind_mount_of_the_same_file_system_is_refused_too(tmp_path: Path) -> 
     mounted(tmp_path / "bound", "bind", kind="none", source=str(tmp_path / "source"))
     try:
         with pytest.raises(RootUnusable, match="on another file system"):
-            Disk(tmp_path / "project", tmp_path / "bound/staging").open()
+            ProjectDir(tmp_path / "project", tmp_path / "bound/staging").open()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "bound")], check=True)
 
@@ -225,10 +198,10 @@ def test_a_mount_inside_the_project_is_one_problem_and_the_rest_lands(root: Path
     root.mkdir(exist_ok=True)
     mounted(root / "volume")
     try:
-        outcome = agent.apply(write("volume/a", "1"), write("b", "1"))
+        result = agent.apply(write("volume/a", "1"), write("b", "1"))
     finally:
         subprocess.run(["umount", "-l", str(root / "volume")], check=True)
-    assert kinds(outcome) == [("path_unusable", "volume/a", "other_file_system")]
+    assert kinds(result) == [("path_unusable", "volume/a", "other_file_system")]
     assert seen(root) == {"b": "1", "volume/": ""}
 
 
@@ -259,7 +232,7 @@ def failing() -> Iterator[Failing]:
 
 
 @pytest.mark.usefixtures("keeping")
-def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
+def test_whichever_call_fails_the_transaction_lands_whole_or_not_at_all(
     agent: Agent, root: Path, tmp_path: Path, failing: Failing
 ) -> None:
     before = {"a": "old", "b": "old", "dir/deep/c": "old", "file": "old", "gone/x": "old"}
@@ -287,16 +260,16 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
             nested[2],
         ]
         failing.left = number
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
         beyond, failing.left = failing.left > 0, 0
-        if outcome.rolled_back:
-            assert [(p.kind, p.rule) for p in outcome.problems] == [("disk_full", "space")]
-            assert (outcome.done, outcome.made, outcome.gone) == ((), (), ())
+        if result.rolled_back:
+            assert [(p.kind, p.rule) for p in result.problems] == [("disk_full", "space")]
+            assert (result.done, result.made, result.gone) == ((), (), ())
             assert seen(root) == before
             assert set(agent.disk.made) == made
             assert set(in_staging(tmp_path / "staging")) == {flat.staged, nested[0].staged}
             assert kinds(agent.apply(*operations)) == []
-        # What may be left: an empty directory, and in staging what was kept for undoing. The batch has landed.
+        # What may be left: an empty directory, and in staging what was kept for undoing. The transaction has landed.
         assert {path: content for path, content in seen(root).items() if path != "gone/"} == after
         agent.disk.clear_staging()
         if beyond:
@@ -304,7 +277,7 @@ def test_whichever_call_fails_the_batch_lands_whole_or_not_at_all(
     assert number > 30
 
 
-def test_a_new_directory_that_somebody_used_meanwhile_is_not_taken_back(
+def test_a_new_directory_that_another_process_used_meanwhile_is_not_taken_back(
     agent: Agent, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
@@ -318,12 +291,12 @@ def test_a_new_directory_that_somebody_used_meanwhile_is_not_taken_back(
 
     writes = [staged(agent.disk, path, path) for path in ("other/o", "whole/p", "whole/q/r")]
     monkeypatch.setattr(os, "rename", interfering)
-    outcome = agent.apply(*writes, write("z", "z"))
-    assert outcome.rolled_back
-    assert kinds(outcome) == [("disk_full", "z", "space"), ("undo_failed", "whole", None)]
+    result = agent.apply(*writes, write("z", "z"))
+    assert result.rolled_back
+    assert kinds(result) == [("disk_full", "z", "space"), ("undo_failed", "whole", None)]
     assert seen(root) == {"whole/p": "whole/p", "whole/q/r": "whole/q/r", "whole/q/theirs": "foreign"}
-    assert [done.operation for done in outcome.done] == writes[1:]
-    assert set(outcome.made) == set(agent.disk.made) == {"whole", "whole/q"}
+    assert [done.operation for done in result.done] == writes[1:]
+    assert set(result.made) == set(agent.disk.made) == {"whole", "whole/q"}
     agent.disk.clear_staging()
 
 
@@ -342,10 +315,10 @@ def test_where_a_directory_cannot_be_renamed_its_files_are(
     files = {"whole/p": "1", "whole/q/r": "2"}
     writes = [staged(agent.disk, path, text) for path, text in files.items()]
     monkeypatch.setattr(os, "rename", refusing)
-    outcome = agent.apply(*writes)
-    assert kinds(outcome) == []
+    result = agent.apply(*writes)
+    assert kinds(result) == []
     assert seen(root) == files
-    assert set(outcome.made) == {"whole", "whole/q"}
+    assert set(result.made) == {"whole", "whole/q"}
     assert agent.disk.scan() == agent.known
 
 
@@ -376,7 +349,7 @@ def reachable(path: Path) -> None:
             above.chmod(above.stat().st_mode | 0o011)
 
 
-def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> None:
+def test_a_directory_we_may_not_write_in_undoes_the_transaction(tmp_path: Path) -> None:
     reachable(tmp_path)
     root, staging = tmp_path / "project", tmp_path / "staging"
     for path in (root, root / "locked", staging):
@@ -392,10 +365,10 @@ def test_a_directory_we_may_not_write_in_undoes_the_batch(tmp_path: Path) -> Non
             remove("b"),
         ]
 
-        outcome = agent.apply(*operations)
-        assert outcome.rolled_back
-        assert kinds(outcome) == [("permission_denied", "locked/c", "EACCES")]
-        assert "cannot change locked/c: Permission denied" in outcome.problems[0].detail
+        result = agent.apply(*operations)
+        assert result.rolled_back
+        assert kinds(result) == [("permission_denied", "locked/c", "EACCES")]
+        assert "cannot change locked/c: Permission denied" in result.problems[0].detail
         assert seen(root) == {"a": "old", "b": "old", "locked/": ""}
         assert in_staging(staging) == []
     (root / "locked").chmod(0o777)
@@ -424,7 +397,7 @@ def test_a_root_we_may_not_write_in_is_refused_at_the_start(tmp_path: Path) -> N
         as_nobody(),
         pytest.raises(RootUnusable, match=r"cannot write in the project directory .*permission denied"),
     ):
-        Disk(tmp_path / "project", tmp_path / "staging").open()
+        ProjectDir(tmp_path / "project", tmp_path / "staging").open()
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can be refused to give files away by dropping its powers")
@@ -434,14 +407,14 @@ def test_an_owner_that_files_cannot_be_given_to_is_refused_at_the_start(tmp_path
     root.mkdir()
     staging.mkdir()
     with as_nobody(root, staging), pytest.raises(RootUnusable, match="cannot give files to 12:34"):
-        Disk(root, staging, owner=(12, 34)).open()
+        ProjectDir(root, staging, owner=(12, 34)).open()
 
 
 # --- descriptors
 
 
 @pytest.mark.parametrize("spare", range(8))
-def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
+def test_wherever_descriptors_run_out_the_transaction_lands_whole_or_not_at_all(
     agent: Agent, root: Path, spare: int
 ) -> None:
     agent.put({"a": "old", "b/c": "old"})
@@ -452,19 +425,19 @@ def test_wherever_descriptors_run_out_the_batch_lands_whole_or_not_at_all(
         write("w/v/two", "2"),
     ]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    agent.disk._jail.forget()
+    agent.disk._directories.close()
     with open(os.devnull) as highest:
         limit = highest.fileno()
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit + spare, hard))
     try:
-        outcome = agent.apply(*operations)
+        result = agent.apply(*operations)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if outcome.rolled_back:
-        assert [(p.kind, p.rule) for p in outcome.problems] == [("too_many_open_files", "EMFILE")]
+    if result.rolled_back:
+        assert [(p.kind, p.rule) for p in result.problems] == [("too_many_open_files", "EMFILE")]
         assert seen(root) == {"a": "old", "b/c": "old"}
-        outcome = agent.apply(*operations)
-    assert kinds(outcome) == []
+        result = agent.apply(*operations)
+    assert kinds(result) == []
     assert seen(root) == {"a": "new", "x/y/z/one": "1", "w/v/two": "2"}
 
 
@@ -478,9 +451,9 @@ def test_descriptors_do_not_pile_up(agent: Agent) -> None:
     for n in range(300):
         agent.apply(write(f"d{n}/e/f", "x"), write("same", f"{n}"))
         agent.apply(write(f"same/{n}", "blocked"))
-        at_once(agent.disk.reading(RelPath(f"d{n}/e/f"), 1))
-        at_once(agent.disk.reading(RelPath(f"d{n}"), 1))
-        abandoned = agent.disk.checking(RelPath(f"d{n}/e/f"), None, agent.tree[RelPath(f"d{n}/e/f")])
+        at_once(agent.disk.digest_steps(RelPath(f"d{n}/e/f"), 1))
+        at_once(agent.disk.digest_steps(RelPath(f"d{n}"), 1))
+        abandoned = agent.disk.check_steps(RelPath(f"d{n}/e/f"), None, agent.tree[RelPath(f"d{n}/e/f")])
         next(abandoned, None)
         abandoned.close()
     assert count() - before <= 64

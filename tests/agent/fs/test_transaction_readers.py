@@ -1,4 +1,4 @@
-"""What others see while we write, and what a kill leaves: whole files, always."""
+"""What other processes see while the agent writes, and what a kill leaves: whole files, always."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from random import Random
 import pytest
 
 from agent.core.model import Tree, digest_of
+from agent.fs.turns import at_once
 from agent.sync.ledger import Ledger, LedgerState
 from tests.agent.disks import Agent, opened, write
 from tests.profiles import NIGHTLY
@@ -44,7 +45,7 @@ READER = textwrap.dedent(
 
 
 def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tmp_path: Path) -> None:
-    """10,000 rewrites of up to 64 KB (1,000 by day), alone and in batches, under two readers that never pause."""
+    """10,000 rewrites of up to 64 KB (1,000 by day), alone and in transactions, under two readers that never pause."""
 
     def content(n: int) -> bytes:
         body = bytes([n % 256]) * (n * 7919 % 65536)
@@ -65,8 +66,8 @@ def test_no_reader_ever_sees_a_torn_or_missing_file(agent: Agent, root: Path, tm
             operations = [write("src/a", contents[n % 64])]
             if n % 10 == 0:
                 operations.append(write("src/b", "another"))
-            outcome = agent.apply(*operations)
-            assert not outcome.problems
+            result = agent.apply(*operations)
+            assert not result.problems
     finally:
         stop.touch()
         counts = [reader.communicate()[0].split() for reader in readers]
@@ -90,8 +91,8 @@ def test_nothing_happens_to_a_file_before_its_new_content_is_there(agent: Agent,
     try:
         mask = attributes | modified | deleted | moved
         assert libc.inotify_add_watch(watcher, os.fsencode(root / "a"), mask) >= 0
-        outcome = agent.apply(write("a", "new"), write("b", "new"))
-        assert len(outcome.done) == 2
+        result = agent.apply(write("a", "new"), write("b", "new"))
+        assert len(result.done) == 2
         raw = os.read(watcher, 4096)
     finally:
         os.close(watcher)
@@ -105,12 +106,12 @@ WRITER = textwrap.dedent(
     """
     import os, random, signal, sys
     from pathlib import Path
-    from agent.fs.project_dir import Disk
+    from agent.fs.project_dir import ProjectDir
     from agent.sync.ledger import Ledger, LedgerState
     from agent.core.model import Cursor, Entry, RelPath, Remove, Write, digest_of
 
     home = Path(sys.argv[1])
-    disk, ledger = Disk(home / "project", home / "staging"), Ledger(home / "state/ledger.db")
+    disk, ledger = ProjectDir(home / "project", home / "staging"), Ledger(home / "state/ledger.db")
     state = ledger.load()
     disk.open(state.directories if state else ())
     disk.clear_staging()
@@ -143,12 +144,12 @@ WRITER = textwrap.dedent(
                 operations[path] = Write(path, Entry(at, digest_of(content), len(content)), content)
         batch = list(operations.values())
         ledger.intend([o.path for o in batch if isinstance(o, Write) and o.path not in known])
-        outcome = disk.apply(batch, known)
-        for done in outcome.done:
+        result = disk.apply(batch, known)
+        for done in result.done:
             known.pop(done.operation.path, None)
             if done.stat:
                 known[done.operation.path] = done.stat
-        ledger.record(outcome.done, Cursor("e", at), made=outcome.made, gone=outcome.gone)
+        ledger.record(result.done, Cursor("e", at), made=result.made, gone=result.gone)
     """
 )
 
@@ -167,7 +168,7 @@ def test_a_kill_at_any_point_loses_work_but_never_truth(tmp_path: Path) -> None:
         state = state or LedgerState(Tree(), {})
         with opened(tmp_path / "project", tmp_path / "staging") as agent:
             agent.disk.clear_staging()
-            audit = agent.disk.audit(state.tree, state.stats)
+            audit = at_once(agent.disk.audit_steps(state.tree, state.stats))
             claimed = state.tree.files()
             doubted = {drift.path for drift in audit.drifts}
             on_disk = agent.disk.scan()

@@ -26,7 +26,7 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.fs.staging import Staging
 from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
 from agent.snapshot.zip_format import Event
@@ -49,8 +49,8 @@ FILES = {
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+def disk(tmp_path: Path) -> Iterator[ProjectDir]:
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     yield disk
     disk.close()
@@ -88,8 +88,7 @@ def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    (life,) = (tmp_path / "staging").iterdir()
-    places = {path: life / name for path, name in snapshot.staged.items()}
+    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
     return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
 
 
@@ -98,7 +97,7 @@ def is_clean(tmp_path: Path) -> bool:
     return in_staging(tmp_path / "staging") == [] and os.listdir(tmp_path / "project") == []
 
 
-async def test_a_snapshot_is_staged_whole(disk: Disk, http: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_a_snapshot_is_staged_whole(disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path) -> None:
     data = snapshot(FILES)
     progress = Progress()
     async with origin(Answer(data, piece=100)) as server:
@@ -120,7 +119,9 @@ async def test_a_snapshot_is_staged_whole(disk: Disk, http: httpx.AsyncClient, t
     assert os.listdir(tmp_path / "project") == []
 
 
-async def test_a_directory_entry_over_a_listed_file_is_refused(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_a_directory_entry_over_a_listed_file_is_refused(
+    disk: ProjectDir, http: httpx.AsyncClient
+) -> None:
     told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": b"1"})).encode())
     directory = Member(b"a/", b"", method=0, mode=0o040755)
     for members in ([told, directory, Member(b"a", b"1")], [told, Member(b"a", b"1"), directory]):
@@ -132,7 +133,7 @@ async def test_a_directory_entry_over_a_listed_file_is_refused(disk: Disk, http:
 
 @pytest.mark.parametrize("announced", [True, False], ids=["its directory first", "alone"])
 async def test_a_listed_file_is_no_deeper_than_allowed(
-    announced: bool, disk: Disk, http: httpx.AsyncClient
+    announced: bool, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     above = "d/" * MAX_SEGMENTS
     told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({f"{above}x": b"1"})).encode())
@@ -149,7 +150,7 @@ async def test_a_listed_file_is_no_deeper_than_allowed(
      (9_000_000, True, "ratio")],
 )  # fmt: skip
 async def test_how_well_a_file_packs_matters_only_past_what_the_manifest_says(
-    said: int, described: bool, rule: str | None, disk: Disk, http: httpx.AsyncClient
+    said: int, described: bool, rule: str | None, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     """A blank picture is no bomb; what unpacks to more than it is said to have is one."""
     told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": bytes(said)})).encode())
@@ -165,7 +166,7 @@ async def test_how_well_a_file_packs_matters_only_past_what_the_manifest_says(
 
 
 async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     members = [Member(p.encode(), c) for p, c in FILES.items()] + [Member(b"run.sh", b"#!", mode=0o100755)]
     async with origin(Answer(archive(members))) as server:
@@ -177,7 +178,7 @@ async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
 
 
 async def test_a_large_body_is_taken_in_large_pieces(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What httpx does by itself is 64 KB; and what is stored goes to the disk as it came, in no smaller pieces."""
     content = Random(1).randbytes(24 * READ_BYTES)
@@ -204,7 +205,7 @@ def chunked(data: bytes, piece: int) -> bytes:
 
 @pytest.mark.parametrize("length", [True, False], ids=["a length", "no length"])
 async def test_a_body_in_chunks_is_what_is_in_them(
-    length: bool, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    length: bool, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     """A proxy may send it so; a length beside it says nothing (RFC 9112, 6.3)."""
     data = snapshot(FILES)
@@ -217,7 +218,7 @@ async def test_a_body_in_chunks_is_what_is_in_them(
 
 
 async def test_what_follows_the_announced_body_is_not_taken_for_it(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     data = snapshot(FILES)
     answer = Answer(
@@ -234,7 +235,7 @@ async def test_what_follows_the_announced_body_is_not_taken_for_it(
 
 
 async def test_a_body_over_tls(
-    disk: Disk, tls: tuple[ssl.SSLContext, ssl.SSLContext], tmp_path: Path
+    disk: ProjectDir, tls: tuple[ssl.SSLContext, ssl.SSLContext], tmp_path: Path
 ) -> None:
     content = Random(2).randbytes(5 * READ_BYTES)
     data = archive([Member(b"public/film.bin", content, method=0)])
@@ -249,7 +250,7 @@ async def test_a_body_over_tls(
 
 
 async def test_files_the_tree_has_are_checked_but_not_staged(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     have = {RelPath("package.json"): Entry(1, digest_of(b"{}"), 2)}
     async with origin(Answer(snapshot(FILES))) as server:
@@ -262,7 +263,9 @@ async def test_files_the_tree_has_are_checked_but_not_staged(
     assert caught.value.rule == "hash_mismatch"
 
 
-async def test_an_identical_snapshot_ends_with_its_manifest(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_an_identical_snapshot_ends_with_its_manifest(
+    disk: ProjectDir, http: httpx.AsyncClient
+) -> None:
     files = {**FILES, "big.bin": os.urandom(3_000_000)}
     have = {RelPath(p): Entry(1, digest_of(c), len(c)) for p, c in files.items()}
     data = snapshot(files)
@@ -313,7 +316,7 @@ LIES = {
 
 @pytest.mark.parametrize("rule", LIES)
 async def test_what_the_manifest_does_not_bear_out_is_refused_whole(
-    rule: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    rule: str, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     async with origin(Answer(LIES[rule])) as server:
         with pytest.raises(SnapshotRejected) as caught:
@@ -336,7 +339,7 @@ STORAGE = {
 
 @pytest.mark.parametrize("case", STORAGE)
 async def test_storage_is_judged_by_what_its_json_says(
-    case: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    case: str, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     body, error = STORAGE[case]
     async with origin(Answer(json.dumps(body).encode(), 400)) as server:
@@ -353,7 +356,7 @@ async def test_storage_is_judged_by_what_its_json_says(
     ],
 )  # fmt: skip
 async def test_a_status_without_json(
-    status: int, error: type[Exception], disk: Disk, http: httpx.AsyncClient
+    status: int, error: type[Exception], disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     async with origin(Answer(b"<html>no", status, headers=[("Retry-After", "7")])) as server:
         with pytest.raises(error) as caught:
@@ -366,7 +369,7 @@ async def test_a_status_without_json(
 @pytest.mark.parametrize("announced", [True, False])
 @pytest.mark.parametrize("how", ["close", "reset", "stall"])
 async def test_a_stream_that_dies_can_be_tried_again(
-    how: str, announced: bool, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    how: str, announced: bool, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     data = snapshot({**FILES, "more.bin": os.urandom(200_000)})
     async with origin(Answer(data, cut=len(data) // 2, how=how, announced=announced)) as server:
@@ -377,7 +380,7 @@ async def test_a_stream_that_dies_can_be_tried_again(
 
 
 async def test_a_slow_drip_ends_with_the_total_time(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
     async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
@@ -386,7 +389,7 @@ async def test_a_slow_drip_ends_with_the_total_time(
     assert is_clean(tmp_path)
 
 
-async def test_nobody_listens(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_nobody_listens(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     async with origin(Answer()) as server:
         url = server.url
     with pytest.raises(Unavailable):
@@ -398,7 +401,7 @@ def token(exp: float) -> str:
     return f"e30.{claims}.c2ln"
 
 
-async def test_an_expired_url_is_known_before_asking(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_an_expired_url_is_known_before_asking(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     async with origin(Answer(snapshot(FILES))) as server:
         url = server.url.replace("SECRET", token(1000))
         assert expiry(url) == 1000
@@ -408,7 +411,9 @@ async def test_an_expired_url_is_known_before_asking(disk: Disk, http: httpx.Asy
         await fetch(url, disk=disk, http=http, limits=QUICK, wall=lambda: 999)
 
 
-async def test_transient_failures_are_retried(disk: Disk, http: httpx.AsyncClient, tmp_path: Path) -> None:
+async def test_transient_failures_are_retried(
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
     data = snapshot(FILES)
     bad = (Answer(b"", 503), Answer(data, cut=50, how="reset"), Answer(data))
     progress = Progress()
@@ -418,7 +423,7 @@ async def test_transient_failures_are_retried(disk: Disk, http: httpx.AsyncClien
     assert progress.attempt == 3
 
 
-async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     """Jitter would be some milliseconds here."""
     async with origin(Answer(b"", 503, headers=[("Retry-After", "1")]), Answer(snapshot(FILES))) as server:
         started = time.monotonic()
@@ -427,7 +432,7 @@ async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: Disk, http: htt
     assert len(server.requests) == 2
 
 
-async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_a_refused_url_is_renewed(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     reasons = []
     async with origin(
         Answer(b'{"code":"InvalidJWT"}', 400), Answer(b"junk"), Answer(snapshot(FILES))
@@ -446,7 +451,7 @@ async def test_a_refused_url_is_renewed(disk: Disk, http: httpx.AsyncClient) -> 
     [(Answer(b'{"code":"InvalidJWT"}', 400), "snapshot_expired"), (Answer(b"junk"), "snapshot_rejected")],
 )
 async def test_a_refusal_is_a_problem_until_a_snapshot_is_taken(
-    disk: Disk, http: httpx.AsyncClient, bad: Answer, kind: str
+    disk: ProjectDir, http: httpx.AsyncClient, bad: Answer, kind: str
 ) -> None:
     problems = Problems(Metrics())
     catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
@@ -458,7 +463,7 @@ async def test_a_refusal_is_a_problem_until_a_snapshot_is_taken(
     assert not problems.open
 
 
-async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_giving_up_says_why_in_one_line(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     async with origin(Answer(b"", 503)) as server:
         with pytest.raises(HydrationImpossible, match=r"after 8 attempts.*HTTP 503") as spent:
             await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
@@ -473,7 +478,7 @@ async def test_giving_up_says_why_in_one_line(disk: Disk, http: httpx.AsyncClien
 
 
 async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(
-    disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     """Wherever the cancellation falls, the thread in hand is waited for and its files are gone."""
     data = snapshot({f"src/f{i}.bin": os.urandom(40_000) for i in range(60)})
@@ -493,7 +498,7 @@ async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(
 
 
 async def test_the_loop_is_free_while_a_slow_disk_is_written(
-    disk: Disk, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    disk: ProjectDir, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writing = threading.Event()
     go_on = threading.Event()
@@ -516,7 +521,7 @@ async def test_the_loop_is_free_while_a_slow_disk_is_written(
 
 
 async def test_the_url_is_in_no_log(
-    disk: Disk, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+    disk: ProjectDir, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", "agent")
     async with origin(Answer(b"", 503)) as server:

@@ -26,7 +26,7 @@ from agent.core.errors import AgentError, CredentialRejected, SnapshotRejected, 
 from agent.core.model import RelPath, Tree, digest_of
 from agent.core.reconcile import reconcile
 from agent.fs.inspect import FileStat
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
@@ -54,7 +54,7 @@ class Container:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.disk = Disk(place / "project", place / "staging")
+        self.disk = ProjectDir(place / "project", place / "staging")
         self.disk.open()
         self.tree = Tree()
         self.known: dict[RelPath, FileStat] = {}
@@ -165,7 +165,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_is_an_honest_answer(small: Path) -> None:
-    disk = Disk(small / "project", small / "staging")
+    disk = ProjectDir(small / "project", small / "staging")
     disk.open()
     data = snapshot({"big.bin": os.urandom(4_000_000), "a": b"a"})
     async with origin(Answer(data)) as server, httpx.AsyncClient() as http:

@@ -16,7 +16,7 @@ from agent.config import SnapshotLimits
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch, obtain
 from agent.sync.catchup import CatchUp
 from agent.telemetry.metrics import Metrics
@@ -49,8 +49,8 @@ NO_ADDRESS = {
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+def disk(tmp_path: Path) -> Iterator[ProjectDir]:
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     yield disk
     disk.close()
@@ -64,7 +64,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
 async def test_a_url_that_nobody_can_be_asked_at_is_refused(
-    url: str, disk: Disk, http: httpx.AsyncClient, tmp_path: Path
+    url: str, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     with pytest.raises(CredentialRejected, match=r"^the snapshot's URL cannot be used: ") as caught:
         await fetch(url, disk=disk, http=http, limits=QUICK)
@@ -74,7 +74,7 @@ async def test_a_url_that_nobody_can_be_asked_at_is_refused(
 
 
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
-async def test_another_is_asked_for_at_a_start(url: str, disk: Disk, http: httpx.AsyncClient) -> None:
+async def test_another_is_asked_for_at_a_start(url: str, disk: ProjectDir, http: httpx.AsyncClient) -> None:
     asked: list[str] = []
     async with origin(Answer(snapshot(FILES))) as server:
 
@@ -88,7 +88,7 @@ async def test_another_is_asked_for_at_a_start(url: str, disk: Disk, http: httpx
 
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
 async def test_and_in_a_catch_up_it_is_a_problem_until_another_comes(
-    url: str, disk: Disk, http: httpx.AsyncClient
+    url: str, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     problems = Problems(Metrics())
     catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
@@ -116,7 +116,7 @@ async def test_a_body_that_is_encoded_is_refused_unread(
     content: str,
     coding: str,
     encode: Callable[[bytes], bytes],
-    disk: Disk,
+    disk: ProjectDir,
     http: httpx.AsyncClient,
     tmp_path: Path,
 ) -> None:
@@ -135,7 +135,7 @@ async def test_a_body_that_is_encoded_is_refused_unread(
 
 
 async def test_a_refusal_that_is_nested_without_end_is_one_like_another(
-    disk: Disk, http: httpx.AsyncClient
+    disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     deep = "[" * 1000 + "]" * 1000
     for body in (f'{{"statusCode": {deep}}}', f'{{"code": {deep}, "error": {deep}}}'):

@@ -14,7 +14,7 @@ import pytest
 from immutables import Map
 
 from agent.core.model import RelPath
-from agent.fs.project_dir import Disk
+from agent.fs.project_dir import ProjectDir
 from agent.sync.drift import DriftWatch, Observed
 from tests.agent.disks import Agent, remove, write
 
@@ -51,7 +51,7 @@ class Watched:
 
 @asynccontextmanager
 async def watching(tmp_path: Path, files: dict[str, str]) -> AsyncIterator[Watched]:
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     agent = Agent(disk)
     agent.put({**files, "mark": "mark"})
@@ -140,7 +140,7 @@ async def test_a_touched_file_is_no_drift_but_its_look_is_told(tmp_path: Path) -
         await watched.until(lambda: any("a" in seen.touched for seen in watched.reports))
         assert reported(watched) == set()
         look = next(seen.touched[RelPath("a")] for seen in watched.reports if "a" in seen.touched)
-        assert look == watched.agent.disk.look(RelPath("a"))
+        assert look == watched.agent.disk.stat(RelPath("a"))
 
 
 async def test_what_is_not_ours_is_not_looked_at(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_without_watches_it_sweeps(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "inotify watch limit reached")
 
     monkeypatch.setattr("agent.sync.drift.RustNotify", refuse)
-    disk = Disk(tmp_path / "project", tmp_path / "staging")
+    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
     disk.open()
     agent = Agent(disk)
     agent.put({"a": "1"})

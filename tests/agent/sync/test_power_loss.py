@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.model import Cursor, digest_of
+from agent.fs.turns import at_once
 from agent.sync.ledger import Ledger
 from tests.agent.disks import opened, write
 
@@ -60,7 +61,7 @@ def test_after_a_loss_of_power_what_is_in_doubt_is_known(
     contents = {path: (found / "project" / path).read_bytes() for path in FILES}
     assert b"" in contents.values(), "nothing was lost: this run proved nothing"
     with opened(found / "project", found / "staging") as agent:
-        audit = agent.disk.audit(state.tree, state.stats)
+        audit = at_once(agent.disk.audit_steps(state.tree, state.stats))
     claimed = state.tree.files()
     assert set(claimed) == set(FILES) == audit.stats.keys() | {drift.path for drift in audit.drifts}
     for path in audit.stats:

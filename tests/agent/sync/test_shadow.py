@@ -12,7 +12,7 @@ from agent.config import read_environment
 from agent.core.divergence import Comparison
 from agent.core.errors import SettingsError
 from agent.core.model import Entry, RelPath, digest_of
-from agent.fs.inspect import Sight
+from agent.fs.inspect import DirectoryView
 from agent.sync import shadow as module
 from agent.sync.shadow import MOST_SHOWN, Shadow
 from agent.telemetry.metrics import Metrics
@@ -22,7 +22,7 @@ from tests.agent.test_config import GOOD, problems
 
 def shadow_of(live: Path, files: dict[str, str], settle: float = 10.0) -> Shadow:
     wanted = {RelPath(path): Entry(1, digest_of(text.encode()), len(text)) for path, text in files.items()}
-    return Shadow(Sight(live), Comparison(settle), Problems(Metrics()), lambda: wanted)
+    return Shadow(DirectoryView(live), Comparison(settle), Problems(Metrics()), lambda: wanted)
 
 
 def look(shadow: Shadow) -> None:
@@ -56,13 +56,13 @@ def test_only_what_looks_different_is_read_again(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(module, "RACY_NS", -(2**62))  # the clock is not what this is about
     shadow = shadow_of(tmp_path, {"a": "a", "b": "b", "c": "c"})
     read: list[str] = []
-    reading = Sight.reading
+    reading = DirectoryView.digest_steps
 
-    def counted(self: Sight, path: RelPath, size: int):  # type: ignore[no-untyped-def]
+    def counted(self: DirectoryView, path: RelPath, size: int):  # type: ignore[no-untyped-def]
         read.append(path)
         return reading(self, path, size)
 
-    monkeypatch.setattr(Sight, "reading", counted)
+    monkeypatch.setattr(DirectoryView, "digest_steps", counted)
     shadow.read(shadow.wanted())
     assert sorted(read) == ["a", "b", "c"]
     (tmp_path / "b").write_text("B")
@@ -112,7 +112,9 @@ async def test_a_live_directory_that_fails_is_a_problem_until_it_does_not(
 ) -> None:
     shadow = shadow_of(tmp_path, {})
     with monkeypatch.context() as broken:
-        broken.setattr(Sight, "scan", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        broken.setattr(
+            DirectoryView, "scan", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        )
         await shadow._turn()
     assert [kind for kind, _ in shadow.problems.open] == ["live_unreadable"]
     await shadow._turn()
