@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import time
+import zipfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from agent.devserver import project
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port
 from tests.image.engine import TAG, Engine
+from tests.package.checkout import copy_checkout, make_wheel
 from tests.system.plane import Project, eventually, running_plane
 
 pytestmark = pytest.mark.image
@@ -120,6 +123,26 @@ def test_what_is_in_it(engine: Engine) -> None:
     assert said[:-1] == [
         "10001", "root 700", "preview 755", "preview 755", f'{{"key": "{wanted.key}"}}', "node_modules",
     ]  # fmt: skip
+
+
+def test_the_agent_is_the_wheel_and_the_control_plane_is_not_there(engine: Engine, tmp_path: Path) -> None:
+    with zipfile.ZipFile(make_wheel(copy_checkout(tmp_path / "checkout"))) as wheel:
+        wanted = {name: hashlib.sha256(wheel.read(name)).hexdigest() for name in wheel.namelist()}
+    inside = (
+        "cd /opt/preview-agent/lib/python3*/site-packages && ls -d orchestrator_stub ../../../bin/preview-orchestrator;"
+        " find agent preview_sync-*.dist-info -type f ! -name '*.pyc' -exec sha256sum {} +"
+    )
+    said = engine.call("run", "--rm", *engine.run_flags, "--entrypoint", "sh", TAG, "-c", inside)
+    assert said.stderr.count("No such file or directory") == 2
+    installed = {name: digest for digest, name in (line.split() for line in said.stdout.splitlines())}
+    written_by_pip = {name for name in installed if name.endswith(("/RECORD", "/INSTALLER", "/REQUESTED"))}
+    written_by_pip |= {name for name in installed if name.endswith("/direct_url.json")}
+    for names in (wanted, installed):
+        for name in [*names]:
+            if name in written_by_pip or name.startswith("orchestrator_stub/"):
+                del names[name]
+    assert installed == wanted
+    assert len([name for name in installed if name.startswith("agent/")]) > 50
 
 
 def test_missing_settings_end_the_start_with_64_and_a_line_each(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from orchestrator_stub.platform.migrations import MIGRATIONS, read_migrations
 from tests.agent.cli.test_check import environment
 from tests.orchestrator.test_serve import settings
-from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked
+from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked, make_wheel
 from tests.system.stack import Stack, copy_example
 
 pytestmark = pytest.mark.system
@@ -32,14 +32,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path) -> Path:
-    """What `make wheel` makes in a clean checkout, with the tools of this one."""
-    tools = Path(sys.executable).parent.parent
-    command = ["make", "wheel", f"VENV={tools}", "--old-file", f"{tools}/.ready"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = (checkout / "dist").glob("*.whl")
-    assert str(made.relative_to(checkout)) in done.stdout
-    return made
+    return make_wheel(checkout)
 
 
 @pytest.fixture(scope="module")
