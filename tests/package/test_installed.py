@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -124,6 +126,27 @@ def test_dev_serves_a_project(whole: Installed, tmp_path: Path) -> None:
     said = assert_clean(whole.run("preview-orchestrator", "dev", str(app), *options))
     assert set(json.loads(said.splitlines()[-1])) >= {"start_seconds", "save_to_served_ms"}
     assert not Stack(app, state).processes()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
+def test_uvx_serves_a_project_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    """README's line for whoever has a Vite project and the wheel."""
+    (line,) = re.findall(r"(?m)^uvx .*$", (ROOT / "README.md").read_text())
+    assert wheel.name in line
+    app = copy_example(tmp_path / "app")
+    shutil.copy(wheel, app)
+    venv.create(tmp_path / "venv", with_pip=True)
+    there = Installed(tmp_path / "venv", app)
+    assert_clean(there.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"))
+    said = assert_clean(
+        there.run(
+            "bash", "-c", f"{line} --once --json --port 0", timeout=600,
+            UV_PYTHON=sys.executable, UV_CACHE_DIR=str(tmp_path / "cache"),
+        )
+    )  # fmt: skip
+    assert set(json.loads(said.splitlines()[-1])) >= {"start_seconds", "save_to_served_ms"}
+    assert not Stack(app, app / ".preview-sync").processes()
 
 
 def test_serve_says_that_it_has_no_template(whole: Installed, database: str, tmp_path: Path) -> None:
