@@ -75,8 +75,8 @@ def install(place: Path, *what: str, constraints: Path) -> Installed:
     venv.create(place / "venv", with_pip=True)
     there = Installed(place / "venv", place)
     command: Sequence[str] = (
-        "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:",
-        "--constraint", str(constraints), *what,
+        "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
+        "--only-binary", ":all:", "--constraint", str(constraints), *what,
     )  # fmt: skip
     done = there.run(*command, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
