@@ -207,7 +207,6 @@ async def test_a_restarted_container_goes_on_with_what_it_had(container: Contain
     began = time.monotonic()
     await eventually("the preview is ready again", container.ready, 60)
     print(f"\nready {time.monotonic() - began:.2f} s after the restart")
-    assert '"adopted": true' in container.log()
     assert "hydrate.resumed" in container.log()
 
 
