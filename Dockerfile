@@ -23,12 +23,14 @@ COPY pyproject.toml README.md LICENSE ./
 COPY supabase/migrations supabase/migrations
 COPY orchestrator_stub orchestrator_stub
 COPY agent agent
-# The control plane is taken out again: no part of it runs in a preview machine (docs/decisions/README.md).
+# The control plane is taken out again: no part of it runs in a preview machine (docs/decisions/README.md). Nor does
+# anything there read type stubs.
 RUN /opt/build/bin/pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . \
  && cd /opt/preview-agent \
  && bin/pip install --disable-pip-version-check --no-index --no-deps --no-compile /build/dist/*.whl \
  && bin/pip uninstall --disable-pip-version-check -y pip \
  && rm -r bin/preview-orchestrator lib/python3*/site-packages/orchestrator_stub \
+ && find . -name '*.pyi' -delete \
  && bin/python -m compileall -q .
 
 # --- the template's node_modules; the key it was installed for is written inside (.preview-install.json), and a
