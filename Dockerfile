@@ -4,7 +4,7 @@
 #   docker run -p 5173:5173 -e PROJECT_ID=… -e SESSION_ID=… -e SNAPSHOT_URL=… -e REALTIME_TOKEN=… … preview-agent
 ARG BASE=docker.io/library/node:22-trixie-slim
 
-# --- the agent, from its lock, in a directory of its own
+# --- the agent: the wheel that `make wheel` makes, on the versions of its lock
 FROM ${BASE} AS agent
 # Behind a proxy that signs for itself: mount its bundle and name it. Known to the build alone, not to the image.
 ARG NODE_EXTRA_CA_CERTS
@@ -13,15 +13,25 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
-COPY requirements/agent.lock ./
-RUN python3 -m venv /opt/preview-agent \
- && /opt/preview-agent/bin/pip install --disable-pip-version-check --no-cache-dir --require-hashes --only-binary :all: -r agent.lock \
- && /opt/preview-agent/bin/pip uninstall --disable-pip-version-check -y pip
+COPY requirements/agent.lock requirements/build.lock ./
+RUN for made in preview-agent:agent.lock build:build.lock; do \
+      python3 -m venv "/opt/${made%:*}" \
+      && "/opt/${made%:*}/bin/pip" install --disable-pip-version-check --no-cache-dir \
+           --require-hashes --only-binary :all: -r "${made#*:}" || exit 1; \
+    done
+COPY pyproject.toml README.md LICENSE ./
+COPY supabase/migrations supabase/migrations
+COPY orchestrator_stub orchestrator_stub
 COPY agent agent
-RUN cp -r agent "$(/opt/preview-agent/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
- && printf '#!/opt/preview-agent/bin/python\nimport sys\nfrom agent.__main__ import main\nsys.exit(main())\n' >/opt/preview-agent/bin/preview-agent \
- && chmod 755 /opt/preview-agent/bin/preview-agent \
- && /opt/preview-agent/bin/python -m compileall -q /opt/preview-agent
+# The control plane is taken out again: no part of it runs in a preview machine (docs/decisions/README.md). Nor does
+# anything there read type stubs.
+RUN /opt/build/bin/pip wheel --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist . \
+ && cd /opt/preview-agent \
+ && bin/pip install --disable-pip-version-check --no-index --no-deps --no-compile /build/dist/*.whl \
+ && bin/pip uninstall --disable-pip-version-check -y pip \
+ && rm -r bin/preview-orchestrator lib/python3*/site-packages/orchestrator_stub \
+ && find . -name '*.pyi' -delete \
+ && bin/python -m compileall -q .
 
 # --- the template's node_modules; the key it was installed for is written inside (.preview-install.json), and a
 # project that wants the same is started without an install
@@ -41,8 +51,9 @@ RUN apt-get update \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin preview \
  && install -d -m 0755 /app \
  && install -d -m 0700 /var/lib/preview-agent
-COPY --from=agent /opt/preview-agent /opt/preview-agent
+# In the order of how seldom they change: a new agent is a new layer of its own, on the same template.
 COPY --from=template --chown=10001:10001 /app/project /app/project
+COPY --from=agent /opt/preview-agent /opt/preview-agent
 COPY --chmod=755 entrypoint.sh /usr/local/bin/entrypoint.sh
 ENV PATH=/opt/preview-agent/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PROJECT_DIR=/app/project \

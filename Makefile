@@ -25,7 +25,7 @@ dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=e
 	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app)
 
 test: $(READY) ## unit, contract, database and system tests
-	$(BIN)/python -m pytest -m "not nightly"
+	$(BIN)/python -m pytest -m "not nightly" --durations=20
 
 test-nightly: $(READY) ## everything, with the long profiles
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
@@ -79,6 +79,7 @@ bench-readme: $(READY) ## plots and tables again, from the runs that are kept (t
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
+	echo setuptools | uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/build.lock
 
 clean: ## remove what the other commands made
 	rm -rf $(VENV) .preview-sync .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

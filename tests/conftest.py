@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,20 @@ def fresh(postgres_dsn: str, template: str) -> Iterator[str]:
         with psycopg.connect(dsn, autocommit=True) as copy:
             copy.execute("update preview.installation set id = gen_random_uuid()")
         yield dsn
-        server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+        drop(server, name)
+
+
+def drop(server: psycopg.Connection, name: str) -> None:
+    """Drop a database, whoever is still connected to it.
+
+    PostgreSQL sleeps for 100 ms when it meets a backend there, also one that is just ending, as those of the
+    connections that a test closed last do. They are given a moment to end first: 25 ms a drop instead of 120.
+    """
+    connected = "select from pg_stat_activity where datname = %s"
+    deadline = time.monotonic() + 0.05
+    while server.execute(connected, (name,)).rowcount and time.monotonic() < deadline:
+        time.sleep(0.002)
+    server.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
@@ -106,7 +120,7 @@ def blank(postgres_dsn: str) -> Iterator[str]:
         dsn = make_conninfo(postgres_dsn, dbname=name)
         assert asyncio.run(bootstrap(dsn))
         yield dsn
-        server.execute(f"drop database {name} with (force)".encode())
+        drop(server, name)
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,9 @@ def descriptors() -> int:
 
 
 async def released(before: int) -> None:
-    """The watch's own thread closes its descriptors a moment after the watch is told to stop."""
+    """Wait for it: the thread of a watch closes its descriptors a moment after, that of an earlier test too."""
     async with asyncio.timeout(10):
-        while descriptors() != before:
+        while descriptors() > before:
             gc.collect()
             await asyncio.sleep(0.01)
 

@@ -68,7 +68,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     monkeypatch.setattr(mirror, "MIRRORS", [Losing, Absent, Dying, Whole])
     monkeypatch.setattr(mirror, "EDITS", 3)
     monkeypatch.setattr(mirror, "at_rest", lambda: None)
-    monkeypatch.setattr(peers, "DEADLINE", 10.0)
+    monkeypatch.setattr(peers, "DEADLINE", 5.0)
     numbers = count()
 
     def fresh() -> contextlib.AbstractContextManager[Path]:
@@ -87,7 +87,7 @@ def test_it_is_a_row_that_says_so_and_the_others_go_on(
     said = {(row.name, row.peer): row for row in rows}
     many, one = f"burst of {peers.FILES} files, events", "event to file, p50"
     assert {peer for name, peer in said if name == many} == {"losing", "absent", "dying", "whole"}
-    assert said[many, "losing"].failure == "lost 2 of 500 files: they were not there after 10 s"
+    assert said[many, "losing"].failure == "lost 2 of 500 files: they were not there after 5 s"
     assert said[many, "dying"].failure == "it ended, with 0"
     assert said[many, "absent"].failure == said[one, "absent"].failure == "it ended at once, with 1"
     for name in (many, one):

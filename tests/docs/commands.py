@@ -14,7 +14,7 @@ from tests.docs.reading import DOCUMENTS, Code, blocks, spans
 
 PROGRAMS = (
     "make", "preview-agent", "preview-orchestrator", "curl", "fly", "docker", "podman", "pip", "npm", "git", "psql",
-    "pg_dump", "supabase", "python", "df", "ls", "cat", "dmesg", "env", "uv", "apt-get", "flock", "nice",
+    "pg_dump", "supabase", "python", "df", "ls", "cat", "dmesg", "env", "uv", "uvx", "apt-get", "flock", "nice",
 )  # fmt: skip
 """What a command begins with, after a path like `.venv/bin/`."""
 
@@ -63,6 +63,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
     (r"make help", Run(says="make check")),
     (r"make rooms", Run(says="imports between rooms")),
+    (
+        r"uvx --from '\./preview_sync-[\d.]+-py3-none-any\.whl\[orchestrator\]' preview-orchestrator dev \.",
+        ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
+    ),
     (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),

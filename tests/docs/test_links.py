@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,20 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
                 lost.append(f"{code.place}: {name}")
             elif test and not any(re.search(rf"def {test}\b", file.read_text()) for file in found):
                 lost.append(f"{code.place}: {name}::{test}")
+    assert lost == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_module_and_directory_that_is_named_in_short_exists(path: Path) -> None:
+    """`local_supabase/`, `zip_reader.py`: the end of a path in the repository."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = "".join(f"/{name}\n" for name in names.splitlines() if (ROOT / name).exists())
+    lost = [
+        f"{code.place}: {code.text}"
+        for code in spans(path)
+        if (re.fullmatch(r"[\w/]+\.py", code.text) and f"/{code.text}\n" not in known)
+        or (re.fullmatch(r"\w[\w/]*/", code.text) and f"/{code.text}" not in known)
+    ]
     assert lost == []
 
 

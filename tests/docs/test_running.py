@@ -47,7 +47,7 @@ class World:
         """`command` as a reader would type it here."""
         environ = self.agent.environ
         for written, real in (
-            (r"http://127\.0\.0\.1:9464", f"http://127.0.0.1:{self.agent.port}"),
+            (r"http://127\.0\.0\.1:(9464|41203)", f"http://127.0.0.1:{self.agent.port}"),
             (r"http://127\.0\.0\.1:5173/\S*", f"http://127.0.0.1:{self.agent.port}/livez"),
             (r"http://127\.0\.0\.1:54321|https://my-orchestrator\.fly\.dev", self.plane.url),
             (r"DATABASE_URL=\S+", "DATABASE_URL=$DATABASE_URL"),

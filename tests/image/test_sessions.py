@@ -114,10 +114,14 @@ async def test_a_session_lives_its_whole_life_in_containers(
     assert replaced["machine"]["id"] == form["machine"]["id"].removesuffix("1") + "2"
     assert [m.id for m in await machines.find(UUID(session_id))] == [replaced["machine"]["id"]]
 
-    # A container that no session speaks for is swept; the session's own is not.
-    stray = await machines.create(spec_for())
+    # A container of this installation that no session speaks for is swept; the session's own and another's are not.
+    async with await psycopg.AsyncConnection.connect(plane.dsn) as connection:
+        cursor = await connection.execute("select id from preview.installation")
+        ((installation,),) = await cursor.fetchall()
+    stray, anothers = await machines.create(spec_for(of=installation)), await machines.create(spec_for())
     await plane.control.sweep()
     assert await machines.inspect(stray.id) is None
+    assert await machines.inspect(anothers.id) is not None
     assert await machines.inspect(replaced["machine"]["id"]) is not None
 
     # A container that somebody removed by hand ends its session.

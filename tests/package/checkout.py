@@ -26,6 +26,17 @@ def copy_checkout(to: Path) -> Path:
     return to
 
 
+def make_wheel(checkout: Path) -> Path:
+    """Make the wheel as `make wheel` does in `checkout`, with the tools of the running interpreter's environment."""
+    tools = Path(sys.executable).parent.parent
+    command = ["make", "wheel", f"VENV={tools}", "--old-file", f"{tools}/.ready"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (checkout / "dist").glob("*.whl")
+    assert str(made.relative_to(checkout)) in done.stdout
+    return made
+
+
 def locked(to: Path) -> Path:
     """requirements/dev.lock as a constraints file, which may not have hashes beside a wheel that has none."""
     lock = (ROOT / "requirements" / "dev.lock").read_text()
@@ -64,8 +75,8 @@ def install(place: Path, *what: str, constraints: Path) -> Installed:
     venv.create(place / "venv", with_pip=True)
     there = Installed(place / "venv", place)
     command: Sequence[str] = (
-        "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:",
-        "--constraint", str(constraints), *what,
+        "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
+        "--only-binary", ":all:", "--constraint", str(constraints), *what,
     )  # fmt: skip
     done = there.run(*command, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from orchestrator_stub.platform.migrations import MIGRATIONS, read_migrations
 from tests.agent.cli.test_check import environment
 from tests.orchestrator.test_serve import settings
-from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked
+from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked, make_wheel
 from tests.system.stack import Stack, copy_example
 
 pytestmark = pytest.mark.system
@@ -32,14 +34,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path) -> Path:
-    """What `make wheel` makes in a clean checkout, with the tools of this one."""
-    tools = Path(sys.executable).parent.parent
-    command = ["make", "wheel", f"VENV={tools}", "--old-file", f"{tools}/.ready"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = (checkout / "dist").glob("*.whl")
-    assert str(made.relative_to(checkout)) in done.stdout
-    return made
+    return make_wheel(checkout)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +126,27 @@ def test_dev_serves_a_project(whole: Installed, tmp_path: Path) -> None:
     said = assert_clean(whole.run("preview-orchestrator", "dev", str(app), *options))
     assert set(json.loads(said.splitlines()[-1])) >= {"start_seconds", "save_to_served_ms"}
     assert not Stack(app, state).processes()
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
+def test_uvx_serves_a_project_without_a_checkout(wheel: Path, tmp_path: Path) -> None:
+    """README's line for whoever has a Vite project and the wheel."""
+    (line,) = re.findall(r"(?m)^uvx .*$", (ROOT / "README.md").read_text())
+    assert wheel.name in line
+    app = copy_example(tmp_path / "app")
+    shutil.copy(wheel, app)
+    venv.create(tmp_path / "venv", with_pip=True)
+    there = Installed(tmp_path / "venv", app)
+    assert_clean(there.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"))
+    said = assert_clean(
+        there.run(
+            "bash", "-c", f"{line} --once --json --port 0", timeout=600,
+            UV_PYTHON=sys.executable, UV_CACHE_DIR=str(tmp_path / "cache"),
+        )
+    )  # fmt: skip
+    assert set(json.loads(said.splitlines()[-1])) >= {"start_seconds", "save_to_served_ms"}
+    assert not Stack(app, app / ".preview-sync").processes()
 
 
 def test_serve_says_that_it_has_no_template(whole: Installed, database: str, tmp_path: Path) -> None:

@@ -44,10 +44,9 @@ FILES = {"package.json": '{"scripts": {"dev": "x"}}', "src/a.ts": "a\n"}
 COLLECTOR_KEY = "authorization=Bearer%20canary-collector-key"
 
 BUG = """
-import logging, os, threading
-from agent import sync
+import logging, os, threading, traceback
 
-def crash(self, staged, seconds):
+def crash(*_):
     url, token = os.environ["SNAPSHOT_URL"], os.environ["REALTIME_TOKEN"]
     logging.getLogger("some.library").warning("retrying %s with %s", url, token)
     threading.Thread(target=lambda: print_nothing(url)).start()
@@ -60,14 +59,23 @@ def crash(self, staged, seconds):
     except ConnectionError as error:
         raise RuntimeError(f"bad header: Bearer {token}, {os.environ['REALTIME_API_KEY']}") from error
 
-sync.Sync._hydrated = crash
-if os.environ.get("CRASH") == "loop":
-    from agent import daemon
-    def broken(*_):
-        raise RuntimeError(os.environ["SNAPSHOT_URL"])
-    daemon.Report = broken
+def replace(owner, name, bug):
+    assert callable(getattr(owner, name))
+    setattr(owner, name, bug)
+
+try:
+    from agent.sync import engine
+    replace(engine.Sync, "_hydrated", crash)
+    if os.environ.get("CRASH") == "loop":
+        from agent import daemon
+        def broken(*_, **__):
+            raise RuntimeError(os.environ["SNAPSHOT_URL"])
+        replace(daemon, "Report", broken)
+except Exception:
+    traceback.print_exc()
+    os._exit(99)
 """
-"""A sitecustomize: bugs that nobody has planned for, with secrets in their messages."""
+"""A sitecustomize: bugs that nobody has planned for, with secrets in their messages. 99: what it breaks has moved."""
 
 
 @pytest.fixture

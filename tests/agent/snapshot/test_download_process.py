@@ -116,48 +116,73 @@ def refusal(status: int, kind: str) -> Answer:
     return Answer(json.dumps(document).encode(), status, [("Content-Type", "application/problem+json")])
 
 
-@pytest.mark.parametrize(
-    ("in_front", "own", "code"),
-    [
-        (PAGE, refusal(404, "session_unknown"), 70),
-        (replace(PAGE, status=410), refusal(410, "session_over"), 70),
-        (replace(PAGE, status=409), refusal(409, "generation_superseded"), 0),
-        (replace(PAGE, status=401), refusal(410, "session_over"), 70),
-        (replace(PAGE, status=403), refusal(410, "session_over"), 70),
-        (replace(PAGE, status=200), refusal(410, "session_over"), 70),
-        (OTHER, refusal(404, "session_unknown"), 70),
-    ],
-    ids=["404", "410", "409", "401", "403", "200", "another's JSON"],
-)  # fmt: skip
-async def test_the_orchestrator_alone_ends_an_agent(
-    in_front: Answer, own: Answer, code: int, tmp_path: Path
-) -> None:
-    """Whatever stands in front of it may answer for it, with the same numbers, for a while."""
+IN_FRONT = {
+    "404": (PAGE, refusal(404, "session_unknown"), 70),
+    "410": (replace(PAGE, status=410), refusal(410, "session_over"), 70),
+    "409": (replace(PAGE, status=409), refusal(409, "generation_superseded"), 0),
+    "401": (replace(PAGE, status=401), refusal(410, "session_over"), 70),
+    "403": (replace(PAGE, status=403), refusal(410, "session_over"), 70),
+    "200": (replace(PAGE, status=200), refusal(410, "session_over"), 70),
+    "another's JSON": (OTHER, refusal(404, "session_unknown"), 70),
+}
+"""What answers for the orchestrator, then what it answers itself, and what the agent ends with."""
+
+
+async def outlive(in_front: Answer, own: Answer, place: Path) -> tuple[set[str], int]:
+    """An agent's problems while `in_front` answers, and its exit code once `own` does."""
     port = free_port()
+    place.mkdir()
     async with (
         origin(Answer(snapshot(FILES))) as storage,
         origin(in_front) as api,
         httpx.AsyncClient() as http,
     ):
         process = started(
-            tmp_path, storage.url, SESSION_API_URL=base(api), HEALTH_PORT=str(port), HEARTBEAT_SECONDS="0.2"
+            place, storage.url, SESSION_API_URL=base(api), HEALTH_PORT=str(port), HEARTBEAT_SECONDS="0.2"
         )
         try:
             kinds: set[str] = set()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while "session_api_unreachable" not in kinds or len(api.requests) < 4:
                     assert process.poll() is None, await end_of(process)
                     await asyncio.sleep(0.02)
                     with contextlib.suppress(httpx.TransportError):
                         said = (await http.get(f"http://127.0.0.1:{port}/status")).json()
                         kinds = {problem["kind"] for problem in said["problems"]}
-            assert "token_refused" not in kinds
             api.answers[:] = [own]
             ended, _ = await end_of(process)
+            return kinds, ended
         finally:
             process.kill()
             process.wait()
-    assert ended == code
+
+
+@pytest.fixture(scope="module")
+def outlived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[set[str], int] | BaseException]:
+    """What became of an agent for each of `IN_FRONT`: all at once, since they mostly wait."""
+    place = tmp_path_factory.mktemp("outlived")
+
+    async def all_of_them() -> list[tuple[set[str], int] | BaseException]:
+        runs = (
+            outlive(in_front, own, place / str(number))
+            for number, (in_front, own, _) in enumerate(IN_FRONT.values())
+        )
+        return await asyncio.gather(*runs, return_exceptions=True)
+
+    return dict(zip(IN_FRONT, asyncio.run(all_of_them()), strict=True))
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_the_orchestrator_alone_ends_an_agent(
+    name: str, outlived: dict[str, tuple[set[str], int] | BaseException]
+) -> None:
+    """Whatever stands in front of it may answer for it, with the same numbers, for a while."""
+    run = outlived[name]
+    if isinstance(run, BaseException):
+        raise run
+    kinds, ended = run
+    assert "token_refused" not in kinds
+    assert ended == IN_FRONT[name][2]
 
 
 async def test_at_a_start_too_the_orchestrator_is_waited_for(tmp_path: Path) -> None:

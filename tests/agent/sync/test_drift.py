@@ -224,8 +224,15 @@ def make_link(place: bytes) -> None:
     os.symlink(b"nowhere", place)
 
 
+@pytest.fixture
+def renewed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest between two renewals is for the processor's sake alone."""
+    monkeypatch.setattr("agent.sync.drift.RENEW_SECONDS", 0.02)
+
+
 @pytest.mark.parametrize("make", [make_file, os.mkdir, make_by_rename, make_link])
 @pytest.mark.parametrize("below", [b"", b"src/"])
+@pytest.mark.usefixtures("renewed_at_once")
 async def test_a_name_that_is_not_utf_8_does_not_end_the_watch(
     tmp_path: Path, below: bytes, make: Callable[[bytes], None]
 ) -> None:

@@ -1,0 +1,33 @@
+"""What is built, deployed and tested are the same versions: every lock pins what dev.lock pins."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.package.checkout import ROOT
+
+REQUIREMENTS = ROOT / "requirements"
+WITH_HASHES = re.compile(r"(?m)^([a-z0-9][\w.-]*)==(\S+)(?: ; [^\\\n]+?)? *\\\n +--hash=sha256:[0-9a-f]{64}")
+
+
+def pins(lock: Path) -> set[tuple[str, str]]:
+    """The packages and versions of a lock, each of which has a hash; more than one where a marker chooses."""
+    text = lock.read_text()
+    found = WITH_HASHES.findall(text)
+    assert len(found) == len(re.findall(r"(?m)^[a-z0-9][\w.-]*==", text))
+    return set(found)
+
+
+@pytest.mark.parametrize("name", ["agent.lock", "build.lock"])
+def test_the_image_is_made_of_what_is_tested(name: str) -> None:
+    assert pins(REQUIREMENTS / name) <= pins(REQUIREMENTS / "dev.lock")
+
+
+def test_the_image_builds_with_what_the_wheel_is_built_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {re.split(r"[^\w.-]", requirement)[0] for requirement in project["build-system"]["requires"]}
+    assert {name for name, _ in pins(REQUIREMENTS / "build.lock")} == needed
