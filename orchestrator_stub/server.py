@@ -30,7 +30,7 @@ from starlette.types import Message, Receive, Scope, Send
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http import operations
 from orchestrator_stub.http.operations import Measured, Metrics
-from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.http.routes import SessionRoutes, application
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -41,22 +41,22 @@ from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.inventory import judged
+from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.inventory import describe
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
-from orchestrator_stub.snapshots.builder import Snapshots
-from orchestrator_stub.snapshots.cache import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
-from orchestrator_stub.snapshots.worker import SnapshotJob
+from orchestrator_stub.snapshots.builder import SnapshotBuilder
+from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
+from orchestrator_stub.snapshots.worker import SnapshotWorker
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class ControlPlane:
     """A running control plane."""
 
     routes: list[BaseRoute]
-    control: Control
-    job: SnapshotJob
+    controller: SessionController
+    worker: SnapshotWorker
     store: SessionStore
     metrics: Metrics
     pool: Pool
@@ -64,7 +64,9 @@ class Service:
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
+async def control_plane(
+    settings: Settings, keys: Keyring, driver: MachineDriver
+) -> AsyncIterator[ControlPlane]:
     """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database, `Unmigrated`."""
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
@@ -72,11 +74,13 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         storage = StorageClient(settings.storage_url, service_key, http)
         registry = CollectorRegistry()
         url_ttl = int(settings.snapshot_url_ttl)
-        builder = Snapshots(pool, storage, registry=registry)
+        builder = SnapshotBuilder(pool, storage, registry=registry)
         redis_url = settings.redis_url
-        offers: OfferCache = RedisOffers(redis_url.get_secret_value()) if redis_url else PostgresOffers(pool)
-        snapshots = KeptSnapshots(
-            pool, builder, offers, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
+        cache: CacheStore = (
+            RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
+        )
+        snapshots = SnapshotCache(
+            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
         )
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
@@ -86,22 +90,24 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
             metrics.provision_seconds.labels(part).observe(seconds)
 
         installation = await store.installation()
-        control = Control(
+        controller = SessionController(
             settings, store, snapshots, driver, keys,
             installation=installation, template=template, on_part=on_part,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
-        metrics.last_sweep.set_function(lambda: control.swept_at)
+        metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
+        api = SessionRoutes(
+            settings, controller, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe
+        )
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
-            job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
-            yield Service(routes, control, job, store, metrics, pool, installation)
+            worker = SnapshotWorker(dsn, pool, builder, storage, url_ttl=url_ttl)
+            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:
-            await control.close()
+            await controller.close()
             await driver.close()
-            await offers.close()
+            await cache.close()
 
 
 class Dated:
@@ -211,8 +217,8 @@ async def run_serve(settings: Settings) -> int:
             )
             server = Server(config)
             serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
-            sweeping = asyncio.create_task(service.control.run(), name="sweeper")
-            building = asyncio.create_task(service.job.run(), name="snapshot job")
+            sweeping = asyncio.create_task(service.controller.run(), name="sweeper")
+            building = asyncio.create_task(service.worker.run(), name="snapshot worker")
             stopping = asyncio.create_task(stop.wait(), name="stop")
             log.info(
                 "serving",
@@ -307,7 +313,7 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
             sessions = await store.known({owner.session_id for owner in owners})
     finally:
         await driver.close()
-    found = [judged(machine, installation, sessions) for machine in machines]
+    found = [describe(machine, installation, sessions) for machine in machines]
     for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
         line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
         say(json.dumps(asdict(each)) if as_json else line)

@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from bench.cases.start import log_moments
 from bench.harness.results import Row, in_turn, ratio_of
-from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.http.routes import SessionRoutes, application
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -43,7 +43,7 @@ from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform
@@ -159,7 +159,9 @@ async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
             return Response(form, media_type="application/json")
 
         catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
-        api = Api(world.settings, world.control, world.store, catchup, world.snapshots, world.keys)
+        api = SessionRoutes(
+            world.settings, world.controller, world.store, catchup, world.snapshots, world.keys
+        )
         app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
@@ -222,15 +224,15 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
         driver = FlyMachines(api, FlyShape(APP, "image"))
         installation = await store.installation()
-        control = Control(settings, store, snapshots, driver, keys, installation=installation)
+        controller = SessionController(settings, store, snapshots, driver, keys, installation=installation)
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
-        routes = Api(settings, control, store, catchup, snapshots, keys).routes()
+        routes = SessionRoutes(settings, controller, store, catchup, snapshots, keys).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
             yield World(
-                settings, pool, keys, Platform(), snapshots, assets, store, control, client, installation
+                settings, pool, keys, Platform(), snapshots, assets, store, controller, client, installation
             )
-            await control.close()
+            await controller.close()
 
 
 async def _many(dsn: str, count: int) -> list[Row]:

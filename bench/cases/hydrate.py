@@ -53,13 +53,15 @@ from agent.fs.project_dir import Disk
 from agent.snapshot.download import fetch
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from bench.harness.scratch_fs import Ground
-from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.snapshots.builder import Snapshots
+from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.zip_writer import ZipWriter
 
 PROJECT = "00000000-0000-4000-8000-000000000001"
@@ -225,7 +227,7 @@ async def build(dsn: str, url: str, project: str) -> dict[str, float]:
     """One build, stored anew."""
     async with AsyncConnectionPool(dsn, min_size=1, open=False) as pool, httpx.AsyncClient() as http:
         await pool.wait()
-        snapshots = Snapshots(pool, StorageClient(f"{url}/storage/v1", KEYS.service_key, http))
+        snapshots = SnapshotBuilder(pool, StorageClient(f"{url}/storage/v1", KEYS.service_key, http))
         before = forget_peak()
         built = await snapshots.build(uuid.UUID(project), anew=True)
         return {"seconds": built.build_seconds, "grown": resident("VmHWM") - before}

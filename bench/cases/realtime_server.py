@@ -39,8 +39,11 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
-from orchestrator_stub.local_supabase import Limits, ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.realtime.limits import Limits
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.migrations import bootstrap
 from orchestrator_stub.platform.tokens import Keyring
 

@@ -35,18 +35,20 @@ import tenacity
 from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
-from orchestrator_stub.platform.source_paths import ignored, path_problem, shown
-from orchestrator_stub.platform.source_tree import (
+from orchestrator_stub.platform.source_files import (
     MAX_ASSET,
     LocalFile,
     Unreadable,
     as_text,
     directories,
+    ignored,
     in_few_words,
     is_directory,
     list_files,
+    path_problem,
     read_file,
     relative_path,
+    shown,
     stands,
 )
 from orchestrator_stub.platform.tokens import Keyring

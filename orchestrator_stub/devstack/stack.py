@@ -38,8 +38,10 @@ from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, Check
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, owner_of
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.migrations import (
@@ -51,7 +53,7 @@ from orchestrator_stub.platform.migrations import (
 )
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
-from orchestrator_stub.server import Server, Service, configure_logs, control_plane
+from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane
 
 HOST: Final = "127.0.0.1"
 
@@ -146,8 +148,8 @@ class Stack:
         machine, session_id = await self._session(url, project_keys, project_id, driver)
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
-        tasks.append(asyncio.create_task(service.control.run(), name="sweeper"))
-        tasks.append(asyncio.create_task(service.job.run(), name="snapshot job"))
+        tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
+        tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 
@@ -252,7 +254,7 @@ class Stack:
 
     @asynccontextmanager
     async def _serve(
-        self, listener: socket.socket, service: Service, dsn: str, keys: ProjectKeys
+        self, listener: socket.socket, service: ControlPlane, dsn: str, keys: ProjectKeys
     ) -> AsyncIterator[None]:
         """Control plane and stand-in on one socket, up when this yields."""
         local = stand_in(dsn, keys, self._state / "storage", faults=self._options.faults)
@@ -276,7 +278,7 @@ class Stack:
             server.should_exit = True
             await asyncio.wait([task], timeout=5)
 
-    async def _project(self, service: Service, user_id: UUID, project_id: UUID, name: str) -> None:
+    async def _project(self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str) -> None:
         """A user and a project of theirs, as a product's sign-up would make them."""
         async with service.pool.connection() as connection:
             await connection.execute(

@@ -23,11 +23,11 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from orchestrator_stub.local_supabase.access import Pool
 from orchestrator_stub.local_supabase.keys import ProjectKeys
-from orchestrator_stub.local_supabase.realtime.broadcast import Http
+from orchestrator_stub.local_supabase.realtime.broadcast import BroadcastRoutes
 from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.local_supabase.realtime.limits import Limits
 from orchestrator_stub.local_supabase.realtime.server import Realtime
-from orchestrator_stub.local_supabase.rest import Rest
+from orchestrator_stub.local_supabase.rest import RestRoutes
 from orchestrator_stub.local_supabase.storage import Storage
 
 SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
@@ -67,7 +67,11 @@ def stand_in(
     routes: list[BaseRoute] = [
         *(WebSocketRoute(path, realtime) for path in SOCKET_PATHS),
         *_open_to_browsers(
-            [*Http(realtime).routes(), *storage.routes(), *Rest(pool, keys, clock=clock).routes()]
+            [
+                *BroadcastRoutes(realtime).routes(),
+                *storage.routes(),
+                *RestRoutes(pool, keys, clock=clock).routes(),
+            ]
         ),
     ]
 

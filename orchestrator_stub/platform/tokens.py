@@ -353,7 +353,7 @@ def mint_session(
 
 
 class SessionReader:
-    """`read_session`, remembering the verdict on a token for as long as the keys and the token are good.
+    """`read_session`, remembering the result for a token for as long as the keys and the token are good.
 
     A machine shows the same token hundreds of times; the signature's mathematics is most of what one answer costs.
     """

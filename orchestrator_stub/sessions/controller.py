@@ -37,11 +37,11 @@ from orchestrator_stub.machines.driver import (
 )
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions.lifecycle import LIVE, Event, Session, State, Verdict, judge
+from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
-log = structlog.get_logger("control")
+log = structlog.get_logger("session_controller")
 
 Step = Callable[[], Awaitable[object]]
 """One thing to be done about one session or machine. Not begun until it has its turn: it may never get one."""
@@ -50,19 +50,19 @@ AT_ONCE: Final = 16
 """Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
 
 
-class BeginningRefused(Exception):
+class TemplateRefused(Exception):
     """What a new project was to begin with is not what a project may hold; asking again cannot help."""
 
 
-class Beginning(Protocol):
+class ProjectTemplate(Protocol):
     """What a new project begins with."""
 
-    async def give(self, project_id: UUID) -> bool:
-        """Give it to a project that never had a commit. Safe to repeat. Raises `BeginningRefused`."""
+    async def apply(self, project_id: UUID) -> bool:
+        """Give it to a project that never had a commit. Safe to repeat. Raises `TemplateRefused`."""
         ...
 
 
-class Control:
+class SessionController:
     """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims.
 
     `on_part` is told the seconds that each part of making a machine took: replace, template, snapshot, token, machine.
@@ -77,7 +77,7 @@ class Control:
         keys: Keyring,
         *,
         installation: Installation,
-        template: Beginning | None = None,
+        template: ProjectTemplate | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
@@ -139,7 +139,7 @@ class Control:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"machine_refused: {error}")
             return
-        except BeginningRefused as error:
+        except TemplateRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"template_refused: {error}")
             return
@@ -153,7 +153,7 @@ class Control:
         ) as error:
             reason = str(error) or type(error).__name__
             log.warning("session.not_yet", session_id=str(session_id), reason=reason)
-            await self._store.let_go(session_id, by=self._name, problem=f"provisioning: {reason}")
+            await self._store.release(session_id, by=self._name, problem=f"provisioning: {reason}")
             return
         kept = await self._store.machine_made(session_id, session.generation, machine)
         if kept is None:
@@ -190,7 +190,7 @@ class Control:
                     await self._driver.destroy(machine.id)
         except (MachineError, TimeoutError, OSError) as error:
             log.warning("session.not_ended_yet", session_id=str(session_id), reason=str(error))
-            await self._store.let_go(session_id, by=self._name, problem=None)
+            await self._store.release(session_id, by=self._name, problem=None)
             return
         over = await self._store.destroyed(session_id)
         if over is not None:
@@ -234,14 +234,14 @@ class Control:
             if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
                 log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
             judgement = judge(session, now, self._settings.timing)
-            match judgement.verdict:
-                case Verdict.PROVISION:
+            match judgement.action:
+                case Action.PROVISION:
                     due.append(partial(self.provision, session.id))
-                case Verdict.DRAIN:
+                case Action.DRAIN:
                     due.append(partial(self.end, session.id, problem=judgement.problem))
-                case Verdict.DESTROY:
+                case Action.DESTROY:
                     due.append(partial(self.finish, session.id))
-                case Verdict.LEAVE if _lost(session, machines):
+                case Action.LEAVE if _lost(session, machines):
                     due.append(partial(self._end_if_gone, session))
         unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
         due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
@@ -265,7 +265,7 @@ class Control:
         """
         await self.drop()
         try:
-            await self._store.abandon(by=self._name)
+            await self._store.release_all(by=self._name)
         except psycopg.OperationalError as error:
             log.warning("close.not_said", reason=str(error))
 
@@ -278,9 +278,9 @@ class Control:
     async def _spec(self, session: Session) -> MachineSpec:
         if self._template is not None:
             with self._part("template"):
-                await self._template.give(session.project_id)
+                await self._template.apply(session.project_id)
         with self._part("snapshot"):
-            offer = await self._snapshots.offer(session.project_id)
+            snapshot = await self._snapshots.signed_snapshot(session.project_id)
         with self._part("token"):
             token, _ = self.token_for(session)
         settings = self._settings
@@ -294,7 +294,7 @@ class Control:
             env={
                 "PROJECT_ID": str(session.project_id),
                 "SESSION_ID": str(session.id),
-                "SNAPSHOT_URL": offer.url,
+                "SNAPSHOT_URL": snapshot.url,
                 "REALTIME_TOKEN": token,
                 "REALTIME_URL": settings.realtime_url,
                 "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),

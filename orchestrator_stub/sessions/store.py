@@ -219,7 +219,7 @@ class SessionStore:
             },
         )
 
-    async def let_go(self, session_id: UUID, *, by: str, problem: str | None) -> None:
+    async def release(self, session_id: UUID, *, by: str, problem: str | None) -> None:
         """Give up one's turn before its end, saying why; the sweeper goes on from there."""
         await self._run(
             "update preview.sessions set claimed_until = null, problem = coalesce(%(problem)s, problem)"
@@ -227,7 +227,7 @@ class SessionStore:
             {"id": session_id, "by": by, "problem": problem},
         )
 
-    async def abandon(self, *, by: str) -> None:
+    async def release_all(self, *, by: str) -> None:
         """Give up all of one's turns, for others to go on: an orchestrator that stops in order."""
         await self._run(
             "update preview.sessions set claimed_until = null where claimed_by = %(by)s", {"by": by}

@@ -76,7 +76,7 @@ class ProjectUnknown(SnapshotUnavailable):
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class StoredSnapshot:
     """One that is in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
 
     object_path: str
@@ -104,7 +104,7 @@ class _File:
     is_binary: bool
 
 
-class Snapshots:
+class SnapshotBuilder:
     """Builds, stores and signs."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Snapshots:
 
     async def build(
         self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
-    ) -> Snapshot:
+    ) -> StoredSnapshot:
         """Build the project's head and store it. `anew`: under a new name even if these bytes are stored already.
 
         Raises `SnapshotUnavailable`, `ProjectUnknown`.
@@ -152,7 +152,7 @@ class Snapshots:
             bytes=size,
             seconds=round(seconds, 3),
         )
-        return Snapshot(path, {**manifest, "build_seconds": round(seconds, 6)}, size, digest, seconds)
+        return StoredSnapshot(path, {**manifest, "build_seconds": round(seconds, 6)}, size, digest, seconds)
 
     async def signed_url(self, object_path: str, expires_in: int) -> str:
         """A URL for a stored snapshot. Raises `SnapshotUnavailable`."""

@@ -22,12 +22,12 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
+from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 
-log = structlog.get_logger("snapshot_job")
+log = structlog.get_logger("snapshot_worker")
 
 CHANNEL: Final = "snapshot_requests"
 
@@ -74,7 +74,7 @@ select distinct project_id from (
 """
 
 
-class SnapshotJob:
+class SnapshotWorker:
     """One orchestrator's share of the work. `dsn` is for listening: a connection with a session of its own.
 
     `url_ttl`: seconds that the URL in `snapshot:ready` lives. `clock` gives Unix seconds.
@@ -84,7 +84,7 @@ class SnapshotJob:
         self,
         dsn: str,
         pool: Pool,
-        snapshots: Snapshots,
+        snapshots: SnapshotBuilder,
         storage: StorageClient,
         *,
         url_ttl: int,
@@ -103,7 +103,7 @@ class SnapshotJob:
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(psycopg.Error),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
-            before_sleep=lambda state: log.warning("snapshot_job.database_lost"),
+            before_sleep=lambda state: log.warning("snapshot_worker.database_lost"),
         ):
             with attempt:
                 await self._work()
@@ -119,7 +119,7 @@ class SnapshotJob:
             snapshot = await self._snapshots.build(project_id)
             url = await self._snapshots.signed_url(snapshot.object_path, self._url_ttl)
         except SnapshotUnavailable as error:
-            log.warning("snapshot_job.failed", project_id=str(project_id), reason=str(error))
+            log.warning("snapshot_worker.failed", project_id=str(project_id), reason=str(error))
             async with self._pool.connection() as connection:
                 await connection.execute(FAILED, (str(error), request_id))
             return True
@@ -176,7 +176,7 @@ class SnapshotJob:
                         await self.clear_old()
                         await self._deleted.look_again()
                     except StorageFailure as error:
-                        log.warning("snapshot_job.not_cleared", reason=str(error))
+                        log.warning("snapshot_worker.not_cleared", reason=str(error))
                 async for _ in listener.notifies(timeout=LOOK_SECONDS, stop_after=1):
                     break
                 await asyncio.sleep(0)

@@ -28,7 +28,7 @@ MOST_OVERSIZE = 64 * 1024 * 1024
 """Bytes of an oversize frame: beyond any client's limit, within anybody's memory."""
 
 
-class Http:
+class BroadcastRoutes:
     """The realtime server's HTTP side."""
 
     def __init__(self, realtime: Realtime) -> None:
