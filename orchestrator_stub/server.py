@@ -1,7 +1,8 @@
-"""One control plane put together, and the process that serves it.
+"""Puts one control plane together, and runs the process that serves it.
 
-`control_plane` makes pool, storage, snapshots, sessions, sweeper and routes, for `serve` and `dev` both; `run_serve`
-is `preview-orchestrator serve`, until told to stop; `run_machines` is `preview-orchestrator machines`.
+`control_plane` makes pool, storage, snapshots, sessions and routes, for `serve` and `dev` both. `run_serve` is
+`preview-orchestrator serve`, `run_machines` is `preview-orchestrator machines`. `Server`, `listen` and `configure_logs`
+are how a process of ours speaks HTTP and logs.
 """
 
 from __future__ import annotations
@@ -49,10 +50,27 @@ from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.worker import SnapshotWorker
 
+log = structlog.get_logger("serve")
+
+STOP_GRACE = 10
+"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
+
+CONNECT_TIMEOUT = 10
+"""Seconds for the database to be reached at the start; whoever started us starts us again."""
+
+NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
+
+
+class CannotServe(Exception):
+    """The service cannot start; the message says why in one line."""
+
+
+# --- putting it together
+
 
 @dataclass(frozen=True, slots=True)
 class ControlPlane:
-    """A running control plane."""
+    """The parts of a running control plane that the process around it needs."""
 
     routes: list[BaseRoute]
     controller: SessionController
@@ -67,7 +85,10 @@ class ControlPlane:
 async def control_plane(
     settings: Settings, keys: Keyring, driver: MachineDriver
 ) -> AsyncIterator[ControlPlane]:
-    """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database, `Unmigrated`."""
+    """Everything but the socket and the background tasks (`controller.run`, `worker.run`), which are the caller's.
+
+    Raises `psycopg.OperationalError` without a database, `Unmigrated`.
+    """
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
@@ -110,86 +131,45 @@ async def control_plane(
             await cache.close()
 
 
-class Dated:
-    """ASGI: every answer says the second it was made in. Agents measure their clocks against it, and uvicorn's own
-    `Date` is made ten ticks apart: up to a second too old on top of its resolution.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def dated(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                date = formatdate(usegmt=True).encode()
-                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
-            await send(message)
-
-        await self._app(scope, receive, dated)
+def keyring_of(settings: Settings) -> Keyring:
+    """The keys that sign session tokens. Raises `OSError`, `ValueError`."""
+    if settings.jwt_keys_file is not None:
+        return Keyring.open(settings.jwt_keys_file)
+    if settings.supabase_jwt_secret is None:
+        raise ValueError("neither SUPABASE_JWT_SECRET nor JWT_KEYS_FILE is set")
+    return Keyring.from_secret(settings.supabase_jwt_secret.get_secret_value())
 
 
-class Server(uvicorn.Server):
-    """uvicorn with an honest `Date` and without signal handlers: whoever runs it stops it, by `should_exit`."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        config.app = Dated(config.app)
-        config.date_header = False
-        super().__init__(config)
-
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-def configure_logs(level: str, form: str, redactor: Redactor) -> None:
-    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
-
-    Nothing passes by `redactor`, what libraries warn of through the standard module included.
-    """
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    # It reports each failed attempt of its own retries; what comes of them is ours to say.
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    before: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: list[structlog.typing.Processor] = [
-        structlog.processors.format_exc_info,
-        redactor,
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-    ]
-    lines = logging.StreamHandler(sys.stderr)
-    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    lines.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    structlog.configure(
-        processors=[*before, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
+def driver_of(settings: Settings) -> MachineDriver:
+    """The machine driver that the settings name. Raises `CannotServe`."""
+    match settings.machine_driver:
+        case "local":
+            return LocalMachines(settings.machines_dir, environment=os.environ)
+        case "container":
+            try:
+                return ContainerMachines(
+                    settings.agent_image, cli=settings.container_cli, options=settings.container_options
+                )
+            except MachineRefused as error:
+                raise CannotServe(str(error)) from None
+        case "fly":
+            assert settings.fly_app is not None
+            assert settings.fly_api_token is not None
+            http = httpx.AsyncClient()
+            token = settings.fly_api_token.get_secret_value()
+            writes = Rate(settings.fly_per_second, WRITES.burst)
+            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http, writes=writes)
+            shape = FlyShape(
+                settings.fly_app,
+                settings.agent_image,
+                settings.fly_cpus,
+                settings.fly_memory_mb,
+                settings.fly_preview_url,
+            )
+            return FlyMachines(api, shape, http)
 
 
-log = structlog.get_logger("serve")
-
-STOP_GRACE = 10
-"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
-
-
-CONNECT_TIMEOUT = 10
-"""Seconds for the database to be reached at the start; whoever started us starts us again."""
-
-NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
-
-
-class CannotServe(Exception):
-    """Why the service does not start, in one line."""
+# --- the commands
 
 
 async def run_serve(settings: Settings) -> int:
@@ -199,7 +179,10 @@ async def run_serve(settings: Settings) -> int:
         keys = keyring_of(settings)
     except (OSError, ValueError) as error:
         raise CannotServe(f"cannot read the JWT keys: {error}") from None
-    listener = _listen(settings)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -244,65 +227,16 @@ async def run_serve(settings: Settings) -> int:
     return 0
 
 
-def keyring_of(settings: Settings) -> Keyring:
-    """The keys that sign session tokens. Raises `OSError`, `ValueError`."""
-    if settings.jwt_keys_file is not None:
-        return Keyring.open(settings.jwt_keys_file)
-    if settings.supabase_jwt_secret is None:
-        raise ValueError("neither SUPABASE_JWT_SECRET nor JWT_KEYS_FILE is set")
-    return Keyring.from_secret(settings.supabase_jwt_secret.get_secret_value())
-
-
-def driver_of(settings: Settings) -> MachineDriver:
-    """The machine driver that the settings name. Raises `CannotServe`."""
-    match settings.machine_driver:
-        case "local":
-            return LocalMachines(settings.machines_dir, environment=os.environ)
-        case "container":
-            try:
-                return ContainerMachines(
-                    settings.agent_image, cli=settings.container_cli, options=settings.container_options
-                )
-            except MachineRefused as error:
-                raise CannotServe(str(error)) from None
-        case "fly":
-            assert settings.fly_app is not None
-            assert settings.fly_api_token is not None
-            http = httpx.AsyncClient()
-            token = settings.fly_api_token.get_secret_value()
-            writes = Rate(settings.fly_per_second, WRITES.burst)
-            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http, writes=writes)
-            shape = FlyShape(
-                settings.fly_app,
-                settings.agent_image,
-                settings.fly_cpus,
-                settings.fly_memory_mb,
-                settings.fly_preview_url,
-            )
-            return FlyMachines(api, shape, http)
-
-
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Named, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms without it.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    return listener
-
-
 async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
-    """List them all. Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`."""
+    """Print every machine of the platform and whose it is.
+
+    Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`.
+    """
     configure_logs("warning", settings.log_format, Redactor(secrets_of(settings)))
     dsn = settings.database_url.get_secret_value()
     driver = driver_of(settings)
     try:
-        # A pool would try again and again to reach a database that is not there.
+        # A pool would retry for ever when there is no database.
         async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
             pass
         async with pool_of(dsn, size=1) as pool:
@@ -319,3 +253,89 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
         say(json.dumps(asdict(each)) if as_json else line)
     if not found and not as_json:
         say("no machines")
+
+
+# --- the process
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 picks a free one. Raises `OSError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Name the protocol, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms else.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Dated:
+    """ASGI middleware: sets `Date` when an answer is made.
+
+    Agents measure their clocks against it, and uvicorn renews its own only every ten ticks: up to a second too old on
+    top of its resolution.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = formatdate(usegmt=True).encode()
+                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
+            await send(message)
+
+        await self._app(scope, receive, dated)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an exact `Date` and without signal handlers: whoever runs it stops it by `should_exit`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        config.app = Dated(config.app)
+        config.date_header = False
+        super().__init__(config)
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def configure_logs(level: str, form: str, redactor: Redactor) -> None:
+    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
+
+    `redactor` sees every line, those that libraries log through the standard module too.
+    """
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    # It warns of each attempt of its own retries; we log the outcome.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = [
+        structlog.processors.format_exc_info,
+        redactor,
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+    ]
+    lines = logging.StreamHandler(sys.stderr)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    structlog.configure(
+        processors=[*before, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
