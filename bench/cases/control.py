@@ -1,12 +1,12 @@
-"""The control plane: how fast it answers, how many sessions at once it makes, and how long one preview takes.
+"""Measures the control plane: answers a second, sessions made at once, and seconds until one preview is ready.
 
-- `sync`, answering that nothing is missing, beside a bare route of the same server in the same process: token,
-  session and project looked up, against a constant. The client is the same raw socket for both.
-- 200 sessions asked for at once, on a fake Fly that keeps Fly's limits (forty a second here, one a second there):
-  every one ready, none made twice, and not one request above the limit.
-- one session on the local driver, from the request to `ready`, with the snapshot cached: a real agent, a real Vite. Its
-  parts follow each other without a gap and come to the whole: those of the request from the orchestrator's own
-  metrics, those of the agent from its log's timestamps.
+- Answers: `sync` when nothing is missing, against a bare route of the same server in the same process. Ours looks up
+  token, session and project; the route returns a constant. One raw-socket client asks both.
+- Sessions: seconds until 200 asked for at once are ready, on a fake Fly that keeps Fly's limit (forty a second here,
+  one a second there); the note says what the limit alone takes. None is made twice, no request is above the limit.
+- One preview: from the request to `ready` on the local driver, with a cached snapshot, a real agent and a real Vite.
+  Its parts follow each other without a gap: those of the request from the orchestrator's metrics, those of the agent
+  from its log's timestamps.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ FLY = Rate(40.0, 20)
 
 
 def run(quick: bool) -> Sequence[Row]:
-    """Measure all three."""
+    """Answers, sessions at once, one preview."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with tempfile.TemporaryDirectory(prefix="bench-control-") as place, asyncio.Runner() as runner:
         server = EmbeddedPostgres(Path(place) / "postgres")
