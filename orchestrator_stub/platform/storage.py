@@ -89,7 +89,7 @@ class StorageClient:
         try:
             await self.upload(bucket, path, content, size, content_type=content_type, replace=True)
         except StorageFailure:
-            # It may be there all the same: the answer was lost, or somebody else's upload was in the way of ours.
+            # It may be there all the same: the answer was lost, or another upload of the same object won.
             try:
                 stored = await self.exists(bucket, path)
             except StorageFailure:

@@ -1,4 +1,4 @@
-"""The answers to *where is the database* and *what did I miss*: the session API's sync and head.
+"""Answers an agent that asks where the database is and what it missed: the session API's sync and head.
 
 The database itself says what happened since a revision (`public.changes_since`); here its answer is completed with
 the bytes of binary files, or turned into a signed snapshot when changes are not the way.

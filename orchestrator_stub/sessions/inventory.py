@@ -1,4 +1,4 @@
-"""`preview-orchestrator machines`: every machine that the platform has, and whose it is.
+"""Says whose each machine of the platform is: `preview-orchestrator machines`.
 
     148e21ea7b3d89  running   ours        session 3f0c…, ready (project 77aa…)
     6e82d1f3c94587  stopped   over        session 91d2…, gone; the next sweep ends it

@@ -1,15 +1,16 @@
-"""The life of a session. PURE: data in, data out; the clock and the database are the caller's.
+"""Decides a session's states. PURE: data in, data out; the clock and the database are the caller's.
 
     requested ──take_up──▶ provisioning ──report──▶ ready
         │                    │     ▲                  │
         │                    │     └──── replace ─────┤        (a newer generation of machine)
         └───────── end ──────┴──────── end ───────────┘
                               ▼
-                           draining ──destroyed──▶ gone        (ended because somebody or the clock said so)
+                           draining ──destroyed──▶ gone        (ended by a request or the clock)
                                     └─destroyed──▶ failed      (ended because of a problem)
 
-A session in `draining` still may have a machine; in `gone` and `failed` it has none. Whatever has no row in
-the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all say the same.
+A session in `draining` still may have a machine; in `gone` and `failed` it has none. An event
+without a row in the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all send
+the same one.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def moves(event: Event) -> dict[State, State]:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One row of `preview.sessions`: what the sweeper and the routes decide on. Times are Unix seconds."""
+    """One row of `preview.sessions`. Times are Unix seconds."""
 
     id: UUID
     project_id: UUID

@@ -1,4 +1,4 @@
-"""What a new project begins with: the files of one directory, in one commit, through the bulk RPC."""
+"""Fills a new project with the files of one directory, in one commit, through the bulk RPC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots: the project's current tree as one zip in Storage, behind a URL that expires.
+"""Builds a snapshot: the project's current tree as one zip in Storage, behind a URL that expires.
 
 The head and the files are read in one REPEATABLE READ transaction, so the archive is exactly the tree of the revision
 it names; binaries, which are named by their hash and never change, are fetched after it has ended. The archive goes
@@ -47,7 +47,7 @@ SPOOL_BYTES: Final = 4 * 2**20
 """An archive up to this size never touches the disk."""
 
 BUILDS_AT_ONCE: Final = 4
-"""Builds are compression; more of them than cores only makes each later."""
+"""Building is compression: more builds than cores finish no sooner."""
 
 _HEAD = """
 select epoch::text, revision, pruned_revision, updated_at from public.project_heads where project_id = %s
@@ -72,12 +72,12 @@ order by file_path
 
 
 class ProjectUnknown(SnapshotUnavailable):
-    """There is no such project, so there is nothing to build."""
+    """There is no such project."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSnapshot:
-    """One that is in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
+    """An archive in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
 
     object_path: str
     manifest: dict[str, Any]
@@ -105,7 +105,7 @@ class _File:
 
 
 class SnapshotBuilder:
-    """Builds, stores and signs."""
+    """Builds the archive of a project's head, stores it, and signs URLs for it."""
 
     def __init__(
         self, pool: Pool, storage: StorageClient, *, registry: CollectorRegistry | None = None

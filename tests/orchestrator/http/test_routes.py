@@ -418,7 +418,7 @@ async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.Monk
         path, token = f"/v1/sessions/{session['session_id']}", bearer(world.token(session))
         slow = await world.http.post(f"{path}/sync", content=drip(), headers=token)
         assert_problem(slow, 408, "body_too_slow")
-        monkeypatch.setattr(world.snapshots, "offer", never)
+        monkeypatch.setattr(world.snapshots, "signed_snapshot", never)
         answer = await world.http.post(f"{path}/snapshot", headers=SERVICE)
         assert_problem(answer, 503, "unavailable")
         assert int(answer.headers["retry-after"]) >= 1

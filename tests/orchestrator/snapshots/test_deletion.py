@@ -233,10 +233,10 @@ async def test_what_comes_after_the_cleaning_is_cleared_too(works: Works) -> Non
     await works.fill(owner, project_id)
     await works.delete(project_id)
     await works.clean()
-    assert await works.deleted.look_again() == 0
+    assert await works.deleted.reopen() == 0
     # A build or an upload that was under way.
     await works.storage.upload("project-snapshots", f"{project_id}/9-late.zip", b"x", 1)
-    assert await works.deleted.look_again() == 1
+    assert await works.deleted.reopen() == 1
     await works.clean()
     assert await works.objects(project_id) == []
 
@@ -248,7 +248,7 @@ async def test_a_products_project_with_assets_alone_is_looked_after(works: Works
     project_id = await works.project(owner)
     assert (await works.upload(owner, project_id)).status_code == 200
     assert await works.local.sql("select count(*) from public.project_heads") == [(0,)]
-    await works.deleted.look_again()
+    await works.deleted.reopen()
     await works.delete(project_id)
     await works.clean()
     assert await works.objects(project_id) == []
