@@ -1,4 +1,4 @@
-"""The editor's side of the local stack: a directory whose saves become RPCs.
+"""Turns saves in a directory into RPCs, as the product's editor would.
 
 It does what the product's editor does, over the same HTTP endpoints and with a user's token: a save is
 `upsert_project_file`, a removal `delete_project_file`, several at once `apply_project_files`; binary files go to the

@@ -1,4 +1,4 @@
-"""`preview-orchestrator dev DIR`: the whole loop on one machine, one command.
+"""Runs the whole loop on one machine: `preview-orchestrator dev DIR`.
 
 It runs the same control plane as `serve`, over the local stand-in for Supabase. What it started it stops, in the
 opposite order, on Ctrl-C, on SIGTERM, on SIGHUP and on any failure.

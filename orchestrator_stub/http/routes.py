@@ -1,4 +1,4 @@
-"""The routes: parse, check who asks, call, render. What is decided is decided elsewhere.
+"""Serves the routes: parses, checks who asks, calls, renders. Decisions are made in `sessions`.
 
 control plane   /v1/sessions…                       the product's backend, with the service key
 session API     /v1/sessions/{id}/{sync,token,status}   the agent, with its session's token
@@ -265,7 +265,7 @@ class SessionRoutes:
             status=body.model_dump_json(),
         )
         if kept is None:
-            # Another generation's machine has the session, or nobody is to have it any more.
+            # Another generation's machine has the session, or it has ended.
             return _json({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)

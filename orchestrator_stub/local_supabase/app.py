@@ -1,4 +1,4 @@
-"""The local stand-in for Supabase: one value that an ASGI application mounts.
+"""Puts the stand-in for Supabase together as routes and a lifespan that an ASGI application mounts:
 
 local = stand_in(dsn, keys, storage_dir)
 app = Starlette(routes=[*local.routes, …], lifespan=local.lifespan)
@@ -59,7 +59,7 @@ def stand_in(
     The lifespan opens the connections and begins once the database is being listened to; uvicorn, on its way down,
     closes every socket with 1012. `faults` adds the endpoint that misbehaves on request. `clock` gives Unix seconds.
     """
-    # Checked before use: a restarted database costs nobody a request.
+    # Checked before use: a restarted database fails no request.
     check = AsyncConnectionPool.check_connection
     pool: Pool = AsyncConnectionPool(dsn, min_size=2, max_size=POOL_SIZE, open=False, timeout=10, check=check)
     realtime = Realtime(pool, keys, limits=limits, faults=Faults() if faults else None, clock=clock)

@@ -1,4 +1,4 @@
-"""PostgREST's form of calling functions and reading views, for the exposed schema `public`.
+"""Serves PostgREST's form of calling functions and reading views, for the exposed schema `public`.
 
 Enough for `supabase.rpc(…)` and a plain `select` of the official clients, errors included. Arguments become JSON
 records and results leave as the JSON PostgreSQL makes of them, as PostgREST does; nothing is converted on the way.
