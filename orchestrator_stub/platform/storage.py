@@ -18,6 +18,9 @@ from urllib.parse import quote
 import httpx
 import orjson
 
+ASSETS: Final = "project-assets"
+"""The bucket of binary files, each named by its project and its SHA-256."""
+
 TIMEOUT: Final = httpx.Timeout(10.0, read=60.0, write=60.0)
 """Seconds. Storage answers an upload only once the object is stored, hence the longer read."""
 

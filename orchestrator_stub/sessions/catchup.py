@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Head, Pool, fetch_one
+from orchestrator_stub.platform.storage import ASSETS
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotSource
 
 FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
@@ -27,7 +28,6 @@ REBUILD: Final = frozenset({"snapshot_rejected"})
 RESIGN: Final = frozenset({"snapshot_expired", "snapshot_unavailable"})
 """Reasons for which a kept URL will not do: the agent has tried it."""
 
-ASSETS: Final = "project-assets"
 ASSET_DOWNLOADS: Final = 4
 """Binary files fetched at once for one answer."""
 

@@ -13,10 +13,8 @@ import psycopg
 
 from orchestrator_stub.platform.database import Pool, head_of
 from orchestrator_stub.platform.source_files import as_text, path_problem, scan, shown
-from orchestrator_stub.platform.storage import StorageClient
+from orchestrator_stub.platform.storage import ASSETS, StorageClient
 from orchestrator_stub.sessions.controller import TemplateRefused
-
-ASSETS = "project-assets"
 
 
 class Template:

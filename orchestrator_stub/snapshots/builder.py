@@ -29,14 +29,13 @@ import structlog
 from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
-from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
 log = structlog.get_logger("snapshots")
 
 BUCKET: Final = "project-snapshots"
-ASSETS: Final = "project-assets"
 MANIFEST_PATH: Final = ".preview-sync/manifest.json"
 FORMAT: Final = 1
 

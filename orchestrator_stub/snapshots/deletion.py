@@ -15,13 +15,13 @@ import psycopg
 import structlog
 
 from orchestrator_stub.platform.database import Pool, fetch_one
-from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
 
 log = structlog.get_logger("deleted_projects")
 
 CHANNEL: Final = "deleted_projects"
 
-BUCKETS: Final = ("project-assets", "project-snapshots", "preview-bundles")
+BUCKETS: Final = (ASSETS, "project-snapshots", "preview-bundles")
 """Where a project has a directory named by its id."""
 
 BATCH: Final = 200
