@@ -26,7 +26,7 @@ import structlog
 from bench import cases
 from bench.harness.machine import Descendants, Others, busiest, machine, own_descendants, versions
 from bench.harness.publish import RESULTS, keep
-from bench.harness.results import BUSIEST, TAKEN, Row, Unmeasurable, Verdict, figure
+from bench.harness.results import BUSIEST, TAKEN, Result, Row, Unmeasurable, figure
 from orchestrator_stub.machines.local import ALLOCATOR
 
 Run = Callable[[bool], Sequence[Row]]
@@ -36,10 +36,10 @@ by round, and a ratio is formed within each round, so that what slows the machin
 
 READING = """
 a row:
-  ratio [interval of 95 % confidence]  bound  verdict  name  what the ratio is of  medians
+  ratio [interval of 95 % confidence]  bound  result  name  what the ratio is of  medians
   time, memory: less is better; speed: more is.
 
-verdicts:
+results:
   met        the whole interval is on the right side of the bound
   NOT MET    the whole interval is on the wrong side
   measured   there is no bound
@@ -85,7 +85,7 @@ def modules(wanted: Sequence[str]) -> dict[str, Run]:
 
 def line(row: Row) -> str:
     """One row, the ratio first."""
-    noisy = row.verdict is Verdict.TOO_NOISY
+    noisy = row.result is Result.TOO_NOISY
     if row.ratio is None:
         ratio = ""
     elif noisy:
@@ -106,7 +106,7 @@ def line(row: Row) -> str:
         spread = f" [{figure(row.ratio.low)}–{figure(row.ratio.high)}]"
     if row.failure:
         figures += f", {row.peer} {row.failure}"
-    text = f"{ratio:>7}{spread:<16} {bound:<7} {row.verdict:<9} {row.name:<34} {row.sense:<6} {figures}"
+    text = f"{ratio:>7}{spread:<16} {bound:<7} {row.result:<9} {row.name:<34} {row.sense:<6} {figures}"
     if row.waited > BUSIEST:
         text += f"  (waited for a processor {row.waited:.0%} of the time)"
     if row.note and not noisy:  # there may be numbers in it
@@ -169,13 +169,13 @@ def exit_code(results: dict[str, dict[str, object]]) -> int:
         rows = result.get("rows", ())
         assert isinstance(rows, Sequence)
         bounded |= {
-            row["verdict"] for row in rows if row["at_least"] is not None or row["at_most"] is not None
+            row["result"] for row in rows if row["at_least"] is not None or row["at_most"] is not None
         }
     if any("failed" in result for result in results.values()):
         return 2
-    if Verdict.NOT_MET in bounded:
+    if Result.NOT_MET in bounded:
         return 1
-    refused = Verdict.TOO_NOISY in bounded or any("too_noisy" in result for result in results.values())
+    refused = Result.TOO_NOISY in bounded or any("too_noisy" in result for result in results.values())
     return 3 if refused else 0
 
 

@@ -1,7 +1,8 @@
-"""One control plane put together, and the process that serves it.
+"""Puts one control plane together, and runs the process that serves it.
 
-`control_plane` makes pool, storage, snapshots, sessions, sweeper and routes, for `serve` and `dev` both; `run_serve`
-is `preview-orchestrator serve`, until told to stop; `run_machines` is `preview-orchestrator machines`.
+`control_plane` makes pool, storage, snapshots, sessions and routes, for `serve` and `dev` both. `run_serve` is
+`preview-orchestrator serve`, `run_machines` is `preview-orchestrator machines`. `Server`, `listen` and `configure_logs`
+are how a process of ours speaks HTTP and logs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http import operations
 from orchestrator_stub.http.operations import Measured, Metrics
-from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.http.routes import SessionRoutes, application
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -41,22 +42,39 @@ from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control
-from orchestrator_stub.sessions.inventory import judged
+from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.inventory import describe
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
-from orchestrator_stub.snapshots.builder import Snapshots
-from orchestrator_stub.snapshots.cache import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
-from orchestrator_stub.snapshots.worker import SnapshotJob
+from orchestrator_stub.snapshots.builder import SnapshotBuilder
+from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
+from orchestrator_stub.snapshots.worker import SnapshotWorker
+
+log = structlog.get_logger("serve")
+
+STOP_GRACE = 10
+"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
+
+CONNECT_TIMEOUT = 10
+"""Seconds for the database to be reached at the start; whoever started us starts us again."""
+
+NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
+
+
+class CannotServe(Exception):
+    """The service cannot start; the message says why in one line."""
+
+
+# --- putting it together
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """A running control plane."""
+class ControlPlane:
+    """The parts of a running control plane that the process around it needs."""
 
     routes: list[BaseRoute]
-    control: Control
-    job: SnapshotJob
+    controller: SessionController
+    worker: SnapshotWorker
     store: SessionStore
     metrics: Metrics
     pool: Pool
@@ -64,19 +82,26 @@ class Service:
 
 
 @asynccontextmanager
-async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver) -> AsyncIterator[Service]:
-    """Everything but the socket and the sweeper. Raises `psycopg.OperationalError` without a database, `Unmigrated`."""
+async def control_plane(
+    settings: Settings, keys: Keyring, driver: MachineDriver
+) -> AsyncIterator[ControlPlane]:
+    """Everything but the socket and the background tasks (`controller.run`, `worker.run`), which are the caller's.
+
+    Raises `psycopg.OperationalError` without a database, `Unmigrated`.
+    """
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
         storage = StorageClient(settings.storage_url, service_key, http)
         registry = CollectorRegistry()
         url_ttl = int(settings.snapshot_url_ttl)
-        builder = Snapshots(pool, storage, registry=registry)
+        builder = SnapshotBuilder(pool, storage, registry=registry)
         redis_url = settings.redis_url
-        offers: OfferCache = RedisOffers(redis_url.get_secret_value()) if redis_url else PostgresOffers(pool)
-        snapshots = KeptSnapshots(
-            pool, builder, offers, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
+        cache: CacheStore = (
+            RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
+        )
+        snapshots = SnapshotCache(
+            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
         )
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
@@ -86,156 +111,24 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
             metrics.provision_seconds.labels(part).observe(seconds)
 
         installation = await store.installation()
-        control = Control(
+        controller = SessionController(
             settings, store, snapshots, driver, keys,
             installation=installation, template=template, on_part=on_part,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
-        metrics.last_sweep.set_function(lambda: control.swept_at)
+        metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
+        api = SessionRoutes(
+            settings, controller, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe
+        )
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
-            job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
-            yield Service(routes, control, job, store, metrics, pool, installation)
+            worker = SnapshotWorker(dsn, pool, builder, storage, url_ttl=url_ttl)
+            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:
-            await control.close()
+            await controller.close()
             await driver.close()
-            await offers.close()
-
-
-class Dated:
-    """ASGI: every answer says the second it was made in. Agents measure their clocks against it, and uvicorn's own
-    `Date` is made ten ticks apart: up to a second too old on top of its resolution.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def dated(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                date = formatdate(usegmt=True).encode()
-                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
-            await send(message)
-
-        await self._app(scope, receive, dated)
-
-
-class Server(uvicorn.Server):
-    """uvicorn with an honest `Date` and without signal handlers: whoever runs it stops it, by `should_exit`."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        config.app = Dated(config.app)
-        config.date_header = False
-        super().__init__(config)
-
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-def configure_logs(level: str, form: str, redactor: Redactor) -> None:
-    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
-
-    Nothing passes by `redactor`, what libraries warn of through the standard module included.
-    """
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    # It reports each failed attempt of its own retries; what comes of them is ours to say.
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    before: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: list[structlog.typing.Processor] = [
-        structlog.processors.format_exc_info,
-        redactor,
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-    ]
-    lines = logging.StreamHandler(sys.stderr)
-    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    lines.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    structlog.configure(
-        processors=[*before, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-
-
-log = structlog.get_logger("serve")
-
-STOP_GRACE = 10
-"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
-
-
-CONNECT_TIMEOUT = 10
-"""Seconds for the database to be reached at the start; whoever started us starts us again."""
-
-NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
-
-
-class CannotServe(Exception):
-    """Why the service does not start, in one line."""
-
-
-async def run_serve(settings: Settings) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
-    configure_logs(settings.log_level, settings.log_format, Redactor(secrets_of(settings)))
-    try:
-        keys = keyring_of(settings)
-    except (OSError, ValueError) as error:
-        raise CannotServe(f"cannot read the JWT keys: {error}") from None
-    listener = _listen(settings)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        dsn = settings.database_url.get_secret_value()
-        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
-            pass
-        async with control_plane(settings, keys, driver_of(settings)) as service:
-            config = uvicorn.Config(
-                Measured(application(service.routes), service.metrics),
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=STOP_GRACE,
-            )
-            server = Server(config)
-            serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
-            sweeping = asyncio.create_task(service.control.run(), name="sweeper")
-            building = asyncio.create_task(service.job.run(), name="snapshot job")
-            stopping = asyncio.create_task(stop.wait(), name="stop")
-            log.info(
-                "serving",
-                address="{}:{}".format(*listener.getsockname()[:2]),
-                template=str(settings.template_dir or NO_TEMPLATE),
-            )
-            done, _ = await asyncio.wait(
-                [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
-            )
-            server.should_exit = True
-            for task in (sweeping, building, stopping):
-                task.cancel()
-            await asyncio.gather(serving, sweeping, building, stopping, return_exceptions=True)
-            if stopping not in done:
-                log.error("ended", part=", ".join(task.get_name() for task in done))
-                return 1
-    except Unmigrated as error:
-        raise CannotServe(str(error)) from None
-    except psycopg.OperationalError as error:
-        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
-    finally:
-        listener.close()
-    return 0
+            await cache.close()
 
 
 def keyring_of(settings: Settings) -> Keyring:
@@ -276,27 +169,74 @@ def driver_of(settings: Settings) -> MachineDriver:
             return FlyMachines(api, shape, http)
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Named, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms without it.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+# --- the commands
+
+
+async def run_serve(settings: Settings) -> int:
+    """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
+    configure_logs(settings.log_level, settings.log_format, Redactor(secrets_of(settings)))
     try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        keys = keyring_of(settings)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"cannot read the JWT keys: {error}") from None
+    try:
+        listener = listen(settings.host, settings.port)
     except OSError as error:
-        listener.close()
         raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    return listener
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        dsn = settings.database_url.get_secret_value()
+        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
+            pass
+        async with control_plane(settings, keys, driver_of(settings)) as service:
+            config = uvicorn.Config(
+                Measured(application(service.routes), service.metrics),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=STOP_GRACE,
+            )
+            server = Server(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+            sweeping = asyncio.create_task(service.controller.run(), name="sweeper")
+            building = asyncio.create_task(service.worker.run(), name="snapshot worker")
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            log.info(
+                "serving",
+                address="{}:{}".format(*listener.getsockname()[:2]),
+                template=str(settings.template_dir or NO_TEMPLATE),
+            )
+            done, _ = await asyncio.wait(
+                [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
+            )
+            server.should_exit = True
+            for task in (sweeping, building, stopping):
+                task.cancel()
+            await asyncio.gather(serving, sweeping, building, stopping, return_exceptions=True)
+            if stopping not in done:
+                log.error("ended", part=", ".join(task.get_name() for task in done))
+                return 1
+    except Unmigrated as error:
+        raise CannotServe(str(error)) from None
+    except psycopg.OperationalError as error:
+        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+    finally:
+        listener.close()
+    return 0
 
 
 async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
-    """List them all. Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`."""
+    """Print every machine of the platform and whose it is.
+
+    Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`.
+    """
     configure_logs("warning", settings.log_format, Redactor(secrets_of(settings)))
     dsn = settings.database_url.get_secret_value()
     driver = driver_of(settings)
     try:
-        # A pool would try again and again to reach a database that is not there.
+        # A pool would retry for ever when there is no database.
         async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
             pass
         async with pool_of(dsn, size=1) as pool:
@@ -307,9 +247,95 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
             sessions = await store.known({owner.session_id for owner in owners})
     finally:
         await driver.close()
-    found = [judged(machine, installation, sessions) for machine in machines]
+    found = [describe(machine, installation, sessions) for machine in machines]
     for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
         line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
         say(json.dumps(asdict(each)) if as_json else line)
     if not found and not as_json:
         say("no machines")
+
+
+# --- the process
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 picks a free one. Raises `OSError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Name the protocol, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms else.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Dated:
+    """ASGI middleware: sets `Date` when an answer is made.
+
+    Agents measure their clocks against it, and uvicorn renews its own only every ten ticks: up to a second too old on
+    top of its resolution.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = formatdate(usegmt=True).encode()
+                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
+            await send(message)
+
+        await self._app(scope, receive, dated)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an exact `Date` and without signal handlers: whoever runs it stops it by `should_exit`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        config.app = Dated(config.app)
+        config.date_header = False
+        super().__init__(config)
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def configure_logs(level: str, form: str, redactor: Redactor) -> None:
+    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
+
+    `redactor` sees every line, those that libraries log through the standard module too.
+    """
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    # It warns of each attempt of its own retries; we log the outcome.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = [
+        structlog.processors.format_exc_info,
+        redactor,
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+    ]
+    lines = logging.StreamHandler(sys.stderr)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    structlog.configure(
+        processors=[*before, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

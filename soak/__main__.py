@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from soak.report import verdict, write
+from soak.report import result_of, write
 from soak.run import Outcome, Soak
 from soak.schedule import Settings
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome = asyncio.run(run(settings, state))
     text = write(outcome, out)
     print(f"\n{text}\nThe whole report: {out / 'report.md'}", flush=True)
-    return verdict(outcome).exit_code
+    return result_of(outcome).exit_code
 
 
 async def run(settings: Settings, state: Path, say: Callable[[str], None] | None = None) -> Outcome:

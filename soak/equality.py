@@ -26,7 +26,7 @@ from uuid import UUID
 import httpx
 
 from agent.core.model import Digest, RelPath, tree_hash
-from orchestrator_stub.platform.source_tree import scan
+from orchestrator_stub.platform.source_files import scan
 from soak.stack import Stack
 from soak.writing import MARKER
 

@@ -1,12 +1,12 @@
 """PURE: whether a process grows, from samples of its memory or its descriptors.
 
-A process is looked at life by life: a restart begins a new one. The first `WARM_UP` seconds of a life do not count
+Each run of a process is judged by itself: a restart begins a new one. The first `WARM_UP` seconds of a run do not count
 (caches fill, the first tree is put in place). What is left is cut into bins; a bin's *least* value stands for it,
 because what a burst of work takes and gives back is no growth. The trend is the Theil-Sen slope over the bins: the
 median of the slopes between any two, which a quarter of the bins could not move if they were all wrong.
 
-One life's slope is noisy in ten minutes: an interpreter takes memory in steps of a megabyte. So a life is said to grow
-only above a wide bound, and *all lives of a role together* are held to a narrow one by the median of their slopes,
+One run's slope is noisy in ten minutes: an interpreter takes memory in steps of a megabyte. So a run is said to grow
+only above a wide bound, and *all runs of a role together* are held to a narrow one by the median of their slopes,
 because a leak is in the program and so in each of them. A rate counts only with a rise behind it that is more than a
 step: one more connection in three minutes is twenty an hour, and no leak. A role with too little to go by is not
 judged, and that is said.
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 WARM_UP = 180.0
-"""Seconds of a life that do not count. In a soak of ten minutes the median agent took 2.2 MB in its first three minutes
+"""Seconds of a run that do not count. In a soak of ten minutes the median agent took 2.2 MB in its first three minutes
 (52.7 to 54.8) and 0.9 MB in the seven after."""
 
 LEAST = 150.0
-"""Seconds of a life after its warm-up, below which it is not judged."""
+"""Seconds of a run after its warm-up, below which it is not judged."""
 
 BIN = 15.0
 """Seconds."""
@@ -34,7 +34,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What is allowed, in units per hour. `life`: of one life. `role`: the median of all lives of a role."""
+    """What is allowed, in units per hour. `life`: of one run of a process. `role`: the median of all runs of a role."""
 
     life: float
     role: float
@@ -56,7 +56,7 @@ DESCRIPTORS = Bounds(life=30.0, role=12.0, step=5.0)
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """Of one life. `slope` in units per hour."""
+    """Of one run of a process. `slope` in units per hour."""
 
     slope: float
     seconds: float
@@ -80,7 +80,7 @@ def bins(
 def trend(
     samples: Sequence[tuple[float, float]], *, warm_up: float = WARM_UP, least: float = LEAST
 ) -> Trend | None:
-    """The trend of one life (seconds, value; in order). None: it was too short to say."""
+    """The trend of one run (seconds, value; in order). None: it was too short to say."""
     if not samples:
         return None
     points = bins(samples, begin=samples[0][0] + warm_up)
@@ -96,8 +96,8 @@ def trend(
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """Of one role. `median` is None when no life was long enough."""
+class Judgement:
+    """Of one role. `median` is None when no run was long enough."""
 
     judged: int
     median: float | None
@@ -106,11 +106,11 @@ class Verdict:
     why: str
 
 
-def judge(trends: Sequence[Trend | None], bounds: Bounds) -> Verdict:
-    """Whether a role grows, by the lives that could be judged."""
+def judge(trends: Sequence[Trend | None], bounds: Bounds) -> Judgement:
+    """Whether a role grows, by the runs that could be judged."""
     slopes = [each.slope for each in trends if each is not None]
     if not slopes:
-        return Verdict(0, None, None, False, "no life was long enough to say")
+        return Judgement(0, None, None, False, "no life was long enough to say")
     median, worst = statistics.median(slopes), max(slopes)
     rises = [each.slope * each.seconds / HOUR for each in trends if each is not None]
     if median > bounds.role and statistics.median(rises) > bounds.step:
@@ -118,5 +118,5 @@ def judge(trends: Sequence[Trend | None], bounds: Bounds) -> Verdict:
     elif any(slope > bounds.life and rise > bounds.step for slope, rise in zip(slopes, rises, strict=True)):
         why = "one life grows faster than any may"
     else:
-        return Verdict(len(slopes), median, worst, False, "")
-    return Verdict(len(slopes), median, worst, True, why)
+        return Judgement(len(slopes), median, worst, False, "")
+    return Judgement(len(slopes), median, worst, True, why)

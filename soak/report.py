@@ -1,4 +1,4 @@
-"""The end of a soak: one verdict, a JSON file for machines, and a Markdown page with plots for people.
+"""The end of a soak: one result, a JSON file for machines, and a Markdown page with plots for people.
 
 OUT/report.json   OUT/report.md   OUT/memory.svg   OUT/descriptors.svg   OUT/lag.svg   OUT/behind.svg
 
@@ -20,10 +20,10 @@ from typing import Any
 
 from soak import growth
 from soak.chart import Line, Mark, line_chart
-from soak.growth import DESCRIPTORS, MEMORY, SERVER_DESCRIPTORS, Bounds, Verdict
+from soak.growth import DESCRIPTORS, MEMORY, SERVER_DESCRIPTORS, Bounds, Judgement
 from soak.run import Outcome
 from soak.schedule import Kind
-from soak.watch import Life, quantile
+from soak.watch import ProcessRun, quantile
 
 RESULTS = Path(__file__).parent / "results"
 """The report that is kept."""
@@ -40,20 +40,22 @@ BLUE, GREEN, PURPLE, RED, LIGHT = "#0969da", "#1a7f37", "#8250df", "#cf222e", "#
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class SoakResult:
     """Whether it passed. `wrong` has every reason why not."""
 
     wrong: tuple[str, ...]
-    memory: dict[str, Verdict]
-    descriptors: dict[str, Verdict]
+    memory: dict[str, Judgement]
+    descriptors: dict[str, Judgement]
     exit_code: int
 
 
-def verdict(outcome: Outcome) -> Judged:
+def result_of(outcome: Outcome) -> SoakResult:
     """Judge a soak."""
-    memory = {role: _judge(outcome, role, MEMORY, Life.memory) for role in ROLES}
+    memory = {role: _judge(outcome, role, MEMORY, ProcessRun.memory) for role in ROLES}
     descriptors = {
-        role: _judge(outcome, role, DESCRIPTORS if role == "agent" else SERVER_DESCRIPTORS, Life.descriptors)
+        role: _judge(
+            outcome, role, DESCRIPTORS if role == "agent" else SERVER_DESCRIPTORS, ProcessRun.descriptors
+        )
         for role in ROLES
     }
     wrong = list(outcome.wrong)
@@ -65,19 +67,19 @@ def verdict(outcome: Outcome) -> Judged:
                 f"the {role}'s descriptors grow: {_rates(descriptors[role], 1, '')}; {descriptors[role].why}"
             )
     code = 1 if wrong else 130 if outcome.interrupted else 0
-    return Judged(tuple(wrong), memory, descriptors, code)
+    return SoakResult(tuple(wrong), memory, descriptors, code)
 
 
 def _judge(
-    outcome: Outcome, role: str, bounds: Bounds, samples: Callable[[Life], list[tuple[float, float]]]
-) -> Verdict:
+    outcome: Outcome, role: str, bounds: Bounds, samples: Callable[[ProcessRun], list[tuple[float, float]]]
+) -> Judgement:
     return growth.judge([growth.trend(samples(life)) for life in outcome.lives if life.role == role], bounds)
 
 
 def write(outcome: Outcome, out: Path) -> str:
     """Write all of it into `out`; the summary as text."""
     out.mkdir(parents=True, exist_ok=True)
-    judged = verdict(outcome)
+    judged = result_of(outcome)
     (out / "report.json").write_text(_lines(_as_json(outcome, judged)))
     draw(out)
     text = "\n".join(_summary(outcome, judged))
@@ -93,7 +95,7 @@ def draw(out: Path) -> list[Path]:
     return [out / name for name in drawn]
 
 
-def _summary(outcome: Outcome, judged: Judged) -> Iterator[str]:
+def _summary(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
     settings = outcome.settings
     yield (
         f"{'FAILED' if judged.wrong else 'interrupted' if outcome.interrupted else 'passed'}: "
@@ -105,7 +107,7 @@ def _summary(outcome: Outcome, judged: Judged) -> Iterator[str]:
         yield f"- {each}"
 
 
-def _page(outcome: Outcome, judged: Judged) -> Iterator[str]:
+def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
     settings = outcome.settings
     yield f"# Soak: {'failed' if judged.wrong else 'interrupted' if outcome.interrupted else 'passed'}"
     yield ""
@@ -249,8 +251,8 @@ def charts(whole: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _as_json(outcome: Outcome, judged: Judged) -> dict[str, object]:
-    def life_of(life: Life) -> dict[str, object]:
+def _as_json(outcome: Outcome, judged: SoakResult) -> dict[str, object]:
+    def life_of(life: ProcessRun) -> dict[str, object]:
         memory, descriptors = growth.trend(life.memory()), growth.trend(life.descriptors())
         return {
             "role": life.role,
@@ -314,10 +316,10 @@ def _lines(whole: Mapping[str, object]) -> str:
     )
 
 
-def _rates(verdict: Verdict, scale: float, unit: str) -> str:
-    if verdict.median is None or verdict.worst is None:
+def _rates(judgement: Judgement, scale: float, unit: str) -> str:
+    if judgement.median is None or judgement.worst is None:
         return "too short to say"
-    return f"{verdict.median / scale:+.1f}{unit}, at most {verdict.worst / scale:+.1f}{unit}"
+    return f"{judgement.median / scale:+.1f}{unit}, at most {judgement.worst / scale:+.1f}{unit}"
 
 
 def _machine() -> str:

@@ -31,7 +31,7 @@ from soak.logs import Findings, read_logs
 from soak.program import CannotRun
 from soak.schedule import Fault, Settings
 from soak.stack import READY_SECONDS, Stack, processes_of
-from soak.watch import Life, Tick, Watch
+from soak.watch import ProcessRun, Tick, Watch
 
 LOOK_EVERY = 5.0
 """Seconds between two looks at the processes."""
@@ -49,7 +49,7 @@ class Outcome:
     interrupted: bool = False
     faults: list[tuple[float, Fault, str]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
-    lives: list[Life] = field(default_factory=list)
+    lives: list[ProcessRun] = field(default_factory=list)
     ticks: list[Tick] = field(default_factory=list)
     totals: Counter[str] = field(default_factory=Counter)
     lag_buckets: Counter[float] = field(default_factory=Counter)

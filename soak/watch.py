@@ -1,7 +1,8 @@
-"""What the processes use, and how far behind the agents are: looked at every few seconds, from outside.
+"""Samples what the processes use, and how far behind the agents are, every few seconds, from outside.
 
-Memory and descriptors come from the kernel, life by life (a restart is another life of the same name). Lag and counts
-come from each agent's `/metrics`, as a scraper sees them; a counter that begins again after a restart is added up.
+Memory and descriptors come from the kernel, for each run of a process (a restart is another run of the same name). Lag
+and counts come from each agent's `/metrics`, as a scraper sees them; a counter that begins again after a restart is
+added up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ KEPT = ("preview_agent_events_total", "preview_agent_resyncs_total", "preview_ag
 
 
 @dataclass
-class Life:
+class ProcessRun:
     """One process from its start to its end. `samples`: seconds of the soak, bytes of memory, descriptors."""
 
     role: str
@@ -61,11 +62,11 @@ class Watch:
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
-        self.lives: list[Life] = []
+        self.lives: list[ProcessRun] = []
         self.ticks: list[Tick] = []
         self.totals: Counter[str] = Counter()
         self.lag_buckets: Counter[float] = Counter()
-        self._current: dict[str, tuple[int, float, Life]] = {}
+        self._current: dict[str, tuple[int, float, ProcessRun]] = {}
         self._counted: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
         self._http = httpx.AsyncClient(timeout=3, trust_env=False)
 
@@ -110,7 +111,7 @@ class Watch:
             return
         known = self._current.get(name)
         if known is None or known[:2] != (process.pid, born):
-            known = self._current[name] = (process.pid, born, Life(role, name, process.pid))
+            known = self._current[name] = (process.pid, born, ProcessRun(role, name, process.pid))
             self.lives.append(known[2])
         known[2].samples.append((at, resident, descriptors))
 
@@ -150,8 +151,8 @@ class Watch:
                 self.totals[name.removeprefix("preview_agent_")] += int(value)
         return lags
 
-    def current(self, role: str) -> list[Life]:
-        """The newest life of each process of a role."""
+    def current(self, role: str) -> list[ProcessRun]:
+        """The newest run of each process of a role."""
         return [life for _, _, life in self._current.values() if life.role == role]
 
     async def close(self) -> None:

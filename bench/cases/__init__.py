@@ -1,1 +1,3 @@
-"""The measurements, one module for each row or family of rows; each has a `run(quick) -> rows`."""
+"""Measures: one module for each row or family of rows, whose first sentence says what is measured against what. Each
+has a `run(quick) -> rows`. May import `bench.harness` and whatever it measures.
+"""

@@ -1,13 +1,13 @@
-"""Puts one received change on disk, beside the least anybody could do: a C program's temporary file and rename.
+"""Measures putting one received change on disk against a C program that writes a temporary file and renames it.
 
-The agent begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it
-was, a stat of the file there, staging, rename, a stat of the file now. The C program has its bytes in memory, checks
-nothing, and does `open, write, close, rename`. Both replace the files of two equal trees, round robin, in short turns.
+Ours begins with the text of the frame: JSON, every field checked, SHA-256, the directory proven to be where it was,
+stat before and after, staging, rename. The C program has its bytes in memory, checks nothing, and does `open, write,
+close, rename`. Both replace the files of two equal trees, in turn, round by round.
 
-The agent exchanges old and new (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
-replacement, on tmpfs nothing. The second row has a C program that exchanges too: what is left is the price of the rest.
-The bounds are for this disk. How much of that is the disk's share in C's rename is seen on an ext4 in memory
-(`bench.harness.scratch_fs`), where there is next to none: those rows have no bound.
+Ours exchanges old and new file (`agent.fs.transaction` says why): on ext4 that spares a write to the disk at each
+replacement, on tmpfs nothing. The second row's C program exchanges too: what is left is the price of the checks. Bounds
+are for this disk. The rows on an ext4 in memory (`bench.harness.scratch_fs`) show how much of the ratio is the disk's
+share in C's rename; they have no bound.
 
 A `planned, recorded` row is the agent's whole path: with the planner's step, and the ledger's record of each change.
 """

@@ -1,12 +1,12 @@
-"""The control plane: how fast it answers, how many sessions at once it makes, and how long one preview takes.
+"""Measures the control plane: answers a second, sessions made at once, and seconds until one preview is ready.
 
-- `sync`, answering that nothing is missing, beside a bare route of the same server in the same process: token,
-  session and project looked up, against a constant. The client is the same raw socket for both.
-- 200 sessions asked for at once, on a fake Fly that keeps Fly's limits (forty a second here, one a second there):
-  every one ready, none made twice, and not one request above the limit.
-- one session on the local driver, from the request to `ready`, with the snapshot cached: a real agent, a real Vite. Its
-  parts follow each other without a gap and come to the whole: those of the request from the orchestrator's own
-  metrics, those of the agent from its log's timestamps.
+- Answers: `sync` when nothing is missing, against a bare route of the same server in the same process. Ours looks up
+  token, session and project; the route returns a constant. One raw-socket client asks both.
+- Sessions: seconds until 200 asked for at once are ready, on a fake Fly that keeps Fly's limit (forty a second here,
+  one a second there); the note says what the limit alone takes. None is made twice, no request is above the limit.
+- One preview: from the request to `ready` on the local driver, with a cached snapshot, a real agent and a real Vite.
+  Its parts follow each other without a gap: those of the request from the orchestrator's metrics, those of the agent
+  from its log's timestamps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from bench.cases.start import log_moments
 from bench.harness.results import Row, in_turn, ratio_of
-from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.http.routes import SessionRoutes, application
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -43,7 +43,7 @@ from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform
@@ -89,7 +89,7 @@ FLY = Rate(40.0, 20)
 
 
 def run(quick: bool) -> Sequence[Row]:
-    """Measure all three."""
+    """Answers, sessions at once, one preview."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with tempfile.TemporaryDirectory(prefix="bench-control-") as place, asyncio.Runner() as runner:
         server = EmbeddedPostgres(Path(place) / "postgres")
@@ -159,7 +159,9 @@ async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
             return Response(form, media_type="application/json")
 
         catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
-        api = Api(world.settings, world.control, world.store, catchup, world.snapshots, world.keys)
+        api = SessionRoutes(
+            world.settings, world.controller, world.store, catchup, world.snapshots, world.keys
+        )
         app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
@@ -222,15 +224,15 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
         driver = FlyMachines(api, FlyShape(APP, "image"))
         installation = await store.installation()
-        control = Control(settings, store, snapshots, driver, keys, installation=installation)
+        controller = SessionController(settings, store, snapshots, driver, keys, installation=installation)
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
-        routes = Api(settings, control, store, catchup, snapshots, keys).routes()
+        routes = SessionRoutes(settings, controller, store, catchup, snapshots, keys).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
             yield World(
-                settings, pool, keys, Platform(), snapshots, assets, store, control, client, installation
+                settings, pool, keys, Platform(), snapshots, assets, store, controller, client, installation
             )
-            await control.close()
+            await controller.close()
 
 
 async def _many(dsn: str, count: int) -> list[Row]:

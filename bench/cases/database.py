@@ -1,9 +1,9 @@
-"""What the write path costs beside a bare `insert` of the same row, and what catch-up takes, on the embedded server.
+"""Measures a save in the database against a bare `insert` of the same row, and says what a catch-up takes.
 
 Ours is `upsert_project_file` of a new 2 KB file as PostgREST calls it, by the owner of the project: access, path
 rules, hash, revision under the head's lock, the version, the broadcast with its notification, and the answer. The
 peer inserts the finished row into a twin of `project_files`: same columns, constraints and indexes, no trigger, no
-foreign key. Both commit each row, durably, over the same number of connections, in short turns.
+foreign key. Both commit each row, durably, over the same number of connections, in short turns, on the embedded server.
 """
 
 from __future__ import annotations

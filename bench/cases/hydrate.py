@@ -1,17 +1,18 @@
-"""Hydrating, beside `curl | bsdtar` and beside `curl` then `unzip`; and building a snapshot, beside `zip -r`.
+"""Measures hydrating against `curl | bsdtar` and `curl` then `unzip`, and building a snapshot against `zip -r`.
 
 One archive as the orchestrator builds it, one local server (sendfile), the contestants in turn, each time onto a file
-system made for that turn (`bench.harness.scratch_fs`). The smallest load also onto this disk, as it is: without a
-bound, since a disk in use moves the same contestant by more than a bound could mean. Ours is the agent's own path
-in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest, the plan, promotion by
-rename. The peers check the CRC and nothing else. Time is until the files are in place; starting an interpreter is
-not in ours, since the agent runs already, and starting a shell is in theirs, at 10 ms. Processor time is user and
-system of all processes of a contestant, the server's not among them.
+system made for that turn (`bench.harness.scratch_fs`). The smallest load also goes onto this disk, without a bound: a
+disk in use moves the same contestant by more than a bound could mean.
+
+Ours is the agent's own path in a process of its own: download, unpack, CRC and SHA-256 of every file, the manifest, the
+plan, promotion by rename. The peers check the CRC and nothing else. Time is until the files are in place. Starting an
+interpreter is not in ours, since the agent runs already; starting a shell, 10 ms, is in theirs. Processor time is user
+and system of all processes of a contestant, without the server's.
 
 Memory is the growth of the process's peak above what it held before: `fetched` until the whole archive is verified
 in staging, `hydrated` until it is in place and the tree is known.
 
-Building is from the first query to the object in storage (the local stand-in, in its own process), beside `zip -q -r`
+Building is from the first query to the object in storage (the local stand-in, in its own process), against `zip -q -r`
 of the same files to a local file.
 """
 
@@ -53,13 +54,15 @@ from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from bench.harness.scratch_fs import Ground
-from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.snapshots.builder import Snapshots
+from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.zip_writer import ZipWriter
 
 PROJECT = "00000000-0000-4000-8000-000000000001"
@@ -225,7 +228,7 @@ async def build(dsn: str, url: str, project: str) -> dict[str, float]:
     """One build, stored anew."""
     async with AsyncConnectionPool(dsn, min_size=1, open=False) as pool, httpx.AsyncClient() as http:
         await pool.wait()
-        snapshots = Snapshots(pool, StorageClient(f"{url}/storage/v1", KEYS.service_key, http))
+        snapshots = SnapshotBuilder(pool, StorageClient(f"{url}/storage/v1", KEYS.service_key, http))
         before = forget_peak()
         built = await snapshots.build(uuid.UUID(project), anew=True)
         return {"seconds": built.build_seconds, "grown": resident("VmHWM") - before}
@@ -257,7 +260,7 @@ class Taken:
 
 
 def contend(path: Path, fresh: Callable[[], AbstractContextManager[Path]], rounds: int) -> Taken:
-    """The archive at `path` onto `fresh` ground, by everybody in turn."""
+    """Unpack the archive at `path` by every contestant in turn, each onto what `fresh` gives."""
     taken = Taken([], {}, [])
     with serving(path) as url:
 
@@ -287,7 +290,7 @@ def contend(path: Path, fresh: Callable[[], AbstractContextManager[Path]], round
 
 
 def measure_hydration(load: Load, archive: Path, rounds: int) -> list[Row]:
-    """On ground that is new each time."""
+    """Rows of one load, on a new file system each time."""
     ground = Ground(load.ground)
     if load is LOADS[0]:
         print(f"  everybody {ground.note}")

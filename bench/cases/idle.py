@@ -1,8 +1,7 @@
-"""What the agent costs while nothing happens: its memory, and its share of a core.
+"""Measures what the agent costs while nothing happens: its memory, and its share of a core. There is no peer.
 
-The whole agent, hydrated and live on a real channel, with its heartbeats as they are by default, in an environment of
-its own made from `requirements/agent.lock`: what the image has, no more. Its project has no dev server, whose needs are
-its own.
+The whole agent, hydrated and live on a real channel, with its default heartbeats, in an environment made from
+`requirements/agent.lock`: what the image has, no more. Its project has no dev server, whose needs are its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Receive and decode 1 KB broadcasts: our link against the official `realtime` client, in one run.
+"""Measures receiving and decoding 1 KB broadcasts by our link against the official `realtime` client.
 
-One server process sends the same number of the same broadcasts to each client, as fast as it takes them: ours as
-vsn 2 binary frames (what the database's broadcasts are), the official client's as vsn 1 text, which is all it speaks.
+One server process sends the same number of the same broadcasts to each client, as fast as it takes them: to ours as
+vsn 2 binary frames (what the database's broadcasts are), to the official client as vsn 1 text, which is all it speaks.
 Each runs in its own process and is measured in its own processor time from the first delivery to the last, so that a
-busy machine slows both alike; the rounds are taken in turn.
+busy machine slows both alike; rounds alternate.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
-"""From a save to the file on the other side, beside the programs that mirror directories: one edit, and five hundred.
+"""Measures from a save to the file on the other side against programs that mirror directories: one edit, and 500.
 
 Ours twice. *Event*: an editor's socket to a server to the agent's link, loop, ledger and disk, two hops over loopback:
-what a mirroring program does, in our way; five hundred are the server's own, one event behind the other on the wire, as
-the mirrors' are five hundred writes. *Save*: the whole product, from the call of the database's function to a real
-agent's rename, with PostgreSQL's own durability, its row lock, version, revision and broadcast on the way, and for five
-hundred files one transaction. The mirrors watch a directory that a file is saved into. All are seen by the kernel's
-word on the other side's directory, and take turns round by round.
+what a mirroring program does. 500 are as many events of the server on the wire, as the mirrors' are 500 writes. *Save*:
+the whole product, from the call of the database's function to a real agent's rename, with PostgreSQL's durability, row
+lock, version, revision and broadcast on the way; 500 files are one transaction. The mirrors watch a directory that a
+file is saved into. inotify on the other side's directory says when a file is there, for all of them; they take turns
+round by round.
 
-Everybody is on equal terms: whoever saves and looks is this process, whoever brings the files over is another one, on a
-file system of its own (`bench.harness.scratch_fs`), and nobody's turn begins before the one before has come to
-rest: a mirror's programs go on working when the last file is there.
+Terms are equal: this process saves and watches, another one brings the files over, on a file system of its own
+(`bench.harness.scratch_fs`), and no turn begins before the processes of the last one have come to rest.
 
-A mirror that loses files, or ends, has no ratio from then on: its rows say what it did, and the others go on.
-
-A mirror that takes a second for one edit makes four a round, at moments spread evenly over its second; the slowest of
-the four then stands for its p99, which is in its favour.
+A mirror that loses files, or ends, has no ratio from then on: its rows say what it did, and the others go on. A mirror
+that takes a second for one edit makes four a round, spread evenly over its second; the slowest of the four then stands
+for its p99, which is in its favour.
 """
 
 from __future__ import annotations
@@ -293,7 +291,7 @@ def burst(contest: Contest, rounds: int) -> list[Row]:
 
 
 def run(quick: bool = False) -> Sequence[Row]:
-    """Everything against everyone who is installed; who is not, is said."""
+    """Both of ours against every mirror that is installed; one that is missing is named in its row."""
     for kind in MIRRORS:
         if kind.missing():
             print(

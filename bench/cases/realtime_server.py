@@ -1,15 +1,14 @@
-"""The local realtime server's fan-out, beside the two usual ways of doing it in Python.
-
-The servers stand on one core, the readers on another. Every reader joins one topic; then a burst of 1 KB broadcasts is
-published, until the last reader has the last one. What counts is the server's processor time, user and system, so that
-a second of it is a second of one core whatever else the machine does; the wall clock stands in the note. Ours gets them
-from PostgreSQL (`realtime.send` in one statement), with topics, tokens and channels in between; the peers only copy
-bytes:
+"""Measures the local Realtime server's fan-out against the two usual ways of writing one in Python.
 
     starlette     one `await websocket.send_text` per socket, uvicorn with `websockets`
     websockets    `websockets.broadcast`, the library's own fan-out
 
-Memory is the server process's growth per connection; the kernel's socket buffers are not in it.
+The servers stand on one core, the readers on another. Every reader joins one topic; then a burst of 1 KB broadcasts is
+published, until the last reader has the last one. The ratio is of the server's processor time, user and system, which
+does not depend on what else the machine does; the wall clock stands in the note. Ours gets the broadcasts from
+PostgreSQL (`realtime.send` in one statement), with topics, tokens and channels in between; the peers only copy bytes.
+
+Memory is the server process's growth per connection, without the kernel's socket buffers.
 """
 
 from __future__ import annotations
@@ -39,8 +38,11 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
-from orchestrator_stub.local_supabase import Limits, ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
+from orchestrator_stub.local_supabase.realtime.limits import Limits
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.migrations import bootstrap
 from orchestrator_stub.platform.tokens import Keyring
 

@@ -1,9 +1,10 @@
-"""Starting and stopping: the agent up to Vite's first page beside Vite started by hand, and what the rest takes.
+"""Measures starting and stopping: the agent until Vite's first page against Vite started by hand.
 
 *First page* starts the same warm project two ways, and asks from outside every few milliseconds until `/` answers
-200: Vite by hand, and the agent's supervisor, told that the tree is whole. *Hydrated* says where the time goes for
-2,000 files. *Stop* is TERM to the agent with Vite up, a hundred times over. Agents run as a machine starts them,
-against a real database and orchestrator on loopback, in an environment like the image's.
+200: Vite by hand, and the agent's supervisor once it is told that the tree is whole. Without a peer: *2,000 files*
+says what the parts of a start take, and *stop* how long an agent takes after TERM while its dev server ignores TERM.
+Agents run as a machine starts them, against a real database and orchestrator on loopback, in an environment like the
+image's.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ async def _measure(quick: bool) -> list[Row]:
 
 
 def run(quick: bool) -> Sequence[Row]:
-    """See the module. Raises `Unmeasurable` without Node and npm."""
+    """First page, hydrated, stop, and the image's size. Raises `Unmeasurable` without Node and npm."""
     if shutil.which("npm") is None:
         raise Unmeasurable("Node and npm are needed")
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))

@@ -1,6 +1,6 @@
-"""From an event on the wire to the file on disk, beside the least a websocket can do: one frame there and back.
+"""Measures from an event on the wire to the file on disk against a bare websocket round trip of one frame.
 
-The agent's own link, loop, disk and ledger run against a websocket server on loopback, and the round trip goes over the
+The agent's own link, loop, disk and ledger run against a websocket server on loopback; the round trip goes over the
 same library. What other programs take for the same is in `bench.cases.mirror`.
 """
 
@@ -75,6 +75,6 @@ def latency(quick: bool, place: Path) -> list[Row]:
 
 
 def run(quick: bool = False) -> Sequence[Row]:
-    """p50 and p99."""
+    """p50 and p99 of an event, against a round trip."""
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as name:
         return latency(quick, Path(name))

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.harness.results import Verdict, figure
+from bench.harness.results import Result, figure
 from bench.harness.svg import FAINT, svg
 
 MARGIN, LEFT, RIGHT = 0.015, 0.4, 0.87
@@ -25,7 +25,7 @@ HEAD, ROW = 0.8, 0.19
 """Inches: above the scale, and of a row."""
 
 MET, MISSED, BAND = "#1a7f37", "#cf222e", "#dafbe1"
-COLOURS = {Verdict.MET: MET, Verdict.NOT_MET: MISSED}
+COLOURS = {Result.MET: MET, Result.NOT_MET: MISSED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Point:
 
     name: str
     peer: str
-    verdict: Verdict
+    result: Result
     low: float
     middle: float
     high: float
@@ -58,7 +58,7 @@ def points(run: Mapping[str, Any]) -> Iterator[Point]:
             bound = row["at_least"] if row["at_least"] is not None else row["at_most"]
             if row["sense"] == "speed":
                 low, middle, high, bound = 1 / high, 1 / middle, 1 / low, bound and 1 / bound
-            yield Point(name, row["peer"], Verdict(row["verdict"]), low, middle, high, bound)
+            yield Point(name, row["peer"], Result(row["result"]), low, middle, high, bound)
 
 
 def picture(run: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def picture(run: Mapping[str, Any]) -> str:
     shown = list(points(run))
     bounded = [point for point in shown if point.bound is not None]
     free = [point for point in shown if point.bound is None]
-    met, machine = sum(point.verdict == Verdict.MET for point in bounded), run["machine"]
+    met, machine = sum(point.result == Result.MET for point in bounded), run["machine"]
     about = (
         "Our time as a multiple of the peer's: further left is faster. Dot: the median. Line: its 95 % interval.\n"
         f"Green band: what the bound allows. {run['at'][:10]}, {machine['cpu']}, {machine['cores']} cores."
@@ -88,7 +88,7 @@ def picture(run: Mapping[str, Any]) -> str:
 
 def _panel(axes: Axes, heading: str, its: Sequence[Point]) -> None:
     rows = range(len(its))
-    colours = [COLOURS.get(point.verdict, FAINT) for point in its]
+    colours = [COLOURS.get(point.result, FAINT) for point in its]
     axes.set(xscale="log", ylim=(len(its) - 0.5, -1.5), yticks=())
     axes.xaxis.set_major_formatter(lambda x, _: "the peer" if x == 1 else f"{x:g} ×")
     axes.minorticks_off()
@@ -113,7 +113,7 @@ def _panel(axes: Axes, heading: str, its: Sequence[Point]) -> None:
         if not row or its[row - 1].name != point.name:
             text(MARGIN, row, point.name)
         text(LEFT - 0.01, row, point.peer, ha="right", color=FAINT)
-        text(0.93, row, point.verdict if isnan(point.middle) else f"{figure(point.middle)} ×", ha="right")
+        text(0.93, row, point.result if isnan(point.middle) else f"{figure(point.middle)} ×", ha="right")
         if point.bound is not None:
-            wanted = f"{'not ' if point.verdict == Verdict.NOT_MET else ''}≤ {point.bound:.3g}"
+            wanted = f"{'not ' if point.result == Result.NOT_MET else ''}≤ {point.bound:.3g}"
             text(0.94, row, wanted, color=colours[row])

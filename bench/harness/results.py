@@ -1,4 +1,4 @@
-"""What a measurement is: samples of two contestants taken in turn, a ratio with its uncertainty, and a verdict.
+"""What a measurement is: samples of two contestants taken in turn, a ratio with its uncertainty, and a result.
 
 The machine's other work disturbs both contestants of a round alike when they run back to back, so ratios are formed
 round by round and only then summarized. The interval is the one that holds the true median with 95 % confidence,
@@ -38,7 +38,7 @@ class PeerFailed(Exception):
     """A peer did not do what is measured: it lost files, or ended. The sentence says what; the others go on."""
 
 
-class Verdict(StrEnum):
+class Result(StrEnum):
     """What a row comes to. `MEASURED`: there is no bound to meet. `PEER_FAILED`: nothing to compare with."""
 
     MET = "met"
@@ -90,30 +90,30 @@ class Row:
         return self.sense not in ("memory", "size") and (self.waited > BUSIEST or self.taken > TAKEN)
 
     @property
-    def verdict(self) -> Verdict:
+    def result(self) -> Result:
         if self.failure:
-            return Verdict.PEER_FAILED
+            return Result.PEER_FAILED
         if self.disturbed:
-            return Verdict.TOO_NOISY
+            return Result.TOO_NOISY
         low, high = (self.ratio.low, self.ratio.high) if self.ratio else (self.ours, self.ours)
         if self.at_least is not None:
             if low >= self.at_least:
-                return Verdict.MET
-            return Verdict.NOT_MET if high < self.at_least else Verdict.TOO_NOISY
+                return Result.MET
+            return Result.NOT_MET if high < self.at_least else Result.TOO_NOISY
         if self.at_most is not None:
             if high <= self.at_most:
-                return Verdict.MET
-            return Verdict.NOT_MET if low > self.at_most else Verdict.TOO_NOISY
+                return Result.MET
+            return Result.NOT_MET if low > self.at_most else Result.TOO_NOISY
         if self.ratio is not None and high - low > WIDEST * self.ratio.value:
-            return Verdict.TOO_NOISY
-        return Verdict.MEASURED
+            return Result.TOO_NOISY
+        return Result.MEASURED
 
     def as_json(self) -> dict[str, object]:
         """Everything, for machines. A number that was refused is not in it."""
-        noisy = self.verdict is Verdict.TOO_NOISY
+        noisy = self.result is Result.TOO_NOISY
         return {
             "name": self.name,
-            "verdict": str(self.verdict),
+            "result": str(self.result),
             "sense": self.sense,
             "ratio": None if noisy or self.ratio is None else _figures(self.ratio.value),
             "interval": None

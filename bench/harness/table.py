@@ -111,11 +111,7 @@ def _wanted(row: Mapping[str, Any]) -> str:
     else:
         return ""
     return (
-        bound
-        if row["verdict"] == "met"
-        else f"{bound}: **not met**"
-        if row["verdict"] == "NOT MET"
-        else bound
+        bound if row["result"] == "met" else f"{bound}: **not met**" if row["result"] == "NOT MET" else bound
     )
 
 

@@ -1,3 +1,4 @@
-"""`preview-orchestrator dev`: everything on one machine, an editor that turns saves in a directory into RPCs,
-and what a person sees in the terminal. Nothing imports it but `__main__`.
+"""Runs everything on one machine for `preview-orchestrator dev`: database, stand-in, control plane, agent, and an
+editor that sends what is saved in a directory. Stands on every other room; only `__main__` imports it. Promises that
+what it started it stops, however it ends.
 """

@@ -1,4 +1,4 @@
-"""The editor's side of the local stack: a directory whose saves become RPCs.
+"""Turns saves in a directory into RPCs, as the product's editor would.
 
 It does what the product's editor does, over the same HTTP endpoints and with a user's token: a save is
 `upsert_project_file`, a removal `delete_project_file`, several at once `apply_project_files`; binary files go to the
@@ -35,18 +35,20 @@ import tenacity
 from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
-from orchestrator_stub.platform.source_paths import ignored, path_problem, shown
-from orchestrator_stub.platform.source_tree import (
+from orchestrator_stub.platform.source_files import (
     MAX_ASSET,
     LocalFile,
     Unreadable,
     as_text,
     directories,
+    ignored,
     in_few_words,
     is_directory,
     list_files,
+    path_problem,
     read_file,
     relative_path,
+    shown,
     stands,
 )
 from orchestrator_stub.platform.tokens import Keyring

@@ -1,4 +1,4 @@
-"""One file made, edited and removed again, timed from the save to what the dev server serves: `dev --once`."""
+"""Times one save for `dev --once`: a file is made, edited and removed, each until the dev server serves it so."""
 
 from __future__ import annotations
 
@@ -16,6 +16,39 @@ from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions
 
 ONCE_DEADLINE: Final = 300.0
 """Seconds that `--once` gives the start, most of which is the first `npm install`, and then each of its steps."""
+
+
+async def measure_save(
+    options: DevOptions, info: DevInfo, http: httpx.AsyncClient, start_seconds: float
+) -> dict[str, float]:
+    """Write, edit and remove one file, and give the times. `http` speaks to the stack as a user.
+
+    `start_seconds`, how long the start took, is reported with them.
+
+    Raises `CannotStart` when a step takes longer than `ONCE_DEADLINE`.
+    """
+    name = f"preview-sync-check-{uuid4().hex[:8]}.js"
+    path = f"src/{name}" if (options.directory / "src").is_dir() else name
+    async with httpx.AsyncClient(base_url=info.preview_url, timeout=10, trust_env=False) as preview:
+        check = Check(options, info, http, preview, path)
+        try:
+            created = await check.write("made")
+            # Two writes to one path at once would measure the agent's spacing of them, not the way of one save.
+            await asyncio.sleep(0.2)
+            return {
+                "start_seconds": round(start_seconds, 3),
+                "create_to_served_ms": created,
+                "save_to_served_ms": await check.write("edited"),
+                "delete_to_gone_ms": await check.remove(),
+            }
+        finally:
+            (options.directory / path).unlink(missing_ok=True)
+
+
+def timing_table(timings: Mapping[str, float]) -> str:
+    """The times for a person."""
+    lines = "".join(f"    {name.replace('_', ' '):<22}{value:>9}\n" for name, value in timings.items())
+    return f"{lines}\n"
 
 
 class Check:
@@ -63,7 +96,7 @@ class Check:
             with suppress(httpx.HTTPError):
                 if done((await self._preview.get(f"/{quote(self._path)}")).text):
                     return round((time.perf_counter() - started) * 1000, 1)
-            # Each look is work for the dev server and for this very loop: often enough to see, no oftener.
+            # Each request costs the dev server and this loop time: 10 ms is as fine as the result is read.
             await asyncio.sleep(0.01)
         raise CannotStart(f"the preview did not {what} within {ONCE_DEADLINE:.0f} s")
 

@@ -1,8 +1,4 @@
-"""`preview-orchestrator dev DIR`: the whole loop on one machine, one command.
-
-    STATE/postgres        the embedded database          STATE/machines/{session}   the agent's machine
-    STATE/storage         Supabase Storage's objects     STATE/editor.json          what of DIR was sent
-    STATE/keys.json       the JWT keys, owner only       STATE/dev.json             where everything is
+"""Runs the whole loop on one machine: `preview-orchestrator dev DIR`.
 
 It runs the same control plane as `serve`, over the local stand-in for Supabase. What it started it stops, in the
 opposite order, on Ctrl-C, on SIGTERM, on SIGHUP and on any failure.
@@ -11,8 +7,6 @@ opposite order, on Ctrl-C, on SIGTERM, on SIGHUP and on any failure.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import os
 import re
 import shutil
@@ -25,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlencode
-from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
+from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx
 import psycopg
@@ -34,12 +28,15 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
-from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, Check
+from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
+from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.local_supabase import ProjectKeys, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, owner_of
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.migrations import (
@@ -50,8 +47,8 @@ from orchestrator_stub.platform.migrations import (
     migrate,
 )
 from orchestrator_stub.platform.redaction import Redactor
-from orchestrator_stub.platform.tokens import Keyring, local_keyring
-from orchestrator_stub.server import Server, Service, configure_logs, control_plane
+from orchestrator_stub.platform.tokens import Keyring
+from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane, listen
 
 HOST: Final = "127.0.0.1"
 
@@ -103,23 +100,23 @@ class Stack:
         self._options = options
         self._terminal = terminal
         self._stack = stack
-        self._state = options.state.absolute()
+        self._state = StateDirectory(options.state)
         self._pid = 0
         self._mark: str | None = None
 
     async def run(self) -> None:
         self._options.check()
         directory = self._options.directory
-        self._lock()
+        self._stack.enter_context(self._state.lock())
         listener = self._listen()
         port = listener.getsockname()[1]
         node = await _node_version()
         self._terminal.step(f"starting on port {port} (Node {node}, state in {self._options.state})")
 
-        keys = self._keys()
+        keys = self._state.keyring()
         dsn = await self._database()
         driver = LocalMachines(
-            self._state / "machines",
+            self._state.path / "machines",
             environment=os.environ,
             host=HOST,
             dev_port=5173 if self._options.port else None,
@@ -131,7 +128,7 @@ class Stack:
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
         self._stack.push_async_callback(self._retire_ours, driver)
-        settings = _settings(port, dsn, project_keys, self._state)
+        settings = _settings(port, dsn, project_keys, self._state.path)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
         self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
@@ -146,19 +143,12 @@ class Stack:
         machine, session_id = await self._session(url, project_keys, project_id, driver)
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
-        tasks.append(asyncio.create_task(service.control.run(), name="sweeper"))
-        tasks.append(asyncio.create_task(service.job.run(), name="snapshot job"))
+        tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
+        tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 
-        try:
-            async with asyncio.timeout(ONCE_DEADLINE if self._options.once else None):
-                await self._until_served(machine, driver)
-        except TimeoutError:
-            log = driver.log_path(machine.id)
-            raise CannotStart(
-                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{_tail(log)}"
-            ) from None
+        await self._until_served(machine, driver)
         info = DevInfo(
             orchestrator_url=url,
             anon_key=project_keys.anon_key,
@@ -171,65 +161,35 @@ class Stack:
             health_url=str(machine.health_url),
             agent_pid=self._pid,
         )
-        self._publish(info)
+        self._stack.callback(self._state.withdraw)
+        self._state.publish(info)
         self._terminal.show(
             screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
         )
         if self._options.once:
-            await self._once(info, http)
+            timings = await measure_save(self._options, info, http, self._terminal.seconds)
+            self._terminal.show(timing_table(timings), timings)
             return
         await self._keep(info, machine, driver, watching)
 
     # --- the parts
 
-    def _lock(self) -> None:
-        """One `dev` at a time on one state directory."""
-        try:
-            self._state.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._state / "dev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CannotStart(f"cannot use the state directory {self._state}: {error.strerror}") from None
-        self._stack.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise CannotStart(
-                f"another dev (process {owner}) uses {self._options.state}; stop it, or give another --state"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-
     def _listen(self) -> socket.socket:
-        # Named, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms without it.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        self._stack.callback(listener.close)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((HOST, self._options.port))
-            listener.listen(1024)
+            listener = listen(HOST, self._options.port)
         except OSError as error:
             raise CannotStart(
                 f"port {self._options.port} cannot be had ({error.strerror}); "
                 "give another --port, or --port 0 for a free one"
             ) from None
+        self._stack.callback(listener.close)
         return listener
-
-    def _keys(self) -> Keyring:
-        file = self._state / "keys.json"
-        try:
-            keys = local_keyring(file)
-        except (OSError, ValueError) as error:
-            raise CannotStart(f"cannot use {file}: {error}; remove it") from None
-        if keys.problems()["cannot_sign"]:
-            raise CannotStart(f"cannot use {file}: none of its keys is private; remove it")
-        return keys
 
     async def _database(self) -> str:
         given = self._options.database_url
         try:
             if given is None:
-                server = EmbeddedPostgres(self._state / "postgres")
+                server = EmbeddedPostgres(self._state.path / "postgres")
                 dsn = await server.start()
                 self._stack.push_async_callback(server.stop)
             else:
@@ -239,7 +199,7 @@ class Stack:
         except MigrationRefused as error:
             if error.by_earlier_version and given is None:
                 raise CannotStart(
-                    f"{self._state} is of a version before the first release: delete it, and start anew"
+                    f"{self._state.path} is of a version before the first release: delete it, and start anew"
                 ) from None
             raise CannotStart(str(error)) from None
         except (EmbeddedPostgresError, MigrationError) as error:
@@ -252,10 +212,10 @@ class Stack:
 
     @asynccontextmanager
     async def _serve(
-        self, listener: socket.socket, service: Service, dsn: str, keys: ProjectKeys
+        self, listener: socket.socket, service: ControlPlane, dsn: str, keys: ProjectKeys
     ) -> AsyncIterator[None]:
         """Control plane and stand-in on one socket, up when this yields."""
-        local = stand_in(dsn, keys, self._state / "storage", faults=self._options.faults)
+        local = stand_in(dsn, keys, self._state.path / "storage", faults=self._options.faults)
         app = application([*service.routes, *local.routes], lifespan=local.lifespan)
         config = uvicorn.Config(
             Measured(app, service.metrics),
@@ -276,7 +236,7 @@ class Stack:
             server.should_exit = True
             await asyncio.wait([task], timeout=5)
 
-    async def _project(self, service: Service, user_id: UUID, project_id: UUID, name: str) -> None:
+    async def _project(self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str) -> None:
         """A user and a project of theirs, as a product's sign-up would make them."""
         async with service.pool.connection() as connection:
             await connection.execute(
@@ -304,7 +264,7 @@ class Stack:
                 trust_env=False,
             )
         )
-        baseline = self._state / "editor.json"
+        baseline = self._state.path / "editor.json"
         try:
             return Editor(self._options.directory, project_id, http, baseline), http
         except OSError as error:
@@ -314,35 +274,32 @@ class Stack:
     async def _session(
         self, url: str, keys: ProjectKeys, project_id: UUID, driver: LocalMachines
     ) -> tuple[Machine, UUID]:
-        """The session of the last time with a newer machine, or a new one."""
-        path = self._state / "session.json"
-        key, generation = f"dev-{uuid4()}", 1
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(path.read_text())
-            if kept["project_id"] == str(project_id):
-                key, generation = str(kept["key"]), int(kept["generation"]) + 1
+        """The session of the last start with a newer machine, or a new one."""
+        wanted = self._state.next_session(project_id)
         headers = {"Authorization": f"Bearer {keys.service_key}"}
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False) as http:
             while True:
                 # Written first: a key whose session nobody remembers would be a machine nobody ends.
-                path.write_text(
-                    json.dumps({"key": key, "generation": generation, "project_id": str(project_id)})
-                )
+                self._state.keep_session(project_id, wanted)
                 answer = await http.post(
                     "/v1/sessions",
-                    json={"project_id": str(project_id), "generation": generation, "ttl_seconds": LONG},
-                    headers={"Idempotency-Key": key},
+                    json={
+                        "project_id": str(project_id),
+                        "generation": wanted.generation,
+                        "ttl_seconds": LONG,
+                    },
+                    headers={"Idempotency-Key": wanted.key},
                 )
                 form = answer.json()
                 if not (answer.is_success and form["state"] in ("draining", "gone")):
                     break
-                key, generation = f"dev-{uuid4()}", 1
+                wanted = SessionKey.fresh()
         if not answer.is_success or form.get("machine") is None:
             reason = form.get("detail") or form.get("problem") or f"it is {form.get('state')}"
             raise CannotStart(f"the session did not start: {reason}")
         machine = await driver.inspect(form["machine"]["id"])
         if machine is None:
-            raise CannotStart(f"the agent's machine is gone; see the logs in {self._state / 'machines'}")
+            raise CannotStart(f"the agent's machine is gone; see the logs in {self._state.path / 'machines'}")
         return machine, UUID(form["session_id"])
 
     # --- while it runs
@@ -364,7 +321,18 @@ class Stack:
             self._terminal.step(f"left out {line}")
 
     async def _until_served(self, machine: Machine, driver: LocalMachines) -> None:
-        """Until `/readyz` says 200. Says on the way what the agent is at."""
+        """Wait until the preview is served; with `--once`, for `ONCE_DEADLINE` seconds. Raises `CannotStart`."""
+        try:
+            async with asyncio.timeout(ONCE_DEADLINE if self._options.once else None):
+                await self._until_ready(machine, driver)
+        except TimeoutError:
+            log = driver.log_path(machine.id)
+            raise CannotStart(
+                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{_tail(log)}"
+            ) from None
+
+    async def _until_ready(self, machine: Machine, driver: LocalMachines) -> None:
+        """Poll until `/readyz` answers 200, and print each state that the agent reports on the way."""
         last = ""
         async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
             while True:
@@ -394,7 +362,7 @@ class Stack:
             await self._still_there(machine, driver)
             if self._pid != info.agent_pid:
                 info = replace(info, agent_pid=self._pid)
-                self._publish(info)
+                self._state.publish(info)
                 self._terminal.step(f"the agent was started again (process {self._pid})")
             await asyncio.sleep(0.25)
 
@@ -411,40 +379,6 @@ class Stack:
     def _agent_ended(self, code: int) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._terminal.step(f"the agent {how}")
-
-    def _publish(self, info: DevInfo) -> None:
-        path = self._state / "dev.json"
-        draft = self._state / "dev.json.new"
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(asdict(info), file, indent=2)
-        draft.rename(path)
-        self._stack.callback(path.unlink, missing_ok=True)
-
-    async def _once(self, info: DevInfo, http: httpx.AsyncClient) -> None:
-        """One file made, edited and removed again, timed from the save to what the dev server serves."""
-        started = self._terminal.seconds
-        name = f"preview-sync-check-{uuid4().hex[:8]}.js"
-        below = "src" if (self._options.directory / "src").is_dir() else ""
-        path = f"{below}/{name}" if below else name
-        preview = await self._stack.enter_async_context(
-            httpx.AsyncClient(base_url=info.preview_url, timeout=10, trust_env=False)
-        )
-        check = Check(self._options, info, http, preview, path)
-        try:
-            created = await check.write("made")
-            # Two writes to one path at once would measure the agent's spacing of them, not the way of one save.
-            await asyncio.sleep(0.2)
-            timings = {
-                "start_seconds": round(started, 3),
-                "create_to_served_ms": created,
-                "save_to_served_ms": await check.write("edited"),
-                "delete_to_gone_ms": await check.remove(),
-            }
-        finally:
-            (self._options.directory / path).unlink(missing_ok=True)
-        lines = "".join(f"    {name.replace('_', ' '):<22}{value:>9}\n" for name, value in timings.items())
-        self._terminal.show(f"{lines}\n", timings)
 
 
 @asynccontextmanager

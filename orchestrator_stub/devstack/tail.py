@@ -1,8 +1,7 @@
-"""`preview-orchestrator tail PROJECT`: a project's channel as it happens, through the official `realtime` client.
+"""Prints a project's channel as it happens, through the official `realtime` client: the command `tail PROJECT`.
 
-The official client on purpose: what it prints is what somebody else's code would get. Its known ways of going deaf
-(it gives up after a few reconnects, and says so at most in its log) are met by looking at it once a second and
-starting it anew.
+The official client shows what code of the product would get. It gives up after a few reconnects and says so at most in
+its log, so its state is polled once a second, and a client that went deaf is replaced.
 
     12:01:07.412  file:update   r12 v3  src/App.tsx  (1,204 bytes)
     12:01:09.001  file:delete   r13 v4  src/old.ts

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator_stub.platform.source_paths import ignored
+from orchestrator_stub.platform.source_files import ignored
 
 
 class CannotStart(Exception):

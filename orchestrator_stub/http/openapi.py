@@ -1,6 +1,6 @@
-"""The document of the routes, as OpenAPI 3.1: what `/openapi.json` serves and what the routes are held against.
+"""Describes the routes as OpenAPI 3.1: `/openapi.json` serves it, and a test holds the routes against it.
 
-Bodies that come in are described by the very models that read them (`app.CreateBody` …); what goes out is written
+Bodies that come in are described by the very models that read them (`routes.CreateBody` …); what goes out is written
 down here, with every status a caller of that route may meet.
 """
 
@@ -161,7 +161,7 @@ def openapi_document() -> Schema:
             },
             f"{one}/snapshot": {
                 "post": _operation(
-                    "Offer a snapshot", product, "Snapshot", "session", body="SnapshotBody", also=(410,)
+                    "Give a signed snapshot", product, "Snapshot", "session", body="SnapshotBody", also=(410,)
                 )
             },
             f"{one}/sync": {

@@ -1,4 +1,4 @@
-"""Being watched: `/livez`, `/readyz`, `/metrics`, and the document of the routes, `/openapi.json`."""
+"""Serves what operators ask: `/livez`, `/readyz`, `/metrics`, and the document of the routes, `/openapi.json`."""
 
 from __future__ import annotations
 

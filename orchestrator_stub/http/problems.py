@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem documents: what went wrong, and what to do about it.
+"""Renders errors as RFC 9457 problem documents: what went wrong, and what to do about it.
 
 A route raises `Refusal`; the application renders it. `type` is a stable URN that programs match on, `title`
 its sentence, `detail` what this caller should do. 401 and 403 are final for the token that was shown, 404 and

@@ -1,4 +1,4 @@
-"""The routes: parse, check who asks, call, render. What is decided is decided elsewhere.
+"""Serves the routes: parses, checks who asks, calls, renders. Decisions are made in `sessions`.
 
 control plane   /v1/sessions…                       the product's backend, with the service key
 session API     /v1/sessions/{id}/{sync,token,status}   the agent, with its session's token
@@ -33,7 +33,7 @@ from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
 from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
@@ -119,13 +119,13 @@ class Caller:
     user: Mapping[str, Any] | None
 
 
-class Api:
-    """The routes over one `Control` and its parts. `on_ready` is told how long each machine took to become so."""
+class SessionRoutes:
+    """The routes of control plane and session API. `on_ready` is told how long each machine took to become so."""
 
     def __init__(
         self,
         settings: Settings,
-        control: Control,
+        controller: SessionController,
         store: SessionStore,
         catchup: Catchup,
         snapshots: SnapshotSource,
@@ -135,7 +135,7 @@ class Api:
         on_ready: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._settings = settings
-        self._control = control
+        self._controller = controller
         self._store = store
         self._catchup = catchup
         self._snapshots = snapshots
@@ -173,13 +173,13 @@ class Api:
             )
         ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
         try:
-            session, new = await self._control.request(
+            session, new = await self._controller.request(
                 body.project_id, key=key, generation=body.generation, ttl=ttl
             )
         except ProjectUnknown:
             raise unknown from None
         if session.state in LIVE:
-            session = await self._control.settled(session.id, self._settings.create_wait) or session
+            session = await self._controller.settled(session.id, self._settings.create_wait) or session
         return _json(
             session_form(session),
             HTTPStatus.CREATED if new else HTTPStatus.OK,
@@ -210,7 +210,7 @@ class Api:
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""
-        session = await self._control.end((await self._seen(request)).id)
+        session = await self._controller.end((await self._seen(request)).id)
         assert session is not None
         over = session.state in ENDED
         return _json(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
@@ -221,8 +221,8 @@ class Api:
         body = await self._body(request, SnapshotBody)
         if session.state not in LIVE:
             raise _over(session)
-        offer = await self._snapshots.offer(session.project_id, rebuild=body.rebuild)
-        return _json({"snapshot_url": offer.url, "manifest": offer.manifest})
+        snapshot = await self._snapshots.signed_snapshot(session.project_id, rebuild=body.rebuild)
+        return _json({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
 
     # --- session API
 
@@ -248,7 +248,7 @@ class Api:
         """The next token of the same machine, also for one that expired while the machine was down."""
         claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
         _check_current(session, claims)
-        token, expires_at = self._control.token_for(session)
+        token, expires_at = self._controller.token_for(session)
         return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
 
     async def status(self, request: Request) -> Response:
@@ -265,7 +265,7 @@ class Api:
             status=body.model_dump_json(),
         )
         if kept is None:
-            # Another generation's machine has the session, or nobody is to have it any more.
+            # Another generation's machine has the session, or it has ended.
             return _json({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)

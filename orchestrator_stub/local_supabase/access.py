@@ -1,4 +1,4 @@
-"""Who is asking, and what PostgreSQL lets them do.
+"""Runs queries as the role that a token names, and asks PostgreSQL what that role may do.
 
 Nothing here decides anything: a token's claims are put where Supabase's services put them (`role`,
 `request.jwt.claims`, `realtime.topic`), and the database's own grants and policies answer.

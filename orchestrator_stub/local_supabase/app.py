@@ -1,4 +1,4 @@
-"""The local stand-in for Supabase: one value that an ASGI application mounts.
+"""Puts the stand-in for Supabase together as routes and a lifespan that an ASGI application mounts:
 
 local = stand_in(dsn, keys, storage_dir)
 app = Starlette(routes=[*local.routes, …], lifespan=local.lifespan)
@@ -23,11 +23,11 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from orchestrator_stub.local_supabase.access import Pool
 from orchestrator_stub.local_supabase.keys import ProjectKeys
-from orchestrator_stub.local_supabase.realtime.broadcast import Http
+from orchestrator_stub.local_supabase.realtime.broadcast import BroadcastRoutes
 from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.local_supabase.realtime.limits import Limits
 from orchestrator_stub.local_supabase.realtime.server import Realtime
-from orchestrator_stub.local_supabase.rest import Rest
+from orchestrator_stub.local_supabase.rest import RestRoutes
 from orchestrator_stub.local_supabase.storage import Storage
 
 SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
@@ -59,7 +59,7 @@ def stand_in(
     The lifespan opens the connections and begins once the database is being listened to; uvicorn, on its way down,
     closes every socket with 1012. `faults` adds the endpoint that misbehaves on request. `clock` gives Unix seconds.
     """
-    # Checked before use: a restarted database costs nobody a request.
+    # Checked before use: a restarted database fails no request.
     check = AsyncConnectionPool.check_connection
     pool: Pool = AsyncConnectionPool(dsn, min_size=2, max_size=POOL_SIZE, open=False, timeout=10, check=check)
     realtime = Realtime(pool, keys, limits=limits, faults=Faults() if faults else None, clock=clock)
@@ -67,7 +67,11 @@ def stand_in(
     routes: list[BaseRoute] = [
         *(WebSocketRoute(path, realtime) for path in SOCKET_PATHS),
         *_open_to_browsers(
-            [*Http(realtime).routes(), *storage.routes(), *Rest(pool, keys, clock=clock).routes()]
+            [
+                *BroadcastRoutes(realtime).routes(),
+                *storage.routes(),
+                *RestRoutes(pool, keys, clock=clock).routes(),
+            ]
         ),
     ]
 

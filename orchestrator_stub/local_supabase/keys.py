@@ -1,6 +1,6 @@
-"""The keys of the local stack.
+"""Makes the API keys of the local stack.
 
-As the Supabase CLI does it: the two API keys are themselves tokens of the project's secret, one with the role
+As with the Supabase CLI, the two API keys are themselves tokens of the project's secret, one with the role
 `anon`, one with `service_role`, so that every endpoint reads an API key as it reads any other token.
 """
 

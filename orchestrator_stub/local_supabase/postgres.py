@@ -1,4 +1,4 @@
-"""A real PostgreSQL from a wheel, for `make dev` and the tests.
+"""Runs a real PostgreSQL from a wheel, for `make dev` and the tests.
 
 Only the wheel's binaries are used: it is our process, in a session of its own, so that Ctrl-C reaches us and we
 stop it in order; and it dies with us, because the kernel sends it a fast shutdown when we disappear. It listens on

@@ -1,4 +1,4 @@
-"""PostgREST's form of calling functions and reading views, for the exposed schema `public`.
+"""Serves PostgREST's form of calling functions and reading views, for the exposed schema `public`.
 
 Enough for `supabase.rpc(…)` and a plain `select` of the official clients, errors included. Arguments become JSON
 records and results leave as the JSON PostgreSQL makes of them, as PostgREST does; nothing is converted on the way.
@@ -48,7 +48,7 @@ where n.nspname = 'public' and p.proname = %s and p.prokind = 'f'
 """
 
 
-class Denied(Exception):
+class PostgrestError(Exception):
     """An answer in PostgREST's error form: `{"code", "details", "hint", "message"}`."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Function:
         return sql.SQL("select {} from {} {} as _r").format(sql.SQL(result), source, called)
 
 
-class Rest:
+class RestRoutes:
     """The `/rest/v1` endpoints. `clock` gives Unix seconds."""
 
     def __init__(self, pool: Pool, keys: ProjectKeys, *, clock: Callable[[], float] = time.time) -> None:
@@ -114,11 +114,11 @@ class Rest:
             try:
                 response: Response = await endpoint(request)
                 return response
-            except Denied as error:
+            except PostgrestError as error:
                 return _error(error)
             except PoolTimeout:
                 message = "Timed out acquiring connection from connection pool."
-                return _error(Denied(504, "PGRST003", message))
+                return _error(PostgrestError(504, "PGRST003", message))
             except psycopg.Error as error:
                 return _error(_of_database(error, self._is_anonymous(request)))
 
@@ -135,15 +135,15 @@ class Rest:
         """Who asks. The gateway wants an API key, and a token where there is one beside it."""
         key = request.headers.get("apikey") or request.query_params.get("apikey", "")
         if not key and not self._token(request):
-            raise Denied(401, "401", "No API key found in request")
+            raise PostgrestError(401, "401", "No API key found in request")
         if key and key not in (self._keys.anon_key, self._keys.service_key):
-            raise Denied(401, "401", "Invalid API key")
+            raise PostgrestError(401, "401", "Invalid API key")
         try:
             return read_claims(self._keys.keyring, self._token(request) or key, now=self._clock())
         except TokenRejected as error:
             if error.reason == "expired":
-                raise Denied(401, "PGRST303", "JWT expired") from None
-            raise Denied(401, "PGRST301", "JWSError JWSInvalidSignature") from None
+                raise PostgrestError(401, "PGRST303", "JWT expired") from None
+            raise PostgrestError(401, "PGRST301", "JWSError JWSInvalidSignature") from None
 
     async def _rpc(self, request: Request) -> Response:
         claims = self._claims(request)
@@ -155,15 +155,15 @@ class Rest:
             try:
                 given = orjson.loads(raw) if raw else {}
             except orjson.JSONDecodeError:
-                raise Denied(400, "PGRST102", "Empty or invalid json") from None
+                raise PostgrestError(400, "PGRST102", "Empty or invalid json") from None
         if not isinstance(given, dict):
-            raise Denied(400, "PGRST102", "All object keys must match")
+            raise PostgrestError(400, "PGRST102", "All object keys must match")
         async with acting_as(self._pool, claims, _settings(request)) as connection:
             function = await _find(connection, name, set(given))
             if function.read_only:
                 await connection.execute("set transaction read only")
             elif request.method == "GET":
-                raise Denied(405, "25006", f"cannot execute {name} in a read-only transaction")
+                raise PostgrestError(405, "25006", f"cannot execute {name} in a read-only transaction")
             rows = await connection.execute(function.call(sorted(given)), [orjson.dumps(given).decode()])
             row = await rows.fetchone()
         if function.returns_void:
@@ -180,7 +180,7 @@ class Rest:
 
 
 async def _find(connection: AsyncConnection[Any], name: str, given: set[str]) -> Function:
-    """The exposed function that takes exactly these arguments, looked up anew each time. Raises `Denied`."""
+    """The exposed function that takes exactly these arguments, looked up anew each time. Raises `PostgrestError`."""
     rows = await (await connection.execute(FUNCTIONS, [name])).fetchall()
     known = [Function(r[0], r[1], r[2], r[3], r[4], tuple(r[5]), tuple(r[6])) for r in rows]
     for function in sorted(known, key=lambda function: len(function.names)):
@@ -188,7 +188,7 @@ async def _find(connection: AsyncConnection[Any], name: str, given: set[str]) ->
             return function
     wanted = ", ".join(sorted(given))
     what = f"with parameters {wanted}" if wanted else "without parameters"
-    raise Denied(
+    raise PostgrestError(
         404,
         "PGRST202",
         f"Could not find the function public.{name}({wanted}) in the schema cache",
@@ -208,7 +208,7 @@ _COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Composed, list[Any]]:
-    """PostgREST's horizontal and vertical filtering, the simple forms. Raises `Denied`."""
+    """PostgREST's horizontal and vertical filtering, the simple forms. Raises `PostgrestError`."""
     columns: sql.Composable = sql.SQL("*")
     conditions: list[sql.Composable] = []
     order: list[sql.Composable] = []
@@ -227,7 +227,7 @@ def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Co
                 order.append(sql.Identifier(_column(column)) + way)
         elif name in ("limit", "offset"):
             if not value.isdecimal():
-                raise Denied(400, "PGRST100", f'"failed to parse {name} ({value})"')
+                raise PostgrestError(400, "PGRST100", f'"failed to parse {name} ({value})"')
             bounds.append(sql.SQL(f" {name} {int(value)}"))
         else:
             comparison, _, wanted = value.partition(".")
@@ -241,7 +241,7 @@ def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Co
                 conditions.append(sql.SQL("{} {} %s").format(target, sql.SQL(COMPARISONS[comparison])))
                 values.append(wanted)
             else:
-                raise Denied(400, "PGRST100", f'"failed to parse filter ({value})"')
+                raise PostgrestError(400, "PGRST100", f'"failed to parse filter ({value})"')
     inner = sql.SQL("select {} from {}").format(columns, sql.Identifier("public", relation))
     if conditions:
         inner += sql.SQL(" where ") + sql.SQL(" and ").join(conditions)
@@ -254,7 +254,7 @@ def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Co
 
 def _column(name: str) -> str:
     if not _COLUMN.fullmatch(name):
-        raise Denied(400, "PGRST100", f'"failed to parse column ({name})"')
+        raise PostgrestError(400, "PGRST100", f'"failed to parse column ({name})"')
     return name
 
 
@@ -276,19 +276,21 @@ def _json(request: Request, text: str | None, is_set: bool) -> Response:
             rows = orjson.loads(body)
             if len(rows) != 1:
                 message = "Cannot coerce the result to a single JSON object"
-                raise Denied(406, "PGRST116", message, f"The result contains {len(rows)} rows")
+                raise PostgrestError(406, "PGRST116", message, f"The result contains {len(rows)} rows")
             body = orjson.dumps(rows[0]).decode()
         return Response(body, media_type=f"{SINGULAR}; charset=utf-8")
     return Response(body, media_type="application/json; charset=utf-8")
 
 
-def _of_database(error: psycopg.Error, anonymous: bool) -> Denied:
+def _of_database(error: psycopg.Error, anonymous: bool) -> PostgrestError:
     """The answer for an error that PostgreSQL raised."""
     state = error.sqlstate
     if state is None and not isinstance(error, psycopg.OperationalError):
-        return Denied(400, "22021", " ".join(str(error).split()))  # not even sent, such as a NUL in a text
+        return PostgrestError(
+            400, "22021", " ".join(str(error).split())
+        )  # not even sent, such as a NUL in a text
     if state is None:
-        return Denied(503, "PGRST000", "Database client error. Retrying the connection.")
+        return PostgrestError(503, "PGRST000", "Database client error. Retrying the connection.")
     if re.fullmatch(r"PT[1-5]\d\d", state):
         status = int(state[2:])
     elif state == "42501":
@@ -296,14 +298,14 @@ def _of_database(error: psycopg.Error, anonymous: bool) -> Denied:
     else:
         status = STATUS_OF_STATE.get(state) or STATUS_OF_CLASS.get(state[:2], 400)
     diag = error.diag
-    return Denied(status, state, diag.message_primary or "", diag.message_detail, diag.message_hint)
+    return PostgrestError(status, state, diag.message_primary or "", diag.message_detail, diag.message_hint)
 
 
 def _signature(function: Function) -> str:
     return f"the function public.{function.name}({', '.join(function.names)})"
 
 
-def _error(error: Denied) -> Response:
+def _error(error: PostgrestError) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
     if error.body["code"] == "401":  # the gateway's own form
         body = {"message": error.body["message"], "hint": "Double check your API key."}

@@ -1,4 +1,4 @@
-"""Supabase Storage's endpoints, over rows in `storage.objects` and files in one directory.
+"""Serves Supabase Storage's endpoints, over rows in `storage.objects` and files in one directory.
 
 A file is named by its row's `version`, never by its path: an overwrite is a new file and a changed row, so a
 reader in the middle of a download keeps what it began with, and no path can climb out. Errors are the original's:

@@ -1,4 +1,4 @@
-"""Where a session's agent runs: the protocol every machine driver keeps, and its nouns.
+"""Defines the protocol that every machine driver keeps, and its nouns.
 
 A machine's name is made from its installation, session and generation (`machine_name`), so making the same
 one twice is a conflict that the driver answers by *adopting* the machine that is there. That is what makes creation

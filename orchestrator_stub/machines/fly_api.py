@@ -3,7 +3,7 @@
     400 404 422           the request is wrong, the app or machine is not there          MachineRefused, or None
     401 403               the token is not good                                          MachineRefused
     408                   a wait that is not over                                        False
-    409                   a name that is taken, a lease somebody else holds              Conflict
+    409                   a name that is taken, a lease of another holder                Conflict
     412, 422 "insufficient …"     no room on the hosts of the region now                 MachineUnavailable
     429 5xx, no reply     asked again, with full jitter and at least `Retry-After`, then MachineUnavailable
 
@@ -40,7 +40,7 @@ MAX_BUCKETS: Final = 10_000
 
 
 class Conflict(MachineError):
-    """The API says 409: the name is taken, or the machine is leased to somebody else."""
+    """The API says 409: the name is taken, or another holder has leased the machine."""
 
 
 class NotThere(MachineError):

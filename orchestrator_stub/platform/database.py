@@ -1,4 +1,4 @@
-"""The connections to PostgreSQL, and the one question that everybody asks: where does a project stand.
+"""Connects to PostgreSQL, and asks what several rooms ask: at which revision a project stands.
 
 A database that does not answer, or has no connection left for us, is a `psycopg.OperationalError` everywhere.
 """

@@ -1,4 +1,4 @@
-"""What the orchestrator's logs never say: its keys, and whatever it signs for others.
+"""Takes secrets out of the orchestrator's logs: its keys, and whatever it signs for others.
 
 Known secrets go by value; tokens, signed URLs and secret keys by their shape, since new ones are made all the time.
 """

@@ -18,6 +18,9 @@ from urllib.parse import quote
 import httpx
 import orjson
 
+ASSETS: Final = "project-assets"
+"""The bucket of binary files, each named by its project and its SHA-256."""
+
 TIMEOUT: Final = httpx.Timeout(10.0, read=60.0, write=60.0)
 """Seconds. Storage answers an upload only once the object is stored, hence the longer read."""
 
@@ -89,7 +92,7 @@ class StorageClient:
         try:
             await self.upload(bucket, path, content, size, content_type=content_type, replace=True)
         except StorageFailure:
-            # It may be there all the same: the answer was lost, or somebody else's upload was in the way of ours.
+            # It may be there all the same: the answer was lost, or another upload of the same object won.
             try:
                 stored = await self.exists(bucket, path)
             except StorageFailure:

@@ -1,4 +1,4 @@
-"""Signing and checking JWTs: the session's token, and the project's own keys.
+"""Signs and checks JWTs: the session's token, and the project's own keys.
 
 One *keyring* is a JSON Web Key Set. Its first private key signs; every key in it verifies, each only with its
 own algorithm, so an ES256 public key can never be taken for an HS256 secret. `kid` picks the key; a token
@@ -353,7 +353,7 @@ def mint_session(
 
 
 class SessionReader:
-    """`read_session`, remembering the verdict on a token for as long as the keys and the token are good.
+    """`read_session`, remembering the result for a token for as long as the keys and the token are good.
 
     A machine shows the same token hundreds of times; the signature's mathematics is most of what one answer costs.
     """

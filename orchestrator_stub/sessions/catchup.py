@@ -1,7 +1,7 @@
-"""The answers to *where is the database* and *what did I miss*: the session API's sync and head.
+"""Answers an agent that asks where the database is and what it missed: the session API's sync and head.
 
 The database itself says what happened since a revision (`public.changes_since`); here its answer is completed with
-the bytes of binary files, or turned into the offer of a snapshot when changes are not the way.
+the bytes of binary files, or turned into a signed snapshot when changes are not the way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Head, Pool, fetch_one
-from orchestrator_stub.snapshots.model import Offer, SnapshotSource
+from orchestrator_stub.platform.storage import ASSETS
+from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotSource
 
 FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
 """Reasons for which no difference will do: the agent's tree, or the snapshot it was given, is not what it should be."""
@@ -27,7 +28,6 @@ REBUILD: Final = frozenset({"snapshot_rejected"})
 RESIGN: Final = frozenset({"snapshot_expired", "snapshot_unavailable"})
 """Reasons for which a kept URL will not do: the agent has tried it."""
 
-ASSETS: Final = "project-assets"
 ASSET_DOWNLOADS: Final = 4
 """Binary files fetched at once for one answer."""
 
@@ -96,7 +96,9 @@ class Catchup:
         """The answer of `POST …/sync`, as it travels. Raises `ProjectGone`, `SnapshotUnavailable`."""
         if epoch is None or reason in FULL:
             return _snapshot(
-                await self._snapshots.offer(project_id, rebuild=reason in REBUILD, resign=reason in RESIGN)
+                await self._snapshots.signed_snapshot(
+                    project_id, rebuild=reason in REBUILD, resign=reason in RESIGN
+                )
             )
         try:
             row = await fetch_one(
@@ -124,10 +126,12 @@ class Catchup:
                 # More bytes than an answer should carry: a delta, or all when the wanted paths are older than that.
                 newer = not paths
                 return _snapshot(
-                    await self._snapshots.offer(project_id, base_revision=revision if newer else None)
+                    await self._snapshots.signed_snapshot(
+                        project_id, base_revision=revision if newer else None
+                    )
                 )
         base = revision if answer.get("reason") == "too_large" and not paths else None
-        return _snapshot(await self._snapshots.offer(project_id, base_revision=base))
+        return _snapshot(await self._snapshots.signed_snapshot(project_id, base_revision=base))
 
     async def _complete(self, project_id: UUID, changes: list[dict[str, Any]]) -> bool:
         """Give every binary file of `changes` its bytes. False: together they are too many."""
@@ -154,10 +158,10 @@ class Catchup:
         return True
 
 
-def _snapshot(offer: Offer) -> dict[str, Any]:
-    small = len(offer.manifest.get("files", ())) <= MANIFEST_INLINE
+def _snapshot(snapshot: SignedSnapshot) -> dict[str, Any]:
+    small = len(snapshot.manifest.get("files", ())) <= MANIFEST_INLINE
     return {
         "kind": "snapshot",
-        "snapshot_url": offer.url,
-        "manifest": offer.manifest if small else None,
+        "snapshot_url": snapshot.url,
+        "manifest": snapshot.manifest if small else None,
     }

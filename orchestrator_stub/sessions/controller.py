@@ -1,9 +1,9 @@
-"""What the control plane does: make a session's machine, end it, and sweep up after everybody.
+"""Makes a session's machine, ends it, and sweeps: retries, expires and destroys what others left undone.
 
-All state is in PostgreSQL and on the machine platform, none in here: any number of orchestrators may run this, and
-any of them may be killed between any two lines. The order of steps is what makes that safe:
+All state is in PostgreSQL and on the machine platform, so any number of orchestrators may run this, and any of them may
+be killed between any two lines. The order of steps makes that safe:
 
-    the row exists before its machine is made       so a machine of ours without a row is nobody's, and is swept
+    the row exists before its machine is made       so a machine of ours without a row is an orphan, and is swept
     a claim is taken before a platform is called     so two orchestrators do not work on one session
     the machine's name follows from the row          so making it again finds the first one
     its name says which database has the row         so another installation on the platform leaves it alone
@@ -37,35 +37,38 @@ from orchestrator_stub.machines.driver import (
 )
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions.lifecycle import LIVE, Event, Session, State, Verdict, judge
+from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
-log = structlog.get_logger("control")
+log = structlog.get_logger("session_controller")
 
 Step = Callable[[], Awaitable[object]]
-"""One thing to be done about one session or machine. Not begun until it has its turn: it may never get one."""
+"""One thing to do about one session or machine, begun when a slot is free."""
 
 AT_ONCE: Final = 16
 """Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
 
 
-class BeginningRefused(Exception):
-    """What a new project was to begin with is not what a project may hold; asking again cannot help."""
+class TemplateRefused(Exception):
+    """The template holds what a project may not; trying again cannot help."""
 
 
-class Beginning(Protocol):
-    """What a new project begins with."""
+class ProjectTemplate(Protocol):
+    """Fills a new project."""
 
-    async def give(self, project_id: UUID) -> bool:
-        """Give it to a project that never had a commit. Safe to repeat. Raises `BeginningRefused`."""
+    async def apply(self, project_id: UUID) -> bool:
+        """Write the files into a project that never had a commit. Safe to repeat. Raises `TemplateRefused`."""
         ...
 
 
-class Control:
-    """One orchestrator. `clock` gives Unix seconds; `name` is how it signs its claims.
+class SessionController:
+    """Takes the steps of `lifecycle` for one orchestrator.
 
-    `on_part` is told the seconds that each part of making a machine took: replace, template, snapshot, token, machine.
+    Args:
+        clock: Gives Unix seconds.
+        name: Signs this orchestrator's claims; unique among those of one database.
+        on_part: Told the seconds of each part of making a machine: replace, template, snapshot, token, machine.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Control:
         keys: Keyring,
         *,
         installation: Installation,
-        template: Beginning | None = None,
+        template: ProjectTemplate | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
@@ -120,7 +123,7 @@ class Control:
         return await self._store.get(session_id)
 
     async def provision(self, session_id: UUID) -> None:
-        """Make the session's machine, when it is wanted and nobody else is at it."""
+        """Make the session's machine, if it is wanted and no other orchestrator has claimed it."""
         session = await self._store.claim(
             session_id, by=self._name, seconds=self._settings.claim_seconds, event=Event.TAKE_UP
         )
@@ -139,7 +142,7 @@ class Control:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"machine_refused: {error}")
             return
-        except BeginningRefused as error:
+        except TemplateRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
             await self.end(session_id, problem=f"template_refused: {error}")
             return
@@ -153,7 +156,7 @@ class Control:
         ) as error:
             reason = str(error) or type(error).__name__
             log.warning("session.not_yet", session_id=str(session_id), reason=reason)
-            await self._store.let_go(session_id, by=self._name, problem=f"provisioning: {reason}")
+            await self._store.release(session_id, by=self._name, problem=f"provisioning: {reason}")
             return
         kept = await self._store.machine_made(session_id, session.generation, machine)
         if kept is None:
@@ -190,7 +193,7 @@ class Control:
                     await self._driver.destroy(machine.id)
         except (MachineError, TimeoutError, OSError) as error:
             log.warning("session.not_ended_yet", session_id=str(session_id), reason=str(error))
-            await self._store.let_go(session_id, by=self._name, problem=None)
+            await self._store.release(session_id, by=self._name, problem=None)
             return
         over = await self._store.destroyed(session_id)
         if over is not None:
@@ -216,12 +219,12 @@ class Control:
         return token, now + ttl
 
     async def sweep(self) -> int:
-        """Do what is due: end what expired or fell silent, retry what stalled, destroy what is nobody's.
+        """Do what is due: end what expired or fell silent, retry what stalled, destroy orphaned machines.
 
-        Gives the number of things it set going. Safe at any time, in any number of orchestrators.
+        Gives the number of steps it took. Safe at any time, in any number of orchestrators.
         """
         # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
-        # among those read *afterwards* is nobody's.
+        # among those read *afterwards* is an orphan.
         machines = [machine for machine in await self._driver.list() if self._ours(machine)]
         async with self._store.sweeping() as mine:
             if not mine:
@@ -234,14 +237,14 @@ class Control:
             if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
                 log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
             judgement = judge(session, now, self._settings.timing)
-            match judgement.verdict:
-                case Verdict.PROVISION:
+            match judgement.action:
+                case Action.PROVISION:
                     due.append(partial(self.provision, session.id))
-                case Verdict.DRAIN:
+                case Action.DRAIN:
                     due.append(partial(self.end, session.id, problem=judgement.problem))
-                case Verdict.DESTROY:
+                case Action.DESTROY:
                     due.append(partial(self.finish, session.id))
-                case Verdict.LEAVE if _lost(session, machines):
+                case Action.LEAVE if _lost(session, machines):
                     due.append(partial(self._end_if_gone, session))
         unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
         due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
@@ -259,18 +262,18 @@ class Control:
                 log.warning("sweep.failed", reason=str(error))
 
     async def close(self) -> None:
-        """Drop what is being done, and say so: the next sweep of anybody goes on with it at once.
+        """Cancel the steps under way and release their claims: the next sweep of any orchestrator goes on at once.
 
-        An orchestrator that is killed says nothing, and its turns end with their time.
+        The claims of an orchestrator that is killed end with their time.
         """
         await self.drop()
         try:
-            await self._store.abandon(by=self._name)
+            await self._store.release_all(by=self._name)
         except psycopg.OperationalError as error:
             log.warning("close.not_said", reason=str(error))
 
     async def drop(self) -> None:
-        """Drop what is being done, as being killed would."""
+        """Cancel the steps under way and keep their claims, as being killed would."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -278,9 +281,9 @@ class Control:
     async def _spec(self, session: Session) -> MachineSpec:
         if self._template is not None:
             with self._part("template"):
-                await self._template.give(session.project_id)
+                await self._template.apply(session.project_id)
         with self._part("snapshot"):
-            offer = await self._snapshots.offer(session.project_id)
+            snapshot = await self._snapshots.signed_snapshot(session.project_id)
         with self._part("token"):
             token, _ = self.token_for(session)
         settings = self._settings
@@ -294,7 +297,7 @@ class Control:
             env={
                 "PROJECT_ID": str(session.project_id),
                 "SESSION_ID": str(session.id),
-                "SNAPSHOT_URL": offer.url,
+                "SNAPSHOT_URL": snapshot.url,
                 "REALTIME_TOKEN": token,
                 "REALTIME_URL": settings.realtime_url,
                 "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),
@@ -306,7 +309,7 @@ class Control:
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
-        """Tell how long this part took, if it came to its end."""
+        """Report how long this part took, unless it raised."""
         started = time.perf_counter()
         yield
         self._on_part(name, time.perf_counter() - started)
@@ -375,7 +378,7 @@ def _unmarked(machines: list[Machine]) -> set[UUID]:
 
 
 def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UUID]) -> bool:
-    """Whether a session that is not over speaks for this machine, or it is not ours to destroy.
+    """Whether to keep this machine: a session that is not over has it, or it is not ours to destroy.
 
     `ours`: those of the unmarked machines' sessions that are in this database, over or not.
     """

@@ -1,4 +1,4 @@
-"""`preview-orchestrator machines`: every machine that the platform has, and whose it is.
+"""Says whose each machine of the platform is: `preview-orchestrator machines`.
 
     148e21ea7b3d89  running   ours        session 3f0c…, ready (project 77aa…)
     6e82d1f3c94587  stopped   over        session 91d2…, gone; the next sweep ends it
@@ -20,7 +20,7 @@ from orchestrator_stub.sessions.lifecycle import ENDED, Session
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ListedMachine:
     """One machine. `whose`: `ours`, `over` (ours, for the next sweep to end), `another's` or `nobody's`."""
 
     machine_id: str
@@ -33,7 +33,7 @@ class Found:
     session_state: str | None = None
 
 
-def judged(machine: Machine, installation: Installation, sessions: Mapping[UUID, Session]) -> Found:
+def describe(machine: Machine, installation: Installation, sessions: Mapping[UUID, Session]) -> ListedMachine:
     """Whose a machine is. `sessions` are those of this database that the machines' names speak of."""
     owner = owner_of(machine.name)
     mark, session_id = (owner.mark, owner.session_id) if owner else (None, None)
@@ -41,7 +41,7 @@ def judged(machine: Machine, installation: Installation, sessions: Mapping[UUID,
         sessions.get(session_id) if session_id is not None and mark in (None, installation.mark) else None
     )
     whose, detail = _whose(machine, mark, session, installation, sessions)
-    return Found(
+    return ListedMachine(
         machine.id, machine.name, machine.state.value, whose, detail,
         installation=mark,
         session_id=str(session_id) if session_id else None,

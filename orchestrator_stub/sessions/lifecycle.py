@@ -1,15 +1,16 @@
-"""The life of a session. PURE: data in, data out; the clock and the database are the caller's.
+"""Decides a session's states. PURE: data in, data out; the clock and the database are the caller's.
 
     requested ──take_up──▶ provisioning ──report──▶ ready
         │                    │     ▲                  │
         │                    │     └──── replace ─────┤        (a newer generation of machine)
         └───────── end ──────┴──────── end ───────────┘
                               ▼
-                           draining ──destroyed──▶ gone        (ended because somebody or the clock said so)
+                           draining ──destroyed──▶ gone        (ended by a request or the clock)
                                     └─destroyed──▶ failed      (ended because of a problem)
 
-A session in `draining` still may have a machine; in `gone` and `failed` it has none. Whatever has no row in
-the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all say the same.
+A session in `draining` still may have a machine; in `gone` and `failed` it has none. An event
+without a row in the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all send
+the same one.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def moves(event: Event) -> dict[State, State]:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One row of `preview.sessions`: what the sweeper and the routes decide on. Times are Unix seconds."""
+    """One row of `preview.sessions`. Times are Unix seconds."""
 
     id: UUID
     project_id: UUID
@@ -102,7 +103,7 @@ class Session:
     problem: str | None = None
 
 
-class Verdict(StrEnum):
+class Action(StrEnum):
     """What the sweeper should do about a session."""
 
     LEAVE = "leave"
@@ -113,9 +114,9 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """`verdict`, and the problem to record when the end is not an ordinary one."""
+    """`action`, and the problem to record when the end is not an ordinary one."""
 
-    verdict: Verdict
+    action: Action
     problem: str | None = None
 
 
@@ -124,18 +125,18 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
     claimed = session.claimed_until is not None and session.claimed_until > now
     match session.state:
         case State.GONE | State.FAILED:
-            return Judgement(Verdict.LEAVE)
+            return Judgement(Action.LEAVE)
         case State.DRAINING:
-            return Judgement(Verdict.LEAVE if claimed else Verdict.DESTROY)
+            return Judgement(Action.LEAVE if claimed else Action.DESTROY)
     if session.expires_at <= now:
-        return Judgement(Verdict.DRAIN)
+        return Judgement(Action.DRAIN)
     match session.state:
         case State.READY:
             if session.lease_until is not None and session.lease_until <= now:
-                return Judgement(Verdict.DRAIN, "lease_lapsed: the machine stopped sending its status")
+                return Judgement(Action.DRAIN, "lease_lapsed: the machine stopped sending its status")
         case _ if session.state_since + timing.provision <= now:
-            return Judgement(Verdict.DRAIN, "provision_timeout: the preview did not become ready in time")
-    return Judgement(Verdict.LEAVE if claimed or session.machine_id is not None else Verdict.PROVISION)
+            return Judgement(Action.DRAIN, "provision_timeout: the preview did not become ready in time")
+    return Judgement(Action.LEAVE if claimed or session.machine_id is not None else Action.PROVISION)
 
 
 PROBLEMS: Final = (

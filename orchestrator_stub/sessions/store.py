@@ -1,8 +1,8 @@
-"""Where sessions are kept: one table in PostgreSQL, each transition one statement.
+"""Keeps sessions in one table of PostgreSQL; each transition is one statement.
 
-Every statement that changes a state is given the rows of the transition table that it may follow (`sessions.moves`), so
-two orchestrators, a late heartbeat and a sweeper can all run at once: whoever comes second changes nothing and is
-told so by a `None`. Times are the database's, which is the one clock all orchestrators share.
+A statement that changes a state carries the rows of the transition table that it may follow (`lifecycle.moves`), so two
+orchestrators, a late heartbeat and a sweeper can run at once: the second one changes nothing and gets `None`. Times are
+the database's, the one clock that all orchestrators share.
 """
 
 from __future__ import annotations
@@ -189,7 +189,10 @@ class SessionStore:
         return {session.id: session for session in rows}
 
     async def claim(self, session_id: UUID, *, by: str, seconds: float, event: Event) -> Session | None:
-        """Take one's turn at making (`TAKE_UP`) or ending (`TAKE_DOWN`) the machine; None: not ours to take."""
+        """Claim the session for making (`TAKE_UP`) or ending (`TAKE_DOWN`) its machine.
+
+        None: another orchestrator has claimed it, or its state has no such event.
+        """
         return await self._one(
             "update preview.sessions set"
             " state = %(moves)s ->> state,"
@@ -219,16 +222,16 @@ class SessionStore:
             },
         )
 
-    async def let_go(self, session_id: UUID, *, by: str, problem: str | None) -> None:
-        """Give up one's turn before its end, saying why; the sweeper goes on from there."""
+    async def release(self, session_id: UUID, *, by: str, problem: str | None) -> None:
+        """Release a claim before its end, with the reason; the sweeper goes on from there."""
         await self._run(
             "update preview.sessions set claimed_until = null, problem = coalesce(%(problem)s, problem)"
             " where id = %(id)s and claimed_by = %(by)s",
             {"id": session_id, "by": by, "problem": problem},
         )
 
-    async def abandon(self, *, by: str) -> None:
-        """Give up all of one's turns, for others to go on: an orchestrator that stops in order."""
+    async def release_all(self, *, by: str) -> None:
+        """Release all claims of an orchestrator that stops, for others to go on."""
         await self._run(
             "update preview.sessions set claimed_until = null where claimed_by = %(by)s", {"by": by}
         )

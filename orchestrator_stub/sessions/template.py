@@ -1,4 +1,4 @@
-"""What a new project begins with: the files of one directory, in one commit, through the bulk RPC."""
+"""Fills a new project with the files of one directory, in one commit, through the bulk RPC."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Pool, head_of
-from orchestrator_stub.platform.source_paths import path_problem, shown
-from orchestrator_stub.platform.source_tree import as_text, scan
-from orchestrator_stub.platform.storage import StorageClient
-from orchestrator_stub.sessions.controller import BeginningRefused
-
-ASSETS = "project-assets"
+from orchestrator_stub.platform.source_files import as_text, path_problem, scan, shown
+from orchestrator_stub.platform.storage import ASSETS, StorageClient
+from orchestrator_stub.sessions.controller import TemplateRefused
 
 
 class Template:
@@ -33,11 +30,11 @@ class Template:
         self._pool = pool
         self._storage = storage
 
-    async def give(self, project_id: UUID) -> bool:
+    async def apply(self, project_id: UUID) -> bool:
         """Write the template into a project that never had a commit. False: it had one, or is gone.
 
         Twice at once is once: each file is written only where no file is, and the second finds the first's.
-        Raises `BeginningRefused`, and `StorageFailure`, `psycopg.OperationalError`, `OSError` for what may pass.
+        Raises `TemplateRefused`, and `StorageFailure`, `psycopg.OperationalError`, `OSError` for what may pass.
         """
         if self._directory is None or not await self._is_new(project_id):
             return False
@@ -69,7 +66,7 @@ class Template:
                 return False
             if isinstance(error, psycopg.OperationalError):
                 raise
-            raise BeginningRefused(
+            raise TemplateRefused(
                 f"{self._directory} is no template: {error.diag.message_primary}"
             ) from error
         return True
@@ -83,7 +80,7 @@ def _read_all(directory: Path) -> dict[str, tuple[bytes, bool]]:
     found = {}
     for path in sorted(scan(directory)):
         if problem := path_problem(path):
-            raise BeginningRefused(f"{directory} is no template: {shown(path)}: {problem}")
+            raise TemplateRefused(f"{directory} is no template: {shown(path)}: {problem}")
         file = directory / path
         found[path] = (file.read_bytes(), bool(file.stat().st_mode & 0o100))
     return found

@@ -1,4 +1,4 @@
-"""Snapshots: the project's current tree as one zip in Storage, behind a URL that expires.
+"""Builds a snapshot: the project's current tree as one zip in Storage, behind a URL that expires.
 
 The head and the files are read in one REPEATABLE READ transaction, so the archive is exactly the tree of the revision
 it names; binaries, which are named by their hash and never change, are fetched after it has ended. The archive goes
@@ -29,14 +29,13 @@ import structlog
 from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
-from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
 log = structlog.get_logger("snapshots")
 
 BUCKET: Final = "project-snapshots"
-ASSETS: Final = "project-assets"
 MANIFEST_PATH: Final = ".preview-sync/manifest.json"
 FORMAT: Final = 1
 
@@ -47,7 +46,7 @@ SPOOL_BYTES: Final = 4 * 2**20
 """An archive up to this size never touches the disk."""
 
 BUILDS_AT_ONCE: Final = 4
-"""Builds are compression; more of them than cores only makes each later."""
+"""Building is compression: more builds than cores finish no sooner."""
 
 _HEAD = """
 select epoch::text, revision, pruned_revision, updated_at from public.project_heads where project_id = %s
@@ -72,12 +71,12 @@ order by file_path
 
 
 class ProjectUnknown(SnapshotUnavailable):
-    """There is no such project, so there is nothing to build."""
+    """There is no such project."""
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One that is in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
+class StoredSnapshot:
+    """An archive in Storage. `manifest` is the archive's own plus `build_seconds`; `bytes` its size there."""
 
     object_path: str
     manifest: dict[str, Any]
@@ -104,8 +103,8 @@ class _File:
     is_binary: bool
 
 
-class Snapshots:
-    """Builds, stores and signs."""
+class SnapshotBuilder:
+    """Builds the archive of a project's head, stores it, and signs URLs for it."""
 
     def __init__(
         self, pool: Pool, storage: StorageClient, *, registry: CollectorRegistry | None = None
@@ -122,7 +121,7 @@ class Snapshots:
 
     async def build(
         self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
-    ) -> Snapshot:
+    ) -> StoredSnapshot:
         """Build the project's head and store it. `anew`: under a new name even if these bytes are stored already.
 
         Raises `SnapshotUnavailable`, `ProjectUnknown`.
@@ -152,7 +151,7 @@ class Snapshots:
             bytes=size,
             seconds=round(seconds, 3),
         )
-        return Snapshot(path, {**manifest, "build_seconds": round(seconds, 6)}, size, digest, seconds)
+        return StoredSnapshot(path, {**manifest, "build_seconds": round(seconds, 6)}, size, digest, seconds)
 
     async def signed_url(self, object_path: str, expires_in: int) -> str:
         """A URL for a stored snapshot. Raises `SnapshotUnavailable`."""

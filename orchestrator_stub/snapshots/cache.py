@@ -1,8 +1,7 @@
-"""Offers that are kept: which archive was built for a revision, and a URL for it that is still good.
+"""Caches signed snapshots: which archive was built for a revision, and a URL for it that is still good.
 
-Kept in Redis where there is one, in PostgreSQL otherwise, behind one interface; either is a cache and no more. When it
-does not answer, offers are built as if it were empty. An entry is named by project, epoch, revision and base, so it can
-never be out of date; it can only be of no use any more.
+An entry is named by project, epoch, revision and base, so it never goes out of date. Entries are in Redis where there
+is one and in PostgreSQL otherwise. When the store does not answer, a snapshot is built as if there were no entry.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
-from orchestrator_stub.snapshots.builder import Snapshot
-from orchestrator_stub.snapshots.model import Offer, SnapshotUnavailable
+from orchestrator_stub.snapshots.builder import StoredSnapshot
+from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 
-log = structlog.get_logger("offers")
+log = structlog.get_logger("snapshot_cache")
 
 KEEP_SECONDS: Final = 6 * 3600.0
-"""How long an entry stays: well below the day after which the archive itself is cleared away."""
+"""How long an entry stays: well below the day after which the archive itself is deleted."""
 
 URL_RESERVE: Final = 0.5
-"""Share of its life that a kept URL must still have: a machine needs it minutes after it is given."""
+"""Share of its life that a cached URL must still have: a machine fetches it minutes after it gets it."""
 
 REBUILD_REST: Final = 30.0
-"""Seconds after a rebuild during which another is not made: a hundred agents that were given one broken archive say so
-within moments of each other, and whoever holds a session's token could otherwise fill the bucket."""
+"""Seconds after a rebuild in which no other is made: a hundred agents report one broken archive within moments, and
+whoever holds a session's token could otherwise fill the bucket."""
 
 REDIS_TIMEOUT: Final = 0.5
-"""Seconds. A cache that takes longer than building is none."""
+"""Seconds. Waiting longer would take more time than building."""
 
 REDIS_REST: Final = 5.0
 """Seconds during which a Redis that failed is not asked again: not every session should wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One archive in the bucket, and a URL for it. `url_until` and `rebuilt_at` in Unix seconds; 0: never rebuilt."""
+class CacheEntry:
+    """One archive in the bucket, and a URL for it. `url_until` and `rebuilt_at` are Unix seconds; 0: never rebuilt."""
 
     object_path: str
     manifest: dict[str, Any]
@@ -56,43 +55,43 @@ class Kept:
     rebuilt_at: float = 0.0
 
     def __repr__(self) -> str:
-        return f"Kept({self.object_path})"
+        return f"CacheEntry({self.object_path})"
 
 
-class OfferCache(Protocol):
-    """Where offers are kept. A miss and a cache that is away look the same."""
+class CacheStore(Protocol):
+    """Keeps entries. A miss and a store that does not answer look the same."""
 
-    async def get(self, project_id: UUID, stamp: str) -> Kept | None:
-        """What was put under this name, unless it was dropped or its time is up."""
+    async def get(self, project_id: UUID, stamp: str) -> CacheEntry | None:
+        """The entry put under this name, or None: never put, dropped or expired."""
         ...
 
-    async def put(self, project_id: UUID, stamp: str, kept: Kept) -> None:
-        """Keep it for `KEEP_SECONDS`; what was there before is replaced."""
+    async def put(self, project_id: UUID, stamp: str, entry: CacheEntry) -> None:
+        """Keep `entry` for `KEEP_SECONDS`, in place of an older one."""
         ...
 
     async def drop(self, project_id: UUID, stamp: str) -> None:
-        """It is of no use: the archive was found broken, or is gone."""
+        """Forget the entry: its archive is broken or gone."""
         ...
 
     async def close(self) -> None: ...
 
 
-class PostgresOffers:
-    """In `preview.snapshot_offers`."""
+class PostgresCacheStore:
+    """Keeps entries in the table `preview.snapshot_offers`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def get(self, project_id: UUID, stamp: str) -> Kept | None:
+    async def get(self, project_id: UUID, stamp: str) -> CacheEntry | None:
         row = await self._run(
             "select kept from preview.snapshot_offers"
             " where project_id = %s and stamp = %s and kept_until > now()",
             project_id,
             stamp,
         )
-        return _kept(row[0]) if row else None
+        return _entry(row[0]) if row else None
 
-    async def put(self, project_id: UUID, stamp: str, kept: Kept) -> None:
+    async def put(self, project_id: UUID, stamp: str, entry: CacheEntry) -> None:
         await self._run(
             "with old as (delete from preview.snapshot_offers where kept_until < now() - interval '1 minute')"
             " insert into preview.snapshot_offers (project_id, stamp, kept, kept_until)"
@@ -101,7 +100,7 @@ class PostgresOffers:
             " set kept = excluded.kept, kept_until = excluded.kept_until returning true",
             project_id,
             stamp,
-            Jsonb(_form(kept)),
+            Jsonb(_as_json(entry)),
             KEEP_SECONDS,
         )
 
@@ -119,12 +118,12 @@ class PostgresOffers:
         try:
             return await fetch_one(self._pool, query, values)
         except psycopg.Error as error:
-            log.warning("offers.away", where="postgres", reason=type(error).__name__)
+            log.warning("snapshot_cache.away", where="postgres", reason=type(error).__name__)
             return None
 
 
-class RedisOffers:
-    """In Redis, under `preview:offer:{project}:{stamp}`. `clock` in seconds, monotonic."""
+class RedisCacheStore:
+    """Keeps entries in Redis, under `preview:offer:{project}:{stamp}`. `clock`: seconds, monotonic."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         # Not at the top: most installations, and every `dev`, start without it.
@@ -138,15 +137,15 @@ class RedisOffers:
         self._clock = clock
         self._rests_until = float("-inf")
 
-    async def get(self, project_id: UUID, stamp: str) -> Kept | None:
+    async def get(self, project_id: UUID, stamp: str) -> CacheEntry | None:
         found = await self._ask(lambda: self._redis.get(_key(project_id, stamp)))
         try:
-            return _kept(orjson.loads(found)) if isinstance(found, bytes) else None
+            return _entry(orjson.loads(found)) if isinstance(found, bytes) else None
         except orjson.JSONDecodeError:
             return None
 
-    async def put(self, project_id: UUID, stamp: str, kept: Kept) -> None:
-        form = orjson.dumps(_form(kept))
+    async def put(self, project_id: UUID, stamp: str, entry: CacheEntry) -> None:
+        form = orjson.dumps(_as_json(entry))
         await self._ask(lambda: self._redis.set(_key(project_id, stamp), form, ex=int(KEEP_SECONDS)))
 
     async def drop(self, project_id: UUID, stamp: str) -> None:
@@ -162,32 +161,34 @@ class RedisOffers:
             return await command()
         except self._away as error:
             self._rests_until = self._clock() + REDIS_REST
-            log.warning("offers.away", where="redis", reason=type(error).__name__)
+            log.warning("snapshot_cache.away", where="redis", reason=type(error).__name__)
             return None
 
 
 class Builder(Protocol):
-    """What builds and signs: `Snapshots`."""
+    """Builds and signs: a `SnapshotBuilder`."""
 
     async def build(
         self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
-    ) -> Snapshot: ...
+    ) -> StoredSnapshot: ...
 
     async def signed_url(self, object_path: str, expires_in: int) -> str: ...
 
 
-class KeptSnapshots:
+class SnapshotCache:
     """A `SnapshotSource` that builds a revision once, for all orchestrators, and signs it seldom.
 
-    `url_ttl`: seconds that a URL lives. `scope`: where the URLs lead; those kept for another storage, or for this
-    one under another address, are not offered. `clock` gives Unix seconds.
+    Args:
+        url_ttl: Seconds that a URL lives.
+        scope: Where the URLs lead. Entries of another storage, or of this one under another address, do not count.
+        clock: Gives Unix seconds.
     """
 
     def __init__(
         self,
         pool: Pool,
         builder: Builder,
-        cache: OfferCache,
+        cache: CacheStore,
         *,
         url_ttl: int,
         scope: str = "",
@@ -201,65 +202,68 @@ class KeptSnapshots:
         self._scope = hashlib.sha256(scope.encode()).hexdigest()[:16]
         self._clock = clock
         self._locks: WeakValueDictionary[tuple[UUID, str], asyncio.Lock] = WeakValueDictionary()
-        self._offers = Counter(
+        self._given = Counter(
             "preview_orchestrator_snapshot_offers",
-            "Offers made: kept (nothing to do), signed (a new URL), built.",
+            "Signed snapshots given out: kept (from the cache), signed (a new URL), built.",
             ["how"],
             registry=registry,
         )
 
-    async def offer(
+    async def signed_snapshot(
         self,
         project_id: UUID,
         *,
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
-    ) -> Offer:
-        """A snapshot of the project's head, signed. `rebuild`: not a kept archive; `resign`: not a kept URL.
-
-        Raises `SnapshotUnavailable`.
-        """
+    ) -> SignedSnapshot:
+        """A snapshot of the project's head, from the cache or built. Args and Raises: as in `SnapshotSource`."""
         stamp = await self._stamp(project_id, base_revision)
         lock = self._locks.setdefault((project_id, stamp), asyncio.Lock())
         async with lock:
-            kept = await self._cache.get(project_id, stamp)
-            if rebuild and (kept is None or self._clock() - kept.rebuilt_at >= REBUILD_REST):
+            entry = await self._cache.get(project_id, stamp)
+            if rebuild and (entry is None or self._clock() - entry.rebuilt_at >= REBUILD_REST):
                 await self._cache.drop(project_id, stamp)
-                kept = None
+                entry = None
             if (
                 not resign
-                and kept is not None
-                and kept.url_until - self._clock() > self._url_ttl * URL_RESERVE
+                and entry is not None
+                and entry.url_until - self._clock() > self._url_ttl * URL_RESERVE
             ):
-                self._offers.labels("kept").inc()
-                return Offer(kept.url, kept.manifest)
-            if kept is not None:
+                self._given.labels("kept").inc()
+                return SignedSnapshot(entry.url, entry.manifest)
+            if entry is not None:
                 try:
-                    return await self._signed(project_id, stamp, kept, "signed")
+                    return await self._signed(project_id, stamp, entry, "signed")
                 except SnapshotUnavailable:
-                    log.info("offers.gone", project_id=str(project_id), object_path=kept.object_path)
+                    log.info(
+                        "snapshot_cache.archive_gone",
+                        project_id=str(project_id),
+                        object_path=entry.object_path,
+                    )
             built = await self._builder.build(project_id, base_revision=base_revision, anew=rebuild)
-            # A save may have come between: the archive is of the revision that it names, and is kept as that.
+            # A save may have come between: the entry is named by the revision that the archive holds.
             stamp = self._stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
             rebuilt_at = self._clock() if rebuild else 0.0
-            fresh = Kept(built.object_path, built.manifest, url="", url_until=0.0, rebuilt_at=rebuilt_at)
+            fresh = CacheEntry(
+                built.object_path, built.manifest, url="", url_until=0.0, rebuilt_at=rebuilt_at
+            )
             return await self._signed(project_id, stamp, fresh, "built")
 
-    async def _signed(self, project_id: UUID, stamp: str, kept: Kept, how: str) -> Offer:
+    async def _signed(self, project_id: UUID, stamp: str, entry: CacheEntry, how: str) -> SignedSnapshot:
         url_until = self._clock() + self._url_ttl
-        url = await self._builder.signed_url(kept.object_path, self._url_ttl)
-        await self._cache.put(project_id, stamp, replace(kept, url=url, url_until=url_until))
-        self._offers.labels(how).inc()
-        return Offer(url, kept.manifest)
+        url = await self._builder.signed_url(entry.object_path, self._url_ttl)
+        await self._cache.put(project_id, stamp, replace(entry, url=url, url_until=url_until))
+        self._given.labels(how).inc()
+        return SignedSnapshot(url, entry.manifest)
 
     async def _stamp(self, project_id: UUID, base_revision: int | None) -> str:
         try:
             head = await head_of(self._pool, project_id)
         except psycopg.OperationalError as error:
-            raise SnapshotUnavailable("cannot offer a snapshot: the database does not answer") from error
+            raise SnapshotUnavailable("cannot find a snapshot: the database does not answer") from error
         if head is None:
-            raise SnapshotUnavailable(f"cannot offer a snapshot: there is no project {project_id}")
+            raise SnapshotUnavailable(f"cannot find a snapshot: there is no project {project_id}")
         return self._stamp_of(head.epoch, head.revision, base_revision)
 
     def _stamp_of(self, epoch: str, revision: int, base: int | None) -> str:
@@ -271,13 +275,13 @@ def _key(project_id: UUID, stamp: str) -> str:
     return f"preview:offer:{project_id}:{stamp}"
 
 
-def _form(kept: Kept) -> dict[str, Any]:
-    return {field.name: getattr(kept, field.name) for field in fields(kept)}
+def _as_json(entry: CacheEntry) -> dict[str, Any]:
+    return {field.name: getattr(entry, field.name) for field in fields(entry)}
 
 
-def _kept(form: Any) -> Kept | None:
+def _entry(form: Any) -> CacheEntry | None:
     try:
-        return Kept(
+        return CacheEntry(
             object_path=str(form["object_path"]),
             manifest=dict(form["manifest"]),
             url=str(form["url"]),

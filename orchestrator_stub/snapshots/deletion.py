@@ -1,9 +1,9 @@
-"""Clears away what a deleted project left outside of its tables: objects in Storage, messages of its topic.
+"""Deletes what a deleted project left outside of its tables: objects in Storage, messages of its topic.
 
-The database queues it (`preview.deleted_projects`, in the transaction that deletes the project) and refuses the id from
-then on, so nothing here is in a hurry. One batch of objects at a time, each through the Storage API, which alone knows
-where the bytes are; a row is one orchestrator's for a while, and whoever is killed over it leaves it to the next. A row
-is marked cleaned when nothing is left, so doing it twice does nothing.
+The transaction that deletes the project queues it (`preview.deleted_projects`), and the database refuses its id from
+then on. Objects go in batches through the Storage API, which alone knows where the bytes are. A row is claimed for
+`CLAIM`; when its orchestrator is killed, the next one takes it. A row is marked cleaned when nothing is left, so doing
+it twice does nothing.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import psycopg
 import structlog
 
 from orchestrator_stub.platform.database import Pool, fetch_one
-from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
 
 log = structlog.get_logger("deleted_projects")
 
 CHANNEL: Final = "deleted_projects"
 
-BUCKETS: Final = ("project-assets", "project-snapshots", "preview-bundles")
+BUCKETS: Final = (ASSETS, "project-snapshots", "preview-bundles")
 """Where a project has a directory named by its id."""
 
 BATCH: Final = 200
 """Objects deleted in one call. Storage takes 1,000; a call must end before its timeout."""
 
 CLAIM: Final = "10 minutes"
-"""A killed orchestrator's turn ends after that; a batch takes seconds."""
+"""After which a killed orchestrator's claim ends; a batch takes seconds."""
 
 REST: Final = "5 minutes"
-"""Before a project that Storage refused is tried again, so that others get their turn."""
+"""Before a project whose objects Storage did not delete is tried again, so that others are taken meanwhile."""
 
 LATE: Final = "7 days"
-"""How long a cleaned project is looked at again: an upload or a build that was under way may have come after."""
+"""How long a cleaned project is checked again: an upload or a build that was under way may have ended after."""
 
 UNCLAIMED: Final = "2 days"
 """Assets younger than this are looked through for projects that were never written to."""
@@ -91,7 +91,7 @@ where not exists (select from public.project_heads h where h.project_id = a.proj
 
 
 class DeletedProjects:
-    """One orchestrator's share of the work."""
+    """Does one orchestrator's share of the work."""
 
     def __init__(self, pool: Pool, storage: StorageClient) -> None:
         self._pool = pool
@@ -120,8 +120,10 @@ class DeletedProjects:
         log.info("deleted_project.cleaned", project_id=str(project_id))
         return True
 
-    async def look_again(self) -> int:
-        """Queue what came after the cleaning; how many projects. Also gives a head to those that have assets alone.
+    async def reopen(self) -> int:
+        """Queue projects again that got objects after their cleaning, and give their number.
+
+        Projects that have assets but no head get one.
 
         Without a head a deletion would not be noticed: a product's own table has no trigger of ours.
         """
@@ -131,7 +133,7 @@ class DeletedProjects:
             return len(await cursor.fetchall())
 
     async def _delete_objects(self, project_id: UUID) -> bool:
-        """A batch of them; whether there may be more."""
+        """Delete one batch; whether there may be more."""
         values = {"buckets": list(BUCKETS), "project": str(project_id), "limit": BATCH}
         async with self._pool.connection() as connection:
             rows = await (await connection.execute(OBJECTS.encode(), values)).fetchall()
@@ -149,7 +151,7 @@ class DeletedProjects:
         try:
             await self._run("delete from realtime.messages where topic = %s", f"project:{project_id}")
         except psycopg.errors.InsufficientPrivilege:
-            # Nobody can read them any more, and Realtime keeps none for more than three days.
+            # No policy lets them be read any more, and Realtime keeps none for more than three days.
             log.info("deleted_project.messages_left", project_id=str(project_id))
 
     async def _run(self, query: str, value: object) -> None:

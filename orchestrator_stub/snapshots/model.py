@@ -1,4 +1,4 @@
-"""What a snapshot is to those who ask for one: where it is fetched, and why there is none."""
+"""What a snapshot is to those who ask for one: a signed URL with its manifest, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ class SnapshotUnavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """A snapshot ready to be fetched: the signed URL, and its manifest as the protocol writes it."""
+class SignedSnapshot:
+    """A URL that opens the archive until it expires, and the manifest as the protocol writes it."""
 
     url: str
     manifest: dict[str, Any]
 
     def __repr__(self) -> str:
-        return f"Offer(revision={self.manifest.get('revision')})"
+        return f"SignedSnapshot(revision={self.manifest.get('revision')})"
 
 
 class SnapshotSource(Protocol):
-    """Where snapshots come from."""
+    """Gives signed snapshots."""
 
-    async def offer(
+    async def signed_snapshot(
         self,
         project_id: UUID,
         *,
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
-    ) -> Offer:
-        """A snapshot of the project's head. `base_revision`: only what is newer. `rebuild`: not a kept one.
-        `resign`: under a URL that nobody has tried yet.
+    ) -> SignedSnapshot:
+        """A snapshot of the project's head.
 
-        Raises `SnapshotUnavailable`.
+        Args:
+            base_revision: Leave out what is not newer than this revision.
+            rebuild: Don't use a cached archive: it was found broken.
+            resign: Don't use a cached URL: it was tried in vain.
+
+        Raises:
+            SnapshotUnavailable: It could not be built or signed now.
         """
         ...

@@ -1,9 +1,9 @@
-"""The background job behind `create_project_snapshot`: builds what was asked for, says so, and clears away the old, and
-what deleted projects left.
+"""Builds what `create_project_snapshot` asked for, in the background, and deletes old archives.
 
-A request is a row of `public.project_snapshots`; PostgreSQL rings when one is made, and the table is looked at now and
-then all the same, because a ring can be missed. A row is taken with `SKIP LOCKED`, so any number of orchestrators
-share the work; one that was killed over a request leaves it `building`, and after a while another takes it again.
+A request is a row of `public.project_snapshots`. PostgreSQL notifies when one is made; the table is also polled, since
+a notification can be lost. A row is taken with `SKIP LOCKED`, so any number of orchestrators share the work. One that
+is killed leaves its request `building`; after `ABANDONED` another takes it. What deleted projects left
+(`deletion`) is cleaned while no request waits.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
+from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 
-log = structlog.get_logger("snapshot_job")
+log = structlog.get_logger("snapshot_worker")
 
 CHANNEL: Final = "snapshot_requests"
 
-LOOK_SECONDS: Final = 30.0
-"""Between two looks at the table when nothing rings."""
+POLL_SECONDS: Final = 30.0
+"""Between two polls of the table when no notification comes."""
 
 ABANDONED: Final = "10 minutes"
 """After which a request in `building` is taken again: no build takes that long."""
@@ -41,10 +41,10 @@ MANIFEST_INLINE: Final = 500
 """Files of a manifest that the broadcast repeats; a longer one would pass the broadcast's limit."""
 
 KEEP_SECONDS: Final = 24 * 3600.0
-"""How long an archive stays: no session that was given it lives longer."""
+"""How long an archive stays: no session that was given its URL lives longer."""
 
 CLEAR_SECONDS: Final = 3600.0
-"""Between two clearings."""
+"""Between two deletions of old archives."""
 
 TAKE: Final = f"""
 update public.project_snapshots set state = 'building'
@@ -74,17 +74,20 @@ select distinct project_id from (
 """
 
 
-class SnapshotJob:
-    """One orchestrator's share of the work. `dsn` is for listening: a connection with a session of its own.
+class SnapshotWorker:
+    """Does one orchestrator's share of the work.
 
-    `url_ttl`: seconds that the URL in `snapshot:ready` lives. `clock` gives Unix seconds.
+    Args:
+        dsn: For LISTEN, which needs a connection with a session of its own.
+        url_ttl: Seconds that the URL in `snapshot:ready` lives.
+        clock: Gives Unix seconds.
     """
 
     def __init__(
         self,
         dsn: str,
         pool: Pool,
-        snapshots: Snapshots,
+        snapshots: SnapshotBuilder,
         storage: StorageClient,
         *,
         url_ttl: int,
@@ -99,11 +102,11 @@ class SnapshotJob:
         self._clock = clock
 
     async def run(self) -> None:
-        """Work for ever. A database that goes away is waited for."""
+        """Work for ever. While the database is away, retry."""
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(psycopg.Error),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
-            before_sleep=lambda state: log.warning("snapshot_job.database_lost"),
+            before_sleep=lambda state: log.warning("snapshot_worker.database_lost"),
         ):
             with attempt:
                 await self._work()
@@ -119,7 +122,7 @@ class SnapshotJob:
             snapshot = await self._snapshots.build(project_id)
             url = await self._snapshots.signed_url(snapshot.object_path, self._url_ttl)
         except SnapshotUnavailable as error:
-            log.warning("snapshot_job.failed", project_id=str(project_id), reason=str(error))
+            log.warning("snapshot_worker.failed", project_id=str(project_id), reason=str(error))
             async with self._pool.connection() as connection:
                 await connection.execute(FAILED, (str(error), request_id))
             return True
@@ -129,7 +132,7 @@ class SnapshotJob:
             "manifest": manifest if len(manifest["files"]) <= MANIFEST_INLINE else None,
             "timestamp": datetime.now(UTC).isoformat(),
         }
-        # Ready and said in one transaction: nobody hears of an archive that the table does not know.
+        # One transaction, so that no client hears of an archive that the table does not have.
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(
                 DONE,
@@ -142,7 +145,7 @@ class SnapshotJob:
         return True
 
     async def clear_old(self) -> int:
-        """Delete archives that no session can still be reading; the newest of each project stays. How many."""
+        """Delete archives that no session can still be reading, but the newest of each project. Gives their number."""
         async with self._pool.connection() as connection:
             rows = await (await connection.execute(RECENT)).fetchall()
         cleared = 0
@@ -167,17 +170,17 @@ class SnapshotJob:
         async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as listener:
             await listener.execute(f"listen {CHANNEL}; listen {DELETIONS}".encode())
             while True:
-                # Somebody waits for a snapshot, nobody for a cleaning.
+                # Snapshots first: an editor waits for them, and nothing waits for a cleaning.
                 while await self.take_one() or await self._deleted.clean_some():
                     pass
                 if self._clock() - cleared_at > CLEAR_SECONDS:
                     cleared_at = self._clock()
                     try:
                         await self.clear_old()
-                        await self._deleted.look_again()
+                        await self._deleted.reopen()
                     except StorageFailure as error:
-                        log.warning("snapshot_job.not_cleared", reason=str(error))
-                async for _ in listener.notifies(timeout=LOOK_SECONDS, stop_after=1):
+                        log.warning("snapshot_worker.not_cleared", reason=str(error))
+                async for _ in listener.notifies(timeout=POLL_SECONDS, stop_after=1):
                     break
                 await asyncio.sleep(0)
 

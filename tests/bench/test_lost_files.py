@@ -17,7 +17,7 @@ from bench.harness import peers
 from bench.harness.machine import Others
 from bench.harness.peers import Mirror
 from bench.harness.plot import picture
-from bench.harness.results import PeerFailed, Row, Verdict, in_turn
+from bench.harness.results import PeerFailed, Result, Row, in_turn
 from bench.harness.table import table
 
 
@@ -96,7 +96,7 @@ def test_it_is_a_row_that_says_so_and_the_others_go_on(
     for peer in ("losing", "dying"):
         assert said[one, peer].ratio is not None, "what it did before counts"
         assert said[many, peer].ratio is None
-        assert said[many, peer].verdict is Verdict.PEER_FAILED
+        assert said[many, peer].result is Result.PEER_FAILED
         assert said[many, peer].ours > 0
 
     def run(quick: bool) -> Sequence[Row]:
@@ -110,7 +110,7 @@ def test_it_is_a_row_that_says_so_and_the_others_go_on(
     assert "lost 2 of 500" in line
     written = json.loads((tmp_path / "run.json").read_text())
     kept = written["results"]["mirror"]["rows"][0]
-    assert (kept["ratio"], kept["theirs"], kept["verdict"]) == (None, None, "peer failed")
+    assert (kept["ratio"], kept["theirs"], kept["result"]) == (None, None, "peer failed")
     kept["peer"] = "lsyncd"  # README quotes it
     assert "| lsyncd | not compared: lost 2 of 500 files" in table(written)
     assert "peer failed" in picture(written)

@@ -17,7 +17,7 @@ from bench.harness import publish
 from bench.harness.machine import Others
 from bench.harness.plot import MET, MISSED, picture, points
 from bench.harness.publish import JSON, MEASURED, README, SVG
-from bench.harness.results import Ratio, Row, Verdict
+from bench.harness.results import Ratio, Result, Row
 from bench.harness.svg import FAINT
 from bench.harness.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
 
@@ -144,10 +144,10 @@ def test_in_the_picture_left_is_better_whatever_was_measured() -> None:
         Row("alone", 47.0, "MB", at_most=48),
     ]
     speed, time, noisy, detail = points(run_of(*rows))
-    assert (speed.middle, speed.bound, speed.verdict) == (1 / 16, 0.1, Verdict.MET)
+    assert (speed.middle, speed.bound, speed.result) == (1 / 16, 0.1, Result.MET)
     assert speed.low < 1 / 16 < speed.high
     assert (time.low, time.middle, time.high, time.bound) == (0.4, 0.5, 0.6, 0.25)
-    assert (time.verdict, noisy.verdict) == (Verdict.NOT_MET, Verdict.TOO_NOISY)
+    assert (time.result, noisy.result) == (Result.NOT_MET, Result.TOO_NOISY)
     assert math.isnan(noisy.middle)
     assert detail.name == "receive + decode, 1 KB broadcasts: detail"
 

@@ -15,7 +15,7 @@ import pytest
 
 import bench.__main__ as command
 from bench.harness.machine import Others
-from bench.harness.results import Ratio, Row, Unmeasurable, Verdict, Waits, figure, in_turn, ratio_of
+from bench.harness.results import Ratio, Result, Row, Unmeasurable, Waits, figure, in_turn, ratio_of
 
 
 def row(low: float, value: float, high: float, **bound: float) -> Row:
@@ -23,27 +23,27 @@ def row(low: float, value: float, high: float, **bound: float) -> Row:
 
 
 @pytest.mark.parametrize(
-    ("measured", "verdict"),
+    ("measured", "result"),
     [
-        (row(0.8, 0.9, 1.0, at_least=0.7), Verdict.MET),
-        (row(0.5, 0.6, 0.65, at_least=0.7), Verdict.NOT_MET),
-        (row(0.6, 0.72, 0.8, at_least=0.7), Verdict.TOO_NOISY),
-        (row(0.1, 0.2, 0.24, at_most=0.25), Verdict.MET),
-        (row(0.3, 0.4, 0.5, at_most=0.25), Verdict.NOT_MET),
-        (row(0.2, 0.24, 0.3, at_most=0.25), Verdict.TOO_NOISY),
-        (row(0.9, 1.0, 1.1), Verdict.MEASURED),
-        (row(0.5, 1.0, 1.5), Verdict.TOO_NOISY),
-        (row(0.8, 0.9, 1.0, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
-        (row(0.5, 0.6, 0.65, at_least=0.7, waited=0.11), Verdict.TOO_NOISY),
-        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.11), Verdict.TOO_NOISY),
-        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.09), Verdict.MET),
-        (Row("memory", 47.0, "MB", sense="memory", at_most=48, taken=0.5), Verdict.MET),
-        (Row("alone", 47.0, "MB", at_most=48), Verdict.MET),
-        (Row("alone", 49.0, "MB", at_most=48), Verdict.NOT_MET),
+        (row(0.8, 0.9, 1.0, at_least=0.7), Result.MET),
+        (row(0.5, 0.6, 0.65, at_least=0.7), Result.NOT_MET),
+        (row(0.6, 0.72, 0.8, at_least=0.7), Result.TOO_NOISY),
+        (row(0.1, 0.2, 0.24, at_most=0.25), Result.MET),
+        (row(0.3, 0.4, 0.5, at_most=0.25), Result.NOT_MET),
+        (row(0.2, 0.24, 0.3, at_most=0.25), Result.TOO_NOISY),
+        (row(0.9, 1.0, 1.1), Result.MEASURED),
+        (row(0.5, 1.0, 1.5), Result.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, waited=0.11), Result.TOO_NOISY),
+        (row(0.5, 0.6, 0.65, at_least=0.7, waited=0.11), Result.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.11), Result.TOO_NOISY),
+        (row(0.8, 0.9, 1.0, at_least=0.7, taken=0.09), Result.MET),
+        (Row("memory", 47.0, "MB", sense="memory", at_most=48, taken=0.5), Result.MET),
+        (Row("alone", 47.0, "MB", at_most=48), Result.MET),
+        (Row("alone", 49.0, "MB", at_most=48), Result.NOT_MET),
     ],
 )
-def test_a_bound_is_met_only_by_the_whole_interval(measured: Row, verdict: Verdict) -> None:
-    assert measured.verdict is verdict
+def test_a_bound_is_met_only_by_the_whole_interval(measured: Row, result: Result) -> None:
+    assert measured.result is result
 
 
 def test_a_refused_number_appears_nowhere() -> None:

@@ -21,7 +21,7 @@ from agent.core.errors import PathRefused
 from agent.core.model import parse_path
 from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
-from orchestrator_stub.platform.source_paths import ignored, path_problem
+from orchestrator_stub.platform.source_files import ignored, path_problem
 from tests.system.plane import Plane, Project, running_plane
 
 PATH = json.loads((Path(__file__).parent / "limits.json").read_text())["path"]

@@ -18,7 +18,10 @@ import uvicorn
 from starlette.applications import Starlette
 from websockets.asyncio.client import ClientConnection, connect
 
-from orchestrator_stub.local_supabase import Limits, ProjectKeys, StandIn, stand_in, uvicorn_options
+from orchestrator_stub.local_supabase.app import StandIn, stand_in
+from orchestrator_stub.local_supabase.keys import ProjectKeys
+from orchestrator_stub.local_supabase.realtime.limits import Limits
+from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.tokens import Keyring
 
 SECRET = "a secret that only this test run knows, and nobody else"

@@ -102,7 +102,7 @@ async def test_a_session_lives_its_whole_life_in_containers(
         await connection.execute(
             "update preview.sessions set machine_id = null, machine_driver = null, preview_url = null"
         )
-    await plane.control.sweep()
+    await plane.controller.sweep()
     adopted = await shown(plane, session_id)
     assert (adopted["machine"], adopted["preview_url"]) == (form["machine"], form["preview_url"])
     assert [m.id for m in await machines.find(UUID(session_id))] == [form["machine"]["id"]]
@@ -119,14 +119,14 @@ async def test_a_session_lives_its_whole_life_in_containers(
         cursor = await connection.execute("select id from preview.installation")
         ((installation,),) = await cursor.fetchall()
     stray, anothers = await machines.create(spec_for(of=installation)), await machines.create(spec_for())
-    await plane.control.sweep()
+    await plane.controller.sweep()
     assert await machines.inspect(stray.id) is None
     assert await machines.inspect(anothers.id) is not None
     assert await machines.inspect(replaced["machine"]["id"]) is not None
 
     # A container that somebody removed by hand ends its session.
     await asyncio.to_thread(engine.call, "rm", "--force", replaced["machine"]["id"])
-    await plane.control.sweep()
+    await plane.controller.sweep()
 
     async def over() -> bool:
         return bool((await shown(plane, session_id))["state"] == "failed")

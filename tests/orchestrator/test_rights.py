@@ -177,7 +177,7 @@ async def test_what_a_stolen_session_token_can_do_and_what_ends_it(world: World)
     await world.pass_time(world.settings.lease_seconds - 10)
     assert (await report(world, session, stolen, state="hydrating")).status_code == 200
     await world.pass_time(world.settings.lease_seconds - 10)
-    await world.control.sweep()
+    await world.controller.sweep()
     assert (await world.http.get(path, headers=SERVICE)).json()["state"] == "ready"
 
     # A newer machine ends all of it; so does the session's end.
@@ -190,7 +190,7 @@ async def test_what_a_stolen_session_token_can_do_and_what_ends_it(world: World)
     assert (await report(world, session, stolen)).json()["action"] == "stop"
     newer = world.token(replaced)
     await world.http.delete(path, headers=SERVICE)
-    await world.control.sweep()
+    await world.controller.sweep()
     for token in (stolen, newer):
         assert (await world.http.post(f"{path}/token", headers=bearer(token))).status_code == 410
         assert (await report(world, session, token)).status_code == 410

@@ -13,7 +13,7 @@ async def state_after(world: World, *, reported: bool, seconds: float) -> tuple[
         await head_of(world, session)
     before = len(world.platform.specs)
     await world.pass_time(seconds)
-    await world.control.sweep()
+    await world.controller.sweep()
     [row] = await world.sql("select state from preview.sessions where id = %s", session["session_id"])
     return str(row[0]), len(world.platform.specs) - before
 

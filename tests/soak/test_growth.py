@@ -55,8 +55,8 @@ def test_a_descriptor_lost_by_every_reconnect_is_found() -> None:
 def test_a_life_that_was_too_short_is_not_judged() -> None:
     assert trend(life(WARM_UP + 60, 500 * MB)) is None
     assert trend([]) is None
-    verdict = judge([None, None], MEMORY)
-    assert (verdict.judged, verdict.median, verdict.grows) == (0, None, False)
+    judgement = judge([None, None], MEMORY)
+    assert (judgement.judged, judgement.median, judgement.grows) == (0, None, False)
 
 
 def slope(per_hour: float) -> Trend:

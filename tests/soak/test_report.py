@@ -1,4 +1,4 @@
-"""The verdict of a soak, from what is known in the end."""
+"""The result of a soak, from what is known in the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from soak.equality import Check, differences, read_saved, read_tree
 from soak.logs import read_logs
-from soak.report import RESULTS, charts, verdict, write
+from soak.report import RESULTS, charts, result_of, write
 from soak.run import Outcome
 from soak.schedule import Fault, Kind, Settings
-from soak.watch import Life, Tick, quantile
+from soak.watch import ProcessRun, Tick, quantile
 
 
 def outcome(*, leak: float = 0.0, wrong: tuple[str, ...] = (), interrupted: bool = False) -> Outcome:
@@ -25,7 +25,7 @@ def outcome(*, leak: float = 0.0, wrong: tuple[str, ...] = (), interrupted: bool
         interrupted=interrupted,
         faults=[(1.0, fault, "agent 1, process 5")],
         checks=[Check(90.0, True, took={0: 0.5, 1: 1.5})],
-        lives=[Life(role, role, 5, samples) for role in ("agent", "agent", "orchestrator", "supabase")],
+        lives=[ProcessRun(role, role, 5, samples) for role in ("agent", "agent", "orchestrator", "supabase")],
         ticks=[Tick(n * 5.0, ((0.01, 3.0), (0.1, 1.0)), 0, 20, 10**9) for n in range(120)],
         wrong=list(wrong),
     )
@@ -43,7 +43,7 @@ def outcome(*, leak: float = 0.0, wrong: tuple[str, ...] = (), interrupted: bool
     ],
 )
 def test_the_exit_says_how_it_went(given: Outcome, code: int, said: str, tmp_path: Path) -> None:
-    assert verdict(given).exit_code == code
+    assert result_of(given).exit_code == code
     assert said in write(given, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.json", "report.md", "memory.svg", "descriptors.svg", "lag.svg", "behind.svg",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from soak.__main__ import main, run
-from soak.report import verdict
+from soak.report import result_of
 from soak.run import Outcome, Soak
 from soak.schedule import Settings
 from soak.stack import processes_of
@@ -37,8 +37,8 @@ TINY = Settings(
 async def test_a_tiny_soak_passes_and_leaves_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     outcome = await run(TINY, tmp_path / "state", said.append)
-    assert verdict(outcome).wrong == (), said[-5:]
-    assert verdict(outcome).exit_code == 0
+    assert result_of(outcome).wrong == (), said[-5:]
+    assert result_of(outcome).exit_code == 0
     assert outcome.edits["commits"] > 5
     assert len(outcome.faults) > 3
     assert [len(check.took) for check in outcome.checks] == [2]
@@ -83,7 +83,7 @@ async def test_what_is_wrong_is_found(sabotage: Callable[[Soak], None], why: str
     sabotage(soak)
     outcome: Outcome = await running
     assert any(each.startswith(why) for each in outcome.wrong), outcome.wrong
-    assert verdict(outcome).exit_code == 1
+    assert result_of(outcome).exit_code == 1
     assert processes_of(tmp_path / "state") == {}, "what was left behind is ended all the same"
 
 

@@ -35,7 +35,7 @@ from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpe
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.server import Server, control_plane
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 
 
 async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> Any:
@@ -91,7 +91,7 @@ class Plane:
     http: httpx.AsyncClient
     driver: Specs
     """What made the machines, unless the test brought a driver of its own."""
-    control: Control
+    controller: SessionController
 
     async def project(self, files: Mapping[str, str]) -> Project:
         """A project of a user of its own, holding `files`."""
@@ -337,7 +337,7 @@ async def running_plane(
                 async with httpx.AsyncClient(
                     base_url=url, headers=headers, timeout=30, trust_env=False
                 ) as http:
-                    yield Plane(url, dsn, project_keys, http, driver, service.control)
+                    yield Plane(url, dsn, project_keys, http, driver, service.controller)
             finally:
                 server.should_exit = True
                 await asyncio.wait([serving], timeout=10)

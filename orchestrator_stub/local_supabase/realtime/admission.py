@@ -1,4 +1,4 @@
-"""Whether a client may join, what with, and whether its next token is as good as the last.
+"""Decides whether a client may join, with which rights, and whether its next token may replace the last.
 
 The words are those of supabase/realtime (`realtime_channel.ex`): a code, a colon and a sentence in the answer to a
 join, the sentence alone in the system message that ends a channel.

@@ -1,4 +1,4 @@
-"""Broadcasts over HTTP, and the switchboard for faults.
+"""Takes broadcasts over HTTP, and requests for faults.
 
 POST /realtime/v1/api/broadcast                             {"messages": [{topic, event, payload, private?}]}
 POST /realtime/v1/api/broadcast/{topic}/events/{event}      the payload itself, JSON or raw; ?private=true
@@ -25,10 +25,10 @@ CLOSE_CODES = frozenset({1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1
 """What an endpoint may send in a close frame (RFC 6455, 7.4, and its registry), beside 3000 to 4999."""
 
 MOST_OVERSIZE = 64 * 1024 * 1024
-"""Bytes of an oversize frame: beyond any client's limit, within anybody's memory."""
+"""Bytes of an oversize frame: beyond any client's limit, and little memory."""
 
 
-class Http:
+class BroadcastRoutes:
     """The realtime server's HTTP side."""
 
     def __init__(self, realtime: Realtime) -> None:

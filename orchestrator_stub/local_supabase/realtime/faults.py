@@ -1,4 +1,4 @@
-"""Faults of the realtime server, on purpose. They exist only on a server started with `faults=True`.
+"""Injects faults into the realtime server, on one that was started with `faults=True`.
 
 Two kinds: a *setting* stays until it is used up or cleared, and stands in the way of traffic; an *action* happens
 once, to the sockets that are open now (`Realtime.act`).

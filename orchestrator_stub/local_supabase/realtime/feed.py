@@ -1,4 +1,4 @@
-"""What the database broadcasts, in the order of its commits.
+"""Follows what the database broadcasts, in the order of its commits.
 
 Supabase Realtime reads `realtime.messages` from a replication slot. Here a trigger on that table notifies the row's
 id on the channel `realtime_messages`; PostgreSQL delivers notifications only after commit, and in commit order

@@ -1,4 +1,4 @@
-"""PURE: the server's half of the Phoenix channel protocol, as Supabase Realtime speaks it.
+"""PURE: reads and writes the server's half of the Phoenix channel protocol, as Supabase Realtime speaks it.
 
     vsn 1.0.0   objects  {topic, event, payload, ref}          (the server sends exactly these four)
     vsn 2.0.0   arrays   [join_ref, ref, topic, event, payload]

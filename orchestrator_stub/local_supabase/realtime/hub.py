@@ -1,4 +1,4 @@
-"""Who is joined to what, and everything that goes to them: the hub of the realtime server.
+"""Keeps who joined which topic, and delivers what is sent there.
 
 One `Connection` per socket, one `Channel` per joined topic. A public and a private topic of the same name are two
 different addresses.
@@ -104,7 +104,7 @@ class Connection:
 
 
 class Hub:
-    """The subscribers of every address. All of it synchronous: nobody waits for anybody else's socket."""
+    """The subscribers of every address. All of it synchronous: no socket waits for another's socket."""
 
     def __init__(self, limits: Limits, faults: Faults | None, clock: Callable[[], float]) -> None:
         self.limits = limits

@@ -1,4 +1,4 @@
-"""What one project may do on the local realtime server, and how it is counted."""
+"""Counts what one project does on the local realtime server, against the limits of a Supabase plan."""
 
 from __future__ import annotations
 

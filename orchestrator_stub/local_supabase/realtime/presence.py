@@ -1,4 +1,4 @@
-"""PURE: who is tracked on a topic. Phoenix's presence, for one node."""
+"""PURE: tracks who is present on a topic, as Phoenix does for one node."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The local realtime server: Phoenix channels as Supabase Realtime serves them, for one project.
+"""Serves Phoenix channels as Supabase Realtime does, for one project.
 
-It takes what clients send; `admission` decides, `hub` delivers, `feed` brings what the database says. Texts, orders
-and omissions follow supabase/realtime v2 (`realtime_channel.ex`, `broadcast_handler.ex`, `presence_handler.ex`),
+This module takes what clients send; `admission` decides, `hub` delivers, `feed` brings what the database says. Texts,
+orders and omissions follow supabase/realtime v2 (`realtime_channel.ex`, `broadcast_handler.ex`, `presence_handler.ex`),
 because clients match on them:
 
     join refused        reply error, after `Limits.join_error_delay`

@@ -1,4 +1,4 @@
-"""The WebSocket below the realtime server: uvicorn's, with the finished frame as a first-class citizen.
+"""Lets the realtime server write finished frames to uvicorn's WebSockets, synchronously.
 
 ASGI's `websocket.send` encodes a frame per socket and needs a task per socket to be awaited in. A fan-out server
 wants neither: it has one finished frame for thousands of sockets. `FrameSocket` therefore puts itself into the

@@ -17,8 +17,7 @@ import httpx
 import pytest
 
 from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
-from orchestrator_stub.platform.source_paths import ignored, path_problem
-from orchestrator_stub.platform.source_tree import as_text, scan
+from orchestrator_stub.platform.source_files import as_text, ignored, path_problem, scan
 from tests.fakes.serving import Local, serve_local
 
 PNG = bytes(range(256))

@@ -18,7 +18,7 @@ import watchfiles.main
 
 from orchestrator_stub.devstack import editor as editor_module
 from orchestrator_stub.devstack.editor import Sent
-from orchestrator_stub.platform.source_tree import in_few_words
+from orchestrator_stub.platform.source_files import in_few_words
 from tests.fakes.descriptors import no_descriptors
 from tests.orchestrator.devstack.test_editor import Desk, Watched, at_a_desk
 

@@ -13,9 +13,9 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator_stub.platform.tokens import KeySet, read_session
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import State
-from orchestrator_stub.snapshots.model import Offer
+from orchestrator_stub.snapshots.model import SignedSnapshot
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import (
@@ -130,14 +130,14 @@ async def test_how_long_it_took_is_told_once(database: str) -> None:
 
 async def test_each_part_of_making_a_machine_is_told(world: World) -> None:
     told: list[str] = []
-    control = Control(
+    controller = SessionController(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
         installation=world.installation, on_part=lambda part, seconds: told.append(part),
     )  # fmt: skip
     project = await world.project()
     for generation in (1, 2):
-        session, _ = await control.request(project, key="k", generation=generation, ttl=600)
-        await control.settled(session.id, 5)
+        session, _ = await controller.request(project, key="k", generation=generation, ttl=600)
+        await controller.settled(session.id, 5)
     assert told == ["snapshot", "token", "machine", "replace", "snapshot", "token", "machine"]
 
 
@@ -160,7 +160,7 @@ async def test_a_platform_that_is_away_is_not_the_end(world: World) -> None:
     assert (session["state"], session["machine"]) == ("provisioning", None)
     assert "does not answer" in session["problem"]
     world.platform.down = False
-    await world.control.sweep()
+    await world.controller.sweep()
     shown = (await world.http.get(f"/v1/sessions/{session['session_id']}", headers=SERVICE)).json()
     assert shown["machine"] is not None
     assert "problem" not in shown
@@ -394,10 +394,10 @@ async def test_keys_that_only_verify_start_nothing_and_say_so(
     assert waiting["problem"].startswith("provisioning: no key of the set is private")
     monkeypatch.undo()
     await world.pass_time(60)
-    await world.control.sweep()
+    await world.controller.sweep()
     async with asyncio.timeout(15):
         while (
-            made := await world.control.settled(UUID(waiting["session_id"]), 1)
+            made := await world.controller.settled(UUID(waiting["session_id"]), 1)
         ) and made.machine_id is None:
             await asyncio.sleep(0.02)
 
@@ -405,7 +405,7 @@ async def test_keys_that_only_verify_start_nothing_and_say_so(
 async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator_stub.http.routes.BODY_SECONDS", 0.1)
 
-    async def never(*_: object, **__: object) -> Offer:
+    async def never(*_: object, **__: object) -> SignedSnapshot:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -418,7 +418,7 @@ async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.Monk
         path, token = f"/v1/sessions/{session['session_id']}", bearer(world.token(session))
         slow = await world.http.post(f"{path}/sync", content=drip(), headers=token)
         assert_problem(slow, 408, "body_too_slow")
-        monkeypatch.setattr(world.snapshots, "offer", never)
+        monkeypatch.setattr(world.snapshots, "signed_snapshot", never)
         answer = await world.http.post(f"{path}/snapshot", headers=SERVICE)
         assert_problem(answer, 503, "unavailable")
         assert int(answer.headers["retry-after"]) >= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from orchestrator_stub.local_supabase import ProjectKeys
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 from orchestrator_stub.platform.tokens import Keyring
 from tests.fakes.gateway import nginx, node_storage

@@ -13,14 +13,14 @@ from uuid import UUID, uuid4
 import httpx
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.http.routes import Api, application
+from orchestrator_stub.http.routes import SessionRoutes, application
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.store import SessionStore
-from orchestrator_stub.snapshots.model import Offer, SnapshotUnavailable
+from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"
@@ -34,19 +34,21 @@ class PaperSnapshots:
         self.resigned = 0
         self.broken = False
 
-    async def offer(
+    async def signed_snapshot(
         self,
         project_id: UUID,
         *,
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
-    ) -> Offer:
+    ) -> SignedSnapshot:
         if self.broken:
             raise SnapshotUnavailable("the storage is away")
         self.asked.append((base_revision, rebuild))
         self.resigned += resign
-        return Offer(f"https://storage.invalid/{project_id}.zip?token=t", {"files": [], "revision": 1})
+        return SignedSnapshot(
+            f"https://storage.invalid/{project_id}.zip?token=t", {"files": [], "revision": 1}
+        )
 
 
 class PaperAssets:
@@ -70,7 +72,7 @@ class World:
     snapshots: PaperSnapshots
     assets: PaperAssets
     store: SessionStore
-    control: Control
+    controller: SessionController
     http: httpx.AsyncClient
     installation: Installation
 
@@ -106,9 +108,9 @@ class World:
             " lease_until = lease_until - %(s)s".replace("%(s)s", f"interval '{seconds} seconds'")
         )
 
-    def control_of(self, driver: Any = None, store: Any = None) -> Control:
+    def controller_of(self, driver: Any = None, store: Any = None) -> SessionController:
         """Another orchestrator on the same database and platform."""
-        return Control(
+        return SessionController(
             self.settings,
             store or self.store,
             self.snapshots,
@@ -198,18 +200,20 @@ async def control_world(
     async with pool_of(dsn, size=6, timeout=5) as pool:
         store = SessionStore(pool)
         installation = await store.installation()
-        control = Control(settings, store, snapshots, FakeMachines(platform), keys, installation=installation)
+        controller = SessionController(
+            settings, store, snapshots, FakeMachines(platform), keys, installation=installation
+        )
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
-        api = Api(settings, control, store, catchup, snapshots, keys, on_ready=on_ready)
+        api = SessionRoutes(settings, controller, store, catchup, snapshots, keys, on_ready=on_ready)
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(
-                settings, pool, keys, platform, snapshots, assets, store, control, http, installation
+                settings, pool, keys, platform, snapshots, assets, store, controller, http, installation
             )
             try:
                 yield world
             finally:
-                await control.close()
+                await controller.close()
 
 
 ROUTES = [

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, State
 from tests.fakes.machines import FakeMachines, Platform
 from tests.orchestrator.sessions.control_world import World, control_world
@@ -121,19 +121,21 @@ class ControlMachine(RuleBasedStateMachine):
             for context in self.contexts:
                 self.run(context.__aexit__(None, None, None))
 
-    async def by_somebody(self, world: World, fuse: int, act: Callable[[Control], Awaitable[Any]]) -> None:
+    async def by_somebody(
+        self, world: World, fuse: int, act: Callable[[SessionController], Awaitable[Any]]
+    ) -> None:
         """`act` in an orchestrator of its own, with all it started, killed at its `fuse`th step (0: never)."""
         steps = [fuse]
         driver = Watched(self.platform, world.installation.mark, self.wrongs)
-        control = world.control_of(Mortal(driver, steps), Mortal(world.store, steps))
+        controller = world.controller_of(Mortal(driver, steps), Mortal(world.store, steps))
         try:
-            await act(control)
-            while control._tasks:
-                await asyncio.wait(list(control._tasks.values()))
+            await act(controller)
+            while controller._tasks:
+                await asyncio.wait(list(controller._tasks.values()))
         except Killed:
             pass
         finally:
-            await control.drop()
+            await controller.drop()
 
     which = st.integers(0, 1)
     fuses = st.just(0) | st.integers(1, 14)
@@ -142,16 +144,16 @@ class ControlMachine(RuleBasedStateMachine):
     def create(self, which: int, key: str | None, generation: int | None, fuse: int) -> None:
         project = self.projects[which][key == "b"]
 
-        async def act(control: Control) -> None:
-            await control.request(project, key=key, generation=generation, ttl=600)
+        async def act(controller: SessionController) -> None:
+            await controller.request(project, key=key, generation=generation, ttl=600)
 
         self.run(self.by_somebody(self.worlds[which], fuse, act))
 
     @rule(which=which, fuse=fuses)
     def sweep(self, which: int, fuse: int) -> None:
-        async def act(control: Control) -> None:
+        async def act(controller: SessionController) -> None:
             try:
-                await control.sweep()
+                await controller.sweep()
             except Exception:
                 assert self.platform.down, "a sweep fails only while the platform is away"
 
@@ -161,7 +163,7 @@ class ControlMachine(RuleBasedStateMachine):
     def delete(self, which: int, nth: int, fuse: int) -> None:
         sessions = self.rows(self.worlds[which])
         session_id = sessions[nth % len(sessions)][0]
-        self.run(self.by_somebody(self.worlds[which], fuse, lambda control: control.end(session_id)))
+        self.run(self.by_somebody(self.worlds[which], fuse, lambda controller: controller.end(session_id)))
 
     @rule(nth=st.integers(0, 3), state=st.sampled_from(["installing", "serving"]))
     def heartbeat(self, nth: int, state: str) -> None:
@@ -273,11 +275,11 @@ class ControlMachine(RuleBasedStateMachine):
         assert {row[1] for row in self.rows(world)} <= {str(state) for state in ENDED}
 
 
-async def sweep_thrice(control: Control) -> None:
+async def sweep_thrice(controller: SessionController) -> None:
     for _ in range(3):
-        await control.sweep()
-        while control._tasks:
-            await asyncio.wait(list(control._tasks.values()))
+        await controller.sweep()
+        while controller._tasks:
+            await asyncio.wait(list(controller._tasks.values()))
 
 
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.nightly)])

@@ -16,7 +16,7 @@ from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSta
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import Session, State
 from tests.fakes import engine as fake_engine
 from tests.fakes.fly import APP, TOKEN, Fly
@@ -68,16 +68,16 @@ async def driver_for(
     assert fly.invalid == []
 
 
-async def idle(*controls: Control) -> None:
-    for control in controls:
-        while control._tasks:
-            await asyncio.wait(list(control._tasks.values()))
+async def idle(*controllers: SessionController) -> None:
+    for controller in controllers:
+        while controller._tasks:
+            await asyncio.wait(list(controller._tasks.values()))
 
 
-async def begin(world: World, control: Control, key: str | None = None) -> Session:
+async def begin(world: World, controller: SessionController, key: str | None = None) -> Session:
     """A session, with its machine made."""
-    session, _ = await control.request(await world.project(), key=key, generation=None, ttl=600)
-    await idle(control)
+    session, _ = await controller.request(await world.project(), key=key, generation=None, ttl=600)
+    await idle(controller)
     made = await world.store.get(session.id)
     assert made is not None
     assert made.machine_id is not None
@@ -95,21 +95,21 @@ async def test_sweeps_and_ends_leave_the_other_installation_s_machines(
     worlds: tuple[World, World], driver_for: Callable[[], MachineDriver]
 ) -> None:
     drivers = [driver_for(), driver_for()]
-    controls = [world.control_of(driver) for world, driver in zip(worlds, drivers, strict=True)]
-    sessions = [await begin(world, control) for world, control in zip(worlds, controls, strict=True)]
+    controllers = [world.controller_of(driver) for world, driver in zip(worlds, drivers, strict=True)]
+    sessions = [await begin(world, controller) for world, controller in zip(worlds, controllers, strict=True)]
     for _ in range(2):
-        for control in controls:
-            await control.sweep()
-        await idle(*controls)
+        for controller in controllers:
+            await controller.sweep()
+        await idle(*controllers)
     assert [await alive(drivers[0], session) for session in sessions] == [True, True]
-    await controls[0].end(sessions[0].id)
-    await idle(*controls)
-    for control in reversed(controls):
-        await control.sweep()
-    await idle(*controls)
+    await controllers[0].end(sessions[0].id)
+    await idle(*controllers)
+    for controller in reversed(controllers):
+        await controller.sweep()
+    await idle(*controllers)
     assert [await alive(drivers[1], session) for session in sessions] == [False, True]
-    for control in controls:
-        await control.close()
+    for controller in controllers:
+        await controller.close()
 
 
 @pytest.mark.parametrize("driver_for", DRIVERS, indirect=True)
@@ -119,7 +119,7 @@ async def test_a_copied_database_leaves_the_machines_of_the_sessions_it_was_copi
     """Staging made from a dump of production: the same sessions, an id of its own."""
     original, copy = worlds
     drivers = [driver_for(), driver_for()]
-    first, second = (world.control_of(driver) for world, driver in zip(worlds, drivers, strict=True))
+    first, second = (world.controller_of(driver) for world, driver in zip(worlds, drivers, strict=True))
     session = await begin(original, first, key="k")
     rows = [await begin(original, first) for _ in range(2)]
     await copy_sessions(original, copy)
@@ -132,8 +132,8 @@ async def test_a_copied_database_leaves_the_machines_of_the_sessions_it_was_copi
         await second.sweep()
         await idle(second)
     assert [await alive(drivers[0], each) for each in (session, *rows)] == [True, True, True]
-    for control in (first, second):
-        await control.close()
+    for controller in (first, second):
+        await controller.close()
 
 
 async def copy_sessions(original: World, copy: World) -> None:
@@ -154,7 +154,7 @@ async def test_a_local_machine_s_directory_is_not_taken_over(
     original, copy = worlds
     command = (sys.executable, "-c", "import time; time.sleep(600)")
     drivers = [LocalMachines(tmp_path, environment={}, command=command) for _ in range(2)]
-    first, second = (world.control_of(driver) for world, driver in zip(worlds, drivers, strict=True))
+    first, second = (world.controller_of(driver) for world, driver in zip(worlds, drivers, strict=True))
     session = await begin(original, first, key="k")
     await copy_sessions(original, copy)
     await second.request(session.project_id, key="k", generation=2, ttl=600)
@@ -166,9 +166,9 @@ async def test_a_local_machine_s_directory_is_not_taken_over(
     assert "another installation" in refused.problem
     assert await alive(drivers[0], session)
     await first.end(session.id)
-    for control in (first, second):
-        await idle(control)
-        await control.close()
+    for controller in (first, second):
+        await idle(controller)
+        await controller.close()
 
 
 # --- machines from before they carried a mark
@@ -182,30 +182,30 @@ def unmarked(platform: Platform, session_id: UUID, generation: int = 1) -> Machi
     return machine
 
 
-async def upgraded(world: World) -> Control:
+async def upgraded(world: World) -> SessionController:
     """An orchestrator whose installation got its id just now: the sessions there are from before."""
     await world.sql("update preview.installation set since = now() + interval '1 second'")
     world.installation = await world.store.installation()
-    return world.control_of()
+    return world.controller_of()
 
 
 async def test_a_machine_of_before_is_kept_by_who_has_its_session_and_by_nobody_else(
     worlds: tuple[World, World],
 ) -> None:
     platform = worlds[0].platform
-    session = await begin(worlds[0], worlds[0].control)
+    session = await begin(worlds[0], worlds[0].controller)
     platform.machines.clear()
     old = unmarked(platform, session.id)
     await worlds[0].sql("update preview.sessions set machine_id = %s", old.id)
     nobodys = unmarked(platform, uuid4())
-    controls = [await upgraded(world) for world in worlds]
+    controllers = [await upgraded(world) for world in worlds]
     for _ in range(2):
-        for control in controls:
-            await control.sweep()
-        await idle(*controls)
+        for controller in controllers:
+            await controller.sweep()
+        await idle(*controllers)
     assert set(platform.machines) == {old.id, nobodys.id}
-    await controls[0].end(session.id)
-    await idle(*controls)
+    await controllers[0].end(session.id)
+    await idle(*controllers)
     assert set(platform.machines) == {nobodys.id}
 
 
@@ -213,9 +213,9 @@ async def test_a_machine_of_before_whose_reply_was_lost_is_adopted(worlds: tuple
     world, platform = worlds[0], worlds[0].platform
     session, _ = await world.store.create(await world.project(), key=None, generation=1, ttl=600)
     old = unmarked(platform, session.id)
-    control = await upgraded(world)
-    await control.sweep()
-    await idle(control)
+    controller = await upgraded(world)
+    await controller.sweep()
+    await idle(controller)
     adopted = await world.store.get(session.id)
     assert adopted is not None
     assert adopted.machine_id == old.id
@@ -226,9 +226,9 @@ async def test_a_machine_of_before_that_is_left_of_a_session_that_is_over_is_des
     worlds: tuple[World, World],
 ) -> None:
     world, platform = worlds[0], worlds[0].platform
-    session = await begin(world, world.control)
-    await world.control.end(session.id)
-    await idle(world.control)
+    session = await begin(world, world.controller)
+    await world.controller.end(session.id)
+    await idle(world.controller)
     unmarked(platform, session.id)
     await (await upgraded(world)).sweep()
     assert not platform.machines
@@ -236,12 +236,12 @@ async def test_a_machine_of_before_that_is_left_of_a_session_that_is_over_is_des
 
 async def test_a_next_generation_ends_the_machine_of_before(worlds: tuple[World, World]) -> None:
     world, platform = worlds[0], worlds[0].platform
-    session = await begin(world, world.control, key="k")
+    session = await begin(world, world.controller, key="k")
     platform.machines.clear()
     unmarked(platform, session.id)
-    control = await upgraded(world)
-    await control.request(session.project_id, key="k", generation=2, ttl=600)
-    await idle(control)
+    controller = await upgraded(world)
+    await controller.request(session.project_id, key="k", generation=2, ttl=600)
+    await idle(controller)
     assert [machine.name for machine in platform.machines.values()] == [world.name_of(session.id, 2)]
 
 
@@ -250,9 +250,9 @@ async def test_of_two_of_one_generation_the_one_that_is_written_down_stays(
 ) -> None:
     """RACE: an orchestrator of before makes one, and its reply is lost, while ours runs already."""
     world, platform = worlds[0], worlds[0].platform
-    session = await begin(world, world.control)
+    session = await begin(world, world.controller)
     unmarked(platform, session.id)
-    await world.control.sweep()
+    await world.controller.sweep()
     assert set(platform.machines) == {session.machine_id}
 
 

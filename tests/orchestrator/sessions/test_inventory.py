@@ -21,10 +21,10 @@ SLEEPS = (sys.executable, "-c", "import time; time.sleep(600)")
 
 
 async def begin(world: World, driver: LocalMachines) -> UUID:
-    control = world.control_of(driver)
-    session, _ = await control.request(await world.project(), key=None, generation=None, ttl=600)
-    await control.settled(session.id, 10)
-    await control.close()
+    controller = world.controller_of(driver)
+    session, _ = await controller.request(await world.project(), key=None, generation=None, ttl=600)
+    await controller.settled(session.id, 10)
+    await controller.close()
     return session.id
 
 

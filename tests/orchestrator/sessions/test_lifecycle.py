@@ -16,10 +16,10 @@ from orchestrator_stub.sessions.lifecycle import (
     ENDED,
     LIVE,
     PROBLEMS,
+    Action,
     Event,
     Session,
     State,
-    Verdict,
     judge,
     moves,
 )
@@ -64,17 +64,17 @@ def test_a_late_word_changes_nothing() -> None:
 
 @given(sessions)
 def test_nothing_in_between_outlives_its_deadline(session: Session) -> None:
-    verdict = judge(session, NOW, TIMING).verdict
+    action = judge(session, NOW, TIMING).action
     overdue = session.state_since + TIMING.provision <= NOW or session.expires_at <= NOW
     if session.state in (State.REQUESTED, State.PROVISIONING) and overdue:
-        assert verdict is Verdict.DRAIN
+        assert action is Action.DRAIN
     if session.state in ENDED:
-        assert verdict is Verdict.LEAVE
+        assert action is Action.LEAVE
     if session.state is State.DRAINING:
         claimed = session.claimed_until is not None and session.claimed_until > NOW
-        assert verdict is (Verdict.LEAVE if claimed else Verdict.DESTROY)
+        assert action is (Action.LEAVE if claimed else Action.DESTROY)
     if session.state is State.READY and session.lease_until is not None and session.lease_until <= NOW:
-        assert verdict is Verdict.DRAIN
+        assert action is Action.DRAIN
 
 
 @given(sessions)
@@ -82,7 +82,7 @@ def test_a_live_session_in_good_order_is_left_alone(session: Session) -> None:
     silent = session.lease_until is not None and session.lease_until <= NOW
     known = session.machine_id is not None
     if session.state is State.READY and session.expires_at > NOW and not silent and known:
-        assert judge(session, NOW, TIMING).verdict is Verdict.LEAVE
+        assert judge(session, NOW, TIMING).action is Action.LEAVE
 
 
 def test_a_machine_that_reported_before_it_was_written_down_is_found() -> None:
@@ -99,7 +99,7 @@ def test_a_machine_that_reported_before_it_was_written_down_is_found() -> None:
         claimed_until=NOW - 1,
         lease_until=NOW + 60,
     )
-    assert judge(orphan, NOW, TIMING).verdict is Verdict.PROVISION
+    assert judge(orphan, NOW, TIMING).action is Action.PROVISION
     assert moves(Event.TAKE_UP).get(State.READY) is State.READY
 
 
@@ -141,5 +141,5 @@ def test_every_problem_is_in_the_list_that_metrics_go_by() -> None:
     """A problem begins with its name and a colon, wherever in the package it is made."""
     made = set()
     for path in Path(sessions_module.__file__).parent.glob("*.py"):
-        made |= set(re.findall(r'(?:problem=f?|Verdict\.\w+, )"(\w+):', path.read_text()))
+        made |= set(re.findall(r'(?:problem=f?|Action\.\w+, )"(\w+):', path.read_text()))
     assert made == set(PROBLEMS)

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator_stub.machines.driver import Machine, MachineSpec
 from orchestrator_stub.platform.tokens import read_session
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, State
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import World, control_world
@@ -32,22 +32,22 @@ async def world(database: str) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-async def both(world: World) -> AsyncIterator[list[Control]]:
+async def both(world: World) -> AsyncIterator[list[SessionController]]:
     """Two orchestrators."""
-    made = [world.control_of(SlowMachines(world.platform)) for _ in range(2)]
+    made = [world.controller_of(SlowMachines(world.platform)) for _ in range(2)]
     yield made
-    for control in made:
-        await control.close()
+    for controller in made:
+        await controller.close()
 
 
-async def idle(*controls: Control) -> None:
+async def idle(*controllers: SessionController) -> None:
     """Wait until none of them is doing anything."""
-    while tasks := [task for control in controls for task in control._tasks.values()]:
+    while tasks := [task for controller in controllers for task in controller._tasks.values()]:
         await asyncio.wait(tasks)
 
 
 async def test_fifty_times_the_same_key_with_every_generation_is_one_machine_of_the_newest(
-    world: World, both: list[Control]
+    world: World, both: list[SessionController]
 ) -> None:
     project = await world.project()
     generations = [1 + n % 5 for n in range(50)]
@@ -78,29 +78,29 @@ async def test_a_generation_asked_for_while_the_one_before_is_made_waits_for_no_
             await go_on.wait()
             return await super().create(spec)
 
-    control = world.control_of(Slow(world.platform))
+    controller = world.controller_of(Slow(world.platform))
     project = await world.project()
-    session, _ = await control.request(project, key="k", generation=1, ttl=600)
+    session, _ = await controller.request(project, key="k", generation=1, ttl=600)
     await asked.wait()
-    await control.request(project, key="k", generation=2, ttl=600)
+    await controller.request(project, key="k", generation=2, ttl=600)
     go_on.set()
-    await idle(control)
+    await idle(controller)
     assert [m.name for m in world.platform.machines.values()] == [world.name_of(session.id, 2)]
     kept = await world.store.get(session.id)
     assert kept is not None
     assert kept.machine_id in world.platform.machines
-    await control.close()
+    await controller.close()
 
 
 async def test_ended_at_any_moment_of_its_beginning_it_leaves_nothing(
-    world: World, both: list[Control]
+    world: World, both: list[SessionController]
 ) -> None:
     project = await world.project()
 
     async def begin_and_end(n: int) -> UUID:
         session, _ = await both[n % 2].request(project, key=None, generation=None, ttl=600)
         await asyncio.sleep(random.uniform(0, 0.05))
-        await asyncio.gather(*(control.end(session.id) for control in both))
+        await asyncio.gather(*(controller.end(session.id) for controller in both))
         return session.id
 
     ids = await asyncio.gather(*(begin_and_end(n) for n in range(40)))
@@ -111,7 +111,7 @@ async def test_ended_at_any_moment_of_its_beginning_it_leaves_nothing(
     assert {session.state for session in sessions if session} == {State.GONE}
 
 
-async def test_two_sweeps_at_once_do_everything_once(world: World, both: list[Control]) -> None:
+async def test_two_sweeps_at_once_do_everything_once(world: World, both: list[SessionController]) -> None:
     project = await world.project()
     for n in range(20):
         await world.store.create(project, key=f"waits-{n}", generation=1, ttl=600)
@@ -119,7 +119,7 @@ async def test_two_sweeps_at_once_do_everything_once(world: World, both: list[Co
     stray = MachineSpec(world.name_of(uuid4()), world.installation.id, project, uuid4(), 1, {})
     await FakeMachines(world.platform).create(stray)
     for _ in range(3):
-        await asyncio.gather(*(control.sweep() for control in both))
+        await asyncio.gather(*(controller.sweep() for controller in both))
         await idle(*both)
     rows = await world.sql("select state, machine_id, idempotency_key from preview.sessions")
     waiting = {machine_id for state, machine_id, key in rows if key.startswith("waits")}
@@ -130,7 +130,7 @@ async def test_two_sweeps_at_once_do_everything_once(world: World, both: list[Co
 
 
 async def test_connections_that_are_killed_in_the_middle_cost_time_and_nothing_else(
-    world: World, both: list[Control]
+    world: World, both: list[SessionController]
 ) -> None:
     """`pg_terminate_backend` again and again, in whatever statement a connection happens to be."""
     projects = [await world.project() for _ in range(3)]
@@ -161,12 +161,12 @@ async def test_connections_that_are_killed_in_the_middle_cost_time_and_nothing_e
 
     async def client(n: int) -> None:
         for turn in range(8):
-            key, control = f"key-{n}-{turn % 4}", both[(n + turn) % 2]
-            request = partial(control.request, projects[n % 3], key=key, generation=1 + turn // 4, ttl=600)
+            key, controller = f"key-{n}-{turn % 4}", both[(n + turn) % 2]
+            request = partial(controller.request, projects[n % 3], key=key, generation=1 + turn // 4, ttl=600)
             session, _ = await tried(request)
             if turn % 4 == 3:
-                await tried(partial(control.end, session.id))
-            await tried(control.sweep)
+                await tried(partial(controller.end, session.id))
+            await tried(controller.sweep)
 
     kill = asyncio.create_task(killing())
     await asyncio.gather(*(client(n) for n in range(4)))
@@ -191,19 +191,19 @@ async def test_one_session_s_bug_does_not_keep_the_others_from_their_machines(wo
                 raise KeyError("a field that is not there")
             return await super().create(spec)
 
-    control = world.control_of(Buggy(world.platform))
+    controller = world.controller_of(Buggy(world.platform))
     project = await world.project()
     poisoned, _ = await world.store.create(project, key="poisoned", generation=1, ttl=600)
     others = [await world.store.create(project, key=f"{n}", generation=1, ttl=600) for n in range(5)]
-    await control.sweep()
+    await controller.sweep()
     assert len(world.platform.machines) == len(others)
     await world.pass_time(world.settings.provision_seconds + 1)
-    await control.sweep()
-    await idle(control)
+    await controller.sweep()
+    await idle(controller)
     session = await world.store.get(poisoned.id)
     assert session is not None
     assert (session.state, (session.problem or "").split(":")[0]) == (State.FAILED, "provision_timeout")
-    await control.close()
+    await controller.close()
 
 
 @pytest.mark.parametrize("skew", [-3600.0, -60.0, 60.0, 3600.0])
@@ -213,7 +213,7 @@ async def test_an_orchestrator_whose_clock_is_wrong_still_gives_tokens_that_last
     """Its tokens are made by its own clock, and the session's end is the database's."""
     session, _ = await world.store.create(await world.project(), key=None, generation=1, ttl=600)
     now = time.time() + skew
-    wrong = Control(
+    wrong = SessionController(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
         installation=world.installation, clock=lambda: now,
     )  # fmt: skip

@@ -69,5 +69,5 @@ async def test_a_turn_is_one_s_own_until_its_time_is_up(world: World) -> None:
     assert not await taken("other")
     await world.pass_time(61)
     assert await taken("other")
-    await world.store.abandon(by="one")
+    await world.store.release_all(by="one")
     assert not await taken("one"), "what was given up was not one's own any more"

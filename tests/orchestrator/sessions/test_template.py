@@ -85,7 +85,7 @@ async def test_a_template_that_cannot_be_read_is_not_a_smaller_one(plane: Plane,
         template = Template(directory, pool, StorageClient(f"{plane.url}/storage/v1", "key", http))
         assert await template._is_new(project.id)
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
-            await template.give(project.id)
+            await template.apply(project.id)
         assert await template._is_new(project.id)
 
 

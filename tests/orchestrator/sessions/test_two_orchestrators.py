@@ -8,7 +8,7 @@ from collections import Counter
 from uuid import UUID
 
 from orchestrator_stub.machines.driver import Machine, MachineSpec, owner_of
-from orchestrator_stub.sessions.controller import Control
+from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import World, control_world
@@ -30,7 +30,7 @@ class SlowMachines(FakeMachines):
 
 async def settle(world: World) -> None:
     await world.pass_time(world.settings.claim_seconds + 1)
-    last = world.control_of(SlowMachines(world.platform))
+    last = world.controller_of(SlowMachines(world.platform))
     for _ in range(3):
         await last.sweep()
         while last._tasks:
@@ -41,26 +41,26 @@ async def settle(world: World) -> None:
 async def test_killed_in_turn_under_load(database: str) -> None:
     async with control_world(database) as world:
         projects = [await world.project() for _ in range(4)]
-        orchestrators: dict[int, Control] = {}
+        orchestrators: dict[int, SessionController] = {}
         stop = asyncio.Event()
 
         def reborn(n: int) -> None:
-            orchestrators[n] = world.control_of(SlowMachines(world.platform))
+            orchestrators[n] = world.controller_of(SlowMachines(world.platform))
 
         async def client(n: int) -> None:
             """Asks both for the same sessions, and ends some of them."""
             for turn in range(12):
-                control = orchestrators[(n + turn) % 2]
+                controller = orchestrators[(n + turn) % 2]
                 key = f"key-{(n * 5 + turn) % 16}"
                 project = projects[int(key[4:]) % 4]
-                session, _ = await control.request(project, key=key, generation=None, ttl=600)
+                session, _ = await controller.request(project, key=key, generation=None, ttl=600)
                 if (n + turn) % 5 == 0:
                     await orchestrators[(n + turn + 1) % 2].end(session.id)
                 await asyncio.sleep(random.uniform(0, 0.02))
 
         async def sweeping() -> None:
             while not stop.is_set():
-                await asyncio.gather(*(control.sweep() for control in [*orchestrators.values()]))
+                await asyncio.gather(*(controller.sweep() for controller in [*orchestrators.values()]))
                 await asyncio.sleep(0.05)
 
         async def killing() -> None:
@@ -77,8 +77,8 @@ async def test_killed_in_turn_under_load(database: str) -> None:
         await asyncio.gather(*(client(n) for n in range(6)))
         stop.set()
         await asyncio.gather(*others)
-        for control in orchestrators.values():
-            await control.close()
+        for controller in orchestrators.values():
+            await controller.close()
         await settle(world)
 
         rows = await world.sql("select id, state, machine_id, idempotency_key from preview.sessions")
@@ -101,17 +101,17 @@ async def test_a_session_that_ends_while_its_machine_is_made_keeps_none(database
                 await go_on.wait()
                 return machine
 
-        control = world.control_of(Slow(world.platform))
-        session, _ = await control.request(await world.project(), key=None, generation=None, ttl=600)
+        controller = world.controller_of(Slow(world.platform))
+        session, _ = await controller.request(await world.project(), key=None, generation=None, ttl=600)
         await made.wait()
-        other = world.control_of()
+        other = world.controller_of()
         await other.end(session.id)
         await until_over(world, session.id)
         go_on.set()
-        while control._tasks:
-            await asyncio.wait(list(control._tasks.values()))
+        while controller._tasks:
+            await asyncio.wait(list(controller._tasks.values()))
         assert not world.platform.machines
-        await control.close()
+        await controller.close()
         await other.close()
 
 
@@ -126,24 +126,24 @@ async def test_a_slow_maker_whose_turn_passed_leaves_no_machine_behind(database:
                 await go_on.wait()
                 return await super().create(spec)
 
-        control = world.control_of(Late(world.platform))
-        session, _ = await control.request(await world.project(), key=None, generation=None, ttl=600)
+        controller = world.controller_of(Late(world.platform))
+        session, _ = await controller.request(await world.project(), key=None, generation=None, ttl=600)
         await asked.wait()
-        other = world.control_of()
+        other = world.controller_of()
         await other.end(session.id)
         await until_over(world, session.id)
         go_on.set()
-        while control._tasks:
-            await asyncio.wait(list(control._tasks.values()))
+        while controller._tasks:
+            await asyncio.wait(list(controller._tasks.values()))
         assert not world.platform.machines
-        await control.close()
+        await controller.close()
         await other.close()
 
 
 async def test_only_one_sweeps_at_a_time(database: str) -> None:
     async with control_world(database) as world, world.store.sweeping() as mine:
         assert mine
-        other = world.control_of()
+        other = world.controller_of()
         assert await other.sweep() == 0
         async with world.store.sweeping() as second:
             assert not second
@@ -160,14 +160,14 @@ async def test_an_orchestrator_that_stops_in_order_leaves_its_work_to_the_next_a
                 await asyncio.Event().wait()
                 raise AssertionError
 
-        killed, stopped = (world.control_of(Stuck(world.platform)) for _ in range(2))
-        for control in (killed, stopped):
+        killed, stopped = (world.controller_of(Stuck(world.platform)) for _ in range(2))
+        for controller in (killed, stopped):
             asked.clear()
-            await control.request(await world.project(), key=None, generation=None, ttl=600)
+            await controller.request(await world.project(), key=None, generation=None, ttl=600)
             await asked.wait()
         await killed.drop()
         await stopped.close()
-        other = world.control_of()
+        other = world.controller_of()
         await other.sweep()
         assert len(world.platform.born) == 1, "the claim of the killed one still stands"
         await world.pass_time(world.settings.claim_seconds + 1)

@@ -20,8 +20,8 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, Snapshot, Snapshots
-from orchestrator_stub.snapshots.cache import KeptSnapshots, PostgresOffers
+from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, SnapshotBuilder, StoredSnapshot
+from orchestrator_stub.snapshots.cache import PostgresCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from tests.fakes.gateway import nginx, node_storage
 from tests.fakes.serving import Local, serve_local
@@ -40,7 +40,7 @@ class World:
         self.http = http
         self.project_id = id_
         self.storage = StorageClient(f"{local.url}/storage/v1", local.keys.service_key, http)
-        self.snapshots = Snapshots(pool, self.storage)
+        self.snapshots = SnapshotBuilder(pool, self.storage)
 
     async def write(self, *changes: dict[str, Any]) -> int:
         """One commit; its revision."""
@@ -59,7 +59,7 @@ class World:
         await self.storage.upload("project-assets", f"{self.project_id}/{digest}", content, len(content))
         return digest
 
-    async def archive(self, snapshot: Snapshot) -> zipfile.ZipFile:
+    async def archive(self, snapshot: StoredSnapshot) -> zipfile.ZipFile:
         return zipfile.ZipFile(io.BytesIO(await self.storage.download(BUCKET, snapshot.object_path)))
 
 
@@ -115,7 +115,7 @@ async def test_an_archive_is_exactly_the_head(world: World) -> None:
 async def test_the_same_revision_gives_the_same_bytes(world: World) -> None:
     await world.put({f"src/file{i}.ts": f"export const n = {i}\n" * i for i in range(200)})
     first = await world.snapshots.build(world.project_id)
-    again = await Snapshots(world.pool, world.storage).build(world.project_id)
+    again = await SnapshotBuilder(world.pool, world.storage).build(world.project_id)
     assert (again.sha256, again.object_path) == (first.sha256, first.object_path)
     await world.put({"src/file1.ts": "changed"})
     assert (await world.snapshots.build(world.project_id)).sha256 != first.sha256
@@ -126,7 +126,9 @@ async def test_an_archive_that_is_stored_holds_up_nobody(world: World, size: int
     """On Storage's own HTTP server, behind a gateway that keeps connections, as hosted."""
     await world.put({"noise.txt": random.Random(size).randbytes(size).hex()})
     async with node_storage() as behind, nginx(behind) as port, httpx.AsyncClient() as http:
-        snapshots = Snapshots(world.pool, StorageClient(f"http://127.0.0.1:{port}/storage/v1", "key", http))
+        snapshots = SnapshotBuilder(
+            world.pool, StorageClient(f"http://127.0.0.1:{port}/storage/v1", "key", http)
+        )
         first = await snapshots.build(world.project_id)
         assert first.bytes > size
         async with asyncio.timeout(20):
@@ -184,24 +186,24 @@ async def test_the_moment_is_one_although_others_write(world: World) -> None:
 
 async def test_an_offer_is_built_once_and_signed_again(world: World) -> None:
     await world.put({"a": "1"})
-    kept = KeptSnapshots(world.pool, world.snapshots, PostgresOffers(world.pool), url_ttl=600)
-    first, second = await asyncio.gather(*(kept.offer(world.project_id) for _ in range(2)))
+    kept = SnapshotCache(world.pool, world.snapshots, PostgresCacheStore(world.pool), url_ttl=600)
+    first, second = await asyncio.gather(*(kept.signed_snapshot(world.project_id) for _ in range(2)))
     assert first.manifest == second.manifest
     answer = await world.http.get(first.url)
     assert answer.status_code == 200
     assert "apikey" not in answer.request.headers
     assert len(await world.storage.list(BUCKET, str(world.project_id))) == 1
 
-    anew = await kept.offer(world.project_id, rebuild=True)
+    anew = await kept.signed_snapshot(world.project_id, rebuild=True)
     assert anew.url.partition("?")[0] != first.url.partition("?")[0]
-    assert (await kept.offer(world.project_id)).url == anew.url
+    assert (await kept.signed_snapshot(world.project_id)).url == anew.url
 
     names = [
         f"{world.project_id}/{o['name']}" for o in await world.storage.list(BUCKET, str(world.project_id))
     ]
     await world.storage.delete(BUCKET, names)
     # The machine's agent finds that its URL leads nowhere, and asks for one that it has not tried.
-    again = await kept.offer(world.project_id, resign=True)
+    again = await kept.signed_snapshot(world.project_id, resign=True)
     assert (await world.http.get(again.url)).status_code == 200
 
 

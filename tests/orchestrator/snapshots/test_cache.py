@@ -1,4 +1,4 @@
-"""Kept offers: one suite on PostgreSQL and on a real Redis, and a Redis that goes away in the middle."""
+"""Cached snapshots: one suite on PostgreSQL and on a real Redis, and a Redis that goes away in the middle."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from uuid import UUID, uuid4
 import pytest
 
 from orchestrator_stub.snapshots import cache as cache_module
-from orchestrator_stub.snapshots.builder import Snapshot
-from orchestrator_stub.snapshots.cache import Kept, KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
+from orchestrator_stub.snapshots.builder import StoredSnapshot
+from orchestrator_stub.snapshots.cache import (
+    CacheEntry,
+    CacheStore,
+    PostgresCacheStore,
+    RedisCacheStore,
+    SnapshotCache,
+)
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from tests.orchestrator.sessions.control_world import World, control_world
 
@@ -69,7 +75,7 @@ class PaperBuilder:
 
     async def build(
         self, project_id: UUID, *, base_revision: int | None = None, anew: bool = False
-    ) -> Snapshot:
+    ) -> StoredSnapshot:
         await asyncio.sleep(0.01)
         [[epoch, revision]] = await self.world.sql(
             "select epoch::text, revision from public.project_heads where project_id = %s", project_id
@@ -77,7 +83,7 @@ class PaperBuilder:
         self.built.append((base_revision, anew))
         manifest = {"epoch": epoch, "revision": revision, "base_revision": base_revision, "files": []}
         self.gone = False
-        return Snapshot(f"{project_id}/{len(self.built)}.zip", manifest, 1, "0" * 64, 0.01)
+        return StoredSnapshot(f"{project_id}/{len(self.built)}.zip", manifest, 1, "0" * 64, 0.01)
 
     async def signed_url(self, object_path: str, expires_in: int) -> str:
         if self.gone:
@@ -100,30 +106,30 @@ async def redis_server(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture(params=["postgres", "redis"])
-async def cache(request: Any, world: World, redis_server: RedisServer) -> AsyncIterator[OfferCache]:
-    made: OfferCache
+async def cache(request: Any, world: World, redis_server: RedisServer) -> AsyncIterator[CacheStore]:
+    made: CacheStore
     if request.param == "redis":
         await redis_server.start()
-        made = RedisOffers(redis_server.url)
+        made = RedisCacheStore(redis_server.url)
     else:
-        made = PostgresOffers(world.pool)
+        made = PostgresCacheStore(world.pool)
     yield made
     await made.close()
 
 
-def source(world: World, builder: PaperBuilder, cache: OfferCache, now: list[float]) -> KeptSnapshots:
-    return KeptSnapshots(world.pool, builder, cache, url_ttl=TTL, clock=lambda: now[0])
+def source(world: World, builder: PaperBuilder, cache: CacheStore, now: list[float]) -> SnapshotCache:
+    return SnapshotCache(world.pool, builder, cache, url_ttl=TTL, clock=lambda: now[0])
 
 
-async def test_what_is_put_is_got_until_it_is_dropped(world: World, cache: OfferCache) -> None:
+async def test_what_is_put_is_got_until_it_is_dropped(world: World, cache: CacheStore) -> None:
     project, other = await world.project(), await world.project()
-    kept = Kept("p/1.zip", {"files": [{"file_path": "ä"}], "revision": 1}, "https://u", 12.5)
+    kept = CacheEntry("p/1.zip", {"files": [{"file_path": "ä"}], "revision": 1}, "https://u", 12.5)
     assert await cache.get(project, "e:1") is None
     await cache.put(project, "e:1", kept)
     assert await cache.get(project, "e:1") == kept
     assert await cache.get(project, "e:2") is None
     assert await cache.get(other, "e:1") is None
-    newer = Kept("p/1.zip", {"files": []}, "https://v", 13.5)
+    newer = CacheEntry("p/1.zip", {"files": []}, "https://v", 13.5)
     await cache.put(project, "e:1", newer)
     assert await cache.get(project, "e:1") == newer
     await cache.drop(project, "e:1")
@@ -131,63 +137,70 @@ async def test_what_is_put_is_got_until_it_is_dropped(world: World, cache: Offer
     assert await cache.get(project, "e:1") is None
 
 
-async def test_a_revision_is_built_once_for_all_and_signed_seldom(world: World, cache: OfferCache) -> None:
+async def test_a_revision_is_built_once_for_all_and_signed_seldom(world: World, cache: CacheStore) -> None:
     project, now = await world.project(), [1000.0]
     builder = PaperBuilder(world)
     one, other = (source(world, builder, cache, now) for _ in range(2))
-    offered = await asyncio.gather(*(one.offer(project) for _ in range(5)))
+    offered = await asyncio.gather(*(one.signed_snapshot(project) for _ in range(5)))
     assert len({offer.url for offer in offered}) == 1
-    assert (await other.offer(project)).url == offered[0].url
+    assert (await other.signed_snapshot(project)).url == offered[0].url
     assert (len(builder.built), builder.signed) == (1, 1)
     now[0] += TTL * 0.6
-    assert (await other.offer(project)).url != offered[0].url, "what is left of its life is too short"
+    assert (await other.signed_snapshot(project)).url != offered[0].url, (
+        "what is left of its life is too short"
+    )
     assert (len(builder.built), builder.signed) == (1, 2)
     await world.write(project, "a", "a")
-    assert (await one.offer(project)).manifest["revision"] == 1
-    await one.offer(project, base_revision=0)
+    assert (await one.signed_snapshot(project)).manifest["revision"] == 1
+    await one.signed_snapshot(project, base_revision=0)
     assert builder.built == [(None, False), (None, False), (0, False)]
 
 
-async def test_a_url_that_leads_nowhere_is_not_offered_again(world: World, cache: OfferCache) -> None:
+async def test_a_url_that_leads_nowhere_is_not_offered_again(world: World, cache: CacheStore) -> None:
     project, now = await world.project(), [1000.0]
     builder = PaperBuilder(world)
     here = source(world, builder, cache, now)
-    first = await here.offer(project)
-    assert (await here.offer(project, resign=True)).url != first.url
-    moved = KeptSnapshots(
+    first = await here.signed_snapshot(project)
+    assert (await here.signed_snapshot(project, resign=True)).url != first.url
+    moved = SnapshotCache(
         world.pool, builder, cache, url_ttl=TTL, scope="http://127.0.0.1:2", clock=lambda: now[0]
     )
-    assert (await moved.offer(project)).url not in {first.url, (await here.offer(project)).url}
+    assert (await moved.signed_snapshot(project)).url not in {
+        first.url,
+        (await here.signed_snapshot(project)).url,
+    }
 
 
-async def test_a_broken_or_vanished_archive_is_built_anew(world: World, cache: OfferCache) -> None:
+async def test_a_broken_or_vanished_archive_is_built_anew(world: World, cache: CacheStore) -> None:
     project, now = await world.project(), [1000.0]
     builder = PaperBuilder(world)
     kept = source(world, builder, cache, now)
-    first = await kept.offer(project)
-    again = await kept.offer(project, rebuild=True)
+    first = await kept.signed_snapshot(project)
+    again = await kept.signed_snapshot(project, rebuild=True)
     assert again.url != first.url
     assert builder.built == [(None, False), (None, True)]
-    assert (await kept.offer(project)).url == again.url
+    assert (await kept.signed_snapshot(project)).url == again.url
     now[0] += TTL
     builder.gone = True
-    await kept.offer(project)
+    await kept.signed_snapshot(project)
     assert len(builder.built) == 3
 
 
 async def test_a_hundred_complaints_about_one_archive_are_one_rebuild(
-    world: World, cache: OfferCache
+    world: World, cache: CacheStore
 ) -> None:
     project, now = await world.project(), [1000.0]
     builder = PaperBuilder(world)
     here, there = source(world, builder, cache, now), source(world, builder, cache, now)
-    broken = await here.offer(project)
+    broken = await here.signed_snapshot(project)
     for orchestrator in (here, there):
-        offered = await asyncio.gather(*(orchestrator.offer(project, rebuild=True) for _ in range(50)))
+        offered = await asyncio.gather(
+            *(orchestrator.signed_snapshot(project, rebuild=True) for _ in range(50))
+        )
         assert broken.url not in {offer.url for offer in offered}
     assert builder.built == [(None, False), (None, True)]
     now[0] += cache_module.REBUILD_REST
-    await there.offer(project, rebuild=True)
+    await there.signed_snapshot(project, rebuild=True)
     assert builder.built[2:] == [(None, True)]
 
 
@@ -197,19 +210,19 @@ async def test_a_redis_that_goes_away_in_the_middle_costs_time_and_nothing_else(
     await redis_server.start()
     project, now, clock = await world.project(), [1000.0], [0.0]
     builder = PaperBuilder(world)
-    cache = RedisOffers(redis_server.url, clock=lambda: clock[0])
+    cache = RedisCacheStore(redis_server.url, clock=lambda: clock[0])
     kept = source(world, builder, cache, now)
-    await kept.offer(project)
+    await kept.signed_snapshot(project)
     await redis_server.stop()
     for _ in range(3):
-        await kept.offer(project)
+        await kept.signed_snapshot(project)
     assert len(builder.built) == 4
     await redis_server.start()
-    await kept.offer(project)
+    await kept.signed_snapshot(project)
     assert len(builder.built) == 5, "it is left alone for a moment"
     clock[0] += cache_module.REDIS_REST + 1
-    await kept.offer(project)
-    await kept.offer(project)
+    await kept.signed_snapshot(project)
+    await kept.signed_snapshot(project)
     assert len(builder.built) == 6, "and then used again"
     await cache.close()
 
@@ -217,23 +230,23 @@ async def test_a_redis_that_goes_away_in_the_middle_costs_time_and_nothing_else(
 async def test_junk_in_the_cache_is_a_miss(world: World, redis_server: RedisServer) -> None:
     await redis_server.start()
     project = await world.project()
-    cache = RedisOffers(redis_server.url)
+    cache = RedisCacheStore(redis_server.url)
     for junk in (b"{", b"[]", b'{"object_path": 1}'):
         await cache._redis.set(f"preview:offer:{project}:e:1", junk)
         assert await cache.get(project, "e:1") is None
     await world.sql(
         "insert into preview.snapshot_offers values (%s, 'e:1', '{}', now() + interval '1 hour')", project
     )
-    assert await PostgresOffers(world.pool).get(project, "e:1") is None
+    assert await PostgresCacheStore(world.pool).get(project, "e:1") is None
     await cache.close()
 
 
 async def test_without_its_project_or_database_there_is_no_offer(world: World) -> None:
-    kept = source(world, PaperBuilder(world), PostgresOffers(world.pool), [0.0])
+    kept = source(world, PaperBuilder(world), PostgresCacheStore(world.pool), [0.0])
     with pytest.raises(SnapshotUnavailable, match="no project"):
-        await kept.offer(uuid4())
+        await kept.signed_snapshot(uuid4())
     project = await world.project()
     await world.pool.close()
-    assert await PostgresOffers(world.pool).get(project, "e:1") is None
+    assert await PostgresCacheStore(world.pool).get(project, "e:1") is None
     with pytest.raises(SnapshotUnavailable, match="database"):
-        await kept.offer(project)
+        await kept.signed_snapshot(project)

@@ -18,9 +18,9 @@ from psycopg_pool import AsyncConnectionPool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
 from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 from orchestrator_stub.snapshots import deletion
-from orchestrator_stub.snapshots.builder import Snapshots
+from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.deletion import BUCKETS, DeletedProjects
-from orchestrator_stub.snapshots.worker import SnapshotJob
+from orchestrator_stub.snapshots.worker import SnapshotWorker
 from tests.fakes.serving import Local, serve_local
 
 SECRET = b"the owner's secret"
@@ -37,9 +37,9 @@ class Works:
         self.storage = StorageClient(f"{local.url}/storage/v1", local.keys.service_key, http)
         self.deleted = DeletedProjects(pool, self.storage)
 
-    def job(self) -> SnapshotJob:
-        return SnapshotJob(
-            self.local.dsn, self.pool, Snapshots(self.pool, self.storage), self.storage, url_ttl=60
+    def worker(self) -> SnapshotWorker:
+        return SnapshotWorker(
+            self.local.dsn, self.pool, SnapshotBuilder(self.pool, self.storage), self.storage, url_ttl=60
         )
 
     async def user(self) -> UUID:
@@ -85,7 +85,7 @@ class Works:
         assert (
             await self.rpc(owner, "create_project_snapshot", project_uuid=str(project_id))
         ).status_code == 200
-        assert await self.job().take_one()
+        assert await self.worker().take_one()
         await self.storage.upload("preview-bundles", f"{project_id}/a/b/bundle.js", b"x", 1)
 
     async def objects(self, project_id: UUID) -> list[str]:
@@ -172,7 +172,7 @@ async def test_a_deletion_clears_everything_it_left_and_nothing_else(works: Work
     before = await works.left(kept)
     assert sorted(before[0]) == sorted(BUCKETS)
     await works.delete(project_id)
-    running = asyncio.create_task(works.job().run())
+    running = asyncio.create_task(works.worker().run())
     try:
         await until(lambda: is_cleaned(works, project_id))
     finally:
@@ -233,10 +233,10 @@ async def test_what_comes_after_the_cleaning_is_cleared_too(works: Works) -> Non
     await works.fill(owner, project_id)
     await works.delete(project_id)
     await works.clean()
-    assert await works.deleted.look_again() == 0
+    assert await works.deleted.reopen() == 0
     # A build or an upload that was under way.
     await works.storage.upload("project-snapshots", f"{project_id}/9-late.zip", b"x", 1)
-    assert await works.deleted.look_again() == 1
+    assert await works.deleted.reopen() == 1
     await works.clean()
     assert await works.objects(project_id) == []
 
@@ -248,7 +248,7 @@ async def test_a_products_project_with_assets_alone_is_looked_after(works: Works
     project_id = await works.project(owner)
     assert (await works.upload(owner, project_id)).status_code == 200
     assert await works.local.sql("select count(*) from public.project_heads") == [(0,)]
-    await works.deleted.look_again()
+    await works.deleted.reopen()
     await works.delete(project_id)
     await works.clean()
     assert await works.objects(project_id) == []

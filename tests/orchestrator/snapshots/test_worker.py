@@ -15,8 +15,8 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient
-from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
-from orchestrator_stub.snapshots.worker import SnapshotJob
+from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
+from orchestrator_stub.snapshots.worker import SnapshotWorker
 from tests.fakes.serving import Local, serve_local
 
 
@@ -32,9 +32,9 @@ class Works:
         self.pool = pool
         self.now = time.time()
 
-    def job(self) -> SnapshotJob:
-        snapshots = Snapshots(self.pool, self.storage)
-        return SnapshotJob(
+    def worker(self) -> SnapshotWorker:
+        snapshots = SnapshotBuilder(self.pool, self.storage)
+        return SnapshotWorker(
             self.local.dsn, self.pool, snapshots, self.storage, url_ttl=60, clock=lambda: self.now
         )
 
@@ -69,7 +69,7 @@ async def works(database: str, tmp_path: Path) -> AsyncIterator[Works]:
 
 async def test_what_is_asked_for_is_built_kept_and_said(works: Works) -> None:
     await works.save("one")
-    running = asyncio.create_task(works.job().run())
+    running = asyncio.create_task(works.worker().run())
     try:
         async with works.local.socket() as phoenix:
             topic = f"realtime:project:{works.project_id}"
@@ -98,17 +98,17 @@ async def test_what_is_asked_for_is_built_kept_and_said(works: Works) -> None:
 async def test_two_jobs_share_and_none_is_built_twice(works: Works) -> None:
     await works.save("one")
     await works.ask()
-    assert sorted(await asyncio.gather(works.job().take_one(), works.job().take_one())) == [False, True]
-    assert not await works.job().take_one()
+    assert sorted(await asyncio.gather(works.worker().take_one(), works.worker().take_one())) == [False, True]
+    assert not await works.worker().take_one()
 
 
 async def test_what_a_killed_orchestrator_left_is_taken_again(works: Works) -> None:
     await works.save("one")
     snapshot_id = await works.ask()
     await works.local.sql("update public.project_snapshots set state = 'building'")
-    assert not await works.job().take_one(), "it may still be at it"
+    assert not await works.worker().take_one(), "it may still be at it"
     await works.local.sql("update public.project_snapshots set created_at = now() - interval '11 minutes'")
-    assert await works.job().take_one()
+    assert await works.worker().take_one()
     assert (await works.request(snapshot_id))[0] == "ready"
 
 
@@ -116,7 +116,7 @@ async def test_a_build_that_fails_says_why(works: Works) -> None:
     await works.save("one")
     snapshot_id = await works.ask()
     await works.local.sql("update storage.buckets set file_size_limit = 1 where id = %s", BUCKET)
-    assert await works.job().take_one()
+    assert await works.worker().take_one()
     state, *_, problem = await works.request(snapshot_id)
     assert state == "failed"
     assert "cannot build a snapshot" in problem
@@ -126,9 +126,9 @@ async def test_old_archives_go_and_the_newest_stays(works: Works) -> None:
     for content in ("one", "two", "three"):
         await works.save(content)
         await works.ask()
-        assert await works.job().take_one()
-    assert await works.job().clear_old() == 0
+        assert await works.worker().take_one()
+    assert await works.worker().clear_old() == 0
     works.now += 25 * 3600
-    assert await works.job().clear_old() == 2
+    assert await works.worker().clear_old() == 2
     left = await works.storage.list(BUCKET, f"{works.project_id}/")
     assert [item["name"].split("-")[0] for item in left] == ["3"]

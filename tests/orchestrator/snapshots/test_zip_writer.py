@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import unicodedata
 import zipfile
 from io import BytesIO
@@ -82,6 +83,27 @@ def test_streamed_bytes_do_not_depend_on_how_they_came() -> None:
     tree = {"media": (os.urandom(3 * PIECE + 17), False), "text": (b"a line of text\n" * 60_000, False)}
     digests = {hashlib.sha256(written(tree, cuts)).hexdigest() for cuts in ([PIECE], [1_000], [77_777, 5])}
     assert len(digests) == 1
+
+
+def test_the_same_content_is_the_same_bytes_in_every_thread() -> None:
+    """The compressor keeps its state on the thread's stack: in each thread at another address.
+
+    In a short text, a wrong hash of one byte meets that of the first at one address in 64; these are 500.
+    """
+    tree = {f"src/{n}.ts": (f"{n:04}-+*/".encode() * 3, False) for n in range(500)}
+    everybody_is_here = threading.Barrier(12)
+    digests = []
+
+    def write() -> None:
+        everybody_is_here.wait(30)
+        digests.append(hashlib.sha256(written(tree) + written(tree, [PIECE])).hexdigest())
+
+    threads = [threading.Thread(target=write) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(digests), len(set(digests))) == (12, 1)
 
 
 def test_media_is_stored_and_text_is_packed() -> None:

@@ -1,7 +1,7 @@
-"""Listing and reading a directory's files: what is there, what is gone, and what cannot be read, which is neither.
+"""A project's files in a directory: which paths are the project's, what stands at each, and what cannot be read.
 
-A file is gone when it is seen to be gone, or to be something else now. Whatever else keeps it from being read (no
-rights, no descriptors, a failing disk, a directory that is away as a whole) says nothing about it.
+A file is gone when nothing stands at its path any more, or a directory or link does. Every other error (no rights, no
+descriptors, a failing disk, a root that is away) says nothing about the file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,36 @@ import errno
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from orchestrator_stub.platform.source_paths import IGNORED_DIRECTORIES, ignored, path_problem, shown
+IGNORED_DIRECTORIES: Final = frozenset(
+    {
+        ".cache",
+        ".git",
+        ".hg",
+        ".idea",
+        ".parcel-cache",
+        ".preview-sync",
+        ".svn",
+        ".turbo",
+        ".vite",
+        ".vscode",
+        "build",
+        "coverage",
+        "dist",
+        "node_modules",
+    }
+)
+"""What a project's .gitignore names anyway: made from the source, or a tool's own."""
+
+IGNORED_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "4913"})
+"""The last one is Vim's probe of the directory."""
+
+IGNORED_SUFFIXES: Final = ("~", ".swp", ".swx", ".swo", ".log", ".tsbuildinfo", ".crswap", ".tmp")
 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
@@ -43,6 +67,46 @@ class Unreadable(Exception):
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"cannot be read now ({os.strerror(error.errno or 0)}); tried again until it can")
+
+
+def ignored(path: str) -> bool:
+    """Whether a file is no part of the project."""
+    *directories, name = path.split("/")
+    return (
+        not IGNORED_DIRECTORIES.isdisjoint(directories)
+        or name in IGNORED_FILES
+        or name.startswith(".#")
+        or name.endswith(IGNORED_SUFFIXES)
+    )
+
+
+def path_problem(path: str) -> str | None:
+    """Why the database would not take this path (protocol: `file_path`), or None."""
+    if not _is_utf8(path):
+        return "its name is not UTF-8"
+    if len(path.encode()) > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
+        return "its name is too long"
+    if path.count("/") >= 64:
+        return "it lies below more than 63 directories"
+    if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
+        return "its name has a backslash or a control character"
+    if not unicodedata.is_normalized("NFC", path):
+        return "its name is not in Unicode's composed form (NFC)"
+    return None
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(path: str) -> str:
+    """`path` with nothing in it that a terminal cannot show or would act on."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _raise(error: OSError) -> None:

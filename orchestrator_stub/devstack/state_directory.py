@@ -1,0 +1,100 @@
+"""Keeps what one `dev` leaves for the next, and tells other programs where it runs.
+
+STATE/postgres        the embedded database          STATE/machines/{session}   the agent's machine
+STATE/storage         Supabase Storage's objects     STATE/editor.json          what of DIR was sent
+STATE/keys.json       the JWT keys, owner only       STATE/session.json         the session to take up again
+STATE/dev.lock        one `dev` at a time            STATE/dev.json             where everything is
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import UUID, uuid4
+
+from orchestrator_stub.devstack.terminal import CannotStart, DevInfo
+from orchestrator_stub.platform.tokens import Keyring, local_keyring
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """Names the session that `dev` asks for: the same key and a higher generation replace its machine."""
+
+    key: str
+    generation: int
+
+    @classmethod
+    def fresh(cls) -> SessionKey:
+        return cls(f"dev-{uuid4()}", 1)
+
+
+class StateDirectory:
+    """One state directory. `given` is its path as the person wrote it, for messages."""
+
+    def __init__(self, given: Path) -> None:
+        self._given = given
+        self.path = given.absolute()
+
+    def lock(self) -> AbstractContextManager[object]:
+        """Hold the directory until the context ends.
+
+        Raises `CannotStart` when another `dev` holds it, or it cannot be used.
+        """
+        held = ExitStack()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / "dev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CannotStart(f"cannot use the state directory {self.path}: {error.strerror}") from None
+        held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            held.close()
+            raise CannotStart(
+                f"another dev (process {owner}) uses {self._given}; stop it, or give another --state"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        return held
+
+    def keyring(self) -> Keyring:
+        """The keys of this directory, made at the first start. Raises `CannotStart`."""
+        file = self.path / "keys.json"
+        try:
+            keys = local_keyring(file)
+        except (OSError, ValueError) as error:
+            raise CannotStart(f"cannot use {file}: {error}; remove it") from None
+        if keys.problems()["cannot_sign"]:
+            raise CannotStart(f"cannot use {file}: none of its keys is private; remove it")
+        return keys
+
+    def next_session(self, project_id: UUID) -> SessionKey:
+        """The session of the last start, one generation later; a fresh one when there is none of this project."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((self.path / "session.json").read_text())
+            if kept["project_id"] == str(project_id):
+                return SessionKey(str(kept["key"]), int(kept["generation"]) + 1)
+        return SessionKey.fresh()
+
+    def keep_session(self, project_id: UUID, session: SessionKey) -> None:
+        """Write the session down for the next start."""
+        form = {"key": session.key, "generation": session.generation, "project_id": str(project_id)}
+        (self.path / "session.json").write_text(json.dumps(form))
+
+    def publish(self, info: DevInfo) -> None:
+        """Replace dev.json as a whole. Only its owner can read it: it holds the service key."""
+        draft = self.path / "dev.json.new"
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(asdict(info), file, indent=2)
+        draft.rename(self.path / "dev.json")
+
+    def withdraw(self) -> None:
+        """Remove dev.json: nothing runs any more."""
+        (self.path / "dev.json").unlink(missing_ok=True)
