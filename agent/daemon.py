@@ -33,7 +33,8 @@ from agent.core.model import Problem, RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
-from agent.devserver.supervisor import Supervisor, rights
+from agent.devserver.sandbox import project_rights
+from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import Sight
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import Disk
@@ -102,7 +103,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
             f"realtime:project:{settings.project_id}",
             api or tokens,
         )
-        user = None if settings.shadow else rights(settings)[0].user
+        user = None if settings.shadow else project_rights(settings)[0].user
         if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
             raise RootUnusable("\n".join(weak))
         disk = Disk(
@@ -190,7 +191,7 @@ async def _until_stopped(
     def asked(number: signal.Signals, count: int) -> None:
         log.info("agent.signal", signal=number.name, count=count)
         if count > 1:
-            supervisor.hurry()
+            supervisor.kill_now()
         stop.set()
 
     with stop_signals(asked):

@@ -32,7 +32,7 @@ from agent.core.messages import MANIFEST_PATH, read_head
 from agent.core.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from agent.link.source import Received, Resync
 from agent.replay.faults import AWAY, DELTAS, PAUSES, Broken, Committed, Delivered, Happening, Mischief, play
@@ -255,11 +255,11 @@ class Replay:
         while clock() < min(deadline, quiet_since + QUIET):
             self._life.look()
             await asyncio.sleep(0.05)
-            if dev.state not in (State.READY, State.ABSENT, State.FAILED) or dev.installing:
+            if dev.state not in (Phase.READY, Phase.ABSENT, Phase.FAILED) or dev.installing:
                 quiet_since = clock()
         self.dev_server = dev.state.value
         problems = dev.problems()
-        if problems or dev.state not in (State.READY, State.ABSENT):
+        if problems or dev.state not in (Phase.READY, Phase.ABSENT):
             said = [line for problem in problems for line in problem.detail.splitlines()]
             self._unserved = (f"the dev server is {dev.state} at the end", *(f"    {line}" for line in said))
 

@@ -6,11 +6,13 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+import agent
 from agent.devserver.process import Child
 from agent.devserver.sandbox import Launch, Rights, User
 from tests.agent.processes import until
@@ -57,6 +59,16 @@ def library(open_path: Path) -> Library:
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed: no library can be compiled")
     return Library(open_path)
+
+
+def test_the_guard_loads_the_standard_library_alone() -> None:
+    """Its interpreter has no site-packages, so `agent` and `agent.devserver` must not import anything either."""
+    script = "import sys; sys.path.append(sys.argv[1]); import agent.devserver.guard; print(*sys.modules)"
+    packages = str(Path(agent.__file__).parents[1])
+    bare = [sys.executable, "-I", "-S", "-c", script, packages]
+    loaded = subprocess.run(bare, env={}, capture_output=True, text=True, check=True).stdout.split()
+    others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert others - {"__main__"} == {"agent", "agent.devserver", "agent.devserver.guard"}
 
 
 async def run(argv: tuple[str, ...], env: Mapping[str, str], rights: Rights) -> list[str]:

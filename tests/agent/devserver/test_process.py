@@ -90,7 +90,7 @@ async def test_a_program_that_ignores_term_is_killed_after_the_grace(word: str) 
     await until(lambda: lines)
     began = time.monotonic()
     assert await program.stop(0.3) == 137
-    assert 0.3 <= time.monotonic() - began < 0.3 + process.KILL_PATIENCE
+    assert 0.3 <= time.monotonic() - began < 0.3 + process.KILL_WITHIN
     assert running(word) == []
 
 
