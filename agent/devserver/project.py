@@ -304,17 +304,17 @@ def _packages(root: Path) -> dict[str, Any]:
 def read_small(path: Path, most: int = LARGEST) -> bytes | None:
     """Read a file without following a link or waiting. None when it is not a regular file, or has over `most` bytes."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=_open_strictly) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                return None
+            return file.read(most + 1)
     except OSError:
         return None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            return None
-        with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read(most + 1)
-    finally:
-        os.close(fd)
+
+
+def _open_strictly(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def installed_key(modules: Path) -> str | None:

@@ -57,6 +57,30 @@ PROBE_ANSWERING_EVERY = 0.25
 SOCKET_WITHIN = 10.0
 """Seconds after which a preview without its socket counts as served: the project may have turned it off."""
 ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
+log = get_logger("supervisor")
+
+
+class OutputLog:
+    """Keeps the last lines of the dev server's output, and logs them up to a bound."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._second = self._in_second = self._not_logged = 0
+        self.lines: deque[str] = deque(maxlen=OUTPUT_LINES)
+
+    def add(self, line: str) -> None:
+        """Take one line."""
+        self.lines.append(line)
+        second = int(self._clock())
+        if second != self._second:
+            if self._not_logged:
+                log.warning("dev_server.output_silenced", source="dev", lines=self._not_logged)
+            self._second, self._in_second, self._not_logged = second, 0, 0
+        self._in_second += 1
+        if self._in_second > LOGGED_LINES:
+            self._not_logged += 1
+        elif line.strip():
+            log.info("dev_server.output", source="dev", line=line)
 
 
 class Supervisor:
@@ -94,11 +118,11 @@ class Supervisor:
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._chance = chance
-        self._log = get_logger("supervisor")
+        self._output = OutputLog(clock)
         self._host = net.listening_host(settings.dev_host)
         self._rights, self._isolation = project_rights(settings)
         self._installer = Installer(
-            settings, environ=self._environ, rights=self._rights, on_line=self._on_output, reaper=reaper
+            settings, environ=self._environ, rights=self._rights, on_line=self._output.add, reaper=reaper
         )
 
         # The state and what is under way.
@@ -119,12 +143,6 @@ class Supervisor:
         """The directory of package.json in the project, with a slash at its end."""
         self._install: InstallResult | None = None
         self._install_problem: Problem | None = None
-
-        # The output.
-        self._lines: deque[str] = deque(maxlen=OUTPUT_LINES)
-        self._second = 0
-        self._in_second = 0
-        self._not_logged = 0
 
     # --- what the rest of the agent sees and tells
 
@@ -165,7 +183,7 @@ class Supervisor:
         """Return what is wrong now."""
         found = [self._install_problem, self._start_problem]
         if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason != "install":
-            said = list(self._lines)[-10:] or ["no output"]
+            said = list(self._output.lines)[-10:] or ["no output"]
             if self._state.reason == "late":
                 elsewhere = "if it listens elsewhere, set DEV_COMMAND to start it with this host and port"
                 said.insert(
@@ -198,7 +216,7 @@ class Supervisor:
             and {"result": installed.outcome.value, "seconds": round(installed.seconds, 3)},
         }
         if log:
-            report["log"] = list(self._lines)
+            report["log"] = list(self._output.lines)
         return report
 
     def kill_now(self) -> None:
@@ -245,7 +263,7 @@ class Supervisor:
         )
         if self.state is not before.phase:
             self._show_state()
-            self._log.info(
+            log.info(
                 "dev_server.state",
                 state=self.state.value,
                 previous=before.phase.value,
@@ -298,7 +316,7 @@ class Supervisor:
             self._prefix = "" if wanted.root == self._settings.project_dir else f"{wanted.root.name}/"
             self._install = result = await self._installer.install(wanted)
             self._metrics.installs.labels(result.outcome.value).inc()
-            self._log.info(
+            log.info(
                 "install.done", result=result.outcome.value, seconds=round(result.seconds, 3),
                 problem=result.problem.rule if result.problem else None,
             )  # fmt: skip
@@ -329,7 +347,7 @@ class Supervisor:
             self._start_problem = Problem("port_taken", f"something else listens on port {port}")
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
-        child = await Child.start(launch, on_line=self._on_output, reaper=self._reaper)
+        child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
         probing = asyncio.create_task(self._probe(generation), name=f"probe-{generation}")
         try:
@@ -340,7 +358,7 @@ class Supervisor:
         if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
         if not child.asked_to_stop:
-            self._log.warning("dev_server.exited", code=code, why=why)
+            log.warning("dev_server.exited", code=code, why=why)
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
 
@@ -381,7 +399,7 @@ class Supervisor:
                 return
             await asyncio.sleep(every)
 
-    # --- the project, the output, the metrics
+    # --- the project and the metrics
 
     def _find(self) -> Project | None:
         return project.find(self._settings.project_dir, scripts=self._settings.install_scripts)
@@ -397,19 +415,6 @@ class Supervisor:
         if self._settings.dev_command:
             return self._settings.dev_command
         return wanted.dev_argv(host=self._host, port=self._settings.dev_port, fresh=fresh) if wanted else ()
-
-    def _on_output(self, line: str) -> None:
-        self._lines.append(line)
-        second = int(self._clock())
-        if second != self._second:
-            if self._not_logged:
-                self._log.warning("dev_server.output_silenced", source="dev", lines=self._not_logged)
-            self._second, self._in_second, self._not_logged = second, 0, 0
-        self._in_second += 1
-        if self._in_second > LOGGED_LINES:
-            self._not_logged += 1
-        elif line.strip():
-            self._log.info("dev_server.output", source="dev", line=line)
 
     def _show_state(self) -> None:
         show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)

@@ -17,7 +17,6 @@ The URL is a credential. It is in no message, and no exception that contains it 
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -45,6 +44,7 @@ from agent.retry import Backoff, retry_after, retrying, within
 from agent.snapshot.unpack import Progress as Progress
 from agent.snapshot.unpack import StagedSnapshot as StagedSnapshot
 from agent.snapshot.unpack import StagingFailed, Unpacker, reported
+from agent.tokens import read_token
 
 WHAT: Final = "the snapshot"
 
@@ -245,15 +245,9 @@ class _SignedUrl:
 def expiry(url: str) -> float | None:
     """Return when the token in a signed URL expires, in Unix seconds; None when it does not say."""
     try:
-        token = parse_qs(urlsplit(url).query).get("token", [""])[0]
-        parts = token.split(".")
-        if len(parts) != 3:
-            return None
-        claims = orjson.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-        exp = claims.get("exp")
-    except (ValueError, AttributeError):
+        return read_token(parse_qs(urlsplit(url).query)["token"][0]).expires_at
+    except (KeyError, ValueError, MalformedMessage):
         return None
-    return float(exp) if isinstance(exp, (int, float)) else None
 
 
 async def _download(
