@@ -232,13 +232,13 @@ async def run(
     """Run a program to its end, at most `timeout` seconds. When this is cancelled, nothing is left running."""
     tail: deque[str] = deque(maxlen=40)
 
-    def heard(line: str) -> None:
+    def on_output(line: str) -> None:
         tail.append(line)
         if on_line:
             on_line(line)
 
     launch = Launch(tuple(argv), str(cwd), env, rights)
-    child = await Child.start(launch, on_line=heard, reaper=reaper)
+    child = await Child.start(launch, on_line=on_output, reaper=reaper)
     timed_out = False
     try:
         async with asyncio.timeout(timeout):

@@ -292,10 +292,10 @@ def _packages(root: Path) -> dict[str, Any]:
         raw = read_small(Path(place, "package.json")) or b""
         try:
             package = json.loads(raw)
-            told = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
+            fields = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
         except (ValueError, AttributeError, RecursionError):
-            told = {"unreadable": hashlib.sha256(raw).hexdigest()}
-        found[os.path.relpath(place, root)] = told
+            fields = {"unreadable": hashlib.sha256(raw).hexdigest()}
+        found[os.path.relpath(place, root)] = fields
         if len(found) == MOST_PACKAGES:
             break
     return found

@@ -2,7 +2,7 @@
 
 In Docker the agent is PID 1, under Fly's init it is not, on a laptop it is a child of a shell. The behaviour is the
 same everywhere: `adopt` makes the agent the subreaper of its descendants, so that the children of a killed guard come
-here instead of to init, and every SIGCHLD collects the dead that nobody else waits for.
+here instead of to init, and every SIGCHLD collects the dead children that no other code waits for.
 
 asyncio waits for the processes it started itself. Those are never collected here: whoever starts one does so
 inside `hold()` and registers it with `own`. RACE: a child may die between fork and registration; during a

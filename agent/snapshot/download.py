@@ -173,13 +173,13 @@ async def obtain(
     backoff = Backoff(
         limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
     )
-    patiently = retrying(
+    retry = retrying(
         backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
     )
     failure: Unavailable | SnapshotRejected | CredentialRejected
     try:
         async with reported(progress):
-            return await patiently(once)
+            return await retry(once)
     except _Final as final:
         failure = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
@@ -300,7 +300,7 @@ async def _download(
         raise
 
 
-async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[bytes, None]:
+async def _body(response: httpx.Response, stall_seconds: float) -> AsyncGenerator[bytes, None]:
     """Yield the body as it arrives; raises as `aiter_raw` does.
 
     A body of known length is read, after its first piece, from the connection itself, which httpx offers for that (its
@@ -327,7 +327,7 @@ async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[byt
             left -= len(piece)
             break
         while left > 0:
-            piece = await stream.read(min(left, READ_BYTES), timeout=patience)
+            piece = await stream.read(min(left, READ_BYTES), timeout=stall_seconds)
             if not piece:
                 raise httpx.RemoteProtocolError("the body is shorter than announced")
             yield piece
@@ -367,7 +367,7 @@ class _UnpackThread:
         await self._settle()
         batch, self._batch, self._size = self._batch, [], 0
         self._running = asyncio.get_running_loop().run_in_executor(None, self._unpacker.feed, batch)
-        # Retrieves the exception, which nobody awaits after a cancellation; `abandon` waits for the thread.
+        # Retrieves the exception, which is not awaited after a cancellation; `abandon` waits for the thread.
         self._running.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _settle(self) -> None:
@@ -392,12 +392,12 @@ async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Excep
 def _storage_code(body: bytes) -> tuple[str | None, str | None]:
     """Return Storage's `code` (in older releases `error`) and `statusCode`; None where there is none."""
     try:
-        told = orjson.loads(body)
+        answer = orjson.loads(body)
     except ValueError:
         return None, None
-    if not isinstance(told, dict):
+    if not isinstance(answer, dict):
         return None, None
-    code, stated = told.get("code") or told.get("error"), told.get("statusCode")
+    code, stated = answer.get("code") or answer.get("error"), answer.get("statusCode")
     number = str(stated)[:3] if isinstance(stated, (str, int)) else None
     return (code[:50] if isinstance(code, str) else None), number
 

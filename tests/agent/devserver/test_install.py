@@ -182,7 +182,7 @@ def workspace(root: Path, version: str) -> Project:
 async def test_a_swap_that_is_cut_short_at_any_of_its_renames_is_undone(
     tmp_path: Path, after: int, end: str
 ) -> None:
-    """Killed, with the agent: by the next one that opens. Cancelled, as when the agent is told to stop: at once."""
+    """Killed, with the agent: by the next one that opens. Cancelled, as when the agent stops: at once."""
     good = Bench(tmp_path, install_command=fake(WORKSPACE))
     await good.install(workspace(good.root, "1"))
     before = snapshot(good.root)
@@ -248,7 +248,9 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
     assert sorted(path.name for path in elsewhere.iterdir()) == [project.RECORD]
 
 
-async def test_a_node_modules_that_somebody_makes_during_the_swap_is_not_moved_into(tmp_path: Path) -> None:
+async def test_a_node_modules_that_another_process_makes_during_the_swap_is_not_moved_into(
+    tmp_path: Path,
+) -> None:
     """`mv` into the place that has just been cleared would otherwise end in node_modules/node_modules."""
     good = Bench(tmp_path, install_command=fake())
     wanted = write(good.root, dependencies={"thing": "1"})
@@ -293,10 +295,10 @@ async def test_a_cancelled_install_leaves_nothing_running_and_no_stage(tmp_path:
     assert bench.leftovers == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
-    somebody = User("somebody", 54_323, 54_323, "/nonexistent")
-    bench = Bench(open_path, Rights(somebody), install_command=fake(f'{FAKE}; echo "$(id -u) $HOME"'))
+    other = User("other", 54_323, 54_323, "/nonexistent")
+    bench = Bench(open_path, Rights(other), install_command=fake(f'{FAKE}; echo "$(id -u) $HOME"'))
     wanted = write(bench.root, dependencies={"thing": "1"})
     result = await bench.install(wanted)
     assert result.problem is None, result.problem
@@ -322,7 +324,7 @@ async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
         b"stage-99999999-1-extra",
     ],
 )
-async def test_what_only_looks_like_a_stage_stays_and_is_in_nobodys_way(tmp_path: Path, name: bytes) -> None:
+async def test_what_only_resembles_a_stage_stays_and_is_ignored(tmp_path: Path, name: bytes) -> None:
     """What the project's user owns, the project's code can fill with any names."""
     bench = Bench(tmp_path, install_command=fake())
     bench.settings.modules.mkdir()

@@ -17,9 +17,9 @@ from agent.devserver.process import Child
 from agent.devserver.sandbox import Launch, Rights, User
 from tests.agent.processes import until
 
-SOMEBODY = User("somebody", 54_331, 54_331, "/")
+OTHER = User("other", 54_331, 54_331, "/")
 ENV = {"PATH": os.environ["PATH"]}
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 LIBRARY = r"""
 #include <fcntl.h>
@@ -84,8 +84,8 @@ async def run(argv: tuple[str, ...], env: Mapping[str, str], rights: Rights) -> 
 async def test_what_the_linker_is_told_to_load_is_never_loaded_as_root(
     library: Library, variable: str
 ) -> None:
-    await run(("true",), {**ENV, variable: str(library.file)}, Rights(SOMEBODY))
-    assert library.loaded_by == {SOMEBODY.uid}
+    await run(("true",), {**ENV, variable: str(library.file)}, Rights(OTHER))
+    assert library.loaded_by == {OTHER.uid}
 
 
 @needs_root
@@ -94,7 +94,7 @@ async def test_the_guard_is_given_no_environment(library: Library) -> None:
     lines: list[str] = []
     env = {**ENV, "GCONV_PATH": "/x", "LOCPATH": "/x", "PYTHONPATH": "/x", "BASH_ENV": "/x", "ENV": "/x"}
     program = await Child.start(
-        Launch(("sh", "-c", "echo up; cat /dev/zero"), "/", env, Rights(SOMEBODY)), on_line=lines.append
+        Launch(("sh", "-c", "echo up; cat /dev/zero"), "/", env, Rights(OTHER)), on_line=lines.append
     )
     try:
         await until(lambda: lines)

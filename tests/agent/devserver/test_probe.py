@@ -27,8 +27,8 @@ async def serving(answers: Callable[[str], Answer]) -> AsyncIterator[tuple[str, 
         heads.append(head)
         body, kind, more = answers(head.split()[1])
         lines = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **more}
-        told = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        writer.write(f"HTTP/1.1 200 OK\r\n{told}\r\n".encode() + body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        writer.write(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body)
         writer.close()
 
     server = await asyncio.start_server(one, "127.0.0.1", 0)
@@ -60,7 +60,7 @@ async def test_a_page_that_no_parser_takes_is_read_up_to_there() -> None:
     "source", ["http://[::1", "//x:99999999/y.js", "http://\x01/", "/\u2028.js", "http:///"]
 )
 async def test_an_address_that_is_none_is_the_pages_fault_and_no_silence(source: str) -> None:
-    """A server that is silent is ended and started again; one that is wrong is left to whoever writes it."""
+    """A server that is silent is ended and started again; one that answers wrongly is left running."""
     found = await inspected(page(f'<script type="module" src="{source}"></script>'.encode()))
     assert found.outcome in (Outcome.BROKEN, Outcome.SERVED)
 

@@ -1,4 +1,4 @@
-"""Dev servers that bind late, never, die, hang, lie: real processes, real sockets, short patience."""
+"""Dev servers that bind late, never, die, hang or answer wrongly: real processes, real sockets, short deadlines."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ async def test_a_crash_loop_fails_says_why_and_ends_with_the_right_change(tmp_pa
         await asyncio.sleep(0.3)
         assert supervisor.state is Phase.FAILED
         assert supervisor.restarts == 4
-        (tmp_path / "project" / "mended").touch()
+        (tmp_path / "project" / "fixed").touch()
         supervisor.files_changed({RelPath("vite.config.ts")})
         await until(lambda: supervisor.ready)
         assert supervisor.problems() == ()
 
 
-async def test_a_package_json_nested_to_any_depth_is_a_problem_until_it_is_mended(tmp_path: Path) -> None:
+async def test_a_package_json_nested_to_any_depth_is_a_problem_until_it_is_fixed(tmp_path: Path) -> None:
     async with supervised(tmp_path) as supervisor:
         await until(lambda: supervisor.state is Phase.ABSENT)
         package = tmp_path / "project" / "package.json"
@@ -143,7 +143,7 @@ async def test_one_whose_entry_module_fails_is_not_ready_and_not_restarted(tmp_p
         await until(lambda: "answers 500" in str(supervisor.report()["detail"]))
         await until(lambda: float(str(supervisor.report()["seconds_in_state"])) > 2.2)
         assert (supervisor.state, supervisor.restarts) == (Phase.STARTING, 0)
-        (tmp_path / "project" / "mended").touch()
+        (tmp_path / "project" / "fixed").touch()
         await until(lambda: supervisor.ready)
         assert supervisor.restarts == 0
 
@@ -163,7 +163,7 @@ async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
         assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"]
 
 
-async def test_a_port_that_somebody_else_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
+async def test_a_port_that_another_process_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -512,7 +512,7 @@ class AnyHistory(RuleBasedStateMachine):
         """The server falls silent here, whatever the history."""
         fell_silent = self.now
         while (at := self.link.next_deadline()) is not None:
-            assert at <= fell_silent + WORST_SILENCE, "a deaf link would be held on to"
+            assert at <= fell_silent + WORST_SILENCE, "a silent link would be kept"
             self.now = max(self.now, at)
             self.link.tick(self.now)
         assert self.machine.state in (LinkState.BACKOFF, LinkState.REFUSED, LinkState.CONNECTING)

@@ -1,4 +1,4 @@
-"""What a person, a log and `/status` are told while a hydration runs."""
+"""What a terminal, the log and `/status` show while a hydration runs."""
 
 from __future__ import annotations
 
