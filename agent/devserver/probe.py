@@ -1,4 +1,4 @@
-"""Checks whether a dev server serves a preview, as a browser would: page, entry module, hot-update socket.
+"""Observes whether a dev server serves a preview, as a browser would: page, entry module, hot-update socket.
 
 What answers is the project's code, so it is not trusted: no redirect leaves the origin, no answer is read
 past a bound or waited for past a deadline, and the agent's proxies and credentials are not sent.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from html.parser import HTMLParser
@@ -17,6 +19,8 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 import websockets
 
+from agent.devserver.state import Answered, Missed, Outdated, Probed, Served
+
 MOST_BYTES = 2 * 2**20
 """Of one answer. Vite's own client is 220 KB, an entry module a few."""
 MOST_SEARCHED = 256 * 2**10
@@ -24,6 +28,12 @@ MOST_SEARCHED = 256 * 2**10
 MOST_DEPENDENCIES = 16
 """Pre-bundled dependencies of the entry module that are asked for: they are where a stale cache shows."""
 REDIRECTS = 3
+SILENT_EVERY = 0.03
+"""Seconds between inspections of a server that does not answer yet. Vite needs about 0.4 s, one takes under 1 ms."""
+ANSWERING_EVERY = 0.25
+"""Seconds between inspections of one that answers without serving a preview, until the project is fixed."""
+SOCKET_WITHIN = 10.0
+"""Seconds after which a preview without its socket counts as served: the project may have turned it off."""
 
 _DEPENDENCY = re.compile(
     r"""(?:from|import)\s{0,9}\(?\s{0,9}["'](/[^"']{0,250}/deps/[^"'?]{1,250}\?v=[^"']{1,64})["']"""
@@ -77,6 +87,47 @@ def module_scripts(page: str) -> list[str]:
     with contextlib.suppress(AssertionError):
         parser.feed(page[:MOST_SEARCHED])
     return parser.sources
+
+
+async def observe(
+    base: str, *, timeout: float, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[tuple[type[Probed] | None, Inspection]]:
+    """Inspect a server until it serves a preview, then check for ever that it answers.
+
+    Args:
+        base: The server, `http://host:port`.
+        timeout: Seconds for an inspection, and between two checks.
+        clock: Monotonic, seconds.
+
+    Yields:
+        What was observed, and the inspection that showed it; None: a server that starts does not answer yet.
+    """
+    async with httpx.AsyncClient(trust_env=False, timeout=timeout) as http:
+        socketless_since: float | None = None
+        while True:
+            found = await inspect(http, base, timeout=timeout)
+            yield None if found.outcome is Outcome.SILENT else Answered, found
+            if found.outcome is Outcome.OUTDATED:
+                yield Outdated, found
+            if found.outcome is Outcome.SOCKETLESS:
+                socketless_since = socketless_since or clock()
+            if found.outcome is Outcome.SERVED or (
+                socketless_since and clock() - socketless_since >= SOCKET_WITHIN
+            ):
+                break
+            await asyncio.sleep(SILENT_EVERY if found.outcome is Outcome.SILENT else ANSWERING_EVERY)
+        yield Served, found
+        refused = found.outcome is Outcome.SOCKETLESS
+        while True:
+            await asyncio.sleep(timeout)
+            # A socket that opened is not opened again; one that was refused is tried until it opens.
+            latest = await inspect(http, base, timeout=timeout, socket=refused)
+            if latest.outcome is Outcome.SILENT and not await ping(http, base, timeout=timeout):
+                yield Missed, found
+                continue
+            found = latest
+            refused = refused and found.outcome is not Outcome.SERVED
+            yield Outdated if found.outcome is Outcome.OUTDATED else Answered, found
 
 
 async def inspect(http: httpx.AsyncClient, base: str, *, timeout: float, socket: bool = True) -> Inspection:

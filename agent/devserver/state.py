@@ -117,7 +117,8 @@ class Tick:
     """Time passed."""
 
 
-Input = Hydrated | Edited | Installed | Exited | Answered | Served | Missed | Outdated | Stop | Tick
+Probed = Answered | Served | Missed | Outdated
+Input = Hydrated | Edited | Installed | Exited | Probed | Stop | Tick
 
 
 class Command(StrEnum):

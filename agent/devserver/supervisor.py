@@ -14,8 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
 
-import httpx
-
 from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
@@ -28,7 +26,6 @@ from agent.devserver.project import Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Launch, environment, project_rights
 from agent.devserver.state import (
-    Answered,
     Command,
     DevServerState,
     Edited,
@@ -36,11 +33,8 @@ from agent.devserver.state import (
     Hydrated,
     Input,
     Installed,
-    Missed,
-    Outdated,
     Phase,
     RestartPolicy,
-    Served,
     Stop,
     Tick,
 )
@@ -50,12 +44,6 @@ OUTPUT_LINES = 200
 """Lines of output that are kept for status and problems."""
 LOGGED_LINES = 100
 """Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
-PROBE_SILENT_EVERY = 0.03
-"""Seconds between inspections of a server that does not answer yet. Vite needs about 0.4 s, one takes under 1 ms."""
-PROBE_ANSWERING_EVERY = 0.25
-"""Seconds between inspections of one that answers without serving a preview, until the project is fixed."""
-SOCKET_WITHIN = 10.0
-"""Seconds after which a preview without its socket counts as served: the project may have turned it off."""
 ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
 log = get_logger("supervisor")
 
@@ -363,41 +351,11 @@ class Supervisor:
         self._inputs.put_nowait(Exited(generation, why))
 
     async def _probe(self, generation: int) -> None:
-        """Inspect the server until it serves a preview, then check every `DEV_PROBE_SECONDS` that it answers."""
         timeout = self._settings.dev_probe_seconds
-        async with httpx.AsyncClient(trust_env=False, timeout=timeout) as http:
-            await self._probe_until_served(http, generation)
-            self._inputs.put_nowait(Served(generation))
-            while True:
-                await asyncio.sleep(timeout)
-                found = await probe.inspect(http, self.url, timeout=timeout, socket=False)
-                answered = found.outcome is not Outcome.SILENT
-                if answered or await probe.ping(http, self.url, timeout=timeout):
-                    outdated = found.outcome is Outcome.OUTDATED
-                    self._inputs.put_nowait(Outdated(generation) if outdated else Answered(generation))
-                    self._inspection = found
-                else:
-                    self._inputs.put_nowait(Missed(generation))
-
-    async def _probe_until_served(self, http: httpx.AsyncClient, generation: int) -> None:
-        every = PROBE_SILENT_EVERY
-        socketless_since: float | None = None
-        while True:
-            self._inspection = found = await probe.inspect(
-                http, self.url, timeout=self._settings.dev_probe_seconds
-            )
-            if found.outcome is not Outcome.SILENT:
-                self._inputs.put_nowait(Answered(generation))
-                every = PROBE_ANSWERING_EVERY
-            if found.outcome is Outcome.SOCKETLESS:
-                socketless_since = socketless_since or self._clock()
-            if found.outcome is Outcome.OUTDATED:
-                self._inputs.put_nowait(Outdated(generation))
-            if found.outcome is Outcome.SERVED or (
-                socketless_since and self._clock() - socketless_since >= SOCKET_WITHIN
-            ):
-                return
-            await asyncio.sleep(every)
+        async for observed, inspection in probe.observe(self.url, timeout=timeout, clock=self._clock):
+            self._inspection = inspection
+            if observed is not None:
+                self._inputs.put_nowait(observed(generation))
 
     # --- the project and the metrics
 

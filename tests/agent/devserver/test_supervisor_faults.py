@@ -17,6 +17,7 @@ import pytest
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import RelPath
+from agent.devserver import probe
 from agent.devserver import supervisor as module
 from agent.devserver.state import Phase, RestartPolicy
 from agent.devserver.supervisor import Supervisor
@@ -157,10 +158,15 @@ async def test_an_answer_without_end_neither_fills_memory_nor_counts_as_served(t
 async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SOCKET_WITHIN", 0.3)
+    monkeypatch.setattr(probe, "SOCKET_WITHIN", 0.3)
     async with supervised(tmp_path, *server("socketless")) as supervisor:
         await until(lambda: supervisor.ready)
         assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"]
+        first = supervisor._inspection
+        await until(lambda: supervisor._inspection is not first)
+        assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"], (
+            "at the next probe too"
+        )
 
 
 async def test_a_port_that_another_process_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
