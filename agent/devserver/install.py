@@ -200,10 +200,10 @@ class Installer:
             self._chown(self._project_dir, only_from=0)
         left = [name for name in os.listdir(self._directory) if _is_left_over(name)]
         for start in range(0, len(left), STAGES_AT_ONCE):
-            await self._shell(PUT_BACK, str(self._project_dir), *left[start : start + STAGES_AT_ONCE])
+            await self._shell(PUT_BACK, self._project_dir, *left[start : start + STAGES_AT_ONCE])
 
     def _chown(self, directory: Path, *, only_from: int | None) -> None:
-        """Give a directory to the project's user, if it belongs to `only_from`; None: whoever it belongs to."""
+        """Give a directory to the project's user, if it belongs to the user `only_from`; None: to any user."""
         try:
             descriptor = open_directory(directory)
         except FileNotFoundError:
@@ -230,10 +230,11 @@ class Installer:
             return result(InstallOutcome.CURRENT)
         stage = self._directory / f"stage-{os.getpid()}-{next(self._names)}"
         try:
-            if await self._from_cache(wanted, stage):
-                return result(InstallOutcome.CACHED, swapped=True)
-            await self._run_manager(wanted, stage)
-            return result(InstallOutcome.INSTALLED, swapped=True)
+            cached = await self._from_cache(wanted, stage)
+            if not cached:
+                await self._run_manager(wanted, stage)
+            await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
+            return result(InstallOutcome.CACHED if cached else InstallOutcome.INSTALLED, swapped=True)
         except _Failed as failure:
             return result(
                 InstallOutcome.FAILED, problem=Problem("install_failed", str(failure), rule=failure.rule)
@@ -248,12 +249,10 @@ class Installer:
         if not (cached / "node_modules").is_dir():
             return False
         await self._do("stage", STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
-        done = await self._shell(f'({LINK}) && touch "$1"', str(cached), str(stage / "tree"))
+        done = await self._shell(f'({LINK}) && touch "$1"', cached, stage / "tree")
         if not done.ok:
             await self._discard(stage)
-            return False
-        await self._swap(wanted, stage)
-        return True
+        return done.ok
 
     async def _run_manager(self, wanted: Project, stage: Path) -> None:
         staged = await self._stage(wanted, stage)
@@ -267,7 +266,6 @@ class Installer:
             raise _failure(commands[0], done, self._seconds)
         await self._do("seal", SEAL, staged.root, staged.key, project.RECORD)
         await self._cache(staged, stage)
-        await self._swap(wanted, stage)
 
     def _fetch_prefix(self, wanted: Project) -> tuple[str, ...]:
         """Return what to put before the command so that npm fetches a package manager that is not installed."""
@@ -314,33 +312,31 @@ class Installer:
         cached = self._directory / "cache" / staged.key
         done = await self._shell(
             f'mkdir -p "$2" "$3" && ({LINK}) && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
-            *map(str, (staged.root, stage / "cached", cached.parent, cached)),
+            staged.root,
+            stage / "cached",
+            cached.parent,
+            cached,
         )
         if not done.ok:
             self._on_line(f"the install is not cached: {_last(done)}")
             return
         with contextlib.suppress(OSError):
-            old = sorted(os.scandir(cached.parent), key=lambda entry: entry.stat().st_mtime)[
-                :-CACHED_INSTALLS
-            ]
-            if old:
-                await self._shell('rm -rf -- "$@"', *(entry.path for entry in old))
-
-    async def _swap(self, wanted: Project, stage: Path) -> None:
-        await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
+            by_age = sorted(cached.parent.iterdir(), key=lambda install: install.stat().st_mtime)
+            if old := by_age[:-CACHED_INSTALLS]:
+                await self._shell('rm -rf -- "$@"', *old)
 
     async def _discard(self, stage: Path) -> None:
-        await self._shell(PUT_BACK, str(self._project_dir), str(stage))
+        await self._shell(PUT_BACK, self._project_dir, stage)
 
     async def _do(self, rule: str, script: str, *arguments: str | Path) -> None:
         """Run one of the scripts above. Raises `_Failed`."""
-        done = await self._shell(script, *map(str, arguments))
+        done = await self._shell(script, *arguments)
         if not done.ok:
             raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
 
-    async def _shell(self, script: str, *arguments: str) -> Finished:
+    async def _shell(self, script: str, *arguments: str | Path) -> Finished:
         return await process.run(
-            ("sh", "-c", script, "install", *arguments), cwd=self._directory, env=self._environment(),
+            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory, env=self._environment(),
             rights=self._rights, timeout=SHELL_SECONDS, reaper=self._reaper,
         )  # fmt: skip
 
