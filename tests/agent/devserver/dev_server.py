@@ -49,7 +49,7 @@ PAGE = '<!doctype html><script type="module" src="/main.js"></script>'
 if mode == "socketless":
     PAGE += '<script type="module" src="/@vite/client"></script>'
 config = Path("vite.config.ts")
-if mode == "crashes-unless-fixed" and not (config.exists() and "fixed" in config.read_text()):
+if mode == "crashes-unless-mended" and not (config.exists() and "mended" in config.read_text()):
     mode = "crashes"
 if mode == "crashes" and not Path("fixed").exists():
     print("Error: a plugin is broken")
