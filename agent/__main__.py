@@ -17,11 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in HOLD_CREDENTIALS:
         from agent.devserver import guard
 
-        guard.seal()
+        guard.protect_memory()
     if words == ["run"]:
         from agent.devserver import guard
 
-        guard.be_taken(guard.LAST_TO_GO)
+        guard.set_oom_score(guard.AGENT_OOM_SCORE)
         # Blocked until the daemon listens, half a second of imports later: PID 1 would lose them for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, guard.FORWARDED)
 

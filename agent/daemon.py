@@ -26,7 +26,8 @@ from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.core.scheduler import Settings as Clockwork
 from agent.devserver.reaper import Reaper, stop_signals
-from agent.devserver.supervisor import Supervisor, rights
+from agent.devserver.sandbox import project_rights
+from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
 from agent.fs.project_dir import ProjectDir
@@ -227,7 +228,7 @@ def realtime(settings: Settings, tokens: TokenSource) -> EventSource:
 
 
 def _disk(settings: Settings) -> ProjectDir:
-    user = None if settings.shadow else rights(settings)[0].user
+    user = None if settings.shadow else project_rights(settings)[0].user
     if user is not None and (weak := weaknesses(settings, user.name, user.uid, user.gid)):
         raise RootUnusable("\n".join(weak))
     return ProjectDir(settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user else None)
@@ -265,7 +266,7 @@ async def _until_stopped(agent: Agent) -> int:
     def asked(number: signal.Signals, count: int) -> None:
         log.info("agent.signal", signal=number.name, count=count)
         if count > 1:
-            agent.supervisor.hurry()
+            agent.supervisor.kill_now()
         agent.stop.set()
 
     with stop_signals(asked):

@@ -30,8 +30,7 @@ from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.devserver import process, project
 from agent.devserver.process import printable
 from agent.devserver.project import ProjectUnreadable
-from agent.devserver.sandbox import environment
-from agent.devserver.supervisor import rights
+from agent.devserver.sandbox import environment, project_rights
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
@@ -184,7 +183,7 @@ async def _space(settings: Settings) -> list[Finding]:
 
 async def _user(settings: Settings) -> list[Finding]:
     try:
-        allowed, sentence = rights(settings)
+        allowed, sentence = project_rights(settings)
     except SettingsError as error:
         return [fail("DEV_USER", problem, error.exit_code) for problem in error.problems]
     if allowed.user is None:
@@ -238,7 +237,7 @@ async def _node(settings: Settings) -> list[Finding]:
     if shutil.which("node") is None:
         return [fail("node", f"not found on PATH; the image needs {needed}, with npm")]
     with contextlib.suppress(SettingsError):
-        allowed, _ = rights(settings)
+        allowed, _ = project_rights(settings)
         env = environment(os.environ, user=allowed.user, more={})
         done = await process.run(
             ("node", "--version"), cwd=Path("/"), env=env, rights=allowed, timeout=PATIENCE / 2

@@ -1,19 +1,19 @@
-"""Runs between the agent and a program that is not trusted, and outlives neither.
+"""Runs one untrusted program for the agent, and kills everything it left behind when it or the agent ends.
 
-Of the standard library alone: a bare interpreter that runs nothing else (`devserver.sandbox` has the command line),
-in a session of its own. It
+The guard is a process of its own under a bare interpreter: it imports the standard library alone, `agent` and
+`agent.devserver` import nothing, and `devserver.sandbox` has the command line. In a session of its own it
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
-- starts the program with the rights, limits and signals it should have (`SPEC`, JSON: `argv`, `cwd`, and
-  optionally `uid`, `gid`, `processes`, `files`), its standard input empty;
-- holds the agent's lifeline, its own standard input: when that closes, because the agent asked for it or
-  because the agent is dead, everything below is killed, whatever session or signal mask it chose;
+- starts the program with its rights, limits and signals (`SPEC`, JSON: `argv`, `cwd`, and optionally `uid`, `gid`,
+  `processes`, `files`), with an empty standard input;
+- waits on its own standard input, the agent's lifeline: when that closes, because the agent asked for it or because
+  the agent is dead, it kills everything below it, whatever session or signal mask that chose;
 - reads the program's environment there, as one line of JSON, and has none itself: the guard may be root, and the
-  dynamic linker, libc and Python would do for it what variables meant for the program say;
-- ends when the program ends, after killing what the program left behind, with the program's exit code, or
-  128 + the signal that ended it.
+  dynamic linker, libc and Python would act on variables meant for the program;
+- ends when the program ends, after killing what that left behind, with the program's exit code, or 128 + the signal
+  that ended it.
 
-TERM, INT, HUP and QUIT are meant for the program and ignored here: the group gets them together.
+It ignores TERM, INT, HUP and QUIT: they are sent to the whole group, and are meant for the program.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import warnings  # noqa: F401 - `os.execvpe` imports it, and by then the interpreter may be out of reach
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,16 +41,16 @@ PR_SET_NO_NEW_PRIVS = 38
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 CANNOT_RUN = 126
-FIRST_TO_GO = 1000
-"""`oom_score_adj` of the project's programs, see proc(5): the most there is. Where memory runs out the kernel takes the
-largest program, and with sixty small ones that is the agent, which then can neither start them again nor say so."""
-LAST_TO_GO = -500
-"""The agent's and its guards', where it may have that: half of the memory counts for nothing."""
+PROJECT_OOM_SCORE = 1000
+"""`oom_score_adj` of the project's programs, the most there is (proc(5)). Where memory runs out the kernel kills the
+largest process, and with sixty small ones that is the agent, which then can neither restart them nor report it."""
+AGENT_OOM_SCORE = -500
+"""The agent's and its guards', where it may set that: half of the memory does not count."""
 KILLED = 128 + signal.SIGKILL
 
 
 def prctl(option: int, value: int) -> None:
-    """Linux's prctl(2); raises OSError. Elsewhere it does nothing: there the group kill is all there is."""
+    """Call Linux's prctl(2); raises OSError. Elsewhere it does nothing: only the group kill works there."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -59,8 +59,8 @@ def prctl(option: int, value: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
-    """In the forked child: shed rights, set limits, and turn into the program."""
+def exec_program(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
+    """Drop rights, set limits and execute the program. For the forked child."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     if (processes := spec.get("processes")) is not None:
         limit(resource.RLIMIT_NPROC, processes)
     limit(resource.RLIMIT_CORE, 0)
-    be_taken(FIRST_TO_GO)
+    set_oom_score(PROJECT_OOM_SCORE)
     if (uid := spec.get("uid")) is not None:
         os.setgroups([])
         os.setresgid(spec["gid"], spec["gid"], spec["gid"])
@@ -82,53 +82,58 @@ def become(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
     os.execvpe(spec["argv"][0], spec["argv"], env)  # noqa: S606 - that is what this is for
 
 
-def seal() -> None:
-    """Leave no core file, and open neither `/proc/<pid>/environ` nor `mem` to other processes of the same user: this
-    process holds credentials. Nothing that it forks or starts leaves a core file either.
+def protect_memory() -> None:
+    """Deny other processes of the same user `/proc/<pid>/environ` and `mem`, and leave no core file, here or in any
+    child: this process holds credentials.
     """
     prctl(PR_SET_DUMPABLE, 0)
     limit(resource.RLIMIT_CORE, 0)
 
 
-def be_taken(score: int) -> None:
-    """Say how early the kernel should take this process when memory runs out. Everybody may say earlier, few may say
-    later: not root in a container of the usual kind. What cannot be said is left as it is.
+def set_oom_score(score: int) -> None:
+    """Set how early the kernel kills this process when memory runs out; a higher score is earlier.
+
+    Every process may raise its score, few may lower it: not root in a container of the usual kind. What is not allowed
+    is left as it is.
     """
     try:
-        with open("/proc/self/oom_score_adj", "r+") as said:
-            if score > 0 or int(said.read()) > score:
-                said.write(str(score))
+        with open("/proc/self/oom_score_adj", "r+") as file:
+            if score > 0 or int(file.read()) > score:
+                file.write(str(score))
     except OSError:
         return
 
 
 def limit(kind: int, value: int) -> None:
-    """Lower a limit for good; an already lower hard limit stays."""
+    """Lower a resource limit, soft and hard; a hard limit that is lower already stays."""
     hard = resource.getrlimit(kind)[1]
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
     resource.setrlimit(kind, (value, value))
 
 
-def descendants(root: int) -> set[int]:
-    """Every process below `root` that is not dead, by the parents that /proc names."""
-    parents: dict[int, list[int]] = {}
+def processes() -> Iterator[tuple[int, bytes, int]]:
+    """Yield pid, state (one letter, proc(5)) and parent of every process."""
     for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as stat:
-                state, parent = stat.read().rpartition(b")")[2].split()[:2]
-        except OSError:
-            continue
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as stat:
+                    state, parent = stat.read().rpartition(b")")[2].split()[:2]
+            except OSError:
+                continue
+            yield int(name), state, int(parent)
+
+
+def descendants(root: int) -> set[int]:
+    """Return every process below `root` that is not dead."""
+    children: dict[int, list[int]] = {}
+    for pid, state, parent in processes():
         if state not in (b"Z", b"X"):
-            parents.setdefault(int(parent), []).append(int(name))
-        else:
-            parents.setdefault(int(parent), [])
+            children.setdefault(parent, []).append(pid)
     found: set[int] = set()
     ahead = [root]
     while ahead:
-        for pid in parents.get(ahead.pop(), ()):
+        for pid in children.get(ahead.pop(), ()):
             if pid not in found:
                 found.add(pid)
                 ahead.append(pid)
@@ -136,21 +141,21 @@ def descendants(root: int) -> set[int]:
 
 
 def kill_everything() -> None:
-    """Leave nothing alive below this process, and reap it all.
+    """Kill and reap everything below this process.
 
-    Freeze first, kill second: a frozen process cannot fork, so that a fork bomb stops growing before its
-    places are given free. RACE: a fork under way when the stop arrives shows its child only in a later look
-    at /proc; hence round after round until there is nothing left to wait for.
+    Freeze first, kill second: a frozen process cannot fork, so a fork bomb stops growing before its places in the
+    process table are free again. RACE: a fork that is under way when SIGSTOP arrives shows its child only when /proc
+    is read again; hence round after round until there is nothing left to wait for.
     """
     if not os.path.isdir("/proc/self"):
         os.killpg(0, signal.SIGKILL)
     me = os.getpid()
     while True:
         frozen: set[int] = set()
-        while fresh := descendants(me) - frozen:
-            for pid in fresh:
+        while found := descendants(me) - frozen:
+            for pid in found:
                 _kill(pid, signal.SIGSTOP)
-            frozen |= fresh
+            frozen |= found
         for pid in frozen:
             _kill(pid, signal.SIGKILL)
         try:
@@ -169,7 +174,7 @@ def _kill(pid: int, number: int) -> None:
 
 
 def reap(program: int) -> int | None:
-    """Collect the dead; the program's exit code once it is among them."""
+    """Collect dead children. Returns the program's exit code when it is among them, else None."""
     code = None
     while True:
         try:
@@ -183,15 +188,8 @@ def reap(program: int) -> int | None:
     return None if code is None else code if code >= 0 else 128 - code
 
 
-def _empty(pipe: int) -> None:
-    try:
-        os.read(pipe, 4096)
-    except BlockingIOError:
-        return
-
-
-def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
-    """Start the program and stay until it is over; the exit code. See the module's docstring."""
+def run_guarded(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
+    """Start the program and stay until it has ended. Returns the exit code, see the module's docstring."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
@@ -204,7 +202,7 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
     program = os.fork()
     if program == 0:
         try:
-            become(spec, env)
+            exec_program(spec, env)
         except BaseException as error:
             os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode(errors="replace"))
             os._exit(CANNOT_RUN)
@@ -215,7 +213,7 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
     while True:
         ready = {fd for fd, _ in waiting.poll()}
         if woken in ready:
-            _empty(woken)
+            os.read(woken, 4096)
             if (code := reap(program)) is not None:
                 kill_everything()
                 return code
@@ -224,19 +222,19 @@ def watch(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
             return KILLED
 
 
-def hear_environment() -> dict[str, str] | None:
-    """The program's environment, from the lifeline; None when that closes before it is told."""
-    told = bytearray()
-    while not told.endswith(b"\n"):
+def read_environment() -> dict[str, str] | None:
+    """Read the program's environment from the lifeline; None when that closes before the line is whole."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
         more = os.read(0, 65536)
         if not more:
             return None
-        told += more
-    environment: dict[str, str] = json.loads(told)
+        line += more
+    environment: dict[str, str] = json.loads(line)
     return environment
 
 
 def main(spec: str) -> int:
-    """A guard of its own process."""
-    env = hear_environment()
-    return KILLED if env is None else watch(json.loads(spec), env)
+    """Be the guard of the program `spec`. Returns the exit code."""
+    env = read_environment()
+    return KILLED if env is None else run_guarded(json.loads(spec), env)

@@ -1,6 +1,6 @@
-"""Whether a preview is there, asked as a browser would: page, entry module, hot-update socket.
+"""Observes whether a dev server serves a preview, as a browser would: page, entry module, hot-update socket.
 
-What answers is the project's code, so it is not believed: no redirect leaves the origin, no answer is read
+What answers is the project's code, so it is not trusted: no redirect leaves the origin, no answer is read
 past a bound or waited for past a deadline, and the agent's proxies and credentials are not sent.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from html.parser import HTMLParser
@@ -17,31 +19,39 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 import websockets
 
+from agent.devserver.state import Answered, Missed, Outdated, Probed, Served
+
 MOST_BYTES = 2 * 2**20
 """Of one answer. Vite's own client is 220 KB, an entry module a few."""
-LOOKED_INTO = 256 * 2**10
+MOST_SEARCHED = 256 * 2**10
 """Characters of a page or module that are searched; scripts and imports stand at the top."""
 MOST_DEPENDENCIES = 16
 """Pre-bundled dependencies of the entry module that are asked for: they are where a stale cache shows."""
 REDIRECTS = 3
+SILENT_EVERY = 0.03
+"""Seconds between inspections of a server that does not answer yet. Vite needs about 0.4 s, one takes under 1 ms."""
+ANSWERING_EVERY = 0.25
+"""Seconds between inspections of one that answers without serving a preview, until the project is fixed."""
+SOCKET_WITHIN = 10.0
+"""Seconds after which a preview without its socket counts as served: the project may have turned it off."""
 
 _DEPENDENCY = re.compile(
     r"""(?:from|import)\s{0,9}\(?\s{0,9}["'](/[^"']{0,250}/deps/[^"'?]{1,250}\?v=[^"']{1,64})["']"""
 )
-"""Everything counted: a module that is written to be searched for ever is the project's to write."""
+"""Every repetition is bounded, since the project may write a module that makes an unbounded search take for ever."""
 _SOCKET = re.compile(r"""directSocketHost\s*=\s*["'`]([^"'`]+)["'`]""")
 CLIENT = "/@vite/client"
 
 
-class Verdict(StrEnum):
-    """What the server is worth."""
+class Outcome(StrEnum):
+    """What an inspection found."""
 
     SERVED = "served"
-    """Page, entry module and socket."""
+    """Page, entry module and socket answer."""
     SOCKETLESS = "socketless"
-    """Page and entry module, but nothing would be hot-updated."""
+    """Page and entry module answer, the hot-update socket refuses."""
     BROKEN = "broken"
-    """It speaks HTTP, and what it says is no preview."""
+    """It speaks HTTP, and what it answers is no preview."""
     OUTDATED = "outdated"
     """504 Outdated Optimize Dep: its dependency cache is not that of its module graph."""
     SILENT = "silent"
@@ -49,10 +59,10 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One look. `detail` is one sentence for people; `entry` the entry module's path when the page has one."""
+class Inspection:
+    """The result. `detail` is a sentence for people; `entry` is the entry module's path when the page has one."""
 
-    verdict: Verdict
+    outcome: Outcome
     detail: str
     entry: str | None = None
 
@@ -71,30 +81,75 @@ class _Scripts(HTMLParser):
 
 
 def module_scripts(page: str) -> list[str]:
-    """The `src` of every module script of a page, in order."""
+    """Return the `src` of every module script of a page, in order."""
     parser = _Scripts()
-    # What is no HTML at all (`<![x`) ends the parser with an assertion; what stood before it counts.
+    # The parser fails with an assertion on what is no HTML (`<![x`); the scripts before it count.
     with contextlib.suppress(AssertionError):
-        parser.feed(page[:LOOKED_INTO])
+        parser.feed(page[:MOST_SEARCHED])
     return parser.sources
 
 
-async def look(http: httpx.AsyncClient, base: str, *, timeout: float, socket: bool = True) -> Seen:
-    """Look at the server at `base` (`http://host:port`) once; at most `timeout` seconds. Never raises for it.
+async def observe(
+    base: str, *, timeout: float, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[tuple[type[Probed] | None, Inspection]]:
+    """Inspect a server until it serves a preview, then check for ever that it answers.
 
-    `socket` False leaves the hot-update socket out.
+    Args:
+        base: The server, `http://host:port`.
+        timeout: Seconds for an inspection, and between two checks.
+        clock: Monotonic, seconds.
+
+    Yields:
+        What was observed, and the inspection that showed it; None: a server that starts does not answer yet.
+    """
+    async with httpx.AsyncClient(trust_env=False, timeout=timeout) as http:
+        socketless_since: float | None = None
+        while True:
+            found = await inspect(http, base, timeout=timeout)
+            yield None if found.outcome is Outcome.SILENT else Answered, found
+            if found.outcome is Outcome.OUTDATED:
+                yield Outdated, found
+            if found.outcome is Outcome.SOCKETLESS:
+                socketless_since = socketless_since or clock()
+            if found.outcome is Outcome.SERVED or (
+                socketless_since and clock() - socketless_since >= SOCKET_WITHIN
+            ):
+                break
+            await asyncio.sleep(SILENT_EVERY if found.outcome is Outcome.SILENT else ANSWERING_EVERY)
+        yield Served, found
+        refused = found.outcome is Outcome.SOCKETLESS
+        while True:
+            await asyncio.sleep(timeout)
+            # A socket that opened is not opened again; one that was refused is tried until it opens.
+            latest = await inspect(http, base, timeout=timeout, socket=refused)
+            if latest.outcome is Outcome.SILENT and not await ping(http, base, timeout=timeout):
+                yield Missed, found
+                continue
+            found = latest
+            refused = refused and found.outcome is not Outcome.SERVED
+            yield Outdated if found.outcome is Outcome.OUTDATED else Answered, found
+
+
+async def inspect(http: httpx.AsyncClient, base: str, *, timeout: float, socket: bool = True) -> Inspection:
+    """Inspect the server once. Never raises for what it answers.
+
+    Args:
+        http: The client, which sends no credential and uses no proxy.
+        base: The server, `http://host:port`.
+        timeout: Seconds for everything together.
+        socket: Whether to try the hot-update socket too.
     """
     try:
         async with asyncio.timeout(timeout):
-            return await _look(http, base, socket)
+            return await _inspect(http, base, socket)
     except (httpx.HTTPError, OSError, TimeoutError) as error:
-        return Seen(Verdict.SILENT, f"no answer: {type(error).__name__}")
+        return Inspection(Outcome.SILENT, f"no answer: {type(error).__name__}")
     except (httpx.InvalidURL, ValueError) as error:
-        return Seen(Verdict.BROKEN, f"the page names what is no address: {error}")
+        return Inspection(Outcome.BROKEN, f"the page names what is no address: {error}")
 
 
 async def ping(http: httpx.AsyncClient, base: str, *, timeout: float) -> bool:
-    """Whether the server answers HTTP at all, whatever it says."""
+    """Return whether the server answers HTTP at all, with any status, within `timeout` seconds."""
     try:
         async with asyncio.timeout(timeout), http.stream("GET", base, headers=PAGE):
             return True
@@ -104,15 +159,15 @@ async def ping(http: httpx.AsyncClient, base: str, *, timeout: float) -> bool:
 
 PAGE = {"Accept": "text/html", "Accept-Encoding": "identity"}
 MODULE = {"Accept": "*/*", "Sec-Fetch-Dest": "script", "Accept-Encoding": "identity"}
-"""Nothing is unpacked, whatever is sent: 64 KB of an answer can unpack to 64 MB."""
+"""No answer is decompressed: 64 KB can unpack to 64 MB."""
 
 
-async def _look(http: httpx.AsyncClient, base: str, socket: bool) -> Seen:
+async def _inspect(http: httpx.AsyncClient, base: str, socket: bool) -> Inspection:
     url, status, page, kind = await _get(http, f"{base}/", PAGE)
     if status != 200:
-        return Seen(Verdict.BROKEN, f"GET {urlsplit(url).path} answers {status}")
+        return Inspection(Outcome.BROKEN, f"GET {urlsplit(url).path} answers {status}")
     if "html" not in kind:
-        return Seen(Verdict.SERVED, f"GET / answers {kind or 'no type'}; there is no page to look into")
+        return Inspection(Outcome.SERVED, f"GET / answers {kind or 'no type'}; there is no page to inspect")
     sources = [urljoin(url, source) for source in module_scripts(page)]
     ours = [source for source in sources if _same_origin(source, base)]
     entries = [source for source in ours if not urlsplit(source).path.endswith(CLIENT)]
@@ -121,27 +176,27 @@ async def _look(http: httpx.AsyncClient, base: str, socket: bool) -> Seen:
     if entry:
         _, status, module, kind = await _get(http, entry, MODULE)
         if status == 504 and "Outdated" in module:
-            return Seen(Verdict.OUTDATED, f"{path} answers 504 Outdated Optimize Dep", path)
+            return Inspection(Outcome.OUTDATED, f"{path} answers 504 Outdated Optimize Dep", path)
         if status != 200:
-            return Seen(Verdict.BROKEN, f"the entry module {path} answers {status}", path)
+            return Inspection(Outcome.BROKEN, f"the entry module {path} answers {status}", path)
         if "javascript" not in kind:
-            return Seen(Verdict.BROKEN, f"the entry module {path} is {kind or 'of no type'}", path)
-        for dependency in _DEPENDENCY.findall(module[:LOOKED_INTO])[:MOST_DEPENDENCIES]:
+            return Inspection(Outcome.BROKEN, f"the entry module {path} is {kind or 'of no type'}", path)
+        for dependency in _DEPENDENCY.findall(module[:MOST_SEARCHED])[:MOST_DEPENDENCIES]:
             _, status, _, _ = await _get(http, urljoin(entry, dependency), MODULE, keep=False)
             if status == 504:
-                return Seen(Verdict.OUTDATED, f"{dependency} answers 504 Outdated Optimize Dep", path)
+                return Inspection(Outcome.OUTDATED, f"{dependency} answers 504 Outdated Optimize Dep", path)
     client = next((source for source in ours if urlsplit(source).path.endswith(CLIENT)), None)
     if socket and client and not await _socket_accepts(http, client, base):
-        return Seen(
-            Verdict.SOCKETLESS, "page and entry module are served; the hot-update socket refuses", path
+        return Inspection(
+            Outcome.SOCKETLESS, "page and entry module are served; the hot-update socket refuses", path
         )
-    return Seen(Verdict.SERVED, "page and entry module are served", path)
+    return Inspection(Outcome.SERVED, "page and entry module are served", path)
 
 
 async def _get(
     http: httpx.AsyncClient, url: str, headers: dict[str, str], *, keep: bool = True
 ) -> tuple[str, int, str, str]:
-    """Final URL, status, text (bounded) and content type. Redirects stay on the origin."""
+    """Return final URL, status, text (bounded) and content type. Follows redirects on the same origin only."""
     for _ in range(REDIRECTS + 1):
         async with http.stream("GET", url, headers=headers, follow_redirects=False) as answer:
             target = answer.headers.get("location")
@@ -165,10 +220,10 @@ def _same_origin(one: str, other: str) -> bool:
 
 
 async def _socket_accepts(http: httpx.AsyncClient, client: str, base: str) -> bool:
-    """Open the socket that Vite's own client would open.
+    """Return whether the socket opens that Vite's own client would open.
 
-    The client module names the server's address, which differs from the page's when the project's config
-    moves the socket; only the port and the path are taken from there.
+    The client module has the server's address, which differs from the page's when the project's config
+    moves the socket; only its port and path are used.
     """
     _, _, source, _ = await _get(http, client, MODULE)
     here = urlsplit(base)

@@ -1,7 +1,7 @@
-"""What kind of project this is: where its package.json stands, who installs it, what starts it.
+"""Reads from a project's files where its package.json is, which package manager installs it, and what starts it.
 
-Read from files that somebody else writes, so nothing here follows a link, blocks on a pipe or believes a
-size. A project that cannot be read is a `ProjectUnreadable` with one sentence, and what runs goes on running.
+Other processes write these files, so nothing here follows a link, blocks on a pipe or trusts a size. A project that
+cannot be read is a `ProjectUnreadable` with one sentence; what runs already is left running.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from agent.core.errors import AgentError, PathRefused
 from agent.core.model import parse_path
 
 LARGEST = 64 * 2**20
-"""Bytes. Lock files of big workspaces reach 10 MB; past this it is not one."""
+"""Bytes of a file that is read. Lock files of big workspaces reach 10 MB."""
 RECORD = ".preview-install.json"
-"""In node_modules: which key it was installed for."""
+"""The file in node_modules that has the key it was installed for."""
 PLACES = ".preview-places"
-"""In the root's node_modules: the other places of the set, one a line; not there when there are none."""
+"""The file in the root's node_modules that names the workspace's other ones, one a line; absent without any."""
 MOST_RECORDED = 2**20
-"""Bytes of a record that is believed."""
+"""Bytes of either of those files."""
 
 
 class ProjectUnreadable(AgentError):
@@ -38,7 +38,7 @@ class ProjectUnreadable(AgentError):
 
 
 class Manager(StrEnum):
-    """Who installs dependencies."""
+    """A package manager."""
 
     NPM = "npm"
     PNPM = "pnpm"
@@ -54,55 +54,58 @@ LOCKS: Mapping[str, Manager] = {
     "npm-shrinkwrap.json": Manager.NPM,
     "package-lock.json": Manager.NPM,
 }
-"""In order of precedence: a package-lock.json beside another lock is mostly an accident."""
+"""In order of precedence: a package-lock.json beside another lock file is mostly an accident."""
 BESIDE = (".npmrc", ".yarnrc", ".yarnrc.yml", "pnpm-workspace.yaml", ".pnpmfile.cjs", "bunfig.toml")
-"""What else decides an install."""
+"""Other files that decide an install."""
 DEPENDENCY_FIELDS = (
     "dependencies", "devDependencies", "optionalDependencies", "peerDependencies", "peerDependenciesMeta",
     "overrides", "resolutions", "workspaces", "pnpm", "packageManager", "trustedDependencies",
 )  # fmt: skip
-"""Of package.json. A changed script or description needs no install."""
+"""The fields of package.json that decide an install."""
 RELEASES = {Manager.NPM: "11", Manager.PNPM: "10", Manager.YARN: "1", Manager.BUN: "1"}
-"""Of a package manager that is fetched for a project that names none."""
+"""The release of a package manager that is fetched for a project that names none."""
 MOST_PACKAGES = 1000
-"""Of one workspace."""
+"""Packages of a workspace that the key takes in."""
 LOCAL_SPECS = ("file:", "link:", "portal:", "workspace:")
 RELEVANT = re.compile(
     r"\.([cm]?[jt]sx?|json|html?|vue|svelte|astro|mdx|ya?ml|toml)$|(^|/)\.env|rc$|lock", re.I
 )
-"""What may cure a dev server that failed: code, configuration, environment; not pictures, not prose."""
+"""Files that may fix a failed dev server: code, configuration, environment; not pictures, not prose."""
 RELEASE = re.compile(r"\d+(\.\d+){0,2}(-[0-9A-Za-z.-]+)?")
 LONGEST_SCRIPT = 4096
-"""Characters of a script that is taken apart; the kernel takes 128 KB a word."""
+"""Characters of a script that is split into words. The kernel takes 128 KB a word."""
 SHELL = re.compile(r"[|&;<>()$`\\\"'*?\[#~\n]|^\w+=")
-"""A script that has any of this is for a shell."""
+"""A script that has any of this is left to a shell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project as its files describe it. `root` is where its package.json stands.
-
-    `modern_yarn`: Yarn from 2 on, which shares nothing but the name with its first release.
-
-    `lock` is the lock file's name or None. `key` names the node_modules this project wants: two projects with
-    one key can share one. `whole_tree`: the install needs more of the project than its manifests. `script` is
-    the `dev` script (or `start`), `script_name` its name.
-    """
+    """A project as its files describe it."""
 
     root: Path
+    """The directory of its package.json."""
+
+    # Its install.
     manager: Manager
     lock: str | None
+    """The lock file's name."""
     key: str
+    """Names the node_modules that this project wants: two projects with the same key can share one."""
     whole_tree: bool
-    script_name: str | None
-    script: str | None
+    """The install needs more of the project than its manifests."""
     release: str | None
-    """Version of the package manager that package.json asks for."""
+    """The version of the package manager that package.json asks for."""
     modern_yarn: bool
+    """Yarn 2 or later, whose options are not those of Yarn 1."""
+
+    # Its dev server.
+    script_name: str | None
+    """`dev` or `start`."""
+    script: str | None
 
     @property
     def package(self) -> str:
-        """The package manager as a package of npm's registry."""
+        """The package manager's own package in npm's registry, with its version."""
         if self.modern_yarn:
             return f"@yarnpkg/cli-dist@{self.release or 4}"
         return f"{self.manager.value}@{self.release or RELEASES[self.manager]}"
@@ -116,10 +119,10 @@ class Project:
         return self.key != NO_DEPENDENCIES
 
     def dev_argv(self, *, host: str, port: int, fresh: bool) -> tuple[str, ...]:
-        """How to start the dev server; empty when the project does not say.
+        """Return the command that starts the dev server; empty when the project has no script for it.
 
         A script that is plainly Vite is started without a package manager in between: that is one process
-        fewer, 0.3 s less, and signals arrive. `fresh`: without Vite's dependency cache of the last time.
+        fewer, 0.3 s less, and signals arrive. `fresh`: without the dependency cache of Vite's previous run.
         """
         if self.script is None:
             return ()
@@ -138,30 +141,27 @@ NO_DEPENDENCIES = "none"
 
 
 def find(directory: Path, *, scripts: bool = False) -> Project | None:
-    """The project in `directory`, or in the one directory below it that has a package.json; None without.
+    """Read the project in `directory`, or in the one directory below it that has a package.json; None without.
 
-    `scripts`: whether installs run the dependencies' scripts; it makes another node_modules. Raises
-    `ProjectUnreadable` when there is a package.json that cannot be used, and nothing else: what JSON was read from can
-    be nested too deep to be written again.
+    Args:
+        directory: Where the project's files are.
+        scripts: Whether installs run the dependencies' scripts, which makes another node_modules.
+
+    Raises:
+        ProjectUnreadable: There is a package.json that cannot be used.
     """
     try:
-        return _find(directory, scripts)
+        if not os.path.lexists(directory / "package.json"):
+            below = _below(directory)
+            return _read(below[0], scripts) if len(below) == 1 else None
+        return _read(directory, scripts)
     except RecursionError:
-        raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
+        why = "it is nested too deep"  # it was read, and cannot be written again for the key
     except OSError as error:
-        raise ProjectUnreadable(f"cannot read package.json: {error.strerror or error}") from None
+        why = error.strerror or str(error)
     except ValueError as error:
-        raise ProjectUnreadable(f"cannot read package.json: {error}") from None
-
-
-def _find(directory: Path, scripts: bool) -> Project | None:
-    root = directory
-    if not os.path.lexists(root / "package.json"):
-        below = _below(directory)
-        if len(below) != 1:
-            return None
-        root = below[0]
-    return _read(root, scripts)
+        why = str(error)
+    raise ProjectUnreadable(f"cannot read package.json: {why}")
 
 
 def _below(directory: Path) -> list[Path]:
@@ -179,7 +179,7 @@ def _below(directory: Path) -> list[Path]:
 
 
 def _is_path(name: str) -> bool:
-    """Whether the database could have it; nothing else that stands here is the project's."""
+    """Return whether the database could have this path. Other directories are not the project's."""
     try:
         parse_path(name)
     except PathRefused:
@@ -202,7 +202,7 @@ def _read(root: Path, scripts: bool) -> Project:
     declared = package.get("scripts")
     named: dict[str, Any] = declared if isinstance(declared, dict) else {}
     script_name = next((n for n in ("dev", "start") if isinstance(named.get(n), str)), None)
-    if script_name and not _can_be_given(named[script_name]):
+    if script_name and not _is_argument(named[script_name]):
         unusable = "it has a character that no command line can hold"
         raise ProjectUnreadable(f'cannot use the script "{script_name}" of package.json: {unusable}')
     return Project(
@@ -218,8 +218,8 @@ def _read(root: Path, scripts: bool) -> Project:
     )
 
 
-def _can_be_given(script: str) -> bool:
-    """Whether it can be a word of a command line: JSON may spell half of a surrogate pair, and NUL."""
+def _is_argument(script: str) -> bool:
+    """Return whether it can be a command line's word: a JSON string may have half of a surrogate pair, or NUL."""
     try:
         return b"\0" not in script.encode()
     except UnicodeEncodeError:
@@ -227,7 +227,7 @@ def _can_be_given(script: str) -> bool:
 
 
 def _named_manager(package: Mapping[str, Any]) -> tuple[Manager, str | None]:
-    """By the field `packageManager`: `pnpm@10.1.0+sha512.…`."""
+    """Return package manager and version from the field `packageManager`: `pnpm@10.1.0+sha512.…`."""
     named, _, release = str(package.get("packageManager", "")).partition("+")[0].partition("@")
     manager = next((m for m in Manager if m.value == named), Manager.NPM)
     return manager, release if manager.value == named and RELEASE.fullmatch(release) else None
@@ -283,7 +283,7 @@ def _key(
 
 
 def _packages(root: Path) -> dict[str, Any]:
-    """What the packages of a workspace depend on, by path."""
+    """Return what the packages of a workspace depend on, by path."""
     found: dict[str, Any] = {}
     for place, directories, files in os.walk(root):
         directories[:] = sorted(d for d in directories if d != "node_modules" and not d.startswith("."))
@@ -292,33 +292,33 @@ def _packages(root: Path) -> dict[str, Any]:
         raw = read_small(Path(place, "package.json")) or b""
         try:
             package = json.loads(raw)
-            told = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
+            fields = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
         except (ValueError, AttributeError, RecursionError):
-            told = {"unreadable": hashlib.sha256(raw).hexdigest()}
-        found[os.path.relpath(place, root)] = told
+            fields = {"unreadable": hashlib.sha256(raw).hexdigest()}
+        found[os.path.relpath(place, root)] = fields
         if len(found) == MOST_PACKAGES:
             break
     return found
 
 
 def read_small(path: Path, most: int = LARGEST) -> bytes | None:
-    """A regular file's bytes, never through a link, never waiting; None when it is not that or too large."""
+    """Read a file without following a link or waiting. None when it is not a regular file, or has over `most` bytes."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=_open_strictly) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                return None
+            return file.read(most + 1)
     except OSError:
         return None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            return None
-        with os.fdopen(os.dup(fd), "rb") as file:
-            return file.read(most + 1)
-    finally:
-        os.close(fd)
+
+
+def _open_strictly(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def installed_key(modules: Path) -> str | None:
-    """Which key a node_modules was installed for; None when nobody recorded it, or part of its set is gone."""
+    """Return the key a node_modules was installed for; None without a record, or when part of its set is missing."""
     if modules.is_symlink() or (raw := read_small(modules / RECORD, MOST_RECORDED)) is None:
         return None
     try:
@@ -332,11 +332,16 @@ def installed_key(modules: Path) -> str | None:
 
 
 def decides_install(path: str, prefix: str) -> bool:
-    """Whether a changed path (relative to the project directory) may change what is to be installed."""
+    """Return whether a change of `path` may change the install.
+
+    Args:
+        path: Relative to the project directory.
+        prefix: The directory of package.json, relative to the project directory, with a slash at its end; or empty.
+    """
     name = path.removeprefix(prefix)
     return name == "package.json" or name in LOCKS or name in BESIDE or path.endswith("/package.json")
 
 
-def may_cure(paths: Iterable[str]) -> bool:
-    """Whether a change of any of these may make a failed dev server work."""
+def may_fix(paths: Iterable[str]) -> bool:
+    """Return whether a change of any of these may make a failed dev server work."""
     return any(RELEVANT.search(path) for path in paths)

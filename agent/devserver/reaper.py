@@ -1,12 +1,12 @@
-"""Being PID 1, a subreaper, or neither: orphans are collected, signals become one call.
+"""Collects orphaned processes, whether the agent is PID 1 or not, and turns stop signals into one call.
 
-In Docker the agent is PID 1, under Fly's init it is not, on a laptop it is a child of a shell. The behaviour
-is the same everywhere: `adopt` makes the agent the subreaper of its descendants, so that what a dying guard
-leaves behind comes here instead of to init, and every SIGCHLD collects the dead that nobody else waits for.
+In Docker the agent is PID 1, under Fly's init it is not, on a laptop it is a child of a shell. The behaviour is the
+same everywhere: `adopt` makes the agent the subreaper of its descendants, so that the children of a killed guard come
+here instead of to init, and every SIGCHLD collects the dead children that no other code waits for.
 
 asyncio waits for the processes it started itself. Those are never collected here: whoever starts one does so
-inside `hold()` and registers it with `own`. RACE: a child may die between fork and registration; while a
-hold lasts nothing is collected at all, and the sweep is made up for at its end.
+inside `hold()` and registers it with `own`. RACE: a child may die between fork and registration; during a
+hold nothing is collected at all, and the sweep follows when it ends.
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from agent.devserver.guard import FORWARDED, PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, descendants, prctl
+from agent.devserver.guard import (
+    FORWARDED,
+    PR_SET_CHILD_SUBREAPER,
+    PR_SET_DUMPABLE,
+    descendants,
+    prctl,
+    processes,
+)
 
 STOP_SIGNALS = FORWARDED
 
 
 class Reaper:
-    """Collects orphans on the running loop. One a process."""
+    """Collects orphans on the running loop. One for the whole process."""
 
     def __init__(self) -> None:
         self._own: set[int] = set()
@@ -65,11 +72,11 @@ class Reaper:
                 self.sweep()
 
     def own(self, pid: int) -> None:
-        """`pid` has somebody who waits for it."""
+        """Leave the child `pid` to its caller, who waits for it."""
         self._own.add(pid)
 
     def disown(self, pid: int) -> None:
-        """`pid` has been waited for."""
+        """Note that `pid` was waited for."""
         self._own.discard(pid)
 
     def sweep(self) -> None:
@@ -78,16 +85,16 @@ class Reaper:
             self._missed = True
             return
         while (pid := _first_dead()) is not None:
-            strangers = [pid] if pid not in self._own else [p for p in _dead_children() if p not in self._own]
-            if not strangers:
+            orphans = [pid] if pid not in self._own else [p for p in _dead_children() if p not in self._own]
+            if not orphans:
                 return
-            for stranger in strangers:
+            for orphan in orphans:
                 with contextlib.suppress(ChildProcessError):
-                    os.waitpid(stranger, os.WNOHANG)
+                    os.waitpid(orphan, os.WNOHANG)
                     self.reaped += 1
 
-    def kill_strangers(self) -> None:
-        """Kill what was left to us: a guard that was killed itself cannot do it any more."""
+    def kill_orphans(self) -> None:
+        """Kill every descendant that no living guard watches: a guard that was killed cannot do it any more."""
         if sys.platform != "linux":
             return
         watched = self._own.union(*(descendants(pid) for pid in self._own))
@@ -97,7 +104,7 @@ class Reaper:
 
 
 def _first_dead() -> int | None:
-    """A dead child, left in place; None when there is none."""
+    """Return a dead child without collecting it; None when there is none."""
     try:
         found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -106,30 +113,20 @@ def _first_dead() -> int | None:
 
 
 def _dead_children() -> list[int]:
-    """All zombies whose parent is this process; empty where there is no /proc."""
+    """Return all zombies whose parent is this process; empty where there is no /proc."""
     if sys.platform != "linux":
         return []
-    me = str(os.getpid()).encode()
-    dead = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as stat:
-                    state, parent = stat.read().rpartition(b")")[2].split()[:2]
-            except OSError:
-                continue
-            if state == b"Z" and parent == me:
-                dead.append(int(name))
-    return dead
+    me = os.getpid()
+    return [pid for pid, state, parent in processes() if state == b"Z" and parent == me]
 
 
 @contextlib.contextmanager
 def stop_signals(stop: Callable[[signal.Signals, int], None]) -> Iterator[None]:
     """Call `stop(signal, count)` on the loop for TERM, INT, HUP and QUIT.
 
-    `count` is 1 for the first of them, 2 for the second: the one that means *now*. As PID 1 a signal without
-    a handler is dropped by the kernel, so this is what makes `docker stop` work at all. Those that came while they
-    were blocked come now.
+    `count` is 1 for the first of them; from the second on the agent ends at once. For PID 1 the kernel drops a signal
+    that has no handler, so without this `docker stop` would have no effect. Signals that came while they were blocked
+    are delivered now.
     """
     loop = asyncio.get_running_loop()
     count = 0

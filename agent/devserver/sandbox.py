@@ -1,4 +1,4 @@
-"""What a program of the project may do and may know: its user, its limits, its environment, and how it is started."""
+"""Decides what a program of the project is given: its user, its limits, its environment, and its command line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import pwd
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from agent.config import PASSED_ON
+from agent.config import PASSED_ON, Settings
 from agent.core.errors import SettingsError
 
 INHERITED = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE",
@@ -18,7 +18,9 @@ FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
                           "npm_config_registry", "NPM_CONFIG_REGISTRY", "npm_config_cache"})  # fmt: skip
 
 START = "import sys; sys.path.append(sys.argv[1]); from agent.devserver.guard import main; sys.exit(main(sys.argv[2]))"
-"""Imported, not run as a script: then it is compiled once, not at every start."""
+"""Imports the guard instead of running it as a script, which would compile it at every start."""
+MOST_PROCESSES = 512
+"""Of the project's user, where the settings name no other number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What a program is allowed. `user` None: the agent's own. `processes`, `files`: RLIMIT_NPROC, _NOFILE."""
+    """What a program may do. `user` None: the agent's own. `processes`, `files`: RLIMIT_NPROC and RLIMIT_NOFILE."""
 
     user: User | None = None
     processes: int | None = None
@@ -42,39 +44,35 @@ class Rights:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Everything that decides what a started program is. Equal launches make equal programs."""
+    """Everything that the start of a program depends on."""
 
     argv: tuple[str, ...]
     cwd: str
     env: Mapping[str, str]
     rights: Rights
 
-    def spec(self) -> dict[str, object]:
-        """All but the environment, as the guard reads it."""
-        spec: dict[str, object] = {
-            "argv": list(self.argv),
-            "cwd": self.cwd,
-            "processes": self.rights.processes,
-            "files": self.rights.files,
-        }
-        if self.rights.user is not None:
-            spec |= {"uid": self.rights.user.uid, "gid": self.rights.user.gid}
-        return spec
-
     def command(self) -> list[str]:
-        """The guard's command line. It wants no environment, a session of its own, and as standard input the lifeline,
-        which first says `environment`.
+        """Return the guard's command line.
+
+        It is to be started without an environment, in a session of its own, and with the lifeline as standard input,
+        which first carries `environment`.
         """
+        rights = self.rights
+        spec: dict[str, object] = {
+            "argv": self.argv, "cwd": self.cwd, "processes": rights.processes, "files": rights.files,
+        }  # fmt: skip
+        if rights.user is not None:
+            spec |= {"uid": rights.user.uid, "gid": rights.user.gid}
         packages = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-        return [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, packages, json.dumps(self.spec())]
+        return [sys.executable, "-I", "-S", "-X", "utf8", "-c", START, packages, json.dumps(spec)]
 
     def environment(self) -> bytes:
-        """The program's environment as its guard hears it."""
+        """Return the program's environment as its guard reads it: a line of JSON."""
         return json.dumps(dict(self.env)).encode() + b"\n"
 
 
 def find_user(name: str) -> User:
-    """Look up a name or a number. Raises `SettingsError` when there is no such user, or it is root."""
+    """Look up a user by name or number. Raises `SettingsError` when there is none, or it is root."""
     try:
         found = pwd.getpwuid(int(name)) if name.isdigit() else pwd.getpwnam(name)
     except KeyError:
@@ -84,16 +82,30 @@ def find_user(name: str) -> User:
     return User(found.pw_name, found.pw_uid, found.pw_gid, found.pw_dir)
 
 
+def project_rights(settings: Settings) -> tuple[Rights, str]:
+    """Return the rights of the project's programs, and a sentence about them for status. Raises `SettingsError`."""
+    limits = Rights(None, settings.dev_processes, settings.dev_files)
+    if settings.dev_user is None:
+        same = "the project's code runs as the agent's own user and could read what the agent can"
+        return limits, f"none: DEV_USER is not set, {same}"
+    user = find_user(settings.dev_user)
+    if os.geteuid() == user.uid:
+        return limits, f"none: the agent itself runs as {user.name}"
+    if os.geteuid() != 0:
+        return limits, f"none: the agent is not root and cannot become {user.name}"
+    return replace(limits, user=user, processes=limits.processes or MOST_PROCESSES), f"runs as {user.name}"
+
+
 def environment(
     given: Mapping[str, str], *, user: User | None, more: Mapping[str, str], install: bool = False
 ) -> dict[str, str]:
-    """The whole environment of a program of the project: an allow-list of the agent's, `DEV_ENV_*`, and `more`.
+    """Make the whole environment of a program of the project: an allow-list of the agent's, `more`, `DEV_ENV_*`.
 
     Args:
         given: The agent's own environment.
         user: Whom the program runs as; None: the agent's own user.
-        more: What its caller sets, before `DEV_ENV_*`.
-        install: Whether it is an installer, which may know of proxies and a registry.
+        more: What the caller sets; a `DEV_ENV_*` of the same name wins.
+        install: Whether it is an installer, which is given proxies and a registry too.
     """
     allowed = INHERITED | FOR_INSTALLS if install else INHERITED
     env = {name: value for name, value in given.items() if name in allowed or name.startswith("LC_")}

@@ -1,16 +1,16 @@
-"""PURE: what the dev server's states are and how one leads to another. Time and chance are passed in.
+"""Decides, from what happened to the dev server, what it does next. Pure: time and chance are passed in.
 
     absent ──hydrated──▶ installing ──installed──▶ starting ──served──▶ ready
                              ▲                        ▲  │                │
                   edited ┌───┘                    due │  │ exited, late   │ exited, three probes missed
                          │                            │  ▼                ▼
-                       failed ◀──budget spent──────── backoff ◀────── (a crash)
+                       failed ◀──too many crashes──── backoff ◀──────────┘
 
-    stopping comes before every planned end of the process: a restart after a swap of node_modules, a hung
+    stopping comes before every planned end of the process: a restart after node_modules was replaced, a hung
     server, a stale dependency cache, and the end of the agent.
 
-`step` is the whole table. An input that means nothing in the state it meets is ignored, on purpose: probes
-and exits of a process that has since been replaced carry its `generation` and change nothing.
+`step` is the whole table. It ignores, on purpose, an input that has no meaning in the current phase, and every
+observation of a process that was replaced since (its `generation` is an older one).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
-class State(StrEnum):
-    """As in the protocol."""
+class Phase(StrEnum):
+    """What the dev server is doing; the value is what status and metrics show."""
 
     ABSENT = "absent"
     INSTALLING = "installing"
@@ -32,16 +32,16 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """The numbers, in seconds unless they count."""
+class RestartPolicy:
+    """The bounds on starts and restarts, in seconds unless they count."""
 
     start_timeout: float = 60.0
-    """Without any HTTP answer for so long a start has failed; Vite takes half a second."""
+    """A start without any HTTP answer after this long has failed. Vite takes half a second."""
     healthy_after: float = 60.0
-    """Ready for so long makes earlier crashes history."""
+    """A server that was ready for this long has its earlier crashes forgotten."""
     max_crashes: int = 5
     crash_window: float = 60.0
-    """So many crashes within so long: trying again without a change is pointless."""
+    """`max_crashes` within `crash_window`: the server failed, and only a change of the project starts it again."""
     backoff_first: float = 0.5
     backoff_most: float = 10.0
     missed_probes: int = 3
@@ -54,14 +54,14 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Hydrated:
-    """The tree is whole. `runnable`: there is something to start."""
+    """The project's files are all there. `runnable`: there is something to start."""
 
     runnable: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Edited:
-    """Files changed. `dependencies`: what decides the install; `relevant`: what may cure a failed server."""
+    """Files changed. `dependencies`: one that decides the install; `relevant`: one that may fix a failed server."""
 
     dependencies: bool
     relevant: bool
@@ -77,40 +77,34 @@ class Installed:
     usable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """The process ended; `why` is a label for metrics: `exit`, `signal`, `oom`."""
+@dataclass(frozen=True)
+class Observed:
+    """Something was seen of the process that the start number `generation` made."""
 
     generation: int
+
+
+@dataclass(frozen=True)
+class Exited(Observed):
+    """The process ended; `why` is a label for metrics: `exit`, `signal`, `oom`, `port_taken`."""
+
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The server speaks HTTP, though not yet what makes a preview."""
-
-    generation: int
+class Answered(Observed):
+    """The server speaks HTTP, though it does not serve a preview yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(Observed):
     """Page, entry module and HMR socket answer."""
 
-    generation: int
 
-
-@dataclass(frozen=True, slots=True)
-class Missed:
+class Missed(Observed):
     """A probe had no answer at all."""
 
-    generation: int
 
-
-@dataclass(frozen=True, slots=True)
-class Outdated:
-    """The entry module's graph answered `504 Outdated Optimize Dep`."""
-
-    generation: int
+class Outdated(Observed):
+    """The entry module or a dependency of it answered `504 Outdated Optimize Dep`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,209 +114,226 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time passed, maybe enough of it."""
+    """Time passed."""
 
 
-Input = Hydrated | Edited | Installed | Exited | Answered | Served | Missed | Outdated | Stop | Tick
+Probed = Answered | Served | Missed | Outdated
+Input = Hydrated | Edited | Installed | Exited | Probed | Stop | Tick
 
 
 class Command(StrEnum):
-    """What the shell has to do."""
+    """What the supervisor has to do."""
 
     INSTALL = "install"
     START = "start"
     START_FRESH = "start_fresh"
-    """Start without the dependency cache of the last time."""
+    """Start without the dependency cache of the previous run."""
     TERMINATE = "terminate"
 
 
-class After(StrEnum):
-    """What a stop was for."""
-
-    NOTHING = "nothing"
-    START = "start"
-    START_FRESH = "start_fresh"
-    CRASH = "crash"
-
-
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """Where the dev server stands. `generation` counts starts; times are seconds of the caller's clock."""
+class DevServerState:
+    """Everything that the next decision depends on. Times are seconds of the caller's clock."""
 
-    state: State = State.ABSENT
+    # The phase.
+    phase: Phase = Phase.ABSENT
     since: float = 0.0
+    """When the phase began."""
+    reason: str = ""
+    """Why this phase: `exit`, `signal`, `oom`, `port_taken`, `hung`, `late`, `dependencies`, `cache`, `install`."""
+    due: float | None = None
+    """In `starting`: when it is too late. In `backoff`: when to start again."""
+    restart: Command | None = None
+    """In `stopping`: how to start again once the process has ended; None: its end counts as a crash."""
+    ended: bool = False
+    """`Stop` was given: nothing starts any more."""
+
+    # The process.
     generation: int = 0
+    """How many starts there were."""
+    missed: int = 0
+    """Probes in a row without an answer."""
+    outdated: int = 0
+    cache_cleared: bool = False
+    """The dependency cache was dropped once for these dependencies, and is not dropped again."""
+
+    # Its crashes.
+    crashes: tuple[float, ...] = ()
+    failures: int = 0
+    """Crashes since the server was last healthy; the backoff grows with it."""
+
+    # The project and its install.
     hydrated: bool = False
     installing: bool = False
     install_due: float | None = None
-    due: float | None = None
-    """In `starting`: when it is too late. In `backoff`: when to try again."""
-    crashes: tuple[float, ...] = ()
-    failures: int = 0
-    """Crashes since the server was last healthy; what the backoff grows with."""
-    missed: int = 0
-    outdated: int = 0
-    cache_cleared: bool = False
-    after: After = After.NOTHING
-    reason: str = ""
-    """Why the state is what it is: `exit`, `signal`, `oom`, `hung`, `late`, `dependencies`, `cache`, `install`."""
-    ended: bool = False
-    """`Stop` was seen: nothing starts any more."""
 
     @property
     def alive(self) -> bool:
         """Whether there is a process."""
-        return self.state in (State.STARTING, State.READY, State.STOPPING)
+        return self.phase in (Phase.STARTING, Phase.READY, Phase.STOPPING)
 
     @property
     def next_due(self) -> float | None:
-        """When `Tick` is wanted next."""
+        """When to give `Tick` at the latest; None: nothing is due."""
         times = [at for at in (self.due, None if self.installing else self.install_due) if at is not None]
         return min(times, default=None)
 
 
-Step = tuple[Machine, tuple[Command, ...]]
+Step = tuple[DevServerState, tuple[Command, ...]]
 NOTHING: tuple[Command, ...] = ()
 
 
-def step(machine: Machine, given: Input, now: float, *, policy: Policy, jitter: float) -> Step:
-    """The machine after `given`, and what to do about it. `jitter` is in [0, 1)."""
-    if machine.ended and not isinstance(given, Exited):
-        return machine, NOTHING
+def step(state: DevServerState, given: Input, now: float, *, policy: RestartPolicy, jitter: float) -> Step:
+    """Apply one input.
+
+    Args:
+        state: The state before.
+        given: What happened.
+        now: The time, on the clock that every time in `state` is from.
+        policy: The bounds.
+        jitter: Random, in [0, 1): spreads the backoff over half to all of it.
+
+    Returns:
+        The state after, and the commands to carry out, in order.
+    """
+    if state.ended and not isinstance(given, Exited):
+        return state, NOTHING
     match given:
         case Stop():
-            return _end(machine, now)
+            return _end(state, now)
         case Tick():
-            return _tick(machine, now, policy, jitter)
+            return _tick(state, now, policy, jitter)
         case Hydrated(runnable):
-            machine = replace(machine, hydrated=True)
-            if machine.state is not State.ABSENT or not runnable or machine.installing:
-                return machine, NOTHING
-            return _install(_enter(machine, State.INSTALLING, now))
+            state = replace(state, hydrated=True)
+            if state.phase is not Phase.ABSENT or not runnable or state.installing:
+                return state, NOTHING
+            return _install(_enter(state, Phase.INSTALLING, now))
         case Edited():
-            return _edited(machine, given, now, policy), NOTHING
+            return _edited(state, given, now, policy), NOTHING
         case Installed():
-            return _installed(machine, given, now, policy)
-        case _ if given.generation != machine.generation or not machine.alive:
-            return machine, NOTHING
+            return _installed(state, given, now, policy)
+        case _ if given.generation != state.generation or not state.alive:
+            return state, NOTHING
         case Exited(why=why):
-            return _exited(machine, why, now, policy, jitter)
+            return _exited(state, why, now, policy, jitter)
         case Answered():
-            late = machine.state is State.STARTING
-            return (replace(machine, due=None) if late else replace(machine, missed=0)), NOTHING
+            late = state.phase is Phase.STARTING
+            return (replace(state, due=None) if late else replace(state, missed=0)), NOTHING
         case Served():
-            machine = replace(machine, missed=0, outdated=0)
-            if machine.state is not State.STARTING:
-                return machine, NOTHING
-            return _enter(machine, State.READY, now), NOTHING
+            state = replace(state, missed=0, outdated=0)
+            if state.phase is not Phase.STARTING:
+                return state, NOTHING
+            return _enter(state, Phase.READY, now), NOTHING
         case Missed():
-            return _missed(machine, now, policy)
+            return _missed(state, now, policy)
         case Outdated():
-            return _outdated(machine, now, policy)
+            return _outdated(state, now, policy)
 
 
-def _enter(machine: Machine, state: State, now: float, reason: str = "", due: float | None = None) -> Machine:
-    return replace(machine, state=state, since=now, reason=reason, due=due)
+def _enter(
+    state: DevServerState, phase: Phase, now: float, reason: str = "", due: float | None = None
+) -> DevServerState:
+    return replace(state, phase=phase, since=now, reason=reason, due=due)
 
 
-def _install(machine: Machine) -> Step:
-    return replace(machine, installing=True, install_due=None), (Command.INSTALL,)
+def _install(state: DevServerState) -> Step:
+    return replace(state, installing=True, install_due=None), (Command.INSTALL,)
 
 
-def _start(machine: Machine, now: float, policy: Policy, command: Command, reason: str = "") -> Step:
-    machine = _enter(machine, State.STARTING, now, reason, now + policy.start_timeout)
-    return replace(machine, generation=machine.generation + 1, missed=0, outdated=0), (command,)
+def _start(
+    state: DevServerState, now: float, policy: RestartPolicy, command: Command, reason: str = ""
+) -> Step:
+    state = _enter(state, Phase.STARTING, now, reason, now + policy.start_timeout)
+    return replace(state, generation=state.generation + 1, missed=0, outdated=0), (command,)
 
 
-def _terminate(machine: Machine, now: float, reason: str, after: After) -> Step:
-    return replace(_enter(machine, State.STOPPING, now, reason), after=after), (Command.TERMINATE,)
+def _terminate(state: DevServerState, now: float, reason: str, restart: Command | None = None) -> Step:
+    return replace(_enter(state, Phase.STOPPING, now, reason), restart=restart), (Command.TERMINATE,)
 
 
-def _end(machine: Machine, now: float) -> Step:
-    machine = replace(machine, ended=True, install_due=None)
-    if machine.state is State.STOPPING:
-        return replace(machine, after=After.NOTHING), NOTHING
-    if machine.alive:
-        return _terminate(machine, now, "stop", After.NOTHING)
-    return _enter(machine, State.ABSENT, now, "stop"), NOTHING
+def _end(state: DevServerState, now: float) -> Step:
+    state = replace(state, ended=True, install_due=None)
+    if state.phase is Phase.STOPPING:
+        return state, NOTHING
+    if state.alive:
+        return _terminate(state, now, "stop")
+    return _enter(state, Phase.ABSENT, now, "stop"), NOTHING
 
 
-def _tick(machine: Machine, now: float, policy: Policy, jitter: float) -> Step:
-    if machine.install_due is not None and machine.install_due <= now and not machine.installing:
-        if machine.state in (State.ABSENT, State.FAILED):
-            machine = _enter(machine, State.INSTALLING, now)
-        return _install(machine)
-    if machine.due is None or machine.due > now:
-        return machine, NOTHING
-    if machine.state is State.BACKOFF:
-        return _start(machine, now, policy, Command.START, machine.reason)
-    if machine.state is State.STARTING:
-        return _terminate(machine, now, "late", After.CRASH)
-    return machine, NOTHING
+def _tick(state: DevServerState, now: float, policy: RestartPolicy, jitter: float) -> Step:
+    if state.install_due is not None and state.install_due <= now and not state.installing:
+        if state.phase in (Phase.ABSENT, Phase.FAILED):
+            state = _enter(state, Phase.INSTALLING, now)
+        return _install(state)
+    if state.due is None or state.due > now:
+        return state, NOTHING
+    if state.phase is Phase.BACKOFF:
+        return _start(state, now, policy, Command.START, state.reason)
+    if state.phase is Phase.STARTING:
+        return _terminate(state, now, "late")
+    return state, NOTHING
 
 
-def _edited(machine: Machine, edit: Edited, now: float, policy: Policy) -> Machine:
-    if not machine.hydrated or (machine.state is State.ABSENT and not edit.runnable):
-        return machine
+def _edited(state: DevServerState, edit: Edited, now: float, policy: RestartPolicy) -> DevServerState:
+    if not state.hydrated or (state.phase is Phase.ABSENT and not edit.runnable):
+        return state
     soon = now + policy.debounce
-    if edit.dependencies or (edit.relevant and machine.state in (State.ABSENT, State.FAILED)):
-        machine = replace(machine, install_due=soon)
-    if edit.relevant and machine.state is State.BACKOFF:
-        machine = replace(machine, due=min(soon, machine.due or soon))
-    return machine
+    if edit.dependencies or (edit.relevant and state.phase in (Phase.ABSENT, Phase.FAILED)):
+        state = replace(state, install_due=soon)
+    if edit.relevant and state.phase is Phase.BACKOFF:
+        state = replace(state, due=min(soon, state.due or soon))
+    return state
 
 
-def _installed(machine: Machine, ended: Installed, now: float, policy: Policy) -> Step:
-    machine = replace(machine, installing=False)
+def _installed(state: DevServerState, ended: Installed, now: float, policy: RestartPolicy) -> Step:
+    state = replace(state, installing=False)
     if ended.ok and ended.restart:
-        machine = replace(machine, cache_cleared=False)
-    match machine.state:
-        case State.INSTALLING if ended.usable:
-            return _start(machine, now, policy, Command.START)
-        case State.INSTALLING:
-            return _enter(machine, State.FAILED, now, "install"), NOTHING
-        case State.STARTING | State.READY if ended.ok and ended.restart:
-            return _terminate(machine, now, "dependencies", After.START)
-        case State.BACKOFF if ended.ok and ended.restart:
-            return _start(machine, now, policy, Command.START, "dependencies")
+        state = replace(state, cache_cleared=False)
+    match state.phase:
+        case Phase.INSTALLING if ended.usable:
+            return _start(state, now, policy, Command.START)
+        case Phase.INSTALLING:
+            return _enter(state, Phase.FAILED, now, "install"), NOTHING
+        case Phase.STARTING | Phase.READY if ended.ok and ended.restart:
+            return _terminate(state, now, "dependencies", Command.START)
+        case Phase.BACKOFF if ended.ok and ended.restart:
+            return _start(state, now, policy, Command.START, "dependencies")
         case _:
-            return machine, NOTHING
+            return state, NOTHING
 
 
-def _exited(machine: Machine, why: str, now: float, policy: Policy, jitter: float) -> Step:
-    if machine.ended:
-        return _enter(machine, State.ABSENT, now, "stop"), NOTHING
-    if machine.state is State.STOPPING and machine.after is After.START:
-        return _start(machine, now, policy, Command.START, machine.reason)
-    if machine.state is State.STOPPING and machine.after is After.START_FRESH:
-        return _start(machine, now, policy, Command.START_FRESH, machine.reason)
-    if machine.state is State.STOPPING:
-        why = machine.reason
-    if machine.state is State.READY and now - machine.since >= policy.healthy_after:
-        machine = replace(machine, crashes=(), failures=0)
-    recent = (*(at for at in machine.crashes if now - at < policy.crash_window), now)
-    machine = replace(machine, crashes=recent[-policy.max_crashes :], failures=machine.failures + 1)
+def _exited(state: DevServerState, why: str, now: float, policy: RestartPolicy, jitter: float) -> Step:
+    if state.ended:
+        return _enter(state, Phase.ABSENT, now, "stop"), NOTHING
+    if state.phase is Phase.STOPPING and state.restart is not None:
+        return _start(state, now, policy, state.restart, state.reason)
+    if state.phase is Phase.STOPPING:
+        why = state.reason
+    if state.phase is Phase.READY and now - state.since >= policy.healthy_after:
+        state = replace(state, crashes=(), failures=0)
+    recent = (*(at for at in state.crashes if now - at < policy.crash_window), now)
+    state = replace(state, crashes=recent[-policy.max_crashes :], failures=state.failures + 1)
     if len(recent) >= policy.max_crashes:
-        return _enter(machine, State.FAILED, now, why), NOTHING
-    delay = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(machine.failures - 1, 16))
-    return _enter(machine, State.BACKOFF, now, why, now + delay * (0.5 + jitter / 2)), NOTHING
+        return _enter(state, Phase.FAILED, now, why), NOTHING
+    delay = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(state.failures - 1, 16))
+    return _enter(state, Phase.BACKOFF, now, why, now + delay * (0.5 + jitter / 2)), NOTHING
 
 
-def _missed(machine: Machine, now: float, policy: Policy) -> Step:
-    if machine.state is not State.READY:
-        return machine, NOTHING
-    machine = replace(machine, missed=machine.missed + 1)
-    if machine.missed < policy.missed_probes:
-        return machine, NOTHING
-    if now - machine.since >= policy.healthy_after:
-        machine = replace(machine, crashes=(), failures=0)
-    return _terminate(machine, now, "hung", After.CRASH)
+def _missed(state: DevServerState, now: float, policy: RestartPolicy) -> Step:
+    if state.phase is not Phase.READY:
+        return state, NOTHING
+    state = replace(state, missed=state.missed + 1)
+    if state.missed < policy.missed_probes:
+        return state, NOTHING
+    if now - state.since >= policy.healthy_after:
+        state = replace(state, crashes=(), failures=0)
+    return _terminate(state, now, "hung")
 
 
-def _outdated(machine: Machine, now: float, policy: Policy) -> Step:
-    if machine.state is State.STOPPING:
-        return machine, NOTHING
-    machine = replace(machine, outdated=machine.outdated + 1)
-    if machine.outdated < policy.outdated_answers or machine.cache_cleared:
-        return machine, NOTHING
-    return _terminate(replace(machine, cache_cleared=True), now, "cache", After.START_FRESH)
+def _outdated(state: DevServerState, now: float, policy: RestartPolicy) -> Step:
+    if state.phase is Phase.STOPPING:
+        return state, NOTHING
+    state = replace(state, outdated=state.outdated + 1)
+    if state.outdated < policy.outdated_answers or state.cache_cleared:
+        return state, NOTHING
+    return _terminate(replace(state, cache_cleared=True), now, "cache", Command.START_FRESH)

@@ -1,7 +1,7 @@
-"""The dev server's keeper: asks `devserver.state` what to do, does it, and tells it what came of it.
+"""Runs the dev server: starts, probes, stops and restarts its process, and runs installs.
 
-The shell round the pure table. It starts and stops the process, looks whether a preview is served, runs
-installs, and keeps the last lines of output. Nothing here decides when to restart or when to give up.
+`devserver.state` decides what to do. The supervisor gives it what happened (an exit, the result of a probe or an
+install, an edit, time that passed), carries out the commands it returns, and keeps the last lines of output.
 """
 
 from __future__ import annotations
@@ -14,54 +14,66 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
 
-import httpx
-
 from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, project, state
-from agent.devserver.install import How, Installer, Result
-from agent.devserver.probe import Seen, Verdict
+from agent.devserver.install import Installer, InstallOutcome, InstallResult
+from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child
 from agent.devserver.project import Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
-from agent.devserver.sandbox import Launch, Rights, environment, find_user
+from agent.devserver.sandbox import Launch, environment, project_rights
 from agent.devserver.state import (
-    Answered,
     Command,
+    DevServerState,
     Edited,
     Exited,
     Hydrated,
     Input,
     Installed,
-    Machine,
-    Missed,
-    Outdated,
-    Policy,
-    Served,
-    State,
+    Phase,
+    RestartPolicy,
     Stop,
     Tick,
 )
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
-LOG_LINES = 200
-LOG_RATE = 100
-"""Lines a second that go to the log; a loop that prints must not become the agent's main work."""
-FIRST_LOOKS = 0.03
-"""Seconds between looks at a server that does not answer yet. Vite needs about 0.4 s, a look under 1 ms."""
-LATER_LOOKS = 0.25
-"""Seconds between looks at one that answers without serving a preview: somebody has to fix something."""
-SOCKET_PATIENCE = 10.0
-"""Seconds after which a preview without its socket counts as served: the project may have turned it off."""
-PROCESSES_OF_A_USER = 512
+OUTPUT_LINES = 200
+"""Lines of output that are kept for status and problems."""
+LOGGED_LINES = 100
+"""Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
 ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
+log = get_logger("supervisor")
+
+
+class OutputLog:
+    """Keeps the last lines of the dev server's output, and logs them up to a bound."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._second = self._in_second = self._not_logged = 0
+        self.lines: deque[str] = deque(maxlen=OUTPUT_LINES)
+
+    def add(self, line: str) -> None:
+        """Take one line."""
+        self.lines.append(line)
+        second = int(self._clock())
+        if second != self._second:
+            if self._not_logged:
+                log.warning("dev_server.output_silenced", source="dev", lines=self._not_logged)
+            self._second, self._in_second, self._not_logged = second, 0, 0
+        self._in_second += 1
+        if self._in_second > LOGGED_LINES:
+            self._not_logged += 1
+        elif line.strip():
+            log.info("dev_server.output", source="dev", line=line)
 
 
 class Supervisor:
-    """Keeps the project's dev server up. `run` until cancelled; the rest may be called at any time."""
+    """Runs the project's dev server. `run` until cancelled; everything else may be called at any time."""
 
     def __init__(
         self,
@@ -70,147 +82,161 @@ class Supervisor:
         environ: Mapping[str, str] | None = None,
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
-        policy: Policy | None = None,
+        policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`environ` is what the child's allow-list picks from (default: the agent's own).
+        """Make a supervisor.
 
-        Raises `SettingsError` when DEV_USER is nobody.
+        Args:
+            settings: The agent's settings.
+            environ: The environment that the child's allow-list picks from; None: the agent's own.
+            reaper: Who collects orphans in this process.
+            metrics: Where starts, installs and the state are counted.
+            policy: The bounds on starts and restarts.
+            clock: Monotonic, seconds.
+            chance: Random numbers in [0, 1), for the backoff.
+
+        Raises:
+            SettingsError: DEV_USER is not a user, or is root.
         """
         self._settings = settings
         self._environ = os.environ if environ is None else environ
         self._reaper = reaper
-        self._metrics = metrics
-        self._policy = policy or Policy()
+        self._metrics = metrics or Metrics()
+        self._policy = policy or RestartPolicy()
         self._clock = clock
         self._chance = chance
-        self._log = get_logger("supervisor")
+        self._output = OutputLog(clock)
         self._host = net.listening_host(settings.dev_host)
-        self._rights, self._isolation = rights(settings)
+        self._rights, self._isolation = project_rights(settings)
         self._installer = Installer(
-            settings, environ=self._environ, rights=self._rights, on_line=self._heard, reaper=reaper
+            settings, environ=self._environ, rights=self._rights, on_line=self._output.add, reaper=reaper
         )
-        self._machine = Machine()
+
+        # The state and what is under way.
+        self._state = DevServerState()
         self._inputs: asyncio.Queue[Input] = asyncio.Queue()
         self._group: asyncio.TaskGroup | None = None
-        self._work: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+        # The process.
         self._child: Child | None = None
         self._argv: tuple[str, ...] = ()
-        self._prefix = ""
-        self._seen: Seen | None = None
-        self._install: Result | None = None
-        self._install_problem: Problem | None = None
+        self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
-        self._lines: deque[str] = deque(maxlen=LOG_LINES)
-        self._second = 0
-        self._in_second = 0
-        self._silenced = 0
         self.restarts = 0
 
-    # --- what others see and say
+        # The install.
+        self._prefix = ""
+        """The directory of package.json in the project, with a slash at its end."""
+        self._install: InstallResult | None = None
+        self._install_problem: Problem | None = None
+
+    # --- what the rest of the agent sees and tells
 
     @property
-    def state(self) -> State:
-        return self._machine.state
+    def state(self) -> Phase:
+        """What the dev server is doing."""
+        return self._state.phase
 
     @property
     def ready(self) -> bool:
-        """The preview is served."""
-        return self.state is State.READY
+        """Whether the preview is served."""
+        return self.state is Phase.READY
 
     @property
     def installing(self) -> bool:
-        return self._machine.installing
+        """Whether an install runs."""
+        return self._state.installing
 
     @property
     def url(self) -> str:
-        """Where the agent itself reaches the dev server."""
+        """The address at which the agent itself reaches the dev server."""
         name = "127.0.0.1" if self._host in ANYWHERE else self._host
         name = f"[{name}]" if ":" in name else name
         return f"http://{name}:{self._settings.dev_port}"
 
     def project_ready(self) -> None:
-        """The tree is whole: find out what it is, install, start."""
+        """Install and start: the project's files are all there."""
         self._inputs.put_nowait(Hydrated(self._runnable()))
 
     def files_changed(self, paths: Collection[RelPath]) -> None:
-        """These were written or removed."""
+        """Install again or start a failed server again, if `paths`, written or removed, may make a difference."""
         dependencies = any(project.decides_install(path, self._prefix) for path in paths)
-        relevant = dependencies or project.may_cure(paths)
-        if relevant:
-            runnable = self.state is not State.ABSENT or self._runnable()
-            self._inputs.put_nowait(Edited(dependencies, relevant, runnable))
+        if dependencies or project.may_fix(paths):
+            runnable = self.state is not Phase.ABSENT or self._runnable()
+            self._inputs.put_nowait(Edited(dependencies, True, runnable))
 
     def problems(self) -> tuple[Problem, ...]:
-        """What is wrong now."""
+        """Return what is wrong now."""
         found = [self._install_problem, self._start_problem]
-        if self.state in (State.FAILED, State.BACKOFF) and self._machine.reason != "install":
-            said = list(self._lines)[-10:] or ["no output"]
-            if self._machine.reason == "late":
+        if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason != "install":
+            said = list(self._output.lines)[-10:] or ["no output"]
+            if self._state.reason == "late":
                 elsewhere = "if it listens elsewhere, set DEV_COMMAND to start it with this host and port"
                 said.insert(
                     0, f"nothing answered at {self.url} in {self._policy.start_timeout:g} s; {elsewhere}"
                 )
-            failed = self.state is State.FAILED
+            failed = self.state is Phase.FAILED
             kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
-            found.append(Problem(kind, "\n".join(said), rule=self._machine.reason))
-        if self.ready and self._seen and self._seen.verdict is Verdict.SOCKETLESS:
-            found.append(Problem("hmr_unreachable", self._seen.detail))
+            found.append(Problem(kind, "\n".join(said), rule=self._state.reason))
+        if self.ready and self._inspection and self._inspection.outcome is Outcome.SOCKETLESS:
+            found.append(Problem("hmr_unreachable", self._inspection.detail))
         return tuple(problem for problem in found if problem)
 
     def report(self, *, log: bool = True) -> dict[str, object]:
-        """For status. `log`: with the last lines of output."""
-        machine, installed = self._machine, self._install
-        told: dict[str, object] = {
-            "state": machine.state.value,
-            "reason": machine.reason or None,
-            "seconds_in_state": round(self._clock() - machine.since, 3) if machine.since else None,
+        """Return what `/status` shows. `log`: with the last lines of output."""
+        now, installed, inspection = self._state, self._install, self._inspection
+        report: dict[str, object] = {
+            "state": now.phase.value,
+            "reason": now.reason or None,
+            "seconds_in_state": round(self._clock() - now.since, 3) if now.since else None,
             "restarts": self.restarts,
             "url": self.url,
             "pid": self._child.pid if self._child else None,
             "command": list(self._argv) or None,
-            "detail": self._seen.detail if self._seen else None,
-            "entry": self._seen.entry if self._seen else None,
+            "detail": inspection.detail if inspection else None,
+            "entry": inspection.entry if inspection else None,
             "user": self._rights.user.name if self._rights.user else None,
             "isolation": self._isolation,
-            "installing": machine.installing,
-            "install": {"result": installed.how.value, "seconds": round(installed.seconds, 3)}
-            if installed
-            else None,
+            "installing": now.installing,
+            "install": installed
+            and {"result": installed.outcome.value, "seconds": round(installed.seconds, 3)},
         }
         if log:
-            told["log"] = list(self._lines)
-        return told
+            report["log"] = list(self._output.lines)
+        return report
 
-    def hurry(self) -> None:
-        """Kill instead of waiting for the grace to pass."""
+    def kill_now(self) -> None:
+        """Kill the dev server without waiting for `DEV_STOP_SECONDS` to pass."""
         if self._child and self._group:
-            self._spawn(self._kill(self._child), "dev-kill")
+            self._spawn(self._child.kill(), "dev-kill")
 
     # --- the loop
 
     async def run(self) -> None:
-        """Until cancelled; then the dev server and any install are gone within `DEV_STOP_SECONDS`.
+        """Run the dev server until cancelled; then end it and any install within `DEV_STOP_SECONDS`.
 
-        Raises `DevServerFailed` when the server failed for good and the settings call it essential, and
-        `OSError` when the directory for installs cannot be made.
+        Raises:
+            DevServerFailed: The server failed for good, and the settings call it essential.
+            OSError: The directory for installs cannot be made.
         """
         await self._installer.open()
-        self._show()
+        self._show_state()
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
                 while True:
-                    self._take(await self._next())
-                    if self.state is State.FAILED and self._settings.dev_essential:
-                        raise DevServerFailed(f"the dev server failed for good ({self._machine.reason})")
+                    self._carry_out(self._apply(await self._next()))
+                    if self.state is Phase.FAILED and self._settings.dev_essential:
+                        raise DevServerFailed(f"the dev server failed for good ({self._state.reason})")
             finally:
                 await self._shut_down()
                 self._group = None
 
     async def _next(self) -> Input:
-        due = self._machine.next_due
+        due = self._state.next_due
         wait = None if due is None else max(0.0, due - self._clock())
         try:
             async with asyncio.timeout(wait):
@@ -218,53 +244,52 @@ class Supervisor:
         except TimeoutError:
             return Tick()
 
-    def _take(self, given: Input) -> None:
-        before = self._machine
-        self._machine, commands = state.step(
+    def _apply(self, given: Input) -> tuple[Command, ...]:
+        """Move the state with what happened. Returns what is to be done about it."""
+        before = self._state
+        self._state, commands = state.step(
             before, given, self._clock(), policy=self._policy, jitter=self._chance()
         )
-        if self._machine.state is not before.state:
-            self._show()
-            self._log.info(
+        if self.state is not before.phase:
+            self._show_state()
+            log.info(
                 "dev_server.state",
                 state=self.state.value,
-                previous=before.state.value,
-                reason=self._machine.reason,
+                previous=before.phase.value,
+                reason=self._state.reason,
             )
+        return commands
+
+    def _carry_out(self, commands: tuple[Command, ...]) -> None:
         for command in commands:
             match command:
                 case Command.INSTALL:
                     self._spawn(self._do_install(), "install")
                 case Command.START | Command.START_FRESH:
-                    generation = self._machine.generation
+                    generation = self._state.generation
                     if generation > 1:
                         self.restarts += 1
-                        if self._metrics:
-                            self._metrics.dev_server_restarts.labels(self._machine.reason or "change").inc()
+                        self._metrics.dev_server_restarts.labels(self._state.reason or "change").inc()
                     self._spawn(self._do_start(generation, command is Command.START_FRESH), "dev-server")
                 case Command.TERMINATE:
                     if self._child:
-                        self._spawn(self._stop(self._child), "dev-stop")
+                        self._spawn(self._child.stop(self._settings.dev_stop_seconds), "dev-stop")
 
-    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[object, object, object], name: str) -> None:
         assert self._group is not None
         task = self._group.create_task(work, name=name)
-        self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _shut_down(self) -> None:
-        self._machine, _ = state.step(self._machine, Stop(), self._clock(), policy=self._policy, jitter=0.0)
-        self._show()
-        for task in list(self._work):
+        self._apply(Stop())
+        for task in list(self._tasks):
             if task.get_name() != "dev-kill":
                 task.cancel()
-        running = self._child
-        if running:
-            await running.stop(self._settings.dev_stop_seconds)
+        if self._child:
+            await self._child.stop(self._settings.dev_stop_seconds)
             self._child = None
-        ended = Exited(self._machine.generation, "exit")
-        self._machine, _ = state.step(self._machine, ended, self._clock(), policy=self._policy, jitter=0.0)
-        self._show()
+        self._apply(Exited(self._state.generation, "exit"))
 
     # --- the commands
 
@@ -278,19 +303,16 @@ class Supervisor:
             return
         if wanted:
             self._prefix = "" if wanted.root == self._settings.project_dir else f"{wanted.root.name}/"
-            result = await self._installer.install(wanted)
-            self._install, self._install_problem = result, result.problem
-            if self._metrics:
-                self._metrics.installs.labels(result.how.value).inc()
-            self._log.info(
-                "install.done", result=result.how.value, seconds=round(result.seconds, 3),
+            self._install = result = await self._installer.install(wanted)
+            self._metrics.installs.labels(result.outcome.value).inc()
+            log.info(
+                "install.done", result=result.outcome.value, seconds=round(result.seconds, 3),
                 problem=result.problem.rule if result.problem else None,
             )  # fmt: skip
-        else:
-            self._install_problem = None
+        self._install_problem = result.problem if result else None
         now = self._command(wanted, fresh=False)
         usable = bool(now) and (result is None or result.usable)
-        failed = result is not None and result.how is How.FAILED
+        failed = result is not None and result.outcome is InstallOutcome.FAILED
         restart = (result is not None and result.swapped) or (bool(argv) and bool(now) and argv != now)
         self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
 
@@ -301,7 +323,7 @@ class Supervisor:
             wanted = None
         argv = self._command(wanted, fresh=False) or self._argv
         running = self._command(wanted, fresh=True) if fresh else argv
-        self._argv, self._seen, self._start_problem = argv, None, None
+        self._argv, self._inspection, self._start_problem = argv, None, None
         port = self._settings.dev_port
         more = {"PORT": str(port), "BROWSER": "none"}
         if self._settings.preview_host:
@@ -314,59 +336,29 @@ class Supervisor:
             self._start_problem = Problem("port_taken", f"something else listens on port {port}")
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
-        running_child = await Child.start(launch, on_line=self._heard, reaper=self._reaper)
-        self._child = running_child
-        looking = asyncio.create_task(self._look(generation), name=f"look-{generation}")
+        child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
+        self._child = child
+        probing = asyncio.create_task(self._probe(generation), name=f"probe-{generation}")
         try:
-            code = await running_child.wait()
+            code = await child.wait()
         finally:
-            looking.cancel()
+            probing.cancel()
         why = "exit" if code < 128 else "signal"
         if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
-        if not running_child.asked_to_stop:
-            self._log.warning("dev_server.exited", code=code, why=why)
+        if not child.asked_to_stop:
+            log.warning("dev_server.exited", code=code, why=why)
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
 
-    async def _stop(self, running: Child) -> None:
-        await running.stop(self._settings.dev_stop_seconds)
+    async def _probe(self, generation: int) -> None:
+        timeout = self._settings.dev_probe_seconds
+        async for observed, inspection in probe.observe(self.url, timeout=timeout, clock=self._clock):
+            self._inspection = inspection
+            if observed is not None:
+                self._inputs.put_nowait(observed(generation))
 
-    async def _kill(self, running: Child) -> None:
-        await running.kill()
-
-    async def _look(self, generation: int) -> None:
-        """Look until it is served, then ask now and then whether it still answers."""
-        patience, every = self._settings.dev_probe_seconds, FIRST_LOOKS
-        without_socket: float | None = None
-        async with httpx.AsyncClient(trust_env=False, timeout=patience) as http:
-            while True:
-                self._seen = seen = await probe.look(http, self.url, timeout=patience)
-                if seen.verdict is not Verdict.SILENT:
-                    self._inputs.put_nowait(Answered(generation))
-                    every = LATER_LOOKS
-                if seen.verdict is Verdict.SOCKETLESS:
-                    without_socket = without_socket or self._clock()
-                if seen.verdict is Verdict.OUTDATED:
-                    self._inputs.put_nowait(Outdated(generation))
-                if seen.verdict is Verdict.SERVED or (
-                    without_socket and self._clock() - without_socket >= SOCKET_PATIENCE
-                ):
-                    break
-                await asyncio.sleep(every)
-            self._inputs.put_nowait(Served(generation))
-            while True:
-                await asyncio.sleep(patience)
-                seen = await probe.look(http, self.url, timeout=patience, socket=False)
-                if seen.verdict is not Verdict.SILENT or await probe.ping(http, self.url, timeout=patience):
-                    self._inputs.put_nowait(
-                        Outdated(generation) if seen.verdict is Verdict.OUTDATED else Answered(generation)
-                    )
-                    self._seen = seen
-                else:
-                    self._inputs.put_nowait(Missed(generation))
-
-    # --- small things
+    # --- the project and the metrics
 
     def _find(self) -> Project | None:
         return project.find(self._settings.project_dir, scripts=self._settings.install_scripts)
@@ -383,36 +375,5 @@ class Supervisor:
             return self._settings.dev_command
         return wanted.dev_argv(host=self._host, port=self._settings.dev_port, fresh=fresh) if wanted else ()
 
-    def _heard(self, line: str) -> None:
-        self._lines.append(line)
-        second = int(self._clock())
-        if second != self._second:
-            if self._silenced:
-                self._log.warning("dev_server.output_silenced", source="dev", lines=self._silenced)
-            self._second, self._in_second, self._silenced = second, 0, 0
-        self._in_second += 1
-        if self._in_second > LOG_RATE:
-            self._silenced += 1
-        elif line.strip():
-            self._log.info("dev_server.output", source="dev", line=line)
-
-    def _show(self) -> None:
-        if self._metrics:
-            show_state(self._metrics.dev_server_state, [s.value for s in State], self.state.value)
-
-
-def rights(settings: Settings) -> tuple[Rights, str]:
-    """What the project's programs may do, and one sentence about it for status. Raises `SettingsError`."""
-    files = settings.dev_files
-    if settings.dev_user is None:
-        same = "the project's code runs as the agent's own user and could read what the agent can"
-        return Rights(None, settings.dev_processes, files), f"none: DEV_USER is not set, {same}"
-    user = find_user(settings.dev_user)
-    if os.geteuid() == user.uid:
-        return Rights(None, settings.dev_processes, files), f"none: the agent itself runs as {user.name}"
-    if os.geteuid() != 0:
-        return (
-            Rights(None, settings.dev_processes, files),
-            f"none: the agent is not root and cannot become {user.name}",
-        )
-    return Rights(user, settings.dev_processes or PROCESSES_OF_A_USER, files), f"runs as {user.name}"
+    def _show_state(self) -> None:
+        show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)

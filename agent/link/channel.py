@@ -1,10 +1,10 @@
-"""Speak the Phoenix channel protocol, PURE: frames in, events and frames out, time passed in, without socket or clock.
+"""Speaks the Phoenix channel protocol. Pure: frames in, events and frames out, time passed in, no socket, no clock.
 
 Phoenix channels as Supabase Realtime speaks them, `vsn=2.0.0`: text frames are arrays
 `[join_ref, ref, topic, event, payload]`, database broadcasts are binary frames of type 4. One `PhoenixChannel` is one
 topic on one socket. Its refs only grow, so that the reply to an earlier join is never taken for the reply to this one.
 
-The state is in the link's `LinkStateMachine`, which `PhoenixChannel` moves; the events are `link.frame_types`. Nothing
+The state is in the link's `LinkStateMachine`, which `PhoenixChannel` moves; the events are in `link.types`. Nothing
 that a server sends makes this module raise: what cannot be read is counted in `ignored`.
 
     channel = PhoenixChannel("realtime:project:…", machine)
@@ -29,12 +29,12 @@ from agent.link.types import (
     DEFAULTS,
     JOINED_STATES,
     WITH_SOCKET,
-    Broadcast,
     Cause,
     ChannelEvent,
     Dropped,
     Joined,
     LinkStateMachine,
+    Received,
     Refused,
     ReplicationReady,
     Timing,
@@ -71,7 +71,7 @@ class PhoenixChannel:
             topic: The topic as it stands on the wire.
             machine: The link's state, moved by what the server says and by deadlines that pass.
             timing: The deadlines.
-            ignored: Counts the frames that mean nothing to us, by reason: unreadable, foreign, stale, unknown.
+            ignored: Counts the frames that are ignored, by reason: unreadable, foreign, stale, unknown.
         """
         self.topic = topic
         self.machine = machine
@@ -102,7 +102,7 @@ class PhoenixChannel:
         self._heartbeat_ref: str | None = None
         self._heartbeat_by: float | None = None
 
-    # --- what the caller tells
+    # --- what the caller calls
 
     def opened(self, now: float, token: str) -> None:
         """Join the topic and start the heartbeat: the socket is open."""
@@ -186,7 +186,7 @@ class PhoenixChannel:
             self._heartbeat(now)
         return None
 
-    # --- what the server tells
+    # --- what the server sends
 
     def receive(self, frame: bytes, now: float, at: float = 0.0) -> ChannelEvent | None:
         """Read one frame. Never raises.
@@ -234,7 +234,7 @@ class PhoenixChannel:
             payload = orjson.loads(frame[event_end + frame[3] :])
         except ValueError:
             return self._ignore("unreadable")
-        return Broadcast(event, payload, at) if type(payload) is dict else self._ignore("unreadable")
+        return Received(event, payload, at) if type(payload) is dict else self._ignore("unreadable")
 
     def _on_channel(
         self, join_ref: object, ref: object, event: str, payload: dict[str, object], now: float, at: float
@@ -243,7 +243,7 @@ class PhoenixChannel:
             case "broadcast":
                 name, body = payload.get("event"), payload.get("payload")
                 if isinstance(name, str) and isinstance(body, dict):
-                    return Broadcast(name, body, at)
+                    return Received(name, body, at)
                 return self._ignore("unreadable")
             case "phx_reply":
                 if self._join_by is not None and ref == self._join_ref:
@@ -392,7 +392,7 @@ class PhoenixChannel:
 
 
 def _words(said: object) -> str:
-    """What should be text, as text of a line or two; JSON can be nested deeper than Python can write."""
+    """Return what should be text as text, cut; `reprlib`, because JSON may be nested too deep for `repr`."""
     return (said if isinstance(said, str) else reprlib.repr(said))[:LONGEST_REASON]
 
 

@@ -1,11 +1,11 @@
-"""Hold the link for ever over any transport: reconnect, keep the token fresh, watch the clock, report.
+"""Holds the link over any transport: reconnects, keeps the token fresh, watches the clock, reports.
 
 `LinkLoop` is the `EventSource` that the rest of the agent sees. A `Transport` holds one connection until its end; the
-loop decides when the next one is made and with which token, and ends a connection that only looks alive: the clock
-jumped, because the machine was suspended and its sockets are dead, or somebody knows that an event did not come.
+loop decides when the next one is made and with which token, and ends a connection that only looks alive: because the
+clock jumped, so the machine was suspended and its sockets are dead, or because an event is known to be missing.
 
 The link has one state, `LinkStateMachine`'s. The transport moves it while it holds a connection, the loop between two;
-what follows from a transition (a count, an order to catch up) follows from it here, for every transport alike.
+what a transition causes (a count, an order to catch up) it causes here, the same for every transport.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class ConnectionEnd:
     reason: str
     """For a person. Never a token, never a URL."""
     refused: bool = False
-    """The credential was turned away: the same one is not tried again in a hurry."""
+    """The credential was refused: the same one is tried again only after a long pause."""
     wait: float = 0.0
     """The least number of seconds that the other side asked to wait."""
-    turned_away: str | None = None
-    """What the other side answered instead of taking us, for the counter `refusals`: an HTTP status, or `join`."""
+    refusal: str | None = None
+    """What refused us, for the counter `refusals`: the handshake's HTTP status, or `join`; None: nothing did."""
 
 
 class Transport(Protocol):
-    """Makes and holds one connection at a time to where events come from."""
+    """Makes and holds one connection at a time to a source of events."""
 
     @property
     def topic(self) -> str:
-        """What is listened to, for `/status`."""
+        """What it listens to, for `/status`."""
 
     async def hold(self, link: LinkLoop, token: Token) -> ConnectionEnd:
         """Connect and hold the connection until it ends; it is closed when this returns or is cancelled.
@@ -85,7 +85,7 @@ class LinkLoop:
 
         Args:
             transport: Makes the connections.
-            tokens: Who has the token in force, and can get the next one.
+            tokens: Has the token in force, and gets the next one.
             settings: Deadlines, bounds and waits.
             wall: The clock of tokens and reports, Unix seconds. Deadlines run on the event loop's clock.
         """
@@ -94,7 +94,7 @@ class LinkLoop:
         self.wall = wall
         self.last_frame_at: float | None = None
         self.ignored: Counter[str] = Counter()
-        """How many messages meant nothing to us, by reason."""
+        """How many messages were ignored, by reason."""
 
         self._transport = transport
         self._settings = settings
@@ -108,10 +108,10 @@ class LinkLoop:
         self._joined_at: float | None = None
         """When it joined last, in the event loop's time; None: not yet."""
         self._token_expired = False
-        """The server said that its token expired, and was not given another yet."""
+        """The server reported that its token expired, and has no other yet."""
 
         # Between two connections.
-        self._hurry = asyncio.Event()
+        self._retry_now = asyncio.Event()
         self._attempt = 0
         self._refused_in_row = 0
 
@@ -143,8 +143,8 @@ class LinkLoop:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._token.run(), name="link-token")
                 tasks.create_task(self._watch_clock(), name="link-clock")
-                # In the body, not as a third child: a group takes no notice of a child that ends as cancelled, and a
-                # link without this one is deaf.
+                # In the body, not as a third child: a group ignores a child that ends as cancelled, and without
+                # this one nothing is received any more.
                 await self._reconnect_forever()
         except asyncio.CancelledError:
             self.machine.move(Cause.LOST, "stopped")
@@ -161,7 +161,7 @@ class LinkLoop:
     def caught_up(self) -> None:
         """Note that a catch-up succeeded which began after the last `Resync` was received.
 
-        While another `Resync` waits in the queue the link stays behind: that one asks for more than this one brought.
+        While another `Resync` waits in the queue the link stays behind, since that one was queued later.
         """
         self._last_catch_up_at = self.wall()
         if not self._queue.resyncs_waiting:
@@ -205,7 +205,7 @@ class LinkLoop:
             "problems": [problem.detail for problem in self.problems()],
         }
 
-    # --- what the transport asks and tells while it holds a connection
+    # --- what the transport calls while it holds a connection
 
     def deliver(self, event: Received, size: int) -> None:
         """Queue an event of `size` bytes. When the queue is full, a `Resync` replaces all that wait."""
@@ -227,7 +227,7 @@ class LinkLoop:
         return token
 
     def token_expired(self, reason: str) -> None:
-        """Renew the token, because the server says it expired. Said too soon after the join, it ends the connection."""
+        """Renew the token, which the server says expired; end the connection if that is too soon after the join."""
         if self._joined_at is not None and _now() - self._joined_at < self._settings.rejoin_least:
             self.interrupt(ConnectionEnd("token_expired", reason))
         else:
@@ -251,7 +251,7 @@ class LinkLoop:
         """Why the connection is to be ended; None: it is not."""
         return self._ending
 
-    # --- what the token's refresher asks and tells (agent.link.token_refresh.TokenHolder)
+    # --- what the token's refresher calls (agent.link.token_refresh.TokenHolder)
 
     @property
     def wants_token(self) -> bool:
@@ -266,11 +266,11 @@ class LinkLoop:
     def token_changed(self) -> None:
         """Have the connection take another token, or try again at once when the last one was refused."""
         if self.machine.state is LinkState.REFUSED:
-            self._hurry.set()
+            self._retry_now.set()
         self.interrupt()
 
     def token_refused(self, reason: str) -> None:
-        """End the connection: it waits for a token, and none is to be had."""
+        """End the connection: it waits for a token, and there is none."""
         self.interrupt(ConnectionEnd("token_refused", reason, refused=True))
 
     # --- the task that holds one connection after another
@@ -306,11 +306,11 @@ class LinkLoop:
         if self._joined_at is not None and _now() - self._joined_at >= self._settings.stable_after:
             self._attempt = 0
         self._joined_at = None
-        self._hurry.clear()
+        self._retry_now.clear()
         self._attempt += 1
         self._losses[end.cause] += 1
-        if end.turned_away is not None:
-            self._refusals[end.turned_away] += 1
+        if end.refusal is not None:
+            self._refusals[end.refusal] += 1
         self.machine.move(Cause.REFUSED if end.refused else Cause.LOST, end.reason)
 
     async def _wait_for_new_token(self, end: ConnectionEnd) -> None:
@@ -338,10 +338,10 @@ class LinkLoop:
         await asyncio.sleep(self._backoff.delay(self._attempt))
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep until there is a reason to hurry: a new token after a refusal, a machine that woke up."""
+        """Sleep, or until there is a reason to retry at once: a new token after a refusal, a machine that woke up."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._hurry.wait()
+                await self._retry_now.wait()
 
     # --- the clock and the transitions
 
@@ -359,7 +359,7 @@ class LinkLoop:
                 self.resync("clock_jump")
                 self.machine.behind("clock jump")
                 self.interrupt(ConnectionEnd("clock_jump", f"the clock jumped by {offset - before:.0f} s"))
-                self._hurry.set()
+                self._retry_now.set()
 
     def _on_transition(self, source: LinkState, cause: Cause, target: LinkState, why: str) -> None:
         self._since = self.wall()

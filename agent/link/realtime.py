@@ -1,7 +1,7 @@
-"""Hold a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `link.loop`.
+"""Holds a websocket to Supabase Realtime, joined to one topic, until it ends: a transport of `link.loop`.
 
-The protocol is `link.channel`'s; here are the socket and the two tasks on it. One is the only one that writes and
-closes, the other reads.
+The protocol is in `link.channel`; here are the socket and its two tasks, of which one reads, and the other is the only
+one that writes and closes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from agent.link.channel import PhoenixChannel
 from agent.link.loop import ConnectionEnd, LinkLoop
 from agent.link.types import (
     DEFAULTS,
-    Broadcast,
     ChannelEvent,
     Dropped,
     Joined,
     LinkSettings,
+    Received,
     Refused,
     ReplicationReady,
     TokenExpired,
@@ -54,7 +54,7 @@ def realtime_link(
         url: As for the official clients (`wss://host/realtime/v1`, also http(s)).
         api_key: The publishable key, which the server's gateway asks for; None where there is no gateway.
         topic: The topic as it stands on the wire.
-        tokens: Who has the token that the channel is joined with.
+        tokens: Has the token that the channel is joined with.
         settings: Deadlines, bounds and waits.
         wall: The clock of tokens and reports, Unix seconds.
 
@@ -95,7 +95,7 @@ class RealtimeStream:
         self._settings = settings
 
     async def hold(self, link: LinkLoop, token: Token) -> ConnectionEnd:
-        """Connect, join the topic and stay until the socket ends (`linkloop.Transport`)."""
+        """Connect, join the topic and stay until the socket ends (`link.loop.Transport`)."""
         try:
             socket = await _Connect(
                 self._url,
@@ -105,7 +105,7 @@ class RealtimeStream:
                 open_timeout=self._settings.open_within,
                 close_timeout=self._settings.close_within,
                 user_agent_header="preview-agent",
-                logger=_SILENT,
+                logger=_NO_LOG,
                 proxy=None,
             )
         except InvalidStatus as error:
@@ -132,7 +132,7 @@ class _Connection:
         """Join with `token` and stay until the socket ends. Returns how it ended; it is closed then."""
         self._channel.opened(_now(), token.value)
         async with asyncio.TaskGroup() as tasks:
-            # In a group, so that a bug in the reading task ends the agent instead of leaving a link that nobody reads.
+            # In a group, so that a bug in the reading task ends the agent instead of leaving a socket that is not read.
             reading = tasks.create_task(self._read(), name="link-read")
             reading.add_done_callback(lambda _: self._link.interrupt())
             try:
@@ -157,7 +157,7 @@ class _Connection:
                 frame = await self._socket.recv(decode=False)
                 link.last_frame_at = at = link.wall()
                 event = receive(frame, now(), at)
-                if type(event) is Broadcast:
+                if type(event) is Received:
                     link.deliver(event, len(frame))
                 elif event is not None:
                     self._handle(event)
@@ -174,7 +174,7 @@ class _Connection:
             case TokenExpired(reason):
                 link.token_expired(reason)
             case Refused(reason):
-                link.interrupt(ConnectionEnd("refused", reason, refused=True, turned_away="join"))
+                link.interrupt(ConnectionEnd("refused", reason, refused=True, refusal="join"))
             case Dropped(cause, reason):
                 link.interrupt(ConnectionEnd(cause, reason))
 
@@ -227,9 +227,9 @@ class _Connect(connect):
         return exc
 
 
-_SILENT: Final = logging.Logger("agent.link.realtime.websockets", logging.CRITICAL)  # noqa: LOG001
-"""The library logs frames and URLs at debug level, and both carry credentials. Outside the tree of loggers, so that no
-level set at its root wakes this one."""
+_NO_LOG: Final = logging.Logger("agent.link.realtime.websockets", logging.CRITICAL)  # noqa: LOG001
+"""The library logs frames and URLs at debug level, and both carry credentials. Not in the tree of loggers, so that no
+level set at its root applies to this one."""
 
 
 def _handshake_refused(error: InvalidStatus, now: float) -> ConnectionEnd:
@@ -240,7 +240,7 @@ def _handshake_refused(error: InvalidStatus, now: float) -> ConnectionEnd:
         f"the handshake was answered with HTTP {status}",
         refused=status in (401, 403),
         wait=retry_after(error.response.headers.get("retry-after"), now) or 0.0,
-        turned_away=str(status),
+        refusal=str(status),
     )
 
 

@@ -1,7 +1,7 @@
-"""The seam between the link and the rest of the agent: signals, the queue they wait in, and `EventSource`.
+"""Defines what the rest of the agent sees of the link: signals, the queue they wait in, and `EventSource`.
 
-A signal is an event or an order to catch up. Whatever can say "this happened" and "you may have missed something" can
-stand in for Realtime.
+A signal is an event or an order to catch up. Any transport that delivers events, and reports when some may be missing,
+can replace Realtime.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.core.model import Problem
-from agent.link.types import Broadcast, LinkState
-
-Received = Broadcast
-"""An application event, by the name that the rest of the agent has for it: `event`, `payload`, and `at`, Unix seconds
-when its frame was read."""
+from agent.link.types import LinkState
+from agent.link.types import Received as Received
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,7 @@ Signal = Received | Resync
 
 
 class EventSource(Protocol):
-    """Where events come from: all that the rest of the agent knows of the link.
+    """A source of events: all that the rest of the agent knows of the link.
 
     `link.loop.LinkLoop` is one over any transport; a replay has one without any.
     """
@@ -57,7 +54,7 @@ class EventSource(Protocol):
         """Note that a catch-up succeeded which began after the last `Resync` was received."""
 
     def suspect(self, reason: str) -> None:
-        """Replace a connection that looks live: something came by another way that should have come by this one."""
+        """Replace a connection that looks live and did not deliver what it should have."""
 
     def problems(self) -> tuple[Problem, ...]:
         """Return what a person should know is wrong with the link now."""

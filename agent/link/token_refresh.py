@@ -1,4 +1,4 @@
-"""Keep the link's token fresh: notice a new one wherever it came from, renew it in time, ask once for many callers.
+"""Keeps the link's token fresh: notices a new one wherever it came from, and renews it in time, once for all callers.
 
 A token is renewed at a share of its life (`agent.tokens`), or at once when the server says that it expired.
 """
@@ -17,7 +17,7 @@ from agent.tokens import Token, TokenSource, spread
 
 
 class TokenHolder(Protocol):
-    """Who uses the token: the link."""
+    """The user of the token, which is the link."""
 
     @property
     def wants_token(self) -> bool:
@@ -31,7 +31,7 @@ class TokenHolder(Protocol):
         """Note that another token is in force."""
 
     def token_refused(self, reason: str) -> None:
-        """Note that no token is to be had, while it waits for one."""
+        """Note that there is no token, while it waits for one."""
 
 
 class TokenRefresher:
@@ -45,12 +45,12 @@ class TokenRefresher:
         wall: Callable[[], float],
         backoff: Backoff,
     ) -> None:
-        """Watch over the token of `holder`.
+        """Keep the token of `holder` fresh.
 
         Args:
-            tokens: Who has the token in force, and can get the next one.
+            tokens: Has the token in force, and gets the next one.
             settings: How often and how long a renewal is tried.
-            holder: Who is told of a change.
+            holder: Is notified of a change.
             wall: The clock that tokens are dated by, Unix seconds.
             backoff: How long to wait after failures in a row.
         """
@@ -93,7 +93,7 @@ class TokenRefresher:
             The token in force, which is `stale` itself when the issuer has no newer one.
 
         Raises:
-            CredentialRejected: The issuer turned the old token away.
+            CredentialRejected: The issuer refused the old token.
             SessionGone: The issuer does not know the session.
             Unavailable: There was no answer in time.
             MalformedMessage: The answer has no token in it.

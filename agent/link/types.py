@@ -1,10 +1,7 @@
-"""The events of a channel: what frames from the server say, and what its error texts are about. Pure.
+"""Holds what the modules of the link share: the events of a channel, the link's state machine, and its settings. Pure.
 
-The state machine of the link, as a table: states, causes, and where each cause leads. Pure.
-
-A cause that has no row in the current state is late, and is ignored on purpose.
-
-The settings of the link: every number with its reason. Pure. Seconds and bytes.
+The state machine is a table of states, causes, and where each cause leads. A cause that has no row in the current
+state is late, and is ignored on purpose. Every setting has its reason; they are seconds and bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 
-class Broadcast(NamedTuple):
+class Received(NamedTuple):
     """An application event on our topic.
 
     A tuple, because one is made for every message, in half the time of a frozen dataclass.
@@ -47,7 +44,7 @@ class TokenExpired:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The server turned the token away for another reason than its age."""
+    """The server refused the token for another reason than its age."""
 
     reason: str
 
@@ -62,7 +59,7 @@ class Dropped:
     """A sentence, for a person."""
 
 
-ChannelEvent = Broadcast | Joined | ReplicationReady | TokenExpired | Refused | Dropped
+ChannelEvent = Received | Joined | ReplicationReady | TokenExpired | Refused | Dropped
 
 ErrorKind = Literal["expired", "credential", "rate_limited", "other"]
 
@@ -78,11 +75,11 @@ _CREDENTIAL_WORDS: Final = (
     "permission",
     "Token expiration time is invalid",
 )
-"""How the server's texts name a credential that it does not take (supabase/realtime: realtime_channel.ex)."""
+"""What the server's texts contain when it does not accept a credential (supabase/realtime: realtime_channel.ex)."""
 
 
 def classify_error(reason: str) -> ErrorKind:
-    """Return what an error text of the server is about. The protocol has no codes for it, only texts."""
+    """Return what an error text of the server means. The protocol has no codes for errors, only texts."""
     if "has expired" in reason:
         return "expired"
     if any(word in reason for word in _CREDENTIAL_WORDS):
@@ -120,7 +117,7 @@ class Cause(StrEnum):
     LOST = "lost"
     """The socket or the channel is of no use any more."""
     REFUSED = "refused"
-    """A credential was turned away: the same one is not tried again in a hurry."""
+    """A credential was refused: the same one is tried again only after a long pause."""
     RETRY = "retry"
     """The delay is over, or a new token came."""
 
@@ -223,8 +220,8 @@ class Timing:
     """A server that has not said `Replication connection established` by then is taken for one that never says it.
     Where it says it later after all, the link has fallen behind."""
     probe_every: float = 60.0
-    """The token in force is pushed again so often although the server has it. A server ignores an identical token
-    without a word; one that has lost the channel answers `unmatched topic`, which nothing else would tell us."""
+    """The token in force is pushed again so often although the server has it. A server ignores an identical
+    token; only to such a push does one that has lost the channel answer `unmatched topic`."""
     late_tick: float = 1.0
     """A deadline noticed this late was missed by our own stalled loop: unread frames get this much time first."""
 
@@ -243,8 +240,8 @@ class LinkSettings:
     max_frame: int = 8 * 1024 * 1024
     """The server sends at most 5,000,000 bytes in a frame; the `websockets` default of 1 MiB would close."""
     rejoin_least: float = 5.0
-    """A channel that tells of expiry sooner than this after its join is not joined again on the same socket: the
-    backoff stands between us and a loop of joins."""
+    """A channel that reports expiry sooner than this after its join is not joined again on the same socket, so that the
+    backoff prevents a loop of joins."""
 
     # Between two connections.
     backoff_first: float = 0.5
@@ -252,22 +249,22 @@ class LinkSettings:
     """Full jitter up to min(most, first x 2^n): a thousand agents must not come back together, and the server closes
     whoever joins too fast (1001)."""
     backoff_least: float = 0.05
-    """Never a tight loop, whatever the jitter."""
+    """No tight loop, whatever the jitter."""
     stable_after: float = 30.0
     """A link that was joined this long starts with a fresh backoff."""
     refused_retry: float = 60.0
-    """Between attempts with a credential that was turned away; spread over half to all of it."""
+    """Between attempts with a credential that was refused; spread over half to all of it."""
 
     # The token.
     renew_pause: float = 30.0
-    """Least time between two renewals nobody asked for, so that a wrong clock cannot make a loop of them."""
+    """Least time between two renewals that no server asked for, so that a wrong clock does not make a loop of them."""
     renew_within: float = 20.0
-    """A whole renewal: an answer that trickles in must not hold the link up."""
+    """A whole renewal, whose answer may come byte by byte."""
 
     # The queue.
     queue_events: int = 4096
     queue_bytes: int = 64 * 1024 * 1024
-    """Past either, everything that waits is dropped for one `Resync`: the database has it all."""
+    """Past either, everything that waits is replaced by one `Resync`: the database has it all."""
 
     # The clock.
     check_every: float = 1.0

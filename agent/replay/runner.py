@@ -24,7 +24,7 @@ from agent.config import Settings, read_settings
 from agent.core.errors import AgentError, MalformedMessage, SettingsError
 from agent.core.messages import read_head
 from agent.core.model import PROTECTED, RelPath, digest_of, tree_hash
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.link.source import Received, Resync
 from agent.replay.faults import NO_FAULTS, Committed, Delivered, Fault, FaultPlan, Occurrence, Pause, inject
 from agent.replay.harness import POLL, AgentRun
@@ -168,11 +168,11 @@ class Replay:
         while clock() < min(deadline, quiet_since + QUIET):
             self._run.check()
             await asyncio.sleep(POLL)
-            if dev.state not in (State.READY, State.ABSENT, State.FAILED) or dev.installing:
+            if dev.state not in (Phase.READY, Phase.ABSENT, Phase.FAILED) or dev.installing:
                 quiet_since = clock()
         self._dev_server = dev.state.value
         problems = dev.problems()
-        if problems or dev.state not in (State.READY, State.ABSENT):
+        if problems or dev.state not in (Phase.READY, Phase.ABSENT):
             said = [line for problem in problems for line in problem.detail.splitlines()]
             self._not_served = (
                 f"the dev server is {dev.state} at the end",

@@ -1,23 +1,22 @@
-"""A signed zip becomes a staged tree: streamed, bounded, verified. Nothing here touches the project itself.
+"""Downloads a signed zip into a staged tree: streamed, bounded, verified. The project itself is not touched.
 
-`fetch` is one try: it downloads, unpacks into staging while the bytes arrive, and returns only when the archive
-agrees with itself (`snapshot.zip_reader`) and with its manifest, file by file. On any failure the staging area is empty
-again. `obtain` is the patience around it: retry what may pass, ask for a fresh URL when it will not, give up when
-the budget is spent. What to do with the staged tree is `core.reconcile.reconcile`'s to say and the disk's to do.
+`fetch` is one attempt: it unpacks into staging while the bytes arrive, and returns only when the archive agrees with
+itself (`snapshot.zip_reader`) and, file by file, with its manifest. After a failure the staging area is empty again.
+`obtain` calls it until it succeeds or the budget is spent, and gets a fresh URL when that may help. What is done with
+the staged tree, `core.reconcile.reconcile` decides.
 
-Who may be at fault decides the error:
+The error says what was at fault:
 
-    Unavailable          the way there: network, 429, 5xx, a stream cut short, our own disk full     try again
+    Unavailable          the way there: network, 429, 5xx, a stream cut short, a full disk           try again
     CredentialRejected   the URL: expired, altered, not for this object, none at all                 a fresh URL
     SnapshotRejected     the archive: `rule` says which demand it failed                             a fresh build
 
-The URL is a credential. It is in no message, and no exception that carries it is chained.
+The URL is a credential. It is in no message, and no exception that contains it is chained.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -42,24 +41,25 @@ from agent.core.model import Entry, RelPath
 from agent.fs.project_dir import ProjectDir
 from agent.net import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
-from agent.snapshot.unpack import Assembly, StagingFailed, announced
 from agent.snapshot.unpack import Progress as Progress
 from agent.snapshot.unpack import StagedSnapshot as StagedSnapshot
+from agent.snapshot.unpack import StagingFailed, Unpacker, reported
+from agent.tokens import read_token
 
 WHAT: Final = "the snapshot"
 
 EXPIRY_LEEWAY: Final = 30.0
-"""Seconds. A URL that expired this recently by our clock is still asked for: clocks differ, the server decides."""
+"""Seconds. A URL that expired this recently by our clock is still tried: clocks differ, and the server decides."""
 
 READ_BYTES: Final = 256 * 1024
-"""Of the body at a time (see `_body`): as much as asyncio takes out of a socket in one call."""
+"""Bytes of the body that are read at a time (see `_body`), as many as asyncio takes out of a socket in one call."""
 
 BATCH_BYTES: Final = 768 * 1024
-"""Unpacked at a time: so much that hashing and writing, which need no interpreter, are seldom interrupted by its being
-handed to and fro (by halves it takes a fifth longer), so little that two of them in memory do not count."""
+"""Bytes unpacked at a time: so many that hashing and writing, which release the interpreter's lock, seldom wait
+for it (with half as many it takes a fifth longer), and so few that two batches in memory do not matter."""
 
 MAX_REFUSAL_BYTES: Final = 64 * 1024
-"""Of an error's body: Storage's own are below 200 bytes, a proxy's page may be anything."""
+"""Bytes of an error's body that are read. Storage's own have less than 200, a proxy's page may have any number."""
 
 # Storage's codes for "this URL opens nothing" and "there is nothing here" (supabase/storage `codes.ts`); all of
 # them arrive as HTTP 400.
@@ -82,28 +82,38 @@ async def fetch(
     have: Mapping[RelPath, Entry] | None = None,
     wall: Callable[[], float] = time.time,
 ) -> StagedSnapshot:
-    """Download the snapshot at `url` into staging and verify all of it. One try.
+    """Download the snapshot at `url` into staging and verify all of it, in one attempt.
 
-    `expected_project`: the only project whose manifest is accepted. `have`: the tree on disk; a listed file equal
-    to it is checked but not staged, and when all are equal the download ends with the manifest. `wall` gives Unix
-    seconds, to tell an expired URL before asking.
+    Args:
+        url: The signed URL.
+        disk: Where files are staged.
+        http: The client.
+        limits: The bounds on bytes, files and seconds.
+        expected_project: The only project whose manifest is accepted; None: any.
+        progress: Is kept up to date.
+        have: The tree on disk. A listed file that is equal there is checked but not staged; when all are equal, the
+            download ends with the manifest.
+        wall: Unix seconds, to see that a URL expired before it is tried.
 
-    Raises `Unavailable`, `CredentialRejected` (also for a URL that nobody can be asked at) and `SnapshotRejected`.
+    Raises:
+        Unavailable: It may work later.
+        CredentialRejected: The URL was refused, or is none.
+        SnapshotRejected: The archive is no good.
     """
     progress = progress if progress is not None else Progress()
     progress.restart()
     expires_at = expiry(url)
     if expires_at is not None and expires_at + EXPIRY_LEEWAY < wall():
         raise CredentialRejected(f"{WHAT}'s signed URL expired {wall() - expires_at:.0f} s ago")
-    assembly = Assembly(disk, limits, expected_project, progress, have or {})
+    unpacker = Unpacker(disk, limits, expected_project, progress, have or {})
     try:
-        await _download(url, assembly, http, limits, progress, wall)
-        snapshot = assembly.finish()
+        await _download(url, unpacker, http, limits, progress, wall)
+        snapshot = unpacker.finish()
     except BaseException:
-        assembly.abandon()
+        unpacker.abandon()
         raise
-    # The buffers and the manifest's text are free: what promoting 20,000 files takes shall not come on top of them.
-    del assembly
+    # Free the buffers and the manifest's text before 20,000 files are promoted, which takes memory too.
+    del unpacker
     memory.trim()
     return snapshot
 
@@ -118,117 +128,137 @@ async def obtain(
     limits: SnapshotLimits,
     expected_project: str | None = None,
     progress: Progress | None = None,
-    have: Mapping[RelPath, Entry] | None = None,
 ) -> StagedSnapshot:
-    """`fetch` with patience: full jitter between tries, `Retry-After` obeyed, a fresh URL when this one is no good.
+    """Call `fetch` until it succeeds, with full jitter between attempts, and with a fresh URL when this one is no good.
 
-    `renew(reason)` asks the orchestrator for a fresh URL; None when it has none to give. `reason` is one of
-    `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, `snapshot_rejected`: the last
-    wants another archive, not only another URL. `on_refusal` hears of each archive or URL that was no good.
+    Args:
+        url: The signed URL to begin with; None: there is none yet.
+        renew: Asks the orchestrator for a fresh URL; returns None when it has none. Its argument is the reason, one of
+            `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, and `snapshot_rejected`,
+            which needs another archive and not only another URL.
+        on_refusal: Called with each refusal of an archive or URL.
+        disk: As for `fetch`, like all that follow.
 
-    Raises `CredentialRejected` (URL refused, no fresh one to be had), `RootUnusable` (the disk never took it) and
-    `HydrationImpossible` (budget spent), each with one sentence that says why.
+    Raises:
+        CredentialRejected: The URL was refused, and there is no other.
+        RootUnusable: The disk did not take the files in any attempt.
+        HydrationImpossible: The budget is spent.
     """
-    on_this_url = 0
     progress = progress if progress is not None else Progress()
-    # After a refused URL there is a fresh one already: nothing to wait for.
-    backoff = Backoff(
-        limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
-    )
-    patiently = retrying(
-        backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
-    )
+    signed = _SignedUrl(url, renew)
 
     async def once() -> StagedSnapshot:
-        nonlocal url, on_this_url
-        if url is None:
-            url, on_this_url = await _fresh(renew, "snapshot_missing"), 0
+        address = await signed.take()
         try:
-            on_this_url += 1
             return await fetch(
-                url,
+                address,
                 disk=disk,
                 http=http,
                 limits=limits,
                 expected_project=expected_project,
                 progress=progress,
-                have=have,
             )
         except StagingFailed:
             raise
         except Unavailable:
-            if on_this_url >= limits.snapshot_attempts_per_url and renew is not None:
-                url, on_this_url = await _fresh(renew, "snapshot_unavailable", url), 0
+            if signed.uses >= limits.snapshot_attempts_per_url:
+                await signed.replace_if_possible()
             raise
         except (SnapshotRejected, CredentialRejected) as refused:
             on_refusal(refused)
-            if renew is None:
-                raise _Final(refused) from None
-            rejected = isinstance(refused, SnapshotRejected)
-            fresh = await _fresh(renew, "snapshot_rejected" if rejected else "snapshot_expired")
-            if fresh == url:
-                raise _Final(refused) from None
-            url, on_this_url = fresh, 0
+            await signed.replace(refused)
             raise
 
-    refused: Unavailable | SnapshotRejected | CredentialRejected
+    # After a refusal there is a fresh URL already: nothing to wait for.
+    backoff = Backoff(
+        limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
+    )
+    retry = retrying(
+        backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
+    )
+    failure: Unavailable | SnapshotRejected | CredentialRejected
     try:
-        async with announced(progress):
-            return await patiently(once)
+        async with reported(progress):
+            return await retry(once)
     except _Final as final:
-        refused = final.reason
+        failure = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
-        refused = last
-    if isinstance(refused, CredentialRejected):
-        raise refused from None
-    if isinstance(refused, StagingFailed):
-        raise RootUnusable(str(refused)) from None
+        failure = last
+    if isinstance(failure, CredentialRejected):
+        raise failure from None
+    if isinstance(failure, StagingFailed):
+        raise RootUnusable(str(failure)) from None
     attempts = "1 attempt" if progress.attempt == 1 else f"{progress.attempt} attempts"
-    raise HydrationImpossible(f"cannot hydrate after {attempts}: {refused}") from None
+    raise HydrationImpossible(f"cannot hydrate after {attempts}: {failure}") from None
 
 
 class _Final(Exception):
-    """No further attempt can help. Carries what was wrong."""
+    """No further attempt can help, because of `reason`."""
 
     def __init__(self, reason: SnapshotRejected | CredentialRejected) -> None:
         self.reason = reason
         super().__init__()
 
 
-async def _fresh(
-    renew: Callable[[str], Awaitable[str | None]] | None, reason: str, otherwise: str | None = None
-) -> str:
-    url = await renew(reason) if renew is not None else None
-    if url is None:
-        url = otherwise
-    if url is None:
-        raise _Final(CredentialRejected(f"{reason.replace('_', ' ')}, and there is no other URL to be had"))
-    return url
+class _SignedUrl:
+    """The URL in use, and how to get another one. `uses` counts the attempts with this one."""
+
+    def __init__(self, url: str | None, renew: Callable[[str], Awaitable[str | None]] | None) -> None:
+        self._url = url
+        self._renew = renew
+        self.uses = 0
+
+    async def take(self) -> str:
+        """Return the URL for the next attempt. Raises `_Final` when there is none."""
+        if self._url is None:
+            self._set(await self._fresh("snapshot_missing"))
+        self.uses += 1
+        assert self._url is not None
+        return self._url
+
+    async def replace(self, refused: SnapshotRejected | CredentialRejected) -> None:
+        """Get another URL than the refused one. Raises `_Final` when there is none."""
+        if self._renew is None:
+            raise _Final(refused)
+        rejected = isinstance(refused, SnapshotRejected)
+        fresh = await self._fresh("snapshot_rejected" if rejected else "snapshot_expired")
+        if fresh == self._url:
+            raise _Final(refused)
+        self._set(fresh)
+
+    async def replace_if_possible(self) -> None:
+        """Get another URL than the one that was unavailable; keep that one when there is none."""
+        if self._renew is not None:
+            self._set(await self._renew("snapshot_unavailable") or self._url)
+
+    def _set(self, url: str | None) -> None:
+        self._url, self.uses = url, 0
+
+    async def _fresh(self, reason: str) -> str:
+        url = await self._renew(reason) if self._renew is not None else None
+        if url is None:
+            why = f"{reason.replace('_', ' ')}, and there is no other URL to be had"
+            raise _Final(CredentialRejected(why))
+        return url
 
 
 def expiry(url: str) -> float | None:
-    """When the signed URL's token says it expires, in Unix seconds; None when it does not say."""
+    """Return when the token in a signed URL expires, in Unix seconds; None when it does not say."""
     try:
-        token = parse_qs(urlsplit(url).query).get("token", [""])[0]
-        parts = token.split(".")
-        if len(parts) != 3:
-            return None
-        claims = orjson.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
-        exp = claims.get("exp")
-    except (ValueError, AttributeError):
+        return read_token(parse_qs(urlsplit(url).query)["token"][0]).expires_at
+    except (KeyError, ValueError, MalformedMessage):
         return None
-    return float(exp) if isinstance(exp, (int, float)) else None
 
 
 async def _download(
     url: str,
-    assembly: Assembly,
+    unpacker: Unpacker,
     http: httpx.AsyncClient,
     limits: SnapshotLimits,
     progress: Progress,
     wall: Callable[[], float],
 ) -> None:
-    """Pour the body into `assembly` as it arrives."""
+    """Give the body to `unpacker` as it arrives."""
     timeout = httpx.Timeout(limits.snapshot_stall_seconds, connect=limits.snapshot_connect_seconds)
     total = limits.snapshot_total_seconds
     try:
@@ -243,11 +273,11 @@ async def _download(
             progress.expected_bytes = _content_length(response)
             if (progress.expected_bytes or 0) > limits.snapshot_max_compressed_bytes:
                 raise SnapshotRejected("compressed_size", f"{progress.expected_bytes} bytes are announced")
-            unpacking = _Unpacking(assembly)
+            unpacking = _UnpackThread(unpacker)
             async with aclosing(_body(response, limits.snapshot_stall_seconds)) as body:
                 async for chunk in body:
                     await unpacking.put(chunk)
-                    if assembly.sated:
+                    if unpacker.up_to_date:
                         return
             await unpacking.finish()
     except httpx.ReadTimeout:
@@ -259,10 +289,10 @@ async def _download(
     except httpx.HTTPError as error:
         # The class, not the text: httpx writes URLs into some of its messages.
         raise Unavailable(WHAT, type(error).__name__) from None
-    if assembly.sated:
+    if unpacker.up_to_date:
         return
     try:
-        assembly.close()
+        unpacker.close()
     except SnapshotRejected as refused:
         if refused.rule == "truncated" and progress.expected_bytes is None:
             # No length was announced, so a connection that died looks like an end.
@@ -270,13 +300,13 @@ async def _download(
         raise
 
 
-async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives; raises as `aiter_raw` does.
+async def _body(response: httpx.Response, stall_seconds: float) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it arrives; raises as `aiter_raw` does.
 
-    Of a body whose length is known, what follows the first piece is taken from the connection itself, which httpx
-    hands out for that (its extension `network_stream`): through httpx, httpcore and h11 it comes in pieces of 64 KB,
-    each copied three times. That is 1.30 of the processor time for 50 files of 4 MB that do not compress, 1.09 for
-    20,000 of source text (medians of runs in turn). The connection is then of no further use, and closed.
+    A body of known length is read, after its first piece, from the connection itself, which httpx offers for that (its
+    extension `network_stream`): through httpx, httpcore and h11 it comes in pieces of 64 KB, each copied three times,
+    which takes 1.30 of the processor time for 50 files of 4 MB that do not compress, and 1.09 for 20,000 of source
+    text (medians of runs in turn). The connection cannot be used again, and is closed.
     """
     pieces = response.aiter_raw()
     left = _content_length(response)
@@ -291,13 +321,13 @@ async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[byt
             yield piece
         return
     try:
-        # Held until the end: an iterator that is let go of closes the connection.
+        # `pieces` is held until the end: the connection is closed when the iterator is released.
         async for piece in pieces:
             yield piece
             left -= len(piece)
             break
         while left > 0:
-            piece = await stream.read(min(left, READ_BYTES), timeout=patience)
+            piece = await stream.read(min(left, READ_BYTES), timeout=stall_seconds)
             if not piece:
                 raise httpx.RemoteProtocolError("the body is shorter than announced")
             yield piece
@@ -308,36 +338,36 @@ async def _body(response: httpx.Response, patience: float) -> AsyncGenerator[byt
         raise httpx.ReadError("") from None
 
 
-class _Unpacking:
-    """Unpacks in a thread while the next bytes arrive: a slow disk holds up the download, not the event loop.
+class _UnpackThread:
+    """Unpacks in a thread while the next bytes arrive, so that a slow disk delays the download, not the event loop.
 
-    The thread has one batch in hand and another is gathered meanwhile. A batch ends when the thread is free, so a slow
-    network is unpacked piece by piece, or at `BATCH_BYTES`.
+    While the thread unpacks one batch, the next is collected. A batch ends when the thread is free, so what a slow
+    network brings is unpacked piece by piece, or when it has `BATCH_BYTES`.
     """
 
-    def __init__(self, assembly: Assembly) -> None:
-        self._assembly = assembly
-        self._gathered: list[bytes] = []
+    def __init__(self, unpacker: Unpacker) -> None:
+        self._unpacker = unpacker
+        self._batch: list[bytes] = []
         self._size = 0
         self._running: asyncio.Future[None] | None = None
 
     async def put(self, chunk: bytes) -> None:
-        """Take a piece of the body. Raises what unpacking an earlier one raised."""
-        self._gathered.append(chunk)
+        """Unpack a piece of the body. Raises what unpacking an earlier one raised."""
+        self._batch.append(chunk)
         self._size += len(chunk)
         if self._running is None or self._running.done() or self._size >= BATCH_BYTES:
             await self._hand_over()
 
     async def finish(self) -> None:
-        """Everything is unpacked. Raises what unpacking raised."""
+        """Wait until everything is unpacked. Raises what unpacking raised."""
         await self._hand_over()
         await self._settle()
 
     async def _hand_over(self) -> None:
         await self._settle()
-        batch, self._gathered, self._size = self._gathered, [], 0
-        self._running = asyncio.get_running_loop().run_in_executor(None, self._assembly.take_all, batch)
-        # When we are cancelled nobody asks any more; `abandon` waits for the thread.
+        batch, self._batch, self._size = self._batch, [], 0
+        self._running = asyncio.get_running_loop().run_in_executor(None, self._unpacker.feed, batch)
+        # Retrieves the exception, which is not awaited after a cancellation; `abandon` waits for the thread.
         self._running.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _settle(self) -> None:
@@ -346,7 +376,7 @@ class _Unpacking:
 
 
 async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Exception:
-    """What an answer other than 200 means. Storage says what it means in JSON, under HTTP 400."""
+    """Return the error that an answer other than 200 means. Storage answers most errors with HTTP 400 and JSON."""
     status = response.status_code
     code, stated = _storage_code(await read_start(response, MAX_REFUSAL_BYTES))
     said = f"HTTP {status}" + (f", {code}" if code else "")
@@ -360,14 +390,14 @@ async def _refusal(response: httpx.Response, wall: Callable[[], float]) -> Excep
 
 
 def _storage_code(body: bytes) -> tuple[str | None, str | None]:
-    """Storage's `code` (older: `error`) and `statusCode`, when the body is Storage's JSON."""
+    """Return Storage's `code` (in older releases `error`) and `statusCode`; None where there is none."""
     try:
-        told = orjson.loads(body)
+        answer = orjson.loads(body)
     except ValueError:
         return None, None
-    if not isinstance(told, dict):
+    if not isinstance(answer, dict):
         return None, None
-    code, stated = told.get("code") or told.get("error"), told.get("statusCode")
+    code, stated = answer.get("code") or answer.get("error"), answer.get("statusCode")
     number = str(stated)[:3] if isinstance(stated, (str, int)) else None
     return (code[:50] if isinstance(code, str) else None), number
 

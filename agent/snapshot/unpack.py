@@ -1,10 +1,8 @@
-"""Turns the bytes of an archive, as they come, into staged files that its manifest bears out.
+"""Unpacks an archive, as its bytes arrive, into staged files that agree with its manifest, and shows the progress.
 
-Between the zip reader, which knows what an archive is, and the disk, which knows where bytes may go, this knows what a
-snapshot is: the manifest comes first and is the authority. Whoever is not on its list, is missing from the archive,
-or is not what its hash says, refuses the whole. No clock, no network.
-
-How far a hydration has come, for the three who ask: `/status`, the log, and a person at a terminal.
+`snapshot.zip_reader` knows what an archive is, `fs` where bytes may go; here is what makes an archive a snapshot: the
+manifest comes first, and an archive is refused whole if a file in it is not listed, if a listed file is missing, or if
+one is not what its hash says. No network.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, TextIO
 
 from agent.config import SnapshotLimits
@@ -28,11 +26,11 @@ from agent.snapshot.zip_format import ArchiveEnded, Event, ExecutableFound, File
 from agent.snapshot.zip_reader import ZipReader
 from agent.telemetry.logging import get_logger
 
-EVERY: Final = 1.0
-"""Seconds between two log lines of long work. What is done before the first is not announced at all."""
+LOG_EVERY: Final = 1.0
+"""Seconds between two log lines of progress. A hydration that ends before the first has none."""
 
 REDRAW: Final = 0.1
-"""Seconds between two drawings of the bar: fluent to the eye, nothing to the terminal."""
+"""Seconds between two drawings of the progress bar."""
 
 BAR_WIDTH: Final = 30
 
@@ -41,7 +39,7 @@ log = get_logger("hydrate")
 
 @dataclass(slots=True)
 class Progress:
-    """Written by `snapshot.download`, read by everybody. Totals are None until known."""
+    """How far a hydration has come. A total is None until it is known."""
 
     attempt: int = 0
     received_bytes: int = 0
@@ -52,26 +50,18 @@ class Progress:
     unpacked_total: int | None = None
 
     def restart(self) -> None:
-        """A new attempt begins: nothing of the last one is kept."""
+        """Begin the next attempt, from nothing."""
         self.attempt += 1
         self.received_bytes = self.files = self.unpacked_bytes = 0
         self.expected_bytes = self.files_total = self.unpacked_total = None
 
     def report(self) -> dict[str, int | None]:
-        """For `/status` and the log."""
-        return {
-            "attempt": self.attempt,
-            "received_bytes": self.received_bytes,
-            "expected_bytes": self.expected_bytes,
-            "files": self.files,
-            "files_total": self.files_total,
-            "unpacked_bytes": self.unpacked_bytes,
-            "unpacked_total": self.unpacked_total,
-        }
+        """Return what `/status` and the log show."""
+        return asdict(self)
 
     @property
     def share(self) -> float | None:
-        """Of the whole, 0 to 1: by unpacked bytes when the manifest told the total, else by received ones."""
+        """The part that is done, 0 to 1: of unpacked bytes when the manifest has their total, else of received ones."""
         if self.unpacked_total:
             return min(1.0, self.unpacked_bytes / self.unpacked_total)
         if self.expected_bytes:
@@ -79,7 +69,7 @@ class Progress:
         return None
 
     def bar(self) -> str:
-        """One line for a terminal."""
+        """Return a line for a terminal."""
         share = self.share
         filled = int(BAR_WIDTH * (share or 0.0))
         drawn = "█" * filled + "░" * (BAR_WIDTH - filled)
@@ -90,27 +80,27 @@ class Progress:
 
 
 @asynccontextmanager
-async def announced(progress: Progress, terminal: TextIO | None = None) -> AsyncIterator[None]:
-    """Tell of `progress` while the block runs: a bar when `terminal` (default: stderr) is one, else log lines."""
+async def reported(progress: Progress, terminal: TextIO | None = None) -> AsyncIterator[None]:
+    """Show `progress` while the block runs: as a bar when `terminal` (default: stderr) is one, else in log lines."""
     stream = terminal if terminal is not None else sys.stderr
-    telling = asyncio.create_task(
+    showing = asyncio.create_task(
         _draw(progress, stream) if stream.isatty() else _log(progress), name="hydrate-progress"
     )
     try:
         yield
     finally:
-        telling.cancel()
-        await asyncio.gather(telling, return_exceptions=True)
+        showing.cancel()
+        await asyncio.gather(showing, return_exceptions=True)
 
 
 async def _log(progress: Progress) -> None:
     while True:
-        await asyncio.sleep(EVERY)
+        await asyncio.sleep(LOG_EVERY)
         log.info("hydrate.progress", **progress.report())
 
 
 async def _draw(progress: Progress, stream: TextIO) -> None:
-    # What is quick draws nothing, so a small project's start stays clean.
+    # Not at once, so that a small project's start shows no bar.
     await asyncio.sleep(3 * REDRAW)
     try:
         while True:
@@ -123,7 +113,7 @@ async def _draw(progress: Progress, stream: TextIO) -> None:
 
 
 class StagingFailed(Unavailable):
-    """Our own disk did not take the staged bytes."""
+    """The disk did not take the staged bytes."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__("the staging directory", error.strerror or type(error).__name__)
@@ -131,24 +121,23 @@ class StagingFailed(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class StagedSnapshot:
-    """A whole, verified snapshot. Its files wait in staging, except those the caller had already.
-
-    `staged`: per path what `Write.staged` wants, as `core.reconcile.reconcile` takes it.
-    `plain`: the archive had no manifest (the seed's form), so `manifest` is made from what it held: every version
-    0, and epoch and revision mean nothing. `size`: bytes that travelled.
-    """
+    """A complete, verified snapshot, whose files are staged except for those that the caller had already."""
 
     manifest: Manifest
     plain: bool
+    """The archive had no manifest, as a seed has none, so `manifest` is made from its files: every version is 0, and
+    epoch and revision mean nothing."""
     staged: Mapping[RelPath, str]
+    """The staged name of each file, as `core.reconcile.reconcile` takes it."""
     size: int
+    """Bytes received."""
 
 
-class Assembly:
-    """What has arrived so far: the reader's state, the manifest, the staged files.
+class Unpacker:
+    """Unpacks one archive and verifies it against its manifest.
 
-    `take_all` runs in a thread, everything else on the loop while it does not; the lock is for `abandon`, which a
-    cancellation may call in the middle of it.
+    `feed` runs in a thread, everything else on the loop while that does not; the lock is for `abandon`, which a
+    cancellation may call meanwhile.
     """
 
     def __init__(
@@ -165,30 +154,41 @@ class Assembly:
         self._progress = progress
         self._have = have
         self._reader = ZipReader(limits, reserved=MANIFEST_PATH)
-        self._manifest: Manifest | None = None
-        self._manifest_bytes: bytearray | None = None
-        self._path: RelPath | None = None
-        self._file: Entry | None = None
-        self._stage: StagedFileWriter | None = None
-        self._digest: hashlib._Hash | None = None
-        self._staged: dict[RelPath, str] = {}
-        self._plain: dict[RelPath, StagedFile] = {}
-        self._missing: dict[RelPath, RelPath] = {}
-        """What is listed and not yet here, by itself: the manifest's own string is the one to keep."""
-        self._executable: set[RelPath] = set()
         self._lock = threading.Lock()
         self._abandoned = False
-        self.sated = False
-        """True once the rest of the archive is not needed: every listed file is in the tree already."""
 
-    def take_all(self, pieces: list[bytes]) -> None:
+        # What the manifest says.
+        self._manifest: Manifest | None = None
+        self._missing: dict[RelPath, RelPath] = {}
+        """Listed files that did not come yet; each path maps to the manifest's own string, the one to keep."""
+        self.up_to_date = False
+        """The caller has every listed file already, so the rest of the archive is not needed."""
+
+        # The file that comes in pieces: its path (None: the manifest), what the manifest says of it, and where its
+        # bytes go.
+        self._path: RelPath | None = None
+        self._listed: Entry | None = None
+        self._stage: StagedFileWriter | None = None
+        self._digest: hashlib._Hash | None = None
+        self._manifest_bytes: bytearray | None = None
+
+        # What came.
+        self._staged: dict[RelPath, str] = {}
+        self._plain: dict[RelPath, StagedFile] = {}
+        """The files of an archive without a manifest."""
+        self._executable: set[RelPath] = set()
+
+    def feed(self, pieces: list[bytes]) -> None:
         """Unpack what `pieces` complete, unless the hydration was abandoned or no more is needed.
 
-        Empties the list: the reader has joined them, and nothing shall be in memory twice. Raises `SnapshotRejected`,
-        `StagingFailed`.
+        Empties the list, whose pieces the reader has joined, so that they are not in memory twice.
+
+        Raises:
+            SnapshotRejected: The archive is no good.
+            StagingFailed: The disk did not take a file.
         """
         with self._lock:
-            if self._abandoned or self.sated:
+            if self._abandoned or self.up_to_date:
                 return
             self._progress.received_bytes += sum(map(len, pieces))
             events = self._reader.feed(*pieces)
@@ -202,7 +202,7 @@ class Assembly:
         for event in events:
             if isinstance(event, FileFound):
                 self._take_whole(event.path, event.content)
-                if self.sated:
+                if self.up_to_date:
                     return
             elif isinstance(event, (bytes, memoryview)):
                 self._write(event)
@@ -210,7 +210,7 @@ class Assembly:
                 self._start(event.path, event.size)
             elif isinstance(event, FileEnded):
                 self._end(event.size)
-                if self.sated:
+                if self.up_to_date:
                     return
             elif isinstance(event, ExecutableFound):
                 self._executable.add(event.path)
@@ -218,21 +218,21 @@ class Assembly:
                 self._check_complete()
 
     def close(self) -> None:
-        """The body is over. Raises `SnapshotRejected` unless the archive is whole."""
+        """Note that the body ended. Raises `SnapshotRejected` unless the archive is complete."""
         self._reader.close()
 
     def finish(self) -> StagedSnapshot:
-        """What was assembled, once `close` is content or `sated` is set."""
+        """Return the snapshot, after `close` or once `up_to_date` is set."""
         manifest = self._manifest
         return StagedSnapshot(
-            manifest if manifest is not None else self._synthesised(),
+            manifest if manifest is not None else self._made_manifest(),
             plain=manifest is None,
             staged=self._staged,
             size=self._progress.received_bytes,
         )
 
     def abandon(self) -> None:
-        """Leave nothing in staging, once the thread has finished the piece it has in hand."""
+        """Wait for the thread to finish its pieces, and remove everything from staging."""
         self._abandoned = True
         with self._lock:
             if self._stage is not None:
@@ -241,11 +241,11 @@ class Assembly:
                 self._stage = None
             self._staged.clear()
             with suppress(OSError):
-                # Nothing but this hydration's own files waits there: a batch of the disk's begins and ends in one call.
+                # Only this hydration's files are there: a transaction of the disk begins and ends in one call.
                 self._disk.clear_staging()
 
     def _take_whole(self, path: RelPath, content: bytes) -> None:
-        """A file in one piece: verified before a byte of it is written."""
+        """Take a file that came in one piece. It is verified before it is written."""
         if path == MANIFEST_PATH:
             self._check_manifest_size(len(content))
             self._read_manifest(content)
@@ -266,9 +266,10 @@ class Assembly:
         self._progress.files += 1
 
     def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry]:
-        """What the manifest says of an entry, which it has to list, once, and with that `size` if one is declared.
+        """Return the manifest's own path string and entry for a file. Refuses one that is not listed, or comes twice.
 
-        With the manifest's own string: of 20,000 files a second copy of each would be megabytes.
+        The manifest's own string, because a second copy of 20,000 paths would be megabytes. `size`: the declared one,
+        if there is one.
         """
         assert self._manifest is not None
         listed = self._manifest.files.get(path)
@@ -291,7 +292,7 @@ class Assembly:
             self._path = path
             self._stage = self._disk.stage(path)
             return
-        self._path, self._file = path, listed = self._expected(path, size)
+        self._path, self._listed = path, listed = self._expected(path, size)
         if self._have and _equal(self._have.get(path), listed):
             self._digest = hashlib.sha256()
         else:
@@ -324,7 +325,7 @@ class Assembly:
             assert self._digest is not None
             digest = Digest(self._digest.hexdigest())
             self._digest = None
-        listed = self._file
+        listed = self._listed
         if listed is not None:
             if size != listed.size or digest != listed.digest:
                 rule = "size_mismatch" if size != listed.size else "hash_mismatch"
@@ -333,7 +334,7 @@ class Assembly:
             self._plain[path] = staged
         if stage is not None:
             self._staged[path] = staged.name
-        self._path = self._file = None
+        self._path = self._listed = None
         self._progress.files += 1
 
     def _check_manifest_size(self, size: int) -> None:
@@ -354,7 +355,7 @@ class Assembly:
         self._reader.expect(manifest.files)
         self._progress.files_total = len(manifest.files)
         self._progress.unpacked_total = manifest.total_bytes
-        self.sated = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())
+        self.up_to_date = all(_equal(self._have.get(path), listed) for path, listed in manifest.files.items())
 
     def _check_complete(self) -> None:
         if self._missing:
@@ -363,8 +364,8 @@ class Assembly:
                 "missing_file", f"{len(self._missing)} listed files are absent, {first!r} first"
             )
 
-    def _synthesised(self) -> Manifest:
-        """The manifest of an archive that has none."""
+    def _made_manifest(self) -> Manifest:
+        """Return the manifest of an archive that has none."""
         files = {
             path: Entry(0, staged.digest, staged.size, path in self._executable)
             for path, staged in self._plain.items()

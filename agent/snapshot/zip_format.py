@@ -1,16 +1,9 @@
-"""The zip format's records: their layout, and the rules that one record alone can break. Pure.
+"""Holds the parts of a zip archive: its records, the reader's events, and the paths of the entries. Pure.
 
-Layouts and numbers are those of PKWARE's APPNOTE 6.3. The grammar that puts records in order is
-`snapshot.zip_reader`'s.
-
-What the zip reader (`snapshot.zip_reader`) says of an archive, in order. Pure.
-
-Of each file `FileFound`, or `FileStarted`, its bytes in pieces and `FileEnded`; then `ExecutableFound` of some, and
-`ArchiveEnded`, before which nothing may be used.
-
-Which paths the entries of an archive may have: each may be written, none comes twice, no file is a directory too.
-
-Pure. Grows with the archive by its directories, and by those files that no manifest listed.
+Here are the layouts (PKWARE's APPNOTE 6.3) and the rules that a record can break by itself. `snapshot.zip_reader`
+reads the records in order and compares what they say. Its events are, for each file, a `FileFound`, or a `FileStarted`,
+the bytes in pieces and a `FileEnded`; then an `ExecutableFound` for some, and at last `ArchiveEnded`: nothing may be
+used before that.
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ from agent.core.model import Entry, RelPath, parents, parse_path
 
 @dataclass(slots=True)
 class FileStarted:
-    """An entry's bytes follow. `size` in bytes, None when only its data descriptor will say."""
+    """The bytes of an entry follow. `size` in bytes; None: only its data descriptor, behind them, has it."""
 
     path: RelPath
     size: int | None
@@ -35,13 +28,13 @@ class FileStarted:
 
 @dataclass(slots=True)
 class FileEnded:
-    """The entry is over and agrees with its own header. `size` in bytes."""
+    """An entry ended, and its bytes agree with its header. `size` in bytes."""
 
     size: int
 
 
 class FileFound(Struct, gc=False):
-    """A whole entry that agrees with its own header, unpacked in one piece: what most are, as one event."""
+    """A whole entry, unpacked, which agrees with its header. Most entries are this one event."""
 
     path: RelPath
     content: bytes
@@ -49,14 +42,14 @@ class FileFound(Struct, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class ExecutableFound:
-    """The central directory gives `path`, streamed before, an execute bit."""
+    """The central directory gives the file `path`, which came before, an execute bit."""
 
     path: RelPath
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveEnded:
-    """Everything agrees with everything. `entries` counts directories too; `size` is the bytes unpacked."""
+    """The archive is whole, and its parts agree. `entries` counts directories too; `size` is the bytes unpacked."""
 
     entries: int
     size: int
@@ -93,8 +86,97 @@ TYPE_MASK, TYPE_FILE, TYPE_DIRECTORY = 0o170000, 0o100000, 0o040000
 DOS_DIRECTORY, DOS_VOLUME = 0x10, 0x08
 
 
+class LocalHeader(Struct, gc=False):
+    """The header before an entry. `packed` and `size` are the declared bytes; with a descriptor they mean nothing."""
+
+    name: str
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    length: int
+    """Bytes of the header itself."""
+    described: bool
+    """A data descriptor follows the entry's data."""
+    is_directory: bool
+
+
+class CentralRecord(Struct, gc=False):
+    """What the central directory says of an entry."""
+
+    name: str
+    length: int
+    """Bytes of the record itself."""
+    description: bytes
+    """As `describe` makes it."""
+    is_executable: bool
+
+
+def read_local(buffer: bytes, at: int) -> LocalHeader | None:
+    """Read the local header at `at`, where its fixed part is whole. None while the rest is not.
+
+    Raises:
+        SnapshotRejected: The header breaks a rule.
+    """
+    _, version, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
+        buffer, at
+    )
+    length = LOCAL.size + name_length + extra_length
+    if len(buffer) - at < length:
+        return None
+    start = at + LOCAL.size
+    raw_name = buffer[start : (end := start + name_length)]
+    name = read_name(raw_name)
+    check_features(name, version, flags, method)
+    wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
+    described = flags & DESCRIPTOR != 0
+    if not described and (size == FULL32 or packed == FULL32):
+        size, packed = widen(name, wide, size, packed)
+    return LocalHeader(
+        name, raw_name, flags, method, crc, packed, size, length, described, name.endswith("/")
+    )
+
+
+def read_central(buffer: bytes, at: int) -> CentralRecord | None:
+    """Read the record of the central directory at `at`. None while it is not there whole.
+
+    Raises:
+        SnapshotRejected: The record breaks a rule, or is that of a link, a device or a volume.
+    """
+    have = len(buffer) - at
+    if have < CENTRAL.size:
+        return None
+    (
+        _, made_by, version, flags, method, _, _, crc, packed, size,
+        name_length, extra_length, comment_length, disk, _, attributes, offset,
+    ) = CENTRAL.unpack_from(buffer, at)  # fmt: skip
+    length = CENTRAL.size + name_length + extra_length + comment_length
+    if have < length:
+        return None
+    start = at + CENTRAL.size
+    raw_name = buffer[start : (end := start + name_length)]
+    name = read_name(raw_name)
+    check_features(name, version, flags, method)
+    wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
+    if size == FULL32 or packed == FULL32 or offset == FULL32:
+        size, packed, offset = widen(name, wide, size, packed, offset)
+    if disk != 0:
+        raise SnapshotRejected("directory_mismatch", f"{shown(name)} is said to be on another disk")
+    is_directory = name.endswith("/")
+    if attributes & DOS_VOLUME or bool(attributes & DOS_DIRECTORY) > is_directory:
+        raise SnapshotRejected("entry_type", f"{shown(name)} is marked as a volume or a directory")
+    mode = attributes >> 16 if made_by >> 8 in UNIX_HOSTS else 0
+    expected = TYPE_DIRECTORY if is_directory else TYPE_FILE
+    if mode & TYPE_MASK not in (0, expected):
+        raise SnapshotRejected("entry_type", f"{shown(name)} is a link or a special file")
+    description = describe(flags, method, crc, packed, size, offset, raw_name)
+    return CentralRecord(name, length, description, mode & 0o111 != 0 and not is_directory)
+
+
 def read_name(raw: bytes) -> str:
-    """UTF-8, flagged or not: without the flag the standard says CP437, but Unix writers mean UTF-8 (Info-ZIP)."""
+    """Decode a name as UTF-8. Without its flag the standard says CP437, but Unix writers mean UTF-8 (Info-ZIP)."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -102,7 +184,7 @@ def read_name(raw: bytes) -> str:
 
 
 def check_features(name: str, version: int, flags: int, method: int) -> None:
-    """Refuse by name what this reader does not understand."""
+    """Refuse what the reader does not support, each by a rule of its own."""
     if not flags & ~UNDERSTOOD and method in (STORED, DEFLATED) and version & 0xFF <= VERSION:
         return
     if flags & ENCRYPTED:
@@ -115,7 +197,7 @@ def check_features(name: str, version: int, flags: int, method: int) -> None:
 
 
 def wide_field(name: str, raw_name: bytes, extra: bytes) -> bytes:
-    """The zip64 field's body, empty when there is none. Refuses a second name that differs from the first."""
+    """Return the zip64 field's body, empty without one. Refuses a second name that differs from the first."""
     wide = b""
     at = 0
     while at < len(extra):
@@ -136,7 +218,7 @@ def wide_field(name: str, raw_name: bytes, extra: bytes) -> bytes:
 
 
 def widen(name: str, wide: bytes, *values: int) -> tuple[int, ...]:
-    """`values` with those that are all ones taken, in order, from the zip64 field."""
+    """Return `values`, with those that are all ones replaced, in order, from the zip64 field `wide`."""
     widened = []
     for value in values:
         if value == FULL32:
@@ -148,18 +230,29 @@ def widen(name: str, wide: bytes, *values: int) -> tuple[int, ...]:
     return tuple(widened)
 
 
-def description(
+def describe(
     flags: int, method: int, crc: int, packed: int, size: int, offset: int, raw_name: bytes
 ) -> bytes:
-    """What the local header and the central directory must both say of an entry. Self-delimiting: of two lists of
-    entries, the descriptions in a row are equal only if the lists are."""
+    """Pack what local header and central directory must both say of an entry.
+
+    Self-delimiting: the descriptions of two lists of entries, one after another, are equal only if the lists are.
+    """
     return CORE.pack(flags, method, crc, packed, size, offset, len(raw_name)) + raw_name
 
 
 def check_end64(buffer: bytes, at: int, position: int, *, entries: int, begin: int, size: int) -> None:
-    """The zip64 end record at `at`, which is `position` in the archive, and its locator describe what was there.
+    """Check the zip64 end record and its locator.
 
-    That is so many `entries` and a central directory of `size` bytes from `begin`. Raises `SnapshotRejected`.
+    Args:
+        buffer: Where they are, whole.
+        at: Where in `buffer` they begin.
+        position: Where in the archive they begin.
+        entries: How many entries there were.
+        begin: Where in the archive the central directory began.
+        size: Its bytes.
+
+    Raises:
+        SnapshotRejected: They say something else.
     """
     _, rest, _, version, disk, start_disk, here, total, directory_size, directory_at = END64.unpack_from(
         buffer, at
@@ -173,7 +266,7 @@ def check_end64(buffer: bytes, at: int, position: int, *, entries: int, begin: i
 
 
 def check_end(buffer: bytes, at: int, *, entries: int, begin: int, size: int, is_wide: bool) -> int:
-    """The end record at `at` describes what was there; how long the comment behind it is.
+    """Check the end record, as `check_end64` does. Returns how long the comment behind it is.
 
     All ones mean "see the zip64 record", and only where there is one (`is_wide`).
     """
@@ -194,33 +287,37 @@ def check_end(buffer: bytes, at: int, *, entries: int, begin: int, size: int, is
 
 
 def shown(name: str) -> str:
-    """A name from outside, safe and short enough for a message."""
+    """Return a name from outside in a form that is safe and short enough for a message."""
     return repr(name)[:200]
 
 
 class EntryPaths:
-    """`reserved`: the one name that is admitted although `parse_path` refuses it, and only as the first entry's."""
+    """Admits the paths of an archive's entries: each may be written, none comes twice, no file is a directory too.
+
+    Its memory grows with the directories of the archive, and with those files that no manifest lists.
+    """
 
     def __init__(self, reserved: str | None) -> None:
+        """`reserved`: a name that is admitted although `parse_path` refuses it, and only as the first entry's."""
         self._reserved = reserved
         self._files: set[RelPath] = set()
         self._directories: set[RelPath] = set()
         self._listed: Mapping[RelPath, Entry] = {}
 
     def expect(self, listed: Mapping[RelPath, Entry]) -> None:
-        """Files that a manifest names: examined already, and not kept a second time here.
+        """Note the files of the manifest, whose paths were parsed already and are not stored here again.
 
-        So that one of them does not come twice is, from here on, for the caller to see.
+        From here on the caller must refuse a listed file that comes twice.
         """
         self._listed = listed
 
-    def vouched_for(self, name: str, size: int) -> bool:
-        """Whether the manifest says that the file `name` has so many bytes, or more."""
+    def lists(self, name: str, size: int) -> bool:
+        """Return whether the manifest lists the file `name` with at least `size` bytes."""
         entry = self._listed.get(RelPath(name))
         return entry is not None and size <= entry.size
 
     def admit(self, name: str, *, is_directory: bool, first: bool) -> RelPath:
-        """The path of the entry `name`, when nothing before it stands in its way. Raises `SnapshotRejected`."""
+        """Return the path of the entry `name`. Raises `SnapshotRejected` if it is unsafe or clashes with another."""
         if name == self._reserved:
             if not first:
                 raise SnapshotRejected("manifest_position", f"{shown(name)} is not the first entry")
@@ -234,9 +331,9 @@ class EntryPaths:
             except PathRefused as refused:
                 raise SnapshotRejected(refused.rule, str(refused)) from None
         if listed and path.rpartition("/")[0] in self._directories and path not in self._directories:
-            # Most of them: a listed file beside another one, below no file.
+            # The usual case: a listed file in a directory that was checked already.
             return path
-        # A known directory's own parents are known: no path is ever in both sets.
+        # The parents of a known directory are known too.
         if path.rpartition("/")[0] not in self._directories:
             for parent in parents(path):
                 if parent in self._files or parent in self._listed:

@@ -1,15 +1,15 @@
-"""A single-pass zip reader: bytes in, events out. No I/O, no clock.
+"""Reads a zip archive in one pass: bytes in, events out. Pure: no I/O, no clock.
 
 A zip describes itself twice, in a header before each entry and in the central directory at the end, and most
-attacks on zip readers live in the difference. This reader streams by the first and then demands that the second
+attacks on zip readers use the difference. This reader streams by the first and then demands that the second
 says the same, entry by entry and in the same order: names, flags, methods, sizes, checksums and positions, with no
 byte left over before, between or after (CVE-2024-0450 overlaps, CVE-2025-54368 stream against directory,
-CVE-2025-8291 end records, Zip Slip). So whatever another reader makes of the archive, it is what we made of it.
-The kind of an entry (link, device) stands only in the central directory: nothing this reader hands out may be used
-before `ArchiveEnded`.
+CVE-2025-8291 end records, Zip Slip). So any other reader would unpack the same files.
+The kind of an entry (link, device) is only in the central directory, so no event's content may be used before
+`ArchiveEnded`.
 
-Understood: stored and deflate, zip64, data descriptors on deflate, names in UTF-8. Everything else
-is refused by name, with `SnapshotRejected.rule` one of
+Supported are stored and deflate, zip64, data descriptors on deflate, and names in UTF-8. Everything else
+is refused, with `SnapshotRejected.rule` one of
 
     empty not_a_zip truncated trailing_data unexpected_bytes bad_header bad_extra encrypted unsupported_flags
     unsupported_method unsupported_version descriptor_on_stored descriptor_mismatch name_encoding name_mismatch
@@ -17,8 +17,8 @@ is refused by name, with `SnapshotRejected.rule` one of
     directory_mismatch end_mismatch manifest_position compressed_size
     total_size file_size entries ratio
 
-or one of the rules of `core.model.parse_path`. Memory: what was fed, one chunk out, and the names (of which
-those that a manifest listed are the caller's), whatever the entries' sizes and number.
+or one of the rules of `core.model.parse_path`. Memory holds what was fed, one chunk of output, and the paths that no
+manifest lists, whatever the entries' sizes and number.
 """
 
 from __future__ import annotations
@@ -28,19 +28,14 @@ from collections.abc import Generator, Iterator, Mapping
 from hashlib import blake2b
 
 from isal import isal_zlib
-from msgspec import Struct
 
 from agent.config import SnapshotLimits
 from agent.core.errors import SnapshotRejected
 from agent.core.model import Entry, RelPath
 from agent.snapshot.zip_format import (
-    CENTRAL,
     CENTRAL_SIGNATURE,
     DEFLATED,
-    DESCRIPTOR,
     DESCRIPTOR_SIGNATURE,
-    DOS_DIRECTORY,
-    DOS_VOLUME,
     END,
     END64,
     END64_SIGNATURE,
@@ -50,10 +45,6 @@ from agent.snapshot.zip_format import (
     LOCAL_SIGNATURE,
     LOCATOR,
     STORED,
-    TYPE_DIRECTORY,
-    TYPE_FILE,
-    TYPE_MASK,
-    UNIX_HOSTS,
     ArchiveEnded,
     EntryPaths,
     Event,
@@ -61,82 +52,66 @@ from agent.snapshot.zip_format import (
     FileEnded,
     FileFound,
     FileStarted,
+    LocalHeader,
     check_end,
     check_end64,
-    check_features,
-    description,
-    read_name,
+    describe,
+    read_central,
+    read_local,
     shown,
-    wide_field,
-    widen,
 )
 
 CHUNK = 256 * 1024
-"""Bytes. The most that is unpacked into one piece: large enough that the cost of a call vanishes, small against memory.
-What is stored comes in pieces as large as they were fed, and is not copied."""
+"""Bytes, the most that is unpacked into one piece: the cost of a call vanishes in it, and memory does not notice it.
+Stored entries come in pieces as large as they were fed, without a copy."""
 
 
 # The package's own stub calls this class an instance.
 _DeflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 
 
-class _Header(Struct, gc=False):
-    """What a local header says, once it is admitted. `size` and `packed` are the declared ones, wide or not."""
-
-    path: RelPath
-    name: str
-    raw_name: bytes
-    flags: int
-    method: int
-    crc: int
-    packed: int
-    size: int
-    offset: int
-    described: bool
-    is_directory: bool
-
-
 class ZipReader:
-    """Reads one archive. Feed it, take every event, feed it again; at the end `close()`.
-
-    `reserved` is the one name that may stand in the archive although `parse_path` refuses it, and only as the
-    first entry: the manifest's. Not reusable.
-    """
+    """Reads one archive. Feed it, take every event, feed it again; at the end `close` it."""
 
     def __init__(self, limits: SnapshotLimits, *, reserved: str | None = None) -> None:
+        """Make a reader, for one archive.
+
+        Args:
+            limits: The bounds on entries and bytes.
+            reserved: The manifest's name, which is allowed although `parse_path` refuses it, and only as the first
+                entry's.
+        """
         self._limits = limits
         self._paths = EntryPaths(reserved)
+
+        # What was fed and is not read yet begins at `_at` in the buffer, which begins at `_base` in the archive.
         self._buffer = b""
         self._at = 0
         self._base = 0
-        self._streamed, self._directory_says = blake2b(), blake2b()
+
+        # What was read.
+        self._parser = self._archive()
         self._entries = 0
         self._size = 0
-        self._parser = self._archive()
+        """Bytes unpacked."""
+        self._streamed, self._directory_says = blake2b(), blake2b()
+        """Digests of the entries' descriptions: as they were streamed, and as the central directory has them."""
         self._failure: SnapshotRejected | None = None
-        self._over = False
+        self._complete = False
 
     @property
     def received(self) -> int:
-        """Bytes fed so far."""
+        """How many bytes were fed."""
         return self._base + len(self._buffer)
 
-    @property
-    def complete(self) -> bool:
-        """Whether the end record was read and agreed with."""
-        return self._over
-
     def expect(self, listed: Mapping[RelPath, Entry]) -> None:
-        """Files that a manifest names: their paths were examined already, and are not kept a second time here.
-
-        So that one of them does not come twice is, from here on, for the caller to see.
-        """
+        """Note the files of the manifest; from here on the caller must refuse one of them that comes twice."""
         self._paths.expect(listed)
 
     def feed(self, *data: bytes) -> Iterator[Event]:
-        """What `data` completes, unpacked lazily. Take every event before feeding again.
+        """Return the events that `data` completes. Unpacks lazily: take every event before feeding again.
 
-        Iterating raises `SnapshotRejected`; after that the reader only raises it again.
+        The iterator raises `SnapshotRejected`, and again at every later call.
         """
         self._base += self._at
         rest = self._buffer[self._at :]
@@ -157,7 +132,7 @@ class ZipReader:
                 if event is None:
                     return
                 yield event
-            self._over = True
+            self._complete = True
             if self._at != len(self._buffer):
                 raise SnapshotRejected("trailing_data", "something follows the end of the archive")
         except SnapshotRejected as failure:
@@ -165,10 +140,10 @@ class ZipReader:
             raise
 
     def close(self) -> None:
-        """The stream is over. Raises `SnapshotRejected` unless the archive is over as well."""
+        """Note that the stream ended. Raises `SnapshotRejected` unless the archive ended too."""
         if self._failure is not None:
             raise self._failure
-        if not self._over:
+        if not self._complete:
             rule = "truncated" if self.received else "empty"
             self._failure = SnapshotRejected(rule, f"the archive stops after {self.received} bytes")
             raise self._failure
@@ -181,15 +156,18 @@ class ZipReader:
         while (signature := self._peek(4)) == LOCAL_SIGNATURE:
             while (header := self._header()) is None:
                 yield None
+            offset = self._base + self._at
+            self._at += header.length
+            path = self._paths.admit(header.name, is_directory=header.is_directory, first=self._entries == 1)
             if (
                 0 < header.size <= CHUNK
                 and header.packed <= len(self._buffer) - self._at
                 and not header.described
                 and not header.is_directory
             ):
-                yield self._whole(header)
+                yield self._whole(path, header, offset)
             else:
-                yield from self._entry(header)
+                yield from self._entry(path, header, offset)
             if len(self._buffer) - self._at < 4:
                 yield from self._need(4)
         if signature not in (CENTRAL_SIGNATURE, END_SIGNATURE, END64_SIGNATURE):
@@ -197,47 +175,28 @@ class ZipReader:
         yield from self._central_directory()
         yield ArchiveEnded(self._entries, self._size)
 
-    def _header(self) -> _Header | None:
-        """Read and admit the local header that is next, or nothing as long as it is not here whole."""
-        buffer, at = self._buffer, self._at
-        have = len(buffer) - at
-        if have < LOCAL.size:
+    def _header(self) -> LocalHeader | None:
+        """Read the next local header; None while it is not there whole. Does not move the position."""
+        if len(self._buffer) - self._at < LOCAL.size:
             return None
-        _, version, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
-            buffer, at
-        )
-        limits = self._limits
-        if self._entries >= limits.snapshot_max_entries:
-            raise SnapshotRejected("entries", f"more than {limits.snapshot_max_entries} entries")
-        if have < LOCAL.size + name_length + extra_length:
-            return None
-        start = at + LOCAL.size
-        raw_name = buffer[start : (end := start + name_length)]
-        name = read_name(raw_name)
-        check_features(name, version, flags, method)
-        wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
-        described = flags & DESCRIPTOR != 0
-        if not described:
-            # With a descriptor writers leave zeros or what they know here; what counts is what follows the data.
-            if size == FULL32 or packed == FULL32:
-                size, packed = widen(name, wide, size, packed)
-            self._check_size(name, size)
-        self._entries += 1
-        self._at = end + extra_length
-        is_directory = name.endswith("/")
-        path = self._paths.admit(name, is_directory=is_directory, first=self._entries == 1)
-        return _Header(
-            path, name, raw_name, flags, method, crc, packed, size, self._base + at, described, is_directory
-        )
+        most = self._limits.snapshot_max_entries
+        if self._entries >= most:
+            raise SnapshotRejected("entries", f"more than {most} entries")
+        header = read_local(self._buffer, self._at)
+        if header is not None:
+            if not header.described:
+                self._check_size(header.name, header.size)
+            self._entries += 1
+        return header
 
-    def _entry(self, header: _Header) -> Generator[Event | None, None, None]:
-        """An entry that comes in pieces, or is large, or has a descriptor, or is a directory."""
+    def _entry(self, path: RelPath, header: LocalHeader, offset: int) -> Generator[Event | None, None, None]:
+        """Read an entry that comes in pieces, or is large, or has a descriptor, or is a directory."""
         name, method, described = header.name, header.method, header.described
         crc, packed, size = header.crc, header.packed, header.size
         is_directory = header.is_directory
         declared = None if described else size
         if not is_directory:
-            yield FileStarted(header.path, declared)
+            yield FileStarted(path, declared)
         data_start = self._base + self._at
         body: Generator[bytes | memoryview | None, None, None]
         if method == STORED:
@@ -270,12 +229,12 @@ class ZipReader:
         elif true_crc != crc:
             raise SnapshotRejected("crc_mismatch", f"{shown(name)} is damaged")
         self._size += true_size
-        self._describe(header, true_crc, true_packed, true_size)
+        self._note(header, offset, true_crc, true_packed, true_size)
         if not is_directory:
             yield FileEnded(true_size)
 
-    def _whole(self, header: _Header) -> FileFound:
-        """An entry that is in the buffer from end to end, in one call."""
+    def _whole(self, path: RelPath, header: LocalHeader, offset: int) -> FileFound:
+        """Read an entry that is in the buffer whole."""
         name, crc, packed, size = header.name, header.crc, header.packed, header.size
         end = self._at + packed
         content = self._buffer[self._at : end]
@@ -296,13 +255,13 @@ class ZipReader:
         self._check_ratio(name, size, packed)
         self._at = end
         self._size += size
-        self._describe(header, crc, packed, size)
-        return FileFound(header.path, content)
+        self._note(header, offset, crc, packed, size)
+        return FileFound(path, content)
 
-    def _describe(self, header: _Header, crc: int, packed: int, size: int) -> None:
-        """Note what the central directory will have to say of an entry."""
+    def _note(self, header: LocalHeader, offset: int, crc: int, packed: int, size: int) -> None:
+        """Note what the central directory must say of an entry."""
         self._streamed.update(
-            description(header.flags, header.method, crc, packed, size, header.offset, header.raw_name)
+            describe(header.flags, header.method, crc, packed, size, offset, header.raw_name)
         )
 
     def _stored(self, size: int) -> Generator[memoryview | None, None, None]:
@@ -319,7 +278,7 @@ class ZipReader:
     def _inflated(
         self, name: str, packed: int | None, size: int | None
     ) -> Generator[bytes | None, None, None]:
-        """The entry's content. Leaves the position just behind its last compressed byte."""
+        """Yield the entry's content, in pieces. Leaves the position just behind its last compressed byte."""
         inflater = isal_zlib.decompressobj(-15)
         unpacked = 0
         left = packed
@@ -356,10 +315,10 @@ class ZipReader:
     def _descriptor(
         self, name: str, rule: str, crc: int, packed: int, size: int
     ) -> Generator[None, None, None]:
-        """The data descriptor says exactly what we counted: with or without signature, 32 or 64 bits wide.
+        """Check that the data descriptor has what was counted; it may lack a signature, and be 32 or 64 bits wide.
 
-        The four forms can only be told apart by what they must hold, and the central directory's offsets then
-        prove the choice. The wide ones come first: of an empty entry the narrow form is a prefix of the wide
+        The four forms can only be told apart by what they must contain, and the central directory's offsets then
+        prove the choice. The wide ones are tried first: of an empty entry the narrow form is a prefix of the wide
         one, and a narrow one is followed by a signature, which no wide one holds at that place.
         """
         forms = [struct.pack("<4sIQQ", DESCRIPTOR_SIGNATURE, crc, packed, size)]
@@ -383,10 +342,12 @@ class ZipReader:
                 raise SnapshotRejected(
                     "directory_mismatch", "the central directory lists more than was there"
                 )
-            while (record := self._central_record()) is None:
+            while (record := read_central(self._buffer, self._at)) is None:
                 yield None
-            if record:
-                yield ExecutableFound(RelPath(record))
+            self._at += record.length
+            self._directory_says.update(record.description)
+            if record.is_executable:
+                yield ExecutableFound(RelPath(record.name))
             records += 1
             if len(self._buffer) - self._at < 4:
                 yield from self._need(4)
@@ -408,44 +369,6 @@ class ZipReader:
         if self._peek(4) != END_SIGNATURE:
             raise self._unexpected("where the end record should be", self._peek(4))
         yield from self._end(begin, size, is_wide)
-
-    def _central_record(self) -> str | None:
-        """Check one record and note what it describes; the file's name if it has an execute bit, else an empty one.
-
-        None as long as the record is not here whole.
-        """
-        buffer, at = self._buffer, self._at
-        have = len(buffer) - at
-        if have < CENTRAL.size:
-            return None
-        (
-            _, made_by, version, flags, method, _, _, crc, packed, size,
-            name_length, extra_length, comment_length, disk, _, attributes, offset,
-        ) = CENTRAL.unpack_from(buffer, at)  # fmt: skip
-        if have < (length := CENTRAL.size + name_length + extra_length + comment_length):
-            return None
-        start = at + CENTRAL.size
-        raw_name = buffer[start : (end := start + name_length)]
-        extra = buffer[end : end + extra_length]
-        self._at = at + length
-        name = read_name(raw_name)
-        check_features(name, version, flags, method)
-        wide = wide_field(name, raw_name, extra) if extra else b""
-        if size == FULL32 or packed == FULL32 or offset == FULL32:
-            size, packed, offset = widen(name, wide, size, packed, offset)
-        if disk != 0:
-            raise SnapshotRejected("directory_mismatch", f"{shown(name)} is said to be on another disk")
-        self._directory_says.update(description(flags, method, crc, packed, size, offset, raw_name))
-        is_directory = name.endswith("/")
-        if attributes & DOS_VOLUME or bool(attributes & DOS_DIRECTORY) > is_directory:
-            raise SnapshotRejected("entry_type", f"{shown(name)} is marked as a volume or a directory")
-        if made_by >> 8 not in UNIX_HOSTS:
-            return ""
-        mode = attributes >> 16
-        expected = TYPE_DIRECTORY if is_directory else TYPE_FILE
-        if mode & TYPE_MASK not in (0, expected):
-            raise SnapshotRejected("entry_type", f"{shown(name)} is a link or a special file")
-        return name if mode & 0o111 and not is_directory else ""
 
     def _end64(self, begin: int, size: int) -> Generator[None, None, None]:
         position = self._base + self._at
@@ -486,7 +409,7 @@ class ZipReader:
         limits = self._limits
         if size <= limits.snapshot_ratio_floor_bytes or size <= packed * limits.snapshot_max_ratio:
             return
-        if not self._paths.vouched_for(name, size):
+        if not self._paths.lists(name, size):
             raise SnapshotRejected(
                 "ratio", f"{shown(name)} unpacks to more than {limits.snapshot_max_ratio} times its size"
             )

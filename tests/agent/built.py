@@ -14,7 +14,7 @@ import orjson
 from agent.config import Settings, read_environment
 from agent.core.model import Problem
 from agent.daemon import Agent, build
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from agent.link.types import LinkState
 from agent.replay.harness import ScenarioSource
@@ -56,12 +56,12 @@ async def built(given: Settings, respond: Handler = nobody) -> AsyncIterator[Age
 class DevServer:
     """What the report reads of a dev server, to be set by a test."""
 
-    state: State = State.ABSENT
+    state: Phase = Phase.ABSENT
     found: tuple[Problem, ...] = ()
 
     @property
     def ready(self) -> bool:
-        return self.state is State.READY
+        return self.state is Phase.READY
 
     def problems(self) -> tuple[Problem, ...]:
         return self.found
@@ -70,7 +70,7 @@ class DevServer:
         return {"state": self.state.value}
 
 
-def dev_server_of(agent: Agent, state: State = State.ABSENT) -> DevServer:
+def dev_server_of(agent: Agent, state: Phase = Phase.ABSENT) -> DevServer:
     """Put a played dev server in the place of the agent's own."""
     dev = DevServer(state)
     agent.report.dev = cast("Supervisor", dev)

@@ -12,7 +12,7 @@ from agent.cli.main import EXITS
 from agent.core import errors
 from agent.core.errors import AgentError
 from agent.core.model import REMEDIES, ProblemKind
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.link.types import LinkState
 from agent.telemetry.status import AgentState
 from orchestrator_stub.sessions import lifecycle
@@ -50,7 +50,7 @@ def test_every_kind_of_problem_says_what_happened_what_to_do_and_where_to_look()
 
 def test_every_state_is_explained() -> None:
     explained = [name for cells in rows("The agent: states") for name in named(cells[0])]
-    assert sorted(explained) == sorted([*AgentState, *LinkState, *State])
+    assert sorted(explained) == sorted([*AgentState, *LinkState, *Phase])
 
 
 def test_every_exit_code_is_explained() -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from agent.core.model import ProblemKind
 from agent.core.reconcile import Reason
-from agent.devserver.state import State as DevServerState
+from agent.devserver.state import Phase
 from agent.link.types import LinkState
 from orchestrator_stub.sessions.lifecycle import PROBLEMS
 from orchestrator_stub.sessions.lifecycle import State as SessionState
@@ -33,7 +33,7 @@ SCRAPED = {"instance", "job"}
 
 VALUES: dict[tuple[str, str], set[str]] = {
     ("preview_agent_link_state", "state"): {each.value for each in LinkState},
-    ("preview_agent_dev_server_state", "state"): {each.value for each in DevServerState},
+    ("preview_agent_dev_server_state", "state"): {each.value for each in Phase},
     ("preview_agent_problems", "kind"): set(get_args(ProblemKind)),
     ("preview_agent_resyncs_total", "reason"): {each.value for each in Reason},
     ("preview_orchestrator_sessions", "state"): {each.value for each in SessionState},

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from agent.devserver.guard import LAST_TO_GO, descendants
+from agent.devserver.guard import AGENT_OOM_SCORE, descendants
 from tests.agent.processes import until
 from tests.system.plane import Agent, eventually, running_plane
 
@@ -103,7 +103,11 @@ async def test_the_projects_programs_are_the_first_to_go(
         guard, below = await programs_of(agent)
         assert agent.process is not None
         assert {score(pid) for pid in below} == {1000}
-        assert score(guard) == score(agent.process.pid) == (LAST_TO_GO if may_stay() else score(os.getpid()))
+        assert (
+            score(guard)
+            == score(agent.process.pid)
+            == (AGENT_OOM_SCORE if may_stay() else score(os.getpid()))
+        )
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""A dev server for tests that misbehaves as told: `python dev_server.py MODE [flags…]`. The port is $PORT.
+"""A dev server for tests that misbehaves as asked: `python dev_server.py MODE [flags…]`. The port is $PORT.
 
-It serves what Vite would as far as readiness looks: a page, its entry module, no hot-update client.
+It serves what Vite would as far as a probe sees: a page, its entry module, no hot-update client.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Answers(BaseHTTPRequestHandler):
             body, kind, code = PAGE, "text/html", 200
         elif mode == "outdated" and "--force" not in sys.argv:
             body, kind, code = "Outdated Optimize Dep", "text/plain", 504
-        elif mode == "broken" and not Path("mended").exists():
+        elif mode == "broken" and not Path("fixed").exists():
             body, kind, code = "SyntaxError", "text/plain", 500
         else:
             body, kind, code = "export default 1", "text/javascript", 200
@@ -48,10 +48,10 @@ class Answers(BaseHTTPRequestHandler):
 PAGE = '<!doctype html><script type="module" src="/main.js"></script>'
 if mode == "socketless":
     PAGE += '<script type="module" src="/@vite/client"></script>'
-mending = Path("vite.config.ts")
-if mode == "crashes-unless-mended" and not (mending.exists() and "mended" in mending.read_text()):
+config = Path("vite.config.ts")
+if mode == "crashes-unless-mended" and not (config.exists() and "mended" in config.read_text()):
     mode = "crashes"
-if mode == "crashes" and not Path("mended").exists():
+if mode == "crashes" and not Path("fixed").exists():
     print("Error: a plugin is broken")
     sys.exit(1)
 if mode == "late":

@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 
 from agent.config import Settings
-from agent.devserver.install import Installer, Result
+from agent.devserver.install import Installer, InstallResult
 from agent.devserver.project import Project, find
 from agent.devserver.sandbox import Rights
 
@@ -53,7 +53,7 @@ class Bench:
             self.settings, environ=environ or os.environ, rights=rights or Rights(), on_line=self.lines.append
         )
 
-    async def install(self, wanted: Project) -> Result:
+    async def install(self, wanted: Project) -> InstallResult:
         await self.installer.open()
         return await self.installer.install(wanted)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.devserver import install, project
-from agent.devserver.install import How
+from agent.devserver.install import InstallOutcome
 from agent.devserver.project import NO_DEPENDENCIES, Project
 from agent.devserver.sandbox import Rights, User
 from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
@@ -25,19 +25,24 @@ async def test_a_project_without_dependencies_needs_no_install(tmp_path: Path) -
     wanted = write(bench.root, scripts={"dev": "vite"})
     assert wanted.key == NO_DEPENDENCIES
     result = await bench.install(wanted)
-    assert (result.how, result.swapped, result.usable) == (How.CURRENT, False, True)
+    assert (result.outcome, result.swapped, result.usable) == (InstallOutcome.CURRENT, False, True)
 
 
 async def test_the_same_lock_is_installed_once_and_linked_afterwards(tmp_path: Path) -> None:
     bench = Bench(tmp_path, install_command=fake())
     wanted = write(bench.root, dependencies={"thing": "1"})
     first = await bench.install(wanted)
-    assert (first.how, first.swapped, first.usable, first.problem) == (How.INSTALLED, True, True, None)
+    assert (first.outcome, first.swapped, first.usable, first.problem) == (
+        InstallOutcome.INSTALLED,
+        True,
+        True,
+        None,
+    )
     made = wanted.modules / "thing" / "made"
     before = made.read_bytes()
-    assert (await bench.install(wanted)).how is How.CURRENT
+    assert (await bench.install(wanted)).outcome is InstallOutcome.CURRENT
     shutil.rmtree(wanted.modules)
-    assert (await bench.install(wanted)).how is How.CACHED
+    assert (await bench.install(wanted)).outcome is InstallOutcome.CACHED
     assert made.read_bytes() == before
     assert made.stat().st_nlink >= 2, "linked, not copied"
     assert bench.leftovers == []
@@ -53,12 +58,12 @@ async def test_a_changed_script_is_no_reason_and_a_changed_dependency_is(tmp_pat
 
 
 async def test_only_the_last_few_installs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "KEPT", 2)
+    monkeypatch.setattr(install, "CACHED_INSTALLS", 2)
     bench = Bench(tmp_path, install_command=fake())
-    for version in range(install.KEPT + 2):
+    for version in range(install.CACHED_INSTALLS + 2):
         result = await bench.install(write(bench.root, dependencies={"thing": str(version)}))
-        assert result.how is How.INSTALLED
-    assert len(list((bench.settings.modules / "cache").iterdir())) == install.KEPT
+        assert result.outcome is InstallOutcome.INSTALLED
+    assert len(list((bench.settings.modules / "cache").iterdir())) == install.CACHED_INSTALLS
     assert bench.leftovers == []
 
 
@@ -83,7 +88,7 @@ async def test_an_install_that_fails_or_hangs_leaves_everything_as_it_was(
     before = snapshot(wanted.modules)
     bad = Bench(tmp_path, install_command=fake(f"{script} # {tmp_path}"), install_seconds=0.5)
     result = await bad.install(write(bad.root, dependencies={"thing": "2"}))
-    assert (result.how, result.swapped, result.usable) == (How.FAILED, False, True)
+    assert (result.outcome, result.swapped, result.usable) == (InstallOutcome.FAILED, False, True)
     assert result.problem is not None
     assert (result.problem.kind, result.problem.rule) == ("install_failed", rule)
     assert said in result.problem.detail
@@ -96,7 +101,7 @@ async def test_an_install_that_fails_or_hangs_leaves_everything_as_it_was(
 async def test_a_first_install_that_fails_leaves_nothing_to_run_with(tmp_path: Path) -> None:
     bench = Bench(tmp_path, install_command=fake("exit 1"))
     result = await bench.install(write(bench.root, dependencies={"thing": "1"}))
-    assert (result.how, result.usable) == (How.FAILED, False)
+    assert (result.outcome, result.usable) == (InstallOutcome.FAILED, False)
 
 
 async def test_an_install_killed_half_way_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -177,7 +182,7 @@ def workspace(root: Path, version: str) -> Project:
 async def test_a_swap_that_is_cut_short_at_any_of_its_renames_is_undone(
     tmp_path: Path, after: int, end: str
 ) -> None:
-    """Killed, with the agent: by the next one that opens. Cancelled, as when the agent is told to stop: at once."""
+    """Killed, with the agent: by the next one that opens. Cancelled, as when the agent stops: at once."""
     good = Bench(tmp_path, install_command=fake(WORKSPACE))
     await good.install(workspace(good.root, "1"))
     before = snapshot(good.root)
@@ -213,7 +218,7 @@ async def test_what_a_workspace_no_longer_has_goes_with_the_swap(tmp_path: Path)
     await bench.install(workspace(bench.root, "1"))
     fewer = Bench(tmp_path, install_command=fake())
     result = await fewer.install(workspace(bench.root, "2"))
-    assert result.how is How.INSTALLED
+    assert result.outcome is InstallOutcome.INSTALLED
     assert not list(bench.root.glob("packages/*/node_modules"))
     assert (bench.root / "node_modules" / "thing" / "made").exists()
 
@@ -237,13 +242,15 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
         case _:
             wanted.modules.symlink_to(elsewhere)
     result = await bench.install(wanted)
-    assert (result.how, result.problem) == (How.INSTALLED, None)
+    assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
     assert (wanted.modules / "thing" / "made").exists()
     assert not wanted.modules.is_symlink()
     assert sorted(path.name for path in elsewhere.iterdir()) == [project.RECORD]
 
 
-async def test_a_node_modules_that_somebody_makes_during_the_swap_is_not_moved_into(tmp_path: Path) -> None:
+async def test_a_node_modules_that_another_process_makes_during_the_swap_is_not_moved_into(
+    tmp_path: Path,
+) -> None:
     """`mv` into the place that has just been cleared would otherwise end in node_modules/node_modules."""
     good = Bench(tmp_path, install_command=fake())
     wanted = write(good.root, dependencies={"thing": "1"})
@@ -271,10 +278,10 @@ async def test_a_save_during_the_copy_is_installed_as_what_it_is(tmp_path: Path)
     stale = write(bench.root, dependencies={"thing": "1"})
     newer = write(bench.root, dependencies={"thing": "2"})
     result = await bench.install(stale)
-    assert result.how is How.INSTALLED
+    assert result.outcome is InstallOutcome.INSTALLED
     assert project.installed_key(newer.modules) == newer.key
     assert [path.name for path in (bench.settings.modules / "cache").iterdir()] == [newer.key]
-    assert (await bench.install(newer)).how is How.CURRENT
+    assert (await bench.install(newer)).outcome is InstallOutcome.CURRENT
 
 
 async def test_a_cancelled_install_leaves_nothing_running_and_no_stage(tmp_path: Path) -> None:
@@ -288,10 +295,10 @@ async def test_a_cancelled_install_leaves_nothing_running_and_no_stage(tmp_path:
     assert bench.leftovers == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
-    somebody = User("somebody", 54_323, 54_323, "/nonexistent")
-    bench = Bench(open_path, Rights(somebody), install_command=fake(f'{FAKE}; echo "$(id -u) $HOME"'))
+    other = User("other", 54_323, 54_323, "/nonexistent")
+    bench = Bench(open_path, Rights(other), install_command=fake(f'{FAKE}; echo "$(id -u) $HOME"'))
     wanted = write(bench.root, dependencies={"thing": "1"})
     result = await bench.install(wanted)
     assert result.problem is None, result.problem
@@ -317,14 +324,14 @@ async def test_an_install_is_done_by_the_projects_user(open_path: Path) -> None:
         b"stage-99999999-1-extra",
     ],
 )
-async def test_what_only_looks_like_a_stage_stays_and_is_in_nobodys_way(tmp_path: Path, name: bytes) -> None:
+async def test_what_only_resembles_a_stage_stays_and_is_ignored(tmp_path: Path, name: bytes) -> None:
     """What the project's user owns, the project's code can fill with any names."""
     bench = Bench(tmp_path, install_command=fake())
     bench.settings.modules.mkdir()
     planted = os.fsencode(bench.settings.modules) + b"/" + name
     os.mkdir(planted)
     result = await bench.install(write(bench.root, dependencies={"thing": "1"}))
-    assert result.how is How.INSTALLED
+    assert result.outcome is InstallOutcome.INSTALLED
     assert bench.leftovers == [os.fsdecode(name)]
 
 

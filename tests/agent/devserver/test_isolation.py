@@ -6,18 +6,20 @@ import asyncio
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+import agent
 from agent.devserver.process import Child
 from agent.devserver.sandbox import Launch, Rights, User
 from tests.agent.processes import until
 
-SOMEBODY = User("somebody", 54_331, 54_331, "/")
+OTHER = User("other", 54_331, 54_331, "/")
 ENV = {"PATH": os.environ["PATH"]}
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 LIBRARY = r"""
 #include <fcntl.h>
@@ -59,6 +61,16 @@ def library(open_path: Path) -> Library:
     return Library(open_path)
 
 
+def test_the_guard_loads_the_standard_library_alone() -> None:
+    """Its interpreter has no site-packages, so `agent` and `agent.devserver` must not import anything either."""
+    script = "import sys; sys.path.append(sys.argv[1]); import agent.devserver.guard; print(*sys.modules)"
+    packages = str(Path(agent.__file__).parents[1])
+    bare = [sys.executable, "-I", "-S", "-c", script, packages]
+    loaded = subprocess.run(bare, env={}, capture_output=True, text=True, check=True).stdout.split()
+    others = {name for name in loaded if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert others - {"__main__"} == {"agent", "agent.devserver", "agent.devserver.guard"}
+
+
 async def run(argv: tuple[str, ...], env: Mapping[str, str], rights: Rights) -> list[str]:
     """Its output, once it has ended well."""
     lines: list[str] = []
@@ -72,8 +84,8 @@ async def run(argv: tuple[str, ...], env: Mapping[str, str], rights: Rights) -> 
 async def test_what_the_linker_is_told_to_load_is_never_loaded_as_root(
     library: Library, variable: str
 ) -> None:
-    await run(("true",), {**ENV, variable: str(library.file)}, Rights(SOMEBODY))
-    assert library.loaded_by == {SOMEBODY.uid}
+    await run(("true",), {**ENV, variable: str(library.file)}, Rights(OTHER))
+    assert library.loaded_by == {OTHER.uid}
 
 
 @needs_root
@@ -82,7 +94,7 @@ async def test_the_guard_is_given_no_environment(library: Library) -> None:
     lines: list[str] = []
     env = {**ENV, "GCONV_PATH": "/x", "LOCPATH": "/x", "PYTHONPATH": "/x", "BASH_ENV": "/x", "ENV": "/x"}
     program = await Child.start(
-        Launch(("sh", "-c", "echo up; cat /dev/zero"), "/", env, Rights(SOMEBODY)), on_line=lines.append
+        Launch(("sh", "-c", "echo up; cat /dev/zero"), "/", env, Rights(OTHER)), on_line=lines.append
     )
     try:
         await until(lambda: lines)

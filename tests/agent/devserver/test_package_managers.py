@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver.install import How
+from agent.devserver.install import InstallOutcome
 from agent.devserver.project import Manager, find
 from tests.agent.devserver.installs import DEPENDENCY, FAKE, Bench, needs_npm, with_dependency, write
 
@@ -41,7 +41,7 @@ async def test_a_package_manager_that_is_not_here_is_fetched_with_npm(tmp_path: 
     bench = Bench(tmp_path, environ={"PATH": str(tmp_path / "bin")})
     wanted = write(bench.root, dependencies={"thing": "1"}, packageManager="pnpm@9.12.0+sha512.abc")
     result = await bench.install(wanted)
-    assert result.how is How.INSTALLED
+    assert result.outcome is InstallOutcome.INSTALLED
     assert bench.lines[0] == "pnpm is not installed here; npm fetches pnpm@9.12.0"
     assert bench.lines[-1].startswith("said exec --yes --package=pnpm@9.12.0 -- pnpm install ")
 
@@ -115,13 +115,13 @@ async def test_every_package_manager_does_the_same(tmp_path: Path, manager: str)
     assert wanted is not None
     assert (wanted.manager.value, wanted.modern_yarn) == (manager.partition("-")[0], manager == "yarn-4")
     first = await bench.install(wanted)
-    assert first.how is How.INSTALLED, first.problem
+    assert first.outcome is InstallOutcome.INSTALLED, first.problem
     changed = write(bench.root, dependencies={"react": "^19.0.0", "csstype": "^3.0.0"}, **more)
     second = await bench.install(changed)
-    assert second.how is How.INSTALLED, second.problem
+    assert second.outcome is InstallOutcome.INSTALLED, second.problem
     assert any("does not match package.json" in line for line in bench.lines)
     shutil.rmtree(wanted.modules)
-    assert (await bench.install(changed)).how is How.CACHED
+    assert (await bench.install(changed)).outcome is InstallOutcome.CACHED
     for name in ("react", "csstype"):
         assert (wanted.modules / name / "package.json").exists()
 
@@ -149,7 +149,7 @@ async def test_a_workspace_gets_all_its_node_modules(tmp_path: Path, manager: st
     assert wanted is not None
     assert wanted.whole_tree
     result = await bench.install(wanted)
-    assert result.how is How.INSTALLED, result.problem
+    assert result.outcome is InstallOutcome.INSTALLED, result.problem
     assert bench.leftovers == []
 
     def versions() -> str:
@@ -157,15 +157,15 @@ async def test_a_workspace_gets_all_its_node_modules(tmp_path: Path, manager: st
         return subprocess.check_output(["node", "-e", script], cwd=app, text=True).strip()
 
     assert versions() == "19.1.0 18.3.1"
-    assert (await bench.install(wanted)).how is How.CURRENT
+    assert (await bench.install(wanted)).outcome is InstallOutcome.CURRENT
     for modules in bench.root.rglob("node_modules"):
         shutil.rmtree(modules, ignore_errors=True)
-    assert (await bench.install(wanted)).how is How.CACHED
+    assert (await bench.install(wanted)).outcome is InstallOutcome.CACHED
     assert versions() == "19.1.0 18.3.1"
     places = [p for p in bench.root.glob("packages/*/node_modules") if p.is_dir()]
     if places:
         shutil.rmtree(places[0])
-        assert (await bench.install(wanted)).how is How.CACHED, "a part of the set was missing"
+        assert (await bench.install(wanted)).outcome is InstallOutcome.CACHED, "a part of the set was missing"
         assert versions() == "19.1.0 18.3.1"
 
     write(app, name="app", dependencies={"react": "19.2.0", "library": linked})
@@ -173,7 +173,7 @@ async def test_a_workspace_gets_all_its_node_modules(tmp_path: Path, manager: st
     assert changed is not None
     assert changed.key != wanted.key, "what a package asks for is part of what is wanted"
     result = await bench.install(changed)
-    assert result.how is How.INSTALLED, result.problem
+    assert result.outcome is InstallOutcome.INSTALLED, result.problem
     assert versions() == "19.2.0 18.3.1"
 
 

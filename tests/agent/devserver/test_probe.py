@@ -1,4 +1,4 @@
-"""What a look at a server makes of answers that are written to mislead, to cost, or to last."""
+"""What an inspection of a server makes of answers that are written to mislead, to cost, or to last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from agent.devserver.probe import Seen, Verdict, look, module_scripts
+from agent.devserver.probe import Inspection, Outcome, inspect, module_scripts
 
 Answer = tuple[bytes, str, dict[str, str]]
 SCRIPT = b'<script type="module" src="/main.js"></script>'
@@ -27,8 +27,8 @@ async def serving(answers: Callable[[str], Answer]) -> AsyncIterator[tuple[str, 
         heads.append(head)
         body, kind, more = answers(head.split()[1])
         lines = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **more}
-        told = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        writer.write(f"HTTP/1.1 200 OK\r\n{told}\r\n".encode() + body)
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        writer.write(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body)
         writer.close()
 
     server = await asyncio.start_server(one, "127.0.0.1", 0)
@@ -36,9 +36,9 @@ async def serving(answers: Callable[[str], Answer]) -> AsyncIterator[tuple[str, 
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", heads
 
 
-async def seen(answers: Callable[[str], Answer]) -> Seen:
+async def inspected(answers: Callable[[str], Answer]) -> Inspection:
     async with serving(answers) as (base, _), httpx.AsyncClient(trust_env=False) as http:
-        return await look(http, base, timeout=10)
+        return await inspect(http, base, timeout=10)
 
 
 def page(html: bytes, module: bytes = b"export {}") -> Callable[[str], Answer]:
@@ -46,13 +46,13 @@ def page(html: bytes, module: bytes = b"export {}") -> Callable[[str], Answer]:
 
 
 async def test_a_page_and_its_module_are_served() -> None:
-    found = await seen(page(SCRIPT))
-    assert (found.verdict, found.entry) == (Verdict.SERVED, "/main.js")
+    found = await inspected(page(SCRIPT))
+    assert (found.outcome, found.entry) == (Outcome.SERVED, "/main.js")
 
 
 async def test_a_page_that_no_parser_takes_is_read_up_to_there() -> None:
-    found = await seen(page(SCRIPT + b"<![<![<!["))
-    assert (found.verdict, found.entry) == (Verdict.SERVED, "/main.js")
+    found = await inspected(page(SCRIPT + b"<![<![<!["))
+    assert (found.outcome, found.entry) == (Outcome.SERVED, "/main.js")
     assert module_scripts("<![ <script type=module src=/late.js>") == []
 
 
@@ -60,17 +60,17 @@ async def test_a_page_that_no_parser_takes_is_read_up_to_there() -> None:
     "source", ["http://[::1", "//x:99999999/y.js", "http://\x01/", "/\u2028.js", "http:///"]
 )
 async def test_an_address_that_is_none_is_the_pages_fault_and_no_silence(source: str) -> None:
-    """A server that is silent is ended and started again; one that is wrong is left to whoever writes it."""
-    found = await seen(page(f'<script type="module" src="{source}"></script>'.encode()))
-    assert found.verdict in (Verdict.BROKEN, Verdict.SERVED)
+    """A server that is silent is ended and started again; one that answers wrongly is left running."""
+    found = await inspected(page(f'<script type="module" src="{source}"></script>'.encode()))
+    assert found.outcome in (Outcome.BROKEN, Outcome.SERVED)
 
 
 @pytest.mark.parametrize("address", ["localhost:99999999/", "[::1/", ":/", "localhost:0/"])
 async def test_a_hot_update_socket_that_has_no_address_is_not_silence_either(address: str) -> None:
     client = f"const directSocketHost = '{address}'".encode()
     html = SCRIPT + b'<script type="module" src="/@vite/client"></script>'
-    found = await seen(page(html, client))
-    assert found.verdict in (Verdict.BROKEN, Verdict.SOCKETLESS)
+    found = await inspected(page(html, client))
+    assert found.outcome in (Outcome.BROKEN, Outcome.SOCKETLESS)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ async def test_a_hot_update_socket_that_has_no_address_is_not_silence_either(add
 async def test_a_module_written_to_be_searched_for_ever_is_searched_for_a_moment(module: str) -> None:
     """Where the search goes back on itself, the first of these takes hours; the loop would stand still."""
     async with asyncio.timeout(30):
-        found = await seen(page(SCRIPT, module.encode()))
-    assert found.verdict is Verdict.SERVED
+        found = await inspected(page(SCRIPT, module.encode()))
+    assert found.outcome is Outcome.SERVED
 
 
 async def test_an_answer_that_would_unpack_to_far_more_is_not_unpacked() -> None:
@@ -93,7 +93,7 @@ async def test_an_answer_that_would_unpack_to_far_more_is_not_unpacked() -> None
 
     async with serving(answers) as (base, heads), httpx.AsyncClient(trust_env=False) as http:
         tracemalloc.start()
-        await look(http, base, timeout=10)
+        await inspect(http, base, timeout=10)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 16 * 2**20
@@ -121,6 +121,6 @@ async def test_an_outdated_dependency_of_the_entry_module_is_seen() -> None:
     asked: list[str] = []
     async with await asyncio.start_server(one, "127.0.0.1", 0) as server, httpx.AsyncClient() as http:
         port = server.sockets[0].getsockname()[1]
-        found = await look(http, f"http://127.0.0.1:{port}", timeout=10)
-    assert found.verdict is Verdict.OUTDATED
+        found = await inspect(http, f"http://127.0.0.1:{port}", timeout=10)
+    assert found.outcome is Outcome.OUTDATED
     assert asked == ["/", "/main.js", "/node_modules/.vite/deps/react.js?v=1a2b3c4d"]

@@ -22,7 +22,7 @@ from tests.agent.processes import of_user, running, until
 
 PLAIN = Rights()
 ENV = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ async def test_a_program_that_ignores_term_is_killed_after_the_grace(word: str) 
     await until(lambda: lines)
     began = time.monotonic()
     assert await program.stop(0.3) == 137
-    assert 0.3 <= time.monotonic() - began < 0.3 + process.KILL_PATIENCE
+    assert 0.3 <= time.monotonic() - began < 0.3 + process.KILL_WITHIN
     assert running(word) == []
 
 
@@ -132,7 +132,7 @@ async def test_a_grandchild_does_not_outlive_a_program_that_ends_by_itself(word:
 
 @pytest.mark.parametrize("end", ["agent", "guard"])
 async def test_nothing_outlives_a_killed_agent_or_guard(word: str, end: str) -> None:
-    """SIGKILL, so that nobody can clean up: the lifeline and PDEATHSIG have to do it."""
+    """SIGKILL, so that no code can clean up: the lifeline and PDEATHSIG have to do it."""
     source = f"""
 import asyncio, os, sys
 from pathlib import Path
@@ -168,8 +168,8 @@ asyncio.run(main())
 @needs_root
 @pytest.mark.skipif(shutil.which("perl") is None, reason="the bomb is written in perl")
 async def test_a_fork_bomb_stays_within_its_limit_and_is_removed() -> None:
-    somebody = User("bomber", 54_321, 54_321, "/")
-    rights = Rights(somebody, processes=40, files=64)
+    other = User("bomber", 54_321, 54_321, "/")
+    rights = Rights(other, processes=40, files=64)
     program = await start(
         "exec perl -e 'while (1) { defined fork or select undef, undef, undef, 0.001 }'", rights=rights
     )
@@ -183,11 +183,11 @@ async def test_a_fork_bomb_stays_within_its_limit_and_is_removed() -> None:
 
 @needs_root
 async def test_another_user_gets_no_group_and_no_way_back() -> None:
-    somebody = User("somebody", 54_322, 54_322, "/tmp")
+    other = User("other", 54_322, 54_322, "/tmp")
     lines: list[str] = []
     program = await start(
         "id -u; id -G; grep NoNewPrivs /proc/self/status; ulimit -n; ulimit -p; cat", lines.append,
-        Rights(somebody, processes=99, files=77),
+        Rights(other, processes=99, files=77),
     )  # fmt: skip
     assert await program.wait() == 0
     assert lines == ["54322", "54322", "NoNewPrivs:\t1", "77", "99"]
@@ -213,20 +213,20 @@ async def test_a_program_that_prints_without_end_is_neither_blocked_nor_kept_in_
     lengths: list[int] = []
     left_out: list[str] = []
 
-    def heard(line: str) -> None:
+    def on_line(line: str) -> None:
         lengths.append(len(line))
         if line.endswith(" MB left out"):
             left_out.append(line)
 
     done = await process.run(
         ["sh", "-c", "head -c 200000000 /dev/zero; yes | head -c 200000000; echo; echo the end"],
-        cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60, on_line=heard,
+        cwd=Path("/"), env=ENV, rights=PLAIN, timeout=60, on_line=on_line,
     )  # fmt: skip
     assert done.ok
     assert max(lengths) <= 4 * process.LONGEST_LINE + 10, "a control character becomes four"
     assert len(lengths) < 100_000, "of a hundred million"
     assert left_out
-    assert done.tail[-1] == "the end", "last words are heard whatever was left out before"
+    assert done.tail[-1] == "the end", "the last line is passed on, whatever was dropped before"
 
 
 async def test_a_timeout_and_a_cancel_leave_nothing(word: str) -> None:

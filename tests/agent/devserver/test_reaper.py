@@ -45,11 +45,11 @@ import asyncio, signal, os
 from agent.devserver.reaper import stop_signals
 
 async def main():
-    heard = asyncio.Queue()
-    with stop_signals(lambda number, count: heard.put_nowait((number.name, count))):
+    received = asyncio.Queue()
+    with stop_signals(lambda number, count: received.put_nowait((number.name, count))):
         print("up", flush=True)
         while True:
-            name, count = await heard.get()
+            name, count = await received.get()
             print(name, count, flush=True)
             if count == 4:
                 return
@@ -107,9 +107,9 @@ from agent.devserver.reaper import stop_signals
 
 async def run(settings, environ):
     os.kill(os.getpid(), signal.SIGTERM)  # of a stop that comes before anybody listens
-    heard = asyncio.Queue()
-    with stop_signals(lambda number, count: heard.put_nowait((number.name, count))):
-        print(*await heard.get())
+    received = asyncio.Queue()
+    with stop_signals(lambda number, count: received.put_nowait((number.name, count))):
+        print(*await received.get())
     return 0
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A project that looks for the agent's credentials wherever a process can look, under the real Vite."""
+"""A project that searches for the agent's credentials wherever a process can, under the real Vite."""
 
 from __future__ import annotations
 
@@ -120,6 +120,6 @@ async def test_a_hostile_vite_config_finds_no_credential(
         assert findings["uid"] != 0
         assert findings["tried"]["state"][1] == 0
     assert findings["found"] == []
-    assert findings["tried"]["environ"][0] >= 2, "it looked at the agent and its guard"
+    assert findings["tried"]["environ"][0] >= 2, "it found the agent and its guard"
     assert findings["tried"]["cmdline"][1] >= 2, "and could name them"
     assert findings["tried"]["mem"][0] >= 2

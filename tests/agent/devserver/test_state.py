@@ -1,4 +1,4 @@
-"""The dev server's table: examples for each row, and a world that does anything at any time."""
+"""The dev server's table: examples for each row, and a state machine in which anything happens at any time."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agent.devserver.state import (
     Answered,
     Command,
+    DevServerState,
     Edited,
     Exited,
     Hydrated,
     Input,
     Installed,
-    Machine,
     Missed,
     Outdated,
-    Policy,
+    Phase,
+    RestartPolicy,
     Served,
-    State,
     Stop,
     Tick,
     step,
 )
 
-POLICY = Policy()
+POLICY = RestartPolicy()
 GOOD = Installed(ok=True, restart=False, usable=True)
 SWAPPED = Installed(ok=True, restart=True, usable=True)
 CODE = Edited(dependencies=False, relevant=True)
@@ -35,10 +35,10 @@ LOCK = Edited(dependencies=True, relevant=True)
 
 
 class Play:
-    """A machine, its clock, and what it asked for."""
+    """A state, its clock, and the commands it gave."""
 
     def __init__(self, *inputs: Input, jitter: float = 1.0) -> None:
-        self.machine = Machine()
+        self.state = DevServerState()
         self.now = 0.0
         self.jitter = jitter
         self.asked: list[Command] = []
@@ -46,7 +46,7 @@ class Play:
 
     def give(self, *inputs: Input) -> Play:
         for each in inputs:
-            self.machine, commands = step(self.machine, each, self.now, policy=POLICY, jitter=self.jitter)
+            self.state, commands = step(self.state, each, self.now, policy=POLICY, jitter=self.jitter)
             self.asked += commands
         return self
 
@@ -55,11 +55,11 @@ class Play:
         return self.give(*(inputs or (Tick(),)))
 
     def crash(self) -> Play:
-        return self.give(Exited(self.machine.generation, "exit"))
+        return self.give(Exited(self.state.generation, "exit"))
 
     @property
-    def state(self) -> State:
-        return self.machine.state
+    def phase(self) -> Phase:
+        return self.state.phase
 
 
 def started() -> Play:
@@ -72,26 +72,26 @@ def ready() -> Play:
 
 def test_a_project_is_installed_then_started_then_ready() -> None:
     play = Play()
-    assert play.state is State.ABSENT
-    assert play.give(Hydrated(True)).state is State.INSTALLING
-    assert play.give(GOOD).state is State.STARTING
-    assert play.give(Served(1)).state is State.READY
+    assert play.phase is Phase.ABSENT
+    assert play.give(Hydrated(True)).phase is Phase.INSTALLING
+    assert play.give(GOOD).phase is Phase.STARTING
+    assert play.give(Served(1)).phase is Phase.READY
     assert play.asked == [Command.INSTALL, Command.START]
 
 
 def test_a_project_without_package_json_stays_absent_until_it_has_one() -> None:
     play = Play(Hydrated(False))
-    assert play.give(Edited(True, True, runnable=False)).machine.next_due is None
-    assert play.after(1, Edited(True, True, runnable=True)).after(0.6).state is State.INSTALLING
+    assert play.give(Edited(True, True, runnable=False)).state.next_due is None
+    assert play.after(1, Edited(True, True, runnable=True)).after(0.6).phase is Phase.INSTALLING
 
 
 def test_nothing_starts_before_the_tree_is_whole() -> None:
     assert Play(LOCK).after(10).asked == []
 
 
-@pytest.mark.parametrize(("usable", "state"), [(True, State.STARTING), (False, State.FAILED)])
-def test_a_first_install_that_fails_starts_what_is_there(usable: bool, state: State) -> None:
-    assert Play(Hydrated(True), Installed(False, False, usable)).state is state
+@pytest.mark.parametrize(("usable", "phase"), [(True, Phase.STARTING), (False, Phase.FAILED)])
+def test_a_first_install_that_fails_starts_what_is_there(usable: bool, phase: Phase) -> None:
+    assert Play(Hydrated(True), Installed(False, False, usable)).phase is phase
 
 
 def test_backoff_doubles_up_to_its_most_and_jitters_downwards() -> None:
@@ -100,9 +100,9 @@ def test_backoff_doubles_up_to_its_most_and_jitters_downwards() -> None:
         play = Play(Hydrated(True), GOOD, jitter=jitter)
         for _ in range(7):
             play.after(30.0).crash()  # too seldom to fail for good
-            assert play.state is State.BACKOFF
-            assert play.machine.due is not None
-            delays.append(play.machine.due - play.now)
+            assert play.phase is Phase.BACKOFF
+            assert play.state.due is not None
+            delays.append(play.state.due - play.now)
             play.after(delays[-1])
         assert delays == pytest.approx([factor * d for d in (0.5, 1, 2, 4, 8, 10, 10)])
 
@@ -111,23 +111,23 @@ def test_five_crashes_in_a_minute_are_final_until_a_relevant_change() -> None:
     play = started()
     for _ in range(4):
         play.crash()
-        assert play.state is State.BACKOFF
+        assert play.phase is Phase.BACKOFF
         play.after(10)
-    assert play.crash().state is State.FAILED
-    assert play.after(3600).state is State.FAILED
-    assert play.give(Edited(dependencies=False, relevant=False)).after(10).state is State.FAILED
-    assert play.give(CODE).state is State.FAILED
-    assert play.after(0.5).state is State.INSTALLING
-    assert play.give(GOOD).state is State.STARTING
+    assert play.crash().phase is Phase.FAILED
+    assert play.after(3600).phase is Phase.FAILED
+    assert play.give(Edited(dependencies=False, relevant=False)).after(10).phase is Phase.FAILED
+    assert play.give(CODE).phase is Phase.FAILED
+    assert play.after(0.5).phase is Phase.INSTALLING
+    assert play.give(GOOD).phase is Phase.STARTING
 
 
 def test_a_healthy_minute_makes_crashes_history() -> None:
     play = started()
     for _ in range(4):
         play.crash().after(10)
-    play.give(Served(play.machine.generation)).after(60).crash()
-    assert play.state is State.BACKOFF
-    assert play.machine.due == pytest.approx(play.now + 0.5)
+    play.give(Served(play.state.generation)).after(60).crash()
+    assert play.phase is Phase.BACKOFF
+    assert play.state.due == pytest.approx(play.now + 0.5)
 
 
 def test_a_change_shortens_the_wait() -> None:
@@ -135,40 +135,40 @@ def test_a_change_shortens_the_wait() -> None:
     for _ in range(4):
         play.crash().after(10)
     play = started().crash().after(1).crash().after(2).crash()
-    assert play.machine.due == pytest.approx(play.now + 2)
+    assert play.state.due == pytest.approx(play.now + 2)
     play.give(CODE)
-    assert play.machine.due == pytest.approx(play.now + 0.5)
+    assert play.state.due == pytest.approx(play.now + 0.5)
 
 
 def test_a_server_that_never_answers_is_ended_and_tried_again() -> None:
     play = started().after(59.9)
-    assert play.state is State.STARTING
-    assert play.after(0.1).state is State.STOPPING
-    assert play.crash().state is State.BACKOFF
-    assert play.machine.reason == "late"
+    assert play.phase is Phase.STARTING
+    assert play.after(0.1).phase is Phase.STOPPING
+    assert play.crash().phase is Phase.BACKOFF
+    assert play.state.reason == "late"
 
 
-def test_a_server_that_answers_with_errors_is_left_alone_until_somebody_mends_it() -> None:
+def test_a_server_that_answers_with_errors_is_left_alone_until_the_project_is_fixed() -> None:
     play = started().give(Answered(1)).after(3600)
-    assert play.state is State.STARTING
-    assert play.give(Served(1)).state is State.READY
+    assert play.phase is Phase.STARTING
+    assert play.give(Served(1)).phase is Phase.READY
 
 
 def test_three_missed_probes_in_a_row_are_a_hung_server() -> None:
     play = ready().give(Missed(1), Missed(1), Answered(1), Missed(1), Missed(1))
-    assert play.state is State.READY
-    assert play.give(Missed(1)).state is State.STOPPING
-    assert play.crash().machine.reason == "hung"
-    assert play.state is State.BACKOFF
+    assert play.phase is Phase.READY
+    assert play.give(Missed(1)).phase is Phase.STOPPING
+    assert play.crash().state.reason == "hung"
+    assert play.state.due is not None
 
 
 def test_an_outdated_cache_is_cleared_once() -> None:
     play = started().give(Outdated(1))
-    assert play.state is State.STARTING
-    assert play.give(Outdated(1)).state is State.STOPPING
+    assert play.phase is Phase.STARTING
+    assert play.give(Outdated(1)).phase is Phase.STOPPING
     assert play.crash().asked[-1] is Command.START_FRESH
     play.give(Outdated(2), Outdated(2), Outdated(2))
-    assert play.state is State.STARTING
+    assert play.phase is Phase.STARTING
 
 
 def test_a_lock_change_is_debounced_and_restarts_once() -> None:
@@ -176,10 +176,10 @@ def test_a_lock_change_is_debounced_and_restarts_once() -> None:
     assert play.asked.count(Command.INSTALL) == 1
     play.after(0.2)
     assert play.asked.count(Command.INSTALL) == 2
-    assert play.state is State.READY
-    assert play.give(SWAPPED).state is State.STOPPING
-    assert play.crash().state is State.STARTING
-    assert play.machine.failures == 0
+    assert play.phase is Phase.READY
+    assert play.give(SWAPPED).phase is Phase.STOPPING
+    assert play.crash().phase is Phase.STARTING
+    assert play.state.failures == 0
     assert play.asked.count(Command.START) == 2
 
 
@@ -193,15 +193,15 @@ def test_a_lock_change_during_an_install_is_installed_afterwards() -> None:
 @pytest.mark.parametrize("ended", [GOOD, Installed(False, False, True), Installed(False, False, False)])
 def test_an_install_that_changes_nothing_leaves_the_preview_running(ended: Installed) -> None:
     play = ready().give(LOCK).after(0.5).give(ended)
-    assert play.state is State.READY
+    assert play.phase is Phase.READY
     assert Command.TERMINATE not in play.asked
 
 
 def test_what_an_old_process_says_changes_nothing() -> None:
     play = ready().crash().after(0.5).give(Served(2))
-    before = play.machine
+    before = play.state
     for late in (Exited(1, "exit"), Missed(1), Served(1), Answered(1), Outdated(1), Exited(99, "exit")):
-        assert play.give(late).machine == before
+        assert play.give(late).state == before
 
 
 @pytest.mark.parametrize("play", [Play(), Play(Hydrated(True)), started(), ready(), ready().crash()])
@@ -209,7 +209,7 @@ def test_after_stop_nothing_starts(play: Play) -> None:
     play.give(Stop())
     before = len(play.asked)
     play.give(GOOD, SWAPPED, Hydrated(True), LOCK).after(3600).crash().after(3600, LOCK).after(1)
-    assert play.state is State.ABSENT
+    assert play.phase is Phase.ABSENT
     assert play.asked[before:] == []
 
 
@@ -218,7 +218,7 @@ class World(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.machine = Machine()
+        self.state = DevServerState()
         self.now = 0.0
         self.process: int | None = None
         self.terminating = False
@@ -227,8 +227,8 @@ class World(RuleBasedStateMachine):
         self.starts: list[float] = []
 
     def give(self, given: Input) -> None:
-        before = self.machine
-        self.machine, commands = step(before, given, self.now, policy=POLICY, jitter=0.5)
+        before = self.state
+        self.state, commands = step(before, given, self.now, policy=POLICY, jitter=0.5)
         for command in commands:
             match command:
                 case Command.INSTALL:
@@ -238,8 +238,8 @@ class World(RuleBasedStateMachine):
                 case Command.START | Command.START_FRESH:
                     assert self.process is None, "two servers at once"
                     assert not self.stopped
-                    assert self.machine.generation == before.generation + 1
-                    self.process = self.machine.generation
+                    assert self.state.generation == before.generation + 1
+                    self.process = self.state.generation
                     self.terminating = False
                 case Command.TERMINATE:
                     assert self.process is not None
@@ -285,47 +285,47 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def the_state_says_whether_there_is_a_process(self) -> None:
-        assert self.machine.alive == (self.process is not None)
+        assert self.state.alive == (self.process is not None)
 
     @invariant()
     def a_stop_under_way_is_called_stopping(self) -> None:
         if self.process is not None:
-            assert self.terminating == (self.machine.state is State.STOPPING)
+            assert self.terminating == (self.state.phase is Phase.STOPPING)
 
     @invariant()
     def installing_is_known(self) -> None:
-        assert self.machine.installing == self.installing or self.stopped
+        assert self.state.installing == self.installing or self.stopped
 
     @invariant()
     def backoff_always_has_an_end(self) -> None:
-        if self.machine.state is State.BACKOFF:
-            assert self.machine.due is not None
-            assert self.machine.due <= self.now + POLICY.backoff_most
+        if self.state.phase is Phase.BACKOFF:
+            assert self.state.due is not None
+            assert self.state.due <= self.now + POLICY.backoff_most
 
     @invariant()
     def a_well_behaved_world_ends_ready(self) -> None:
         """From wherever this is, unless it failed for good or was stopped: good outcomes lead to ready."""
-        machine, now = self.machine, self.now
-        if self.stopped or not machine.hydrated or machine.state is State.ABSENT:
+        state, now = self.state, self.now
+        if self.stopped or not state.hydrated or state.phase is Phase.ABSENT:
             return
-        if machine.state is State.FAILED and machine.install_due is None:
-            machine, _ = step(machine, CODE, now, policy=POLICY, jitter=0.5)
+        if state.phase is Phase.FAILED and state.install_due is None:
+            state, _ = step(state, CODE, now, policy=POLICY, jitter=0.5)
         for _ in range(12):
             given: Input = Tick()
-            if machine.installing:
+            if state.installing:
                 given = GOOD
-            elif machine.state is State.STOPPING:
-                given = Exited(machine.generation, "exit")
-            elif machine.state is State.STARTING:
-                given = Served(machine.generation)
-            elif machine.next_due is not None:
-                now = max(now, machine.next_due)
-            elif machine.state is State.FAILED:
+            elif state.phase is Phase.STOPPING:
+                given = Exited(state.generation, "exit")
+            elif state.phase is Phase.STARTING:
+                given = Served(state.generation)
+            elif state.next_due is not None:
+                now = max(now, state.next_due)
+            elif state.phase is Phase.FAILED:
                 given = CODE
             else:
                 break
-            machine, _ = step(machine, given, now, policy=POLICY, jitter=0.5)
-        assert replace(machine, since=0.0).state is State.READY
+            state, _ = step(state, given, now, policy=POLICY, jitter=0.5)
+        assert replace(state, since=0.0).phase is Phase.READY
 
 
 TestWorld = World.TestCase

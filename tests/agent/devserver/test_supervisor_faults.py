@@ -1,4 +1,4 @@
-"""Dev servers that bind late, never, die, hang, lie: real processes, real sockets, short patience."""
+"""Dev servers that bind late, never, die, hang or answer wrongly: real processes, real sockets, short deadlines."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ import pytest
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import RelPath
+from agent.devserver import probe
 from agent.devserver import supervisor as module
-from agent.devserver.state import Policy, State
+from agent.devserver.state import Phase, RestartPolicy
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
 from tests.agent.processes import free_port, running, until
 
 SERVER = Path(__file__).with_name("dev_server.py")
-QUICK = Policy(start_timeout=5.0, backoff_first=0.02, backoff_most=0.1, debounce=0.05)
+QUICK = RestartPolicy(start_timeout=5.0, backoff_first=0.02, backoff_most=0.1, debounce=0.05)
 
 
 @contextlib.asynccontextmanager
 async def supervised(
-    tmp_path: Path, *command: str, policy: Policy = QUICK, essential: bool = False
+    tmp_path: Path, *command: str, policy: RestartPolicy = QUICK, essential: bool = False
 ) -> AsyncIterator[Supervisor]:
     project = tmp_path / "project"
     project.mkdir(exist_ok=True)
@@ -54,7 +55,7 @@ def server(mode: str) -> Sequence[str]:
     return sys.executable, str(SERVER), mode
 
 
-def reached(supervisor: Supervisor, state: State, restarts: int = 0) -> bool:
+def reached(supervisor: Supervisor, state: Phase, restarts: int = 0) -> bool:
     return supervisor.state is state and supervisor.restarts >= restarts
 
 
@@ -65,7 +66,7 @@ async def test_one_that_binds_late_is_waited_for(tmp_path: Path) -> None:
 
 
 async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> None:
-    policy = Policy(start_timeout=0.4, backoff_first=0.02)
+    policy = RestartPolicy(start_timeout=0.4, backoff_first=0.02)
     async with supervised(tmp_path, *server("never"), policy=policy) as supervisor:
         await until(lambda: supervisor.restarts >= 2)
         assert supervisor.report()["reason"] == "late"
@@ -80,29 +81,29 @@ async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> 
 async def test_one_that_dies_while_serving_is_back_at_once(tmp_path: Path) -> None:
     async with supervised(tmp_path, *server("dies-on-third")) as supervisor:
         await until(lambda: supervisor.ready)
-        await until(lambda: reached(supervisor, State.READY, restarts=1))
+        await until(lambda: reached(supervisor, Phase.READY, restarts=1))
 
 
 async def test_a_crash_loop_fails_says_why_and_ends_with_the_right_change(tmp_path: Path) -> None:
     async with supervised(tmp_path, *server("crashes")) as supervisor:
-        await until(lambda: supervisor.state is State.FAILED)
+        await until(lambda: supervisor.state is Phase.FAILED)
         assert supervisor.restarts == 4
         (problem,) = supervisor.problems()
         assert (problem.kind, problem.rule) == ("dev_server_failed", "exit")
         assert "a plugin is broken" in problem.detail
         supervisor.files_changed({RelPath("public/picture.png")})
         await asyncio.sleep(0.3)
-        assert supervisor.state is State.FAILED
+        assert supervisor.state is Phase.FAILED
         assert supervisor.restarts == 4
-        (tmp_path / "project" / "mended").touch()
+        (tmp_path / "project" / "fixed").touch()
         supervisor.files_changed({RelPath("vite.config.ts")})
         await until(lambda: supervisor.ready)
         assert supervisor.problems() == ()
 
 
-async def test_a_package_json_nested_to_any_depth_is_a_problem_until_it_is_mended(tmp_path: Path) -> None:
+async def test_a_package_json_nested_to_any_depth_is_a_problem_until_it_is_fixed(tmp_path: Path) -> None:
     async with supervised(tmp_path) as supervisor:
-        await until(lambda: supervisor.state is State.ABSENT)
+        await until(lambda: supervisor.state is Phase.ABSENT)
         package = tmp_path / "project" / "package.json"
         for depth in range(900, 1001):
             package.write_text('{"dependencies": ' + '{"a":' * depth + "1" + "}" * depth + "}")
@@ -132,18 +133,18 @@ async def test_a_hung_server_is_restarted(tmp_path: Path) -> None:
         guard = supervisor.report()["pid"]
         (program,) = (pid for pid in running(str(SERVER)) if pid != guard)
         os.kill(program, signal.SIGSTOP)
-        await until(lambda: reached(supervisor, State.READY, restarts=1))
-        restarts = supervisor._metrics.dev_server_restarts.labels("hung")  # type: ignore[union-attr]
+        await until(lambda: reached(supervisor, Phase.READY, restarts=1))
+        restarts = supervisor._metrics.dev_server_restarts.labels("hung")
         assert restarts._value.get() == 1
 
 
 async def test_one_whose_entry_module_fails_is_not_ready_and_not_restarted(tmp_path: Path) -> None:
-    policy = Policy(start_timeout=2.0)
+    policy = RestartPolicy(start_timeout=2.0)
     async with supervised(tmp_path, *server("broken"), policy=policy) as supervisor:
         await until(lambda: "answers 500" in str(supervisor.report()["detail"]))
         await until(lambda: float(str(supervisor.report()["seconds_in_state"])) > 2.2)
-        assert (supervisor.state, supervisor.restarts) == (State.STARTING, 0)
-        (tmp_path / "project" / "mended").touch()
+        assert (supervisor.state, supervisor.restarts) == (Phase.STARTING, 0)
+        (tmp_path / "project" / "fixed").touch()
         await until(lambda: supervisor.ready)
         assert supervisor.restarts == 0
 
@@ -157,13 +158,18 @@ async def test_an_answer_without_end_neither_fills_memory_nor_counts_as_served(t
 async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SOCKET_PATIENCE", 0.3)
+    monkeypatch.setattr(probe, "SOCKET_WITHIN", 0.3)
     async with supervised(tmp_path, *server("socketless")) as supervisor:
         await until(lambda: supervisor.ready)
         assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"]
+        first = supervisor._inspection
+        await until(lambda: supervisor._inspection is not first)
+        assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"], (
+            "at the next probe too"
+        )
 
 
-async def test_a_port_that_somebody_else_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
+async def test_a_port_that_another_process_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -173,7 +179,7 @@ async def test_a_port_that_somebody_else_holds_is_a_problem_until_it_is_free(tmp
             project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host="127.0.0.1",
             dev_port=other.getsockname()[1], dev_command=tuple(server("good")),
         )  # fmt: skip
-        supervisor = Supervisor(settings, policy=Policy(backoff_first=0.3, max_crashes=50))
+        supervisor = Supervisor(settings, policy=RestartPolicy(backoff_first=0.3, max_crashes=50))
         task = asyncio.create_task(supervisor.run())
         supervisor.project_ready()
         await until(lambda: "port_taken" in {problem.kind for problem in supervisor.problems()})
@@ -207,7 +213,7 @@ async def test_the_last_200_lines_are_in_the_report_and_the_log_is_spared(
         assert isinstance(log, list)
         assert log == [f"line {n}" for n in range(4800, 5000)]
         assert "log" not in supervisor.report(log=False)
-    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * module.LOG_RATE
+    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * module.LOGGED_LINES
 
 
 async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -> None:
@@ -215,17 +221,17 @@ async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -
         tmp_path, "sh", "-c", f"trap '' TERM; {sys.executable} {SERVER} good"
     ) as supervisor:
         await until(lambda: supervisor.ready)
-        supervisor.hurry()
-        await until(lambda: supervisor.state is not State.READY, 5)
+        supervisor.kill_now()
+        await until(lambda: supervisor.state is not Phase.READY, 5)
 
 
 async def test_a_directory_without_package_json_stays_absent(tmp_path: Path) -> None:
     async with supervised(tmp_path) as supervisor:
         await asyncio.sleep(0.2)
-        assert supervisor.state is State.ABSENT
+        assert supervisor.state is Phase.ABSENT
         (tmp_path / "project" / "package.json").write_text('{"scripts": {"dev": "sleep 60"}}')
         supervisor.files_changed({RelPath("package.json")})
-        await until(lambda: supervisor.state is State.STARTING)
+        await until(lambda: supervisor.state is Phase.STARTING)
 
 
 @pytest.fixture
@@ -252,5 +258,5 @@ def small_memory() -> Iterator[Path]:
 async def test_a_kill_for_memory_is_recognised(tmp_path: Path, small_memory: Path) -> None:
     script = f"echo $$ >{small_memory}/cgroup.procs; exec perl -e '$x = q(x) x 300_000_000; sleep 60'"
     async with supervised(tmp_path, "sh", "-c", script) as supervisor:
-        await until(lambda: supervisor.state in (State.BACKOFF, State.FAILED))
+        await until(lambda: supervisor.state in (Phase.BACKOFF, Phase.FAILED))
         assert supervisor.report()["reason"] == "oom"

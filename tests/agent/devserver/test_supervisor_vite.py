@@ -18,12 +18,12 @@ import websockets
 
 from agent.config import Settings
 from agent.core.model import RelPath
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port, running, until
 
-SOMEBODY = UUID(int=1)
+ANY_ID = UUID(int=1)
 
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 
@@ -33,8 +33,8 @@ def settings(tmp_path: Path, installed: Path) -> Settings:
     project = tmp_path / "project"
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("node_modules", "dist"))
     return Settings(
-        project_id=SOMEBODY,
-        session_id=SOMEBODY,
+        project_id=ANY_ID,
+        session_id=ANY_ID,
         project_dir=project,
         dev_port=free_port(),
         dev_host="127.0.0.1",
@@ -58,7 +58,7 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         settings, environ={**os.environ, "REALTIME_TOKEN": "secret", "DEV_ENV_VITE_HI": "there"}
     )
     async with kept(supervisor):
-        assert supervisor.state is State.ABSENT
+        assert supervisor.state is Phase.ABSENT
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 120)
         async with httpx.AsyncClient(base_url=supervisor.url) as http:
@@ -79,17 +79,17 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         assert report["entry"] == "/src/main.tsx"
         assert any("ready in" in line for line in report["log"])  # type: ignore[union-attr, attr-defined]
         program = next(iter(running(f"--port\0{settings.dev_port}\0--strictPort\0")))
-        told = Path(f"/proc/{program}/environ").read_bytes().split(b"\0")
-        assert b"VITE_HI=there" in told
-        assert not any(b"secret" in line or b"TOKEN" in line for line in told)
-    assert supervisor.state is State.ABSENT
+        given = Path(f"/proc/{program}/environ").read_bytes().split(b"\0")
+        assert b"VITE_HI=there" in given
+        assert not any(b"secret" in line or b"TOKEN" in line for line in given)
+    assert supervisor.state is Phase.ABSENT
     assert running(str(settings.dev_port)) == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", settings.dev_port)) != 0
 
 
 async def test_what_vite_does_itself_about_its_config_and_env_is_left_to_it(settings: Settings) -> None:
-    """Both make Vite restart inside its own process; the supervisor looks on."""
+    """Both make Vite restart inside its own process; the supervisor does nothing."""
     supervisor = Supervisor(settings)
     async with kept(supervisor):
         supervisor.project_ready()
@@ -113,7 +113,7 @@ async def test_what_vite_does_itself_about_its_config_and_env_is_left_to_it(sett
         async with asyncio.timeout(30):
             while not await told():
                 await asyncio.sleep(0.05)
-        assert (supervisor.state, supervisor.restarts) == (State.READY, 0)
+        assert (supervisor.state, supervisor.restarts) == (Phase.READY, 0)
         assert supervisor.report()["pid"] == pid
 
 
@@ -159,7 +159,7 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
                 supervisor.files_changed({RelPath("package.json")})
                 await until(lambda: [problem.rule for problem in supervisor.problems()] == [rule])
                 assert [(await http.get(path)).content for path in paths] == before
-                assert (supervisor.state, supervisor.restarts) == (State.READY, 0)
+                assert (supervisor.state, supervisor.restarts) == (Phase.READY, 0)
 
             manifest.write_text(good[:-20])
             await complains("package_json")
@@ -175,7 +175,7 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
 
 
 async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(settings: Settings) -> None:
-    """PREVIEW_HOST is let in, nobody else is, and the hot-update client follows the page's own origin."""
+    """PREVIEW_HOST is allowed, no other host is, and the hot-update client follows the page's own origin."""
     supervisor = Supervisor(settings.model_copy(update={"preview_host": "p1.preview.example"}))
     async with kept(supervisor):
         supervisor.project_ready()

@@ -17,7 +17,7 @@ from agent.core.errors import AgentError, SessionGone, Superseded
 from agent.core.model import Cursor, Problem, Tree
 from agent.core.reconcile import Reason
 from agent.daemon import Agent
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.replay.simulated_clock import simulate
 from agent.telemetry.status import SyncPhase
 from tests.agent.built import DevServer, answer, built, dev_server_of, problem, settings, source_of
@@ -66,7 +66,7 @@ class World:
         """The tree is whole and the preview served."""
         self.agent.follower.adopt(Tree(Cursor("an epoch")))
         self.agent.report.sync_status.phase = SyncPhase.FOLLOWING
-        self.dev.state = State.READY
+        self.dev.state = Phase.READY
 
     @property
     def kinds(self) -> set[str]:
@@ -117,7 +117,7 @@ def test_it_reports_at_once_on_a_change_and_else_at_its_pace(tmp_path: Path) -> 
         assert 8 <= len(gaps) <= 13
         assert all(0.8 * EVERY <= gap <= 1.2 * EVERY + 1 for gap in gaps), gaps
         assert len({round(gap) for gap in gaps}) > 1, "agents that started together spread"
-        world.dev.state = State.FAILED
+        world.dev.state = Phase.FAILED
         await asyncio.sleep(0.6)
         assert orchestrator.states[-1] == "degraded", "twice a second once it serves"
 
@@ -131,7 +131,7 @@ def test_a_state_that_flaps_is_reported_at_most_four_times_a_second(tmp_path: Pa
         world.serve()
         dice = random.Random(1)
         for _ in range(1000):
-            world.dev.state = dice.choice([State.STARTING, State.INSTALLING])
+            world.dev.state = dice.choice([Phase.STARTING, Phase.INSTALLING])
             await asyncio.sleep(0.01)
         assert 20 <= len(orchestrator.at) <= 41
 

@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 
 from agent.core.model import Problem, ProblemKind
 from agent.daemon import Agent
-from agent.devserver.state import State
+from agent.devserver.state import Phase
 from agent.health.report import HARMLESS
 from agent.link.types import LinkState
 from agent.telemetry.status import LINK_PATIENCE, AgentState, SyncPhase
@@ -32,22 +32,22 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
 @pytest.mark.parametrize(
     ("phase", "dev", "state", "ready"),
     [
-        (SyncPhase.STARTING, State.ABSENT, S.STARTING, False),
-        (SyncPhase.HYDRATING, State.ABSENT, S.HYDRATING, False),
-        (SyncPhase.HYDRATING, State.READY, S.HYDRATING, False),
-        (F, State.INSTALLING, S.INSTALLING, False),
-        (F, State.STARTING, S.STARTING, False),
-        (F, State.READY, S.SERVING, True),
-        (F, State.ABSENT, S.SERVING, False),
-        (F, State.FAILED, S.DEGRADED, False),
-        (F, State.BACKOFF, S.DEGRADED, False),
-        (F, State.STOPPING, S.STARTING, False),
-        (SyncPhase.HALTED, State.READY, S.HALTED, True),
-        (SyncPhase.HALTED, State.FAILED, S.HALTED, False),
+        (SyncPhase.STARTING, Phase.ABSENT, S.STARTING, False),
+        (SyncPhase.HYDRATING, Phase.ABSENT, S.HYDRATING, False),
+        (SyncPhase.HYDRATING, Phase.READY, S.HYDRATING, False),
+        (F, Phase.INSTALLING, S.INSTALLING, False),
+        (F, Phase.STARTING, S.STARTING, False),
+        (F, Phase.READY, S.SERVING, True),
+        (F, Phase.ABSENT, S.SERVING, False),
+        (F, Phase.FAILED, S.DEGRADED, False),
+        (F, Phase.BACKOFF, S.DEGRADED, False),
+        (F, Phase.STOPPING, S.STARTING, False),
+        (SyncPhase.HALTED, Phase.READY, S.HALTED, True),
+        (SyncPhase.HALTED, Phase.FAILED, S.HALTED, False),
     ],
 )
 def test_the_state_follows_from_the_tree_and_the_dev_server(
-    phase: SyncPhase, dev: State, state: AgentState, ready: bool, agent: Agent
+    phase: SyncPhase, dev: Phase, state: AgentState, ready: bool, agent: Agent
 ) -> None:
     dev_server_of(agent, dev)
     report = agent.report
@@ -68,7 +68,7 @@ def test_every_state_but_the_last_is_reached() -> None:
 
 @pytest.mark.parametrize("link", [state for state in LinkState if state is not LinkState.LIVE])
 def test_a_link_that_is_down_for_long_degrades_it_and_it_stays_ready(link: LinkState, agent: Agent) -> None:
-    dev_server_of(agent, State.READY)
+    dev_server_of(agent, Phase.READY)
     agent.report.sync_status.phase = F
     source = source_of(agent)
     source.since = time.time() - 10 * LINK_PATIENCE
@@ -82,7 +82,7 @@ def test_a_link_that_is_down_for_long_degrades_it_and_it_stays_ready(link: LinkS
 
 @pytest.mark.parametrize("kind", ["drift", "disk_full", "shadow_difference", "token_refused", "path_refused"])
 def test_a_problem_degrades_it_unless_it_is_harmless(kind: ProblemKind, agent: Agent) -> None:
-    dev_server_of(agent, State.READY)
+    dev_server_of(agent, Phase.READY)
     agent.report.sync_status.phase = F
     agent.report.problems.add(Problem(kind, "why", path="a"))
     assert agent.report.state is (S.SERVING if kind in HARMLESS else S.DEGRADED)
@@ -98,7 +98,7 @@ def test_the_problems_of_all_parts_are_shown_the_harmful_first(agent: Agent) -> 
 
     report = agent.report
     report.link = Source()
-    dev = dev_server_of(agent, State.FAILED)
+    dev = dev_server_of(agent, Phase.FAILED)
     dev.found = (Problem("dev_server_failed", "a plugin is broken", rule="exited"),)
     for name in ("a", "b"):
         report.problems.add(Problem("drift", "changed by something else", path=name))
@@ -129,7 +129,7 @@ def test_no_secret_is_in_anything_that_is_reported(agent: Agent) -> None:
         report.problems.add(
             Problem("io_error", f"refused: {secret}!", path=f"{number}/{secret}", rule=secret)
         )
-    dev = dev_server_of(agent, State.FAILED)
+    dev = dev_server_of(agent, Phase.FAILED)
     dev.found = (Problem("dev_server_failed", f"env: {GOOD['REALTIME_TOKEN']}"),)
     metrics = generate_latest(report.problems.metrics.registry)
     for said in (orjson.dumps(report.status(), default=str), orjson.dumps(report.heartbeat()), metrics):

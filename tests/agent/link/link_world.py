@@ -99,7 +99,7 @@ class World:
     # --- the database
 
     async def commit(self) -> int:
-        """One revision, broadcast to whoever is there."""
+        """One revision, broadcast to every connection."""
         self.head += 1
         with contextlib.suppress(
             Exception
@@ -168,7 +168,9 @@ class World:
         began = now()
         await self.live(within)
         while not await self._heard(await self.commit()):
-            assert now() - began <= within, f"deaf for {within:g} simulated seconds: {self.link.report()}"
+            assert now() - began <= within, (
+                f"nothing received for {within:g} simulated seconds: {self.link.report()}"
+            )
         await self.until(lambda: self.cursor == self.head, "an equal tree", 5.0)
         return now() - began
 

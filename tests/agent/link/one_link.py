@@ -48,8 +48,8 @@ def wall() -> float:
 class Issuer:
     """A `TokenSource` whose tokens are made here; `refuse` makes it say no."""
 
-    def __init__(self, life: float = 600.0) -> None:
-        self.life = life
+    def __init__(self, lifetime: float = 600.0) -> None:
+        self.lifetime = lifetime
         self.made = 0
         self.asked = 0
         self.refuse: Exception | None = None
@@ -58,7 +58,7 @@ class Issuer:
     def make(self) -> str:
         self.made += 1
         now = wall()
-        return jwt(now + self.life, now, name=f"token-{self.made}")
+        return jwt(now + self.lifetime, now, name=f"token-{self.made}")
 
     def current(self) -> Token | None:
         return self.tokens.current()
@@ -125,7 +125,7 @@ def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUI
 
 
 async def comes_back(link: Link, server: FakeRealtime, joins: int = 2) -> None:
-    """The proof of every fault: joined again, told to catch up again, live, and hearing."""
+    """The proof of every fault: joined again, ordered to catch up again, live, and receiving."""
     await until(lambda: len(server.joins) >= joins and bool(server.channels), "another join")
     await link.live()
     before = len(link.events)

@@ -59,7 +59,7 @@ def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
 
 
 async def test_a_redirect_is_not_followed(issuer: Issuer) -> None:
-    """The token goes to the host of the settings or to nobody."""
+    """The token goes to no other host than that of the settings."""
     async with FakeRealtime(wall=wall) as elsewhere, FakeRealtime(wall=wall) as server:
         server.refuse_handshake = (302, {"Location": f"{elsewhere.url}/websocket?vsn=2.0.0"})
         async with running(stream_to(server, issuer)) as link:
@@ -116,7 +116,7 @@ async def test_over_tls_it_is_the_same(
         await comes_back(link, server)
 
 
-async def test_a_certificate_nobody_trusts_gets_no_token(
+async def test_a_untrusted_certificate_gets_no_token(
     issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)

@@ -15,12 +15,12 @@ from agent.link.channel import PhoenixChannel
 from agent.link.types import (
     TRANSITIONS,
     WITH_SOCKET,
-    Broadcast,
     Cause,
     Dropped,
     Joined,
     LinkState,
     LinkStateMachine,
+    Received,
     Refused,
     ReplicationReady,
     Timing,
@@ -107,7 +107,7 @@ def expect(link: PhoenixChannel, step: dict[str, Any], now: float) -> None:
         raw = json.dumps(step["it"]).encode()
     event = link.receive(raw, now)
     assert (type(event).__name__ if event is not None else None) == step["means"]
-    if isinstance(event, Broadcast):
+    if isinstance(event, Received):
         assert (event.event, event.payload) == (step["event"], step["payload"])
     if isinstance(event, Dropped):
         assert event.cause == step["cause"]
@@ -400,7 +400,7 @@ sane = st.recursive(
 def test_a_payload_arrives_as_it_was_sent(payload: dict[str, Any], binary: bool) -> None:
     body = {"event": "file:update", "payload": payload}
     raw = type4(TOPIC, "file:update", payload) if binary else frame(None, None, TOPIC, "broadcast", body)
-    assert live().receive(raw, 1.0, 2.0) == Broadcast("file:update", payload, 2.0)
+    assert live().receive(raw, 1.0, 2.0) == Received("file:update", payload, 2.0)
 
 
 # --- the theorem
@@ -512,7 +512,7 @@ class AnyHistory(RuleBasedStateMachine):
         """The server falls silent here, whatever the history."""
         fell_silent = self.now
         while (at := self.link.next_deadline()) is not None:
-            assert at <= fell_silent + WORST_SILENCE, "a deaf link would be held on to"
+            assert at <= fell_silent + WORST_SILENCE, "a silent link would be kept"
             self.now = max(self.now, at)
             self.link.tick(self.now)
         assert self.machine.state in (LinkState.BACKOFF, LinkState.REFUSED, LinkState.CONNECTING)

@@ -60,7 +60,7 @@ class Lines:
             if line == b"ok\n":
                 link.machine.joined("taken", feed_ready=True)
             elif line == b"no\n":
-                return ConnectionEnd("refused", "no", refused=True, turned_away="no")
+                return ConnectionEnd("refused", "no", refused=True, refusal="no")
             else:
                 link.deliver(Received("line", json.loads(line), link.wall()), len(line))
         return ConnectionEnd("closed", "the other side closed")

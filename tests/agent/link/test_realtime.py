@@ -56,7 +56,7 @@ async def test_is_not_live_before_catch_up(server: FakeRealtime, issuer: Issuer)
         assert link.stream.state is LinkState.LIVE
 
 
-async def test_a_catch_up_does_not_answer_a_resync_nobody_has_seen(
+async def test_a_catch_up_does_not_answer_a_resync_that_still_waits(
     server: FakeRealtime, issuer: Issuer
 ) -> None:
     """It began before: what the second order is about may not be in it."""
@@ -198,7 +198,9 @@ async def test_a_clock_jump_drops_the_socket(server: FakeRealtime, issuer: Issue
         assert "clock_jump" in link.resyncs
 
 
-async def test_a_suspicion_replaces_a_channel_that_went_deaf(server: FakeRealtime, issuer: Issuer) -> None:
+async def test_a_suspicion_replaces_a_channel_that_brings_nothing(
+    server: FakeRealtime, issuer: Issuer
+) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         server.deafen()
@@ -220,7 +222,7 @@ async def test_suspicions_in_a_row_are_one(server: FakeRealtime, issuer: Issuer)
 async def test_a_bug_in_reading_ends_the_link_loudly(
     server: FakeRealtime, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a deaf link nor an endless reconnect: the first root task to end stops the agent."""
+    """Neither a link without a reader nor an endless reconnect: the first root task to end stops the agent."""
     stream = stream_to(server, issuer)
     task = asyncio.create_task(stream.run())
     await until(lambda: bool(server.channels), "a join")

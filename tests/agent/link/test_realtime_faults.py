@@ -24,13 +24,13 @@ from tests.profiles import NIGHTLY
 Fault = Callable[[World], Awaitable[None]]
 
 DEAD_SOCKET = 20 + 10 + 1
-"""Worst detection of a dead peer: heartbeat interval, its deadline, a look."""
+"""Worst detection of a dead peer: heartbeat interval, its deadline, a check."""
 
 UNDER_WAY = LinkSettings().open_within
 """An attempt that fell into a hole is given up, also when the hole has closed meanwhile."""
 
 ONE_RETRY = 4.0
-"""One reconnect after a first backoff of at most half a second, the join, the catch-up, and a commit heard."""
+"""One reconnect after a first backoff of at most half a second, the join, the catch-up, and a commit received."""
 
 
 async def cut(world: World) -> None:
@@ -168,7 +168,7 @@ async def token_revoked_then_restored(world: World) -> None:
     world.token_refused, world.server.join_error = False, None
 
 
-async def deaf_channel_and_a_commit(world: World) -> None:
+async def silent_channel_and_a_commit(world: World) -> None:
     world.server.deafen()
     await world.commit()
 
@@ -227,7 +227,7 @@ FAULTS: dict[Fault, float] = {
     token_expired_early: ONE_RETRY,
     token_expired_and_api_down: 30 + ONE_RETRY,
     token_revoked_then_restored: 70 + ONE_RETRY,
-    deaf_channel_and_a_commit: 32 + ONE_RETRY,
+    silent_channel_and_a_commit: 32 + ONE_RETRY,
     forgotten_channel: 60 + ONE_RETRY,
     oversize_frame: ONE_RETRY,
     junk: ONE_RETRY,
@@ -274,7 +274,7 @@ def test_a_quiet_shift_is_one_socket_and_a_token_every_seven_minutes() -> None:
 
 
 def test_a_wrong_api_key_asks_neither_side_in_a_loop() -> None:
-    """An hour of 401: about a try a minute, a token for each, and the problem in sight all the while."""
+    """An hour of 401: about a try a minute, a token for each, and the problem reported all the while."""
 
     async def scenario() -> None:
         async with World.made() as world:

@@ -103,7 +103,7 @@ async def hears(session: Session, link: Link, within: float = 10.0) -> None:
         with contextlib.suppress(AssertionError):
             await until(lambda: revision in revisions(link), "the commit", 1.0)  # noqa: B023
             return
-        assert time.monotonic() < deadline, f"deaf: {link.stream.report()}"
+        assert time.monotonic() < deadline, f"nothing received: {link.stream.report()}"
 
 
 async def test_what_the_database_sends_arrives(local: Local) -> None:

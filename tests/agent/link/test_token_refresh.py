@@ -48,7 +48,7 @@ async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(
 
 
 async def test_a_token_is_refreshed_before_it_ends_and_pushed(server: FakeRealtime) -> None:
-    issuer = Issuer(life=1.0)
+    issuer = Issuer(lifetime=1.0)
     async with running(stream_to(server, issuer)) as link:
         await until(lambda: bool(server.pushed_tokens), "the next token on the channel")
         assert server.pushed_tokens[0] == issuer.current().value
@@ -178,7 +178,7 @@ async def test_no_secret_in_report_repr_or_logs(
 
 
 async def test_a_refused_refresh_shows_while_the_link_is_live_and_goes(server: FakeRealtime) -> None:
-    issuer = Issuer(life=1.0)
+    issuer = Issuer(lifetime=1.0)
     issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
     async with running(stream_to(server, issuer)) as link:
         await until(lambda: bool(link.stream.problems()), "the problem")

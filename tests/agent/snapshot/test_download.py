@@ -122,9 +122,9 @@ async def test_a_snapshot_is_staged_whole(disk: ProjectDir, http: httpx.AsyncCli
 async def test_a_directory_entry_over_a_listed_file_is_refused(
     disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
-    told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": b"1"})).encode())
+    listed = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": b"1"})).encode())
     directory = Member(b"a/", b"", method=0, mode=0o040755)
-    for members in ([told, directory, Member(b"a", b"1")], [told, Member(b"a", b"1"), directory]):
+    for members in ([listed, directory, Member(b"a", b"1")], [listed, Member(b"a", b"1"), directory]):
         async with origin(Answer(archive(members))) as server:
             with pytest.raises(SnapshotRejected) as caught:
                 await fetch(server.url, disk=disk, http=http, limits=QUICK)
@@ -136,9 +136,9 @@ async def test_a_listed_file_is_no_deeper_than_allowed(
     announced: bool, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     above = "d/" * MAX_SEGMENTS
-    told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({f"{above}x": b"1"})).encode())
+    listed = Member(MANIFEST_PATH.encode(), json.dumps(manifest({f"{above}x": b"1"})).encode())
     directory = [Member(above.encode(), b"", method=0, mode=0o040755)] if announced else []
-    async with origin(Answer(archive([told, *directory, Member(f"{above}x".encode(), b"1")]))) as server:
+    async with origin(Answer(archive([listed, *directory, Member(f"{above}x".encode(), b"1")]))) as server:
         with pytest.raises(SnapshotRejected) as caught:
             await fetch(server.url, disk=disk, http=http, limits=QUICK)
     assert caught.value.rule == "too_deep"
@@ -153,9 +153,9 @@ async def test_how_well_a_file_packs_matters_only_past_what_the_manifest_says(
     said: int, described: bool, rule: str | None, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     """A blank picture is no bomb; what unpacks to more than it is said to have is one."""
-    told = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": bytes(said)})).encode())
+    listed = Member(MANIFEST_PATH.encode(), json.dumps(manifest({"a": bytes(said)})).encode())
     blank = Member(b"a", bytes(20_000_000), described=described)
-    async with origin(Answer(archive([told, blank]))) as server:
+    async with origin(Answer(archive([listed, blank]))) as server:
         if rule is None:
             snapshot = await fetch(server.url, disk=disk, http=http, limits=QUICK)
             assert list(snapshot.staged) == ["a"]
@@ -281,8 +281,8 @@ def altered(**changes: object) -> bytes:
 
 
 def without(path: str) -> bytes:
-    told = manifest(FILES)
-    return snapshot({p: c for p, c in FILES.items() if p != path}, said=told)
+    listed = manifest(FILES)
+    return snapshot({p: c for p, c in FILES.items() if p != path}, said=listed)
 
 
 LIES = {
@@ -389,7 +389,7 @@ async def test_a_slow_drip_ends_with_the_total_time(
     assert is_clean(tmp_path)
 
 
-async def test_nobody_listens(disk: ProjectDir, http: httpx.AsyncClient) -> None:
+async def test_nothing_listens(disk: ProjectDir, http: httpx.AsyncClient) -> None:
     async with origin(Answer()) as server:
         url = server.url
     with pytest.raises(Unavailable):

@@ -141,11 +141,11 @@ async def test_a_delta_changes_what_it_names_and_nothing_else(container: Contain
     root = container.place / "project"
     changed = {"src/d1/f1.ts": b"changed", "src/new.ts": b"new"}
     gone = ["src/d2/f2.ts"]
-    told = manifest(changed, revision=9, base_revision=7, deleted=gone)
-    for listed in told["files"]:  # type: ignore[attr-defined]
+    listing = manifest(changed, revision=9, base_revision=7, deleted=gone)
+    for listed in listing["files"]:  # type: ignore[attr-defined]
         listed["version"] = 2
     kept = {p: (root / p).stat() for p in OLD if p not in changed and p not in gone}
-    async with origin(Answer(snapshot(changed, said=told))) as server, httpx.AsyncClient() as http:
+    async with origin(Answer(snapshot(changed, said=listing))) as server, httpx.AsyncClient() as http:
         assert await container.hydrate(server.url, http) == 3
     assert container.files() == {p: c for p, c in (OLD | changed).items() if p not in gone}
     assert {p: (root / p).stat() for p in kept} == kept
@@ -241,13 +241,13 @@ async def test_nginx_with_a_link_that_expires(container: Container) -> None:
                     with pytest.raises(CredentialRejected):
                         await container.hydrate(refused, http)
                 assert container.files() == OLD
-                impatient = SnapshotLimits(snapshot_total_seconds=0.3)
+                short = SnapshotLimits(snapshot_total_seconds=0.3)
                 with pytest.raises(Unavailable, match="total_time"):
                     await fetch(
                         f"http://127.0.0.1:{port}/slow/s.zip",
                         disk=container.disk,
                         http=http,
-                        limits=impatient,
+                        limits=short,
                     )
                 assert container.staged() == []
                 await container.hydrate(link(port, now + 60), http)

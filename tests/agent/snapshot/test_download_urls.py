@@ -1,4 +1,4 @@
-"""A snapshot's URL that nobody can be asked at, and a body that comes encoded: told, asked again, never the end."""
+"""A snapshot's URL that cannot be requested, and a body that comes encoded: reported and tried again."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
-async def test_a_url_that_nobody_can_be_asked_at_is_refused(
+async def test_a_url_that_cannot_be_requested_is_refused(
     url: str, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     with pytest.raises(CredentialRejected, match=r"^the snapshot's URL cannot be used: ") as caught:

@@ -1,4 +1,4 @@
-"""What a person, a log and `/status` are told while a hydration runs."""
+"""What a terminal, the log and `/status` show while a hydration runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import pytest
 import structlog
 
-from agent.snapshot import unpack as told
-from agent.snapshot.unpack import Progress, announced
+from agent.snapshot import unpack
+from agent.snapshot.unpack import Progress, reported
 
 
 class Terminal(io.StringIO):
@@ -37,9 +37,9 @@ def test_the_bar_tells_what_is_known() -> None:
 
 
 async def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told, "REDRAW", 0.001)
+    monkeypatch.setattr(unpack, "REDRAW", 0.001)
     terminal = Terminal()
-    async with announced(Progress(attempt=1, files=3), terminal):
+    async with reported(Progress(attempt=1, files=3), terminal):
         async with asyncio.timeout(10):
             while "3 files" not in terminal.getvalue():
                 await asyncio.sleep(0.001)
@@ -47,10 +47,10 @@ async def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPa
 
 
 async def test_what_is_no_terminal_gets_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told, "EVERY", 0.001)
+    monkeypatch.setattr(unpack, "LOG_EVERY", 0.001)
     stream = io.StringIO()
     with structlog.testing.capture_logs() as lines:
-        async with announced(Progress(attempt=1, files=3), stream):
+        async with reported(Progress(attempt=1, files=3), stream):
             async with asyncio.timeout(10):
                 while len(lines) < 2:
                     await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""The fuzz target over its seeds: it can fail, and on what is known it does not. `make fuzz` looks further."""
+"""The fuzz target over its seeds: it can fail, and does not on known inputs. `make fuzz` searches further."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Hostile archives, each made here and each refused by the rule that is meant for it; then damage of every kind.
+"""Hostile archives, each refused by the rule that is meant for it; then damage of every kind.
 
-The reader's own grammar is in `test_unzip`; here somebody wants to get out, in, or everybody's memory.
+The valid grammar is in `test_zip_reader`; these archives want to write outside, hide a file, or exhaust memory.
 """
 
 from __future__ import annotations
