@@ -29,9 +29,8 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.messages import Head
-from agent.core.model import Problem, RelPath, Tree
-from agent.core.scheduler import Follower
-from agent.core.scheduler import Settings as Clockwork
+from agent.core.model import RelPath, Tree
+from agent.core.scheduler import Follower, SchedulerSettings
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.supervisor import Supervisor, rights
 from agent.fs.inspect import Sight
@@ -43,7 +42,7 @@ from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF, CatchUp
-from agent.sync.engine import Parts, Sync
+from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
@@ -109,7 +108,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
             settings.tree_dir, settings.staging, owner=(user.uid, user.gid) if user is not None else None
         )
         ledger = Ledger(settings.ledger)
-        follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
+        follower = Follower(Tree(), SchedulerSettings(optimistic=settings.optimistic_events))
         supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
         catch_up = CatchUp(
             api, disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
@@ -130,21 +129,19 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
                 shadow.hydrated()
 
         sync = Sync(
-            Parts(
-                follower,
-                Workspace(disk, ledger, problems),
-                link,
-                catch_up,
-                problems,
-                metrics,
-                status,
-                on_tree,
-                on_hydrated,
-                skew,
-                spans,
-            ),
+            follower,
+            Workspace(disk, ledger, problems),
+            link,
+            catch_up,
+            problems,
+            metrics,
+            status,
             snapshot_url=settings.snapshot_url.get_secret_value() if settings.snapshot_url else None,
+            on_tree=on_tree,
+            on_hydrated=on_hydrated,
             drift_policy=settings.drift_policy,
+            skew=skew,
+            spans=spans,
         )
         report = Report(
             settings, sync, status, catch_up, link, supervisor, problems, metrics, redactor, skew, shadow
@@ -158,7 +155,7 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
             "health": lambda: server.serve(
                 settings, report.status, metrics.registry, report.ready, why=report.why
             ),
-            "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, problems, stop),
+            "heartbeat": lambda: _heartbeat(settings.heartbeat_seconds, report, api, sync, stop),
             "memory": lambda: memory.trim_every(settings.heartbeat_seconds),
         }
         try:
@@ -250,7 +247,7 @@ async def _said(api: SessionApi, report: Report) -> Head:
 
 
 async def _heartbeat(
-    every: float, report: Report, api: SessionApi | None, sync: Sync, problems: Problems, stop: asyncio.Event
+    every: float, report: Report, api: SessionApi | None, sync: Sync, stop: asyncio.Event
 ) -> None:
     """Tell the orchestrator how we are, at once on a change; hear where the database is.
 
@@ -280,14 +277,11 @@ async def _heartbeat(
             except (Unavailable, MalformedMessage) as error:
                 attempt += 1
                 due = time.monotonic() + BACKOFF.delay(attempt, error)
-                problems.add(Problem("session_api_unreachable", str(error)))
-            except CredentialRejected as error:
+            except CredentialRejected:
                 attempt += 1
                 due = time.monotonic() + every
-                problems.add(Problem("token_refused", str(error)))
             else:
                 attempt = 0
-                problems.clear_kinds("session_api_unreachable", "token_refused")
                 if head.action == "stop":
                     log.info("agent.told_to_stop")
                     stop.set()

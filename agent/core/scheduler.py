@@ -3,7 +3,7 @@
 A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. Its shell
 (`sync.engine`) gives it what arrives, does what it says, and tells it what became of that:
 
-    receive(commit)  →  ready() gives a Batch  →  the disk applies it  →  settle(batch, …)
+    receive(commit)  →  ready() gives ReadyCommits  →  the disk applies their plan  →  settle(plan, …)
     need(reason)     →  request() gives a Request  →  the orchestrator answers  →  answered() / failed()
 
 - *spacing*: a change lands at once, the next one on the same path not before `spacing`, the last one always. Vite
@@ -45,7 +45,7 @@ FUTILE_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SchedulerSettings:
     """The knobs, in seconds. `optimistic`: show a front end's events before the database has confirmed them."""
 
     spacing: float = SPACING
@@ -56,16 +56,11 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Operations to apply at once, all or nothing, for one or more commits of which each path's latest stands."""
+class ReadyCommits:
+    """Commits to apply now as one plan, of which each path's latest change stands. `steps`: what each of them means."""
 
-    operations: tuple[Operation, ...]
     plan: Plan
     steps: tuple[tuple[Commit, Outcome], ...]
-
-    @property
-    def paths(self) -> frozenset[RelPath]:
-        return frozenset(operation.path for operation in self.operations)
 
     @property
     def trace(self) -> TraceParent | None:
@@ -94,8 +89,8 @@ class _Need:
 class Follower:
     """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`."""
 
-    def __init__(self, tree: Tree, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+    def __init__(self, tree: Tree, settings: SchedulerSettings | None = None) -> None:
+        self.settings = settings or SchedulerSettings()
         self.tree = tree
         self.waiting: list[Commit] = []
         self.head_revision = tree.cursor.revision
@@ -119,8 +114,8 @@ class Follower:
             return
         self.waiting.append(commit)
 
-    def ready(self, now: float) -> Batch | None:
-        """The commits whose paths are free now, as one batch; None when there is nothing to do."""
+    def ready(self, now: float) -> ReadyCommits | None:
+        """The commits whose paths are free now; None when there is nothing to do."""
         if not self.waiting:
             return None
         self._cool(now)
@@ -139,7 +134,7 @@ class Follower:
         self.waiting = held
         return self._fold(free, now)
 
-    def _fold(self, commits: Iterable[Commit], now: float) -> Batch:
+    def _fold(self, commits: Iterable[Commit], now: float) -> ReadyCommits:
         operations: dict[RelPath, Operation] = {}
         problems: list[Problem] = []
         steps: list[tuple[Commit, Outcome]] = []
@@ -160,9 +155,8 @@ class Follower:
                     self._unconfirmed[operation.path] = now + self.settings.confirm
         for gap in gaps:
             self.need(gap.reason, now, gap.paths)
-        whole = tuple(operations.values())
-        outcome = steps[-1][1]
-        return Batch(whole, Plan(whole, tree, outcome, None, tuple(problems), eager), tuple(steps))
+        plan = Plan(tuple(operations.values()), tree, steps[-1][1], None, tuple(problems), eager)
+        return ReadyCommits(plan, tuple(steps))
 
     def settle(
         self, plan: Plan, now: float, *, failed: Set[RelPath] = frozenset(), undone: bool = False
@@ -254,9 +248,9 @@ class Follower:
         elif (
             head.tree_hash and head.revision == cursor.revision and not self.waiting and not self._unconfirmed
         ):
-            verdict = (head.epoch, head.revision, head.tree_hash)
-            if verdict != self._hopeless and head.tree_hash != self.tree.hash():
-                self._hopeless = verdict
+            judged = (head.epoch, head.revision, head.tree_hash)
+            if judged != self._hopeless and head.tree_hash != self.tree.hash():
+                self._hopeless = judged
                 self.need(Reason.TREE_HASH, now)
 
     def request(self, now: float) -> Request | None:

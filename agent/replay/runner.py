@@ -30,8 +30,7 @@ from agent.config import Settings, SnapshotLimits, read_settings
 from agent.core.errors import AgentError, MalformedMessage, SettingsError
 from agent.core.messages import MANIFEST_PATH, read_head
 from agent.core.model import PROTECTED, RelPath, Tree, digest_of, tree_hash
-from agent.core.scheduler import Follower
-from agent.core.scheduler import Settings as Clockwork
+from agent.core.scheduler import Follower, SchedulerSettings
 from agent.devserver.state import State
 from agent.devserver.supervisor import Supervisor
 from agent.link.source import Received, Resync
@@ -43,7 +42,7 @@ from agent.replay.scenario_file import Loaded, load
 from agent.replay.simulated_clock import SimulatedLoop
 from agent.session_api import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE, SessionApi
 from agent.sync.catchup import CatchUp
-from agent.sync.engine import Parts, Sync
+from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import SyncStatus
@@ -173,7 +172,7 @@ class Replay:
         problems = Noted(metrics, self.shown)
         disk = FullDisk(self.project, self._directory / "staging")
         ledger = Ledger(self._directory / "ledger.sqlite")
-        follower = Follower(Tree(), Clockwork(optimistic=self._manner.optimistic))
+        follower = Follower(Tree(), SchedulerSettings(optimistic=self._manner.optimistic))
         workspace = Killable(disk, ledger, problems)
         api = SessionApi(HOST, "replay", Tokens(self._token()), self._http)
         dev = None
@@ -195,7 +194,7 @@ class Replay:
             if dev is not None:
                 dev.project_ready()
 
-        parts = Parts(
+        sync = Sync(
             follower,
             workspace,
             source,
@@ -203,12 +202,9 @@ class Replay:
             problems,
             metrics,
             SyncStatus(),
-            dev.files_changed if dev is not None else lambda _: None,
-            on_hydrated,
-        )
-        sync = Sync(
-            parts,
             snapshot_url=f"{HOST}/snapshot.zip",
+            on_tree=dev.files_changed if dev is not None else lambda _: None,
+            on_hydrated=on_hydrated,
             drift_policy="off" if self._manner.simulated else "report",
             clock=asyncio.get_running_loop().time,
         )

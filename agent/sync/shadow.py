@@ -23,7 +23,7 @@ from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.inspect import UNREAD, FileStat, Sight, may_hold
 from agent.telemetry.metrics import get_logger
-from agent.telemetry.status import Problems
+from agent.telemetry.status import OwnedProblems, Problems
 
 log = get_logger("shadow")
 
@@ -56,6 +56,10 @@ class Shadow:
     _shown: set[RelPath] = field(default_factory=set)
     _hydrated: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: bool = False
+    _owned: OwnedProblems = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._owned = self.problems.owned_by("sync.shadow")
 
     def hydrated(self) -> None:
         """There is a whole tree to compare with."""
@@ -84,11 +88,9 @@ class Shadow:
                 await reading
             raise
         except OSError as error:
-            self.problems.add(
-                Problem("live_unreadable", f"cannot look at {self.live.root}: {error.strerror}")
-            )
+            self._owned.add(Problem("live_unreadable", f"cannot look at {self.live.root}: {error.strerror}"))
             return
-        self.problems.clear("live_unreadable")
+        self._owned.clear("live_unreadable")
         self.compare(wanted, found)
 
     def read(self, wanted: Mapping[RelPath, Entry]) -> dict[RelPath, Digest | FileStat | None]:
@@ -156,10 +158,9 @@ class Shadow:
         elif self.equal_since is None:
             self.equal_since = self.looked_at
         shown = dict(list(standing.items())[:MOST_SHOWN])
-        for path in self._shown - shown.keys():
-            self.problems.clear("shadow_difference", path)
+        self._owned.clear("shadow_difference", paths=self._shown - shown.keys())
         for difference in shown.values():
-            self.problems.add(difference.problem())
+            self._owned.add(difference.problem())
         self._shown = set(shown)
         counts = self.comparison.counts()
         if counts != before or self.looks == 1:
