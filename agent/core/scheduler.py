@@ -1,7 +1,7 @@
-"""What to do next, and when: the clockwork of the sync loop. Pure; time is passed in, in monotonic seconds.
+"""Decides when commits are applied and when the database is asked. Pure; time is passed in, in monotonic seconds.
 
-A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. Its shell
-(`sync.engine`) gives it what arrives, does what it says, and tells it what became of that:
+A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. `sync.engine` gives it
+what arrives, does what it says, and tells it what became of that:
 
     receive(commit)  →  ready() gives ReadyCommits  →  the disk applies their plan  →  settle(plan, …)
     need(reason)     →  request() gives a Request  →  the orchestrator answers  →  answered() / failed()
@@ -12,6 +12,7 @@ A `Follower` holds the tree, the commits that wait, and the needs that only a ca
 - *stragglers*: a hole is given `grace` to close by itself before the database is asked.
 - *one at a time, coalesced*: needs that arise during a catch-up are met by the next one.
 - *no loop*: a catch-up that does not move the cursor makes the next one for the same reason wait longer.
+- *no hurry*: after one that failed nothing is asked before its wait is over, unless the link has joined anew.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONFIRM = 5.0
 """Seconds an optimistic write may stay unconfirmed."""
 
 DISK_RETRY = 1.0
-"""Seconds before a batch that the disk could not take is fetched and tried again; doubles up to `FUTILE_MAX`."""
+"""Seconds before operations that the disk could not do are fetched and tried again; doubles up to `FUTILE_MAX`."""
 
 MAX_WAITING = 1_000
 """Commits held for spacing; past it they are dropped and one catch-up brings the latest of each path."""
@@ -91,16 +92,28 @@ class Follower:
 
     def __init__(self, tree: Tree, settings: SchedulerSettings | None = None) -> None:
         self.settings = settings or SchedulerSettings()
+
+        # The tree, and the commits that are not in it yet.
         self.tree = tree
         self.waiting: list[Commit] = []
         self.head_revision = tree.cursor.revision
+        """The highest revision heard of."""
         self._written: dict[RelPath, float] = {}
-        self._needs: dict[Reason, _Need] = {}
+        """When each path was written, in order of time, for as long as the spacing holds."""
         self._unconfirmed: dict[RelPath, float] = {}
+        """Optimistic writes, and until when each may stay unconfirmed."""
+
+        # What is to be asked, and what is being asked.
+        self._needs: dict[Reason, _Need] = {}
+        self._not_before = 0.0
+        """No question before this time: the last one failed."""
         self._asked: dict[Reason, _Need] | None = None
         self._asked_at: Tree = tree
+        """The tree when the question was asked."""
         self._futile = 0
-        self._hopeless: tuple[str, int, str] | None = None
+        """Catch-ups in a row that changed nothing."""
+        self._judged: tuple[str, int, str] | None = None
+        """Epoch, revision and tree hash of the head that differed last: one full snapshot is all that can be done."""
 
     # --- events
 
@@ -220,7 +233,12 @@ class Follower:
     def need(
         self, reason: Reason, due: float, paths: Iterable[RelPath] = (), revision: int | None = None
     ) -> None:
-        """Ask for a catch-up not before `due`. Asking twice for one reason keeps the earlier time."""
+        """Ask for a catch-up not before `due`. Asking twice for one reason keeps the earlier time.
+
+        After a failure the wait holds for every reason but a join: the connection is new, and so may be the token.
+        """
+        if reason is Reason.JOIN:
+            self._not_before = min(self._not_before, due)
         known = self._needs.get(reason)
         if known is None:
             self._needs[reason] = _Need(due, set(paths), revision)
@@ -249,8 +267,8 @@ class Follower:
             head.tree_hash and head.revision == cursor.revision and not self.waiting and not self._unconfirmed
         ):
             judged = (head.epoch, head.revision, head.tree_hash)
-            if judged != self._hopeless and head.tree_hash != self.tree.hash():
-                self._hopeless = judged
+            if judged != self._judged and head.tree_hash != self.tree.hash():
+                self._judged = judged
                 self.need(Reason.TREE_HASH, now)
 
     def request(self, now: float) -> Request | None:
@@ -260,7 +278,9 @@ class Follower:
             self.need(Reason.UNCONFIRMED, now, late)
             for path in late:
                 del self._unconfirmed[path]
-        if self._asked is not None or not any(need.due <= now for need in self._needs.values()):
+        if self._asked is not None or now < self._not_before:
+            return None
+        if not any(need.due <= now for need in self._needs.values()):
             return None
         self._asked, self._needs = self._needs, {}
         self._asked_at = self.tree
@@ -293,12 +313,11 @@ class Follower:
         self._look_for_holes(now)
 
     def failed(self, now: float, wait: float) -> None:
-        """The catch-up could not be made; what it was for is due again in `wait` seconds."""
+        """The catch-up could not be made. What it was for is due again in `wait` seconds, and nothing else sooner."""
         asked, self._asked = self._asked or {}, None
+        self._not_before = now + wait
         for reason, need in asked.items():
-            self.need(reason, now + wait, need.paths, need.revision)
-        for need in self._needs.values():
-            need.due = max(need.due, now + wait)
+            self.need(reason, self._not_before, need.paths, need.revision)
 
     def _patience(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX
@@ -323,7 +342,9 @@ class Follower:
 
     def next_deadline(self) -> float | None:
         """When `ready` or `request` may have something to say without anything arriving."""
-        times = [need.due for need in self._needs.values()] if self._asked is None else []
+        times: list[float] = []
+        if self._asked is None:
+            times += [max(need.due, self._not_before) for need in self._needs.values()]
         times += self._unconfirmed.values()
         if self.waiting and self._written:
             times.append(next(iter(self._written.values())) + self.settings.spacing)
