@@ -144,6 +144,11 @@ class Sync:
         return self._follower.needs
 
     @property
+    def drifted(self) -> Collection[RelPath]:
+        """The files that another process changed and that are not right again."""
+        return self._drift.open.keys()
+
+    @property
     def watch_renewals(self) -> int:
         """How often the watch over the project had to be made again."""
         return self._drift.renewals
