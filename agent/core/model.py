@@ -222,7 +222,7 @@ class Entry(Struct, frozen=True, gc=False):
 
     `size` in bytes. `revision`: the commit that made it so, or a later one by which it was known to hold; 0 when
     the sender counts none. `provisional`: what is on disk is not confirmed by the database (an optimistic write,
-    or somebody else's); `version` is then that of the last confirmed content.
+    or another process's); `version` is then that of the last confirmed content.
     """
 
     version: int

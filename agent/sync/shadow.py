@@ -1,12 +1,12 @@
-"""SYNC_MODE=shadow: what the other flow has put into the live directory, held against what the database says.
+"""SYNC_MODE=shadow: compare what the other flow puts into the live directory with what the database says.
 
-The agent hydrates and follows into a directory of its own (SHADOW_DIR); here somebody else's directory (PROJECT_DIR)
-is looked at, over and over, and never touched: there is no `Disk` on it, only a `Sight`. Looking goes by stat, and by
-hash where the stat is not the one that the hash was taken at. It is done in a thread, so that the link and the tree do
-not wait for a slow disk.
+The agent hydrates and follows into a directory of its own (SHADOW_DIR). The other flow's directory (PROJECT_DIR) is
+read over and over and never written: there is no `Disk` on it, only a `Sight`. A file is read where its stat is not
+the one that its hash was taken at. Reading is done in a thread, so that the link and the tree do not wait for a slow
+disk.
 
-Polled, not watched: a watch on every directory of somebody else's tree takes from the kernel's budget that their dev
-server lives on, and sees nothing on some network mounts.
+Polled, not watched: a watch on every directory of the other flow's tree takes from the kernel's budget that its dev
+server needs, and sees nothing on some network mounts.
 """
 
 from __future__ import annotations
