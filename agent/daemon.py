@@ -23,8 +23,7 @@ from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
 from agent.core.errors import AgentError, RootUnusable, Superseded
 from agent.core.model import RelPath, Tree
-from agent.core.scheduler import Follower
-from agent.core.scheduler import Settings as Clockwork
+from agent.core.scheduler import Follower, SchedulerSettings
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.sandbox import project_rights
 from agent.devserver.supervisor import Supervisor
@@ -38,7 +37,7 @@ from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
 from agent.sync.catchup import CatchUp
-from agent.sync.engine import Parts, Sync
+from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
@@ -151,7 +150,7 @@ def build(
     api = session_api(settings, tokens, http, skew)
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
-    follower = Follower(Tree(), Clockwork(optimistic=settings.optimistic_events))
+    follower = Follower(Tree(), SchedulerSettings(optimistic=settings.optimistic_events))
     reaper = Reaper()
     supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
@@ -168,11 +167,23 @@ def build(
         hydrated.set()
         (supervisor.project_ready if shadow is None else shadow.hydrated)()
 
-    parts = Parts(
-        follower, workspace, source, catch_up, problems, metrics, status, on_tree, on_hydrated, skew, spans
+    url = settings.snapshot_url
+    sync = Sync(
+        follower,
+        workspace,
+        source,
+        catch_up,
+        problems,
+        metrics,
+        status,
+        snapshot_url=url.get_secret_value() if url else None,
+        on_tree=on_tree,
+        on_hydrated=on_hydrated,
+        drift_policy=drift_policy or settings.drift_policy,
+        skew=skew,
+        spans=spans,
+        clock=clock,
     )
-    url, policy = settings.snapshot_url, drift_policy or settings.drift_policy
-    sync = Sync(parts, snapshot_url=url.get_secret_value() if url else None, drift_policy=policy, clock=clock)
     report = Report(
         settings=settings,
         sync=sync,
@@ -197,9 +208,7 @@ def build(
         supervisor=supervisor,
         shadow=shadow,
         report=report,
-        heartbeat=Heartbeat(
-            every=settings.heartbeat_seconds, report=report, api=api, sync=sync, problems=problems, stop=stop
-        ),
+        heartbeat=Heartbeat(every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop),
         spans=spans,
         hydrated=hydrated,
         stop=stop,

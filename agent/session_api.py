@@ -10,8 +10,9 @@ same numbers when it is deployed badly, and no session is over because of that. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final, Literal
 from uuid import UUID
 
 import httpx
@@ -19,6 +20,7 @@ import orjson
 
 from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.errors import (
+    AgentError,
     CredentialRejected,
     MalformedMessage,
     SessionGone,
@@ -27,7 +29,7 @@ from agent.core.errors import (
     Unavailable,
 )
 from agent.core.messages import Head, SyncAnswer, read_head, read_sync_answer
-from agent.core.model import RelPath
+from agent.core.model import Problem, ProblemKind, RelPath
 from agent.net import coding, exchange, read_start, read_whole
 from agent.retry import http_date, retry_after, within
 from agent.tokens import Token, Tokens
@@ -50,6 +52,9 @@ WHOLE_CALL: Final = 120.0
 
 TIMEOUT: Final = httpx.Timeout(10.0, read=30.0)
 """Seconds. A snapshot may have to be built before sync can answer, hence the longer read."""
+
+
+Question = Literal["sync", "token", "status"]
 
 
 class SessionApi:
@@ -78,6 +83,8 @@ class SessionApi:
         self._whole = whole
         self._clock = clock
         self._skew = skew or ClockSkew()
+        self._failures: dict[Question, tuple[Token | None, AgentError]] = {}
+        """By question: how it failed when it was asked last, and with which token."""
 
     def current(self) -> Token | None:
         """The token in force."""
@@ -90,19 +97,47 @@ class SessionApi:
         body: dict[str, object] = {"epoch": epoch, "revision": revision, "reason": reason}
         if paths is not None:
             body["paths"] = list(paths)
-        return read_sync_answer(await self._call("POST", "sync", body))
+        with self._noting("sync"):
+            return read_sync_answer(await self._call("POST", "sync", body))
 
     async def renew_token(self) -> Token:
-        """Ask for the next token and hold it."""
-        answer = await self._call("POST", "token", {})
-        value = answer.get("realtime_token") if isinstance(answer, dict) else None
-        if not isinstance(value, str):
-            raise MalformedMessage("token answer", "realtime_token is missing or not text")
-        return self._tokens.accept(value)
+        """Ask for the next token and put it in force."""
+        with self._noting("token"):
+            answer = await self._call("POST", "token", {})
+            value = answer.get("realtime_token") if isinstance(answer, dict) else None
+            if not isinstance(value, str):
+                raise MalformedMessage("token answer", "realtime_token is missing or not text")
+            return self._tokens.accept(value)
 
     async def report_status(self, status: Mapping[str, object]) -> Head:
-        """Report the agent's status; return where the database is."""
-        return read_head(await self._call("PUT", "status", status))
+        """Say how we are; hear where the database is."""
+        with self._noting("status"):
+            return read_head(await self._call("PUT", "status", status))
+
+    def problems(self) -> tuple[Problem, ...]:
+        """Return what is wrong now: for each question that failed when it was asked last, with the token in force."""
+        token = self._tokens.current()
+        found: dict[ProblemKind, Problem] = {}
+        for asked_with, error in self._failures.values():
+            if asked_with is token:
+                refused = isinstance(error, CredentialRejected)
+                kind: ProblemKind = "session_api_refused" if refused else "session_api_unreachable"
+                found.setdefault(kind, Problem(kind, str(error)))
+        return tuple(found.values())
+
+    def forget_failure(self, question: Question) -> None:
+        """Note that a question that failed is not asked any more, because nobody needs its answer."""
+        self._failures.pop(question, None)
+
+    @contextmanager
+    def _noting(self, question: Question) -> Iterator[None]:
+        token = self._tokens.current()
+        try:
+            yield
+        except (CredentialRejected, MalformedMessage, Unavailable) as error:
+            self._failures[question] = (token, error)
+            raise
+        self._failures.pop(question, None)
 
     async def _call(self, method: str, name: str, body: Mapping[str, object]) -> object:
         token = self._tokens.current()

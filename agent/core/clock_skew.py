@@ -23,7 +23,7 @@ DRIFT: Final = 100e-6
 """Seconds a second by which two clocks may part: the crystals of common machines keep within 50 ppm each."""
 
 JUMP: Final = 0.1
-"""Seconds by which our wall clock may leave the steady one between two looks before it was set, not slewed: the
+"""Seconds by which our wall clock may leave the steady one between two readings before it was set, not slewed: the
 kernel slews by at most 500 ppm (adjtimex(2)), which is 15 ms between two heartbeats."""
 
 

@@ -1,4 +1,4 @@
-"""Where two directories that should hold the same do not: what the database says, and what another flow has put there.
+"""Say where two directories differ that should not: what the database says, and what another flow has put there.
 
 Pure; time is passed in, in monotonic seconds. Both sides move while a save travels, each at its own pace, so a
 difference counts only when *it stood*: both sides as they are now for the settling time. Whatever moves on either side
@@ -68,7 +68,7 @@ class Comparison:
         self.open: Mapping[RelPath, Difference] = {}
         """The differences that stand, by path."""
         self.compared = 0
-        """Files that were held against each other at the latest look."""
+        """Files that were compared last."""
 
     def look(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
         """Take in what both sides hold now. `found`: the files that are there."""

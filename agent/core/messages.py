@@ -206,7 +206,7 @@ def _manifest(read: Callable[..., Any]) -> Manifest:
     listed = len(told.files)
     told.files.reverse()
     while told.files:
-        # Let go of one by one, so that they are never there twice.
+        # Freed one by one, so that they are never in memory twice.
         file = told.files.pop()
         files[parse_path(file.path)] = Entry(
             file.version, file.digest, file.size, file.executable, told.revision

@@ -1,15 +1,8 @@
-"""The nouns: paths, entries, trees, changes, operations, cursors, manifests. Pure data, no I/O.
+"""The nouns of the agent, all of them data: paths, entries, trees, changes, operations, problems. Pure.
 
-A *tree* is what the agent believes is on disk; a *change* is what the database says happened to one path;
-an *operation* is one thing to do to the disk, decided before anything is done.
-
-Where a save stands in its writer's trace: the W3C `traceparent` that an event may carry. Pure.
-
-The kinds of problem there are, and what a person can do about each. Pure data.
-
-A kind is the label of the metric `problems`, and what `/status` and the heartbeat say. `ProblemKind` is closed, so that
-the type checker refuses a problem nobody has written a remedy for; `preview-agent status` and docs/operations.md show
-the same sentences.
+A *tree* is what the agent believes is on disk; a *change* is what the database says happened to one path; an
+*operation* is one thing to do to the disk, decided before anything is done. A *problem* is something wrong that a
+person should see; its kinds are closed, so that the type checker refuses one that has no remedy and no owner.
 """
 
 from __future__ import annotations
@@ -25,6 +18,17 @@ from immutables import Map
 from msgspec import Struct, field
 
 from agent.core.errors import PathRefused
+
+ProblemOwner = Literal[
+    "devserver.supervisor",
+    "link.loop",
+    "session_api",
+    "sync.catchup",
+    "sync.engine",
+    "sync.shadow",
+    "sync.workspace",
+]
+"""The modules that open and close problems."""
 
 ProblemKind = Literal[
     "dev_server_backoff",
@@ -42,6 +46,7 @@ ProblemKind = Literal[
     "permission_denied",
     "port_taken",
     "read_only",
+    "session_api_refused",
     "session_api_unreachable",
     "shadow_difference",
     "snapshot_expired",
@@ -51,28 +56,57 @@ ProblemKind = Literal[
     "undo_failed",
 ]
 
+PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
+    "dev_server_backoff": "devserver.supervisor",
+    "dev_server_failed": "devserver.supervisor",
+    "disk_full": "sync.workspace",
+    "drift": "sync.engine",
+    "hash_mismatch": "sync.engine",
+    "hmr_unreachable": "devserver.supervisor",
+    "install_failed": "devserver.supervisor",
+    "io_error": "sync.workspace",
+    "live_unreadable": "sync.shadow",
+    "mass_delete": "sync.catchup",
+    "path_refused": "sync.engine",
+    "path_unusable": "sync.workspace",
+    "permission_denied": "sync.workspace",
+    "port_taken": "devserver.supervisor",
+    "read_only": "sync.workspace",
+    "session_api_refused": "session_api",
+    "session_api_unreachable": "session_api",
+    "shadow_difference": "sync.shadow",
+    "snapshot_expired": "sync.catchup",
+    "snapshot_rejected": "sync.catchup",
+    "token_refused": "link.loop",
+    "too_many_open_files": "sync.workspace",
+    "undo_failed": "sync.workspace",
+}
+"""The one module that opens and closes each kind. A kind with two owners is closed by one of them while the other still
+has it: a heartbeat that was answered once hid a catch-up that was not."""
+
 REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "dev_server_backoff": "it is started again by itself; its last output, in /status, says why it ended",
-    "dev_server_failed": "read its last output in /status and mend the file it names; saving that starts it again",
-    "disk_full": "free space or inodes where PROJECT_DIR and STATE_DIR are; the batch is retried by itself",
+    "dev_server_failed": "read its last output in /status and fix the file it names; saving that starts it again",
+    "disk_full": "free space or inodes where PROJECT_DIR and STATE_DIR are; it is tried again by itself",
     "drift": "something in the container changed a file; DRIFT_POLICY=restore puts it back",
     "hash_mismatch": "fetched again by itself; if it goes on, see whether a proxy changes what passes through it",
     "hmr_unreachable": "the page is served and its HMR socket is not; look at server.hmr in the Vite config",
-    "install_failed": "mend package.json or its lock file, see the log's tail; the old preview stays until then",
-    "io_error": "look at the disk and the kernel's log (dmesg); the batch is retried by itself",
+    "install_failed": "fix package.json or its lock file, see the log's tail; the old preview stays until then",
+    "io_error": "look at the disk and the kernel's log (dmesg); it is tried again by itself",
     "live_unreadable": "let the agent's user read PROJECT_DIR; nothing is compared until then",
     "mass_delete": "a snapshot would delete most files; look at the project in the database, a second one decides",
     "path_refused": "rename the file in the project; its path is never written, the others are",
     "path_unusable": "rename the file, or remove what stands in its way in the container; the others are written",
     "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
     "port_taken": "stop what listens on the dev server's port, or set DEV_PORT",
-    "read_only": "mount the project's file system writable; the batch is retried by itself",
+    "read_only": "mount the project's file system writable; it is tried again by itself",
+    "session_api_refused": "the session is over or its key was rotated away; start a new session",
     "session_api_unreachable": "see whether SESSION_API_URL and the orchestrator answer; live events go on meanwhile",
     "shadow_difference": "the two flows disagree about a file; see which is right before SYNC_MODE=live",
     "snapshot_expired": "a fresh URL is asked for by itself; without SESSION_API_URL start with a new SNAPSHOT_URL",
     "snapshot_rejected": "it is built anew by itself; if it goes on, look at the orchestrator's log for the rule",
     "token_refused": "the session is over or its key was rotated away; start a new session",
-    "too_many_open_files": "raise the limit of open files (ulimit -n); the batch is retried by itself",
+    "too_many_open_files": "raise the limit of open files (ulimit -n); it is tried again by itself",
     "undo_failed": "the file may be of another moment than the rest; it is asked for again, see the disk's health",
 }
 """One line for a person at the machine, for every kind."""
@@ -188,7 +222,7 @@ class Entry(Struct, frozen=True, gc=False):
 
     `size` in bytes. `revision`: the commit that made it so, or a later one by which it was known to hold; 0 when
     the sender counts none. `provisional`: what is on disk is not confirmed by the database (an optimistic write,
-    or somebody else's); `version` is then that of the last confirmed content.
+    or another process's); `version` is then that of the last confirmed content.
     """
 
     version: int

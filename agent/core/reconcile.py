@@ -92,27 +92,27 @@ class Plan(Struct, frozen=True, gc=False):
     """Applied above a hole: what fails now may be possible once the hole is filled."""
 
 
-class _Verdict(StrEnum):
+class _Judgement(StrEnum):
     WRITE = "write"
     SAME = "same"
     STALE = "stale"
     CONFLICT = "conflict"
 
 
-def _judge(entry: Entry | None, change: Change, *, answer: bool) -> _Verdict:
+def _judge(entry: Entry | None, change: Change, *, answer: bool) -> _Judgement:
     """What one change means for one path. `answer`: it comes from the database on request, not from an event."""
     if entry is None:
-        return _Verdict.SAME if change.is_delete else _Verdict.WRITE
+        return _Judgement.SAME if change.is_delete else _Judgement.WRITE
     same = entry.digest == change.digest and (change.is_delete or entry.executable == change.executable)
     if change.version is None:
-        return _Verdict.SAME if same else _Verdict.WRITE
+        return _Judgement.SAME if same else _Judgement.WRITE
     if change.version < entry.version:
-        return _Verdict.STALE
+        return _Judgement.STALE
     if same:
-        return _Verdict.SAME
+        return _Judgement.SAME
     if change.version == entry.version and not entry.provisional and not answer:
-        return _Verdict.CONFLICT
-    return _Verdict.WRITE
+        return _Judgement.CONFLICT
+    return _Judgement.WRITE
 
 
 def _entry(change: Change, before: Entry | None, revision: int) -> Entry:
@@ -199,21 +199,21 @@ def _fold(entries: Map[RelPath, Entry], changes: Iterable[Change], revision: int
     for change in changes:
         path = change.path
         before = entries.get(path)
-        verdict = _judge(before, change, answer=answer)
-        if verdict is _Verdict.STALE:
+        judgement = _judge(before, change, answer=answer)
+        if judgement is _Judgement.STALE:
             continue
-        if verdict is _Verdict.CONFLICT:
+        if judgement is _Judgement.CONFLICT:
             conflicts.add(path)
             continue
         fresh = True
-        if verdict is _Verdict.WRITE and change.by_reference:
+        if judgement is _Judgement.WRITE and change.by_reference:
             missing.add(path)
             continue
         entry = _entry(change, before, revision)
-        if verdict is _Verdict.SAME and before is not None:
+        if judgement is _Judgement.SAME and before is not None:
             entry = structs.replace(entry, size=before.size)
         entries = entries.set(path, entry)
-        if verdict is _Verdict.WRITE:
+        if judgement is _Judgement.WRITE:
             operations.append(_operation(change, entry))
     return _Folded(tuple(operations), entries, frozenset(missing), frozenset(conflicts), fresh)
 

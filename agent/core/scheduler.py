@@ -1,9 +1,9 @@
-"""What to do next, and when: the clockwork of the sync loop. Pure; time is passed in, in monotonic seconds.
+"""Decides when commits are applied and when the database is asked. Pure; time is passed in, in monotonic seconds.
 
-A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. Its shell
-(`sync.engine`) gives it what arrives, does what it says, and tells it what became of that:
+A `Follower` holds the tree, the commits that wait, and the needs that only a catch-up can meet. `sync.engine` gives it
+what arrives, does what it says, and tells it what became of that:
 
-    receive(commit)  →  ready() gives a Batch  →  the disk applies it  →  settle(batch, …)
+    receive(commit)  →  ready() gives ReadyCommits  →  the disk applies their plan  →  settle(plan, …)
     need(reason)     →  request() gives a Request  →  the orchestrator answers  →  answered() / failed()
 
 - *spacing*: a change lands at once, the next one on the same path not before `spacing`, the last one always. Vite
@@ -12,6 +12,7 @@ A `Follower` holds the tree, the commits that wait, and the needs that only a ca
 - *stragglers*: a hole is given `grace` to close by itself before the database is asked.
 - *one at a time, coalesced*: needs that arise during a catch-up are met by the next one.
 - *no loop*: a catch-up that does not move the cursor makes the next one for the same reason wait longer.
+- *no hurry*: after one that failed nothing is asked before its wait is over, unless the link has joined anew.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONFIRM = 5.0
 """Seconds an optimistic write may stay unconfirmed."""
 
 DISK_RETRY = 1.0
-"""Seconds before a batch that the disk could not take is fetched and tried again; doubles up to `FUTILE_MAX`."""
+"""Seconds before operations that the disk could not do are fetched and tried again; doubles up to `FUTILE_MAX`."""
 
 MAX_WAITING = 1_000
 """Commits held for spacing; past it they are dropped and one catch-up brings the latest of each path."""
@@ -45,7 +46,7 @@ FUTILE_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SchedulerSettings:
     """The knobs, in seconds. `optimistic`: show a front end's events before the database has confirmed them."""
 
     spacing: float = SPACING
@@ -56,16 +57,11 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Operations to apply at once, all or nothing, for one or more commits of which each path's latest stands."""
+class ReadyCommits:
+    """Commits to apply now as one plan, of which each path's latest change stands. `steps`: what each of them means."""
 
-    operations: tuple[Operation, ...]
     plan: Plan
     steps: tuple[tuple[Commit, Outcome], ...]
-
-    @property
-    def paths(self) -> frozenset[RelPath]:
-        return frozenset(operation.path for operation in self.operations)
 
     @property
     def trace(self) -> TraceParent | None:
@@ -94,18 +90,30 @@ class _Need:
 class Follower:
     """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`."""
 
-    def __init__(self, tree: Tree, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
+    def __init__(self, tree: Tree, settings: SchedulerSettings | None = None) -> None:
+        self.settings = settings or SchedulerSettings()
+
+        # The tree, and the commits that are not in it yet.
         self.tree = tree
         self.waiting: list[Commit] = []
         self.head_revision = tree.cursor.revision
+        """The highest revision heard of."""
         self._written: dict[RelPath, float] = {}
-        self._needs: dict[Reason, _Need] = {}
+        """When each path was written, in order of time, for as long as the spacing holds."""
         self._unconfirmed: dict[RelPath, float] = {}
+        """Optimistic writes, and until when each may stay unconfirmed."""
+
+        # What is to be asked, and what is being asked.
+        self._needs: dict[Reason, _Need] = {}
+        self._not_before = 0.0
+        """No question before this time: the last one failed."""
         self._asked: dict[Reason, _Need] | None = None
         self._asked_at: Tree = tree
+        """The tree when the question was asked."""
         self._futile = 0
-        self._hopeless: tuple[str, int, str] | None = None
+        """Catch-ups in a row that changed nothing."""
+        self._judged: tuple[str, int, str] | None = None
+        """Epoch, revision and tree hash of the head that differed last: one full snapshot is all that can be done."""
 
     # --- events
 
@@ -119,8 +127,8 @@ class Follower:
             return
         self.waiting.append(commit)
 
-    def ready(self, now: float) -> Batch | None:
-        """The commits whose paths are free now, as one batch; None when there is nothing to do."""
+    def ready(self, now: float) -> ReadyCommits | None:
+        """The commits whose paths are free now; None when there is nothing to do."""
         if not self.waiting:
             return None
         self._cool(now)
@@ -139,7 +147,7 @@ class Follower:
         self.waiting = held
         return self._fold(free, now)
 
-    def _fold(self, commits: Iterable[Commit], now: float) -> Batch:
+    def _fold(self, commits: Iterable[Commit], now: float) -> ReadyCommits:
         operations: dict[RelPath, Operation] = {}
         problems: list[Problem] = []
         steps: list[tuple[Commit, Outcome]] = []
@@ -160,9 +168,8 @@ class Follower:
                     self._unconfirmed[operation.path] = now + self.settings.confirm
         for gap in gaps:
             self.need(gap.reason, now, gap.paths)
-        whole = tuple(operations.values())
-        outcome = steps[-1][1]
-        return Batch(whole, Plan(whole, tree, outcome, None, tuple(problems), eager), tuple(steps))
+        plan = Plan(tuple(operations.values()), tree, steps[-1][1], None, tuple(problems), eager)
+        return ReadyCommits(plan, tuple(steps))
 
     def settle(
         self, plan: Plan, now: float, *, failed: Set[RelPath] = frozenset(), undone: bool = False
@@ -226,7 +233,12 @@ class Follower:
     def need(
         self, reason: Reason, due: float, paths: Iterable[RelPath] = (), revision: int | None = None
     ) -> None:
-        """Ask for a catch-up not before `due`. Asking twice for one reason keeps the earlier time."""
+        """Ask for a catch-up not before `due`. Asking twice for one reason keeps the earlier time.
+
+        After a failure the wait holds for every reason but a join: the connection is new, and so may be the token.
+        """
+        if reason is Reason.JOIN:
+            self._not_before = min(self._not_before, due)
         known = self._needs.get(reason)
         if known is None:
             self._needs[reason] = _Need(due, set(paths), revision)
@@ -254,9 +266,9 @@ class Follower:
         elif (
             head.tree_hash and head.revision == cursor.revision and not self.waiting and not self._unconfirmed
         ):
-            verdict = (head.epoch, head.revision, head.tree_hash)
-            if verdict != self._hopeless and head.tree_hash != self.tree.hash():
-                self._hopeless = verdict
+            judged = (head.epoch, head.revision, head.tree_hash)
+            if judged != self._judged and head.tree_hash != self.tree.hash():
+                self._judged = judged
                 self.need(Reason.TREE_HASH, now)
 
     def request(self, now: float) -> Request | None:
@@ -266,7 +278,9 @@ class Follower:
             self.need(Reason.UNCONFIRMED, now, late)
             for path in late:
                 del self._unconfirmed[path]
-        if self._asked is not None or not any(need.due <= now for need in self._needs.values()):
+        if self._asked is not None or now < self._not_before:
+            return None
+        if not any(need.due <= now for need in self._needs.values()):
             return None
         self._asked, self._needs = self._needs, {}
         self._asked_at = self.tree
@@ -299,12 +313,11 @@ class Follower:
         self._look_for_holes(now)
 
     def failed(self, now: float, wait: float) -> None:
-        """The catch-up could not be made; what it was for is due again in `wait` seconds."""
+        """The catch-up could not be made. What it was for is due again in `wait` seconds, and nothing else sooner."""
         asked, self._asked = self._asked or {}, None
+        self._not_before = now + wait
         for reason, need in asked.items():
-            self.need(reason, now + wait, need.paths, need.revision)
-        for need in self._needs.values():
-            need.due = max(need.due, now + wait)
+            self.need(reason, self._not_before, need.paths, need.revision)
 
     def _patience(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX
@@ -329,7 +342,9 @@ class Follower:
 
     def next_deadline(self) -> float | None:
         """When `ready` or `request` may have something to say without anything arriving."""
-        times = [need.due for need in self._needs.values()] if self._asked is None else []
+        times: list[float] = []
+        if self._asked is None:
+            times += [max(need.due, self._not_before) for need in self._needs.values()]
         times += self._unconfirmed.values()
         if self.waiting and self._written:
             times.append(next(iter(self._written.values())) + self.settings.spacing)

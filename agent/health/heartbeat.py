@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 
 from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Unavailable
 from agent.core.messages import Head
-from agent.core.model import Problem
 from agent.health.report import Report
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
 from agent.sync.engine import Sync
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import process_age
-from agent.telemetry.status import AgentState, Problems
+from agent.telemetry.status import AgentState
 from agent.tokens import spread
 
 log = get_logger("heartbeat")
@@ -47,7 +46,6 @@ class Heartbeat:
     report: Report
     api: SessionApi | None
     sync: Sync
-    problems: Problems
     stop: asyncio.Event
 
     # what was logged last
@@ -83,7 +81,7 @@ class Heartbeat:
         if ready and not self._was_ready:
             self._was_ready = True
             age = process_age()
-            self.problems.metrics.session_start.set(age)
+            self.report.problems.metrics.session_start.set(age)
             log.info("agent.ready", seconds=round(age, 3))
 
     async def _beat(self, api: SessionApi) -> None:
@@ -95,15 +93,12 @@ class Heartbeat:
         except (Unavailable, MalformedMessage) as error:
             self._failures += 1
             self._due = clock() + BACKOFF.delay(self._failures, error)
-            self.problems.add(Problem("session_api_unreachable", str(error)))
             return
-        except CredentialRejected as error:
+        except CredentialRejected:
             self._failures += 1
             self._due = clock() + self.every
-            self.problems.add(Problem("token_refused", str(error)))
             return
         self._failures = 0
-        self.problems.clear_kinds("session_api_unreachable", "token_refused")
         if head.action == "stop":
             log.info("agent.told_to_stop")
             self.stop.set()

@@ -204,7 +204,13 @@ class Report(Collector):
         return time.time() - self.link.since
 
     def _problems(self) -> list[Problem]:
-        return [*self.problems.open.values(), *self.link.problems(), *self.dev.problems()]
+        api = self.catch_up.api
+        return [
+            *self.problems.open.values(),
+            *(api.problems() if api is not None else ()),
+            *self.link.problems(),
+            *self.dev.problems(),
+        ]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | None]]:
         """Write problems as they travel, without secrets."""

@@ -1,7 +1,8 @@
-"""Asking the database what is missing, through the session API, and fetching the snapshot when that is the answer.
+"""Ask the database what is missing, through the session API, and fetch the snapshot when that is the answer.
 
-The question is `core.scheduler`'s, what the answer means is `core.reconcile`'s; here is only the asking, and the
-one place that knows the two ways to a first tree: the URL of the environment, and the session API's offer.
+The question is `core.scheduler`'s, and what the answer means is `core.reconcile`'s. Here is the asking: the two ways to
+a first tree (the URL of the environment, the session API's offer), whether a snapshot is to be trusted, and how long
+to wait before the next question.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import httpx
 from agent.config import SnapshotLimits
 from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
-from agent.core.model import Entry, Problem, RelPath
+from agent.core.model import Entry, Problem, RelPath, Tree
+from agent.core.reconcile import Plan, brake
 from agent.core.scheduler import Request
 from agent.fs.project_dir import ProjectDir
 from agent.retry import Backoff
 from agent.session_api import SessionApi
 from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
-from agent.telemetry.status import Problems
+from agent.telemetry.status import OwnedProblems, Problems
 
 Answer = Current | Changes | StagedSnapshot
 
@@ -30,10 +32,19 @@ SNAPSHOT_REJECTED = "snapshot_rejected"
 BACKOFF = Backoff(first=0.25, most=15.0)
 """Between two calls of an orchestrator that failed. At most half of the heartbeat's interval."""
 
+REFUSED_RETRY = 60.0
+"""Seconds at least between questions once the token is refused for good: somebody may still replace it."""
+
+UNFIT_RETRY = 1.0
+"""Seconds at least before what could not be used is asked for again: the same answer would come at once."""
+
 
 @dataclass(slots=True)
 class CatchUp:
-    """`api` None: there is no catch-up, only the snapshot URL of the start. `have` gives the tree as it is now."""
+    """Asks one question at a time. The engine decides when; a question that failed is asked again after `wait`.
+
+    Without `api` there is no catch-up, only snapshots: the one of the start, and those that `snapshot:ready` offers.
+    """
 
     api: SessionApi | None
     disk: ProjectDir
@@ -42,77 +53,47 @@ class CatchUp:
     project_id: str
     problems: Problems
     have: Callable[[], Mapping[RelPath, Entry]]
+    """Gives the tree's entries as they are now: what is here already is not fetched."""
     progress: Progress = field(default_factory=Progress)
-    _rejected: bool = False
-    """The last snapshot offered was no good: the next question says so, and gets another build of it."""
-    _built: float | None = None
-    """Seconds that building the snapshot offered last took; its archive cannot say so itself."""
     offered: str | None = field(default=None, repr=False)
     """URL of the latest `snapshot:ready`: the only answer there is without a session API."""
+
+    attempts: int = 0
+    """Questions in a row that came to nothing."""
+
+    # Trust in snapshots. An archive that breaks a rule, and a snapshot that would delete too much, are both answered by
+    # asking for another build of it.
+    _distrusted: bool = False
+    """The next question asks for another build of the snapshot."""
+    _doubted: str | None = None
+    """The `tree_hash` of a snapshot that would delete too much; a second build that has it too is believed."""
+
+    _build_seconds: float | None = None
+    """How long the snapshot offered last took to build; its archive cannot say so itself."""
+    _problems: OwnedProblems = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._problems = self.problems.owned_by("sync.catchup")
+
+    # --- asking
 
     @property
     def can_ask(self) -> bool:
         """Whether there is anybody, or anything, to get an answer from."""
         return self.api is not None or self.offered is not None
 
-    def distrust(self) -> None:
-        """Let the next answer be built anew, independently of the last."""
-        self._rejected = True
-
     async def ask(self, request: Request) -> Answer:
-        """One question, one answer. Raises whatever made it impossible; asking again is the caller's decision."""
+        """Ask one question, once. Raises an `AgentError` when there is no answer, or none that can be used."""
         if self.api is None:
             if self.offered is None:
                 raise Unavailable("catch-up", "SESSION_API_URL is not set")
             offer, self.offered = self.offered, None
             return await self._fetch(offer)
-        reason = SNAPSHOT_REJECTED if self._rejected else request.reason.value
+        reason = SNAPSHOT_REJECTED if self._distrusted else request.reason.value
         answer = await self.api.sync(request.epoch, request.revision, reason, sorted(request.paths) or None)
-        self.problems.clear_kinds("session_api_unreachable", "token_refused")
         if not isinstance(answer, SnapshotOffer):
             return answer
-        self._hear(answer)
-        return self._with_build_time(await self._fetch(answer.snapshot_url))
-
-    def _hear(self, offer: SnapshotOffer) -> None:
-        self._built = offer.manifest.build_seconds if offer.manifest is not None else None
-
-    def _with_build_time(self, staged: StagedSnapshot) -> StagedSnapshot:
-        if self._built is None:
-            return staged
-        return replace(staged, manifest=replace(staged.manifest, build_seconds=self._built))
-
-    async def _fetch(self, url: str) -> StagedSnapshot:
-        try:
-            staged = await fetch(
-                url,
-                disk=self.disk,
-                http=self.http,
-                limits=self.limits,
-                expected_project=self.project_id,
-                progress=self.progress,
-                have=self.have(),
-            )
-        except SnapshotRejected as error:
-            self._rejected = True
-            self._refused(error)
-            raise
-        except CredentialRejected as error:
-            # Of the URL, not of our token: the next question brings another.
-            self._refused(error)
-            raise Unavailable("the snapshot", str(error)) from None
-        self._rejected = False
-        self._taken()
-        return staged
-
-    def _refused(self, error: SnapshotRejected | CredentialRejected) -> None:
-        if isinstance(error, SnapshotRejected):
-            self.problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
-        else:
-            self.problems.add(Problem("snapshot_expired", str(error)))
-
-    def _taken(self) -> None:
-        self.problems.clear_kinds("snapshot_rejected", "snapshot_expired")
+        return await self._fetch(self._url_of(answer))
 
     async def first(self, url: str | None) -> StagedSnapshot:
         """The tree to start from: from `url` while it is good, else from what the session API offers.
@@ -129,14 +110,97 @@ class CatchUp:
             expected_project=self.project_id,
             progress=self.progress,
         )
-        self._taken()
-        return self._with_build_time(staged)
+        return self._taken(staged)
 
     async def _offer(self, reason: str) -> str | None:
         """A fresh URL for an agent that has no tree; `reason` as `snapshot.download.obtain` gives it."""
         assert self.api is not None
         answer = await self.api.sync(None, 0, reason, None)
-        if not isinstance(answer, SnapshotOffer):
+        return self._url_of(answer) if isinstance(answer, SnapshotOffer) else None
+
+    def _url_of(self, offer: SnapshotOffer) -> str:
+        self._build_seconds = offer.manifest.build_seconds if offer.manifest is not None else None
+        return offer.snapshot_url
+
+    async def _fetch(self, url: str) -> StagedSnapshot:
+        try:
+            staged = await fetch(
+                url,
+                disk=self.disk,
+                http=self.http,
+                limits=self.limits,
+                expected_project=self.project_id,
+                progress=self.progress,
+                have=self.have(),
+            )
+        except SnapshotRejected as error:
+            self._distrusted = True
+            self._refused(error)
+            raise
+        except CredentialRejected as error:
+            # Of the URL, not of our token: the next question brings another.
+            self._refused(error)
+            raise Unavailable("the snapshot", str(error)) from None
+        self._distrusted = False
+        return self._taken(staged)
+
+    def _taken(self, staged: StagedSnapshot) -> StagedSnapshot:
+        self._problems.clear("snapshot_rejected", "snapshot_expired")
+        if self._build_seconds is None:
+            return staged
+        return replace(staged, manifest=replace(staged.manifest, build_seconds=self._build_seconds))
+
+    def _refused(self, error: SnapshotRejected | CredentialRejected) -> None:
+        if isinstance(error, SnapshotRejected):
+            self._problems.add(Problem("snapshot_rejected", str(error), rule=error.rule))
+        else:
+            self._problems.add(Problem("snapshot_expired", str(error)))
+
+    # --- trust
+
+    @property
+    def halted(self) -> bool:
+        """Whether a snapshot is waited for that says the same as a doubted one, or something else."""
+        return self._doubted is not None
+
+    def doubts(self, tree: Tree, plan: Plan, staged: StagedSnapshot) -> Problem | None:
+        """Return why `staged` must not be applied yet: it would delete too much, and no second build says the same.
+
+        The next question then asks for another build.
+        """
+        problem = brake(tree, plan)
+        wanted = staged.manifest.hash()
+        if problem is None or self._doubted == wanted:
             return None
-        self._hear(answer)
-        return answer.snapshot_url
+        self._doubted = wanted
+        self._distrusted = True
+        self._problems.add(problem)
+        return problem
+
+    def succeeded(self) -> None:
+        """Note that an answer is in the tree: nothing is doubted, and nothing has to be waited for."""
+        self.attempts = 0
+        self._doubted = None
+        self._problems.clear("mass_delete")
+
+    # --- asking again
+
+    def wait(self, error: Exception | None) -> float:
+        """Count a question that came to nothing. Returns the seconds until the next.
+
+        Args:
+            error: Why there was no answer; None for an answer that could not be used.
+        """
+        self.attempts += 1
+        least = 0.0
+        if error is None:
+            least = UNFIT_RETRY
+        elif isinstance(error, CredentialRejected):
+            least = REFUSED_RETRY
+        return max(least, BACKOFF.delay(self.attempts, error))
+
+    def not_needed(self) -> None:
+        """Note that what the last question was for has come in another way: it is not asked again."""
+        self.attempts = 0
+        if self.api is not None:
+            self.api.forget_failure("sync")

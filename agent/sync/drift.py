@@ -1,17 +1,18 @@
-"""Seeing that something else changed our files: a formatter run inside the container, `git checkout`, a stray script.
+"""Report which of the agent's files another process changed: a formatter in the container, `git checkout`, a script.
 
-The operating system says where to look (`watchfiles`), the ledger's stat and then the hash say whether anything is
-wrong. A write of our own has exactly the stat that was noted when it was made, so it can never be taken for drift.
-Files that we did not write are no drift: build output and lock files come and go as they like.
+inotify (`watchfiles`) names the files that may have changed; the recorded stat and then the hash say whether they did.
+A write of our own has exactly the stat that was recorded for it, so it is never taken for drift. Files that the agent
+did not write are no drift: build output and lock files come and go as they like.
 
 Watched are the directories that hold our files, each by itself. A recursive watch would put one on every directory of
 `node_modules` and eat the kernel's budget of watches, which the dev server needs too.
 
 Events can be lost (the kernel's queue is bounded, and there is a moment between two sets of watches), so after each
-arming and every few minutes the whole tree is looked at once, by stat.
+arming and every few minutes the whole tree is compared once, by stat.
 
-A file whose name is not UTF-8 is none of ours, and `watchfiles` cannot say it: it fails, with whatever else it had
-seen. The watch is then made again, and the look at everything finds what it did not say.
+A file whose name is not UTF-8 is none of ours, and `watchfiles` cannot name it: it fails, and what else it had seen is
+lost. The watch is then made again, and comparing everything finds what was lost. (`watchfiles.awatch` wraps that
+failure in an exception group, and needs more code around it than `RustNotify` itself.)
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from agent.telemetry.logging import get_logger
 
 log = get_logger("drift")
 
-Claims = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
-"""What the agent believes to be on disk now: the tree's entries, and how each file looked when it was put there.
+Expected = Callable[[], tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]]
+"""Returns what should be on disk now: the tree's entries, and each file's stat when it was put there.
 
-Asked anew for each look. What it answers must move in one step with the disk: no await between
-`ProjectDir.apply` and it.
+Called anew for each comparison. What it returns must move in one step with the disk: no await between it and
+`ProjectDir.apply`.
 """
 
 STEP_MS = 200
-"""Quiet time after which a burst of events is looked at. Also how often the waiting thread wakes when idle."""
+"""Quiet time after which a burst of events is taken. Also how often the waiting thread wakes when idle."""
 LONGEST_MS = 1000
-"""A burst that does not end is looked at this often."""
+"""A burst that does not end is taken this often."""
 RENEW_SECONDS = 0.5
 """Between a watch that failed and the next: a program may make such names without end."""
 RENEW_REST = 10
-"""The same, as a multiple of what the last look at everything took: at most a tenth of a core goes into looking."""
+"""The same, as a multiple of what comparing everything took last: at most a tenth of a core goes into it."""
 _ROOT = RelPath(".")
 """The root itself, as events name it."""
 
@@ -58,7 +59,7 @@ class Observed:
     """What changed since the last report.
 
     `drifts`: new, or other than reported before. `settled`: paths reported earlier that are right again, or no longer
-    ours. `touched`: files that look different but hold what they should; their new looks save hashing them again.
+    ours. `touched`: files with another stat that hold what they should; their new stats save hashing them again.
     """
 
     drifts: tuple[Drift, ...]
@@ -67,18 +68,18 @@ class Observed:
 
 
 class DriftWatch:
-    """Reports what drifts until it is cancelled. `sweep_seconds`: between two looks at everything."""
+    """Reports what drifts until it is cancelled. `sweep_seconds`: between two comparisons of everything."""
 
     def __init__(
         self,
         disk: ProjectDir,
-        claims: Claims,
+        expected: Expected,
         report: Callable[[Observed], None],
         *,
         sweep_seconds: float = 300.0,
     ) -> None:
         self._disk = disk
-        self._claims = claims
+        self._expected = expected
         self._report = report
         self._sweep_seconds = sweep_seconds
         self._open: dict[RelPath, Drift] = {}
@@ -114,7 +115,7 @@ class DriftWatch:
                 await asyncio.sleep(max(RENEW_SECONDS, RENEW_REST * self._sweep_took))
 
     async def _turn(self, notify: RustNotify, watched: frozenset[RelPath]) -> bool:
-        """Wait for one burst and look. False: other directories are to be watched now."""
+        """Wait for one burst and compare what it names. Returns False when other directories are to be watched now."""
         stop = threading.Event()
         waiting = asyncio.ensure_future(
             asyncio.to_thread(notify.watch, LONGEST_MS, STEP_MS, int(self._sweep_seconds * 1000), stop)
@@ -128,18 +129,18 @@ class DriftWatch:
         if not isinstance(raw, set):
             await self._sweep()
             return True
-        entries, _ = self._claims()
+        entries, _ = self._expected()
         changed = {path for _, place in raw if (path := self._relative(place)) is not None}
         others = {path for path in changed if path not in entries}
         # A directory of ours came or went: its watch went with it, and so did everything below.
         moved = others & (watched | {_ROOT})
         if moved:
             changed.update(p for p in entries if _ROOT in moved or not moved.isdisjoint(parents(p)))
-        await self._look_at(changed)
+        await self._compare(changed)
         return not others or (not moved and self._directories() == watched)
 
     def _directories(self) -> frozenset[RelPath]:
-        entries, _ = self._claims()
+        entries, _ = self._expected()
         return frozenset(
             parent for path, entry in entries.items() if entry.is_file for parent in parents(path)
         )
@@ -157,31 +158,31 @@ class DriftWatch:
 
     async def _sweep(self) -> None:
         began = time.monotonic()
-        entries, _ = self._claims()
-        await self._look_at({*entries, *self._open})
+        entries, _ = self._expected()
+        await self._compare({*entries, *self._open})
         self._sweep_took = time.monotonic() - began
 
-    async def _look_at(self, paths: Iterable[RelPath]) -> None:
-        """Look, and tell what was seen before anybody else has a turn: it may not be true any more afterwards."""
-        await in_turns(self._looking(sorted(paths)), self._tell)
+    async def _compare(self, paths: Iterable[RelPath]) -> None:
+        """Compare these files, and report before anybody else has a turn: it may not be true any more afterwards."""
+        await in_turns(self._comparing(sorted(paths)), self._tell)
         self._tell()
 
-    def _looking(self, paths: Iterable[RelPath]) -> Steps[None]:
+    def _comparing(self, paths: Iterable[RelPath]) -> Steps[None]:
         for path in paths:
             yield
-            entry, known = claimed = self._claim(path)
+            entry, known = before = self._expected_at(path)
             found: Drift | FileStat | None = None
             if entry is not None and entry.is_file:
                 try:
                     found = yield from self._disk.check_steps(path, known, entry)
                 except OSError:
                     continue
-            # Something else than was looked for is claimed now: it was written meanwhile, which is seen by itself.
-            if self._claim(path) == claimed:
+            # When another content is expected now, it was written meanwhile: the watch names that change too.
+            if self._expected_at(path) == before:
                 self._note(path, found, known)
 
-    def _claim(self, path: RelPath) -> tuple[Entry | None, FileStat | None]:
-        entries, stats = self._claims()
+    def _expected_at(self, path: RelPath) -> tuple[Entry | None, FileStat | None]:
+        entries, stats = self._expected()
         return entries.get(path), stats.get(path)
 
     def _note(self, path: RelPath, found: Drift | FileStat | None, known: FileStat | None) -> None:
@@ -203,7 +204,7 @@ class DriftWatch:
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen and not told yet."""
+    """What was found and not reported yet."""
 
     drifts: list[Drift] = field(default_factory=list)
     settled: list[RelPath] = field(default_factory=list)

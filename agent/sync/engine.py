@@ -1,7 +1,7 @@
-"""The loop: hydrate → stream → plan → disk → ledger. The only place where the tree changes.
+"""The sync loop: hydrate, follow the events, catch up. The only place where the tree changes.
 
-Everything that is decided is decided in `core.reconcile` and `core.scheduler`; everything here happens in one
-thread and between two awaits, so the tree, the disk and the ledger move together.
+What an event or an answer means is decided in `core.reconcile`, and when it is acted on in `core.scheduler`. Everything
+here runs in one thread and between two awaits, so tree, disk and ledger move together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from msgspec import structs
@@ -18,30 +17,20 @@ from msgspec import structs
 from agent.core.clock_skew import ClockSkew
 from agent.core.errors import (
     AgentError,
-    CredentialRejected,
     MalformedMessage,
     PathRefused,
     RootUnusable,
     SessionGone,
     Superseded,
-    Unavailable,
 )
 from agent.core.messages import Changes, Current, Head, read_event
-from agent.core.model import (
-    Commit,
-    Cursor,
-    Problem,
-    RelPath,
-    SnapshotReady,
-    Tree,
-    read_traceparent,
-)
-from agent.core.reconcile import Outcome, Plan, Reason, brake, catch_up, reconcile
+from agent.core.model import Commit, Cursor, RelPath, SnapshotReady, Tree, read_traceparent
+from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.fs.inspect import Drift
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.snapshot.download import StagedSnapshot
-from agent.sync.catchup import BACKOFF, Answer, CatchUp
+from agent.sync.catchup import Answer, CatchUp
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.latency import LagMeter
 from agent.sync.ledger import LedgerState
@@ -53,74 +42,82 @@ from agent.telemetry.status import Problems, SyncPhase, SyncStatus
 
 log = get_logger("sync")
 
-REFUSED_RETRY = 60.0
-"""Seconds between questions once the token is refused for good: somebody may still mend it."""
-
-UNFIT_RETRY = 1.0
-"""Seconds at least before what could not be used is asked for again: the same answer would come at once."""
-
 TURN = 64
 """Signals planned together when they arrive together, after which other tasks get their turn: a flood costs fewer
 transactions of the ledger, and cannot starve the heartbeat."""
 
 RECORD_WITHIN = 0.05
-"""Seconds for which the ledger and the log may lag behind the disk: a kill in between costs a look at those files and
+"""Seconds for which the ledger and the log may lag behind the disk: a kill in between costs a stat of those files and
 their lines, and the person waiting for a save does not wait for its bookkeeping."""
 
 LINK_NEEDS = frozenset({Reason.JOIN, Reason.OVERFLOW})
 """While one of these is wanted the link has an unanswered `Resync`, and is not live."""
 
 RESYNC_REASONS = {"overflow": Reason.OVERFLOW}
-
-
-@dataclass(slots=True)
-class Parts:
-    """What the loop stands on. `on_tree`: called with the paths that changed, after they changed."""
-
-    follower: Follower
-    workspace: Workspace
-    source: EventSource
-    catch_up: CatchUp
-    problems: Problems
-    metrics: Metrics
-    status: SyncStatus
-    on_tree: Callable[[Collection[RelPath]], None]
-    on_hydrated: Callable[[], None]
-    skew: ClockSkew = field(default_factory=ClockSkew)
-    spans: SpanSink | None = None
+"""The reason of a catch-up by that of a `Resync`, where it is not a join."""
 
 
 class Sync:
-    """See the module. `run` ends only by cancellation or by an error that ends the agent."""
+    """The loop over the parts it is given. `run` ends only by cancellation or by an error that ends the agent."""
 
     def __init__(
         self,
-        parts: Parts,
+        follower: Follower,
+        workspace: Workspace,
+        source: EventSource,
+        catch_up: CatchUp,
+        problems: Problems,
+        metrics: Metrics,
+        status: SyncStatus,
         *,
         snapshot_url: str | None,
+        on_tree: Callable[[Collection[RelPath]], None],
+        on_hydrated: Callable[[], None],
         drift_policy: Literal["report", "restore", "keep", "off"] = "report",
+        skew: ClockSkew | None = None,
+        spans: SpanSink | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`drift_policy`: as the setting; `off` where nothing else can touch the directory and nobody looks at it."""
-        self._p = parts
-        self._follower = parts.follower
+        """Put the loop on its parts; nothing runs yet.
+
+        Args:
+            snapshot_url: Where the first tree is; None: the session API is asked.
+            on_tree: Called with the paths that changed, after they changed.
+            on_hydrated: Called once, when there is a whole tree.
+            drift_policy: As the setting; `off` where nothing else can touch the directory.
+            skew: How far the database's clock is from ours; None: not at all.
+            spans: Where a save's way goes to; None: nowhere.
+            clock: Gives monotonic seconds.
+        """
+        # What it stands on.
+        self._follower = follower
+        self._workspace = workspace
+        self._source = source
+        self._catch_up = catch_up
+        self._problems = problems.owned_by("sync.engine")
+        self._metrics = metrics
+        self._status = status
+        self._spans = spans
+        self._on_tree = on_tree
+        self._on_hydrated = on_hydrated
         self._snapshot_url = snapshot_url
-        self._clock = clock
         self._drift_policy = drift_policy
-        self._drift = DriftWatch(
-            parts.workspace.disk, lambda: parts.workspace.claims(self.tree), self._observe_drift
-        )
-        self._lag = LagMeter(parts.metrics, parts.status, parts.skew, parts.spans)
+        self._clock = clock
+        self._drift = DriftWatch(workspace.disk, lambda: workspace.expected(self.tree), self._observe_drift)
+        self._lag = LagMeter(metrics, status, skew or ClockSkew(), spans)
+
+        # Waking: `_keep_time` sleeps until `_asleep_until`, or until `_wake` is set.
         self._wake = asyncio.Event()
-        self._asking: asyncio.Task[Answer] | None = None
-        self._request: Request | None = None
-        self._attempt = 0
-        self._doubted: str | None = None
-        self._silent = False
         self._asleep_until: float | None = None
         self._recording: asyncio.TimerHandle | None = None
 
-    # --- what others see and say
+        # The catch-up under way.
+        self._asking: asyncio.Task[Answer] | None = None
+        self._request: Request | None = None
+        self._missed_before = False
+        """The latest catch-up found commits whose events never came; reset by the next event."""
+
+    # --- what others read, and may ask for
 
     @property
     def tree(self) -> Tree:
@@ -148,13 +145,18 @@ class Sync:
         return self._follower.needs
 
     @property
+    def drifted(self) -> Collection[RelPath]:
+        """The files that another process changed and that are not right again."""
+        return self._drift.open.keys()
+
+    @property
     def watch_renewals(self) -> int:
         """How often the watch over the project had to be made again."""
         return self._drift.renewals
 
     def hear(self, head: Head) -> None:
         """The heartbeat's answer: where the database is."""
-        if self._p.status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
+        if self._status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
             self._follower.compare(head, self._clock())
             self._wake.set()
 
@@ -166,9 +168,9 @@ class Sync:
     async def run(self) -> None:
         """Make the tree whole, then keep it equal to the database's."""
         await self._begin()
-        self._p.status.phase = SyncPhase.FOLLOWING
-        self._p.status.hydrated_at = time.time()
-        self._p.on_hydrated()
+        self._status.phase = SyncPhase.FOLLOWING
+        self._status.hydrated_at = time.time()
+        self._on_hydrated()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(), name="sync-receive")
@@ -179,67 +181,66 @@ class Sync:
             await self._end()
 
     async def _end(self) -> None:
-        """The batch in hand is finished by construction: nothing here can be interrupted between two awaits."""
+        """Record what is on disk. A plan being applied is finished by then: applying never awaits."""
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
         if self._recording is not None:
             self._recording.cancel()
-        self._p.workspace.close(self.tree.cursor)
+        self._workspace.close(self.tree.cursor)
         self._lag.tell()
 
     # --- the first tree
 
     async def _begin(self) -> None:
-        workspace = self._p.workspace
+        workspace = self._workspace
         loaded = workspace.open()
         if loaded is not None:
             await self._resume(loaded)
             return
-        self._p.status.mode = "rebuild" if workspace.holds_files() else "fresh"
-        self._p.status.phase = SyncPhase.HYDRATING
+        self._status.mode = "rebuild" if workspace.holds_files() else "fresh"
+        self._status.phase = SyncPhase.HYDRATING
         started = self._clock()
-        staged = await self._p.catch_up.first(self._snapshot_url)
-        if not self._apply(self._plan_of(staged)):
-            problems = "; ".join(problem.detail for problem in self._p.problems.open.values())
-            raise RootUnusable(f"the first snapshot could not be put in place: {problems}")
+        staged = await self._catch_up.first(self._snapshot_url)
+        if not self._apply(self._plan_of_snapshot(staged)):
+            raise RootUnusable(f"the first snapshot could not be put in place: {workspace.failure}")
         workspace.record_whole(self.tree)
         self._hydrated(staged, self._clock() - started)
 
     async def _resume(self, loaded: LedgerState) -> None:
-        """Go on from where an earlier life was: what the ledger says, corrected by what the disk holds."""
-        self._p.status.mode = "resume"
-        tree, drifts = await self._p.workspace.audit(loaded)
+        """Go on from where an earlier run was: what the ledger says, corrected by what the disk holds."""
+        self._status.mode = "resume"
+        tree, drifts = await self._workspace.audit(loaded)
         self._follower.adopt(tree)
         self._follower.doubt((drift.path for drift in drifts), self._clock())
         self._follower.need(Reason.JOIN, self._clock())
         log.info(
             "hydrate.resumed",
             revision=tree.cursor.revision,
-            files=len(self._p.workspace.stats),
+            files=len(self._workspace.stats),
             drifted=len(drifts),
         )
 
     def _hydrated(self, staged: StagedSnapshot, seconds: float) -> None:
-        self._p.metrics.hydrate.observe(seconds)
-        self._built(staged)
-        if self._p.spans is not None:
+        self._metrics.hydrate.observe(seconds)
+        self._observe_build(staged)
+        if self._spans is not None:
             now = time.time()
-            self._p.spans.record("preview.hydrate", now - seconds, now, {"preview.files": len(staged.staged)})
+            self._spans.record("preview.hydrate", now - seconds, now, {"preview.files": len(staged.staged)})
         log.info(
             "hydrate.done",
-            mode=self._p.status.mode,
+            mode=self._status.mode,
             revision=self.tree.cursor.revision,
             files=len(staged.staged),
             bytes=staged.size,
             seconds=round(seconds, 3),
         )
 
-    def _built(self, staged: StagedSnapshot) -> None:
+    def _observe_build(self, staged: StagedSnapshot) -> None:
         if staged.manifest.build_seconds is not None:
-            self._p.metrics.snapshot_build.observe(staged.manifest.build_seconds)
+            self._metrics.snapshot_build.observe(staged.manifest.build_seconds)
 
-    def _plan_of(self, staged: StagedSnapshot) -> Plan:
+    def _plan_of_snapshot(self, staged: StagedSnapshot) -> Plan:
         plan = reconcile(self.tree, staged.manifest, staged.staged)
         if staged.plain:
             return structs.replace(plan, tree=structs.replace(plan.tree, cursor=Cursor()))
@@ -248,7 +249,7 @@ class Sync:
     # --- the loop
 
     async def _receive(self) -> None:
-        source = self._p.source
+        source = self._source
         while True:
             self._take(await source.receive())
             for _ in range(TURN - 1):
@@ -275,20 +276,20 @@ class Sync:
             self._follower.need(RESYNC_REASONS.get(signal.reason, Reason.JOIN), now)
             self._wake.set()
             return
-        self._silent = False
-        self._p.status.last_event_at = signal.at
+        self._missed_before = False
+        self._status.last_event_at = signal.at
         with traced(read_traceparent(signal.payload.get("traceparent"))):
             self._receive_event(signal, now)
 
     def _receive_event(self, signal: Received, now: float) -> None:
         commit = self._read(signal)
         if isinstance(commit, SnapshotReady):
-            self._p.catch_up.offered = commit.snapshot_url
+            self._catch_up.offered = commit.snapshot_url
             self._follower.need(Reason.SNAPSHOT_READY, now)
             self._wake.set()
         elif commit is not None:
             for problem in commit.problems:
-                self._p.problems.add(problem)
+                self._problems.add(problem)
             self._follower.receive(commit, now)
 
     def _read(self, received: Received) -> Commit | SnapshotReady | None:
@@ -296,30 +297,32 @@ class Sync:
             read = read_event(received.event, received.payload, received.at)
         except (MalformedMessage, PathRefused) as error:
             log.warning("event.malformed", event_type=received.event, why=str(error))
-            self._p.metrics.events.labels(received.event, "malformed").inc()
+            self._metrics.events.labels(received.event, "malformed").inc()
             self._follower.need(Reason.DOORBELL, self._clock())
             self._wake.set()
             return None
         if read is None:
-            self._p.metrics.events.labels("other", "unknown").inc()
+            self._metrics.events.labels("other", "unknown").inc()
         return read
 
     def _turn(self) -> None:
         """Do all that can be done now. Synchronous: nothing else sees the tree half-moved."""
-        if self._p.status.phase is SyncPhase.FOLLOWING:
-            while (batch := self._follower.ready(self._clock())) is not None:
-                coalesced = sum(len(commit.changes) for commit, _ in batch.steps) - len(batch.operations)
-                with traced(batch.trace):
-                    applied = self._apply(batch.plan)
-                self._lag.observe(batch.steps, applied=applied)
-                if len(batch.steps) > 1 and coalesced > 0:
-                    self._p.metrics.coalesced.inc(coalesced)
+        if self._status.phase is SyncPhase.FOLLOWING:
+            while (ready := self._follower.ready(self._clock())) is not None:
+                coalesced = sum(len(commit.changes) for commit, _ in ready.steps) - len(ready.plan.operations)
+                with traced(ready.trace):
+                    applied = self._apply(ready.plan)
+                self._lag.observe(ready.steps, applied=applied)
+                if len(ready.steps) > 1 and coalesced > 0:
+                    self._metrics.coalesced.inc(coalesced)
         if self._asking is not None and self._asking.done():
-            self._land(self._asking)
+            self._finish_catch_up(self._asking)
         if self._asking is None:
             request = self._follower.request(self._clock())
             if request is not None:
                 self._ask(request)
+            elif self._catch_up.attempts and not self._follower.needs:
+                self._catch_up.not_needed()
         deadline = self._follower.next_deadline()
         if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
             self._wake.set()
@@ -328,8 +331,8 @@ class Sync:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started = self._clock()
         for problem in plan.problems:
-            self._p.problems.add(problem)
-        applied = self._p.workspace.apply(plan.operations, self.tree.entries)
+            self._problems.add(problem)
+        applied = self._workspace.apply(plan.operations, self.tree.entries)
         self._follower.settle(plan, self._clock(), failed=applied.failed, undone=applied.undone)
         if applied.undone and applied.done:
             # Not even the undoing was possible everywhere: the tree says what stands there, not what should.
@@ -338,26 +341,26 @@ class Sync:
         if self._recording is None:
             self._recording = asyncio.get_running_loop().call_later(RECORD_WITHIN, self._record)
         if applied.done:
-            self._p.metrics.apply.observe(self._clock() - started)
-            self._p.on_tree(applied.done)
+            self._problems.clear("drift", "hash_mismatch", paths=applied.done)
+            self._metrics.apply.observe(self._clock() - started)
+            self._on_tree(applied.done)
         return not applied.undone
 
     def _record(self) -> None:
         self._recording = None
-        self._p.workspace.record(self.tree.cursor)
+        self._workspace.record(self.tree.cursor)
         self._lag.tell()
 
     # --- drift
 
     def _observe_drift(self, observed: Observed) -> None:
         """Files that something else changed, by DRIFT_POLICY; the database's next word on a path wins in any case."""
-        self._p.workspace.looked(observed)
-        self._p.metrics.drift_files.set(len(self._drift.open))
-        for path in observed.settled:
-            self._p.problems.clear("drift", path)
+        self._workspace.remember_stats(observed)
+        self._metrics.drift_files.set(len(self._drift.open))
+        self._problems.clear("drift", paths=observed.settled)
         if self._drift_policy == "report":
             for drift in observed.drifts:
-                self._p.problems.add(drift.problem())
+                self._problems.add(drift.problem())
         elif self._drift_policy == "restore" and observed.drifts:
             self._restore(observed.drifts)
 
@@ -365,7 +368,7 @@ class Sync:
         """Take what stands there for unconfirmed, and ask what should."""
         paths = [drift.path for drift in drifts]
         log.warning("drift.restoring", files=len(paths), file_path=paths[0])
-        self._follower.adopt(self._p.workspace.unconfirmed(self.tree, drifts))
+        self._follower.adopt(self._workspace.unconfirmed(self.tree, drifts))
         self._follower.doubt(paths, self._clock())
         self._wake.set()
 
@@ -375,49 +378,48 @@ class Sync:
         log.info(
             "sync.asked", reason=request.reason.value, revision=request.revision, paths=len(request.paths)
         )
-        self._p.metrics.resyncs.labels(request.reason.value).inc()
-        if not self._p.catch_up.can_ask:
+        self._metrics.resyncs.labels(request.reason.value).inc()
+        if not self._catch_up.can_ask:
             # Nothing can be asked; what is missing comes with the next snapshot or event.
             self._follower.answered(self._clock())
-            self._p.source.caught_up()
+            self._source.caught_up()
             return
         self._request = request
-        self._asking = asyncio.create_task(self._p.catch_up.ask(request), name="catch-up")
+        self._asking = asyncio.create_task(self._catch_up.ask(request), name="catch-up")
         self._asking.add_done_callback(lambda _: self._wake.set())
 
-    def _land(self, asking: asyncio.Task[Answer]) -> None:
+    def _finish_catch_up(self, asking: asyncio.Task[Answer]) -> None:
         """Take an answer into the tree, or plan the next question."""
         now = self._clock()
         try:
             answer = asking.result()
+        except (SessionGone, Superseded):
+            raise
         except AgentError as error:
-            self._asking = None
-            self._failed(error, now)
+            self._ask_again("sync.failed", str(error), now, error)
             return
-        plan = self._plan_for(answer)
+        plan = self._plan_of(answer)
         if plan is not None:
             free_at = self._follower.free_at(operation.path for operation in plan.operations)
             if free_at > now:
                 asyncio.get_running_loop().call_later(free_at - now, self._wake.set)
                 return
-            if not self._accept(answer, plan, now):
+            if (refusal := self._accept(answer, plan)) is not None:
+                self._ask_again("sync.retry", refusal, now)
                 return
-        lost = self._request is not None and self._request.reason is Reason.HEAD and plan is not None
-        self._asking = self._request = None
-        self._attempt = 0
-        self._release()
+        request, self._asking, self._request = self._request, None, None
+        self._catch_up.succeeded()
+        self._status.phase = SyncPhase.FOLLOWING
         self._lag.caught_up(self.tree.cursor)
         self._lag.tell()
-        self._p.status.last_catch_up_at = time.time()
+        self._status.last_catch_up_at = time.time()
         self._follower.answered(now, _revision_of(answer))
+        if not self._follower.pending_paths:
+            self._problems.clear("hash_mismatch")
         if LINK_NEEDS.isdisjoint(self._follower.needs):
-            self._p.source.caught_up()
-        if lost:
-            # One event may be lost on a good link; two heartbeats that found commits with no event between did not
-            # meet a good link. A new socket costs little.
-            if self._silent:
-                self._p.source.suspect("commits are found by the heartbeat alone")
-            self._silent = True
+            self._source.caught_up()
+        if request is not None and request.reason is Reason.HEAD and plan is not None:
+            self._suspect_link()
         log.info(
             "sync.caught_up",
             revision=self.tree.cursor.revision,
@@ -425,73 +427,48 @@ class Sync:
             kind=type(answer).__name__.lower(),
         )
 
-    def _plan_for(self, answer: Answer) -> Plan | None:
+    def _suspect_link(self) -> None:
+        """Replace the link when its events are missing for the second time, with none in between.
+
+        One event may be lost on a good link; a new socket costs little.
+        """
+        if self._missed_before:
+            self._source.suspect("commits are found by the heartbeat alone")
+        self._missed_before = True
+
+    def _plan_of(self, answer: Answer) -> Plan | None:
         if isinstance(answer, Current):
             return None
         if isinstance(answer, Changes):
             return catch_up(self.tree, answer)
-        return self._plan_of(answer)
+        return self._plan_of_snapshot(answer)
 
-    def _accept(self, answer: Answer, plan: Plan, now: float) -> bool:
-        """Apply an answer. False: it was not possible now, and the question is due again."""
+    def _accept(self, answer: Answer, plan: Plan) -> str | None:
+        """Apply an answer. Returns why it was not possible now, None when it is done."""
         if plan.gap is not None and plan.outcome is not Outcome.APPLIED:
-            self._ask_again(
-                "sync.retry", f"the answer did not fit: {plan.gap.reason.value}", now, UNFIT_RETRY
-            )
-            return False
-        if isinstance(answer, StagedSnapshot):
-            problem = brake(self.tree, plan)
-            wanted = answer.manifest.hash()
-            if problem is not None and self._doubted != wanted:
-                self._halt(problem, wanted)
-                self._ask_again("sync.retry", problem.detail, now, UNFIT_RETRY)
-                return False
-            self._release()
+            return f"the answer did not fit: {plan.gap.reason.value}"
+        snapshot = answer if isinstance(answer, StagedSnapshot) else None
+        if snapshot is not None and (doubt := self._catch_up.doubts(self.tree, plan, snapshot)) is not None:
+            self._status.phase = SyncPhase.HALTED
+            return doubt.detail
         if not self._apply(plan):
-            self._ask_again("sync.retry", "the disk could not take the answer", now, UNFIT_RETRY)
-            return False
-        if isinstance(answer, StagedSnapshot):
-            self._p.workspace.record_whole(self.tree)
-            self._built(answer)
-        return True
+            return "the disk could not take the answer"
+        if snapshot is not None:
+            self._workspace.record_whole(self.tree)
+            self._observe_build(snapshot)
+        return None
 
-    def _halt(self, problem: Problem, wanted: str) -> None:
-        """The brake: nothing is applied until another build of the snapshot says the same, or something else."""
-        self._doubted = wanted
-        self._p.status.phase = SyncPhase.HALTED
-        self._p.problems.add(problem)
-        self._p.catch_up.distrust()
-
-    def _release(self) -> None:
-        self._doubted = None
-        self._p.problems.clear_kinds("mass_delete")
-        self._p.status.phase = SyncPhase.FOLLOWING
-
-    def _failed(self, error: AgentError, now: float) -> None:
-        """There is no answer."""
-        if isinstance(error, (SessionGone, Superseded)):
-            raise error
-        least = 0.0
-        if isinstance(error, CredentialRejected):
-            self._p.problems.add(Problem("token_refused", str(error)))
-            least = REFUSED_RETRY
-        elif isinstance(error, Unavailable):
-            self._p.problems.add(Problem("session_api_unreachable", str(error)))
-        self._ask_again("sync.failed", str(error), now, least, error)
-
-    def _ask_again(
-        self, event: str, why: str, now: float, least: float, error: AgentError | None = None
-    ) -> None:
-        """What was asked for is due again, in `least` seconds or later."""
-        self._asking = None
-        self._attempt += 1
-        wait = max(least, BACKOFF.delay(self._attempt, error))
-        log.warning(event, why=why, attempt=self._attempt, wait=round(wait, 2))
-        self._p.workspace.disk.clear_staging()
+    def _ask_again(self, event: str, why: str, now: float, error: AgentError | None = None) -> None:
+        """Let what was asked for be due again, after a wait. `error`: why there was no answer at all."""
+        self._asking = self._request = None
+        wait = self._catch_up.wait(error)
+        log.warning(event, why=why, attempt=self._catch_up.attempts, wait=round(wait, 2))
+        self._workspace.disk.clear_staging()
         self._follower.failed(now, wait)
 
 
 def _revision_of(answer: Answer) -> int | None:
+    """Up to which revision an answer is good; None for a plain archive, which counts none."""
     if isinstance(answer, StagedSnapshot):
         return None if answer.plain else answer.manifest.revision
     return answer.revision

@@ -1,4 +1,4 @@
-"""How long each save took from its commit to its rename: measured, logged, and put into its writer's trace.
+"""Measure how long each save took from its commit to its rename; log it, and put it into its writer's trace.
 
 An event that could not be applied when it came, because its bytes had to be fetched or the disk was full, is measured
 when a catch-up has brought it: the slow ones are those that a figure must not leave out. Metrics and status are counted
@@ -51,7 +51,7 @@ class _Arrival(NamedTuple):
 
 
 class LagMeter:
-    """Hears what became of every event. `clock` gives now on both clocks."""
+    """Measures the lag of every event, from what became of it. `clock` gives now on both clocks."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What the agent wrote and how far it has followed the project, so that a restart resumes instead of starting over.
+"""Record what the agent wrote and how far it has followed the project, so that a restart goes on from there.
 
 One SQLite file outside the project. A commit is one transaction in write-ahead mode: a SIGKILL between any two
 system calls leaves the ledger before it or after it, never between. The ledger may lag behind the disk (work is
@@ -7,7 +7,7 @@ first time are named by `intend` before they are written, so that a file whose r
 ours.
 
 A loss of power can cost more than a SIGKILL, because files are not synced one by one (it would make hydration six
-times slower). Therefore what is loaded is a claim: `ProjectDir.audit` holds it against the disk, by stat and then hash.
+times slower). Therefore what is loaded is not believed: `ProjectDir.audit_steps` compares it with the disk.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ create table intended (path text primary key) strict, without rowid;
 
 @dataclass(frozen=True, slots=True)
 class LedgerState:
-    """What the ledger claims.
+    """What the ledger holds.
 
-    `stats`: how each file looked when it was written. `directories`: those the agent made. `intended`: paths that may
+    `stats`: each file's stat when it was written. `directories`: those the agent made. `intended`: paths that may
     have been written although no record followed.
     """
 
@@ -83,7 +83,7 @@ class Ledger:
         self._intentions = False
 
     def load(self) -> LedgerState | None:
-        """What an earlier life recorded; None when there is nothing, or nothing that can be believed.
+        """What an earlier run recorded; None when there is nothing, or nothing that can be believed.
 
         A torn or foreign file is thrown away, so that the next `replace` or `record` starts a new ledger.
         """
@@ -162,7 +162,7 @@ class Ledger:
         self._settled()
 
     def close(self) -> None:
-        """Fold the write-ahead file into the ledger and let go of it."""
+        """Fold the write-ahead file into the ledger and release it."""
         if self._sql is not None:
             with suppress(sqlite3.Error):
                 self._sql.close()
@@ -274,8 +274,8 @@ class Ledger:
 
 
 def _row(path: RelPath, entry: Entry, stat: FileStat | None) -> tuple[object, ...]:
-    looked: tuple[object, ...] = (None,) * 4 if stat is None else stat.columns
-    claimed = (
+    columns: tuple[object, ...] = (None,) * 4 if stat is None else stat.columns
+    return (
         path,
         entry.version,
         entry.digest,
@@ -283,8 +283,8 @@ def _row(path: RelPath, entry: Entry, stat: FileStat | None) -> tuple[object, ..
         entry.executable,
         entry.revision,
         entry.provisional,
+        *columns,
     )
-    return claimed + looked
 
 
 def _is_access(error: sqlite3.Error) -> bool:

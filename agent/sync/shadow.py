@@ -1,12 +1,12 @@
-"""SYNC_MODE=shadow: what the other flow has put into the live directory, held against what the database says.
+"""SYNC_MODE=shadow: compare what the other flow puts into the live directory with what the database says.
 
-The agent hydrates and follows into a directory of its own (SHADOW_DIR); here somebody else's directory (PROJECT_DIR)
-is looked at, over and over, and never touched: there is no `ProjectDir` on it, only a `DirectoryView`. Looking goes by
-stat, and by hash where the stat is not the one that the hash was taken at. It is done in a thread, so that the link and
-the tree do not wait for a slow disk.
+The agent hydrates and follows into a directory of its own (SHADOW_DIR). The other flow's directory (PROJECT_DIR) is
+read over and over and never written: there is no `ProjectDir` on it, only a `DirectoryView`. A file is read where
+its stat is not the one that its hash was taken at. Reading is done in a thread, so that the link and the tree do
+not wait for a slow disk.
 
-Polled, not watched: a watch on every directory of somebody else's tree takes from the kernel's budget that their dev
-server lives on, and sees nothing on some network mounts.
+Polled, not watched: a watch on every directory of the other flow's tree takes from the kernel's budget that its dev
+server needs, and sees nothing on some network mounts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agent.core.divergence import Comparison
 from agent.core.model import Digest, Entry, Problem, RelPath
 from agent.fs.inspect import UNREAD, DirectoryView, FileStat, may_hold
 from agent.telemetry.logging import get_logger
-from agent.telemetry.status import Problems
+from agent.telemetry.status import OwnedProblems, Problems
 
 log = get_logger("shadow")
 
@@ -56,6 +56,10 @@ class Shadow:
     _shown: set[RelPath] = field(default_factory=set)
     _hydrated: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: bool = False
+    _owned: OwnedProblems = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._owned = self.problems.owned_by("sync.shadow")
 
     def hydrated(self) -> None:
         """There is a whole tree to compare with."""
@@ -84,11 +88,9 @@ class Shadow:
                 await reading
             raise
         except OSError as error:
-            self.problems.add(
-                Problem("live_unreadable", f"cannot look at {self.live.root}: {error.strerror}")
-            )
+            self._owned.add(Problem("live_unreadable", f"cannot look at {self.live.root}: {error.strerror}"))
             return
-        self.problems.clear("live_unreadable")
+        self._owned.clear("live_unreadable")
         self.compare(wanted, found)
 
     def read(self, wanted: Mapping[RelPath, Entry]) -> dict[RelPath, Digest | FileStat | None]:
@@ -156,10 +158,9 @@ class Shadow:
         elif self.equal_since is None:
             self.equal_since = self.looked_at
         shown = dict(list(standing.items())[:MOST_SHOWN])
-        for path in self._shown - shown.keys():
-            self.problems.clear("shadow_difference", path)
+        self._owned.clear("shadow_difference", paths=self._shown - shown.keys())
         for difference in shown.values():
-            self.problems.add(difference.problem())
+            self._owned.add(difference.problem())
         self._shown = set(shown)
         counts = self.comparison.counts()
         if counts != before or self.looks == 1:

@@ -1,9 +1,9 @@
-"""The project directory and what is recorded of it, moved as one: disk, looks, ledger, problems.
+"""The project directory and what is recorded of it, moved as one: disk, stats, ledger, problems.
 
-`apply` makes the disk follow operations and remembers how each file then looked; the ledger follows a moment later, and
-then what was replaced is removed, so that nobody who waits for a save waits for bookkeeping or cleaning. A kill in
-between costs a look at those files on the next start, never truth: what the ledger says is held against the disk before
-it is believed.
+`apply` makes the disk follow operations and remembers each file's stat; the ledger follows a moment later, and then
+what was replaced is removed, so that nobody who waits for a save waits for bookkeeping or cleaning. A kill in between
+costs reading those files on the next start, never truth: what the ledger says is held against the disk before it is
+believed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,16 @@ ENVIRONMENT_PROBLEMS: tuple[ProblemKind, ...] = (
     "too_many_open_files",
     "io_error",
 )
-"""Kinds that speak of the machine, not of a path: one batch that lands shows that they are over."""
+"""Kinds that speak of the machine, not of a path: one transaction that is done shows that they are over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """What became of a batch. `undone`: the environment failed and everything was taken back."""
+class ApplyResult:
+    """What became of a plan's operations. `undone`: the environment failed and everything was taken back.
+
+    `done`: paths that are as they should be; when all was undone, those where the undoing failed. `failed`: paths that
+    this disk cannot hold.
+    """
 
     done: frozenset[RelPath] = frozenset()
     failed: frozenset[RelPath] = frozenset()
@@ -53,14 +57,16 @@ class Workspace:
     def __init__(self, disk: ProjectDir, ledger: Ledger, problems: Problems) -> None:
         self.disk = disk
         self._ledger = ledger
-        self._problems = problems
+        self._problems = problems.owned_by("sync.workspace")
         self.stats: dict[RelPath, FileStat] = {}
-        """How each of our files looked when it was put there."""
+        """The stat of each of our files when it was put there."""
+        self.failure = ""
+        """Why the latest operations were undone."""
 
-    # --- a life's beginning and end
+    # --- start and end
 
     def open(self) -> LedgerState | None:
-        """Take the directory; what an earlier life recorded, if it can be gone on from. Raises `RootUnusable`.
+        """Take the directory. Returns what an earlier run recorded, if it can be gone on from. Raises `RootUnusable`.
 
         Leftovers are removed: staged files, and files that were announced and never recorded.
         """
@@ -96,17 +102,17 @@ class Workspace:
 
     # --- following operations
 
-    def apply(self, operations: Sequence[Operation], entries: Map[RelPath, Entry]) -> Applied:
-        """Do a batch, all or nothing. `entries`: what the disk is believed to hold now."""
+    def apply(self, operations: Sequence[Operation], entries: Map[RelPath, Entry]) -> ApplyResult:
+        """Do operations, all or nothing. `entries`: what the disk is believed to hold now."""
         if not operations:
-            return Applied()
+            return ApplyResult()
         try:
             self._ledger.intend(
                 [each.path for each in operations if isinstance(each, Write) and each.path not in self.stats]
             )
         except Unavailable as error:
-            self._problems.add(Problem("disk_full", str(error)))
-            return Applied(undone=True)
+            self._ledger_failed(error)
+            return ApplyResult(undone=True)
         outcome = self.disk.apply(operations, self.stats, tree=entries, sweep=False)
         for problem in outcome.problems:
             if problem.kind == "drift":
@@ -119,13 +125,14 @@ class Workspace:
                 self.stats.pop(path, None)
             else:
                 self.stats[path] = each.stat
-            self._problems.clear_path(path)
         self._ledger.note(outcome.done, made=outcome.made, gone=outcome.gone)
         done = frozenset(each.operation.path for each in outcome.done)
+        self._problems.clear(paths=done)
         if outcome.rolled_back:
-            return Applied(done, undone=True)
-        self._problems.clear_kinds(*ENVIRONMENT_PROBLEMS)
-        return Applied(done, frozenset(each.path for each in operations) - done)
+            self.failure = "; ".join(problem.detail for problem in outcome.problems)
+            return ApplyResult(done, undone=True)
+        self._problems.clear(*ENVIRONMENT_PROBLEMS)
+        return ApplyResult(done, frozenset(each.path for each in operations) - done)
 
     def record(self, cursor: Cursor) -> None:
         """Let the ledger catch up with the disk, and remove what was replaced since the last record.
@@ -136,7 +143,7 @@ class Workspace:
         try:
             self._ledger.record((), cursor)
         except Unavailable as error:
-            self._problems.add(Problem("disk_full", str(error)))
+            self._ledger_failed(error)
 
     def record_whole(self, tree: Tree) -> None:
         """Record the whole tree in place of everything recorded before, and drop what is left in staging."""
@@ -144,12 +151,16 @@ class Workspace:
         try:
             self._ledger.replace(tree, self.stats, self.disk.made)
         except Unavailable as error:
-            self._problems.add(Problem("disk_full", str(error)))
+            self._ledger_failed(error)
 
-    # --- what others did
+    def _ledger_failed(self, error: Unavailable) -> None:
+        self.failure = str(error)
+        self._problems.add(Problem("disk_full", self.failure))
 
-    def looked(self, observed: Observed) -> None:
-        """Files that look different and hold what they should: remember the new look."""
+    # --- what other processes did
+
+    def remember_stats(self, observed: Observed) -> None:
+        """Remember the new stat of files that were touched and hold what they should."""
         self.stats.update(observed.touched)
 
     def unconfirmed(self, tree: Tree, drifts: Iterable[Drift]) -> Tree:
@@ -165,6 +176,6 @@ class Workspace:
                 self.stats[drift.path] = drift.stat
         return structs.replace(tree, entries=entries)
 
-    def claims(self, tree: Tree) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
-        """What is believed to be on disk, for the drift watch to hold against it."""
+    def expected(self, tree: Tree) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
+        """What should be on disk, for the drift watch to compare with."""
         return tree.entries, self.stats

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from agent.core.model import Problem, ProblemKind
+from agent.core.model import PROBLEM_OWNERS, Problem, ProblemKind, ProblemOwner
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics
 
@@ -78,14 +79,22 @@ MAX_PROBLEMS = 200
 
 @dataclass(slots=True)
 class Problems:
-    """The open problems, at most `MAX_PROBLEMS` of them."""
+    """The open problems, at most `MAX_PROBLEMS` of them. Each kind is opened and closed by its owner alone
+    (`core.model.PROBLEM_OWNERS`).
+
+    Three owners keep theirs themselves and are asked at each report: the dev server, the link, the session API.
+    """
 
     metrics: Metrics
     open: dict[tuple[ProblemKind, str | None], Problem] = field(default_factory=dict)
     dropped: int = 0
 
+    def owned_by(self, owner: ProblemOwner) -> OwnedProblems:
+        """Return what `owner` opens and closes its problems with."""
+        return OwnedProblems(self, owner)
+
     def add(self, problem: Problem) -> None:
-        """Open a problem; the same kind on the same path is open once."""
+        """Open a problem; the same kind on the same path stands once. To be called through `owned_by`."""
         key = (problem.kind, problem.path)
         if key not in self.open:
             if len(self.open) >= MAX_PROBLEMS:
@@ -101,20 +110,36 @@ class Problems:
             )
         self.open[key] = problem
 
-    def clear(self, kind: ProblemKind, path: str | None = None) -> None:
-        """Close a problem; does nothing when it is not open."""
-        if self.open.pop((kind, path), None) is not None:
-            log.info("problem.closed", kind=kind, file_path=path)
+    def remove(self, key: tuple[ProblemKind, str | None]) -> None:
+        """Close a problem; nothing happens when there is none. To be called through `owned_by`."""
+        if self.open.pop(key, None) is not None:
+            log.info("problem.closed", kind=key[0], file_path=key[1])
 
-    def clear_path(self, path: str) -> None:
-        """Close every problem of `path`."""
-        for kind, where in [key for key in self.open if key[1] == path]:
-            self.clear(kind, where)
 
-    def clear_kinds(self, *kinds: ProblemKind) -> None:
-        """Close every problem of these kinds."""
-        for kind, where in [key for key in self.open if key[0] in kinds]:
-            self.clear(kind, where)
+@dataclass(frozen=True, slots=True)
+class OwnedProblems:
+    """The problems of one owner, who cannot open or close another's: that is a bug, and raises `ValueError`."""
+
+    problems: Problems
+    owner: ProblemOwner
+
+    def add(self, problem: Problem) -> None:
+        """Open a problem, or say anew what is wrong."""
+        self._check(problem.kind)
+        self.problems.add(problem)
+
+    def clear(self, *kinds: ProblemKind, paths: Collection[str] | None = None) -> None:
+        """Close the owner's problems of these kinds (none given: of all) on these paths (None: wherever)."""
+        for kind in kinds:
+            self._check(kind)
+        for kind, path in list(self.problems.open):
+            wanted = kind in kinds if kinds else PROBLEM_OWNERS[kind] == self.owner
+            if wanted and (paths is None or path in paths):
+                self.problems.remove((kind, path))
+
+    def _check(self, kind: ProblemKind) -> None:
+        if PROBLEM_OWNERS[kind] != self.owner:
+            raise ValueError(f"problems of kind {kind} are {PROBLEM_OWNERS[kind]}'s, not {self.owner}'s")
 
 
 @dataclass(frozen=True, slots=True)

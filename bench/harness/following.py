@@ -29,7 +29,7 @@ from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
 from agent.link.realtime import realtime_link
 from agent.sync.catchup import CatchUp
-from agent.sync.engine import Parts, Sync
+from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
 from agent.telemetry.logging import Redactor, configure_logs
@@ -156,10 +156,11 @@ async def following(
         )
         hydrated = asyncio.Event()
         workspace = Workspace(disk, ledger, problems)
-        parts = Parts(
-            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(), on_tree, hydrated.set
+        sync = Sync(
+            follower, workspace, stream, catch_up, problems, metrics, SyncStatus(),
+            snapshot_url=None, on_tree=on_tree, on_hydrated=hydrated.set,
         )  # fmt: skip
-        tasks = [asyncio.create_task(stream.run()), asyncio.create_task(Sync(parts, snapshot_url=None).run())]
+        tasks = [asyncio.create_task(stream.run()), asyncio.create_task(sync.run())]
         try:
             async with asyncio.timeout(20):
                 await hydrated.wait()

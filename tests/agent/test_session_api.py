@@ -317,3 +317,65 @@ async def test_without_a_token_nothing_is_sent() -> None:
         api = SessionApi(BASE, SESSION, Tokens(), http)
         with pytest.raises(CredentialRejected):
             await api.sync("e", 1, "joined")
+
+
+# --- what is wrong with it
+
+
+def kinds(api: SessionApi) -> list[str]:
+    return [problem.kind for problem in api.problems()]
+
+
+@respx.mock
+async def test_a_question_that_failed_is_a_problem_until_it_is_answered(api: SessionApi) -> None:
+    """By question: a heartbeat that is answered says nothing of the catch-up that is not."""
+    sync = respx.post(f"{URL}/sync").respond(503)
+    respx.put(f"{URL}/status").respond(200, json={"epoch": "e", "revision": 4})
+    assert kinds(api) == []
+    with pytest.raises(Unavailable):
+        await api.sync("e", 1, "gap")
+    assert kinds(api) == ["session_api_unreachable"]
+    await api.report_status({})
+    assert kinds(api) == ["session_api_unreachable"]
+    sync.respond(200, json={"kind": "current", "epoch": "e", "revision": 4})
+    await api.sync("e", 1, "gap")
+    assert kinds(api) == []
+
+
+@respx.mock
+@pytest.mark.parametrize("question", ["sync", "token", "status"])
+async def test_every_question_that_fails_is_a_problem(api: SessionApi, question: str) -> None:
+    respx.route(url__startswith=URL).respond(200, json=[])
+    ask: dict[str, Callable[[], Any]] = {
+        "sync": lambda: api.sync("e", 1, "gap"),
+        "token": api.renew_token,
+        "status": lambda: api.report_status({}),
+    }
+    with pytest.raises(MalformedMessage):
+        await ask[question]()
+    assert kinds(api) == ["session_api_unreachable"]
+
+
+@respx.mock
+async def test_a_refusal_is_a_problem_of_the_token_it_was_asked_with() -> None:
+    document = {"type": "urn:preview-sync:problem:token_refused", "status": 401, "title": "no"}
+    respx.post(f"{URL}/sync").respond(
+        401, json=document, headers={"content-type": "application/problem+json"}
+    )
+    tokens = Tokens(TOKEN)
+    async with httpx.AsyncClient() as http:
+        api = SessionApi(BASE, SESSION, tokens, http)
+        with pytest.raises(CredentialRejected):
+            await api.sync("e", 1, "gap")
+        assert kinds(api) == ["session_api_refused"]
+        tokens.accept(jwt(2_000_000_001, name="another"))
+        assert kinds(api) == []
+
+
+@respx.mock
+async def test_a_question_that_nobody_asks_any_more_is_no_problem(api: SessionApi) -> None:
+    respx.post(f"{URL}/sync").respond(503)
+    with pytest.raises(Unavailable):
+        await api.sync("e", 1, "gap")
+    api.forget_failure("sync")
+    assert kinds(api) == []

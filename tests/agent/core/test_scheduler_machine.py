@@ -29,7 +29,7 @@ from agent.core.model import (
     tree_hash,
 )
 from agent.core.reconcile import Plan, Reason, catch_up, reconcile
-from agent.core.scheduler import Follower, Settings
+from agent.core.scheduler import Follower, SchedulerSettings
 from tests.profiles import examples
 
 PATHS = [RelPath(p) for p in ("a.ts", "b.ts", "src/c.ts", "src/d.ts", "src/deep/e.ts", "bin.png")]
@@ -118,7 +118,7 @@ class World(RuleBasedStateMachine):
         self.down = False
         self.pending: list[tuple[object, Manifest | None]] = []
         self.saved: Tree = Tree(Cursor(self.db.epoch, 0))
-        self.follower = Follower(self.saved, Settings(optimistic=self.optimistic))
+        self.follower = Follower(self.saved, SchedulerSettings(optimistic=self.optimistic))
 
     # --- the disk
 
@@ -147,7 +147,7 @@ class World(RuleBasedStateMachine):
     def work(self) -> None:
         """What the shell does after every wake-up."""
         while (batch := self.follower.ready(self.now)) is not None:
-            self.apply(batch.plan, batch.operations, {})
+            self.apply(batch.plan, batch.plan.operations, {})
         if (request := self.follower.request(self.now)) is not None:
             if self.down:
                 self.follower.failed(self.now, 1.0)
@@ -299,7 +299,7 @@ class World(RuleBasedStateMachine):
         self.pending.clear()
         self.channel.clear()
         self.now += 0.2
-        self.follower = Follower(tree, Settings(optimistic=self.optimistic))
+        self.follower = Follower(tree, SchedulerSettings(optimistic=self.optimistic))
         self.follower.doubt((p for p, e in tree.entries.items() if e.provisional), self.now)
         self.follower.need(Reason.JOIN, self.now)
         self.work()
