@@ -135,7 +135,9 @@ class SessionApi:
         try:
             yield
         except (CredentialRejected, MalformedMessage, Unavailable) as error:
-            self._failures[question] = (token, error)
+            # A status that is too large is sent again at once without its problems: nothing is unreachable.
+            if not (question == "status" and isinstance(error, TooLarge)):
+                self._failures[question] = (token, error)
             raise
         self._failures.pop(question, None)
 

@@ -61,7 +61,7 @@ class Report(Collector):
             self.dev.state.value,
             link_down_for=self._link_down_for(),
             draining=self.draining,
-            problems=sum(1 for problem in self._problems() if problem.kind not in HARMLESS),
+            problems=sum(1 for problem in self.all_problems() if problem.kind not in HARMLESS),
         )
 
     def ready(self) -> bool:
@@ -81,7 +81,7 @@ class Report(Collector):
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
         }
-        problems = self._shown(sorted(self._problems(), key=lambda problem: problem.kind in HARMLESS))
+        problems = self._shown(sorted(self.all_problems(), key=lambda problem: problem.kind in HARMLESS))
         return fitted(head, problems, 0) if bare else fitted(head, problems)
 
     def status(self) -> Mapping[str, object]:
@@ -114,7 +114,7 @@ class Report(Collector):
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
-            "problems": self._shown(self._problems()),
+            "problems": self._shown(self.all_problems()),
         }
         clean = self.redactor.value(body)
         assert isinstance(clean, dict)
@@ -122,7 +122,7 @@ class Report(Collector):
 
     def why(self) -> str:
         """Return the sentence that goes with `ready`."""
-        kinds = sorted({problem.kind for problem in self._problems()})
+        kinds = sorted({problem.kind for problem in self.all_problems()})
         return f"{self.state.value}, dev server {self.dev.state.value}" + (
             f"; {', '.join(kinds)}" if kinds else ""
         )
@@ -165,7 +165,7 @@ class Report(Collector):
         ):
             yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)
         problems = GaugeMetricFamily(f"{_PREFIX}_problems", "Open problems.", labels=["kind"])
-        for kind, number in sorted(Counter(problem.kind for problem in self._problems()).items()):
+        for kind, number in sorted(Counter(problem.kind for problem in self.all_problems()).items()):
             problems.add_metric([kind], number)
         state = GaugeMetricFamily(
             f"{_PREFIX}_link_state", "1 for the state the link is in.", labels=["state"]
@@ -203,7 +203,7 @@ class Report(Collector):
             return 0.0
         return time.time() - self.link.since
 
-    def _problems(self) -> list[Problem]:
+    def all_problems(self) -> list[Problem]:
         api = self.catch_up.api
         return [
             *self.problems.open.values(),

@@ -57,7 +57,6 @@ async def test_everything_is_wired_and_nothing_is_started(tmp_path: Path) -> Non
         report, heartbeat = agent.report, agent.heartbeat
         assert (report.sync, report.link, report.dev) == (agent.sync, agent.source, agent.supervisor)
         assert (heartbeat.report, heartbeat.sync, heartbeat.api) == (report, agent.sync, agent.api)
-        assert heartbeat.problems is report.problems
         assert heartbeat.stop is agent.stop
         assert report.catch_up.api is agent.api is not None
         assert report.catch_up.disk is agent.workspace.disk

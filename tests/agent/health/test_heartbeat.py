@@ -70,7 +70,7 @@ class World:
 
     @property
     def kinds(self) -> set[str]:
-        return {kind for kind, _ in self.agent.report.problems.open}
+        return {problem.kind for problem in self.agent.report.all_problems()}
 
 
 def play(
@@ -204,7 +204,7 @@ def test_a_refused_token_is_a_problem_and_is_tried_again_at_its_pace(tmp_path: P
 
     async def script(world: World) -> None:
         await asyncio.sleep(1)
-        assert world.kinds == {"token_refused"}
+        assert world.kinds == {"session_api_refused"}
         world.serve()
         await asyncio.sleep(EVERY - 2)
         assert len(orchestrator.at) == 1, "asking sooner cannot help"

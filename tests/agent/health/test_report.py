@@ -11,7 +11,7 @@ import orjson
 import pytest
 from prometheus_client import generate_latest
 
-from agent.core.model import Problem, ProblemKind
+from agent.core.model import PROBLEM_OWNERS, Problem, ProblemKind
 from agent.daemon import Agent
 from agent.devserver.state import Phase
 from agent.health.report import HARMLESS
@@ -87,7 +87,7 @@ def test_a_problem_degrades_it_unless_it_is_harmless(kind: ProblemKind, agent: A
     agent.report.problems.add(Problem(kind, "why", path="a"))
     assert agent.report.state is (S.SERVING if kind in HARMLESS else S.DEGRADED)
     assert agent.report.why().endswith(f"; {kind}")
-    agent.report.problems.clear(kind, "a")
+    agent.report.problems.owned_by(PROBLEM_OWNERS[kind]).clear(kind, paths=["a"])
     assert agent.report.state == S.SERVING
 
 

@@ -98,7 +98,7 @@ def test_what_was_done_is_recorded_with_its_stat_and_its_directories(tmp_path: P
         assert result == ApplyResult(done=paths("a", "src/b"))
         place.workspace.record(place.tree.cursor)
         stats = dict(place.workspace.stats)
-        assert stats == {A: place.disk.look(A), B: place.disk.look(B)}
+        assert stats == {A: place.disk.stat(A), B: place.disk.stat(B)}
     state = recorded(tmp_path)
     assert state is not None
     assert state.tree == Tree(Cursor("e", 1), place.entries)
@@ -143,7 +143,7 @@ async def test_a_kill_before_the_record_leaves_a_replaced_file_for_unconfirmed(t
         assert [(drift.path, drift.rule) for drift in drifts] == [("a", "changed")]
         assert (tree.entries[A].provisional, tree.entries[A].size, tree.entries[A].version) == (True, 2, 1)
         assert tree.entries[B] == place.loaded.tree.entries[B]
-        assert place.workspace.stats[A] == place.disk.look(A)
+        assert place.workspace.stats[A] == place.disk.stat(A)
 
 
 def test_a_ledger_without_a_cursor_is_no_run_to_go_on_from_and_its_leftovers_go(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_file_that_was_only_touched_keeps_its_entry_and_gets_its_new_stat(tmp_
     with opened(tmp_path) as place:
         place.apply(write("a", "1"))
         os.utime(place.root / "a", (1, 1))
-        look = place.disk.look(A)
+        look = place.disk.stat(A)
         assert look is not None
         assert look != place.workspace.stats[A]
         place.workspace.remember_stats(Observed((), (), {A: look}))
