@@ -136,8 +136,8 @@ class SnapshotJob:
                 (manifest["epoch"], manifest["revision"], snapshot.object_path, snapshot.bytes, request_id),
             )
             await connection.execute(
-                "select realtime.send(%s, 'snapshot:ready', %s, true)",
-                (Jsonb(payload), f"project:{project_id}"),
+                "select preview.publish(%s, 'snapshot:ready', %s)",
+                (f"project:{project_id}", Jsonb(payload)),
             )
         return True
 
