@@ -47,6 +47,7 @@ from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.builder import Snapshots
 from orchestrator_stub.snapshots.cache import KeptSnapshots, OfferCache, PostgresOffers, RedisOffers
+from orchestrator_stub.snapshots.turns import Turns
 from orchestrator_stub.snapshots.worker import SnapshotJob
 
 
@@ -96,7 +97,9 @@ async def control_plane(settings: Settings, keys: Keyring, driver: MachineDriver
         api = Api(settings, control, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe)
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
-            job = SnapshotJob(dsn, pool, builder, storage, url_ttl=url_ttl)
+            job = SnapshotJob(
+                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry)
+            )
             yield Service(routes, control, job, store, metrics, pool, installation)
         finally:
             await control.close()

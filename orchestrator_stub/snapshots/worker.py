@@ -1,5 +1,5 @@
 """The background job behind `create_project_snapshot`: builds what was asked for, says so, and clears away the old, and
-what deleted projects left.
+what deleted projects left, and looks after turns.
 
 A request is a row of `public.project_snapshots`; PostgreSQL rings when one is made, and the table is looked at now and
 then all the same, because a ring can be missed. A row is taken with `SKIP LOCKED`, so any number of orchestrators
@@ -26,6 +26,7 @@ from orchestrator_stub.snapshots.builder import BUCKET, Snapshots
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
+from orchestrator_stub.snapshots.turns import Turns
 
 log = structlog.get_logger("snapshot_job")
 
@@ -88,6 +89,7 @@ class SnapshotJob:
         storage: StorageClient,
         *,
         url_ttl: int,
+        turns: Turns | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._dsn = dsn
@@ -95,6 +97,7 @@ class SnapshotJob:
         self._snapshots = snapshots
         self._storage = storage
         self._deleted = DeletedProjects(pool, storage)
+        self._turns = turns
         self._url_ttl = url_ttl
         self._clock = clock
 
@@ -170,6 +173,8 @@ class SnapshotJob:
                 # Somebody waits for a snapshot, nobody for a cleaning.
                 while await self.take_one() or await self._deleted.clean_some():
                     pass
+                if self._turns is not None:
+                    await self._turns.look_after()
                 if self._clock() - cleared_at > CLEAR_SECONDS:
                     cleared_at = self._clock()
                     try:

@@ -98,13 +98,16 @@ create table preview.turns (
   window_start timestamptz not null default '-infinity',
   window_writes integer not null default 0,
   closed_at timestamptz,
-  -- Of an ended one: what it became, and what whoever ends it again is answered.
+  -- Taken into an orchestrator's metrics: each turn by one of them.
+  counted boolean not null default false,
+  -- Of an ended one: the commit that it became (null: it changed nothing), and what whoever ends it again is answered.
   revision bigint,
   answer jsonb
 ) with (fillfactor = 50);  -- updated by every write of its own
 create index turns_project_id_idx on preview.turns (project_id, begun_at);
 create index turns_open_idx on preview.turns (begun_at) where state = 'open';
 create index turns_closed_idx on preview.turns (closed_at) where state <> 'open';
+create index turns_to_count_idx on preview.turns (id) where state <> 'open' and not counted;
 alter table preview.turns enable row level security;
 comment on table preview.turns is 'Saves that belong together, withheld until their end.';
 
@@ -686,7 +689,8 @@ begin
       from preview.turn_changes c where c.turn_id = end_turn.turn)
     returning g.answer into outcome;
     update preview.turns t
-    set state = 'ended', closed_at = moment, answer = outcome, revision = (outcome ->> 'revision')::bigint
+    set state = 'ended', closed_at = moment, answer = outcome,
+        revision = case when outcome ->> 'changed' <> '0' then (outcome ->> 'revision')::bigint end
     where t.id = end_turn.turn;
     delete from preview.turn_changes c where c.turn_id = end_turn.turn;
   end if;
