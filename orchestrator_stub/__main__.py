@@ -1,4 +1,4 @@
-"""`preview-orchestrator dev | serve | migrate | machines | tail`: the command line, and how a failure looks there."""
+"""`preview-orchestrator dev | serve | migrate | machines | tail | log`: the command line, and how it fails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import UUID
 
 
 def _cannot_import(error: ModuleNotFoundError) -> str:
@@ -102,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
     tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
     tail.set_defaults(run=_tail)
+
+    log = commands.add_parser("log", help="print a project's commits and turns, newest first")
+    log.add_argument("project", type=UUID, help="the project's id")
+    log.add_argument("--database-url", help="default: DATABASE_URL")
+    log.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="at most so many commits (default: 20)"
+    )
+    log.add_argument("--json", action="store_true", help="one JSON object a line, with all paths")
+    log.set_defaults(run=_log)
     return parser
 
 
@@ -186,6 +196,18 @@ def _tail(arguments: argparse.Namespace) -> int:
     from orchestrator_stub.devstack.tail import run_tail
 
     return asyncio.run(run_tail(arguments.project, arguments.state, as_json=arguments.json))
+
+
+def _log(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.snapshots.log import print_log
+
+    dsn = arguments.database_url or Settings.database_url_from_environment()
+    try:
+        print_log(dsn, arguments.project, max(0, arguments.limit), print, as_json=arguments.json)
+    except psycopg.Error as error:
+        sys.stderr.write(f"preview-orchestrator: cannot read the log: {' '.join(str(error).split())}\n")
+        return EXIT_FAILED
+    return 0
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ BEHIND = 100
 AT_LEAST = 0.35
 """Of the bare insert's speed, on one connection, for different projects."""
 
+STAGED_AT_MOST = 0.7
+"""Of the time of an ordinary save, for one inside a turn: no version, no revision, no message."""
+
+END_AT_MOST = 1.1
+"""Of the time of `apply_project_files` with the same files, for `end_turn`: the same commit, read from a table."""
+
+TURN_FILES = 40
+
 AT_MOST_MS = 5.0
 """For the last 100 of 100,000 revisions, on the server."""
 
@@ -74,6 +82,13 @@ class Bench:
                 [self.owner, PROJECTS],
             ).fetchall()
         self.projects = [row[0] for row in rows]
+
+    def unlimited(self) -> None:
+        """Nothing here is to be throttled."""
+        with psycopg.connect(self.dsn, autocommit=True) as db:
+            db.execute(
+                "update preview.settings set turns_per_minute = 1000000, turn_writes_per_minute = 1000000"
+            )
 
     def connect(self) -> Db:
         """As PostgREST has it: the role and the claims of the owner, each statement its own transaction."""
@@ -165,6 +180,96 @@ def measure_writes(bench: Bench, connections: int, *, rounds: int, count: int, n
     )
 
 
+def measure_staging(bench: Bench, *, rounds: int, count: int) -> Row:
+    """The same saves, on one connection, into a turn of 500 and into the project. Milliseconds each."""
+    with bench.connect() as db:
+        bench.unlimited()
+        turns: list[Any] = []
+
+        def saves(turn: bool) -> float:
+            if turn:
+                turns[:] = [_begin(db, bench.projects[0])]
+            started = time.perf_counter()
+            for _ in range(count):
+                number = next(bench.number)
+                db.execute(
+                    "select public.upsert_project_file(%s, %s, %s, 'typescript', p_turn_id => %s)",
+                    [
+                        bench.projects[0],
+                        f"src/file{number}.ts",
+                        bench.content(number),
+                        turns[0] if turn else None,
+                    ],
+                )
+            taken = (time.perf_counter() - started) / count * 1e3
+            if turn:
+                db.execute("select public.abandon_turn(%s, %s)", [bench.projects[0], turns[0]])
+            return taken
+
+        samples = in_turn({"ours": lambda: saves(True), "plain": lambda: saves(False)}, rounds, warm_up=2)
+    return Row(
+        name="database: a save of 2 KB inside a turn",
+        ours=median(samples["ours"]),
+        unit="ms",
+        peer="outside of one",
+        theirs=median(samples["plain"]),
+        ratio=ratio_of(samples["ours"], samples["plain"]),
+        sense="time",
+        at_most=STAGED_AT_MOST,
+        samples=rounds,
+        note="upsert_project_file, one connection, one project",
+    )
+
+
+def measure_ends(bench: Bench, *, rounds: int) -> Row:
+    """What becomes of 40 new files of 2 KB: by `end_turn`, staged before the clock starts, and by one call."""
+    with bench.connect() as db:
+        bench.unlimited()
+
+        def files() -> str:
+            numbers = [next(bench.number) for _ in range(TURN_FILES)]
+            return json.dumps(
+                [{"file_path": f"src/file{n}.ts", "content": bench.content(n)} for n in numbers]
+            )
+
+        def timed(query: str, parameters: list[Any]) -> float:
+            started = time.perf_counter()
+            row = db.execute(query.encode(), parameters).fetchone()
+            taken = (time.perf_counter() - started) * 1e3
+            assert row is not None
+            assert row[0]["changed"] == TURN_FILES
+            return taken
+
+        def ended() -> float:
+            turn = _begin(db, bench.projects[1])
+            staging = "select public.apply_project_files(%s, %s::jsonb, p_turn_id => %s)"
+            db.execute(staging, [bench.projects[1], files(), turn])
+            return timed("select public.end_turn(%s, %s)", [bench.projects[1], turn])
+
+        def applied() -> float:
+            return timed("select public.apply_project_files(%s, %s::jsonb)", [bench.projects[1], files()])
+
+        samples = in_turn({"ours": ended, "applied": applied}, rounds, warm_up=3)
+    return Row(
+        name=f"database: end_turn of {TURN_FILES} files",
+        ours=median(samples["ours"]),
+        unit="ms",
+        peer="apply_project_files",
+        theirs=median(samples["applied"]),
+        ratio=ratio_of(samples["ours"], samples["applied"]),
+        sense="time",
+        at_most=END_AT_MOST,
+        samples=rounds,
+        note="new files of 2 KB",
+    )
+
+
+def _begin(db: Db, project: uuid.UUID) -> Any:
+    row = db.execute("select public.begin_turn(%s) ->> 'turn_id'", [project]).fetchone()
+    assert row is not None
+    return row[0]
+
+
 def measure_catch_up(bench: Bench, *, rounds: int) -> Row:
     """On the server: what EXPLAIN ANALYZE says of the call, the answer made and thrown away."""
     with psycopg.connect(bench.dsn, autocommit=True) as db:
@@ -215,6 +320,8 @@ async def measure(dsn: str, quick: bool) -> list[Row]:
             measure_writes(bench, 1, rounds=9 if quick else 31, count=50 if quick else 100),
             measure_writes(bench, 16, rounds=7 if quick else 21, count=10 if quick else 25),
             measure_writes(bench, 16, rounds=7 if quick else 21, count=10 if quick else 25, notify=False),
+            measure_staging(bench, rounds=9 if quick else 31, count=50 if quick else 100),
+            measure_ends(bench, rounds=15 if quick else 51),
             measure_catch_up(bench, rounds=20 if quick else 100),
         ]
 

@@ -62,7 +62,7 @@ class Template:
                     (project_id, json.dumps(changes)),
                 )
         except psycopg.DatabaseError as error:
-            if error.sqlstate in ("PT404", "PT409", "PT410"):
+            if error.sqlstate in ("PT404", "PT409", "PT410", "PT422"):
                 return False
             if isinstance(error, psycopg.OperationalError):
                 raise

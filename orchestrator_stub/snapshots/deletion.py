@@ -149,7 +149,8 @@ class DeletedProjects:
 
     async def _delete_messages(self, project_id: UUID) -> None:
         try:
-            await self._run("delete from realtime.messages where topic = %s", f"project:{project_id}")
+            for topic in (f"project:{project_id}", f"preview:{project_id}"):
+                await self._run("delete from realtime.messages where topic = %s", topic)
         except psycopg.errors.InsufficientPrivilege:
             # No policy lets them be read any more, and Realtime keeps none for more than three days.
             log.info("deleted_project.messages_left", project_id=str(project_id))

@@ -1,4 +1,4 @@
-"""Builds what `create_project_snapshot` asked for, in the background, and deletes old archives.
+"""Builds what `create_project_snapshot` asked for, in the background, deletes old archives, and reaps turns.
 
 A request is a row of `public.project_snapshots`. PostgreSQL notifies when one is made; the table is also polled, since
 a notification can be lost. A row is taken with `SKIP LOCKED`, so any number of orchestrators share the work. One that
@@ -26,6 +26,7 @@ from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
+from orchestrator_stub.snapshots.turns import Turns
 
 log = structlog.get_logger("snapshot_worker")
 
@@ -91,6 +92,7 @@ class SnapshotWorker:
         storage: StorageClient,
         *,
         url_ttl: int,
+        turns: Turns | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._dsn = dsn
@@ -98,6 +100,7 @@ class SnapshotWorker:
         self._snapshots = snapshots
         self._storage = storage
         self._deleted = DeletedProjects(pool, storage)
+        self._turns = turns
         self._url_ttl = url_ttl
         self._clock = clock
 
@@ -139,8 +142,8 @@ class SnapshotWorker:
                 (manifest["epoch"], manifest["revision"], snapshot.object_path, snapshot.bytes, request_id),
             )
             await connection.execute(
-                "select realtime.send(%s, 'snapshot:ready', %s, true)",
-                (Jsonb(payload), f"project:{project_id}"),
+                "select preview.publish(%s, 'snapshot:ready', %s)",
+                (f"project:{project_id}", Jsonb(payload)),
             )
         return True
 
@@ -173,6 +176,8 @@ class SnapshotWorker:
                 # Snapshots first: an editor waits for them, and nothing waits for a cleaning.
                 while await self.take_one() or await self._deleted.clean_some():
                     pass
+                if self._turns is not None:
+                    await self._turns.look_after()
                 if self._clock() - cleared_at > CLEAR_SECONDS:
                     cleared_at = self._clock()
                     try:

@@ -83,11 +83,12 @@ def upsert(
     file_type: str | None = None,
     expected: int | None = None,
     correlation: str | None = None,
+    turn: str | None = None,
 ) -> Json:
     answer: Json = one(
         db,
-        "select public.upsert_project_file(%s, %s, %s, %s, %s, %s)",
-        [project, path, content, file_type, expected, correlation],
+        "select public.upsert_project_file(%s, %s, %s, %s, %s, %s, %s)",
+        [project, path, content, file_type, expected, correlation, turn],
     )
     return answer
 
@@ -99,21 +100,53 @@ def delete(
     *,
     expected: int | None = None,
     correlation: str | None = None,
+    turn: str | None = None,
 ) -> Json:
     answer: Json = one(
-        db, "select public.delete_project_file(%s, %s, %s, %s)", [project, path, expected, correlation]
+        db,
+        "select public.delete_project_file(%s, %s, %s, %s, %s)",
+        [project, path, expected, correlation, turn],
     )
     return answer
 
 
 def apply(
-    db: psycopg.Connection[Any], project: uuid.UUID, changes: object, *, correlation: str | None = None
+    db: psycopg.Connection[Any],
+    project: uuid.UUID,
+    changes: object,
+    *,
+    correlation: str | None = None,
+    turn: str | None = None,
 ) -> Json:
     answer: Json = one(
         db,
-        "select public.apply_project_files(%s, %s::jsonb, %s)",
-        [project, json.dumps(changes), correlation],
+        "select public.apply_project_files(%s, %s::jsonb, %s, %s)",
+        [project, json.dumps(changes), correlation, turn],
     )
+    return answer
+
+
+def begin(db: psycopg.Connection[Any], project: uuid.UUID, label: str | None = None, lease: int = 60) -> str:
+    """A new turn's id."""
+    answer: Json = one(db, "select public.begin_turn(%s, %s, %s)", [project, label, lease])
+    assert set(answer) == {"turn_id", "expires_at"}
+    return str(answer["turn_id"])
+
+
+def end(
+    db: psycopg.Connection[Any],
+    project: uuid.UUID,
+    turn: str,
+    *,
+    force: bool = False,
+    correlation: str | None = None,
+) -> Json:
+    answer: Json = one(db, "select public.end_turn(%s, %s, %s, %s)", [project, turn, force, correlation])
+    return answer
+
+
+def abandon(db: psycopg.Connection[Any], project: uuid.UUID, turn: str) -> Json:
+    answer: Json = one(db, "select public.abandon_turn(%s, %s)", [project, turn])
     return answer
 
 

@@ -34,9 +34,14 @@ RPCS = {
     "changes_since": "select public.changes_since('{id}', '{id}', 0)",
     "project_tree_hash": "select public.project_tree_hash('{id}')",
     "restore_project_file": "select public.restore_project_file('{id}', 'a', 1)",
+    "begin_turn": "select public.begin_turn('{id}')",
+    "end_turn": "select public.end_turn('{id}', '{id}')",
+    "abandon_turn": "select public.abandon_turn('{id}', '{id}')",
     "prune_project_history": "select public.prune_project_history('{id}', '1 day', 1)",
     "new_project_epoch": "select public.new_project_epoch('{id}')",
 }
+OF_A_TURN = {"end_turn", "abandon_turn"}
+"""With a turn of their own in test_turns; here there is none of that id."""
 FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch"}
 READABLE = ["projects", "project_files", "project_files_current", "project_heads", "project_history"]
 
@@ -65,7 +70,7 @@ def test_members_read_and_write(db: Db, filled: Project, who: str) -> None:
     me = getattr(filled, who)
     with user(db, me):
         assert all(count(db, table) >= 1 for table in READABLE)
-        for name in RPCS.keys() - FOR_THE_SERVICE:
+        for name in RPCS.keys() - FOR_THE_SERVICE - OF_A_TURN:
             db.execute(RPCS[name].format(id=filled.id).encode())
     rows = db.execute("select distinct created_by from project_files where revision > 2").fetchall()
     assert rows == [(me,)]
@@ -220,6 +225,25 @@ def test_members_hear_their_projects_and_send_nothing(db: Db, filled: Project) -
         db.execute("insert into realtime.messages (topic, extension) values (%s, 'broadcast')", [topic])
 
 
+def test_members_have_a_topic_of_their_own_and_containers_do_not(db: Db, filled: Project) -> None:
+    topic = f"preview:{filled.id}"
+    one(db, "select preview.publish(%s, 'preview:status', %s::jsonb)", [topic, '{"shown": 2}'])
+    other = make_project(db)
+    for member in (filled.owner, filled.collaborator):
+        assert hears(db, topic, "authenticated", sub=member, session_id=uuid.uuid4()) == 1
+        assert hears(db, f"preview:{other.id}", "authenticated", sub=member) == 0
+    assert hears(db, topic, "authenticated", sub=filled.stranger) == 0
+    assert hears(db, topic, "anon") == 0
+    assert hears(db, topic, "preview_agent", project_id=filled.id) == 0
+    assert hears(db, topic, "authenticated", sub=filled.owner, project_id=filled.id) == 0
+    for odd in ("preview:", f"preview:{filled.id}0", f"preview:project:{filled.id}", f"xpreview:{filled.id}"):
+        assert hears(db, odd, "authenticated", sub=filled.owner) == 0
+    with pytest.raises(InsufficientPrivilege), user(db, filled.owner):
+        db.execute("insert into realtime.messages (topic, extension) values (%s, 'broadcast')", [topic])
+    with pytest.raises(InsufficientPrivilege), user(db, filled.owner):
+        one(db, "select preview.publish(%s, 'preview:status', '{}')", [topic])
+
+
 def test_a_containers_token_with_the_role_authenticated_gets_its_topic_and_nothing_else(
     db: Db, filled: Project
 ) -> None:
@@ -305,13 +329,17 @@ def test_the_definer_functions_for_users_answer_about_the_caller_alone(db: Db) -
     ]
 
 
-def test_users_reach_only_the_door_in_the_hidden_schema(db: Db) -> None:
+def test_users_reach_only_the_doors_in_the_hidden_schema_and_read_turns(db: Db) -> None:
     found = db.execute(
         "select c.relname from pg_class c where c.relnamespace = 'preview'::regnamespace and c.relkind in ('r', 'v')"
         " and (has_any_column_privilege('authenticated', c.oid, 'select, insert, update')"
         "      or has_table_privilege('authenticated', c.oid, 'delete'))"
+        " order by 1"
     ).fetchall()
-    assert found == [("write_gate",)]
+    assert found == [("turn_changes",), ("turn_gate",), ("turns",), ("write_gate",)]
+    for table in ("turns", "turn_changes"):
+        writes = "select has_any_column_privilege('authenticated', %s, 'insert, update')"
+        assert one(db, writes, [f"preview.{table}"]) is False
 
 
 def test_an_agent_can_be_named_by_a_token(db: Db) -> None:

@@ -7,6 +7,7 @@ and a follower that hears only some of the messages, in any order, has the same 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +27,13 @@ from hypothesis.stateful import (
 
 from tests.database.db import (
     Json,
+    abandon,
     apply,
+    begin,
     changes_since,
     connect,
     delete,
+    end,
     hash_of,
     head,
     make_project,
@@ -83,7 +87,8 @@ class Model:
     current: dict[str, File] = field(default_factory=dict)
     history: dict[tuple[str, int], File] = field(default_factory=dict)
     commits: list[list[str]] = field(default_factory=list)
-    answered: dict[str, Json] = field(default_factory=dict)
+    labels: dict[int, str] = field(default_factory=dict)
+    answered: dict[str, tuple[str, Json]] = field(default_factory=dict)
 
     def there(self, path: str) -> bool:
         file = self.current.get(path)
@@ -129,6 +134,48 @@ class Model:
         return None
 
 
+@dataclass
+class Turn:
+    """What an open turn will do: the changes of its writers, folded; and what each file was when first written."""
+
+    id: str
+    label: str
+    folded: dict[str, Json] = field(default_factory=dict)
+    bases: dict[str, int] = field(default_factory=dict)
+
+    def files(self) -> list[str]:
+        return [path for path, change in self.folded.items() if change.get("action") != "delete"]
+
+    def stage(self, model: Model, changes: list[Json]) -> str | None:
+        folded, bases = dict(self.folded), dict(self.bases)
+        for each in changes:
+            path, expected = each["file_path"], each.get("expected")
+            gone = path in model.current and not model.there(path)
+            if expected is not None and expected != model.version(path) and not (expected == 0 and gone):
+                return "PT409"
+            if path not in bases or expected is not None:
+                bases[path] = model.version(path) if model.there(path) else 0
+            before = folded.get(path, {})
+            folded[path] = {key: value for key, value in each.items() if key != "expected"}
+            if each.get("action") != "delete" and each.get("executable") is None:
+                folded[path]["executable"] = (
+                    False if before.get("action") == "delete" else before.get("executable")
+                )
+        files = [path for path, change in folded.items() if change.get("action") != "delete"]
+        if any(b.startswith(f"{a}/") for a in files for b in files):
+            return "PT409"
+        self.folded, self.bases = folded, bases
+        return None
+
+    def moved(self, model: Model) -> list[str]:
+        now = {path: model.version(path) if model.there(path) else 0 for path in self.bases}
+        return sorted((path for path in self.bases if now[path] != self.bases[path]), key=str.encode)
+
+    def tree(self, model: Model) -> dict[str, str]:
+        written = {path: sha(self.folded[path]["content"]) for path in self.files()}
+        return {path: digest for path, digest in model.tree().items() if path not in self.folded} | written
+
+
 @contextmanager
 def outcome() -> Iterator[list[str | None]]:
     """The SQLSTATE that the block ended with, None when it went well."""
@@ -150,6 +197,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.db = connect(self.dsn)
         self.model = Model()
+        self.turns: list[Turn] = []
         self.told: list[tuple[str, Json]] = []
         self.follower: dict[str, str] = {}
         self.follower_at = 0
@@ -166,23 +214,26 @@ class Machine(RuleBasedStateMachine):
     def expected(self, kind: str, path: str) -> int | None:
         return {"none": None, "right": self.model.version(path), "wrong": 97, "zero": 0}[kind]
 
-    def compare(self, correlation: str | None, changes: list[Json], call: Callable[[], Json]) -> None:
+    def compare(
+        self, kind: str, correlation: str | None, changes: list[Json], call: Callable[[], Json]
+    ) -> None:
         """The database's verdict is the model's; a correlation id heard before brings its first answer again."""
         before = self.model.answered.get(correlation) if correlation else None
+        request = json.dumps([kind, changes], sort_keys=True)
         with outcome() as said, user(self.db, self.project.collaborator):
             answer = call()
         if any(change["file_path"] in BAD_PATHS for change in changes):
             assert said == ["PT400"]
         elif before is not None:
-            assert said == [None]
-            assert answer == before
+            assert said == [None if request == before[0] else "PT422"]
+            assert request != before[0] or answer == before[1]
         else:
             wanted = self.model.write(changes)
             assert said == [wanted]
             if wanted is None:
                 assert answer["revision"] == len(self.model.commits)
                 if correlation:
-                    self.model.answered[correlation] = answer
+                    self.model.answered[correlation] = request, answer
 
     @rule(
         path=st.one_of(paths, paths, paths, st.sampled_from(BAD_PATHS)),
@@ -193,6 +244,7 @@ class Machine(RuleBasedStateMachine):
     def upsert(self, path: str, content: str, kind: str, correlation: str | None) -> None:
         expected = self.expected(kind, path)
         self.compare(
+            "upsert",
             correlation,
             [{"file_path": path, "content": content, "expected": expected}],
             lambda: upsert(
@@ -213,6 +265,7 @@ class Machine(RuleBasedStateMachine):
             assert said == ["PT404"]
             return
         self.compare(
+            "delete",
             correlation,
             [{"file_path": path, "action": "delete", "expected": expected}],
             lambda: delete(self.db, self.project.id, path, expected=expected, correlation=correlation),
@@ -221,10 +274,93 @@ class Machine(RuleBasedStateMachine):
     @rule(changes=bulks, correlation=correlations("bulk"))
     def bulk(self, changes: list[Json], correlation: str | None) -> None:
         self.compare(
+            "bulk",
             correlation,
             changes,
             lambda: apply(self.db, self.project.id, changes, correlation=correlation),
         )
+
+    @precondition(lambda self: len(self.turns) < 3)
+    @rule(label=st.sampled_from(["a landing page", "ž"]))
+    def begin(self, label: str) -> None:
+        with user(self.db, self.project.collaborator):
+            self.turns.append(Turn(begin(self.db, self.project.id, label), label))
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), changes=bulks, kind=expectations, single=st.booleans())
+    def stage(self, data: st.DataObject, changes: list[Json], kind: str, single: bool) -> None:
+        """Nothing that anybody follows changes; the overlay of this turn is what it will be, without its conflicts."""
+        turn = data.draw(st.sampled_from(self.turns))
+        if single:
+            changes = [change for change in changes if "executable" not in change][:1]
+        if single and not changes:
+            return
+        expected = [self.expected(kind, change["file_path"]) for change in changes]
+        wanted = [change | {"expected": version} for change, version in zip(changes, expected, strict=True)]
+        if single:
+            path = changes[0]["file_path"]
+            never = path not in self.model.current and path not in turn.folded
+            with outcome() as said, user(self.db, self.project.owner):
+                if changes[0].get("action") == "delete":
+                    delete(self.db, self.project.id, path, expected=expected[0], turn=turn.id)
+                else:
+                    content = changes[0]["content"]
+                    upsert(self.db, self.project.id, path, content, expected=expected[0], turn=turn.id)
+            if changes[0].get("action") == "delete" and never and expected[0] in (None, 0):
+                assert said == ["PT404"]
+                return
+        else:
+            sent = [
+                change | {"expected_version": version}
+                for change, version in zip(changes, expected, strict=True)
+            ]
+            with outcome() as said, user(self.db, self.project.owner):
+                apply(self.db, self.project.id, sent, turn=turn.id)
+        assert said == [turn.stage(self.model, wanted)]
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), force=st.booleans())
+    def end(self, data: st.DataObject, force: bool) -> None:
+        turn = data.draw(st.sampled_from(self.turns))
+        moved = [] if force else turn.moved(self.model)
+        commits = len(self.model.commits)
+        if moved or self.model.write(list(turn.folded.values())) == "PT409":
+            with pytest.raises(psycopg.Error) as error, user(self.db, self.project.owner):
+                end(self.db, self.project.id, turn.id, force=force)
+            assert error.value.sqlstate == "PT409"
+            told = json.loads(error.value.diag.message_detail or "{}").get("conflicts", [])
+            assert [conflict["file_path"] for conflict in told] == moved
+            return
+        with user(self.db, self.project.owner):
+            answer = end(self.db, self.project.id, turn.id, force=force)
+        assert answer["revision"] == len(self.model.commits)
+        assert end(self.db, self.project.id, turn.id, force=not force) == answer
+        self.turns.remove(turn)
+        if len(self.model.commits) > commits:
+            self.model.labels[len(self.model.commits)] = turn.label
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        turn = data.draw(st.sampled_from(self.turns))
+        abandon(self.db, self.project.id, turn.id)
+        self.turns.remove(turn)
+        with outcome() as said:
+            upsert(self.db, self.project.id, "a", "late", turn=turn.id)
+        assert said == ["PT410"]
+
+    @invariant()
+    def a_turn_shows_its_writers_what_it_will_be(self) -> None:
+        for turn in self.turns:
+            with user(self.db, self.project.owner):
+                rows = self.db.execute(
+                    "select file_path, content_hash from list_current_files(%s, %s)",
+                    [self.project.id, turn.id],
+                ).fetchall()
+            assert dict(rows) == turn.tree(self.model)
+            held = "select files, bytes from preview.turns where id = %s"
+            sizes = [len(change.get("content", "").encode()) for change in turn.folded.values()]
+            assert self.db.execute(held, [turn.id]).fetchone() == (len(turn.folded), sum(sizes))
 
     @precondition(lambda self: self.model.history)
     @rule(data=st.data())
@@ -306,6 +442,8 @@ class Machine(RuleBasedStateMachine):
         )
         for event, payload in self.told:
             changes = payload["files"] if event == "bulk:apply" else [payload]
+            assert payload.get("label") == self.model.labels.get(payload["revision"])
+            assert ("turn" in payload) == ("label" in payload)
             if payload.get("complete", True):
                 assert [each["file_path"] for each in changes] == self.model.commits[payload["revision"] - 1]
             for each in changes:

@@ -86,6 +86,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
         Run(says="nothing to apply"),
     ),
     (r"preview-orchestrator migrate( --\w+)?", MENTION),
+    (r"preview-orchestrator log [0-9a-f-]{36}", MENTION),
     (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),

@@ -24,8 +24,8 @@ select throws_ok($$ select public.upsert_project_file(pg_temp.p(), '../x', '', '
 
 select is(public.apply_project_files(pg_temp.p(), '[{"file_path": "b", "content": "B"}, {"file_path": "c", "content": "C"}]',
   'bulk-1') ->> 'revision', '5', 'a bulk is one revision');
-select is(public.apply_project_files(pg_temp.p(), '[{"file_path": "b", "content": "other"}]', 'bulk-1') ->> 'changed', '2',
-  'a correlation id is answered with its first answer');
+select is(public.apply_project_files(pg_temp.p(), '[{"file_path": "b", "content": "B"}, {"file_path": "c", "content": "C"}]',
+  'bulk-1') ->> 'changed', '2', 'a correlation id is answered with its first answer');
 select throws_ok($$ select public.upsert_project_file(pg_temp.p(), 'b/below', '', 'text') $$, 'PT409', null,
   'no file is a directory of another');
 select is(public.restore_project_file(pg_temp.p(), 'src/a.ts', 1) ->> 'version', '5', 'an earlier version comes back as a new one');

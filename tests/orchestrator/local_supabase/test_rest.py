@@ -89,7 +89,7 @@ async def test_bad_requests_say_what_is_wrong(local: Local) -> None:
     assert (unknown.status_code, unknown.json()["code"]) == (404, "PGRST202")
     unknown = await local.http.post("/rest/v1/rpc/list_current_files", json={"wrong_name": "x"})
     assert (unknown.status_code, unknown.json()["code"]) == (404, "PGRST202")
-    assert "list_current_files(project_uuid)" in unknown.json()["hint"]
+    assert "list_current_files(project_uuid, p_turn_id)" in unknown.json()["hint"]
     hidden = await local.http.post("/rest/v1/rpc/pg_sleep", json={"seconds": 1})
     assert hidden.status_code == 404
     malformed = await local.http.post("/rest/v1/rpc/list_current_files", content=b"{")
