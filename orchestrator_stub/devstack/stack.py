@@ -207,7 +207,7 @@ class Stack:
         except (psycopg.Error, OSError) as error:
             raise CannotStart(f"cannot use the database: {' '.join(str(error).split())}") from None
         kind = "the given database" if given else "PostgreSQL"
-        self._terminal.step(f"{kind} is up" + (f", {len(applied)} migrations applied" if applied else ""))
+        self._terminal.step(f"{kind} is up" + (", its schema brought up to date" if applied else ""))
         return dsn
 
     @asynccontextmanager
