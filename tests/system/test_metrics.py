@@ -56,6 +56,9 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "key_problems": ("gauge", ("kind",)),
     "snapshot_build_seconds": ("histogram", ()),
     "snapshot_offers": ("counter", ("how",)),
+    "turns": ("counter", ("outcome",)),
+    "turns_open": ("gauge", ()),
+    "turns_oldest_seconds": ("gauge", ()),
     "process_resident_memory_bytes": ("gauge", ()),
     "process_cpu_seconds": ("counter", ()),
 }
