@@ -2,6 +2,8 @@
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
+# The tests run in two processes, a file at a time: most of them wait. WORKERS=0 runs them in this one, as a debugger needs.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -25,10 +27,10 @@ dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=e
 	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app)
 
 test: $(READY) ## unit, contract, database and system tests
-	$(BIN)/python -m pytest -m "not nightly" --durations=20
+	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --durations=20
 
 test-nightly: $(READY) ## everything, with the long profiles
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20
 
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
 	$(BIN)/python -m tests.image.engine preview-agent
