@@ -185,7 +185,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.doctor.run import run_doctor
+    from orchestrator_stub.doctor.examination import run_doctor
 
     return 0 if asyncio.run(run_doctor(print, as_json=arguments.json)) else EXIT_FAILED
 

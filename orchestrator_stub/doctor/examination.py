@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from orchestrator_stub.config import Settings, SettingsError
 from orchestrator_stub.doctor.database import examine_database
 from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
-from orchestrator_stub.doctor.platform import examine_machines, examine_public_url
+from orchestrator_stub.doctor.machines import examine_machines, examine_public_url
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
