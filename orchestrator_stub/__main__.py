@@ -1,4 +1,4 @@
-"""`preview-orchestrator dev | serve | migrate | machines | tail | log`: the command line, and how it fails."""
+"""`preview-orchestrator dev | serve | migrate | doctor | machines | tail | log`: the command line, and how it fails."""
 
 from __future__ import annotations
 
@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     migration.set_defaults(run=_migrate)
 
+    doctor = commands.add_parser(
+        "doctor", help="with the settings of `serve`: what is right and what is not, from here"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object a line")
+    doctor.set_defaults(run=_doctor)
+
     machines = commands.add_parser("machines", help="what machines there are, and whose each is")
     machines.add_argument("--json", action="store_true", help="one JSON object a line")
     machines.set_defaults(run=_machines)
@@ -176,6 +182,12 @@ def _migrate(arguments: argparse.Namespace) -> int:
     done = "nothing is in the way of" if arguments.check else "applied"
     sys.stdout.write("".join(f"{done} {version}\n" for version in applied) or "nothing to apply\n")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.doctor.examination import run_doctor
+
+    return 0 if asyncio.run(run_doctor(print, as_json=arguments.json)) else EXIT_FAILED
 
 
 def _machines(arguments: argparse.Namespace) -> int:

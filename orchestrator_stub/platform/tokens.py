@@ -164,11 +164,11 @@ class Keyring:
 
     def sign(self, claims: Mapping[str, object]) -> str:
         """A compact JWT of `claims`, by the first private key. Raises `CannotSign` when the ring has none."""
-        for key in self._current():
-            if key.private is not None:
-                headers = {"kid": key.kid} if key.kid else None
-                return jwt.encode(dict(claims), key.private, algorithm=key.algorithm, headers=headers)
-        raise CannotSign("no key of the set is private, so nothing can be signed; add one to the key set")
+        key = self.signer()
+        if key is None:
+            raise CannotSign("no key of the set is private, so nothing can be signed; add one to the key set")
+        headers = {"kid": key.kid} if key.kid else None
+        return jwt.encode(dict(claims), key.private, algorithm=key.algorithm, headers=headers)
 
     def verify(self, token: str, *, audience: str | None = None, grace: float = 0.0) -> dict[str, Any]:
         """The claims of a token that one of the keys signed and that has not expired.
@@ -207,6 +207,14 @@ class Keyring:
             except jwt.InvalidTokenError as error:
                 raise TokenRejected("malformed", str(error)) from None
         raise TokenRejected("signature", "the signature does not verify")
+
+    def known(self) -> tuple[Key, ...]:
+        """The keys that verify now."""
+        return self._current()
+
+    def signer(self) -> Key | None:
+        """The key that signs now: the first private one of the set."""
+        return next((key for key in self._current() if key.private is not None), None)
 
     def generation(self) -> object:
         """Changes (by identity) whenever the keys do: what was verified by other keys must be verified again."""

@@ -67,7 +67,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"uvx --from '\./preview_sync-[\d.]+-py3-none-any\.whl\[orchestrator\]' preview-orchestrator dev \.",
         ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
     ),
-    (r"make (setup|check|test|test-image|image)", Make(".ci/run")),
+    (r"make (setup|check|test|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (r"make (test-nightly|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?", Make("nightly, by hand")),
@@ -90,6 +90,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
+    ),
+    (
+        r"preview-orchestrator doctor",
+        ByTest("tests/orchestrator/doctor/test_doctor.py::test_all_is_well"),
     ),
     (
         r"preview-orchestrator machines",
