@@ -21,8 +21,8 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.doctor.findings import Finding, Mark, examine, healthy, lines
 from orchestrator_stub.doctor.examination import examine_all
+from orchestrator_stub.doctor.findings import Finding, Mark, examine, healthy, lines
 from orchestrator_stub.platform.tokens import Keyring, new_es256
 from tests.conftest import fresh
 from tests.fakes.fly import APP, TOKEN
