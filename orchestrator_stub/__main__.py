@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     dev.add_argument("--json", action="store_true", help="JSON lines on standard output, progress on error")
     dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
     dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")
+    dev.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN",
+        help="send what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
+    )  # fmt: skip
     dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
     dev.add_argument("--faults", action="store_true", help="let the realtime server misbehave on request")
     dev.set_defaults(run=_dev)
@@ -140,6 +144,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         once=arguments.once,
         watch=not arguments.no_watch,
         database_url=arguments.database_url,
+        include=tuple(arguments.include),
         faults=arguments.faults,
     )
     try:

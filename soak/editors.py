@@ -15,7 +15,8 @@ from uuid import UUID
 
 import httpx
 
-from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
+from orchestrator_stub.devstack.editor import Editor, Sent
+from orchestrator_stub.devstack.project_client import UserAuth
 from orchestrator_stub.platform.source_files import scan
 from soak.stack import Stack
 from soak.writing import ASSISTED, PERSON, Action, File, Step, Writing

@@ -1,57 +1,52 @@
-"""Turns saves in a directory into RPCs, as the product's editor would.
+"""Turns saves in a directory into saves of a project, as the product's editor would.
 
-It does what the product's editor does, over the same HTTP endpoints and with a user's token: a save is
-`upsert_project_file`, a removal `delete_project_file`, several at once `apply_project_files`; binary files go to the
-`project-assets` bucket first. What was last sent is kept in a *baseline* file, so that at the next start only what
-changed in the directory meanwhile is sent, and what changed in the database meanwhile is left alone.
+It does what the product's editor does, over the same HTTP endpoints and with a user's token (`project_client`). What
+was last sent is kept in a *baseline*, so that at the next start only what changed in the directory meanwhile is sent,
+and what changed in the project meanwhile is left alone. Where both changed, the directory's file is saved and the
+project's is kept beside it as `name.conflict-v7`, named by the version that it was.
 
 A file is deleted when it is seen to be gone, or to be something else now (a directory, a link). One that cannot be read
-(no rights, no descriptors, a failing disk) keeps what the project has of it, is said once, and is tried again.
+(no rights, no descriptors, a failing disk) keeps what the project has of it, is said once, and is tried again. What
+`ignore_rules` leaves out is said once, with how to have it sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
+import stat
 import time
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Generator,
-    Iterable,
-    Mapping,
-    Sequence,
-)
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 import httpx
-import tenacity
 from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
+from orchestrator_stub.devstack.baseline import Baseline
+from orchestrator_stub.devstack.project_client import ProjectClient, SaveRefused
+from orchestrator_stub.devstack.three_way import UNCERTAIN, Theirs, compare
+from orchestrator_stub.platform.ignore_rules import IgnoreRules, LeftOut
 from orchestrator_stub.platform.source_files import (
+    FEW,
     MAX_ASSET,
     LocalFile,
     Unreadable,
-    as_text,
     directories,
-    ignored,
     in_few_words,
     is_directory,
     list_files,
+    mode_of,
     path_problem,
     read_file,
     relative_path,
     shown,
     stands,
 )
-from orchestrator_stub.platform.tokens import Keyring
 
 BATCH_FILES: Final = 2000
 BATCH_BYTES: Final = 32 * 2**20
@@ -70,81 +65,174 @@ RENEW_SECONDS: Final = 0.2
 RENEW_REST: Final = 2
 """The same, as a multiple of what the last look at everything took: a third of the time goes into looking at most."""
 
-TOKEN_LIFE: Final = 300
-"""Seconds. A user's token is made for each request; it need only outlive the request."""
+RULES: Final = ".gitignore"
 
-
-UNCERTAIN: Final = LocalFile("", False)
-"""What the database holds at a path when the answer to a save was lost: equal to nothing."""
+WHY: Final = {
+    LeftOut.GIT: "as git's ignore rules say",
+    LeftOut.DEFAULT: "as nothing here says what is the project's",
+    LeftOut.SECRET: "for they may hold secrets, and nothing here says that they are shared",
+}
+"""What is said of paths that are left out; of the other reasons nobody needs to hear."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What one push sent: how many files changed and how many were removed, and what was left out, with reasons."""
+    """What one push sent: how many files changed and how many were removed.
+
+    `skipped`: what was left out, with reasons. `said`: what else a person has to know.
+    """
 
     updated: int = 0
     deleted: int = 0
     skipped: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.updated or self.deleted or self.skipped)
+        return bool(self.updated or self.deleted or self.skipped or self.said)
 
-
-class SaveRefused(Exception):
-    """The database turned a save away for good; its sentence is the message."""
-
-
-class UserAuth(httpx.Auth):
-    """Signs each request as the user that the keyring's project knows by `user_id`."""
-
-    def __init__(self, keys: Keyring, user_id: UUID, clock: Callable[[], float]) -> None:
-        self._keys = keys
-        self._user_id = user_id
-        self._clock = clock
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        now = int(self._clock())
-        claims = {
-            "role": "authenticated",
-            "aud": "authenticated",
-            "sub": str(self._user_id),
-            "iat": now,
-            "exp": now + TOKEN_LIFE,
-        }
-        request.headers["Authorization"] = f"Bearer {self._keys.sign(claims)}"
-        yield request
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(
+            self.updated + other.updated,
+            self.deleted + other.deleted,
+            self.skipped + other.skipped,
+            self.said + other.said,
+        )
 
 
 class Editor:
     """One directory and the project it is sent to. `http` has the stack's base URL, API key and a user's auth.
 
-    Raises `OSError` when there is a `baseline` that cannot be read: without it the directory would go over what others
-    have saved.
+    `include`: patterns, as git writes them, of what is sent although the rules leave it out.
+
+    Raises `OSError` when there is a `baseline` that cannot be read.
     """
 
-    def __init__(self, root: Path, project_id: UUID, http: httpx.AsyncClient, baseline: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        project_id: UUID,
+        http: httpx.AsyncClient,
+        baseline: Path,
+        *,
+        include: Sequence[str] = (),
+    ) -> None:
         self._root = root.resolve()
-        self._project_id = project_id
-        self._http = http
-        self._baseline_path = baseline
-        self._baseline = _read_baseline(baseline, project_id)
+        self._project = ProjectClient(http, project_id)
+        self._baseline = Baseline(baseline, project_id)
+        self._include = include
+        self._rules = IgnoreRules(self._root, include)
         self._unread: dict[str, str] = {}
         """What could not be read, and why, as it was said; a directory that could not be listed ends in a slash."""
         self._try_again = 0.0
-        self._unkept: str | None = None
-        """Why the baseline on the disk is not what was sent."""
         self._said: set[str] = set()
-        """What was left out for its name or size, as it was said."""
+        """What was left out for its name or size, or by the rules, as it was said."""
         self.renewals = 0
         """How often the watch had to be made again."""
+
+    async def begin(self) -> Sent:
+        """Send what changed in the directory since it was last watched; where the project changed too, keep both.
+
+        Raises `httpx.HTTPError` when the stack does not answer.
+        """
+        found, news = await self._scan()
+        here = await asyncio.to_thread(self._read_digests, found | set(self._baseline.files))
+        base = self._baseline.files
+        if all(here.get(path) == base.get(path) for path in here.keys() | base.keys()):
+            return await self.send(self._files_unread(), news)
+        compared = compare(base, here, await self._project.current())
+        for path, file in compared.same.items():
+            self._take(path, file)
+        said = [
+            f"{shown(path)} stays in the project: it was changed there after it was sent, and removed here"
+            for path in compared.kept
+        ]
+        for path in compared.kept:
+            base.pop(path, None)
+        not_kept = set()
+        for path, theirs in compared.conflicts.items():
+            line, kept = await self._keep_theirs(path, theirs)
+            said.append(line)
+            if not kept:
+                not_kept.add(path)
+        if compared.same or compared.kept:
+            await asyncio.to_thread(self._baseline.keep)
+        sent = await self.send((found | set(base) | self._files_unread()) - not_kept, news)
+        return sent + Sent(said=tuple(said))
 
     async def send_all(self) -> Sent:
         """Send what the directory has that was not sent yet, and the removal of what it has no more.
 
         Raises `httpx.HTTPError` when the stack does not answer.
         """
-        found, unlisted = await asyncio.to_thread(list_files, self._root)
-        return await self.send(found | set(self._baseline) | self._files_unread(), self._note("", unlisted))
+        found, news = await self._scan()
+        return await self.send(found | set(self._baseline.files) | self._files_unread(), news)
+
+    async def _scan(self) -> tuple[set[str], dict[str, str]]:
+        """The project's files in the directory, and what of it could not be read and was not said yet."""
+        self._rules = IgnoreRules(self._root, self._include)
+        out: dict[str, LeftOut] = {}
+        found, unlisted = await asyncio.to_thread(
+            list_files, self._root, rules=self._rules, left_out=out.__setitem__
+        )
+        return found, {**self._note("", unlisted), **self._note_left_out(out)}
+
+    def _note_left_out(self, out: Mapping[str, LeftOut]) -> dict[str, str]:
+        """What the rules leave out and was not said yet: a line for each reason, under the paths that it names."""
+        lines = {}
+        for reason, why in WHY.items():
+            paths = sorted(path for path, said in out.items() if said is reason and path not in self._said)
+            if paths:
+                self._said.update(paths)
+                named = ", ".join(map(shown, paths[:FEW]))
+                more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
+                lines[f"{named}{more}"] = f"{why} (--include sends it)"
+        return lines
+
+    def _read_digests(self, paths: Iterable[str]) -> dict[str, LocalFile]:
+        """What the directory holds. What cannot be read, or is left out by now, counts as unchanged."""
+        found: dict[str, LocalFile] = {}
+        for path in paths:
+            if path_problem(path):
+                continue
+            try:
+                read = read_file(self._root, path)
+            except Unreadable:
+                if path in self._baseline.files:
+                    found[path] = self._baseline.files[path]
+                continue
+            if read is not None:
+                out = path in self._baseline.files and self._is_left_out(path)
+                found[path] = self._baseline.files[path] if out else read[0]
+        return found
+
+    def _take(self, path: str, file: LocalFile | None) -> None:
+        if file is None:
+            self._baseline.files.pop(path, None)
+        else:
+            self._baseline.files[path] = file
+
+    async def _keep_theirs(self, path: str, theirs: Theirs) -> tuple[str, bool]:
+        """Keep what the project has at a path beside the directory's. What to say of it; whether it is kept."""
+        name = f"{path}.conflict-v{theirs.version}"
+        content = await self._project.content(path, theirs)
+        try:
+            if content is None:
+                raise OSError(0, "it changed again meanwhile")
+            # One that is there already is from a start before, of the same version.
+            with suppress(FileExistsError), (self._root / name).open("xb") as file:
+                file.write(content)
+        except OSError as error:
+            with suppress(OSError):
+                (self._root / name).unlink(missing_ok=True)
+            why = error.strerror or str(error)
+            return (
+                f"{shown(path)} changed here and in the project; not sent, for the other cannot be kept: {why}",
+                False,
+            )
+        return (
+            f"{shown(path)} changed here and in the project: this one is sent, the other is kept as {shown(name)}",
+            True,
+        )
 
     async def watch(self) -> AsyncIterator[Sent]:
         """Send every save from now on, for ever; yields what each batch sent.
@@ -183,7 +271,7 @@ class Editor:
     async def _changes(self, deep: bool) -> AsyncGenerator[list[str], None]:
         """Where something changed, or nowhere: that shows that the watch is there. `deep`: new directories too."""
         async for changes in awatch(
-            *([self._root] if deep else directories(self._root)),
+            *([self._root] if deep else directories(self._root, self._rules)),
             watch_filter=None,
             step=QUIET,
             debounce=10 * QUIET,
@@ -216,19 +304,33 @@ class Editor:
 
     async def _send_touched(self, touched: set[str]) -> Sent:
         """Send what the watcher's paths may stand for: a directory stands for all below it."""
+        if any(path.rpartition("/")[2] == RULES for path in touched):
+            return await self._send_all_again()
         paths: set[str] = set()
         news: dict[str, str] = {}
         for path in touched:
             if is_directory(self._root, path) and not path_problem(path):
-                found, unlisted = list_files(self._root, path)
+                if path and self._is_left_out(path, directory=True):
+                    continue
+                found, unlisted = list_files(self._root, path, rules=self._rules)
                 paths |= found
                 self._unread.pop(path, None)
                 news |= self._note(path, unlisted)
-            elif path and not ignored(path):
+            elif path:
                 self._note(path, {})
                 paths.add(path)
-            paths.update(known for known in self._baseline if known.startswith(path + "/"))
+            # What was a file and is a directory now, or lies in what was a file, and the other way round.
+            above = [path[:at] for at, letter in enumerate(path) if letter == "/"]
+            paths.update(known for known in (path, *above) if known in self._baseline.files)
+            paths.update(known for known in self._baseline.files if known.startswith(path + "/"))
         return await self.send(paths, news)
+
+    def _is_left_out(self, path: str, *, directory: bool = False) -> bool:
+        """Whether the rules leave it out, or cannot be read, which a scan says."""
+        try:
+            return self._rules.left_out(path, directory=directory) is not None
+        except OSError:
+            return True
 
     def _files_unread(self) -> set[str]:
         return {path for path in self._unread if not path.endswith("/")}
@@ -248,19 +350,22 @@ class Editor:
 
         `unread`: what else could not be read, to be said with it.
         """
-        if self._unkept is not None:
-            await self._keep()
-        unkept = self._unkept
+        unkept = self._baseline.unkept
+        if unkept is not None:
+            await asyncio.to_thread(self._baseline.keep)
         news = dict(unread or {})
         updates: dict[str, tuple[LocalFile, bytes]] = {}
-        deletes: list[str] = []
         skipped: list[str] = []
+        # First, so that a directory may come where a file was, and a file where files lay.
+        deletes = [path for path in sorted(paths & self._baseline.files.keys()) if self._is_gone(path)]
         sent = Sent()
         size = 0
-        for path in sorted(paths):
+        for path in sorted(paths - set(deletes)):
             if problem := path_problem(path):
                 if stands(self._root, path):
                     skipped.append(f"{shown(path)}: {problem}")
+                continue
+            if self._is_left_out(path):
                 continue
             try:
                 read = await asyncio.to_thread(read_file, self._root, path)
@@ -270,171 +375,69 @@ class Editor:
                 continue
             self._unread.pop(path, None)
             if read is None:
-                if path in self._baseline:
+                if path in self._baseline.files:
                     deletes.append(path)
                 continue
             file, content = read
-            if self._baseline.get(path) == file:
+            if self._baseline.files.get(path) == file:
                 continue
             if len(content) > MAX_ASSET:
                 skipped.append(f"{shown(path)}: larger than 50 MB")
                 continue
             updates[path] = (file, content)
             size += len(content)
-            if size >= BATCH_BYTES or len(updates) >= BATCH_FILES:
-                sent = _sum(sent, await self._commit(updates, deletes))
+            if size >= BATCH_BYTES or len(updates) + len(deletes) >= BATCH_FILES:
+                sent += await self._commit(updates, deletes)
                 updates, deletes, size = {}, [], 0
         if updates or deletes:
-            sent = _sum(sent, await self._commit(updates, deletes))
+            sent += await self._commit(updates, deletes)
         self._said.update(skipped)
-        if self._unkept not in (None, unkept):
-            skipped.append(f"the note of what was sent: {self._unkept}; a start before that sends it again")
-        return _sum(sent, Sent(skipped=(*skipped, *in_few_words(news))))
+        if self._baseline.unkept not in (None, unkept):
+            skipped.append(
+                f"the note of what was sent: {self._baseline.unkept}; a start before that sends it again"
+            )
+        return sent + Sent(skipped=(*skipped, *in_few_words(news)))
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether it can be seen that no file stands there any more."""
+        try:
+            mode = mode_of(self._root, path)
+        except OSError:
+            return False
+        return mode is None or not stat.S_ISREG(mode)
 
     async def _commit(self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]) -> Sent:
-        """One batch: one RPC, and the baseline moved on. What is refused whole is tried again one by one."""
+        """One batch: one commit, and the baseline moved on. One that is refused is tried again in two halves."""
+        known = self._baseline.files
+        paths = [*updates, *deletes]
+        await asyncio.to_thread(self._baseline.begin, paths)
         try:
-            await self._rpc(await self._call_for(updates, deletes))
+            await self._project.save(updates, deletes, known)
         except httpx.HTTPError:
             # It may have been done all the same: whatever stands there next is to be sent, the old content too.
-            self._baseline.update(dict.fromkeys([*updates, *deletes], UNCERTAIN))
-            await self._keep()
+            known.update(dict.fromkeys(paths, UNCERTAIN))
+            await asyncio.to_thread(self._baseline.keep)
             raise
         except SaveRefused as refused:
-            if len(updates) + len(deletes) > 1:
-                sent = Sent()
-                for path in deletes:
-                    sent = _sum(sent, await self._commit({}, [path]))
-                for path, update in updates.items():
-                    sent = _sum(sent, await self._commit({path: update}, []))
-                return sent
-            path = next(iter([*updates, *deletes]))
-            for refused_path, (file, _) in updates.items():
-                self._baseline[refused_path] = file
-            return Sent(skipped=(f"{shown(path)}: {refused}",))
+            if len(paths) > 1:
+                return await self._commit_in_halves(updates, deletes)
+            for path, (file, _) in updates.items():
+                known[path] = file
+            return Sent(skipped=(f"{shown(paths[0])}: {refused}",))
         for path, (file, _) in updates.items():
-            self._baseline[path] = file
+            known[path] = file
         for path in deletes:
-            self._baseline.pop(path, None)
-        await self._keep()
+            known.pop(path, None)
+        await asyncio.to_thread(self._baseline.keep)
         return Sent(len(updates), len(deletes))
 
-    async def _keep(self) -> None:
-        """Write the baseline. Where it cannot be written now, it is with what is sent next."""
-        try:
-            await asyncio.to_thread(
-                _write_baseline, self._baseline_path, self._project_id, dict(self._baseline)
-            )
-        except OSError as error:
-            self._unkept = f"cannot be written now ({error.strerror}); tried again until it can"
-        else:
-            self._unkept = None
-
-    async def _call_for(
+    async def _commit_in_halves(
         self, updates: Mapping[str, tuple[LocalFile, bytes]], deletes: Sequence[str]
-    ) -> tuple[str, dict[str, Any]]:
-        """The RPC that says it all, assets uploaded: its name and arguments."""
-        project = {"project_uuid": str(self._project_id)}
-        if not updates and len(deletes) == 1:
-            return "delete_project_file", {**project, "p_file_path": deletes[0]}
-        if len(updates) == 1 and not deletes:
-            [(path, (file, content))] = updates.items()
-            known = self._baseline.get(path)
-            text = as_text(content)
-            same_mode = file.executable == (known is not None and known.executable)
-            if text is not None and same_mode and known != UNCERTAIN:
-                return "upsert_project_file", {**project, "p_file_path": path, "p_content": text}
-        changes: list[dict[str, Any]] = [{"action": "delete", "file_path": path} for path in deletes]
-        for path, (file, content) in updates.items():
-            change: dict[str, Any] = {
-                "action": "update",
-                "file_path": path,
-                "content_hash": file.digest,
-                "executable": file.executable,
-            }
-            text = as_text(content)
-            if text is not None:
-                change["content"] = text
-            else:
-                await self._upload(file.digest, content)
-                change["encoding"] = "base64"
-            changes.append(change)
-        return "apply_project_files", {**project, "changes": changes}
-
-    async def _rpc(self, call: tuple[str, dict[str, Any]]) -> None:
-        name, arguments = call
-        # A removal of what never came to be there, as after a save that was not taken, is done.
-        known = frozenset({"PT404"} if name == "delete_project_file" else ())
-        await self._post(f"/rest/v1/rpc/{name}", json=arguments, known=known)
-
-    async def _upload(self, digest: str, content: bytes) -> None:
-        """Have an asset stored. An object is its hash, so one that is there already is the same and is not sent.
-
-        Storage refuses a stored key without reading the body, which then stands in the connection before whatever
-        comes next; so an upload is the last of its connection.
-        """
-        at = f"project-assets/{self._project_id}/{digest}"
-        absent = frozenset({"404"})
-        if await self._post(f"/storage/v1/object/sign/{at}", json={"expiresIn": 1}, known=absent):
-            return
-        await self._post(
-            f"/storage/v1/object/{at}",
-            content=content,
-            headers={"Content-Type": "application/octet-stream", "Connection": "close"},
-            known=frozenset({"409"}),
-        )
-
-    async def _post(self, path: str, *, known: frozenset[str] = frozenset(), **body: Any) -> bool:
-        """POST, tried again while the stack is unreachable or overloaded. False: refused with one of the `known` codes.
-
-        Raises `SaveRefused`, `httpx.HTTPError`.
-        """
-        async for attempt in tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(5),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            retry=tenacity.retry_if_exception_type(httpx.HTTPError),
-            reraise=True,
-        ):
-            with attempt:
-                response = await self._http.post(path, **body)
-                if response.is_success:
-                    return True
-                if response.status_code == 429 or response.status_code >= 500:
-                    response.raise_for_status()
-                answer = _object(response)
-                if known.isdisjoint({str(answer.get("statusCode")), str(answer.get("code"))}):
-                    raise SaveRefused(str(answer.get("message") or response.status_code))
-        return False
-
-
-def _read_baseline(path: Path, project_id: UUID) -> dict[str, LocalFile]:
-    """What was sent before; empty when nothing was, or to another project. Raises `OSError`."""
-    try:
-        kept = json.loads(path.read_text())
-        if kept["project_id"] != str(project_id):
-            return {}
-        return {name: LocalFile(digest, executable) for name, (digest, executable) in kept["files"].items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write_baseline(path: Path, project_id: UUID, files: Mapping[str, LocalFile]) -> None:
-    kept = {
-        "project_id": str(project_id),
-        "files": {name: [file.digest, file.executable] for name, file in files.items()},
-    }
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps(kept))
-    draft.rename(path)
-
-
-def _object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}
-
-
-def _sum(one: Sent, other: Sent) -> Sent:
-    return Sent(one.updated + other.updated, one.deleted + other.deleted, one.skipped + other.skipped)
+    ) -> Sent:
+        """The removals before the rest, then each half apart: what is refused is found in a few steps."""
+        if deletes and updates:
+            return await self._commit({}, deletes) + await self._commit(updates, [])
+        half = (len(updates) + len(deletes)) // 2
+        items = list(updates.items())
+        first = await self._commit(dict(items[:half]), deletes[:half])
+        return first + await self._commit(dict(items[half:]), deletes[half:])

@@ -27,7 +27,8 @@ import uvicorn
 from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.devstack.editor import Editor, Sent, UserAuth
+from orchestrator_stub.devstack.editor import Editor, Sent
+from orchestrator_stub.devstack.project_client import UserAuth
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
@@ -138,7 +139,7 @@ class Stack:
         await self._project(service, user_id, project_id, directory.resolve().name)
         editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
         shown = self._options.directory
-        self._say(await editor.send_all(), f"{shown} imported", f"{shown} is as it was sent before")
+        self._say(await editor.begin(), f"{shown} imported", f"{shown} is as it was sent before")
 
         machine, session_id = await self._session(url, project_keys, project_id, driver)
         self._stack.push_async_callback(driver.retire, machine.id)
@@ -266,7 +267,8 @@ class Stack:
         )
         baseline = self._state.path / "editor.json"
         try:
-            return Editor(self._options.directory, project_id, http, baseline), http
+            include = self._options.include
+            return Editor(self._options.directory, project_id, http, baseline, include=include), http
         except OSError as error:
             what = f"cannot read {baseline}, which says what was sent before: {error.strerror}"
             raise CannotStart(f"{what}; mend that, or remove it to have everything sent again") from None
@@ -315,10 +317,12 @@ class Stack:
             parts = [f"{sent.updated} written"] * bool(sent.updated)
             parts += [f"{sent.deleted} deleted"] * bool(sent.deleted)
             self._terminal.step(f"{what}: {', '.join(parts)}")
-        elif nothing is not None and not sent.skipped:
+        elif nothing is not None and not (sent.skipped or sent.said):
             self._terminal.step(nothing)
         for line in sent.skipped:
             self._terminal.step(f"left out {line}")
+        for line in sent.said:
+            self._terminal.step(line)
 
     async def _until_served(self, machine: Machine, driver: LocalMachines) -> None:
         """Wait until the preview is served; with `--once`, for `ONCE_DEADLINE` seconds. Raises `CannotStart`."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator_stub.platform.source_files import ignored
+from orchestrator_stub.platform.ignore_rules import NEVER
 
 
 class CannotStart(Exception):
@@ -28,6 +28,8 @@ class DevOptions:
     once: bool = False
     watch: bool = True
     database_url: str | None = None
+    include: tuple[str, ...] = ()
+    """Patterns, as git writes them, of what is sent although the ignore rules leave it out."""
     faults: bool = False
     """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
 
@@ -49,7 +51,7 @@ class DevOptions:
         apart = "give --state a directory apart from it"
         if inside == "." or _below(directory, state) is not None:
             raise CannotStart(f"the state directory {self.state} holds the project {self.directory}; {apart}")
-        if inside is not None and not ignored(f"{inside}/keys.json"):
+        if inside is not None and NEVER.isdisjoint(inside.split("/")):
             raise CannotStart(
                 f"the state directory {self.state} is among the files of {self.directory}, which would have its keys "
                 f"imported and served; {apart}, or {self.directory / '.preview-sync'}, and move away what is there"

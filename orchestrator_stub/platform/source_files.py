@@ -16,30 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-IGNORED_DIRECTORIES: Final = frozenset(
-    {
-        ".cache",
-        ".git",
-        ".hg",
-        ".idea",
-        ".parcel-cache",
-        ".preview-sync",
-        ".svn",
-        ".turbo",
-        ".vite",
-        ".vscode",
-        "build",
-        "coverage",
-        "dist",
-        "node_modules",
-    }
-)
-"""What a project's .gitignore names anyway: made from the source, or a tool's own."""
-
-IGNORED_FILES: Final = frozenset({".DS_Store", "Thumbs.db", "4913"})
-"""The last one is Vim's probe of the directory."""
-
-IGNORED_SUFFIXES: Final = ("~", ".swp", ".swx", ".swo", ".log", ".tsbuildinfo", ".crswap", ".tmp")
+from orchestrator_stub.platform.ignore_rules import NEVER, IgnoreRules, LeftOut
 
 MAX_TEXT: Final = 10 * 2**20
 """Bytes of one file in the database (its `max_file_bytes`); larger ones are assets."""
@@ -67,17 +44,6 @@ class Unreadable(Exception):
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"cannot be read now ({os.strerror(error.errno or 0)}); tried again until it can")
-
-
-def ignored(path: str) -> bool:
-    """Whether a file is no part of the project."""
-    *directories, name = path.split("/")
-    return (
-        not IGNORED_DIRECTORIES.isdisjoint(directories)
-        or name in IGNORED_FILES
-        or name.startswith(".#")
-        or name.endswith(IGNORED_SUFFIXES)
-    )
 
 
 def path_problem(path: str) -> str | None:
@@ -113,26 +79,53 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def scan(root: Path, below: str = "", *, failed: Callable[[OSError], None] = _raise) -> Iterable[str]:
-    """The paths of the project's files in `root`, relative, `/`-separated; links and ignored names left out.
+def scan(
+    root: Path,
+    below: str = "",
+    *,
+    rules: IgnoreRules | None = None,
+    failed: Callable[[OSError], None] = _raise,
+    left_out: Callable[[str, LeftOut], None] = lambda path, reason: None,
+) -> Iterable[str]:
+    """The paths of the project's files in `root`, relative, `/`-separated, without links and what `rules` leave out.
+
+    Args:
+        root: The directory.
+        below: A directory in it, to begin there.
+        rules: What of it is the project's; by default the rules that stand in it.
+        failed: Is told of each directory that cannot be listed; one that went away meanwhile has no files.
+        left_out: Is told of each file and directory that the rules leave out, a directory with a slash at its end.
 
     Of a directory whose own path the database would not take only itself is given. One that is not UTF-8 must not be
     opened: that would be an event that the watch fails at. One that is too long could not be.
-    `failed` is told of each directory that cannot be listed; one that went away meanwhile has no files.
     """
-    for relative, names in _walk(root, below, failed):
+    rules = rules or IgnoreRules(root)
+    for relative, names in _walk(root, below, rules, failed, left_out):
         prefix = relative + "/" if relative else ""
         for name in names:
-            if not ignored(prefix + name):
+            try:
+                reason = rules.left_out(prefix + name)
+            except OSError:
+                continue  # `_walk` has said of this directory that its rules cannot be read
+            if reason is None:
                 yield prefix + name
+            else:
+                left_out(prefix + name, reason)
 
 
-def directories(root: Path) -> list[Path]:
+def directories(root: Path, rules: IgnoreRules) -> list[Path]:
     """The directories in which the project's files are, its root among them; those that can be listed."""
-    return [root, *(root / relative for relative, _ in _walk(root, "", lambda _: None) if relative)]
+    walked = _walk(root, "", rules, lambda _: None, lambda path, reason: None)
+    return [root, *(root / relative for relative, _ in walked if relative)]
 
 
-def _walk(root: Path, below: str, failed: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+def _walk(
+    root: Path,
+    below: str,
+    rules: IgnoreRules,
+    failed: Callable[[OSError], None],
+    left_out: Callable[[str, LeftOut], None],
+) -> Iterator[tuple[str, list[str]]]:
     """Each directory that may hold files of the project, relative, and the names that are no directories to enter."""
 
     def on_error(error: OSError) -> None:
@@ -145,17 +138,34 @@ def _walk(root: Path, below: str, failed: Callable[[OSError], None]) -> Iterator
             names.clear()
             continue
         prefix = relative + "/" if relative else ""
-        names[:] = [
-            name
-            for name in names
-            if name not in IGNORED_DIRECTORIES and not os.path.islink(os.path.join(directory, name))
-        ]
-        closed = [name for name in names if path_problem(prefix + name)]
-        names[:] = [name for name in names if name not in closed]
+        entered, closed = [], []
+        try:
+            rules.read(relative)
+            for name in names:
+                if os.path.islink(os.path.join(directory, name)):
+                    continue
+                if reason := rules.left_out(prefix + name, directory=True):
+                    left_out(f"{prefix}{name}/", reason)
+                elif path_problem(prefix + name):
+                    closed.append(name)
+                else:
+                    entered.append(name)
+        except OSError as error:  # a file of rules that cannot be read: what it keeps back must not be sent
+            error.filename = directory
+            failed(error)
+            names.clear()
+            continue
+        names[:] = entered
         yield relative, [*files, *closed]
 
 
-def list_files(root: Path, below: str = "") -> tuple[set[str], dict[str, str]]:
+def list_files(
+    root: Path,
+    below: str = "",
+    *,
+    rules: IgnoreRules | None = None,
+    left_out: Callable[[str, LeftOut], None] = lambda path, reason: None,
+) -> tuple[set[str], dict[str, str]]:
     """The files at and below a directory; and the directories that cannot be listed, with a slash, and why."""
     unlisted: dict[str, str] = {}
 
@@ -164,15 +174,15 @@ def list_files(root: Path, below: str = "") -> tuple[set[str], dict[str, str]]:
         if relative is not None:
             unlisted[f"{relative}/"] = str(Unreadable(error))
 
-    return set(scan(root, below, failed=failed)), unlisted
+    return set(scan(root, below, rules=rules, failed=failed, left_out=left_out)), unlisted
 
 
 def relative_path(root: Path, path: str) -> str | None:
-    """`path` below `root`, or None when it is elsewhere or in an ignored directory."""
+    """`path` below `root`, or None when it is elsewhere or in a directory that is never the project's."""
     relative = os.path.relpath(path, root).replace(os.sep, "/")
     if relative == ".":
         return ""
-    if relative.startswith("../") or not IGNORED_DIRECTORIES.isdisjoint(relative.split("/")):
+    if relative.startswith("../") or not NEVER.isdisjoint(relative.split("/")):
         return None
     return relative
 
