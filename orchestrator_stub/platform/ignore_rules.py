@@ -108,7 +108,7 @@ class IgnoreRules:
         self._specs: dict[str, Rules | None] = {}
         self._directories: dict[str, LeftOut | None] = {}
         self._top = next((d for d in (root, *root.parents) if (d / ".git").exists()), None)
-        """Of the repository that `root` is in. Its rules above `root` count for what is in it, not for `root` itself."""
+        """Of the repository that `root` is in. Its rules above `root` count for what is in it, not for itself."""
         self._above: list[tuple[str, Rules]] | None = None
 
     def read(self, directory: str) -> None:
