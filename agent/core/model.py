@@ -340,7 +340,6 @@ class Commit(Struct, frozen=True, gc=False):
     revision: int | None = None
     epoch: str | None = None
     timestamp: float | None = None
-    sender: str | None = None
     complete: bool = True
     problems: tuple[Problem, ...] = ()
     trace: TraceParent | None = None
@@ -372,7 +371,6 @@ class Manifest:
     files: Mapping[RelPath, Entry]
     deleted: Mapping[RelPath, int]
     base_revision: int | None = None
-    created_at: str | None = None
     build_seconds: float | None = None
 
     @property
