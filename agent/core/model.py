@@ -12,13 +12,33 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NewType
+from typing import Final, Literal, NewType, get_args
 
 from immutables import Map
 from msgspec import Struct, field
 
 from agent.core.errors import PathRefused
 
+SupervisorProblem = Literal[
+    "dev_server_backoff", "dev_server_failed", "hmr_unreachable", "install_failed", "port_taken"
+]
+LinkProblem = Literal["token_refused"]
+SessionApiProblem = Literal["session_api_refused", "session_api_unreachable"]
+CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected"]
+EngineProblem = Literal["drift", "hash_mismatch", "path_refused"]
+ShadowProblem = Literal["live_unreadable", "shadow_difference"]
+EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
+"""What the system refuses: the whole transaction is undone."""
+WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
+ProblemKind = Literal[
+    SupervisorProblem,
+    LinkProblem,
+    SessionApiProblem,
+    CatchUpProblem,
+    EngineProblem,
+    ShadowProblem,
+    WorkspaceProblem,
+]
 ProblemOwner = Literal[
     "devserver.supervisor",
     "link.loop",
@@ -30,56 +50,17 @@ ProblemOwner = Literal[
 ]
 """The modules that open and close problems."""
 
-ProblemKind = Literal[
-    "dev_server_backoff",
-    "dev_server_failed",
-    "disk_full",
-    "drift",
-    "hash_mismatch",
-    "hmr_unreachable",
-    "install_failed",
-    "io_error",
-    "live_unreadable",
-    "mass_delete",
-    "path_refused",
-    "path_unusable",
-    "permission_denied",
-    "port_taken",
-    "read_only",
-    "session_api_refused",
-    "session_api_unreachable",
-    "shadow_difference",
-    "snapshot_expired",
-    "snapshot_rejected",
-    "token_refused",
-    "too_many_open_files",
-    "undo_failed",
-]
-
+_OWNED: Final[Mapping[ProblemOwner, object]] = {
+    "devserver.supervisor": SupervisorProblem,
+    "link.loop": LinkProblem,
+    "session_api": SessionApiProblem,
+    "sync.catchup": CatchUpProblem,
+    "sync.engine": EngineProblem,
+    "sync.shadow": ShadowProblem,
+    "sync.workspace": WorkspaceProblem,
+}
 PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
-    "dev_server_backoff": "devserver.supervisor",
-    "dev_server_failed": "devserver.supervisor",
-    "disk_full": "sync.workspace",
-    "drift": "sync.engine",
-    "hash_mismatch": "sync.engine",
-    "hmr_unreachable": "devserver.supervisor",
-    "install_failed": "devserver.supervisor",
-    "io_error": "sync.workspace",
-    "live_unreadable": "sync.shadow",
-    "mass_delete": "sync.catchup",
-    "path_refused": "sync.engine",
-    "path_unusable": "sync.workspace",
-    "permission_denied": "sync.workspace",
-    "port_taken": "devserver.supervisor",
-    "read_only": "sync.workspace",
-    "session_api_refused": "session_api",
-    "session_api_unreachable": "session_api",
-    "shadow_difference": "sync.shadow",
-    "snapshot_expired": "sync.catchup",
-    "snapshot_rejected": "sync.catchup",
-    "token_refused": "link.loop",
-    "too_many_open_files": "sync.workspace",
-    "undo_failed": "sync.workspace",
+    kind: owner for owner, kinds in _OWNED.items() for kind in get_args(kinds)
 }
 """The one module that opens and closes each kind. A kind with two owners is closed by one of them while the other still
 has it: a heartbeat that was answered once hid a catch-up that was not."""

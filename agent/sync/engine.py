@@ -169,7 +169,6 @@ class Sync:
         """Make the tree whole, then keep it equal to the database's."""
         await self._begin()
         self._status.phase = SyncPhase.FOLLOWING
-        self._status.hydrated_at = time.time()
         self._on_hydrated()
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from immutables import Map
 from msgspec import structs
 
 from agent.core.errors import Unavailable
-from agent.core.model import Cursor, Entry, Operation, Problem, ProblemKind, RelPath, Tree, Write
+from agent.core.model import (
+    Cursor,
+    Entry,
+    EnvironmentProblem,
+    Operation,
+    Problem,
+    ProblemKind,
+    RelPath,
+    Tree,
+    Write,
+)
 from agent.fs.inspect import Drift, FileStat
 from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import in_turns
@@ -26,13 +37,7 @@ from agent.telemetry.status import Problems
 
 log = get_logger("workspace")
 
-ENVIRONMENT_PROBLEMS: tuple[ProblemKind, ...] = (
-    "disk_full",
-    "permission_denied",
-    "read_only",
-    "too_many_open_files",
-    "io_error",
-)
+ENVIRONMENT_PROBLEMS: tuple[ProblemKind, ...] = get_args(EnvironmentProblem)
 """Kinds that speak of the machine, not of a path: one transaction that is done shows that they are over."""
 
 

@@ -159,7 +159,6 @@ class SyncStatus:
     phase: SyncPhase = SyncPhase.STARTING
     mode: str | None = None
     """How the tree came to be: fresh, resume or rebuild."""
-    hydrated_at: float | None = None
     last_event_at: float | None = None
     last_catch_up_at: float | None = None
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=40))
