@@ -28,7 +28,6 @@ CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected"]
 EngineProblem = Literal["drift", "hash_mismatch", "path_refused"]
 ShadowProblem = Literal["live_unreadable", "shadow_difference"]
 EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
-"""What the system refuses: the whole transaction is undone."""
 WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
 ProblemKind = Literal[
     SupervisorProblem,
@@ -49,6 +48,9 @@ ProblemOwner = Literal[
     "sync.workspace",
 ]
 """The modules that open and close problems."""
+
+ENVIRONMENT_PROBLEMS: Final[tuple[EnvironmentProblem, ...]] = get_args(EnvironmentProblem)
+"""Kinds that speak of the machine, not of a path: one transaction that is done shows that they are over."""
 
 _OWNED: Final[Mapping[ProblemOwner, object]] = {
     "devserver.supervisor": SupervisorProblem,

@@ -1,4 +1,4 @@
-"""Unpacks an archive, as its bytes arrive, into staged files that agree with its manifest, and shows the progress.
+"""Unpacks an archive, as its bytes arrive, into staged files that agree with its manifest, logs progress.
 
 `snapshot.zip_reader` knows what an archive is, `fs` where bytes may go; here is what makes an archive a snapshot: the
 manifest comes first, and an archive is refused whole if a file in it is not listed, if a listed file is missing, or if
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Final, TextIO
+from typing import Final
 
 from agent.config import SnapshotLimits
 from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
@@ -28,11 +27,6 @@ from agent.telemetry.logging import get_logger
 
 LOG_EVERY: Final = 1.0
 """Seconds between two log lines of progress. A hydration that ends before the first has none."""
-
-REDRAW: Final = 0.1
-"""Seconds between two drawings of the progress bar."""
-
-BAR_WIDTH: Final = 30
 
 log = get_logger("hydrate")
 
@@ -59,33 +53,11 @@ class Progress:
         """Return what `/status` and the log show."""
         return asdict(self)
 
-    @property
-    def share(self) -> float | None:
-        """The part that is done, 0 to 1: of unpacked bytes when the manifest has their total, else of received ones."""
-        if self.unpacked_total:
-            return min(1.0, self.unpacked_bytes / self.unpacked_total)
-        if self.expected_bytes:
-            return min(1.0, self.received_bytes / self.expected_bytes)
-        return None
-
-    def bar(self) -> str:
-        """Return a line for a terminal."""
-        share = self.share
-        filled = int(BAR_WIDTH * (share or 0.0))
-        drawn = "█" * filled + "░" * (BAR_WIDTH - filled)
-        percent = " ..." if share is None else f"{share:4.0%}"
-        of_files = "" if self.files_total is None else f" of {self.files_total:,}"
-        again = f", attempt {self.attempt}" if self.attempt > 1 else ""
-        return f"hydrating {drawn} {percent}  {self.files:,}{of_files} files, {self.received_bytes / 1e6:.1f} MB{again}"
-
 
 @asynccontextmanager
-async def reported(progress: Progress, terminal: TextIO | None = None) -> AsyncIterator[None]:
-    """Show `progress` while the block runs: as a bar when `terminal` (default: stderr) is one, else in log lines."""
-    stream = terminal if terminal is not None else sys.stderr
-    showing = asyncio.create_task(
-        _draw(progress, stream) if stream.isatty() else _log(progress), name="hydrate-progress"
-    )
+async def reported(progress: Progress) -> AsyncIterator[None]:
+    """Log `progress` while the block runs."""
+    showing = asyncio.create_task(_log(progress), name="hydrate-progress")
     try:
         yield
     finally:
@@ -97,19 +69,6 @@ async def _log(progress: Progress) -> None:
     while True:
         await asyncio.sleep(LOG_EVERY)
         log.info("hydrate.progress", **progress.report())
-
-
-async def _draw(progress: Progress, stream: TextIO) -> None:
-    # Not at once, so that a small project's start shows no bar.
-    await asyncio.sleep(3 * REDRAW)
-    try:
-        while True:
-            stream.write(f"\r\x1b[K{progress.bar()}")
-            stream.flush()
-            await asyncio.sleep(REDRAW)
-    finally:
-        stream.write("\r\x1b[K")
-        stream.flush()
 
 
 class StagingFailed(Unavailable):
