@@ -15,13 +15,13 @@ import base64
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field, structs
+from msgspec import Struct, field, structs
 
 from agent.core.errors import MalformedMessage, PathRefused
-from agent.core.messages import SNAPSHOT_FORMAT, read_event
+from agent.core.messages import SNAPSHOT_FORMAT, Count, Text, read_event
 from agent.core.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
 
 FAULTS = ("disconnect", "expire_token", "disk_full", "restart_agent")
@@ -31,10 +31,6 @@ T = TypeVar("T")
 
 INLINE_LIMIT = 1_000_000
 """Bytes of content that a sync answer carries; above it a snapshot is the answer, as the orchestrator does."""
-
-
-Count = Annotated[int, Meta(ge=0)]
-Text = Annotated[str, Meta(min_length=1)]
 
 
 class Expect(Struct, frozen=True, omit_defaults=True):
@@ -63,29 +59,27 @@ class Step(Struct, frozen=True, omit_defaults=True):
     line: int = 0
 
 
-class _Files(Struct):
+class Files(Struct, frozen=True):
+    """The files to begin with, as text."""
+
     files: dict[RelPath, str]
 
 
-class _Header(Struct, omit_defaults=True):
+class Header(Struct, frozen=True, omit_defaults=True):
+    """The first line. `snapshot`: the files to begin with, or the name of a zip beside the scenario."""
+
     scenario: Literal[1]
     project_id: Text
     epoch: Text
     revision: Count
-    snapshot: str | _Files
+    snapshot: str | Files
     expect: Expect | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """A whole scenario. `snapshot`: the files to begin with, or the name of a zip beside the scenario."""
+class Scenario(Header, frozen=True, omit_defaults=True):
+    """A whole scenario."""
 
-    project_id: str
-    epoch: str
-    revision: int
-    snapshot: Mapping[RelPath, bytes] | str
-    steps: tuple[Step, ...]
-    expect: Expect | None = None
+    steps: tuple[Step, ...] = ()
 
 
 def read_scenario(text: str, name: str = "scenario") -> Scenario:
@@ -94,55 +88,44 @@ def read_scenario(text: str, name: str = "scenario") -> Scenario:
     if not lines:
         raise MalformedMessage(name, "it is empty")
     (top, _, first), *others = lines
-    header = _decoded(top, first, _Header)
+    header = _decoded(top, first, Header)
+    _check_snapshot(top, header.snapshot)
+    _check_expect(top, header.expect)
     steps = [_step(where, n, line) for where, n, line in others]
     for before, after in pairwise(steps):
         if after.at_ms < before.at_ms:
             where = f"{name}, line {after.line}"
             raise MalformedMessage(where, f"at_ms is {after.at_ms}, before that of the step above it")
-    return Scenario(
-        header.project_id,
-        header.epoch,
-        header.revision,
-        _snapshot(top, header.snapshot),
-        tuple(steps),
-        _expect(top, header.expect),
-    )
+    return Scenario(**structs.asdict(header), steps=tuple(steps))
 
 
 def write_scenario(scenario: Scenario) -> str:
-    """Return the lines that `read_scenario` reads as `scenario`, whose snapshot is a zip beside it."""
-    assert isinstance(scenario.snapshot, str)
-    header = _Header(
-        FORMAT, scenario.project_id, scenario.epoch, scenario.revision, scenario.snapshot, scenario.expect
-    )
-    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in (header, *scenario.steps))
+    """Return the text that `read_scenario` reads as `scenario`."""
+    lines = (structs.replace(scenario, steps=()), *scenario.steps)
+    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in lines)
 
 
 def _decoded(where: str, line: str, form: type[T]) -> T:
     try:
         return msgspec.json.decode(line, type=form)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        kind = "the header, which is the first line" if form is _Header else "a step"
+        kind = "the header, which is the first line" if form is Header else "a step"
         raise MalformedMessage(where, f"not {kind}: {error}") from None
 
 
-def _snapshot(where: str, given: str | _Files) -> Mapping[RelPath, bytes] | str:
-    if isinstance(given, _Files):
+def _check_snapshot(where: str, given: str | Files) -> None:
+    if isinstance(given, Files):
         _admit(where, "snapshot", given.files)
-        return {path: text.encode() for path, text in given.files.items()}
-    if given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
+    elif given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
         raise MalformedMessage(where, "snapshot is neither files nor the name of a zip beside the scenario")
-    return given
 
 
-def _expect(where: str, given: Expect | None) -> Expect | None:
+def _check_expect(where: str, given: Expect | None) -> None:
     if given is not None and given.files is not None:
         _admit(where, "expect", given.files)
         true = tree_hash({path: digest_of(text.encode()) for path, text in given.files.items()})
         if true != given.tree_hash:
             raise MalformedMessage(where, f"expect's tree_hash is not that of its files, which is {true}")
-    return given
 
 
 def _step(where: str, number: int, line: str) -> Step:
@@ -176,6 +159,21 @@ class Row:
     @property
     def digest(self) -> Digest | None:
         return None if self.content is None else digest_of(self.content)
+
+
+def written(path: RelPath, version: int | None, content: bytes | None, *, executable: bool) -> dict[str, Any]:
+    """Write a change as `bulk:apply` and the answer of a sync carry it; `content` None: deleted."""
+    if content is None:
+        return {"action": "delete", "file_path": path, "version": version}
+    return {
+        "action": "update",
+        "file_path": path,
+        "content": base64.b64encode(content).decode(),
+        "encoding": "base64",
+        "content_hash": digest_of(content),
+        "version": version,
+        "executable": executable,
+    }
 
 
 class Log:
@@ -254,22 +252,12 @@ class Log:
             "epoch": self.epoch,
             "revision": self.revision,
             "base_revision": revision,
-            "changes": [self._change(path) for path in sorted(wanted)],
+            "changes": [self._item(path) for path in sorted(wanted)],
         }
 
-    def _change(self, path: RelPath) -> dict[str, Any]:
-        row = self.rows.get(path)
-        if row is None or row.content is None:
-            return {"action": "delete", "file_path": path, "version": row.version if row else 0}
-        return {
-            "action": "update",
-            "file_path": path,
-            "content": base64.b64encode(row.content).decode(),
-            "encoding": "base64",
-            "content_hash": row.digest,
-            "version": row.version,
-            "executable": row.executable,
-        }
+    def _item(self, path: RelPath) -> dict[str, Any]:
+        row = self.rows.get(path, Row(0, None, False, 0))
+        return written(path, row.version, row.content, executable=row.executable)
 
     def manifest(self, base: int | None = None) -> dict[str, Any]:
         """Return the manifest of a full snapshot; with `base`, of a delta for a tree at or above that revision."""
@@ -280,7 +268,6 @@ class Log:
             "epoch": self.epoch,
             "revision": self.revision,
             "base_revision": base,
-            "created_at": None,
             "files": [
                 {
                     "file_path": path,
