@@ -20,6 +20,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -142,33 +144,13 @@ async def obtain(
     Raises:
         CredentialRejected: The URL was refused, and there is no other.
         RootUnusable: The disk did not take the files in any attempt.
-        HydrationImpossible: The budget is spent.
+        HydrationImpossible: The budget is spent, or the archive was refused and there is no other URL.
     """
     progress = progress if progress is not None else Progress()
-    signed = _SignedUrl(url, renew)
-
-    async def once() -> StagedSnapshot:
-        address = await signed.take()
-        try:
-            return await fetch(
-                address,
-                disk=disk,
-                http=http,
-                limits=limits,
-                expected_project=expected_project,
-                progress=progress,
-            )
-        except StagingFailed:
-            raise
-        except Unavailable:
-            if signed.uses >= limits.snapshot_attempts_per_url:
-                await signed.replace_if_possible()
-            raise
-        except (SnapshotRejected, CredentialRejected) as refused:
-            on_refusal(refused)
-            await signed.replace(refused)
-            raise
-
+    once = partial(
+        fetch, disk=disk, http=http, limits=limits, expected_project=expected_project, progress=progress
+    )
+    signed = _SignedUrl(url, renew, on_refusal, limits.snapshot_attempts_per_url)
     # After a refusal there is a fresh URL already: nothing to wait for.
     backoff = Backoff(
         limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
@@ -179,7 +161,7 @@ async def obtain(
     failure: Unavailable | SnapshotRejected | CredentialRejected
     try:
         async with reported(progress):
-            return await retry(once)
+            return await retry(signed.attempt, once)
     except _Final as final:
         failure = final.reason
     except (Unavailable, SnapshotRejected, CredentialRejected) as last:
@@ -200,46 +182,45 @@ class _Final(Exception):
         super().__init__()
 
 
+@dataclass(slots=True)
 class _SignedUrl:
-    """The URL in use, and how to get another one. `uses` counts the attempts with this one."""
+    """The URL in use, and who has another one. `uses` counts the attempts with this one, of at most `most_uses`."""
 
-    def __init__(self, url: str | None, renew: Callable[[str], Awaitable[str | None]] | None) -> None:
-        self._url = url
-        self._renew = renew
-        self.uses = 0
+    url: str | None
+    renew: Callable[[str], Awaitable[str | None]] | None
+    on_refusal: Callable[[SnapshotRejected | CredentialRejected], None]
+    most_uses: int
+    uses: int = 0
 
-    async def take(self) -> str:
-        """Return the URL for the next attempt. Raises `_Final` when there is none."""
-        if self._url is None:
-            self._set(await self._fresh("snapshot_missing"))
+    async def attempt(self, once: Callable[[str], Awaitable[StagedSnapshot]]) -> StagedSnapshot:
+        """Call `once` with the URL, and get another one when that may help. Raises `_Final` when nothing can."""
+        if self.url is None and not await self._replace("snapshot_missing"):
+            raise _Final(CredentialRejected(f"{WHAT} has no URL, and there is none to be had"))
+        assert self.url is not None
         self.uses += 1
-        assert self._url is not None
-        return self._url
+        try:
+            return await once(self.url)
+        except StagingFailed:
+            raise
+        except Unavailable:
+            if self.uses >= self.most_uses:
+                await self._replace("snapshot_unavailable")
+            raise
+        except (SnapshotRejected, CredentialRejected) as refused:
+            self.on_refusal(refused)
+            rejected = isinstance(refused, SnapshotRejected)
+            if not await self._replace("snapshot_rejected" if rejected else "snapshot_expired"):
+                raise _Final(refused) from None
+            raise
 
-    async def replace(self, refused: SnapshotRejected | CredentialRejected) -> None:
-        """Get another URL than the refused one. Raises `_Final` when there is none."""
-        if self._renew is None:
-            raise _Final(refused)
-        rejected = isinstance(refused, SnapshotRejected)
-        fresh = await self._fresh("snapshot_rejected" if rejected else "snapshot_expired")
-        if fresh == self._url:
-            raise _Final(refused)
-        self._set(fresh)
-
-    async def replace_if_possible(self) -> None:
-        """Get another URL than the one that was unavailable; keep that one when there is none."""
-        if self._renew is not None:
-            self._set(await self._renew("snapshot_unavailable") or self._url)
-
-    def _set(self, url: str | None) -> None:
-        self._url, self.uses = url, 0
-
-    async def _fresh(self, reason: str) -> str:
-        url = await self._renew(reason) if self._renew is not None else None
-        if url is None:
-            why = f"{reason.replace('_', ' ')}, and there is no other URL to be had"
-            raise _Final(CredentialRejected(why))
-        return url
+    async def _replace(self, reason: str) -> bool:
+        """Ask for another URL. Returns False when there is no other, and keeps this one."""
+        fresh = await self.renew(reason) if self.renew is not None else None
+        self.uses = 0
+        if fresh is None or fresh == self.url:
+            return False
+        self.url = fresh
+        return True
 
 
 def expiry(url: str) -> float | None:
