@@ -27,7 +27,6 @@ from agent.core.model import (
     Manifest,
     Problem,
     RelPath,
-    SnapshotReady,
     digest_of,
     parse_path,
     read_traceparent,
@@ -92,13 +91,14 @@ class _Offer(Struct):
     manifest: object = None
     timestamp: Moment | None = None
 
-    def read_manifest(self) -> Manifest | None:
-        return None if self.manifest is None else read_manifest(self.manifest)
+    def read(self) -> SnapshotOffer:
+        manifest = None if self.manifest is None else read_manifest(self.manifest)
+        return SnapshotOffer(self.snapshot_url, manifest, _unix(self.timestamp))
 
 
 def read_event(
     event: str, payload: Mapping[str, object], received_at: float | None = None
-) -> Commit | SnapshotReady | None:
+) -> Commit | SnapshotOffer | None:
     """The commit or offer that a broadcast carries; None for an event we do not know.
 
     Content that does not match its hash is dropped and the change becomes one by reference, so that the true
@@ -107,7 +107,7 @@ def read_event(
     read = partial(msgspec.convert, payload)
     if event == "snapshot:ready":
         offer: _Offer = _understood(read, _Offer, event)
-        return SnapshotReady(offer.snapshot_url, offer.read_manifest(), _unix(offer.timestamp))
+        return offer.read()
     if event not in COMMIT_EVENTS:
         return None
     told: _Commit = _understood(read, _Commit, event)
@@ -279,10 +279,11 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotOffer:
-    """Sync's answer as a snapshot to fetch, full or a delta (the manifest says)."""
+    """A snapshot to fetch, full or a delta (the manifest says): sync's answer, or `snapshot:ready` with its time."""
 
     snapshot_url: str
     manifest: Manifest | None = None
+    timestamp: float | None = None
 
 
 SyncAnswer = Current | Changes | SnapshotOffer
@@ -305,7 +306,7 @@ def read_sync_answer(obj: object) -> SyncAnswer:
         changes, problems = read_changes(told.changes, what)
         return Changes(told.epoch, told.revision, told.base_revision, changes, problems)
     if isinstance(told, _Snapshot):
-        return SnapshotOffer(told.snapshot_url, told.read_manifest())
+        return told.read()
     assert isinstance(told, Current)
     return told
 

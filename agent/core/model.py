@@ -330,15 +330,6 @@ class Commit(Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotReady:
-    """A snapshot is there to be taken. `manifest` may be None: it is in the zip anyway."""
-
-    snapshot_url: str
-    manifest: Manifest | None = None
-    timestamp: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a snapshot contains, and where in the project's history it stands.
 

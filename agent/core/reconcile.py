@@ -146,9 +146,7 @@ def step(tree: Tree, commit: Commit, *, optimistic: bool = False) -> Plan:
     folded = _fold(tree.entries, commit.changes, commit.revision or 0, answer=False)
     problems = commit.problems
     if folded.missing:
-        mismatch = any(problem.kind == "hash_mismatch" for problem in problems)
-        gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, folded.missing)
-        return Plan((), tree, Outcome.WAITING, gap, problems)
+        return _without_bytes(tree, folded.missing, problems)
     if folded.conflicts:
         return Plan((), tree, Outcome.WAITING, Gap(Reason.CONFLICT, folded.conflicts), problems)
     outcome = Outcome.APPLIED if folded.fresh or not commit.changes else Outcome.STALE
@@ -162,6 +160,13 @@ def step(tree: Tree, commit: Commit, *, optimistic: bool = False) -> Plan:
     eager = commit.revision != cursor.revision + 1
     hole = Gap(Reason.GAP) if after.islands else None
     return Plan(folded.operations, Tree(after, folded.entries), outcome, hole, problems, eager)
+
+
+def _without_bytes(tree: Tree, missing: frozenset[RelPath], problems: tuple[Problem, ...]) -> Plan:
+    """Nothing is begun: the bytes of `missing` have to be fetched."""
+    mismatch = any(problem.kind == "hash_mismatch" for problem in problems)
+    gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, missing)
+    return Plan((), tree, Outcome.WAITING, gap, problems)
 
 
 def _provisional(tree: Tree, commit: Commit) -> Plan:
@@ -227,9 +232,7 @@ def catch_up(tree: Tree, answer: Changes) -> Plan:
         return Plan((), tree, Outcome.WAITING, Gap(Reason.GAP))
     folded = _fold(tree.entries, answer.changes, answer.revision, answer=True)
     if folded.missing:
-        mismatch = any(problem.kind == "hash_mismatch" for problem in answer.problems)
-        gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, folded.missing)
-        return Plan((), tree, Outcome.WAITING, gap, answer.problems)
+        return _without_bytes(tree, folded.missing, answer.problems)
     after = Tree(cursor.at_least(answer.revision), folded.entries)
     hole = Gap(Reason.GAP) if after.cursor.islands else None
     return Plan(folded.operations, after, Outcome.APPLIED, hole, answer.problems)

@@ -220,12 +220,9 @@ class Follower:
 
     def _cool(self, now: float) -> None:
         """Forget writes that are old enough to be followed by another; `_written` is in order of time."""
-        cool = []
-        for path, at in self._written.items():
+        for path, at in list(self._written.items()):
             if now < at + self.settings.spacing:
                 break
-            cool.append(path)
-        for path in cool:
             del self._written[path]
 
     # --- catch-up
@@ -282,16 +279,12 @@ class Follower:
             return None
         if not any(need.due <= now for need in self._needs.values()):
             return None
-        self._asked, self._needs = self._needs, {}
-        self._asked_at = self.tree
-        first = min(self._asked, key=lambda reason: (reason is not Reason.TREE_HASH, self._asked_due(reason)))
-        paths = frozenset().union(*(need.paths for need in self._asked.values()))
+        asked, self._needs = self._needs, {}
+        self._asked, self._asked_at = asked, self.tree
+        first = min(asked, key=lambda reason: (reason is not Reason.TREE_HASH, asked[reason].due))
+        paths = frozenset().union(*(need.paths for need in asked.values()))
         cursor = self.tree.cursor
         return Request(cursor.epoch, cursor.revision, first, paths)
-
-    def _asked_due(self, reason: Reason) -> float:
-        assert self._asked is not None
-        return self._asked[reason].due
 
     def answered(self, now: float, revision: int | None = None) -> None:
         """The catch-up is done: its answer, good up to `revision`, is in the tree, or there was nothing to do.

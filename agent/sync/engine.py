@@ -23,8 +23,8 @@ from agent.core.errors import (
     SessionGone,
     Superseded,
 )
-from agent.core.messages import Changes, Current, Head, read_event
-from agent.core.model import Commit, Cursor, RelPath, SnapshotReady, Tree, read_traceparent
+from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
+from agent.core.model import Commit, Cursor, RelPath, Tree, read_traceparent
 from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.fs.inspect import Drift
@@ -282,7 +282,7 @@ class Sync:
 
     def _receive_event(self, signal: Received, now: float) -> None:
         commit = self._read(signal)
-        if isinstance(commit, SnapshotReady):
+        if isinstance(commit, SnapshotOffer):
             self._catch_up.offered = commit.snapshot_url
             self._follower.need(Reason.SNAPSHOT_READY, now)
             self._wake.set()
@@ -291,7 +291,7 @@ class Sync:
                 self._problems.add(problem)
             self._follower.receive(commit, now)
 
-    def _read(self, received: Received) -> Commit | SnapshotReady | None:
+    def _read(self, received: Received) -> Commit | SnapshotOffer | None:
         try:
             read = read_event(received.event, received.payload, received.at)
         except (MalformedMessage, PathRefused) as error:
