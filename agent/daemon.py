@@ -118,7 +118,6 @@ def build(
     spans: Spans | None = None,
     source: EventSource | None = None,
     disk: ProjectDir | None = None,
-    problems: Problems | None = None,
     workspace_type: Callable[[ProjectDir, Ledger, Problems], Workspace] = Workspace,
     drift_policy: Literal["off"] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -135,7 +134,6 @@ def build(
         spans: where spans go.
         source: where events come from. Default: the Realtime link of the settings.
         disk: the project directory. Default: that of the settings, owned by DEV_USER.
-        problems: where the parts report problems; its metrics are the agent's.
         workspace_type: makes the workspace of disk, ledger and problems.
         drift_policy: "off" where nothing else can touch the directory. Default: the settings'.
         clock: monotonic seconds, as the event loop waits by.
@@ -144,7 +142,7 @@ def build(
         RootUnusable: DEV_USER could replace a directory of the agent's.
         SettingsError: there is no such DEV_USER.
     """
-    problems = problems or Problems(Metrics())
+    problems = Problems(Metrics())
     metrics, status, skew = problems.metrics, SyncStatus(), ClockSkew()
     tokens = tokens_of(settings)
     api = session_api(settings, tokens, http, skew)
