@@ -184,7 +184,7 @@ class Recorder:
             self._append(Step(self._at_ms(), fault="disconnect", lost=int(lost)))
         if lost:
             stamp = datetime.now(UTC).isoformat()
-            files = [written(c.path, c.version, c.content, executable=c.executable) for c in changes]
+            files = [written(change) for change in changes]
             payload = {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}
             self._append(Step(self._at_ms(), "bulk:apply", payload))
             why = f"{why}: {len(files)} files up to revision {revision}"
@@ -200,7 +200,7 @@ class Recorder:
             return answer.changes, answer.epoch, answer.revision
         manifest, files = _read(await self._fetch(answer.snapshot_url))
         versions = {path: entry.version for path, entry in manifest.files.items()}
-        known = {path: (row.version, row.content) for path, row in self._log.rows.items()}
+        known = {path: (row.change.version, row.change.content) for path, row in self._log.rows.items()}
         changes = [
             Change(path, digest_of(content), versions[path], content)
             for path, content in files.items()
@@ -208,7 +208,8 @@ class Recorder:
         ]
         if manifest.base_revision is None:
             gone = self._log.files().keys() - files.keys()
-            changes += [Change(path, None, self._log.rows[path].version + 1) for path in sorted(gone)]
+            rows = self._log.rows
+            changes += [Change(path, None, (rows[path].change.version or 0) + 1) for path in sorted(gone)]
         else:
             changes += [Change(RelPath(path), None, version) for path, version in manifest.deleted.items()]
         return changes, manifest.epoch, manifest.revision

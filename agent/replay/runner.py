@@ -205,9 +205,7 @@ def _settings(project_id: str, directory: Path, options: ReplayOptions) -> Setti
     """The agent's settings: those of the dev server from its environment, the rest as a replay has them."""
     nobody = {"PROJECT_ID": str(UUID(int=0)), "SESSION_ID": str(UUID(int=0))}
     environ = options.environ or {}
-    settings = read_settings(
-        {key: value for key, value in environ.items() if key.upper() not in nobody} | nobody
-    )
+    settings = read_settings({**environ, **nobody})
     port = settings.dev_port
     if options.environ is not None and "DEV_PORT" not in environ:
         with socket.create_server(("127.0.0.1", 0)) as free:

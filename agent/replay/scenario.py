@@ -22,7 +22,7 @@ from msgspec import Struct, field, structs
 
 from agent.core.errors import MalformedMessage, PathRefused
 from agent.core.messages import SNAPSHOT_FORMAT, Count, Text, read_event
-from agent.core.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
+from agent.core.model import Change, Commit, RelPath, digest_of, parse_path, tree_hash
 
 FAULTS = ("disconnect", "expire_token", "disk_full", "restart_agent")
 FORMAT: Literal[1] = 1
@@ -149,30 +149,24 @@ def _admit(where: str, what: str, paths: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One path in the log; `content` None: deleted."""
+    """One path in the log: its latest change, whole, and the commit that brought it."""
 
-    version: int
-    content: bytes | None
-    executable: bool
+    change: Change
     revision: int
 
-    @property
-    def digest(self) -> Digest | None:
-        return None if self.content is None else digest_of(self.content)
 
-
-def written(path: RelPath, version: int | None, content: bytes | None, *, executable: bool) -> dict[str, Any]:
-    """Write a change as `bulk:apply` and the answer of a sync carry it; `content` None: deleted."""
-    if content is None:
-        return {"action": "delete", "file_path": path, "version": version}
+def written(change: Change) -> dict[str, Any]:
+    """Write a whole change as `bulk:apply` and the answer of a sync carry it."""
+    if change.content is None:
+        return {"action": "delete", "file_path": change.path, "version": change.version}
     return {
         "action": "update",
-        "file_path": path,
-        "content": base64.b64encode(content).decode(),
+        "file_path": change.path,
+        "content": base64.b64encode(change.content).decode(),
         "encoding": "base64",
-        "content_hash": digest_of(content),
-        "version": version,
-        "executable": executable,
+        "content_hash": change.digest,
+        "version": change.version,
+        "executable": change.executable,
     }
 
 
@@ -183,7 +177,10 @@ class Log:
         self.project_id = project_id
         self.epoch = epoch
         self.revision = revision
-        self.rows = {path: Row(1, content, False, revision) for path, content in files.items()}
+        self.rows = {
+            path: Row(Change(path, digest_of(content), 1, content), revision)
+            for path, content in files.items()
+        }
         self._past: set[str] = set()
 
     def commit(self, step: Step, name: str = "scenario") -> None:
@@ -213,21 +210,24 @@ class Log:
                 self._take(Change(path, digest_of(content), None, content), {}, where)
 
     def _take(self, change: Change, contents: Mapping[RelPath, bytes], where: str) -> None:
-        before = self.rows.get(change.path)
-        version = change.version if change.version is not None else (before.version + 1 if before else 1)
-        content = change.content
+        row = self.rows.get(change.path)
+        before = row.change if row else Change(change.path, None, 0)
+        if change.version is None:
+            change = structs.replace(change, version=(before.version or 0) + 1)
         if change.by_reference:
             content = contents.get(change.path)
-            if content is None and before is not None and before.digest == change.digest:
+            if content is None and before.digest == change.digest:
                 content = before.content
             if content is None or digest_of(content) != change.digest:
                 reason = f"the bytes of {change.path} are missing, or do not have the hash {change.digest}"
                 raise MalformedMessage(where, reason)
-        self.rows[change.path] = Row(version, content, change.executable, self.revision)
+            change = structs.replace(change, content=content)
+        self.rows[change.path] = Row(change, self.revision)
 
     def files(self) -> dict[RelPath, bytes]:
         """Return the current tree."""
-        return {path: row.content for path, row in self.rows.items() if row.content is not None}
+        changes = (row.change for row in self.rows.values())
+        return {change.path: change.content for change in changes if change.content is not None}
 
     def head(self) -> dict[str, Any]:
         """Return the head as the answer of PUT …/status says it."""
@@ -245,23 +245,21 @@ class Log:
         wanted = {path for path, row in self.rows.items() if row.revision > revision} | paths
         if not wanted:
             return {"kind": "current", "epoch": self.epoch, "revision": self.revision}
-        if sum(len(row.content or b"") for path in wanted if (row := self.rows.get(path))) > INLINE_LIMIT:
+        rows = ((path, self.rows.get(path)) for path in sorted(wanted))
+        changes = [row.change if row else Change(path, None, 0) for path, row in rows]
+        if sum(len(change.content or b"") for change in changes) > INLINE_LIMIT:
             return offer
         return {
             "kind": "changes",
             "epoch": self.epoch,
             "revision": self.revision,
             "base_revision": revision,
-            "changes": [self._item(path) for path in sorted(wanted)],
+            "changes": [written(change) for change in changes],
         }
-
-    def _item(self, path: RelPath) -> dict[str, Any]:
-        row = self.rows.get(path, Row(0, None, False, 0))
-        return written(path, row.version, row.content, executable=row.executable)
 
     def manifest(self, base: int | None = None) -> dict[str, Any]:
         """Return the manifest of a full snapshot; with `base`, of a delta for a tree at or above that revision."""
-        rows = {path: row for path, row in self.rows.items() if base is None or row.revision > base}
+        changes = [row.change for row in self.rows.values() if base is None or row.revision > base]
         return {
             "format": SNAPSHOT_FORMAT,
             "project_id": self.project_id,
@@ -270,18 +268,18 @@ class Log:
             "base_revision": base,
             "files": [
                 {
-                    "file_path": path,
-                    "content_hash": row.digest,
-                    "size": len(row.content),
-                    "version": row.version,
-                    "executable": row.executable,
+                    "file_path": change.path,
+                    "content_hash": change.digest,
+                    "size": len(change.content),
+                    "version": change.version,
+                    "executable": change.executable,
                 }
-                for path, row in rows.items()
-                if row.content is not None
+                for change in changes
+                if change.content is not None
             ],
             "deleted": [
-                {"file_path": path, "version": row.version}
-                for path, row in rows.items()
-                if base is not None and row.content is None
+                {"file_path": change.path, "version": change.version}
+                for change in changes
+                if base is not None and change.is_delete
             ],
         }

@@ -161,20 +161,18 @@ class Unpacker:
         for event in events:
             if isinstance(event, FileFound):
                 self._take_whole(event.path, event.content)
-                if self.up_to_date:
-                    return
             elif isinstance(event, (bytes, memoryview)):
                 self._write(event)
             elif isinstance(event, FileStarted):
                 self._start(event.path, event.size)
             elif isinstance(event, FileEnded):
                 self._end(event.size)
-                if self.up_to_date:
-                    return
             elif isinstance(event, ExecutableFound):
                 self._executable.add(event.path)
             elif isinstance(event, ArchiveEnded):
                 self._check_complete()
+            if self.up_to_date:
+                return
 
     def close(self) -> None:
         """Note that the body ended. Raises `SnapshotRejected` unless the archive is complete."""

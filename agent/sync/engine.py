@@ -37,7 +37,7 @@ from agent.sync.ledger import LedgerState
 from agent.sync.workspace import Workspace
 from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
-from agent.telemetry.spans import SpanSink
+from agent.telemetry.spans import Spans
 from agent.telemetry.status import Problems, SyncPhase, SyncStatus
 
 log = get_logger("sync")
@@ -75,7 +75,7 @@ class Sync:
         on_hydrated: Callable[[], None],
         drift_policy: Literal["report", "restore", "keep", "off"] = "report",
         skew: ClockSkew | None = None,
-        spans: SpanSink | None = None,
+        spans: Spans | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put the loop on its parts; nothing runs yet.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -36,15 +36,6 @@ FLUSH_SECONDS: Final = 0.5
 Attributes = Mapping[str, str | int | float | None]
 
 
-class SpanSink(Protocol):
-    """Takes finished spans."""
-
-    def record(
-        self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
-    ) -> None:
-        """Record one span, from `start` to `end` in Unix seconds; leaves out attributes that are None."""
-
-
 class Spans:
     """Sends spans to a collector, in a thread of the SDK's own."""
 
@@ -55,7 +46,7 @@ class Spans:
     def record(
         self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
     ) -> None:
-        """See `SpanSink`."""
+        """Record one span, from `start` to `end` in Unix seconds; leaves out attributes that are None."""
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
