@@ -95,7 +95,9 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
 """One line for a person at the machine, for every kind."""
 
 
-_FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
+_FORM = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
+)
 """W3C Trace Context, 3.2. A version after 00 may have more behind another dash."""
 
 
@@ -110,29 +112,16 @@ class TraceParent:
     def __str__(self) -> str:
         return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
 
-    @property
-    def sampled(self) -> bool:
-        """Whether the writer records its part of the trace."""
-        return bool(int(self.flags, 16) & 1)
-
 
 def read_traceparent(value: object) -> TraceParent | None:
     """The parent that `value` names. None when there is none, or it is not a valid one: a trace is never worth an
     event.
     """
-    if not isinstance(value, str):
-        return None
-    found = _FORM.fullmatch(value)
+    found = _FORM.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         return None
     version, trace_id, span_id, flags, more = found.groups()
-    if (
-        version == "ff"
-        or (version == "00" and more is not None)
-        or not (int(trace_id, 16) and int(span_id, 16))
-    ):
-        return None
-    return TraceParent(trace_id, span_id, flags)
+    return TraceParent(trace_id, span_id, flags) if more is None or version != "00" else None
 
 
 RelPath = NewType("RelPath", str)

@@ -44,12 +44,7 @@ class SyncPhase(StrEnum):
 
 
 def agent_state(
-    phase: SyncPhase,
-    dev_server: str,
-    *,
-    link_down_for: float,
-    draining: bool,
-    problems: int,
+    phase: SyncPhase, dev_server: str, *, link_down_for: float, draining: bool, problems: int
 ) -> AgentState:
     """Derive the agent's state from its parts.
 
