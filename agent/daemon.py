@@ -36,6 +36,7 @@ from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
@@ -152,9 +153,8 @@ def build(
     reaper = Reaper()
     supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
-    catch_up = CatchUp(
-        api, workspace.disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
-    )
+    snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
+    catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
     hydrated, stop = asyncio.Event(), asyncio.Event()
 
     def on_tree(paths: Collection[RelPath]) -> None:

@@ -27,6 +27,7 @@ from agent.link.source import Received, Resync, Signal
 from agent.link.types import LinkState
 from agent.replay.simulated_clock import simulate
 from agent.session_api import SessionApi
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger, LedgerState
@@ -325,8 +326,8 @@ class World:
             session = SessionApi(HOST, "session", Tokens(jwt(2_000_000_000)), http) if api else None
             limits = SnapshotLimits(snapshot_retry_seconds=0.1, snapshot_retry_max_seconds=1.0)
             catch_up = CatchUp(
-                session, place, http, limits, PROJECT, problems, lambda: follower.tree.entries
-            )  # fmt: skip
+                session, Downloader(place, http, limits, PROJECT), problems, lambda: follower.tree.entries
+            )
             sync = Sync(
                 follower,
                 workspace,
