@@ -203,32 +203,28 @@ class Unpacker:
 
     def _take_whole(self, path: RelPath, content: bytes) -> None:
         """Take a file that came in one piece. It is verified before it is written."""
+        size = len(content)
         if path == MANIFEST_PATH:
-            self._check_manifest_size(len(content))
+            self._check_manifest_size(size)
             self._read_manifest(content)
             return
-        size = len(content)
+        path, listed = self._expected(path, size)
         digest = digest_of(content)
-        if self._manifest is None:
-            name = self._disk.stage_whole(content, path)
-            self._plain[path] = StagedFile(name, digest, size)
-            self._staged[path] = name
-        else:
-            path, listed = self._expected(path, size)
-            if digest != listed.digest:
-                raise SnapshotRejected("hash_mismatch", f"{path!r} is not what the manifest says")
-            if not self._have or not _equal(self._have.get(path), listed):
-                self._staged[path] = self._disk.stage_whole(content, None if path in self._have else path)
+        _verify(path, listed, size, digest)
+        if not self._is_here(path, listed):
+            name = self._disk.stage_whole(content, None if path in self._have else path)
+            self._keep(path, StagedFile(name, digest, size))
         self._progress.unpacked_bytes += size
         self._progress.files += 1
 
-    def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry]:
-        """Return the manifest's own path string and entry for a file. Refuses one that is not listed, or comes twice.
+    def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry | None]:
+        """Return the manifest's own path string and entry for a file; without a manifest the path and None.
 
-        The manifest's own string, because a second copy of 20,000 paths would be megabytes. `size`: the declared one,
-        if there is one.
+        Refuses a file that is not listed, or comes twice. The manifest's own string, because a second copy of 20,000
+        paths would be megabytes. `size`: the declared one, if there is one.
         """
-        assert self._manifest is not None
+        if self._manifest is None:
+            return path, None
         listed = self._manifest.files.get(path)
         if listed is None:
             raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
@@ -241,16 +237,20 @@ class Unpacker:
             )
         return own, listed
 
+    def _is_here(self, path: RelPath, listed: Entry | None) -> bool:
+        return bool(self._have) and listed is not None and _equal(self._have.get(path), listed)
+
+    def _keep(self, path: RelPath, staged: StagedFile) -> None:
+        self._staged[path] = staged.name
+        if self._manifest is None:
+            self._plain[path] = staged
+
     def _start(self, path: RelPath, size: int | None) -> None:
         if path == MANIFEST_PATH:
             self._manifest_bytes = bytearray()
             return
-        if self._manifest is None:
-            self._path = path
-            self._stage = self._disk.stage(path)
-            return
         self._path, self._listed = path, listed = self._expected(path, size)
-        if self._have and _equal(self._have.get(path), listed):
+        if self._is_here(path, listed):
             self._digest = hashlib.sha256()
         else:
             self._stage = self._disk.stage(None if path in self._have else path)
@@ -268,29 +268,20 @@ class Unpacker:
         self._progress.unpacked_bytes += len(piece)
 
     def _end(self, size: int) -> None:
-        path, stage = self._path, self._stage
+        path = self._path
         if path is None:
             assert self._manifest_bytes is not None
             data, self._manifest_bytes = self._manifest_bytes, None
             self._read_manifest(data)
             return
-        if stage is not None:
-            staged = stage.finish()
-            self._stage = None
+        if self._stage is not None:
+            staged, self._stage = self._stage.finish(), None
+            self._keep(path, staged)
             digest = staged.digest
         else:
             assert self._digest is not None
-            digest = Digest(self._digest.hexdigest())
-            self._digest = None
-        listed = self._listed
-        if listed is not None:
-            if size != listed.size or digest != listed.digest:
-                rule = "size_mismatch" if size != listed.size else "hash_mismatch"
-                raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
-        elif stage is not None:
-            self._plain[path] = staged
-        if stage is not None:
-            self._staged[path] = staged.name
+            digest, self._digest = Digest(self._digest.hexdigest()), None
+        _verify(path, self._listed, size, digest)
         self._path = self._listed = None
         self._progress.files += 1
 
@@ -328,6 +319,12 @@ class Unpacker:
             for path, staged in self._plain.items()
         }
         return Manifest(self._expected_project or "", "", 0, files, {})
+
+
+def _verify(path: RelPath, listed: Entry | None, size: int, digest: Digest) -> None:
+    if listed is not None and (size != listed.size or digest != listed.digest):
+        rule = "size_mismatch" if size != listed.size else "hash_mismatch"
+        raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
 
 
 def _equal(entry: Entry | None, listed: Entry) -> bool:
