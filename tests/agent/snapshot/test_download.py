@@ -10,8 +10,7 @@ import shutil
 import ssl
 import subprocess
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -21,20 +20,16 @@ import pytest
 from agent.config import SnapshotLimits
 from agent.core.errors import (
     CredentialRejected,
-    HydrationImpossible,
     SnapshotRejected,
     Unavailable,
 )
 from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
 from agent.fs.project_dir import ProjectDir
 from agent.fs.staging import Staging
-from agent.snapshot.download import READ_BYTES, Downloader, Progress, StagedSnapshot, expiry
+from agent.snapshot.download import READ_BYTES, Downloader, Progress, expiry
 from agent.snapshot.zip_format import Event
 from agent.snapshot.zip_reader import ZipReader
-from agent.sync.catchup import CatchUp
-from agent.telemetry.metrics import Metrics
-from agent.telemetry.status import Problems
-from tests.agent.disks import in_staging
+from tests.agent.disks import in_staging, staged_files
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
 
@@ -46,20 +41,6 @@ FILES = {
     "src/App.tsx": b"export default 1\n" * 40,
     "public/dot.bin": bytes(range(256)),
 }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ProjectDir]:
-    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
-    disk.open()
-    yield disk
-    disk.close()
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient() as client:
-        yield client
 
 
 @pytest.fixture
@@ -85,11 +66,6 @@ def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate, key)
     return server, ssl.create_default_context(cafile=str(certificate))
-
-
-def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
-    return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
 
 
 def is_clean(tmp_path: Path) -> bool:
@@ -407,72 +383,6 @@ async def test_an_expired_url_is_known_before_asking(disk: ProjectDir, http: htt
             await Downloader(disk, http, QUICK, wall=lambda: 4600).fetch(url)
         assert server.requests == []
         await Downloader(disk, http, QUICK, wall=lambda: 999).fetch(url)
-
-
-async def test_transient_failures_are_retried(
-    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
-) -> None:
-    data = snapshot(FILES)
-    bad = (Answer(b"", 503), Answer(data, cut=50, how="reset"), Answer(data))
-    progress = Progress()
-    async with origin(*bad) as server:
-        got = await Downloader(disk, http, QUICK, progress=progress).obtain(server.url, renew=None)
-    assert staged_files(got, tmp_path) == FILES
-    assert progress.attempt == 3
-
-
-async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    """Jitter would be some milliseconds here."""
-    async with origin(Answer(b"", 503, headers=[("Retry-After", "1")]), Answer(snapshot(FILES))) as server:
-        started = time.monotonic()
-        await Downloader(disk, http, QUICK).obtain(server.url, renew=None)
-        assert time.monotonic() - started >= 1.0
-    assert len(server.requests) == 2
-
-
-async def test_a_refused_url_is_renewed(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    reasons = []
-    async with origin(
-        Answer(b'{"code":"InvalidJWT"}', 400), Answer(b"junk"), Answer(snapshot(FILES))
-    ) as server:
-
-        async def renew(reason: str) -> str | None:
-            reasons.append(reason)
-            return f"{server.url}&n={len(reasons)}"
-
-        await Downloader(disk, http, QUICK).obtain(None, renew=renew)
-    assert reasons == ["snapshot_missing", "snapshot_expired", "snapshot_rejected"]
-
-
-@pytest.mark.parametrize(
-    ("bad", "kind"),
-    [(Answer(b'{"code":"InvalidJWT"}', 400), "snapshot_expired"), (Answer(b"junk"), "snapshot_rejected")],
-)
-async def test_a_refusal_is_a_problem_until_a_snapshot_is_taken(
-    disk: ProjectDir, http: httpx.AsyncClient, bad: Answer, kind: str
-) -> None:
-    problems = Problems(Metrics())
-    catch_up = CatchUp(None, Downloader(disk, http, QUICK, PROJECT), problems, have=dict)
-    async with origin(bad, Answer(snapshot(FILES))) as server:
-        with pytest.raises((CredentialRejected, HydrationImpossible)):
-            await catch_up.first(server.url)
-        assert [problem.kind for problem in problems.open.values()] == [kind]
-        await catch_up.first(server.url)
-    assert not problems.open
-
-
-async def test_giving_up_says_why_in_one_line(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    async with origin(Answer(b"", 503)) as server:
-        with pytest.raises(HydrationImpossible, match=r"after 8 attempts.*HTTP 503") as spent:
-            await Downloader(disk, http, QUICK).obtain(server.url, renew=None)
-        assert len(server.requests) == 8
-    assert "SECRET" not in str(spent.value)
-    async with origin(Answer(b'{"code":"InvalidJWT"}', 400)) as server:
-        with pytest.raises(CredentialRejected):
-            await Downloader(disk, http, QUICK).obtain(server.url, renew=None)
-    async with origin(Answer(b"junk")) as server:
-        with pytest.raises(HydrationImpossible, match="not_a_zip"):
-            await Downloader(disk, http, QUICK).obtain(server.url, renew=None)
 
 
 async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(

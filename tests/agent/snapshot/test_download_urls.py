@@ -6,7 +6,7 @@ import gzip
 import os
 import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -46,20 +46,6 @@ NO_ADDRESS = {
     "no scheme": "s.zip?token=SECRET",
     "nothing": "",
 }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ProjectDir]:
-    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
-    disk.open()
-    yield disk
-    disk.close()
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False) as client:
-        yield client
 
 
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)

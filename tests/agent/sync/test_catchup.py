@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -47,11 +46,6 @@ async def catching_up(world: World, *, api: bool = True) -> AsyncIterator[CatchU
         limits = SnapshotLimits(snapshot_retry_seconds=0.001, snapshot_retry_max_seconds=0.002)
         yield CatchUp(session, Downloader(disk, http, limits, PROJECT), Problems(Metrics()), dict)
     disk.close()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
 
 
 def kinds(catch_up: CatchUp) -> list[str]:

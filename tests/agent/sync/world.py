@@ -20,6 +20,7 @@ import httpx
 import orjson
 
 from agent.config import SnapshotLimits
+from agent.core.messages import Head
 from agent.core.model import Problem, ProblemKind, RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
@@ -384,3 +385,12 @@ def undone_disk(failures: int, kind: ProblemKind = "disk_full", done: Sequence[s
             return type(outcome)(outcome.done, problems, rolled_back=True)
 
     return Undone
+
+
+def head(world: World, **other: Any) -> Head:
+    """Where the database is, as the heartbeat's answer has it."""
+    return Head(world.database.epoch, world.database.revision, **other)
+
+
+def offered(world: World) -> Answer:
+    return lambda _: world.database.offer()
