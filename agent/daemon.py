@@ -23,7 +23,7 @@ from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
 from agent.core.errors import AgentError, RootUnusable, Superseded
 from agent.core.model import RelPath, Tree
-from agent.core.scheduler import Follower, SchedulerSettings
+from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.sandbox import project_rights
 from agent.devserver.supervisor import Supervisor
@@ -149,7 +149,7 @@ def build(
     api = session_api(settings, tokens, http, skew)
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
-    follower = Follower(Tree(), SchedulerSettings(optimistic=settings.optimistic_events))
+    follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
     supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
     shadow = _shadow(settings, problems, follower) if settings.shadow else None

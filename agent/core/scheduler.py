@@ -46,17 +46,6 @@ FUTILE_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerSettings:
-    """The knobs, in seconds. `optimistic`: show a front end's events before the database has confirmed them."""
-
-    spacing: float = SPACING
-    grace: float = GRACE
-    confirm: float = CONFIRM
-    optimistic: bool = False
-    max_waiting: int = MAX_WAITING
-
-
-@dataclass(frozen=True, slots=True)
 class ReadyCommits:
     """Commits to apply now as one plan, of which each path's latest change stands. `steps`: what each of them means."""
 
@@ -88,10 +77,13 @@ class _Need:
 
 
 class Follower:
-    """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`."""
+    """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`.
 
-    def __init__(self, tree: Tree, settings: SchedulerSettings | None = None) -> None:
-        self.settings = settings or SchedulerSettings()
+    `optimistic`: show a front end's events before the database has confirmed them.
+    """
+
+    def __init__(self, tree: Tree, *, optimistic: bool = False) -> None:
+        self._optimistic = optimistic
 
         # The tree, and the commits that are not in it yet.
         self.tree = tree
@@ -121,7 +113,7 @@ class Follower:
         """Take a commit; it is applied by the next `ready` that finds its paths free."""
         if commit.revision is not None and commit.epoch in (None, self.tree.cursor.epoch):
             self.head_revision = max(self.head_revision, commit.revision)
-        if len(self.waiting) >= self.settings.max_waiting:
+        if len(self.waiting) >= MAX_WAITING:
             self.waiting.clear()
             self.need(Reason.OVERFLOW, now)
             return
@@ -154,7 +146,7 @@ class Follower:
         gaps: list[Gap] = []
         tree, eager = self.tree, False
         for commit in commits:
-            plan = step(tree, commit, optimistic=self.settings.optimistic)
+            plan = step(tree, commit, optimistic=self._optimistic)
             tree, eager = plan.tree, eager or plan.eager
             for operation in plan.operations:
                 operations.pop(operation.path, None)
@@ -165,7 +157,7 @@ class Follower:
                 gaps.append(plan.gap)
             if plan.outcome is Outcome.PROVISIONAL:
                 for operation in plan.operations:
-                    self._unconfirmed[operation.path] = now + self.settings.confirm
+                    self._unconfirmed[operation.path] = now + CONFIRM
         for gap in gaps:
             self.need(gap.reason, now, gap.paths)
         plan = Plan(tuple(operations.values()), tree, steps[-1][1], None, tuple(problems), eager)
@@ -206,7 +198,7 @@ class Follower:
         waiting = {commit.revision for commit in self.waiting if commit.revision is not None}
         here = cursor.islands | {revision for revision in waiting if cursor.revision < revision < top}
         if len(here) < top - cursor.revision:
-            self.need(Reason.GAP, now + self._patience(self.settings.grace))
+            self.need(Reason.GAP, now + self._patience(GRACE))
         else:
             self._needs.pop(Reason.GAP, None)
         head = self._needs.get(Reason.HEAD)
@@ -216,12 +208,12 @@ class Follower:
     def free_at(self, paths: Iterable[RelPath]) -> float:
         """From when on all of `paths` may be written: an answer's operations keep the spacing too."""
         written = [at for path in paths if (at := self._written.get(path)) is not None]
-        return max(written) + self.settings.spacing if written else 0.0
+        return max(written) + SPACING if written else 0.0
 
     def _cool(self, now: float) -> None:
         """Forget writes that are old enough to be followed by another; `_written` is in order of time."""
         for path, at in list(self._written.items()):
-            if now < at + self.settings.spacing:
+            if now < at + SPACING:
                 break
             del self._written[path]
 
@@ -259,7 +251,7 @@ class Follower:
             return
         self.head_revision = max(self.head_revision, head.revision)
         if head.revision > cursor.revision:
-            self.need(Reason.HEAD, now + self.settings.grace, revision=head.revision)
+            self.need(Reason.HEAD, now + GRACE, revision=head.revision)
         elif (
             head.tree_hash and head.revision == cursor.revision and not self.waiting and not self._unconfirmed
         ):
@@ -340,5 +332,5 @@ class Follower:
             times += [max(need.due, self._not_before) for need in self._needs.values()]
         times += self._unconfirmed.values()
         if self.waiting and self._written:
-            times.append(next(iter(self._written.values())) + self.settings.spacing)
+            times.append(next(iter(self._written.values())) + SPACING)
         return min(times, default=None)
