@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -186,14 +186,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(
-    url: str,
-    out: TextIO,
-    err: TextIO,
-    *,
-    as_json: bool,
-    watch: bool,
-    environ: Mapping[str, str],
-    sleep: Callable[[float], None] = time.sleep,
+    url: str, out: TextIO, err: TextIO, *, as_json: bool, watch: bool, environ: Mapping[str, str]
 ) -> int:
     """Print the status of the agent at `url`; with `watch` again every second until interrupted.
 
@@ -222,7 +215,7 @@ def show(
             terminal.draw(lines, again=watch and not as_json)
             if not watch:
                 return code
-            sleep(EVERY)
+            time.sleep(EVERY)
     except KeyboardInterrupt:
         terminal.end()
         return code

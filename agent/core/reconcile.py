@@ -321,15 +321,20 @@ def settle(before: Tree, plan: Plan, failed: Set[RelPath]) -> Tree:
     return Tree(before.cursor if plan.eager else plan.tree.cursor, entries)
 
 
-def brake(before: Tree, plan: Plan, *, large: int = 20, share: float = 0.5) -> Problem | None:
-    """The `mass_delete` problem when a snapshot would empty the tree, or take more than `share` of a `large` one.
+LARGE_TREE = 20
+"""Files from which on a snapshot may not remove more than `MOST_REMOVED` of them at once."""
+MOST_REMOVED = 0.5
+
+
+def brake(before: Tree, plan: Plan) -> Problem | None:
+    """The `mass_delete` problem when a snapshot would empty the tree, or take most of a large one.
 
     One wrong answer must not wipe what a person is looking at; a second, independent one is asked for first.
     """
     files = sum(1 for entry in before.entries.values() if entry.is_file)
     removed = sum(1 for operation in plan.operations if isinstance(operation, Remove))
     left = any(entry.is_file for entry in plan.tree.entries.values())
-    if removed and (not left or (files >= large and removed > files * share)):
+    if removed and (not left or (files >= LARGE_TREE and removed > files * MOST_REMOVED)):
         return Problem(
             "mass_delete",
             f"a snapshot would delete {removed} of {files} files; waiting until a second fetch says the same",
