@@ -163,7 +163,7 @@ def _problems(problems: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     for kind, found in kinds.items():
         yield "  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED
         for problem in found[:MOST_PATHS]:
-            yield "", _told(problem), PLAIN
+            yield "", _in_one_line(problem), PLAIN
         if len(found) > MOST_PATHS:
             yield "", f"… and {len(found) - MOST_PATHS} more in --json", PLAIN
         remedy = REMEDIES.get(kind)  # type: ignore[call-overload]
@@ -171,7 +171,7 @@ def _problems(problems: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
             yield "", f"→ {remedy}", YELLOW
 
 
-def _told(problem: Mapping[str, Any]) -> str:
+def _in_one_line(problem: Mapping[str, Any]) -> str:
     """Return one problem in one line: of a log's tail what looks like the reason."""
     path, detail = problem["file_path"], str(problem["detail"] or "")
     lines = [line.strip() for line in detail.splitlines() if line.strip()]

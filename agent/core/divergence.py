@@ -72,7 +72,7 @@ class Comparison:
         self.compared = 0
         """Files that were compared last."""
 
-    def look(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
+    def compare(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
         """Take in what both sides hold now. `found`: the files that are there."""
         before, self._standing = self._standing, {}
         for path, rule, pair in self._unequal(wanted, found):

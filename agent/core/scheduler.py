@@ -123,7 +123,7 @@ class Follower:
         """The commits whose paths are free now; None when there is nothing to do."""
         if not self.waiting:
             return None
-        self._cool(now)
+        self._forget_old_writes(now)
         behind: set[RelPath] = set()
         free: list[Commit] = []
         held: list[Commit] = []
@@ -169,7 +169,7 @@ class Follower:
         """Tell what became of a plan: the paths this disk cannot hold, or that the whole was undone."""
         if undone:
             self._futile += 1
-            self.need(Reason.DISK, now + self._patience(DISK_RETRY))
+            self.need(Reason.DISK, now + self._wait_after_futile(DISK_RETRY))
             return
         self.tree = settle(self.tree, plan, failed)
         self.head_revision = max(self.head_revision, self.tree.cursor.revision)
@@ -184,7 +184,7 @@ class Follower:
                 for path, deadline in self._unconfirmed.items()
                 if (entry := entries.get(path)) is not None and entry.provisional
             }
-        self._look_for_holes(now)
+        self._find_gaps(now)
 
     def adopt(self, tree: Tree) -> None:
         """Take another tree for the truth: what a start, or a look at the disk, has found."""
@@ -192,13 +192,13 @@ class Follower:
         self.head_revision = max(tree.cursor.revision, self.head_revision if same else 0)
         self.tree = tree
 
-    def _look_for_holes(self, now: float) -> None:
+    def _find_gaps(self, now: float) -> None:
         cursor = self.tree.cursor
         top = max(cursor.islands, default=cursor.revision)
         waiting = {commit.revision for commit in self.waiting if commit.revision is not None}
         here = cursor.islands | {revision for revision in waiting if cursor.revision < revision < top}
         if len(here) < top - cursor.revision:
-            self.need(Reason.GAP, now + self._patience(GRACE))
+            self.need(Reason.GAP, now + self._wait_after_futile(GRACE))
         else:
             self._needs.pop(Reason.GAP, None)
         head = self._needs.get(Reason.HEAD)
@@ -210,7 +210,7 @@ class Follower:
         written = [at for path in paths if (at := self._written.get(path)) is not None]
         return max(written) + SPACING if written else 0.0
 
-    def _cool(self, now: float) -> None:
+    def _forget_old_writes(self, now: float) -> None:
         """Forget writes that are old enough to be followed by another; `_written` is in order of time."""
         for path, at in list(self._written.items()):
             if now < at + SPACING:
@@ -295,7 +295,7 @@ class Follower:
                 self.need(Reason.TREE_HASH, now)
         moved = self.tree.cursor != self._asked_at.cursor or self.tree.entries is not self._asked_at.entries
         self._futile = 0 if moved else self._futile + 1
-        self._look_for_holes(now)
+        self._find_gaps(now)
 
     def failed(self, now: float, wait: float) -> None:
         """The catch-up could not be made. What it was for is due again in `wait` seconds, and nothing else sooner."""
@@ -304,7 +304,7 @@ class Follower:
         for reason, need in asked.items():
             self.need(reason, self._not_before, need.paths, need.revision)
 
-    def _patience(self, base: float) -> float:
+    def _wait_after_futile(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX
 
     @property

@@ -115,14 +115,14 @@ def _decoded(where: str, line: str, form: type[T]) -> T:
 
 def _check_snapshot(where: str, given: str | Files) -> None:
     if isinstance(given, Files):
-        _admit(where, "snapshot", given.files)
+        _check_paths(where, "snapshot", given.files)
     elif given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
         raise MalformedMessage(where, "snapshot is neither files nor the name of a zip beside the scenario")
 
 
 def _check_expect(where: str, given: Expect | None) -> None:
     if given is not None and given.files is not None:
-        _admit(where, "expect", given.files)
+        _check_paths(where, "expect", given.files)
         true = tree_hash({path: digest_of(text.encode()) for path, text in given.files.items()})
         if true != given.tree_hash:
             raise MalformedMessage(where, f"expect's tree_hash is not that of its files, which is {true}")
@@ -134,11 +134,11 @@ def _step(where: str, number: int, line: str) -> Step:
         raise MalformedMessage(where, "a step has either an event or a fault")
     if step.fault not in (None, *FAULTS):
         raise MalformedMessage(where, f"fault {step.fault!r} is none of {', '.join(FAULTS)}")
-    _admit(where, "bytes", step.contents)
+    _check_paths(where, "bytes", step.contents)
     return structs.replace(step, line=number)
 
 
-def _admit(where: str, what: str, paths: Iterable[str]) -> None:
+def _check_paths(where: str, what: str, paths: Iterable[str]) -> None:
     """Raise `MalformedMessage` when one of `paths` is none that may be written."""
     try:
         for path in paths:
