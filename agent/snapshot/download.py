@@ -138,9 +138,9 @@ class Downloader:
             on_refusal: Called with each refusal of an archive or URL.
 
         Raises:
-            CredentialRejected: The URL was refused, and there is no other.
+            CredentialRejected: The URL was refused, or the archive, and the orchestrator has no other.
             RootUnusable: The disk did not take the files in any attempt.
-            HydrationImpossible: The budget is spent, or the archive was refused and there is no other URL.
+            HydrationImpossible: The budget is spent, or the archive was refused and there is nobody to ask for another.
         """
         limits = self.limits
         signed = _SignedUrl(url, renew, on_refusal, limits.snapshot_attempts_per_url)
@@ -250,6 +250,8 @@ class _SignedUrl:
             self.on_refusal(refused)
             rejected = isinstance(refused, SnapshotRejected)
             if not await self._replace("snapshot_rejected" if rejected else "snapshot_expired"):
+                if self.renew is not None:
+                    refused = CredentialRejected(f"{refused}, and the orchestrator has no other")
                 raise _Final(refused) from None
             raise
 

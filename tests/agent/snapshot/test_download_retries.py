@@ -92,3 +92,17 @@ async def test_giving_up_says_why_in_one_line(disk: ProjectDir, http: httpx.Asyn
     async with origin(Answer(b"junk")) as server:
         with pytest.raises(HydrationImpossible, match="not_a_zip"):
             await Downloader(disk, http, QUICK).obtain(server.url, renew=None)
+
+
+@pytest.mark.parametrize("other", [None, "the same"])
+async def test_an_archive_that_the_orchestrator_has_no_other_for_is_refused_for_good(
+    disk: ProjectDir, http: httpx.AsyncClient, other: str | None
+) -> None:
+    async with origin(Answer(b"junk")) as server:
+
+        async def renew(_: str) -> str | None:
+            return other and server.url
+
+        with pytest.raises(CredentialRejected, match=r"not_a_zip.*the orchestrator has no other"):
+            await Downloader(disk, http, QUICK).obtain(server.url, renew=renew)
+        assert len(server.requests) == 1
