@@ -49,6 +49,7 @@ from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.turns import Turns
+from orchestrator_stub.snapshots.upkeep import Upkeep
 from orchestrator_stub.snapshots.worker import SnapshotWorker
 
 log = structlog.get_logger("serve")
@@ -125,8 +126,9 @@ async def control_plane(
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             worker = SnapshotWorker(
-                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry)
-            )
+                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
+                upkeep=Upkeep(pool, storage, registry=registry),
+            )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:
             await controller.close()

@@ -93,8 +93,7 @@ class PostgresCacheStore:
 
     async def put(self, project_id: UUID, stamp: str, entry: CacheEntry) -> None:
         await self._run(
-            "with old as (delete from preview.snapshot_offers where kept_until < now() - interval '1 minute')"
-            " insert into preview.snapshot_offers (project_id, stamp, kept, kept_until)"
+            "insert into preview.snapshot_offers (project_id, stamp, kept, kept_until)"
             " values (%s, %s, %s, now() + %s * interval '1 second')"
             " on conflict (project_id, stamp) do update"
             " set kept = excluded.kept, kept_until = excluded.kept_until returning true",
@@ -102,6 +101,13 @@ class PostgresCacheStore:
             stamp,
             Jsonb(_as_json(entry)),
             KEEP_SECONDS,
+        )
+        # A transaction of its own: one that kept an entry as well would hold those of a project that is being deleted,
+        # and wait for its head, which the deletion holds.
+        await self._run(
+            "delete from preview.snapshot_offers where ctid = any (array("
+            " select ctid from preview.snapshot_offers where kept_until < now() - interval '1 minute'"
+            " order by kept_until limit 100 for update skip locked)) returning true"
         )
 
     async def drop(self, project_id: UUID, stamp: str) -> None:
