@@ -46,6 +46,7 @@ from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import describe
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
+from orchestrator_stub.snapshots.allowance import Allowance
 from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.turns import Turns
@@ -103,8 +104,9 @@ async def control_plane(
             RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
         )
         snapshots = SnapshotCache(
-            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
-        )
+            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry,
+            allowance=Allowance(pool, settings.session_stored_bytes),
+        )  # fmt: skip
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
         metrics = Metrics(registry)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Final
-from uuid import UUID
 
 import psycopg
 import structlog
@@ -155,7 +154,8 @@ class Upkeep:
         project_id, hashes = row
         try:
             await self._storage.delete(ASSETS, [f"{project_id}/{digest}" for digest in hashes])
-            gone = await self._forget_rows(project_id, hashes)
+            row = await fetch_one(self._pool, GONE, {"project": project_id, "hashes": hashes})
+            gone = int(row[0]) if row else 0
             if gone == 0:
                 raise StorageFailure(f"delete {len(hashes)} objects", "they are still there", transient=True)
         except StorageFailure as failure:
@@ -166,9 +166,3 @@ class Upkeep:
         self._forgotten.labels("assets").inc(gone)
         log.info("assets.collected", project_id=str(project_id), objects=gone)
         return True
-
-    async def _forget_rows(self, project_id: UUID, hashes: list[str]) -> int:
-        async with self._pool.connection() as connection:
-            cursor = await connection.execute(GONE.encode(), {"project": project_id, "hashes": hashes})
-            row = await cursor.fetchone()
-            return int(row[0]) if row else 0
