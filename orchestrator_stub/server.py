@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
-from orchestrator_stub.sessions.inventory import describe
+from orchestrator_stub.sessions.inventory import age_of, describe
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.allowance import Allowance
@@ -254,9 +255,10 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
             sessions = await store.known({owner.session_id for owner in owners})
     finally:
         await driver.close()
-    found = [describe(machine, installation, sessions) for machine in machines]
+    found = [describe(machine, installation, sessions, time.time()) for machine in machines]
     for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
-        line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
+        age = age_of(each.age_seconds)
+        line = f"{each.machine_id}  {each.state:<8}  {age:<6}  {each.whose:<9}  {each.detail}"
         say(json.dumps(asdict(each)) if as_json else line)
     if not found and not as_json:
         say("no machines")
