@@ -119,6 +119,13 @@ class Settings(BaseSettings):
     """Seconds a session lives when its creator does not say: a working day."""
     session_ttl_max: float = Field(24 * 3600, ge=60)
     """Seconds. More than a day in one machine is a leak, not a session."""
+    session_stored_bytes: int = Field(256 * 2**20, ge=2**20)
+    """Bytes of archives that one session may have stored in an hour; above it the next is refused until there is room.
+    Five of the largest that Storage takes by default, and a hundred of the deltas that a slow agent needs."""
+    user_sessions: int = Field(20, ge=1)
+    """Sessions at a time that one user may ask for with their own token. The service's are not counted against it."""
+    project_sessions: int = Field(10, ge=1)
+    """Sessions at a time of one project, for users that ask for one more; the service may always."""
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
     sync_mode: Literal["live", "shadow"] = "live"

@@ -102,13 +102,15 @@ class Stack:
         self._terminal = terminal
         self._stack = stack
         self._state = StateDirectory(options.state)
-        self._pid = 0
+        self._pids: dict[str, int] = {}
+        self._machine_id: str | None = None
         self._mark: str | None = None
 
     async def run(self) -> None:
         self._options.check()
         directory = self._options.directory
         self._stack.enter_context(self._state.lock())
+        self._state.withdraw()  # of one that was killed
         listener = self._listen()
         port = listener.getsockname()[1]
         node = await _node_version()
@@ -123,8 +125,8 @@ class Stack:
             dev_port=5173 if self._options.port else None,
             restarts=RESTARTS,
             tied=True,
-            on_start=lambda _, pid: self._agent_started(pid),
-            on_exit=lambda _, code: self._agent_ended(code),
+            on_start=self._agent_started,
+            on_exit=self._agent_ended,
         )
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
@@ -142,6 +144,7 @@ class Stack:
         self._say(await editor.begin(), f"{shown} imported", f"{shown} is as it was sent before")
 
         machine, session_id = await self._session(url, project_keys, project_id, driver)
+        self._machine_id = machine.id
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
@@ -377,10 +380,18 @@ class Stack:
             if owner is not None and self._mark is not None and owner.mark == self._mark:
                 await driver.retire(machine.id)
 
-    def _agent_started(self, pid: int) -> None:
-        self._pid = pid
+    @property
+    def _pid(self) -> int:
+        """Our session's agent. Others may be started beside it, through the session API."""
+        return self._pids.get(self._machine_id or "", 0)
 
-    def _agent_ended(self, code: int) -> None:
+    def _agent_started(self, machine: Machine, pid: int) -> None:
+        self._pids[machine.id] = pid
+
+    def _agent_ended(self, machine: Machine, code: int) -> None:
+        if machine.id != self._machine_id:
+            self._pids.pop(machine.id, None)
+            return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._terminal.step(f"the agent {how}")
 

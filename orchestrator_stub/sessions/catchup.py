@@ -91,13 +91,23 @@ class Catchup:
         return kept
 
     async def sync(
-        self, project_id: UUID, *, epoch: str | None, revision: int, reason: str, paths: Sequence[str]
+        self,
+        project_id: UUID,
+        *,
+        epoch: str | None,
+        revision: int,
+        reason: str,
+        paths: Sequence[str],
+        session_id: UUID | None = None,
     ) -> dict[str, Any]:
-        """The answer of `POST …/sync`, as it travels. Raises `ProjectGone`, `SnapshotUnavailable`."""
+        """The answer of `POST …/sync`, as it travels; an archive is built out of the session's allowance.
+
+        Raises `ProjectGone`, `SnapshotUnavailable`, `AllowanceSpent`.
+        """
         if epoch is None or reason in FULL:
             return _snapshot(
                 await self._snapshots.signed_snapshot(
-                    project_id, rebuild=reason in REBUILD, resign=reason in RESIGN
+                    project_id, rebuild=reason in REBUILD, resign=reason in RESIGN, payer=session_id
                 )
             )
         try:
@@ -127,11 +137,13 @@ class Catchup:
                 newer = not paths
                 return _snapshot(
                     await self._snapshots.signed_snapshot(
-                        project_id, base_revision=revision if newer else None
+                        project_id, base_revision=revision if newer else None, payer=session_id
                     )
                 )
         base = revision if answer.get("reason") == "too_large" and not paths else None
-        return _snapshot(await self._snapshots.signed_snapshot(project_id, base_revision=base))
+        return _snapshot(
+            await self._snapshots.signed_snapshot(project_id, base_revision=base, payer=session_id)
+        )
 
     async def _complete(self, project_id: UUID, changes: list[dict[str, Any]]) -> bool:
         """Give every binary file of `changes` its bytes. False: together they are too many."""

@@ -39,10 +39,11 @@ RPCS = {
     "abandon_turn": "select public.abandon_turn('{id}', '{id}')",
     "prune_project_history": "select public.prune_project_history('{id}', '1 day', 1)",
     "new_project_epoch": "select public.new_project_epoch('{id}')",
+    "forget_author": "select public.forget_author('{id}')",
 }
 OF_A_TURN = {"end_turn", "abandon_turn"}
 """With a turn of their own in test_turns; here there is none of that id."""
-FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch"}
+FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch", "forget_author"}
 READABLE = ["projects", "project_files", "project_files_current", "project_heads", "project_history"]
 
 
