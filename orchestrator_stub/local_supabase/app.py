@@ -28,7 +28,7 @@ from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.local_supabase.realtime.limits import Limits
 from orchestrator_stub.local_supabase.realtime.server import Realtime
 from orchestrator_stub.local_supabase.rest import RestRoutes
-from orchestrator_stub.local_supabase.storage import Storage
+from orchestrator_stub.local_supabase.storage.server import Storage
 
 SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
 """Hosted, as the clients derive it; the long form; self-hosted."""
