@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,16 @@ def _checked_dsn(dsn: SecretStr) -> SecretStr:
     if problem:
         raise ValueError(problem)
     return dsn
+
+
+def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what no browser sends as `Origin`: a path, a slash at the end, capitals."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?", origin):
+            raise ValueError(
+                f"{origin!r} is no origin: scheme://host[:port] in lower case, with nothing behind it"
+            )
+    return origins
 
 
 def dsn_problem(dsn: str) -> str | None:
@@ -103,6 +114,11 @@ class Settings(BaseSettings):
     """As the Supabase CLI's local gateway."""
     public_url: HttpUrl | None = None
     """How an agent reaches us; default `http://HOST:PORT`."""
+    cors_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_origins)
+    ] = ()
+    """Web origins, such as `https://app.example.com`, whose pages may call `/v1` with a user's token; several are
+    separated by blanks, `*` is any. None: a browser is told nothing, and the product's backend asks."""
 
     # --- what agents get
     token_role: str = "preview_agent"  # noqa: S105 - a role's name

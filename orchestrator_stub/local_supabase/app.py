@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from orchestrator_stub.local_supabase.access import Pool
+from orchestrator_stub.local_supabase.auth import Auth
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.broadcast import BroadcastRoutes
 from orchestrator_stub.local_supabase.realtime.faults import Faults
@@ -71,6 +72,7 @@ def stand_in(
                 *BroadcastRoutes(realtime).routes(),
                 *storage.routes(),
                 *RestRoutes(pool, keys, clock=clock).routes(),
+                *Auth(pool, keys, clock=clock).routes(),
             ]
         ),
     ]

@@ -1,7 +1,7 @@
 """Says no in Storage's form: a JSON body whose `statusCode` says 404 or 409, behind HTTP 400.
 
-(supabase/storage `internal/errors`.) So is the moment: an upload of a stored key, or of one that the caller may not write,
-is answered before its body is read.
+(supabase/storage `internal/errors`.) So is the moment: an upload of a stored key, or of one that the caller may not
+write, is answered before its body is read.
 """
 
 from __future__ import annotations
