@@ -4,6 +4,7 @@
 -- On a live table: the column is added without a rewrite or a scan. It is no foreign key, so that pruning the history looks at nothing
 -- more than before; a version that was pruned is still named, and not found. Rows that an earlier migration of the same transaction
 -- took over have deferred checks, which are made now: a table with such rows cannot be altered.
+set local lock_timeout = '2s';
 set constraints all immediate;
 alter table public.project_files add column renamed_from uuid;
 set constraints all deferred;
