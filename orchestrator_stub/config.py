@@ -104,6 +104,9 @@ class Settings(BaseSettings):
     jwt_keys_file: Path | None = None
     """A JSON Web Key Set; the first private key signs. Re-read when it changes; a key that cannot be used is left out
     and an error in the log."""
+    storage_object_limit: int = Field(50 * 1024 * 1024, ge=1024 * 1024)
+    """Bytes of one object that Storage takes: an archive of a project, compressed, must fit. Hosted, 50 MB until it is
+    raised in the project's Storage settings; then say the same here."""
     redis_url: SecretStr | None = None
     """Where signed URLs and manifests are cached when set; PostgreSQL otherwise."""
 
