@@ -82,7 +82,7 @@ class StorageClient:
     ) -> None:
         """Store an object. One that is there is replaced, or else left alone and is `KeyAlreadyExists`.
 
-        One above the limit is `EntityTooLarge`, whoever says so: we before it is sent, or Storage, whose limit is lower.
+        One above the limit is `EntityTooLarge`, whoever says so: we before it is sent, or Storage by a lower limit.
         """
         if size > self._limit:
             raise _too_large(path, f"{size} bytes, and STORAGE_OBJECT_LIMIT is {self._limit}")
