@@ -33,7 +33,8 @@ RPCS = {
     "create_project_snapshot": "select public.create_project_snapshot('{id}')",
     "changes_since": "select public.changes_since('{id}', '{id}', 0)",
     "project_tree_hash": "select public.project_tree_hash('{id}')",
-    "rename_project_file": "select public.rename_project_file('{id}', 'a', 'renamed')",
+    "rename_project_file": "select public.rename_project_file('{id}', "
+    "public.upsert_project_file('{id}', 'old', gen_random_uuid()::text) ->> 'file_path', 'new' || gen_random_uuid())",
     "restore_project_file": "select public.restore_project_file('{id}', 'a', 1)",
     "begin_turn": "select public.begin_turn('{id}')",
     "end_turn": "select public.end_turn('{id}', '{id}')",
