@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ def _checked_dsn(dsn: SecretStr) -> SecretStr:
     return dsn
 
 
+def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what no browser sends as `Origin`: a path, a slash at the end, capitals."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?", origin):
+            raise ValueError(
+                f"{origin!r} is no origin: scheme://host[:port] in lower case, with nothing behind it"
+            )
+    return origins
+
+
 def dsn_problem(dsn: str) -> str | None:
     """What is wrong with a connection string, without a word of it; None when nothing is."""
     encode = "percent-encode @ : / and # in its password"
@@ -93,6 +104,9 @@ class Settings(BaseSettings):
     jwt_keys_file: Path | None = None
     """A JSON Web Key Set; the first private key signs. Re-read when it changes; a key that cannot be used is left out
     and an error in the log."""
+    storage_object_limit: int = Field(50 * 1024 * 1024, ge=1024 * 1024)
+    """Bytes of one object that Storage takes: an archive of a project, compressed, must fit. Hosted, 50 MB until it is
+    raised in the project's Storage settings; then say the same here."""
     redis_url: SecretStr | None = None
     """Where signed URLs and manifests are cached when set; PostgreSQL otherwise."""
 
@@ -103,6 +117,11 @@ class Settings(BaseSettings):
     """As the Supabase CLI's local gateway."""
     public_url: HttpUrl | None = None
     """How an agent reaches us; default `http://HOST:PORT`."""
+    cors_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_origins)
+    ] = ()
+    """Web origins, such as `https://app.example.com`, whose pages may call `/v1` with a user's token; several are
+    separated by blanks, `*` is any. None: a browser is told nothing, and the product's backend asks."""
 
     # --- what agents get
     token_role: str = "preview_agent"  # noqa: S105 - a role's name

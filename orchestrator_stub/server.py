@@ -96,7 +96,9 @@ async def control_plane(
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
-        storage = StorageClient(settings.storage_url, service_key, http)
+        storage = StorageClient(
+            settings.storage_url, service_key, http, object_limit=settings.storage_object_limit
+        )
         registry = CollectorRegistry()
         url_ttl = int(settings.snapshot_url_ttl)
         builder = SnapshotBuilder(pool, storage, registry=registry)

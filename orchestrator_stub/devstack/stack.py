@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -28,13 +29,14 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent
-from orchestrator_stub.devstack.project_client import UserAuth
+from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.auth import hash_password
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
@@ -138,7 +140,8 @@ class Stack:
         url = f"http://{HOST}:{port}"
 
         user_id, project_id = _identities(directory)
-        await self._project(service, user_id, project_id, directory.resolve().name)
+        email, password = f"{user_id.hex[:12]}@local.invalid", secrets.token_urlsafe(12)
+        await self._project(service, user_id, project_id, directory.resolve().name, email, password)
         editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
         shown = self._options.directory
         self._say(await editor.begin(), f"{shown} imported", f"{shown} is as it was sent before")
@@ -164,6 +167,9 @@ class Stack:
             preview_url=str(machine.preview_url),
             health_url=str(machine.health_url),
             agent_pid=self._pid,
+            user_email=email,
+            user_password=password,
+            user_token=user_token(keys, user_id, time.time(), LONG),
         )
         self._stack.callback(self._state.withdraw)
         self._state.publish(info)
@@ -240,12 +246,16 @@ class Stack:
             server.should_exit = True
             await asyncio.wait([task], timeout=5)
 
-    async def _project(self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str) -> None:
-        """A user and a project of theirs, as a product's sign-up would make them."""
+    async def _project(
+        self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str, email: str, password: str
+    ) -> None:
+        """A user with a new password and a project of theirs, as a product's sign-up would make them."""
+        hashed = await asyncio.to_thread(hash_password, password)
         async with service.pool.connection() as connection:
             await connection.execute(
-                "insert into auth.users (id, email) values (%s, %s) on conflict do nothing",
-                (user_id, f"{user_id.hex[:12]}@local.invalid"),
+                "insert into auth.users (id, email, encrypted_password) values (%s, %s, %s)"
+                " on conflict (id) do update set encrypted_password = excluded.encrypted_password",
+                (user_id, email, hashed),
             )
             await connection.execute(
                 "insert into public.user_profiles (id, display_name) values (%s, 'you') on conflict do nothing",
@@ -444,6 +454,7 @@ def _settings(port: int, dsn: str, keys: ProjectKeys, state: Path) -> Settings:
             "host": HOST,
             "port": port,
             "session_ttl_max": LONG,
+            "cors_origins": "*",
             "template_dir": None,
             "machines_dir": state / "machines",
         }

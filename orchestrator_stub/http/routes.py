@@ -28,6 +28,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.cors import open_to
 from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
@@ -369,7 +370,7 @@ class SessionRoutes:
             async with asyncio.timeout(self._settings.request_timeout):
                 return await respond(request)
 
-        return Route(path, guarded(endpoint), methods=[*methods])
+        return open_to(self._settings.cors_origins, path, guarded(endpoint), [*methods])
 
 
 def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
