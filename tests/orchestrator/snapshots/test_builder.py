@@ -138,6 +138,14 @@ async def test_an_archive_that_is_stored_holds_up_nobody(world: World, size: int
                 await snapshots.signed_url(again.object_path, 60)
 
 
+async def test_a_full_one_says_too_what_is_gone(world: World) -> None:
+    """An agent that has lost its ledger knows by that which files were ours."""
+    await world.put({"a": "1", "b": "1"})
+    await world.write({"action": "delete", "file_path": "b"})
+    told = (await world.snapshots.build(world.project_id)).manifest
+    assert (told["base_revision"], told["deleted"]) == (None, [{"file_path": "b", "version": 2}])
+
+
 async def test_a_delta_has_what_is_newer_and_what_is_gone(world: World) -> None:
     base = await world.put({"a": "1", "b": "1", "c": "1"})
     await world.put({"a": "2", "d": "1"})
