@@ -104,7 +104,8 @@ async def test_an_archive_is_exactly_the_head(world: World) -> None:
         assert listed[path]["size"] == len(content)
         assert listed[path]["content_hash"] == hashlib.sha256(content).hexdigest()
     assert listed["bin/run"]["executable"] is True
-    assert (told["revision"], told["base_revision"], told["deleted"]) == (revision, None, [])
+    assert (told["revision"], told["base_revision"]) == (revision, None)
+    assert told["deleted"] == [{"file_path": "leer.txt", "version": 2}]
     assert 0 < snapshot.build_seconds < 60
     assert snapshot.manifest == {**told, "build_seconds": round(snapshot.build_seconds, 6)}
     stored = await world.storage.download(BUCKET, snapshot.object_path)
