@@ -38,6 +38,7 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
+from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
@@ -45,6 +46,9 @@ OUTPUT_LINES = 200
 """Lines of output that are kept for status and problems."""
 LOGGED_LINES = 100
 """Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
+AFTER_A_BUG = 1.0
+"""Seconds of rest after a bug in the loop, so that one which stays is no busy loop."""
+
 ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
 log = get_logger("supervisor")
 
@@ -82,6 +86,7 @@ class Supervisor:
         environ: Mapping[str, str] | None = None,
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
+        errors: Errors | None = None,
         policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
@@ -93,6 +98,7 @@ class Supervisor:
             environ: The environment that the child's allow-list picks from; None: the agent's own.
             reaper: Who collects orphans in this process.
             metrics: Where starts, installs and the state are counted.
+            errors: Where bugs are counted.
             policy: The bounds on starts and restarts.
             clock: Monotonic, seconds.
             chance: Random numbers in [0, 1), for the backoff.
@@ -104,6 +110,7 @@ class Supervisor:
         self._environ = os.environ if environ is None else environ
         self._reaper = reaper
         self._metrics = metrics or Metrics()
+        self._errors = errors or Errors(self._metrics)
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._chance = chance
@@ -228,7 +235,14 @@ class Supervisor:
             self._group = group
             try:
                 while True:
-                    self._carry_out(self._apply(await self._next()))
+                    given, bugs = await self._next(), self._errors.counts.get("dev-server", 0)
+                    with self._errors.contained("dev-server"):
+                        self._carry_out(self._apply(given))
+                    if self._errors.counts.get("dev-server", 0) > bugs:
+                        # What was to be done may not have been begun: nothing else would say that it ended.
+                        self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(self._argv)))
+                        self._inputs.put_nowait(Exited(self._state.generation, "exit"))
+                        await asyncio.sleep(AFTER_A_BUG)
                     if self.state is Phase.FAILED and self._settings.dev_essential:
                         raise DevServerFailed(f"the dev server failed for good ({self._state.reason})")
             finally:
@@ -264,22 +278,36 @@ class Supervisor:
         for command in commands:
             match command:
                 case Command.INSTALL:
-                    self._spawn(self._do_install(), "install")
+                    failed = Installed(ok=False, restart=False, usable=bool(self._argv))
+                    self._spawn(self._do_install(), "install", failed)
                 case Command.START | Command.START_FRESH:
                     generation = self._state.generation
                     if generation > 1:
                         self.restarts += 1
                         self._metrics.dev_server_restarts.labels(self._state.reason or "change").inc()
-                    self._spawn(self._do_start(generation, command is Command.START_FRESH), "dev-server")
+                    start = self._do_start(generation, command is Command.START_FRESH)
+                    self._spawn(start, "dev-server", Exited(generation, "exit"))
                 case Command.TERMINATE:
                     if self._child:
                         self._spawn(self._child.stop(self._settings.dev_stop_seconds), "dev-stop")
 
-    def _spawn(self, work: Coroutine[object, object, object], name: str) -> None:
+    def _spawn(self, work: Coroutine[object, object, object], name: str, failed: Input | None = None) -> None:
+        """Do some work beside the loop; after a bug in it, the loop is given `failed` in place of its result."""
         assert self._group is not None
-        task = self._group.create_task(work, name=name)
+        task = self._group.create_task(self._contained(work, failed), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _contained(self, work: Coroutine[object, object, object], failed: Input | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._errors.caught("dev-server", error)
+            if isinstance(failed, Exited) and self._child is not None:
+                child, self._child = self._child, None
+                await child.stop(self._settings.dev_stop_seconds)
+            if failed is not None:
+                self._inputs.put_nowait(failed)
 
     async def _shut_down(self) -> None:
         self._apply(Stop())
@@ -338,7 +366,9 @@ class Supervisor:
             return
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
-        probing = asyncio.create_task(self._probe(generation), name=f"probe-{generation}")
+        probing = asyncio.create_task(
+            self._contained(self._probe(generation), None), name=f"probe-{generation}"
+        )
         try:
             code = await child.wait()
         finally:

@@ -174,7 +174,7 @@ class SnapshotBuilder:
                 base = None
             above = -1 if base is None else base
             files = await _files(connection, project_id, above)
-            deleted = [] if base is None else await _deleted(connection, project_id, above)
+            deleted = await _deleted(connection, project_id, above)
             manifest = _manifest(project_id, head, base, files, deleted)
             archive.add(MANIFEST_PATH, orjson.dumps(manifest))
             texts = [file for file in files if not file.is_binary]

@@ -65,6 +65,31 @@ async def test_one_that_binds_late_is_waited_for(tmp_path: Path) -> None:
         assert supervisor.restarts == 0
 
 
+@pytest.mark.parametrize("where", ["_find", "_carry_out", "_probe"])
+async def test_a_bug_costs_one_try_and_not_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    real, left = getattr(Supervisor, where), 1
+
+    def fails(*given: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise KeyError("a bug")
+        return real(*given)
+
+    async def later(*given: object) -> object:
+        return await fails(*given)  # type: ignore[misc]
+
+    monkeypatch.setattr(Supervisor, where, later if where == "_probe" else fails)
+    policy = RestartPolicy(start_timeout=1.0, backoff_first=0.02, debounce=0.05)
+    async with supervised(tmp_path, *server("late"), policy=policy) as supervisor:
+        await until(lambda: supervisor._errors.counts)
+        supervisor.files_changed({RelPath("package.json")})
+        await until(lambda: supervisor.ready)
+        assert supervisor._errors.counts == {"dev-server": 1}
+
+
 async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> None:
     policy = RestartPolicy(start_timeout=0.4, backoff_first=0.02)
     async with supervised(tmp_path, *server("never"), policy=policy) as supervisor:
