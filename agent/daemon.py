@@ -43,6 +43,7 @@ from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
 from agent.telemetry.logging import Redactor, configure_logs, get_logger, log_uncaught, redactor_for
+from agent.telemetry.loop import stalls_of_running_loop
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans, credentials, open_spans
 from agent.telemetry.status import Problems, SyncStatus
@@ -193,6 +194,7 @@ def build(
         redactor=redactor or redactor_for(settings),
         skew=skew,
         shadow=shadow,
+        stalls=stalls_of_running_loop(),
     )
     metrics.registry.register(report)
     return Agent(

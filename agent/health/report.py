@@ -26,6 +26,7 @@ from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
 from agent.telemetry.logging import Redactor
+from agent.telemetry.loop import LoopStalls
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 
 _PREFIX = "preview_agent"
@@ -51,6 +52,8 @@ class Report(Collector):
     skew: ClockSkew
     shadow: Shadow | None = None
     """With SYNC_MODE=shadow: what stands in the dev server's place."""
+    stalls: LoopStalls | None = None
+    """How long the event loop kept everything waiting; None in a replay."""
     draining: bool = False
 
     @property
@@ -111,6 +114,7 @@ class Report(Collector):
             "dev_server": self.dev.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
+            "loop": self.stalls.report() if self.stalls is not None else None,
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
@@ -153,6 +157,14 @@ class Report(Collector):
                     skew.uncertainty,
                 ),
             ]
+        if self.stalls is not None:
+            gauges.append(
+                (
+                    "loop_stall_seconds",
+                    "The longest time in the last five minutes for which the event loop did nothing else.",
+                    self.stalls.recent(),
+                )
+            )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=value)
         for name, text, count in (
