@@ -263,12 +263,14 @@ class Transaction:
         return temp
 
     def _stat_after(self, path: RelPath, directory: int, name: str, temp: TempFile) -> FileStat | None:
-        """Stat the file just written. None when another process has already replaced it, or it cannot be told."""
+        """Stat the file just written. None when another process has replaced it or written to it already, since that
+        stat would then vouch for what the agent did not write; or when it cannot be told.
+        """
         try:
             now = lstat(directory, name)
         except OSError:
             return None
-        if now is None or now.st_ino != temp.inode:
+        if now is None or not temp.is_whole(now):
             self._problems.append(Drift(path, "missing" if now is None else "changed").problem())
             return None
         return FileStat.of(now)

@@ -33,7 +33,9 @@ async def test_a_turn_is_counted_whole_and_waiting_is_not() -> None:
     assert 0.2 <= took < 0.25
 
 
-def test_a_stall_is_shown_for_five_minutes_and_the_longest_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stall_is_shown_for_five_minutes_and_the_longest_for_ever(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     now = 0.0
     stalls = LoopStalls(lambda: now)
     stalls.note(now, 0.3)
