@@ -373,7 +373,7 @@ class Staging:
         if self._tree is not None:
             name = self._tree.name
             self._close_tree()
-            _remove(name, self.descriptor)
+            self._remove(name)
 
     def clear(self) -> int:
         """Remove everything that any run made here; returns how many files and trees."""
@@ -381,8 +381,40 @@ class Staging:
         self._replaced.clear()
         names = [name for name in os.listdir(self.descriptor) if _OWN_NAME.fullmatch(name)]
         for name in names:
-            _remove(name, self.descriptor)
+            self._remove(name)
         return len(names)
+
+    def _remove(self, name: str) -> None:
+        """Remove the file or directory `name` with all that is in it, as far as that goes.
+
+        A directory in it is moved up first. So no depth takes a descriptor or a frame each, nor a path too long.
+        """
+        waiting = [name]
+        with suppress(OSError):
+            while waiting:
+                waiting += self._remove_level(waiting.pop())
+
+    def _remove_level(self, name: str) -> list[str]:
+        """Remove `name`, and return under which names the directories in it wait now."""
+        moved: list[str] = []
+        try:
+            descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=self.descriptor)
+        except NotADirectoryError:
+            os.unlink(name, dir_fd=self.descriptor)
+            return moved
+        try:
+            with os.scandir(descriptor) as listing:
+                entries = list(listing)
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    moved.append(self._new_name("tree"))
+                    os.rename(entry.name, moved[-1], src_dir_fd=descriptor, dst_dir_fd=self.descriptor)
+                else:
+                    os.unlink(entry.name, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        os.rmdir(name, dir_fd=self.descriptor)
+        return moved
 
     # --- how files are made
 
@@ -449,19 +481,3 @@ def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
     while size and (chunk := os.read(descriptor, min(COPY_CHUNK, size))):
         yield chunk
         size -= len(chunk)
-
-
-def _remove(name: str, directory: int) -> None:
-    """Remove the file or directory `name` of `directory` with all that is in it, as far as that goes."""
-    with suppress(OSError):
-        try:
-            descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
-        except NotADirectoryError:
-            os.unlink(name, dir_fd=directory)
-            return
-        try:
-            for each in os.listdir(descriptor):
-                _remove(each, descriptor)
-        finally:
-            os.close(descriptor)
-        os.rmdir(name, dir_fd=directory)

@@ -314,8 +314,8 @@ class Transaction:
     ) -> Callable[[RelPath, TempFile], None] | None:
         """Exchange `temp` and what is at `name`, or copy that before it is replaced.
 
-        RACE: a directory may have taken the file's place since it was stat'ed. Worst case: it ends up in staging, out
-        of the project, where a rename would have failed.
+        RACE: a directory may have taken the file's place since it was stat'ed. It is given back, and the path is
+        unusable, as where a rename fails.
 
         Returns:
             How to undo it. None when a rename has yet to put `temp` there: nothing is at `name` any more, or the file
@@ -330,6 +330,7 @@ class Transaction:
             if error.errno not in NO_EXCHANGE:
                 raise
         else:
+            self._give_back_directory(temp.name, directory, name, exchange)
             self._replaced.append(temp.name)
             return self._undo_exchange
         if not keep:
@@ -348,8 +349,16 @@ class Transaction:
     def _move_to_staging(self, path: RelPath, directory: int, name: str) -> None:
         moved = self._staging.new_name()
         os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        self._give_back_directory(moved, directory, name, os.rename)
         self._replaced.append(moved)
         self._undo.append((path, partial(self._undo_move, path, moved)))
+
+    def _give_back_directory(self, moved: str, directory: int, name: str, how: Callable[..., None]) -> None:
+        """Put a directory back that came to staging in a file's place. Raises `OSError` when it did."""
+        found = lstat(self._staging.descriptor, moved)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            how(moved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
     # --- removing
 

@@ -79,7 +79,7 @@ class Workspace:
 
     def holds_files(self) -> bool:
         """Whether there is anything in the directory already."""
-        return bool(self.disk.scan())
+        return self.disk.holds_files()
 
     def close(self, cursor: Cursor) -> None:
         """Leave nothing in staging and everything in the ledger."""
