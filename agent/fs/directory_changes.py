@@ -18,7 +18,7 @@ from agent.core.model import MAX_PATH_BYTES, MAX_SEGMENTS, PROTECTED, RelPath, p
 from agent.fs.dirfd import ENVIRONMENT, Blocked, DirectoryCache, DirectoryPermissions
 
 MOST_CLEARED = 64
-"""Empty directories that one transaction removes to make way for files, on the event loop: as many as a path of ours has.
+"""Empty directories that one transaction removes to make way for files: as many as a path of ours has.
 A busy disk takes 3 ms for each, and the project makes 4,000, one in the other, in half a second."""
 
 UndoLog: TypeAlias = list[tuple[RelPath | None, Callable[[], None]]]

@@ -390,31 +390,30 @@ class Staging:
         A directory in it is moved up first. So no depth takes a descriptor or a frame each, nor a path too long.
         """
         waiting = [name]
-        with suppress(OSError):
-            while waiting:
-                waiting += self._remove_level(waiting.pop())
+        while waiting:
+            with suppress(OSError):
+                self._remove_level(waiting.pop(), waiting)
 
-    def _remove_level(self, name: str) -> list[str]:
-        """Remove `name`, and return under which names the directories in it wait now."""
-        moved: list[str] = []
+    def _remove_level(self, name: str, waiting: list[str]) -> None:
+        """Remove `name`; add to `waiting` under which names the directories in it are in staging now."""
         try:
             descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=self.descriptor)
         except NotADirectoryError:
             os.unlink(name, dir_fd=self.descriptor)
-            return moved
+            return
         try:
             with os.scandir(descriptor) as listing:
                 entries = list(listing)
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    moved.append(self._new_name("tree"))
-                    os.rename(entry.name, moved[-1], src_dir_fd=descriptor, dst_dir_fd=self.descriptor)
+                    moved = self._new_name("tree")
+                    os.rename(entry.name, moved, src_dir_fd=descriptor, dst_dir_fd=self.descriptor)
+                    waiting.append(moved)
                 else:
                     os.unlink(entry.name, dir_fd=descriptor)
         finally:
             os.close(descriptor)
         os.rmdir(name, dir_fd=self.descriptor)
-        return moved
 
     # --- how files are made
 
