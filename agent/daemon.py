@@ -146,7 +146,8 @@ def build(
     """
     problems = Problems(Metrics())
     metrics, status, skew = problems.metrics, SyncStatus(), ClockSkew()
-    tokens = tokens_of(settings)
+    redactor = redactor or redactor_for(settings)
+    tokens = tokens_of(settings, redactor.add_renewed)
     api = session_api(settings, tokens, http, skew)
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
@@ -191,7 +192,7 @@ def build(
         link=source,
         dev=supervisor,
         problems=problems,
-        redactor=redactor or redactor_for(settings),
+        redactor=redactor,
         skew=skew,
         shadow=shadow,
         stalls=stalls_of_running_loop(),
@@ -215,10 +216,11 @@ def build(
     )
 
 
-def tokens_of(settings: Settings) -> Tokens:
-    """Hold the session's token: the environment's, or the one in REALTIME_TOKEN_FILE."""
+def tokens_of(settings: Settings, on_token: Callable[[str], None] = lambda token: None) -> Tokens:
+    """Hold the session's token: the environment's, or that of REALTIME_TOKEN_FILE. `on_token` hears of later ones."""
     first = settings.realtime_token
-    return Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+    given = first.get_secret_value() if first else None
+    return Tokens(given, settings.realtime_token_file, on_token=on_token)
 
 
 def session_api(

@@ -101,13 +101,19 @@ class Tokens:
     """
 
     def __init__(
-        self, first: str | None = None, file: Path | None = None, wall: Callable[[], float] = time.time
+        self,
+        first: str | None = None,
+        file: Path | None = None,
+        wall: Callable[[], float] = time.time,
+        on_token: Callable[[str], None] = lambda token: None,
     ) -> None:
+        """Hold `first`. `on_token` is called with every other token before anything else is done with it."""
         self._file = file
         self._file_seen: tuple[int, int, int] | None = None
         self.problem: str | None = None
         """Why the file could not be read, when it could not."""
         self._wall = wall
+        self._on_token = on_token
         self._held = read_token(first) if first else None
 
     def current(self) -> Token | None:
@@ -117,6 +123,7 @@ class Tokens:
 
     def accept(self, value: str) -> Token:
         """Hold a newer token. Raises `MalformedMessage`, and keeps the old one, when it cannot be read."""
+        self._on_token(value.strip())
         token = read_token(value)
         if self._held is None or token.value != self._held.value:
             self._held = token

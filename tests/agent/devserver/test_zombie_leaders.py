@@ -101,12 +101,13 @@ async def test_the_program_itself_may_be_one(says: Path) -> None:
     assert not alive(found)
 
 
-async def test_the_dead_are_not_taken_for_it() -> None:
+def test_the_dead_are_not_taken_for_it() -> None:
     """A child that ended and was not waited for."""
     child = os.fork()
     if child == 0:
         os._exit(0)
-    await until(lambda: child in zombies_of(os.getpid()))
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert child in zombies_of(os.getpid())
     assert child not in guard.descendants(os.getpid())
     assert (child, os.getpid(), True) in list(guard.processes())
     os.waitpid(child, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -145,3 +146,38 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
             SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
         ):
             await health.serve(settings(port=agent.port), cast("Report", agent), CollectorRegistry())
+
+
+async def test_asking_all_the_time_takes_a_twentieth_of_the_loop() -> None:
+    now, made = 0.0, 0
+    recent = health.Recent(lambda: now)
+
+    def make() -> bytes:
+        nonlocal now, made
+        now, made = now + 0.01, made + 1
+        return b"%d" % made
+
+    seen = set()
+    while now < 10:
+        seen.add(recent.body("a", make))
+        now += 0.001
+    assert made == len(seen)
+    assert 0.03 < made * 0.01 / now < 1 / health.REST
+    assert recent.body("b", make) == b"%d" % made, "each kind has its own"
+
+
+async def test_status_is_made_once_for_many_who_ask_together() -> None:
+    asked = 0
+
+    class Slow(Agent):
+        def status(self) -> dict[str, object]:
+            nonlocal asked
+            asked += 1
+            until = time.thread_time() + 0.05
+            while time.thread_time() < until:
+                pass
+            return {"asked": asked}
+
+    async with served(Slow()) as http:
+        answers = await asyncio.gather(*(http.get("/status") for _ in range(10)))
+    assert {answer.json()["asked"] for answer in answers} == {1}
