@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import httpx
 
@@ -42,6 +43,7 @@ from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
+from agent.telemetry.log_writer import LogWriter
 from agent.telemetry.logging import Redactor, configure_logs, get_logger, log_uncaught, redactor_for
 from agent.telemetry.loop import stalls_of_running_loop
 from agent.telemetry.metrics import Metrics
@@ -257,12 +259,14 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
     redactor = redactor_for(settings)
     for secret in credentials(environ):
         redactor.add(secret)
-    configure_logs(settings, redactor)
+    lines = LogWriter(sys.stdout.fileno())
+    configure_logs(settings, redactor, cast("TextIO", lines))
     log_uncaught()
     spans = open_spans(environ, settings.project_id, settings.session_id)
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         agent = build(settings, environ=environ, http=http, redactor=redactor, spans=spans)
+        agent.report.lines = lines
         try:
             agent.reaper.adopt()
             return await _until_stopped(agent)
@@ -275,10 +279,10 @@ async def _until_stopped(agent: Agent) -> int:
     grace = agent.settings.stop_grace
 
     def asked(number: signal.Signals, count: int) -> None:
-        log.info("agent.signal", signal=number.name, count=count)
         if count > 1:
             agent.supervisor.kill_now()
         agent.stop.set()
+        log.info("agent.signal", signal=number.name, count=count)
 
     with stop_signals(asked):
         tasks = [asyncio.create_task(start(), name=name) for name, start in agent.tasks().items()]

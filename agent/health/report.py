@@ -26,6 +26,7 @@ from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
+from agent.telemetry.log_writer import LogWriter
 from agent.telemetry.logging import Redactor
 from agent.telemetry.loop import LoopStalls
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
@@ -55,6 +56,8 @@ class Report(Collector):
     """With SYNC_MODE=shadow: what stands in the dev server's place."""
     stalls: LoopStalls | None = None
     """How long the event loop kept everything waiting; None in a replay."""
+    lines: LogWriter | None = None
+    """Where the log goes; set by the daemon alone."""
     _hashed: tuple[Map[RelPath, Entry], str, int] | None = None
     """The latest tree's entries, hash and number of files."""
     draining: bool = False
@@ -118,6 +121,7 @@ class Report(Collector):
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
             "loop": self.stalls.report() if self.stalls is not None else None,
+            "log_lines_dropped": self.lines.dropped if self.lines is not None else 0,
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
@@ -183,6 +187,11 @@ class Report(Collector):
                 "watch_renewals",
                 "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
                 self.sync.watch_renewals,
+            ),
+            (
+                "log_lines_dropped",
+                "Lines of the log that whoever reads it did not take, or the disk did not.",
+                self.lines.dropped if self.lines is not None else 0,
             ),
         ):
             yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
@@ -100,8 +100,9 @@ def redactor_for(settings: Settings) -> Redactor:
     return Redactor(secret.get_secret_value() for secret in given if secret is not None)
 
 
-def configure_logs(settings: Settings, redactor: Redactor) -> None:
-    """Set structlog up, once, at the start of the process. Lines go to standard output through `redactor`."""
+def configure_logs(settings: Settings, redactor: Redactor, file: TextIO | None = None) -> None:
+    """Set structlog up, once, at the start of the process. Lines go through `redactor` to `file`, or to stdout."""
+    file = file or sys.stdout
     console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stdout.isatty())
     render: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), pad_event_to=24)
@@ -116,11 +117,11 @@ def configure_logs(settings: Settings, redactor: Redactor) -> None:
     structlog.configure(
         processors=[*before, structlog.processors.format_exc_info, redactor, render],
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(file),
         cache_logger_on_first_use=False,
     )
     # Libraries log through the standard module: their warnings become lines, redacted like the others.
-    lines = logging.StreamHandler(sys.stdout)
+    lines = logging.StreamHandler(file)
     lines.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=before,
