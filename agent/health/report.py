@@ -185,7 +185,7 @@ class Report(Collector):
             ("clock_jumps", "Suspensions and clock steps noticed.", link["clock_jumps"]),
             (
                 "watch_renewals",
-                "Times the watch over the project was made again: it failed at a name that is not UTF-8.",
+                "Times the watch over the project was made again: a name that is not UTF-8, or too many at once.",
                 self.sync.watch_renewals,
             ),
             (
