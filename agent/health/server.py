@@ -31,7 +31,10 @@ PATIENCE = 5.0
 MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
-"""Connections. A prober and a scraper need two."""
+"""Connections. A prober and a scraper need two; a program may hold as many silent ones as it likes."""
+AT_ONCE = 0.1
+"""Seconds that every connection is given while there are no more than four times as many as that: a prober's may have
+come together with a hundred silent ones."""
 REST = 20
 """How many times as long as it took a body is given again: asking for it all the time takes a twentieth of the loop."""
 
@@ -60,25 +63,30 @@ async def serve(
         SettingsError: the address cannot be listened on.
     """
     listener = _listen(settings.health_host, settings.health_port)
-    open_now = 0
+    open_now: dict[asyncio.Task[object], float] = {}
     recent = Recent()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal open_now
-        open_now += 1
+        # The oldest makes room: it is silent, or does not read, since the others are answered at once.
+        now = time.monotonic()
+        if len(open_now) >= MOST_AT_ONCE:
+            oldest, since = next(iter(open_now.items()))
+            if now - since > AT_ONCE or len(open_now) >= 4 * MOST_AT_ONCE:
+                del open_now[oldest]
+                oldest.cancel()
+        task = asyncio.current_task()
+        assert task is not None
+        open_now[task] = now
         try:
             with contextlib.suppress(
                 OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
             ):
                 async with asyncio.timeout(PATIENCE):
-                    if open_now > MOST_AT_ONCE:
-                        _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
-                    else:
-                        head = await reader.readuntil(b"\r\n\r\n")
-                        _write(writer, answer(head, report, registry, recent), head=head[:5] == b"HEAD ")
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    _write(writer, answer(head, report, registry, recent), head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
-            open_now -= 1
+            open_now.pop(task, None)
             writer.close()
 
     server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES)
