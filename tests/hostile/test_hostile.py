@@ -28,6 +28,7 @@ import pytest
 
 from agent.core.model import RelPath, parents
 from tests.agent.processes import free_port, of_user, until
+from tests.agent.processes import running as named
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 HERE = Path(__file__).parent
@@ -211,6 +212,7 @@ async def survives(database: str, place: Path, seed: int, seconds: float) -> Cou
         deadline = time.monotonic() + seconds
         await run.edit(lambda: time.monotonic() > deadline, seconds + 60)
         (place / "over").touch()
+        await until(lambda: not named(str(place / "acts.py")), 60)
         assert agent.process is not None
         assert agent.process.poll() is None, agent.log()[-3000:]
         await run.put_right()
