@@ -213,7 +213,8 @@ class Settings(SnapshotLimits, BaseSettings):
     """For one install. A cold one of a large project takes one to two minutes."""
     modules_dir: Path | None = None
     """Staged installs and the cache of finished ones; on the file system of `project_dir`, so that they are
-    moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one."""
+    moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one, where
+    their projects may trust each other."""
 
     # --- following the project
     heartbeat_seconds: Annotated[float, Field(ge=0.2)] = 30.0

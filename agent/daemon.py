@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import httpx
 
@@ -43,7 +44,9 @@ from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
 from agent.sync.shadow import Shadow
 from agent.sync.workspace import Workspace
+from agent.telemetry.log_writer import LogWriter
 from agent.telemetry.logging import Redactor, configure_logs, get_logger, log_uncaught, redactor_for
+from agent.telemetry.loop import stalls_of_running_loop
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans, credentials, open_spans
 from agent.telemetry.status import Problems, SyncStatus
@@ -153,7 +156,8 @@ def build(
     """
     problems = Problems(Metrics())
     metrics, status, skew = problems.metrics, SyncStatus(), ClockSkew()
-    tokens = tokens_of(settings)
+    redactor = redactor or redactor_for(settings)
+    tokens = tokens_of(settings, redactor.add_renewed)
     api = session_api(settings, tokens, http, skew)
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
@@ -198,9 +202,10 @@ def build(
         link=source,
         dev=supervisor,
         problems=problems,
-        redactor=redactor or redactor_for(settings),
+        redactor=redactor,
         skew=skew,
         shadow=shadow,
+        stalls=stalls_of_running_loop(),
     )
     metrics.registry.register(report)
     return Agent(
@@ -221,10 +226,11 @@ def build(
     )
 
 
-def tokens_of(settings: Settings) -> Tokens:
-    """Hold the session's token: the environment's, or the one in REALTIME_TOKEN_FILE."""
+def tokens_of(settings: Settings, on_token: Callable[[str], None] = lambda token: None) -> Tokens:
+    """Hold the session's token: the environment's, or that of REALTIME_TOKEN_FILE. `on_token` hears of later ones."""
     first = settings.realtime_token
-    return Tokens(first.get_secret_value() if first else None, settings.realtime_token_file)
+    given = first.get_secret_value() if first else None
+    return Tokens(given, settings.realtime_token_file, on_token=on_token)
 
 
 def session_api(
@@ -261,12 +267,14 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
     redactor = redactor_for(settings)
     for secret in credentials(environ):
         redactor.add(secret)
-    configure_logs(settings, redactor)
+    lines = LogWriter(sys.stdout.fileno())
+    configure_logs(settings, redactor, cast("TextIO", lines))
     log_uncaught()
     spans = open_spans(environ, settings.project_id, settings.session_id)
     limits = httpx.Limits(max_connections=16, max_keepalive_connections=4)
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         agent = build(settings, environ=environ, http=http, redactor=redactor, spans=spans)
+        agent.report.lines = lines
         try:
             agent.reaper.adopt()
             return await _until_stopped(agent)
@@ -279,10 +287,10 @@ async def _until_stopped(agent: Agent) -> int:
     grace = agent.settings.stop_grace
 
     def asked(number: signal.Signals, count: int) -> None:
-        log.info("agent.signal", signal=number.name, count=count)
         if count > 1:
             agent.supervisor.kill_now()
         agent.stop.set()
+        log.info("agent.signal", signal=number.name, count=count)
 
     with stop_signals(asked):
         tasks = [asyncio.create_task(start(), name=name) for name, start in agent.tasks().items()]

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
+import os
 import random
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +26,9 @@ REFRESH_SHARE: Final = 0.7
 
 REFRESH_JITTER: Final = 0.05
 """Share of a token's lifetime by which the refresh is spread: sessions opened together must not ask together."""
+
+LARGEST_FILE: Final = 64 * 1024
+"""Bytes that are read of a token's file. A token has one kilobyte."""
 
 ASSUMED_LIFETIME: Final = 600.0
 """Seconds that a token without `iat` is taken to last when it is first seen: the protocol says minutes."""
@@ -105,13 +111,19 @@ class Tokens:
     """
 
     def __init__(
-        self, first: str | None = None, file: Path | None = None, wall: Callable[[], float] = time.time
+        self,
+        first: str | None = None,
+        file: Path | None = None,
+        wall: Callable[[], float] = time.time,
+        on_token: Callable[[str], None] = lambda token: None,
     ) -> None:
+        """Hold `first`. `on_token` is called with every other token before anything else is done with it."""
         self._file = file
         self._file_seen: tuple[int, int, int] | None = None
         self.problem: str | None = None
         """Why the file could not be read, when it could not."""
         self._wall = wall
+        self._on_token = on_token
         self._held = read_token(first) if first else None
 
     def current(self) -> Token | None:
@@ -121,6 +133,7 @@ class Tokens:
 
     def accept(self, value: str) -> Token:
         """Hold a newer token. Raises `MalformedMessage`, and keeps the old one, when it cannot be read."""
+        self._on_token(value.strip())
         token = read_token(value)
         if self._held is None or token.value != self._held.value:
             self._held = token
@@ -144,14 +157,25 @@ class Tokens:
         if self._file is None:
             return
         try:
-            stat = self._file.stat()
-            seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            found = self._file.stat()
+            seen = (found.st_mtime_ns, found.st_size, found.st_ino)
             if seen == self._file_seen:
                 return
-            self.accept(self._file.read_text("ascii"))
+            self.accept(_read_small(self._file).decode("ascii"))
             self._file_seen, self.problem = seen, None
         except (OSError, UnicodeDecodeError, MalformedMessage) as error:
             self.problem = f"cannot take the token from {self._file}: {error}"
+
+
+def _read_small(file: Path) -> bytes:
+    """Read a file without waiting for it, as one would for a pipe, and no more of it than a token may have.
+
+    Raises `OSError`; what is no regular file is none.
+    """
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as opened:
+        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return opened.read(LARGEST_FILE)
 
 
 def spread() -> float:

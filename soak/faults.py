@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ import httpx
 import psutil
 import psycopg
 
+from soak.hostile import Hostile
 from soak.program import CannotRun, Program
 from soak.schedule import Fault, Kind
 from soak.stack import Stack
@@ -139,6 +141,14 @@ class Faults:
                 return f"agent {fault.agent}, process {victim.pid}"
             case Kind.DRIFT:
                 return await asyncio.to_thread(self._drift, fault.agent)
+            case Kind.PROJECT_HOSTILE:
+                return await self._hostile(fault)
+            case Kind.DISK_FULL:
+                return await self._without_room(fault, self._stack.disk.fill)
+            case Kind.NO_INODES:
+                return await self._without_room(fault, self._stack.disk.use_up_inodes)
+            case Kind.CLOCK_JUMPED:
+                return await self._jump(fault)
             case Kind.HISTORY_REPLACED:
                 await self._stack.rows("select public.new_project_epoch(%s)", self._projects[fault.project])
                 return f"project {fault.project}"
@@ -176,6 +186,39 @@ class Faults:
             await asyncio.sleep(fault.seconds)
             await program.start()
         return f"process {pid}, {fault.seconds:.1f} s away"
+
+    async def _hostile(self, fault: Fault) -> str:
+        """Its files are saved anew at the next check, as after drift."""
+        hostile = Hostile(self._stack.tree(fault.agent), random.Random(f"hostile {fault.at}"))
+        try:
+            done = await asyncio.to_thread(hostile.act, fault.seconds)
+        finally:
+            self.drifted[fault.agent] |= hostile.touched
+        return f"agent {fault.agent}, {done} acts in {fault.seconds:.1f} s"
+
+    async def _without_room(self, fault: Fault, use_up: Callable[[], str | None]) -> str:
+        """The machines' disk has no space, or no inode, for a while."""
+        async with self._locks["disk"]:
+            if (why := await asyncio.to_thread(use_up)) is not None:
+                return f"could not: {why}"
+            try:
+                await asyncio.sleep(fault.seconds)
+            finally:
+                await asyncio.to_thread(self._stack.disk.clear)
+        return f"{fault.seconds:.1f} s, all machines"
+
+    async def _jump(self, fault: Fault) -> str:
+        """The wall clock of this whole machine jumps, and comes back; only where SOAK_CLOCK=1 allows it."""
+        if os.environ.get("SOAK_CLOCK") != "1":
+            return "could not: the clock is everybody's; SOAK_CLOCK=1 lets it jump, on a machine of its own"
+        by = (fault.seconds + 5) * 60 * (1 if fault.wide else -1)
+        async with self._locks["clock"]:
+            time.clock_settime(time.CLOCK_REALTIME, time.time() + by)
+            try:
+                await asyncio.sleep(fault.seconds)
+            finally:
+                time.clock_settime(time.CLOCK_REALTIME, time.time() - by)
+        return f"{by:+.0f} s, for {fault.seconds:.1f} s"
 
     def _agent(self, number: int) -> psutil.Process:
         process = self._stack.process(number)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -283,6 +284,8 @@ class Soak:
         await self._watch.close()
         outcome.lives, outcome.ticks = self._watch.lives, self._watch.ticks
         outcome.totals, outcome.lag_buckets = self._watch.totals, self._watch.lag_buckets
+        for number in stack.sessions:
+            await asyncio.to_thread(_copy_log, stack.directory(number), stack.state / f"agent-{number}.log")
         try:
             outcome.wrong += await stack.close_sessions()
         except (CannotRun, httpx.HTTPError, AttributeError) as error:
@@ -294,11 +297,18 @@ class Soak:
                 psutil.Process(pid).kill()
         machines = stack.state / "machines"
         outcome.wrong += [f"left behind: {path}" for path in machines.glob("*")]
+        await asyncio.to_thread(stack.disk.unmount)
         outcome.logs = await asyncio.to_thread(read_logs, stack.state)
         outcome.wrong += outcome.logs.wrong
 
 
 def _keep_log(machine: Path, to: Path) -> None:
     if not to.exists():
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # not there yet, or on a disk of its own
             os.link(machine / "agent.log", to)
+
+
+def _copy_log(machine: Path, to: Path) -> None:
+    if not to.exists():
+        with suppress(OSError):
+            shutil.copyfile(machine / "agent.log", to)

@@ -35,6 +35,10 @@ class Kind(StrEnum):
     MACHINE_REPLACED = "machine replaced"
     DEV_SERVER_KILLED = "dev server killed"
     DRIFT = "drift"
+    PROJECT_HOSTILE = "project hostile"
+    DISK_FULL = "disk full"
+    NO_INODES = "no inodes"
+    CLOCK_JUMPED = "clock jumped"
     HISTORY_REPLACED = "history replaced"
     CONNECTIONS_KILLED = "connections killed"
     DATABASE_CRASHED = "database crashed"
@@ -63,6 +67,10 @@ DECK: dict[Kind, int] = {
     Kind.MACHINE_REPLACED: 2,
     Kind.DEV_SERVER_KILLED: 4,
     Kind.DRIFT: 5,
+    Kind.PROJECT_HOSTILE: 3,
+    Kind.DISK_FULL: 2,
+    Kind.NO_INODES: 2,
+    Kind.CLOCK_JUMPED: 1,
     Kind.HISTORY_REPLACED: 2,
     Kind.CONNECTIONS_KILLED: 2,
     Kind.DATABASE_CRASHED: 1,
@@ -70,7 +78,7 @@ DECK: dict[Kind, int] = {
     Kind.ORCHESTRATOR_KILLED: 1,
     Kind.SUPABASE_KILLED: 1,
 }
-"""How many of each are in the deck of 70: small faults often, those that end a watched process seldom, so that its life
+"""How many of each are in the deck of 78: small faults often, those that end a watched process seldom, so that its life
 is long enough to see it grow."""
 
 ENDS_AN_AGENT = frozenset({Kind.AGENT_KILLED, Kind.MACHINE_REPLACED})

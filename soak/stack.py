@@ -33,6 +33,7 @@ from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.local import LocalMachines, Record
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
+from soak.disk import MachinesDisk
 from soak.program import CannotRun, Program
 
 TOKEN_TTL = 60
@@ -83,6 +84,7 @@ class Stack:
         self.supabase: Program
         self.orchestrator: Program
         self.url = ""
+        self.disk = MachinesDisk(self.state / "machines")
         self._postgres = EmbeddedPostgres(self.state / "postgres", options=THROWAWAY)
 
     @property
@@ -93,6 +95,7 @@ class Stack:
         """Everything but the sessions. Raises `CannotRun`, `EmbeddedPostgresError`."""
         await self._clean()
         self.state.mkdir(parents=True)
+        self.disk.mount()
         self.keyring = local_keyring(self.state / "keys.json")
         self.keys = ProjectKeys.of(self.keyring)
         self.dsn = await self._postgres.start()
@@ -147,6 +150,9 @@ class Stack:
             earlier = LocalMachines(self.state / "machines", environment={})
             for machine in await earlier.list():
                 await earlier.retire(machine.id)
+            if os.path.ismount(self.disk.place):
+                self.disk.mounted = True
+                self.disk.unmount()
             await asyncio.to_thread(shutil.rmtree, self.state)
 
     async def project(self, project_id: UUID, owner: UUID) -> None:

@@ -44,7 +44,7 @@ LEAST_SPACE = 512 * 2**20
 """Bytes. A snapshot of the largest kind and one install fit in twice that; below it, expect `disk_full`."""
 LEAST_INODES = 20_000
 """The example has 600 entries in node_modules, larger projects a hundred times that, and twice during a swap."""
-CAPABILITIES = {"CHOWN": 0, "KILL": 5, "SETGID": 6, "SETUID": 7}
+CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "KILL": 5, "SETGID": 6, "SETUID": 7}
 """What root needs to run the project as another user: `linux/capability.h`. Every engine gives them by default."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""

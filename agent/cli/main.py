@@ -120,8 +120,10 @@ def _run(_: argparse.Namespace) -> int:
 
     from agent.config import read_environment
     from agent.daemon import run
+    from agent.telemetry.loop import WatchedLoop
 
-    return asyncio.run(run(read_environment(os.environ), os.environ))
+    with asyncio.Runner(loop_factory=WatchedLoop) as runner:
+        return runner.run(run(read_environment(os.environ), os.environ))
 
 
 def _check(_: argparse.Namespace) -> int:

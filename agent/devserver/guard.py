@@ -19,6 +19,7 @@ It ignores TERM, INT, HUP and QUIT: they are sent to the whole group, and are me
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -47,6 +48,8 @@ largest process, and with sixty small ones that is the agent, which then can nei
 AGENT_OOM_SCORE = -500
 """The agent's and its guards', where it may set that: half of the memory does not count."""
 KILLED = 128 + signal.SIGKILL
+LONGEST_PAUSE = 0.5
+"""Seconds between two rounds of killing what does not end."""
 
 
 def prctl(option: int, value: int) -> None:
@@ -112,23 +115,27 @@ def limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def processes() -> Iterator[tuple[int, bytes, int]]:
-    """Yield pid, state (one letter, proc(5)) and parent of every process."""
+def processes() -> Iterator[tuple[int, int, bool]]:
+    """Yield pid, parent and whether it is dead, of every process.
+
+    `Z` in /proc/PID/stat is the state of a process's first thread alone. While another goes on, the process runs code,
+    forks and can be signalled; field 20, `num_threads`, says so (proc(5)).
+    """
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as stat:
-                    state, parent = stat.read().rpartition(b")")[2].split()[:2]
+                    fields = stat.read().rpartition(b")")[2].split()
             except OSError:
                 continue
-            yield int(name), state, int(parent)
+            yield int(name), int(fields[1]), fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
 
 
 def descendants(root: int) -> set[int]:
     """Return every process below `root` that is not dead."""
     children: dict[int, list[int]] = {}
-    for pid, state, parent in processes():
-        if state not in (b"Z", b"X"):
+    for pid, parent, dead in processes():
+        if not dead:
             children.setdefault(parent, []).append(pid)
     found: set[int] = set()
     ahead = [root]
@@ -145,12 +152,13 @@ def kill_everything() -> None:
 
     Freeze first, kill second: a frozen process cannot fork, so a fork bomb stops growing before its places in the
     process table are free again. RACE: a fork that is under way when SIGSTOP arrives shows its child only when /proc
-    is read again; hence round after round until there is nothing left to wait for.
+    is read again; hence round after round until there is nothing left to wait for. What hangs in the kernel may never
+    end, so the rounds get longer.
     """
     if not os.path.isdir("/proc/self"):
         os.killpg(0, signal.SIGKILL)
     me = os.getpid()
-    while True:
+    for rounds in itertools.count():
         frozen: set[int] = set()
         while found := descendants(me) - frozen:
             for pid in found:
@@ -163,7 +171,12 @@ def kill_everything() -> None:
                 pass
         except ChildProcessError:
             return
-        time.sleep(0.005)
+        time.sleep(pause_after(rounds))
+
+
+def pause_after(rounds: int) -> float:
+    """Return the seconds until the next round of killing, after so many."""
+    return min(0.005 * 1.5 ** min(rounds, 20), LONGEST_PAUSE)
 
 
 def _kill(pid: int, number: int) -> None:

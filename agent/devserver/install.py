@@ -298,7 +298,7 @@ class Installer:
         script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
         await self._do("stage", script, wanted.root, stage, *files)
         try:
-            staged = project.find(stage / "tree", scripts=self._scripts)
+            staged = await asyncio.to_thread(project.find, stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
             raise _Failed("package_json", str(error)) from None
         if staged is None or not staged.has_dependencies:

@@ -7,6 +7,7 @@ cannot be read is a `ProjectUnreadable` with one sentence; what runs already is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,15 @@ from agent.core.errors import AgentError, PathRefused
 from agent.core.model import parse_path
 
 LARGEST = 64 * 2**20
-"""Bytes of a file that is read. Lock files of big workspaces reach 10 MB."""
+"""Bytes of a lock file that is read. Those of big workspaces reach 10 MB."""
+LARGEST_PACKAGE = 2**20
+"""Bytes of a package.json that is read. One of 64 MB took 1.7 GB of memory and held the interpreter for seconds."""
+MOST_PACKAGE_BYTES = 16 * 2**20
+"""Bytes of all package.json of a workspace together; some 0.2 s of reading."""
+MOST_WALKED = 20_000
+"""Directories that are searched for a workspace's packages: 0.5 s."""
+MOST_BESIDE = 2_000
+"""Entries beside which a project one level down is searched: 10 ms."""
 RECORD = ".preview-install.json"
 """The file in node_modules that has the key it was installed for."""
 PLACES = ".preview-places"
@@ -164,10 +173,16 @@ def find(directory: Path, *, scripts: bool = False) -> Project | None:
     raise ProjectUnreadable(f"cannot read package.json: {why}")
 
 
+def is_there(directory: Path) -> bool:
+    """Return whether `find` would read anything. Quick enough for the event loop."""
+    return os.path.lexists(directory / "package.json") or len(_below(directory)) == 1
+
+
 def _below(directory: Path) -> list[Path]:
     try:
         with os.scandir(directory) as entries:
-            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+            some = itertools.islice(entries, MOST_BESIDE)
+            names = sorted(e.name for e in some if e.is_dir(follow_symlinks=False))
     except OSError:
         return []
     hidden = (".", "node_modules")
@@ -188,7 +203,7 @@ def _is_path(name: str) -> bool:
 
 
 def _read(root: Path, scripts: bool) -> Project:
-    raw = read_small(root / "package.json")
+    raw = read_small(root / "package.json", LARGEST_PACKAGE)
     if raw is None:
         raise ProjectUnreadable(f"cannot read {root.name}/package.json: not a regular file, or too large")
     package = json.loads(raw)
@@ -283,13 +298,15 @@ def _key(
 
 
 def _packages(root: Path) -> dict[str, Any]:
-    """Return what the packages of a workspace depend on, by path."""
+    """Return what the packages of a workspace depend on, by path; of an immense one, the first."""
     found: dict[str, Any] = {}
-    for place, directories, files in os.walk(root):
+    left = MOST_PACKAGE_BYTES
+    for place, directories, files in itertools.islice(os.walk(root), MOST_WALKED):
         directories[:] = sorted(d for d in directories if d != "node_modules" and not d.startswith("."))
         if "package.json" not in files or Path(place) == root:
             continue
-        raw = read_small(Path(place, "package.json")) or b""
+        raw = read_small(Path(place, "package.json"), min(LARGEST_PACKAGE, left)) or b""
+        left -= len(raw)
         try:
             package = json.loads(raw)
             fields = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}

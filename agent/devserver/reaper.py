@@ -117,7 +117,7 @@ def _dead_children() -> list[int]:
     if sys.platform != "linux":
         return []
     me = os.getpid()
-    return [pid for pid, state, parent in processes() if state == b"Z" and parent == me]
+    return [pid for pid, parent, dead in processes() if dead and parent == me]
 
 
 @contextlib.contextmanager

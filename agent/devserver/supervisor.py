@@ -7,7 +7,6 @@ install, an edit, time that passed), carries out the commands it returns, and ke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import time
@@ -324,7 +323,7 @@ class Supervisor:
     async def _do_install(self) -> None:
         result, argv = None, self._argv
         try:
-            wanted = self._find()
+            wanted = await asyncio.to_thread(self._find)
         except ProjectUnreadable as error:
             self._install_problem = Problem("install_failed", str(error), rule="package_json")
             self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(argv)))
@@ -346,7 +345,7 @@ class Supervisor:
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
         try:
-            wanted = self._find()
+            wanted = await asyncio.to_thread(self._find)
         except ProjectUnreadable:
             wanted = None
         argv = self._command(wanted, fresh=False) or self._argv
@@ -394,11 +393,7 @@ class Supervisor:
         return project.find(self._settings.project_dir, scripts=self._settings.install_scripts)
 
     def _runnable(self) -> bool:
-        if self._settings.dev_command:
-            return True
-        with contextlib.suppress(ProjectUnreadable):
-            return self._find() is not None
-        return True
+        return bool(self._settings.dev_command) or project.is_there(self._settings.project_dir)
 
     def _command(self, wanted: Project | None, *, fresh: bool) -> tuple[str, ...]:
         if self._settings.dev_command:

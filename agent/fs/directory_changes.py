@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import TypeAlias
 
-from agent.core.model import PROTECTED, RelPath, parents
+from agent.core.model import MAX_PATH_BYTES, MAX_SEGMENTS, PROTECTED, RelPath, parents
 from agent.fs.dirfd import ENVIRONMENT, Blocked, DirectoryCache, DirectoryPermissions
-from agent.fs.inspect import lstat
+
+MOST_CLEARED = 64
+"""Empty directories that one transaction removes to make way for files: as many as a path of ours has.
+A busy disk takes 3 ms for each, and the project makes 4,000, one in the other, in half a second."""
 
 UndoLog: TypeAlias = list[tuple[RelPath | None, Callable[[], None]]]
 """The inverse of each step so far, in order, with the path that stays changed when it fails."""
@@ -45,6 +47,9 @@ class DirectoryChanges:
         self._permissions = permissions
         self._undo = undo
 
+        self._clearable = MOST_CLEARED
+        """Directories that may still be removed to make way."""
+
         self.changed: dict[RelPath, bool] = {}
         """The agent's directories that came (True) and went (False)."""
 
@@ -71,21 +76,32 @@ class DirectoryChanges:
             self.changed.pop(path, None)
 
     def clear(self, path: RelPath) -> None:
-        """Remove a directory that has no file in it, however deep, to make way for a file.
+        """Remove a directory that has no file in it to make way for a file.
 
         An empty one may be an earlier run's that was killed before it had recorded it. Raises `OSError` when there is
-        a file in it.
+        a file in it, when it has more directories than may be removed, or deeper ones than any path of ours.
         """
         directories = [path]
         for each in directories:
-            inside = self._directories.open(each)
-            for name in os.listdir(inside):
-                found = lstat(inside, name)
-                if name in PROTECTED or (found is not None and not stat.S_ISDIR(found.st_mode)):
-                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
-                directories.append(RelPath(f"{each}/{name}"))
+            directories += self._empty_directories(each, most=self._clearable - len(directories))
+        self._clearable -= len(directories)
         for each in reversed(directories):
             self._remove(each)
+
+    def _empty_directories(self, path: RelPath, *, most: int) -> list[RelPath]:
+        """The directories in `path`. Raises `OSError` when anything else is in it, or more than `most` are."""
+        found: list[RelPath] = []
+        with os.scandir(self._directories.open(path)) as inside:
+            for entry in inside:
+                below = RelPath(f"{path}/{entry.name}")
+                ours = below.count("/") < MAX_SEGMENTS and len(os.fsencode(below)) <= MAX_PATH_BYTES
+                is_directory = entry.name not in PROTECTED and entry.is_dir(follow_symlinks=False)
+                if not (ours and is_directory and len(found) < most):
+                    # What was found counts: a second transaction's worth of searching is not begun.
+                    self._clearable -= len(found)
+                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+                found.append(below)
+        return found
 
     def prune(self, path: RelPath, *, must: bool = False) -> None:
         """Remove the directories above `path` that the agent made and that are empty now.

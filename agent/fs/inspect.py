@@ -14,7 +14,7 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -315,7 +315,10 @@ class DirectoryView:
 
         Raises `OSError` when a directory cannot be read.
         """
-        files: dict[RelPath, FileStat] = {}
+        return dict(found for found in self._walk() if found is not None)
+
+    def _walk(self) -> Iterator[tuple[RelPath, FileStat] | None]:
+        """Yield every file of the project's, and None after each directory."""
         waiting = [""]
         while waiting:
             at = waiting.pop()
@@ -336,8 +339,8 @@ class DirectoryView:
                 if stat.S_ISDIR(found.st_mode):
                     waiting.append(path)
                 elif stat.S_ISREG(found.st_mode):
-                    files[path] = FileStat.of(found)
-        return files
+                    yield path, FileStat.of(found)
+            yield None
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -145,12 +145,25 @@ class TempFile:
     Attributes:
         name: in staging.
         inode: by which it is known in the project.
+        size: in bytes.
+        mtime_ns: when it was written last. A rename changes neither; the change time it does.
         prestaged: it was staged before the transaction began, and stays for the next one when this one fails.
     """
 
     name: str
     inode: int
+    size: int
+    mtime_ns: int
     prestaged: bool = False
+
+    @classmethod
+    def of(cls, name: str, found: os.stat_result, *, prestaged: bool = False) -> TempFile:
+        """Take it from its stat in staging."""
+        return cls(name, found.st_ino, found.st_size, found.st_mtime_ns, prestaged)
+
+    def is_whole(self, found: os.stat_result) -> bool:
+        """Whether `found` shows this file, and nobody has written to it since it left staging."""
+        return (found.st_ino, found.st_size, found.st_mtime_ns) == (self.inode, self.size, self.mtime_ns)
 
 
 class StagedFileWriter:
@@ -299,7 +312,7 @@ class Staging:
         if executable:
             os.chmod(name, self._mode(True), dir_fd=self.descriptor)
         found = os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-        return TempFile(name, found.st_ino, prestaged=True), FileStat.of(found)
+        return TempFile.of(name, found, prestaged=True), FileStat.of(found)
 
     def put(self, content: Iterable[bytes], *, executable: bool) -> TempFile:
         """Make a whole file of the chunks of `content`. Raises `OSError`, leaving nothing."""
@@ -310,12 +323,12 @@ class Staging:
             for chunk in content:
                 write_all(descriptor, chunk)
             self._set_permissions(descriptor, mode)
-            inode = os.fstat(descriptor).st_ino
+            found = os.fstat(descriptor)
         except BaseException:
             self.abort(name, descriptor, None)
             raise
         os.close(descriptor)
-        return TempFile(name, inode)
+        return TempFile.of(name, found)
 
     def copy(self, name: str, directory: int, most: int) -> str | None:
         """Copy the regular file `name` of `directory`; of one that grows meanwhile, its beginning.

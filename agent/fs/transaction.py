@@ -263,12 +263,14 @@ class Transaction:
         return temp
 
     def _stat_after(self, path: RelPath, directory: int, name: str, temp: TempFile) -> FileStat | None:
-        """Stat the file just written. None when another process has already replaced it, or it cannot be told."""
+        """Stat the file just written. None when another process has replaced it or written to it already, since that
+        stat would then vouch for what the agent did not write; or when it cannot be told.
+        """
         try:
             now = lstat(directory, name)
         except OSError:
             return None
-        if now is None or now.st_ino != temp.inode:
+        if now is None or not temp.is_whole(now):
             self._problems.append(Drift(path, "missing" if now is None else "changed").problem())
             return None
         return FileStat.of(now)
@@ -328,10 +330,7 @@ class Transaction:
             if error.errno not in NO_EXCHANGE:
                 raise
         else:
-            came = lstat(staging, temp.name)
-            if came is not None and stat.S_ISDIR(came.st_mode):
-                exchange(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
-                raise Blocked(path, "directory_in_the_way")
+            self._give_back_directory(path, temp.name, directory, name, exchange)
             self._replaced.append(temp.name)
             return self._undo_exchange
         if not keep:
@@ -351,8 +350,18 @@ class Transaction:
     def _move_to_staging(self, path: RelPath, directory: int, name: str) -> None:
         moved = self._staging.new_name()
         os.rename(name, moved, src_dir_fd=directory, dst_dir_fd=self._staging.descriptor)
+        self._give_back_directory(path, moved, directory, name, os.rename)
         self._replaced.append(moved)
         self._undo.append((path, partial(self._undo_move, path, moved)))
+
+    def _give_back_directory(
+        self, path: RelPath, moved: str, directory: int, name: str, how: Callable[..., None]
+    ) -> None:
+        """Put a directory back that came to staging in a file's place. Raises `Blocked` when one did."""
+        found = lstat(self._staging.descriptor, moved)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            how(moved, name, src_dir_fd=self._staging.descriptor, dst_dir_fd=directory)
+            raise Blocked(path, "directory_in_the_way")
 
     # --- removing
 

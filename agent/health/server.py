@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -30,8 +31,12 @@ PATIENCE = 5.0
 MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
-"""Connections. A prober and a scraper need two."""
-
+"""Connections. A prober and a scraper need two; a program may hold as many silent ones as it likes."""
+AT_ONCE = 0.1
+"""Seconds that every connection is given while there are no more than four times as many as that: a prober's may have
+come together with a hundred silent ones."""
+REST = 20
+"""How many times as long as it took a body is given again: asking for it all the time takes a twentieth of the loop."""
 
 Answer = tuple[HTTPStatus, str, bytes]
 _ACCEPT = re.compile(rb"(?im)^accept:[ \t]*([^\r\n]*)")
@@ -58,27 +63,33 @@ async def serve(
         SettingsError: the address cannot be listened on.
     """
     listener = _listen(settings.health_host, settings.health_port)
-    open_now = 0
+    open_now: dict[asyncio.Task[object], float] = {}
+    recent = Recent()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal open_now
-        open_now += 1
+        # The oldest makes room: it is silent, or does not read, since the others are answered at once.
+        now = time.monotonic()
+        if len(open_now) >= MOST_AT_ONCE:
+            oldest, since = next(iter(open_now.items()))
+            if now - since > AT_ONCE or len(open_now) >= 4 * MOST_AT_ONCE:
+                del open_now[oldest]
+                oldest.cancel()
+        task = asyncio.current_task()
+        assert task is not None
+        open_now[task] = now
         try:
             with contextlib.suppress(
                 OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
             ):
                 async with asyncio.timeout(PATIENCE):
-                    if open_now > MOST_AT_ONCE:
-                        _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
-                    else:
-                        head = await reader.readuntil(b"\r\n\r\n")
-                        said: Answer = HTTPStatus.INTERNAL_SERVER_ERROR, TEXT, b"a bug, see the log\n"
-                        with report.errors.contained("health"):
-                            said = answer(head, report, registry)
-                        _write(writer, said, head=head[:5] == b"HEAD ")
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    said: Answer = HTTPStatus.INTERNAL_SERVER_ERROR, TEXT, b"a bug, see the log\n"
+                    with report.errors.contained("health"):
+                        said = answer(head, report, registry, recent)
+                    _write(writer, said, head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
-            open_now -= 1
+            open_now.pop(task, None)
             writer.close()
 
     server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES)
@@ -87,8 +98,33 @@ async def serve(
         await server.serve_forever()
 
 
-def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answer:
-    """Return status, content type and body for one request's head."""
+class Recent:
+    """Bodies that took a while to make, given again while making them anew would take more than its share of the loop.
+
+    Anybody in the machine can ask a thousand times a second. A body is good for `REST` times as long as it took: what
+    costs 2 ms is at most 40 ms old.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._bodies: dict[str, tuple[float, bytes]] = {}
+
+    def body(self, kind: str, make: Callable[[], bytes]) -> bytes:
+        """Return the body of that `kind`, made now or a moment ago. There are few kinds."""
+        began = self._clock()
+        until, body = self._bodies.get(kind, (began, b""))
+        if began >= until:
+            body = make()
+            ended = self._clock()
+            self._bodies[kind] = ended + REST * (ended - began), body
+        return body
+
+
+def answer(
+    request: bytes, report: Report, registry: CollectorRegistry, recent: Recent | None = None
+) -> Answer:
+    """Return status, content type and body for one request's head; the body may be a `recent` one."""
+    recent = recent or Recent()
     words = request.split(b"\r\n", 1)[0].split(b" ")
     if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
         return HTTPStatus.BAD_REQUEST, TEXT, b"not HTTP/1\n"
@@ -102,12 +138,13 @@ def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answe
             text = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
             return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, text.encode()
         case b"/status":
-            body = net.json_bytes(report.status(), orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+            body = recent.body(JSON, lambda: net.json_bytes(report.status(), option))
             return HTTPStatus.OK, JSON, body
         case b"/metrics":
             accept = _ACCEPT.search(request)
             encode, kind = choose_encoder(accept[1].decode("latin-1") if accept else "")
-            return HTTPStatus.OK, kind, encode(registry)
+            return HTTPStatus.OK, kind, recent.body(kind, lambda: encode(registry))
     return HTTPStatus.NOT_FOUND, TEXT, b"/livez /readyz /status /metrics\n"
 
 

@@ -7,6 +7,7 @@ drift, so that a file which the database deleted while the agent was down does n
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Hydration:
         if loaded is not None:
             await self._resume(loaded)
             return
-        found = workspace.found()
+        found = await asyncio.to_thread(workspace.found)  # as many as a project likes to make
         self.status.mode = "rebuild" if found else "fresh"
         self.status.phase = SyncPhase.HYDRATING
         started = self.clock()

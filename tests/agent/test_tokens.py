@@ -154,3 +154,18 @@ async def test_without_an_issuer_an_expired_token_is_the_end(tmp_path: Path) -> 
     assert (await tokens.renew_token()).expires_at == 2_000
     with pytest.raises(CredentialRejected, match="no realtime token"):
         await Tokens().renew_token()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "huge", "directory"])
+def test_a_file_that_is_none_is_neither_waited_for_nor_read_whole(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "token"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "huge":
+        file.touch()
+        os.truncate(file, 2**40)
+    else:
+        file.mkdir()
+    tokens = Tokens(jwt(1_000), file)
+    assert tokens.current() is not None
+    assert tokens.problem is not None

@@ -34,10 +34,10 @@ NOT_OURS = frozenset(
         # of the tests and the image
         "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "TEMPLATE",
         # of a document's own example
-        "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
+        "SERVICE_KEY", "DEV_ENV_NAME", "NAME", "SOAK_CLOCK",
         # the system's
         "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_SYS_RESOURCE", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
-        "LD_PRELOAD", "GCONV_PATH", "GLIBC_TUNABLES",
+        "LD_PRELOAD", "GCONV_PATH", "GLIBC_TUNABLES", "DAC_OVERRIDE",
     }
 )  # fmt: skip
 """Words in capitals that a document may use, and that are no setting."""

@@ -38,6 +38,8 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "problems_opened": ("counter", ("kind",)),
     "watch_renewals": ("counter", ()),
     "agent_errors": ("counter", ("part",)),
+    "loop_stall_seconds": ("gauge", ()),
+    "log_lines_dropped": ("counter", ()),
     "clock_skew_seconds": ("gauge", ()),
     "clock_skew_uncertainty_seconds": ("gauge", ()),
     "process_resident_memory_bytes": ("gauge", ()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -64,3 +65,23 @@ async def test_a_killed_agent_leaves_nothing_and_the_next_goes_on(agent: Agent) 
     await until(lambda: running(f"done # {word}") == [], 10)
     agent.start()
     await eventually("it is up again", lambda: _up(agent, word))
+
+
+async def test_a_health_port_that_something_else_has_ends_the_start(database: str, tmp_path: Path) -> None:
+    """Also something of the project's, which an earlier run left: the agent says so, ends, and leaves nothing."""
+    word = tmp_path.name
+    script = f"trap '' TERM; while :; do sleep 0.1; done # {word}"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with running_plane(database, tmp_path / "plane") as plane:
+            project = await plane.project({"package.json": json.dumps({"scripts": {"dev": script}})})
+            port = taken.getsockname()[1]
+            made = await project.session(tmp_path / "machine", HEALTH_PORT=str(port))
+            made.start()
+            assert made.process is not None
+            try:
+                assert await asyncio.to_thread(made.process.wait, 30) == 64
+            finally:
+                if made.process.poll() is None:
+                    made.kill()
+            assert f"cannot listen on 127.0.0.1 port {port}" in made.log()
+            await until(lambda: running(f"done # {word}") == [], 10)

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
-from agent.devserver.probe import Inspection, Outcome, inspect, module_scripts
+from agent.devserver.probe import MOST_SEARCHED, Inspection, Outcome, inspect, module_scripts
+from tests.agent.loops import STALL, longest_turn
 
 Answer = tuple[bytes, str, dict[str, str]]
 SCRIPT = b'<script type="module" src="/main.js"></script>'
@@ -54,6 +55,31 @@ async def test_a_page_that_no_parser_takes_is_read_up_to_there() -> None:
     found = await inspected(page(SCRIPT + b"<![<![<!["))
     assert (found.outcome, found.entry) == (Outcome.SERVED, "/main.js")
     assert module_scripts("<![ <script type=module src=/late.js>") == []
+
+
+PAGES = {
+    "angle": "<", "tag": "<a ", "end": "</", "comment": "<!--", "declaration": "<!", "cdata": "<![", "question": "<?",
+    "script": "<script", "script tag": "<script>", "attributes": "<script a=", "quotes": "<script a='>", "null": "\0",
+    "entity": "&#x", "real": "<script type=module src=/x.js>", "spaces": "<script" + " " * 3000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", PAGES.values(), ids=PAGES)
+def test_a_page_of_anything_keeps_the_loop_for_a_moment(piece: str) -> None:
+    text = piece * (MOST_SEARCHED // len(piece) + 1)
+
+    async def search() -> None:
+        module_scripts(text)
+
+    assert longest_turn(search) < STALL / 5
+
+
+def test_the_scripts_of_a_page_are_found_where_a_browser_finds_them() -> None:
+    page = """<!doctype html><HTML><!-- <script type="module" src="/commented.js"></script> --><head>
+    <script>if (1 < 2) { x = "<!--" }</script> --> <SCRIPT TYPE="module"
+      SRC='/a.js' data-x="y"></SCRIPT><script type=module src=/b.js></script><script src="/classic.js"></script>
+    <scripture type="module" src="/no.js"><script type="module">import "/inline.js"</script>"""
+    assert module_scripts(page) == ["/a.js", "/b.js"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ RENAMES = Renames()
 
 
 def renames(agent: Agent, *operations: Operation) -> tuple[list[str], TransactionResult]:
-    """What was renamed to, in order, while a transaction was done."""
+    """What was renamed to, in order, while a transaction was done; without what staging did while it removed."""
     RENAMES.targets = []
     try:
         result = agent.apply(*operations)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import orjson
 import pytest
+from immutables import Map
 from prometheus_client import generate_latest
 
-from agent.core.model import PROBLEM_OWNERS, Problem, ProblemKind
+from agent.core.model import PROBLEM_OWNERS, Cursor, Entry, Problem, ProblemKind, RelPath, Tree, digest_of
 from agent.daemon import Agent
 from agent.devserver.state import Phase
 from agent.health.report import HARMLESS
@@ -168,3 +169,23 @@ def test_a_problem_that_is_tried_again_says_so(agent: Agent) -> None:
     waiting, drift = agent.report.status()["problems"]  # type: ignore[misc]
     assert (waiting["waiting"], "waiting" in drift) == (True, False)
     assert agent.report.heartbeat()["problems"][0]["waiting"] is True  # type: ignore[index]
+
+
+async def test_the_tree_is_hashed_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    asked = 0
+
+    class Counted(Tree, frozen=True):
+        def hash(self) -> str:
+            nonlocal asked
+            asked += 1
+            return super().hash()
+
+    async with built(settings(tmp_path)) as agent:
+        agent.follower.adopt(Counted(Cursor("e", 1), Map({RelPath("a"): Entry(1, digest_of(b""), 0)})))
+        bodies = [agent.report.status(), agent.report.heartbeat(), agent.report.status()]
+        assert asked == 1
+        assert len({body["tree_hash"] for body in bodies}) == 1
+        assert bodies[0]["files"] == 1
+        agent.follower.adopt(Counted(Cursor("e", 2), Map()))
+        assert agent.report.status()["tree_hash"] != bodies[0]["tree_hash"]
+        assert asked == 2
