@@ -27,7 +27,7 @@ def staging(root: Path) -> Path:
 def cleared(root: Path, staging: Path) -> Iterator[None]:
     """Nothing is left that `shutil.rmtree` could not remove."""
     yield
-    subprocess.run(["rm", "-rf", *root.glob("*"), *staging.glob("*")], check=True)
+    subprocess.run(["rm", "-rf", root, staging], check=True)
 
 
 IN_THE_WAY = ("path_unusable", "a", "directory_in_the_way")
