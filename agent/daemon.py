@@ -27,6 +27,7 @@ from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.sandbox import project_rights
+from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
@@ -76,6 +77,7 @@ class Agent:
     # the project's programs, or the comparison that stands in their place
     reaper: Reaper
     supervisor: Supervisor
+    screen: Screen
     shadow: Shadow | None
 
     # what is reported
@@ -106,6 +108,7 @@ class Agent:
 
     def close(self) -> None:
         """Release the directories, the ledger, SIGCHLD and the collector of spans."""
+        self.screen.close()
         self.workspace.release()
         self.reaper.release()
         if self.spans is not None:
@@ -159,7 +162,10 @@ def build(
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
     follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
-    supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors)
+    screen = Screen(settings.project_dir, metrics=metrics, last_applied=lambda: status.last_applied)
+    supervisor = Supervisor(
+        settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen
+    )
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
@@ -184,6 +190,7 @@ def build(
         status,
         snapshot_url=url.get_secret_value() if url else None,
         on_tree=on_tree,
+        preview=screen,
         on_hydrated=on_hydrated,
         drift_policy=drift_policy or settings.drift_policy,
         skew=skew,
@@ -197,6 +204,7 @@ def build(
         catch_up=catch_up,
         link=source,
         dev=supervisor,
+        screen=screen,
         problems=problems,
         redactor=redactor or redactor_for(settings),
         skew=skew,
@@ -212,6 +220,7 @@ def build(
         sync=sync,
         reaper=reaper,
         supervisor=supervisor,
+        screen=screen,
         shadow=shadow,
         report=report,
         heartbeat=Heartbeat(every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop),

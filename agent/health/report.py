@@ -18,6 +18,7 @@ from agent import __version__
 from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem, ProblemKind
+from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import MOST_BYTES, fitted
 from agent.link.source import EventSource
@@ -32,7 +33,7 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "hmr_unreachable", "shadow_difference"}
+    {"drift", "path_refused", "hmr_unreachable", "preview_unobserved", "shadow_difference"}
 )
 """Kinds that are shown and leave the preview what it should be."""
 
@@ -47,6 +48,7 @@ class Report(Collector):
     catch_up: CatchUp
     link: EventSource
     dev: Supervisor
+    screen: Screen
     problems: Problems
     redactor: Redactor
     skew: ClockSkew
@@ -115,6 +117,7 @@ class Report(Collector):
             "hydrate": {"mode": self.sync_status.mode, **self.catch_up.snapshots.progress.report()},
             "link": self.link.report(),
             "dev_server": self.dev.report(),
+            **self.screen.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
             "sync_mode": self.settings.sync_mode,
@@ -219,6 +222,7 @@ class Report(Collector):
             *(api.problems() if api is not None else ()),
             *self.link.problems(),
             *self.dev.problems(),
+            *self.screen.problems(ready=self.dev.ready),
         ]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | bool | None]]:
