@@ -217,6 +217,13 @@ class Screen:
         """The open errors, the newest first, what the console said last."""
         return tuple(self._said.errors)
 
+    @property
+    def news(self) -> tuple[object, ...]:
+        """What is told at once when it changes: the revisions, whether the page is blank, and which errors are open."""
+        shown = self.shown
+        errors = frozenset((each.kind, each.message, each.file, each.line) for each in self.errors)
+        return self._revision, self._said.checked, shown and (shown.revision, shown.blank), errors
+
     def report(self) -> dict[str, object]:
         """Return `observed`, `checked`, `shown` and `errors` as they travel; not redacted."""
         return {

@@ -20,7 +20,7 @@ from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem, ProblemKind
 from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
-from agent.health.status_body import MOST_BYTES, fitted
+from agent.health.status_body import MOST_BYTES, fitted, fitted_errors
 from agent.link.source import EventSource
 from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
@@ -78,16 +78,26 @@ class Report(Collector):
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
-    def heartbeat(self, room: int = MOST_BYTES) -> dict[str, object]:
-        """Return the body of PUT …/status, harmful problems first, as many as fit into `room` bytes."""
+    def heartbeat(self, room: int = MOST_BYTES, *, hashed: bool = True) -> dict[str, object]:
+        """Return the body of PUT …/status, harmful problems first.
+
+        Args:
+            room: Bytes: as many problems as fit, and errors into half of it.
+            hashed: With the tree's hash, which takes 1 ms for a thousand files.
+        """
+        screen = self.redactor.value(self.screen.report())
+        assert isinstance(screen, dict)
+        errors = fitted_errors(screen["errors"], room // 2)
         tree = self.sync.tree
         head = {
             "state": self.state.value,
             "revision": tree.cursor.revision,
             "epoch": tree.cursor.epoch,
-            "tree_hash": tree.hash(),
+            "tree_hash": tree.hash() if hashed else None,
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
+            **screen,
+            **errors,
         }
         problems = self._shown(sorted(self.all_problems(), key=lambda problem: problem.kind in HARMLESS))
         return fitted(head, problems, room)
