@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SCRIPTS := tests/browser/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms dev test test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms dev test test-browser test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,9 +32,12 @@ dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=e
 
 test: $(READY) $(SCRIPTS) ## unit, contract, database and system tests
 	npm --prefix tests/browser test --silent
-	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m "not nightly and not browser" -n $(WORKERS) --dist loadfile --durations=20
 
-test-nightly: $(READY) ## everything, with the long profiles
+test-browser: $(READY) $(SCRIPTS) ## what people see, in Debian's Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest -m "browser and not nightly" tests/browser
+
+test-nightly: $(READY) $(SCRIPTS) ## everything, with the long profiles
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20
 
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)

@@ -13,9 +13,13 @@ export function observe(hot, hmr) {
   let left = false; // the page is being left
   let busy = 0; // updates that are being applied
   let leaving = false; // a reload is on its way
+  let last = {}; // what was reported of the page, told again with each ping: a message may be lost in a flood
   let heard = performance.now();
   /** @type {Set<string>} modules whose update failed */
   const failed = new Set();
+  /** @type {Set<string>} those that threw: they have left Vite's callbacks, and their next update would change nothing */
+  const thrown = new Set();
+  let stale = false; // such an update came
   /** @type {Map<string, number>} what was reported since the last revision */
   const reported = new Map();
 
@@ -96,13 +100,18 @@ export function observe(hot, hmr) {
     hmr.warnFailedUpdate = (/** @type {any} */ error, /** @type {string | string[]} */ path) => {
       const module = [path].flat().join();
       failed.add(module);
+      if (!(error instanceof SyntaxError) && !/^(failed to fetch|error loading|importing a) /i.test(error?.message))
+        thrown.add(module);
       fail("module", error, { module });
       warn(error, path);
     };
 
   hot.on("vite:beforeUpdate", (/** @type {any} */ payload) => {
     busy++;
-    for (const update of payload.updates) for (const path of [update.path, update.acceptedPath]) failed.delete(path);
+    for (const path of payload.updates.flatMap((/** @type {any} */ each) => [each.path, each.acceptedPath])) {
+      failed.delete(path);
+      stale ||= thrown.has(path);
+    }
   });
   hot.on("vite:afterUpdate", () => busy--);
   hot.on("vite:beforeFullReload", () => {
@@ -114,18 +123,21 @@ export function observe(hot, hmr) {
   const shown = async (how) => {
     const current = revision;
     while (busy > 0 || leaving) await pause(2);
+    if (stale) return location.reload();
     if (how === "update") await pause(17); // React's own wait before it renders an update
     await frame();
     await frame();
     if (leaving || current !== revision) return;
     const root = document.querySelector("#root,#app,#__nuxt,[data-reactroot]") ?? document.body;
     const content = [...(root?.children ?? [])].some((each) => !/^(script|style|link|template)$/i.test(each.localName));
-    say("rendered", {
+    last = {
+      revision: current,
       how,
       blank: !content && !root?.textContent?.trim(),
       overlay: !!document.querySelector("vite-error-overlay"),
       failed: failed.size,
-    });
+    };
+    say("rendered", last);
     reported.clear();
   };
   hot.on("preview:coming", (/** @type {{ revision: number }} */ next) => (coming = next.revision));
@@ -140,7 +152,7 @@ export function observe(hot, hmr) {
     }
   });
   hot.on("preview:pong", () => (heard = performance.now()));
-  document.addEventListener("visibilitychange", () => say("ping"));
+  document.addEventListener("visibilitychange", () => say("ping", last));
   addEventListener("pagehide", () => {
     say("bye");
     left = true;
@@ -155,7 +167,7 @@ export function observe(hot, hmr) {
         () => location.reload(),
         () => {},
       ); // not into a server that is gone
-    say("ping");
+    say("ping", last);
   }, 5000);
   say("hello", { age: performance.now() });
 }

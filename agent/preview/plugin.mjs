@@ -15,7 +15,7 @@ import { Screen } from "./screen.mjs";
 const GATE_MOST = 3000; // ms: an agent that was killed between begin and commit must not leave Vite deaf
 const HANDLED_MOST = 2000; // ms for Vite to handle the changes of one commit, after which it is announced anyway
 const SWALLOW = 5000; // ms for which a watcher may be late; later, an update is sent twice
-const PAGE_A_SECOND = 100; // messages of all pages together that are read
+const PAGE_A_SECOND = 50; // messages of each kind that are read, of all pages together
 const REPORT_EVERY = 50; // ms between two reports to the agent
 const EVENTS = new Set(["add", "change", "unlink"]);
 const NAME = "preview-sync";
@@ -60,7 +60,9 @@ export function preview() {
   /** Commits are handled one after the other. */
   let commits = Promise.resolve();
   let committedAt = 0;
-  let [second, heardIn] = [0, 0];
+  let second = 0;
+  /** @type {Map<string, number>} */
+  const heardIn = new Map();
   let healed = -1;
   let reported = "";
   /** @type {NodeJS.Timeout | null} */
@@ -247,11 +249,15 @@ export function preview() {
 
   // --- the pages
 
-  /** Whether there is room for one more message of a page. */
-  function admitted() {
+  /** Whether there is room for one more message of a kind: a flood of errors takes no room from what is shown.  @param {string} event */
+  function admitted(event) {
     const now = Math.floor(Date.now() / 1000);
-    if (now !== second) [second, heardIn] = [now, 0];
-    return ++heardIn <= PAGE_A_SECOND;
+    if (now !== second) {
+      second = now;
+      heardIn.clear();
+    }
+    heardIn.set(event, (heardIn.get(event) ?? 0) + 1);
+    return Number(heardIn.get(event)) <= PAGE_A_SECOND;
   }
 
   /** @param {any} said  The position in the source of what a page says with one in what it was served. */
@@ -331,7 +337,7 @@ export function preview() {
     /** @param {string} event @param {(said: any, client: any) => unknown} take */
     const on = (event, take) =>
       given.ws.on(`preview:${event}`, async (/** @type {any} */ said, /** @type {any} */ client) => {
-        if (!admitted()) return;
+        if (!admitted(event)) return;
         try {
           await take(said, client);
         } catch {
@@ -343,7 +349,8 @@ export function preview() {
     on("rendered", rendered);
     on("bye", (said) => screen.bye(said, Date.now()));
     on("ping", (said, client) => {
-      screen.hear(said, Date.now());
+      if (said?.how) rendered(said);
+      else screen.hear(said, Date.now());
       client.send("preview:pong", {});
     });
     on("error", async (said) => {

@@ -73,9 +73,9 @@ export class Screen {
     const page = this.hear(said, now);
     const revision = whole(said?.revision);
     if (!page || revision === null || revision > this.applied || revision < page.revision) return undefined;
-    const later = revision > page.revision || said.how !== "update";
+    const later = revision > page.revision || said.how !== page.how;
+    if (later) page.at = now;
     page.revision = revision;
-    page.at = now;
     page.how = HOW.has(said.how) ? said.how : "load";
     page.blank = said.blank === true;
     page.overlay = said.overlay === true;
