@@ -41,8 +41,8 @@ export class Screen {
     if (!load) return undefined;
     let page = this.pages.get(load);
     if (!page) {
+      if (this.pages.size >= MOST_PAGES) this.forget();
       if (this.pages.size >= MOST_PAGES) return undefined;
-      for (const [key, each] of this.pages) if (each.gone !== null) this.drop(key); // it was loaded anew
       page = {
         hidden: true,
         heard: now,
@@ -62,6 +62,11 @@ export class Screen {
     return page;
   }
 
+  /** Drops the pages that were left. */
+  forget() {
+    for (const [key, each] of this.pages) if (each.gone !== null) this.drop(key);
+  }
+
   /** @param {any} said @param {number} now */
   bye(said, now) {
     const page = this.pages.get(text(said?.load, 32) ?? "");
@@ -73,6 +78,7 @@ export class Screen {
     const page = this.hear(said, now);
     const revision = whole(said?.revision);
     if (!page || revision === null || revision > this.applied || revision < page.revision) return undefined;
+    if (page.revision < 0) this.forget(); // one of them was loaded anew
     const later = revision > page.revision || said.how !== page.how;
     if (later) page.at = now;
     page.revision = revision;

@@ -89,11 +89,14 @@ def judge(screen: Screen, epoch: str | None, revision: int) -> tuple[Outcome, bo
     if screen.applied < revision or (epoch is not None and epoch != screen.epoch):
         return "behind", False
     seen = screen.shown["revision"] if screen.shown else -1
-    known = seen >= revision or screen.checked >= revision
     for error in screen.errors:
+        # An older error counts when it is still there at the revision: its module was checked, or its page has painted.
+        # A page that could not load a module is loaded anew within a second, and then says something newer.
+        at = {"build": screen.checked, "module": -1}.get(str(error.get("kind")), seen)
+        known = at >= revision
         if error.get("kind") != "console" and (known or (_whole(error.get("revision")) or 0) >= revision):
             return "error", True
-    if seen >= revision:
+    if seen >= revision and not screen.failed:
         return "shown", True
     if screen.shown is None and screen.observed and screen.checked >= revision:
         return "no_viewer", True

@@ -77,16 +77,18 @@ async def preview(world: World) -> Preview:
         (screen(5, shown=None, checked=5, errors=[{**ERROR, "revision": 5}]), "error"),
         (screen(4, applied=5, errors=[{**ERROR, "revision": 5}]), "error"),
         (screen(4, applied=5, errors=[{**ERROR, "revision": 4}]), "applied"),
-        (screen(5, errors=[{**ERROR, "revision": 4}]), "error"),
+        (screen(5, checked=5, errors=[{**ERROR, "revision": 4}]), "error"),
+        (screen(5, checked=5, errors=[{**ERROR, "kind": "module", "revision": 4}]), "applied"),
+        (screen(5, checked=4, errors=[{**ERROR, "revision": 4}]), "applied"),
+        (screen(5, errors=[{**ERROR, "kind": "runtime", "revision": 4}]), "error"),
+        (screen(4, applied=5, checked=5, errors=[{**ERROR, "kind": "runtime", "revision": 4}]), "applied"),
         (screen(5, errors=[NOTICE]), "shown"),
         (screen(5, errors="nonsense", shown={"revision": "5"}), "applied"),
-        (screen(5, errors=[7, None, {}], shown=None), "error"),
+        (screen(5, errors=[7, None, {}]), "error"),
     ],
-    ids=range(14),
+    ids=range(18),
 )
 async def test_what_became_of_revision_five(preview: Preview, said: dict[str, Any], outcome: str) -> None:
-    if said["errors"] == [7, None, {}]:
-        said["checked"] = 5
     await preview.say(**said)
     answer = await preview.ask(5, quiet=0)
     assert answer.status_code == 200, answer.text
