@@ -26,7 +26,7 @@ from agent.core.errors import AgentError, RootUnusable, Superseded
 from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
-from agent.devserver.sandbox import project_rights
+from agent.devserver.sandbox import project_rights, project_secrets
 from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import DirectoryView
@@ -268,7 +268,7 @@ def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shado
 async def run(settings: Settings, environ: Mapping[str, str]) -> int:
     """Run the agent until it is told to stop; return the process's exit code (protocol: Commands and exits)."""
     redactor = redactor_for(settings)
-    for secret in credentials(environ):
+    for secret in (*credentials(environ), *project_secrets(environ)):
         redactor.add(secret)
     configure_logs(settings, redactor)
     log_uncaught()

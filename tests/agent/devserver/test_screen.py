@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from agent.core.model import RelPath
-from agent.devserver.sandbox import User
+from agent.devserver.sandbox import User, project_secrets
 from agent.devserver.screen import LONGEST, OBSERVED_WITHIN, Screen, with_plugin
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Applied
@@ -224,3 +224,16 @@ async def test_a_ready_server_that_nothing_observes_is_a_problem(tmp_path: Path)
     now += OBSERVED_WITHIN
     assert screen.problems(ready=True) == ()
     screen.close()
+
+
+def test_what_an_error_may_print_of_the_projects_secrets_is_known() -> None:
+    given = {
+        "DEV_ENV_OPENAI_API_KEY": "sk-1",
+        "DEV_ENV_DATABASE_URL": "postgres://u:p@h/d",
+        "DEV_ENV_AUTH_SECRET": "s",
+        "DEV_ENV_VITE_API_URL": "https://api.example",
+        "DEV_ENV_SUPABASE_PUBLISHABLE_KEY": "public",
+        "DEV_ENV_NODE_ENV": "development",
+        "REALTIME_TOKEN": "not the project's",
+    }
+    assert project_secrets(given) == ["sk-1", "postgres://u:p@h/d", "s"]
