@@ -14,14 +14,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from msgspec import structs
 
 from agent.core.clock_skew import ClockSkew
-from agent.core.errors import (
-    AgentError,
-    MalformedMessage,
-    PathRefused,
-    SessionGone,
-    Superseded,
-    TooLarge,
-)
+from agent.core.errors import AgentError, MalformedMessage, PathRefused, SessionGone, Superseded, TooLarge
 from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
 from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
 from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
