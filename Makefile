@@ -6,9 +6,10 @@ VENV := .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SCRIPTS := tests/browser/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms dev test test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms dev test test-browser test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,13 +24,20 @@ $(READY): requirements/dev.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
 
+$(SCRIPTS): tests/browser/package-lock.json
+	@npm --prefix tests/browser ci --silent && touch $@
+
 dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app)
 	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app)
 
-test: $(READY) ## unit, contract, database and system tests
-	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --durations=20
+test: $(READY) $(SCRIPTS) ## unit, contract, database and system tests
+	npm --prefix tests/browser test --silent
+	$(BIN)/python -m pytest -m "not nightly and not browser" -n $(WORKERS) --dist loadfile --durations=20
 
-test-nightly: $(READY) ## everything, with the long profiles
+test-browser: $(READY) $(SCRIPTS) ## what people see, in Debian's Chromium (apt-get install chromium)
+	$(BIN)/python -m pytest -m "browser and not nightly" tests/browser
+
+test-nightly: $(READY) $(SCRIPTS) ## everything, with the long profiles
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20
 
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
@@ -43,16 +51,18 @@ wheel: $(READY) ## build the package into dist/: an installation of it needs no 
 test-image: $(READY) ## build the image and run it, and the container driver, for real
 	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/machines/test_container.py -rs
 
-check: $(READY) ## format, lint, types, layers
+check: $(READY) $(SCRIPTS) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	npm --prefix tests/browser run --silent check
 
 rooms: $(READY) ## the rooms of both packages: modules, lines, imports between them
 	@$(BIN)/python -m tests.docs.rooms
 
-fmt: $(READY) ## format and fix what can be fixed
+fmt: $(READY) $(SCRIPTS) ## format and fix what can be fixed
+	npm --prefix tests/browser run --silent fmt
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

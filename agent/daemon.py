@@ -27,7 +27,8 @@ from agent.core.errors import AgentError, RootUnusable, Superseded
 from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
-from agent.devserver.sandbox import project_rights
+from agent.devserver.sandbox import project_rights, project_secrets
+from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
@@ -79,6 +80,7 @@ class Agent:
     # the project's programs, or the comparison that stands in their place
     reaper: Reaper
     supervisor: Supervisor
+    screen: Screen
     shadow: Shadow | None
 
     # what is reported
@@ -109,6 +111,7 @@ class Agent:
 
     def close(self) -> None:
         """Release the directories, the ledger, SIGCHLD and the collector of spans."""
+        self.screen.close()
         self.workspace.release()
         self.reaper.release()
         if self.spans is not None:
@@ -163,7 +166,10 @@ def build(
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
     follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
-    supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors)
+    screen = Screen(settings.project_dir, metrics=metrics, last_applied=lambda: status.last_applied)
+    supervisor = Supervisor(
+        settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen
+    )
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
@@ -188,6 +194,7 @@ def build(
         status,
         snapshot_url=url.get_secret_value() if url else None,
         on_tree=on_tree,
+        preview=screen,
         on_hydrated=on_hydrated,
         drift_policy=drift_policy or settings.drift_policy,
         skew=skew,
@@ -201,6 +208,7 @@ def build(
         catch_up=catch_up,
         link=source,
         dev=supervisor,
+        screen=screen,
         problems=problems,
         redactor=redactor,
         skew=skew,
@@ -217,6 +225,7 @@ def build(
         sync=sync,
         reaper=reaper,
         supervisor=supervisor,
+        screen=screen,
         shadow=shadow,
         report=report,
         heartbeat=Heartbeat(every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop),
@@ -265,7 +274,7 @@ def _shadow(settings: Settings, problems: Problems, follower: Follower) -> Shado
 async def run(settings: Settings, environ: Mapping[str, str]) -> int:
     """Run the agent until it is told to stop; return the process's exit code (protocol: Commands and exits)."""
     redactor = redactor_for(settings)
-    for secret in credentials(environ):
+    for secret in (*credentials(environ), *project_secrets(environ)):
         redactor.add(secret)
     lines = LogWriter(sys.stdout.fileno())
     configure_logs(settings, redactor, cast("TextIO", lines))

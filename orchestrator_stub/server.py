@@ -45,6 +45,7 @@ from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import age_of, describe
+from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
 from orchestrator_stub.snapshots.allowance import Allowance
@@ -111,6 +112,7 @@ async def control_plane(
             allowance=Allowance(pool, settings.session_stored_bytes),
         )  # fmt: skip
         store = SessionStore(pool)
+        screens = Screens(dsn, store)
         template = Template(settings.template_dir, pool, storage)
         metrics = Metrics(registry)
 
@@ -126,8 +128,16 @@ async def control_plane(
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
         api = SessionRoutes(
-            settings, controller, store, catchup, snapshots, keys, on_ready=metrics.ready_seconds.observe
+            settings,
+            controller,
+            store,
+            catchup,
+            snapshots,
+            keys,
+            screens,
+            on_ready=metrics.ready_seconds.observe,
         )
+        waking = asyncio.create_task(screens.run(), name="screens")
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             worker = SnapshotWorker(
@@ -136,6 +146,9 @@ async def control_plane(
             )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:
+            waking.cancel()
+            await asyncio.gather(waking, return_exceptions=True)
+            await screens.close()
             await controller.close()
             await driver.close()
             await cache.close()

@@ -22,6 +22,7 @@ from agent.core.errors import PathRefused
 SupervisorProblem = Literal[
     "dev_server_backoff", "dev_server_failed", "hmr_unreachable", "install_failed", "port_taken"
 ]
+ScreenProblem = Literal["preview_unobserved"]
 LinkProblem = Literal["token_refused"]
 SessionApiProblem = Literal["request_too_large", "session_api_refused", "session_api_unreachable"]
 CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected", "snapshot_unavailable"]
@@ -31,6 +32,7 @@ EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read
 WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
 ProblemKind = Literal[
     SupervisorProblem,
+    ScreenProblem,
     LinkProblem,
     SessionApiProblem,
     CatchUpProblem,
@@ -39,6 +41,7 @@ ProblemKind = Literal[
     WorkspaceProblem,
 ]
 ProblemOwner = Literal[
+    "devserver.screen",
     "devserver.supervisor",
     "link.loop",
     "session_api",
@@ -54,6 +57,7 @@ ENVIRONMENT_PROBLEMS: Final[tuple[EnvironmentProblem, ...]] = get_args(Environme
 
 _OWNED: Final[Mapping[ProblemOwner, object]] = {
     "devserver.supervisor": SupervisorProblem,
+    "devserver.screen": ScreenProblem,
     "link.loop": LinkProblem,
     "session_api": SessionApiProblem,
     "sync.catchup": CatchUpProblem,
@@ -82,6 +86,7 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "path_refused": "rename the file in the project; its path is never written, the others are",
     "path_unusable": "rename the file, or remove what stands in its way; then it is written by itself",
     "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
+    "preview_unobserved": "only what people see is unknown: see docs/screen.md for the servers that are observed",
     "port_taken": "stop what listens on the dev server's port, or set DEV_PORT",
     "read_only": "mount the project's file system writable; it is tried again by itself",
     "request_too_large": "something before the orchestrator reads less than BODY_LIMIT; raise its limit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ FOR_INSTALLS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
 
 START = "import sys; sys.path.append(sys.argv[1]); from agent.devserver.guard import main; sys.exit(main(sys.argv[2]))"
 """Imports the guard instead of running it as a script, which would compile it at every start."""
+SECRET_NAME = re.compile(
+    r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|PRIVATE|DATABASE_URL|DSN|(?<!PUBLISHABLE_)KEY\b"
+)
 MOST_PROCESSES = 512
 """Of the project's user, where the settings name no other number."""
 
@@ -94,6 +98,15 @@ def project_rights(settings: Settings) -> tuple[Rights, str]:
     if os.geteuid() != 0:
         return limits, f"none: the agent is not root and cannot become {user.name}"
     return replace(limits, user=user, processes=limits.processes or MOST_PROCESSES), f"runs as {user.name}"
+
+
+def project_secrets(given: Mapping[str, str]) -> list[str]:
+    """Return the values of `DEV_ENV_*` whose names speak of a secret: the project's code may print them in an error."""
+    return [
+        value
+        for name, value in given.items()
+        if name.startswith(PASSED_ON) and SECRET_NAME.search(name.upper())
+    ]
 
 
 def environment(

@@ -24,6 +24,7 @@ from agent.devserver.process import Child
 from agent.devserver.project import Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Launch, environment, project_rights
+from agent.devserver.screen import Screen, with_plugin
 from agent.devserver.state import (
     Command,
     DevServerState,
@@ -86,6 +87,7 @@ class Supervisor:
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
         errors: Errors | None = None,
+        screen: Screen | None = None,
         policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
@@ -98,6 +100,7 @@ class Supervisor:
             reaper: Who collects orphans in this process.
             metrics: Where starts, installs and the state are counted.
             errors: Where bugs are counted.
+            screen: Who knows what is shown; None: nobody.
             policy: The bounds on starts and restarts.
             clock: Monotonic, seconds.
             chance: Random numbers in [0, 1), for the backoff.
@@ -110,6 +113,7 @@ class Supervisor:
         self._reaper = reaper
         self._metrics = metrics or Metrics()
         self._errors = errors or Errors(self._metrics)
+        self._screen = screen
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._chance = chance
@@ -356,6 +360,8 @@ class Supervisor:
         if self._settings.preview_host:
             more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = self._settings.preview_host
         env = environment(self._environ, user=self._rights.user, more=more)
+        if self._screen is not None:
+            env = with_plugin(env, await self._screen.open(self._rights.user))
         root = wanted.root if wanted else self._settings.project_dir
         launch = Launch(running, str(root), env, self._rights)
         killed_before = net.out_of_memory_kills()

@@ -1,12 +1,15 @@
 """Reports the agent's state to the orchestrator, and passes on what the answer says of the database.
 
-A report is sent at once when the state changes, else every HEARTBEAT_SECONDS. The answer names the database's head: one
-that disagrees with the tree starts a catch-up, so even the loss of the very last event heals.
+A report is sent at once when the state changes, or what is on the disk or on the screen; else every HEARTBEAT_SECONDS.
+The answer names the database's head: one that disagrees with the tree starts a catch-up, so even the loss of the very
+last event heals.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from dataclasses import dataclass, field
 
 from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Unavailable
@@ -35,8 +38,8 @@ LEAST_ROOM = 1024
 WHOLE_AGAIN = 120
 """Reports accepted after one was refused for its size, until the whole is tried again: an hour of them."""
 
-LEAST_PAUSE = 0.25
-"""Least seconds between two reports, however fast the state flaps."""
+MOST_A_SECOND = 4
+"""Reports, however fast the state flaps; a save is two of them, on the disk and on the screen, 50 ms apart."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,12 +58,15 @@ class Heartbeat:
     sync: Sync
     stop: asyncio.Event
 
+    # when the latest reports went out (the loop's time)
+    _latest: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_A_SECOND))
+
     # what was logged last
     _state: AgentState | None = None
     _was_ready: bool = False
 
     # the report sent last, and when the next is due (the loop's time)
-    _sent: object = field(default=None, repr=False)
+    _sent: tuple[object, object] | None = field(default=None, repr=False)
     _due: float = 0.0
     _failures: int = 0
 
@@ -70,19 +76,26 @@ class Heartbeat:
 
     async def run(self) -> None:
         """Report for ever. Raises `SessionGone` or `Superseded` when the orchestrator says that it is over."""
+        clock = asyncio.get_running_loop().time
         while True:
+            self.report.screen.changed.clear()
             state, ready = self.report.state, self.report.ready()
             self._log_changes(state, ready)
-            current = (state, self.report.dev.state, ready)
-            due = asyncio.get_running_loop().time() >= self._due
+            current = ((state, self.report.dev.state, ready), self.report.screen.news)
+            due = clock() >= self._due
             # After a failure a change waits for the backoff like everything else.
             if self.api is not None and (due or (current != self._sent and not self._failures)):
+                whole = due or self._sent is None or current[0] != self._sent[0]
                 self._sent = current
-                await self._beat(self.api)
-                await asyncio.sleep(LEAST_PAUSE)
+                self._latest.append(clock())
+                await self._beat(self.api, whole=whole)
+                if len(self._latest) == MOST_A_SECOND:
+                    await asyncio.sleep(max(0.0, self._latest[0] + 1.0 - clock()))
             else:
                 settled = state in (AgentState.SERVING, AgentState.DEGRADED)
-                await asyncio.sleep(POLL_SETTLED if settled else POLL_STARTING)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SETTLED if settled else POLL_STARTING):
+                        await self.report.screen.changed.wait()
 
     def _log_changes(self, state: AgentState, ready: bool) -> None:
         if state is not self._state:
@@ -95,13 +108,18 @@ class Heartbeat:
             self.report.problems.metrics.session_start.set(age)
             log.info("agent.ready", seconds=round(age, 3))
 
-    async def _beat(self, api: SessionApi) -> None:
-        """Send one report; act on the answer, or plan the next try."""
+    async def _beat(self, api: SessionApi, *, whole: bool) -> None:
+        """Send one report; act on the answer, or plan the next try.
+
+        One that is not whole says what is on the disk and on the screen: where the database is by then is no news, a
+        commit is on its way more often than not.
+        """
         clock = asyncio.get_running_loop().time
         asked_at = self.sync.tree.cursor
-        self._due = clock() + self.every * (0.8 + 0.4 * spread())
+        if whole:
+            self._due = clock() + self.every * (0.8 + 0.4 * spread())
         try:
-            head = await self._send(api)
+            head = await self._send(api, whole)
         except (Unavailable, MalformedMessage) as error:
             self._failures += 1
             self._due = clock() + BACKOFF.delay(self._failures, error)
@@ -114,17 +132,19 @@ class Heartbeat:
         if head.action == "stop":
             log.info("agent.told_to_stop")
             self.stop.set()
+        if not whole:
+            return
         self.sync.hear(head, asked_at)
         if head.action == "sync":
             self.sync.hurry()
 
-    async def _send(self, api: SessionApi) -> Head:
+    async def _send(self, api: SessionApi, whole: bool) -> Head:
         """Send the report; without its problems where a peer takes less: the state alone keeps the lease.
 
         What was refused is not sent again as it was: half as much is tried the next time, and the whole after an hour.
         """
         try:
-            head = await api.report_status(self.report.heartbeat(self._room))
+            head = await api.report_status(self.report.heartbeat(self._room, hashed=whole))
         except TooLarge as error:
             log.warning("heartbeat.too_large", why=str(error), room=self._room)
             self._room, self._accepted = (self._room // 2 if self._room > LEAST_ROOM else 0), 0

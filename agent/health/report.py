@@ -19,8 +19,9 @@ from agent import __version__
 from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Entry, Problem, ProblemKind, RelPath
+from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
-from agent.health.status_body import MOST_BYTES, fitted
+from agent.health.status_body import MOST_BYTES, fitted, fitted_errors
 from agent.link.source import EventSource
 from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
@@ -35,7 +36,7 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "hmr_unreachable", "shadow_difference"}
+    {"drift", "path_refused", "hmr_unreachable", "preview_unobserved", "shadow_difference"}
 )
 """Kinds that are shown and leave the preview what it should be."""
 
@@ -50,6 +51,7 @@ class Report(Collector):
     catch_up: CatchUp
     link: EventSource
     dev: Supervisor
+    screen: Screen
     problems: Problems
     redactor: Redactor
     skew: ClockSkew
@@ -85,16 +87,26 @@ class Report(Collector):
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
-    def heartbeat(self, room: int = MOST_BYTES) -> dict[str, object]:
-        """Return the body of PUT …/status, harmful problems first, as many as fit into `room` bytes."""
+    def heartbeat(self, room: int = MOST_BYTES, *, hashed: bool = True) -> dict[str, object]:
+        """Return the body of PUT …/status, harmful problems first.
+
+        Args:
+            room: Bytes: as many problems as fit, and errors into half of it.
+            hashed: With the tree's hash, which takes 1 ms for a thousand files.
+        """
+        screen = self.redactor.value(self.screen.report())
+        assert isinstance(screen, dict)
+        errors = fitted_errors(screen["errors"], room // 2)
         tree = self.sync.tree
         head = {
             "state": self.state.value,
             "revision": tree.cursor.revision,
             "epoch": tree.cursor.epoch,
-            "tree_hash": self._tree_hash()[0],
+            "tree_hash": self._tree_hash()[0] if hashed else None,
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
+            **screen,
+            **errors,
         }
         problems = self._shown(sorted(self.all_problems(), key=lambda problem: problem.kind in HARMLESS))
         return fitted(head, problems, room)
@@ -124,6 +136,7 @@ class Report(Collector):
             "hydrate": {"mode": self.sync_status.mode, **self.catch_up.snapshots.progress.report()},
             "link": self.link.report(),
             "dev_server": self.dev.report(),
+            **self.screen.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
             "loop": self.stalls.report() if self.stalls is not None else None,
@@ -250,6 +263,7 @@ class Report(Collector):
             *(api.problems() if api is not None else ()),
             *self.link.problems(),
             *self.dev.problems(),
+            *self.screen.problems(ready=self.dev.ready),
         ]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | bool | None]]:

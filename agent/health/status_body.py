@@ -28,6 +28,19 @@ LONGEST_RULE: Final = 100
 NOTE_ROOM: Final = 50
 """Bytes for the note between what is left of a text."""
 
+MOST_ERRORS: Final = 20
+"""Open errors of the preview in one report."""
+
+ERROR_LENGTHS: Final[Mapping[str, int]] = {
+    "message": 400,
+    "file": 200,
+    "frame": 250,
+    "stack": 150,
+    "kind": 20,
+    "level": 20,
+}
+"""Bytes as sent of an error's texts: 1 KB in all, of which where it is and what it says get most."""
+
 Problem = Mapping[str, str | bool | None]
 """`kind`, `rule`, `file_path`, `detail`, and `waiting` where it is tried again."""
 
@@ -51,6 +64,21 @@ def fitted(
             room -= size
     shown = [kept[place] for place in sorted(kept)]
     return {**head, "problems": shown, "problems_left_out": len(problems) - len(shown)}
+
+
+def fitted_errors(errors: Sequence[Mapping[str, object]], room: int) -> dict[str, object]:
+    """Return as many of the preview's errors as fit into `room` bytes, each cut, and how many are left out."""
+    kept: list[dict[str, object]] = []
+    for error in errors[:MOST_ERRORS]:
+        short = {
+            key: cut(value, ERROR_LENGTHS.get(key, LONGEST_RULE)) if isinstance(value, str) else value
+            for key, value in error.items()
+        }
+        room -= len(orjson.dumps(short)) + 1
+        if room < 0:
+            break
+        kept.append(short)
+    return {"errors": kept, "errors_truncated": len(errors) - len(kept)}
 
 
 def _fairly(problems: Sequence[Problem]) -> list[int]:

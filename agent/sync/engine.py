@@ -14,14 +14,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from msgspec import structs
 
 from agent.core.clock_skew import ClockSkew
-from agent.core.errors import (
-    AgentError,
-    MalformedMessage,
-    PathRefused,
-    SessionGone,
-    Superseded,
-    TooLarge,
-)
+from agent.core.errors import AgentError, MalformedMessage, PathRefused, SessionGone, Superseded, TooLarge
 from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
 from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
 from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
@@ -36,6 +29,7 @@ from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
 from agent.sync.latency import LagMeter
+from agent.sync.preview import Preview, Unseen, changes_of
 from agent.sync.recording import Recording
 from agent.sync.workspace import ApplyResult, Workspace
 from agent.telemetry.logging import get_logger, traced
@@ -72,6 +66,7 @@ class Sync:
         snapshot_url: str | None,
         on_tree: Callable[[Collection[RelPath]], None],
         on_hydrated: Callable[[], None],
+        preview: Preview | None = None,
         drift_policy: Policy = "report",
         skew: ClockSkew | None = None,
         spans: Spans | None = None,
@@ -83,6 +78,7 @@ class Sync:
             snapshot_url: Where the first tree is; None: the session API is asked.
             on_tree: Called with the paths that changed, after they changed.
             on_hydrated: Called once, when there is a whole tree.
+            preview: Who shows the tree; None: nobody.
             drift_policy: As the setting; `off` where nothing else can touch the directory.
             skew: How far the database's clock is from ours; None: not at all.
             spans: Where a save's way goes to; None: nowhere.
@@ -99,6 +95,7 @@ class Sync:
         self._spans = spans
         self._on_tree = on_tree
         self._on_hydrated = on_hydrated
+        self._preview = preview or Unseen()
         self._snapshot_url = snapshot_url
         self._drift_policy = drift_policy
         self._clock = clock
@@ -358,21 +355,26 @@ class Sync:
                 self._ask(request)
             elif self._catch_up.attempts and not self._follower.needs:
                 self._catch_up.not_needed()
+        self._preview.commit(self.tree.cursor.revision, {})
 
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started = self._clock()
         for problem in plan.problems:
             self._problems.add(problem)
-        applied = ApplyResult(undone=True)
+        before, applied = self.tree.entries, ApplyResult(undone=True)
+        self._preview.begin([each.path for each in plan.operations])
         with self._errors.contained("apply"):
-            applied = self._workspace.apply(plan.operations, self.tree.entries)
+            applied = self._workspace.apply(plan.operations, before)
         self._follower.settle(plan, self._clock(), failed=applied.failed, undone=applied.undone)
         self._workspace.confirmed(self._follower.unusable)
         if applied.undone and applied.done:
             # Not even the undoing was possible everywhere: the tree says what stands there, not what should.
             stuck = {each.path: each.entry for each in plan.operations if each.path in applied.done}
             self._follower.adopt(structs.replace(self.tree, entries=self.tree.entries.update(stuck)))
+        if applied.undone:
+            self._preview.undo()
+        self._preview.commit(self.tree.cursor.revision, changes_of(plan.operations, applied.done, before))
         self._recording.soon()
         if applied.done:
             self._problems.clear("drift", "hash_mismatch", paths=applied.done)

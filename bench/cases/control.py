@@ -44,6 +44,7 @@ from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.fakes.machines import Platform
@@ -159,8 +160,9 @@ async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
             return Response(form, media_type="application/json")
 
         catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
+        screens = Screens("", world.store)
         api = SessionRoutes(
-            world.settings, world.controller, world.store, catchup, world.snapshots, world.keys
+            world.settings, world.controller, world.store, catchup, world.snapshots, world.keys, screens
         )
         app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -226,11 +228,23 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         installation = await store.installation()
         controller = SessionController(settings, store, snapshots, driver, keys, installation=installation)
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
-        routes = SessionRoutes(settings, controller, store, catchup, snapshots, keys).routes()
+        routes = SessionRoutes(
+            settings, controller, store, catchup, snapshots, keys, Screens("", store)
+        ).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
             yield World(
-                settings, pool, keys, Platform(), snapshots, assets, store, controller, client, installation
+                settings,
+                pool,
+                keys,
+                Platform(),
+                snapshots,
+                assets,
+                store,
+                controller,
+                client,
+                installation,
+                Screens("", store),
             )
             await controller.close()
 

@@ -1,6 +1,6 @@
 """Describes the routes as OpenAPI 3.1: `/openapi.json` serves it, and a test holds the routes against it.
 
-Bodies that come in are described by the very models that read them (`routes.CreateBody` …); what goes out is written
+Bodies that come in are described by the very models that read them (`bodies.CreateBody` …); what goes out is written
 down here, with every status a caller of that route may meet.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator_stub import __version__
-from orchestrator_stub.http.routes import CreateBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.http.bodies import CreateBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.sessions.lifecycle import State
 
 Schema = dict[str, Any]
@@ -36,10 +36,17 @@ def _ref(name: str) -> Schema:
 MANIFEST: Schema = _or_null({"type": "object"})
 """As protocol.md writes it; null when it is too long to repeat: it is the archive's first entry anyway."""
 
+SCREEN: Schema = {
+    "applied": WHOLE,
+    "shown": _or_null({"type": "object", "required": ["revision"], "properties": {"revision": WHOLE}}),
+    "errors": {"type": "array", "items": {"type": "object"}},
+}
+"""As the agent said it last; docs/screen.md has the fields."""
+
 SCHEMAS: Schema = {
     "Problem": _object(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
     "Session": _object(
-        {"problem": TEXT},
+        {"problem": TEXT, **SCREEN},
         session_id=UUID,
         project_id=UUID,
         state={"type": "string", "enum": [state.value for state in State]},
@@ -48,6 +55,11 @@ SCHEMAS: Schema = {
         created_at=TIME,
         expires_at=TIME,
         machine=_or_null(_object({"region": TEXT}, driver=TEXT, id=TEXT)),
+    ),
+    "Shown": _object(
+        session_id=UUID,
+        outcome={"enum": ["shown", "error", "no_viewer", "applied", "behind"]},
+        **SCREEN,
     ),
     "Sessions": _object(sessions={"type": "array", "items": _ref("Session")}),
     "Snapshot": _object(snapshot_url=URL, manifest=MANIFEST),
@@ -81,10 +93,12 @@ SCHEMAS: Schema = {
     },
     "Token": _object(realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
-        {"action": {"enum": ["sync", "stop"]}},
+        {
+            "action": {"enum": ["sync", "stop"]},
+            "tree_hash": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+        },
         epoch=UUID,
         revision=WHOLE,
-        tree_hash={"type": "string", "pattern": "^[0-9a-f]{64}$"},
     ),
     **{form.__name__: form.model_json_schema() for form in (CreateBody, SnapshotBody, SyncBody, StatusBody)},
 }
@@ -101,7 +115,7 @@ SAID = {
     409: "Another generation's machine has the session.",
     410: "The session is over, or its project does not exist any more.",
     413: "The body is too large.",
-    429: "As many sessions, or stored bytes, as are allowed; Retry-After says when to ask again.",
+    429: "As many sessions, stored bytes or waiting requests as are allowed; Retry-After says when to ask again.",
     503: "A part of the service does not answer now; Retry-After says when to ask again.",
 }
 ALWAYS = (400, 401, 403, 404, 503)
@@ -116,6 +130,11 @@ PARAMETERS: Schema = {
     },
     "project": {"name": "project_id", "in": "query", "schema": UUID},
     "ended": {"name": "ended", "in": "query", "schema": {"type": "boolean"}},
+    "project_path": {"name": "project_id", "in": "path", "required": True, "schema": UUID},
+    "revision": {"name": "revision", "in": "query", "schema": {**WHOLE, "maximum": 2**63 - 1}},
+    "epoch": {"name": "epoch", "in": "query", "schema": {"type": "string", "maxLength": 255}},
+    "wait": {"name": "wait", "in": "query", "schema": {"type": "number", "minimum": 0, "maximum": 30}},
+    "quiet": {"name": "quiet", "in": "query", "schema": {"type": "number", "minimum": 0, "maximum": 10}},
     "limit": {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000}},
 }
 
@@ -151,6 +170,7 @@ def openapi_document() -> Schema:
     product, agent = ("service", "user"), ("session",)
     one = "/v1/sessions/{session_id}"
     live = (409, 410)
+    asked = ("revision", "epoch", "wait", "quiet")
     return {
         "openapi": "3.1.0",
         "info": {"title": "preview-sync orchestrator", "version": __version__},
@@ -173,6 +193,14 @@ def openapi_document() -> Schema:
                     "session",
                     body="SnapshotBody",
                     also=(410, 429),
+                )
+            },
+            f"{one}/shown": {
+                "get": _operation("Wait for the screen", product, "Shown", "session", *asked, also=(410, 429))
+            },
+            "/v1/projects/{project_id}/shown": {
+                "get": _operation(
+                    "Wait for a project's screen", product, "Shown", "project_path", *asked, also=(410, 429)
                 )
             },
             f"{one}/sync": {

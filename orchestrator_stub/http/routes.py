@@ -1,6 +1,6 @@
 """Serves the routes: parses, checks who asks, calls, renders. Decisions are made in `sessions`.
 
-control plane   /v1/sessions…                       the product's backend, with the service key
+control plane   /v1/sessions…  /v1/projects/{id}/shown  the product's backend, with the service key
 session API     /v1/sessions/{id}/{sync,token,status}   the agent, with its session's token
 operations      /livez /readyz /metrics /openapi.json
 """
@@ -14,13 +14,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import orjson
 import psycopg
 import structlog
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -28,8 +28,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.bodies import CreateBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.http.cors import open_to
 from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
+from orchestrator_stub.http.shown import MOST_WAIT, shown
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import (
@@ -43,6 +45,7 @@ from orchestrator_stub.platform.tokens import (
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
+from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
@@ -61,63 +64,6 @@ UP = frozenset({"serving", "degraded"})
 """Agent states in which the preview answers (protocol: states)."""
 
 Body = TypeVar("Body", bound=BaseModel)
-NO_NUL = r"^[^\x00]*$"
-"""PostgreSQL's text holds every character but this one."""
-
-Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strict=True, pattern=NO_NUL)]
-
-
-def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-WHOLE = BeforeValidator(_whole)
-"""JSON has one kind of number: 7.0 is a whole one, "7" and true are none."""
-
-Revision = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1), WHOLE]
-
-
-class CreateBody(BaseModel):
-    """`POST /v1/sessions`."""
-
-    model_config = ConfigDict(extra="forbid")
-    project_id: UUID
-    generation: Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE] | None = None
-    ttl_seconds: float | None = Field(None, ge=60, strict=True)
-
-
-class SnapshotBody(BaseModel):
-    """`POST /v1/sessions/{id}/snapshot`."""
-
-    model_config = ConfigDict(extra="forbid")
-    rebuild: Annotated[bool, Field(strict=True)] = False
-
-
-class SyncBody(BaseModel):
-    """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
-
-    epoch: Text | None = None
-    revision: Revision
-    reason: Text
-    paths: (
-        Annotated[
-            list[Annotated[str, StringConstraints(max_length=1024, strict=True, pattern=NO_NUL)]],
-            Field(max_length=5000),
-        ]
-        | None
-    ) = None
-
-
-class StatusBody(BaseModel):
-    """`PUT …/status`. The whole is kept as it came; these fields are acted on."""
-
-    model_config = ConfigDict(extra="allow")
-    state: Literal[
-        "starting", "hydrating", "installing", "serving", "degraded", "draining", "stopped", "halted"
-    ]
-    revision: Revision
-    epoch: Text | None = None
-    tree_hash: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +84,7 @@ class SessionRoutes:
         catchup: Catchup,
         snapshots: SnapshotSource,
         keys: Keyring,
+        screens: Screens,
         *,
         clock: Callable[[], float] = time.time,
         on_ready: Callable[[float], None] = lambda seconds: None,
@@ -148,6 +95,7 @@ class SessionRoutes:
         self._catchup = catchup
         self._snapshots = snapshots
         self._keys = keys
+        self._screens = screens
         self._on_ready = on_ready
         self._tokens = SessionReader(keys, clock)
 
@@ -158,6 +106,8 @@ class SessionRoutes:
             self._route("/v1/sessions", POST=self.create, GET=self.listing),
             self._route(session, GET=self.show, DELETE=self.delete),
             self._route(session + "/snapshot", POST=self.snapshot),
+            self._route(session + "/shown", GET=self.shown, more=MOST_WAIT),
+            self._route("/v1/projects/{project_id}/shown", GET=self.project_shown, more=MOST_WAIT),
             self._route(session + "/sync", POST=self.sync),
             self._route(session + "/token", POST=self.token),
             self._route(session + "/status", PUT=self.status),
@@ -214,8 +164,10 @@ class SessionRoutes:
         return _json({"sessions": [session_form(session) for session in sessions]})
 
     async def show(self, request: Request) -> Response:
-        """One session."""
-        return _json(session_form(await self._seen(request)))
+        """One session, and what is on its screen."""
+        session = await self._seen(request)
+        found = await self._screens.now(session.id)
+        return _json(session_form(session) | (found[1].form() if found else {}))
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""
@@ -234,6 +186,25 @@ class SessionRoutes:
             session.project_id, rebuild=body.rebuild, payer=session.id
         )
         return _json({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
+
+    async def shown(self, request: Request) -> Response:
+        """What became of a revision: on the screen, or what keeps it from being so."""
+        session = await self._seen(request)
+        _, answer = await shown(request, self._screens, session.id)
+        return _json(answer)
+
+    async def project_shown(self, request: Request) -> Response:
+        """The same of a project's newest live session."""
+        caller = await self._caller(request)
+        project_id = _uuid(request.path_params["project_id"], "project")
+        if not await self._may(caller, project_id):
+            raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
+        sessions = await self._store.listing(project_id=project_id, ended=False, limit=100)
+        newest = next((each for each in sessions if each.state in LIVE), None)
+        if newest is None:
+            raise Refusal(404, "session_unknown", "The project has no live session. Create one.")
+        _, answer = await shown(request, self._screens, newest.id)
+        return _json(answer)
 
     # --- session API
 
@@ -267,8 +238,13 @@ class SessionRoutes:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
         claims, session, head = await self._own(request)
         body = await self._body(request, StatusBody)
-        head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
-        answer: dict[str, Any] = {"epoch": head.epoch, "revision": head.revision, "tree_hash": tree_hash}
+        tree_hash = None
+        answer: dict[str, Any] = {}
+        # An agent that only says what is shown, as often as four times a second, says that it has no hash now.
+        if body.tree_hash is not None or "tree_hash" not in body.model_fields_set:
+            head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
+            answer["tree_hash"] = tree_hash
+        answer |= {"epoch": head.epoch, "revision": head.revision}
         kept = await self._store.report(
             session.id,
             claims.generation,
@@ -279,6 +255,7 @@ class SessionRoutes:
         if kept is None:
             # Another generation's machine has the session, or it has ended.
             return _json({**answer, "action": "stop"})
+        self._screens.heard(session.id, body.model_dump())
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)
         if not _stands_at(body, head) or (body.tree_hash is not None and body.tree_hash != tree_hash):
@@ -362,12 +339,14 @@ class SessionRoutes:
             said = "; ".join(f"{item['field']}: {item['problem']}" for item in errors)
             raise Refusal(400, "bad_body", said[:1000], extra={"errors": errors}) from None
 
-    def _route(self, path: str, **methods: Callable[[Request], Awaitable[Response]]) -> Route:
-        """One path and its methods."""
+    def _route(
+        self, path: str, *, more: float = 0.0, **methods: Callable[[Request], Awaitable[Response]]
+    ) -> Route:
+        """One path and its methods. `more`: seconds that a request may take above the usual."""
 
         async def endpoint(request: Request) -> Response:
             respond = methods["GET" if request.method == "HEAD" else request.method]
-            async with asyncio.timeout(self._settings.request_timeout):
+            async with asyncio.timeout(self._settings.request_timeout + more):
                 return await respond(request)
 
         return open_to(self._settings.cors_origins, path, guarded(endpoint), [*methods])

@@ -292,6 +292,26 @@ class SessionStore:
             },
         )
 
+    async def screen(self, session_id: UUID) -> tuple[Session, Mapping[str, Any] | None, float] | None:
+        """The session, its agent's last status, and how many seconds ago that came."""
+        age = ", status, coalesce(extract(epoch from now() - status_at), 0)::float8 as status_age"
+        query = "select " + COLUMNS + age + " from preview.sessions where id = %(id)s"  # noqa: S608 - literals
+        async with self._pool.connection() as connection:
+            cursor = connection.cursor(row_factory=dict_row)
+            await cursor.execute(query.encode(), {"id": session_id})
+            row = await cursor.fetchone()
+        if row is None:
+            return None
+        status, since = row.pop("status"), row.pop("status_age")
+        return _Row(**row).session, status, since
+
+    async def tell_shown(self, session_id: UUID) -> float:
+        """Tell members what is shown, if it is news. Returns in how many seconds to ask again; 0: it is done."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute("select preview.tell_shown(%s)", (session_id,))
+            row = await cursor.fetchone()
+            return float(row[0]) if row else 0.0
+
     async def replace(
         self, session: Session, generation: int, *, ttl: float, asker: Asker | None = None
     ) -> Session | None:

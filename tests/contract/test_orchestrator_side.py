@@ -89,7 +89,9 @@ async def test_the_session(project: Project, plane: Plane) -> None:
     answer = await plane.http.post("/v1/sessions", json={"project_id": str(project.id), "ttl_seconds": 3600})
     assert_same_form(answer.json(), load("session"), optional=frozenset({"region", "problem"}))
     shown = await plane.http.get(f"/v1/sessions/{answer.json()['session_id']}")
-    assert_same_form(shown.json(), load("session"), optional=frozenset({"region", "problem"}))
+    screen = {"applied", "shown", "errors"}
+    assert screen <= shown.json().keys()
+    assert_same_form(shown.json(), load("session"), optional=frozenset({"region", "problem", *screen}))
 
 
 async def test_the_environment_is_the_protocol_s_and_holds_no_service_key(agent: Agent, plane: Plane) -> None:

@@ -93,7 +93,7 @@ def test_the_wheel_and_the_one_made_from_the_sdist_carry_the_same(
         known = {
             str(path.relative_to(checkout))
             for path in (checkout / package).rglob("*")
-            if path.suffix in (".py", ".sql") and "__pycache__" not in path.parts
+            if path.suffix in (".py", ".sql", ".mjs") and "__pycache__" not in path.parts
         }
         assert known <= first
     assert {f"orchestrator_stub/migrations_sql/{path.name}" for path in MIGRATIONS.iterdir()} <= first

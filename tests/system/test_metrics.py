@@ -36,6 +36,10 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "link_refusals": ("counter", ("reason",)),
     # ours
     "problems_opened": ("counter", ("kind",)),
+    "shown_seconds": ("histogram", ()),
+    "gate_seconds": ("histogram", ()),
+    "preview_errors": ("gauge", ("kind",)),
+    "preview_observed": ("gauge", ()),
     "watch_renewals": ("counter", ()),
     "agent_errors": ("counter", ("part",)),
     "loop_stall_seconds": ("gauge", ()),

@@ -320,3 +320,35 @@ def test_without_a_session_api_nothing_is_sent(tmp_path: Path) -> None:
         assert started > 0
 
     play(tmp_path, script, orchestrator, SESSION_API_URL="")
+
+
+def test_what_is_on_the_disk_is_told_at_once_at_most_four_times_a_second_and_the_last_word(
+    tmp_path: Path,
+) -> None:
+    orchestrator = Orchestrator()
+
+    async def script(world: World) -> None:
+        world.serve()
+        await asyncio.sleep(2)
+        begun = len(orchestrator.at)
+        orchestrator.answers = [answer(200, {**HEAD, "revision": 9, "action": "sync"})]
+        clock = asyncio.get_running_loop().time
+        now = clock()
+        world.agent.screen.commit(1, {})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert len(orchestrator.at) == begun + 1
+        assert orchestrator.at[-1] - now < 0.01, "at once"
+        told = orchestrator.told[-1]
+        assert (told["tree_hash"], told["shown"], told["observed"], told["errors"]) == (None, None, False, [])
+        assert world.agent.sync.pending == (), "that the database is ahead by then is no news"
+        for revision in range(2, 202):
+            world.agent.screen.commit(revision, {})
+            world.agent.follower.adopt(Tree(Cursor("an epoch", revision)))
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)
+        sent = len(orchestrator.at) - begun
+        assert 6 <= sent <= 13, sent
+        assert orchestrator.told[-1]["revision"] == 201, "the last word always"
+
+    play(tmp_path, script, orchestrator)

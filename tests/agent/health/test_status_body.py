@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.health.status_body import LONGEST_DETAIL, MOST_BYTES, cut, fitted
+from agent.health.status_body import (
+    LONGEST_DETAIL,
+    MOST_BYTES,
+    MOST_ERRORS,
+    cut,
+    fitted,
+    fitted_errors,
+)
 
 HEAD = {
     "state": "degraded", "revision": 2**63 - 1, "epoch": "e" * 255, "tree_hash": "0" * 64, "dev_server": "backoff",
@@ -99,3 +106,21 @@ def test_what_is_cut_is_no_longer_than_allowed_and_says_what_is_gone(text: str, 
         after = after.partition(" … ")[2]
         assert clean.startswith(before)
         assert clean.endswith(after)
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["kind", "message", "file", "frame", "stack", "line"]),
+            st.one_of(st.none(), st.integers(0, 2**53), st.text(max_size=5000)),
+        ),
+        max_size=60,
+    )
+)
+def test_errors_of_the_preview_are_cut_and_counted(errors: list[dict[str, object]]) -> None:
+    body = fitted_errors(errors, 8000)
+    kept = body["errors"]
+    assert isinstance(kept, list)
+    assert len(kept) <= MOST_ERRORS
+    assert body["errors_truncated"] == len(errors) - len(kept)
+    assert len(orjson.dumps(kept)) <= 8002

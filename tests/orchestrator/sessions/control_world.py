@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,7 @@ from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 from tests.fakes.machines import FakeMachines, Platform
@@ -76,6 +78,7 @@ class World:
     controller: SessionController
     http: httpx.AsyncClient
     installation: Installation
+    screens: Screens
 
     async def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async with self.pool.connection() as connection:
@@ -205,15 +208,29 @@ async def control_world(
             settings, store, snapshots, FakeMachines(platform), keys, installation=installation
         )
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
-        api = SessionRoutes(settings, controller, store, catchup, snapshots, keys, on_ready=on_ready)
+        screens = Screens(dsn, store)
+        waking = asyncio.create_task(screens.run())
+        api = SessionRoutes(settings, controller, store, catchup, snapshots, keys, screens, on_ready=on_ready)
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(
-                settings, pool, keys, platform, snapshots, assets, store, controller, http, installation
+                settings,
+                pool,
+                keys,
+                platform,
+                snapshots,
+                assets,
+                store,
+                controller,
+                http,
+                installation,
+                screens,
             )
             try:
                 yield world
             finally:
+                waking.cancel()
+                await screens.close()
                 await controller.close()
 
 
@@ -223,6 +240,7 @@ ROUTES = [
     ("GET", "/v1/sessions/{id}"),
     ("DELETE", "/v1/sessions/{id}"),
     ("POST", "/v1/sessions/{id}/snapshot"),
+    ("GET", "/v1/sessions/{id}/shown"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),

@@ -1,0 +1,173 @@
+// Runs in every page that Vite serves: the plugin appends the text of `observe` to Vite's own client, so no project file,
+// no tag and no inline script is needed, and a strict CSP has nothing to refuse. It reports what is painted, and what fails.
+
+/**
+ * @param {any} hot  Vite's hot context of this client.
+ * @param {any} hmr  Vite's HMR client.
+ */
+export function observe(hot, hmr) {
+  const MOST = 50; // errors reported between two revisions
+  const load = Math.random().toString(36).slice(2);
+  let revision = 0;
+  let coming = 0; // whose updates are being applied
+  let left = false; // the page is being left
+  let busy = 0; // updates that are being applied
+  let leaving = false; // a reload is on its way
+  let last = {}; // what was reported of the page, told again with each ping: a message may be lost in a flood
+  let heard = performance.now();
+  /** @type {Set<string>} modules whose update failed */
+  const failed = new Set();
+  /** @type {Set<string>} those that threw: they have left Vite's callbacks, and their next update would change nothing */
+  const thrown = new Set();
+  let stale = false; // such an update came
+  /** @type {Map<string, number>} what was reported since the last revision */
+  const reported = new Map();
+
+  /** @param {string} event @param {object} data */
+  const say = (event, data = {}) =>
+    left || hot.send(`preview:${event}`, { load, revision, hidden: document.hidden, ...data });
+  /** @param {number} ms */
+  const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+  /** Resolves when the next frame is painted; at once where none is.  @returns {Promise<unknown>} */
+  const frame = () =>
+    document.hidden
+      ? Promise.resolve()
+      : Promise.race([
+          pause(500), // a page in an iframe that is not in view gets no frames
+          new Promise((resolve) =>
+            requestAnimationFrame(() => {
+              const channel = new MessageChannel();
+              channel.port1.onmessage = resolve;
+              channel.port2.postMessage(0);
+            }),
+          ),
+        ]);
+
+  /** The position of an error: its first frame in the project's own code.  @param {any} error */
+  const position = (error) => {
+    const frames = [...String(error?.stack ?? "").matchAll(/(https?:\/\/[^\s()]+?):(\d+):(\d+)/g)];
+    const known = frames.filter(([, url]) => !url.includes("/@vite/"));
+    const own = known.find(([, url]) => !url.includes("/node_modules/")) ?? known[0];
+    return own ? { file: own[1], line: +own[2], column: +own[3] } : {};
+  };
+  /** @param {string} kind @param {any} error @param {object} more */
+  const fail = (kind, error, more = {}) => {
+    const message = String(error?.message ?? error)
+      .replace(/\?t=\d+/g, "")
+      .slice(0, 2000);
+    const found = { ...position(error), ...more };
+    const key = JSON.stringify([kind, message, found]);
+    const times = (reported.get(key) ?? 0) + 1;
+    if (times === 1 && reported.size >= MOST) return;
+    reported.set(key, times);
+    if (times > 1 && times % 100) return; // a loop that fails is counted in hundreds
+    say("error", {
+      kind,
+      message,
+      revision: coming,
+      stack: String(error?.stack ?? "").slice(0, 4000),
+      count: times,
+      ...found,
+    });
+  };
+
+  addEventListener(
+    "error",
+    (event) => {
+      const target = /** @type {any} */ (event.target);
+      if (event.message) {
+        const at = { file: event.filename, line: event.lineno, column: event.colno };
+        const known = position(event.error);
+        fail("runtime", event.error ?? event.message, "file" in known ? known : at);
+      } else if (target?.localName) {
+        fail("resource", `cannot load ${target.src || target.href || target.localName}`);
+      }
+    },
+    true,
+  );
+  addEventListener("unhandledrejection", (event) => fail("rejection", event.reason));
+  for (const level of /** @type {const} */ (["error", "warn"])) {
+    const write = console[level];
+    console[level] = (...given) => {
+      write.apply(console, given);
+      const texts = given.map((each) => each?.message ?? (typeof each === "object" ? "…" : String(each)));
+      const text = [texts.shift()?.replace(/%[sdifoOc]/g, () => texts.shift() ?? ""), ...texts].join(" ");
+      if (!/^\[(vite|hmr)\]/.test(text)) fail("console", { message: text, stack: new Error().stack }, { level });
+    };
+  }
+  const warn = hmr?.warnFailedUpdate?.bind(hmr);
+  if (warn)
+    hmr.warnFailedUpdate = (/** @type {any} */ error, /** @type {string | string[]} */ path) => {
+      const module = [path].flat().join();
+      failed.add(module);
+      if (!(error instanceof SyntaxError) && !/^(failed to fetch|error loading|importing a) /i.test(error?.message))
+        thrown.add(module);
+      fail("module", error, { module });
+      warn(error, path);
+    };
+
+  hot.on("vite:beforeUpdate", (/** @type {any} */ payload) => {
+    busy++;
+    for (const path of payload.updates.flatMap((/** @type {any} */ each) => [each.path, each.acceptedPath])) {
+      failed.delete(path);
+      stale ||= thrown.has(path);
+    }
+  });
+  hot.on("vite:afterUpdate", () => busy--);
+  hot.on("vite:beforeFullReload", () => {
+    leaving = true;
+    setTimeout(() => (leaving = false), 2000); // it may have been for another page
+  });
+
+  /** @param {string} how */
+  const shown = async (how) => {
+    const current = revision;
+    while (busy > 0 || leaving) await pause(2);
+    if (stale) return location.reload();
+    if (how === "update") await pause(17); // React's own wait before it renders an update
+    await frame();
+    await frame();
+    if (leaving || current !== revision) return;
+    const root = document.querySelector("#root,#app,#__nuxt,[data-reactroot]") ?? document.body;
+    const content = [...(root?.children ?? [])].some((each) => !/^(script|style|link|template)$/i.test(each.localName));
+    last = {
+      revision: current,
+      how,
+      blank: !content && !root?.textContent?.trim(),
+      overlay: !!document.querySelector("vite-error-overlay"),
+      failed: failed.size,
+    };
+    say("rendered", last);
+    reported.clear();
+  };
+  hot.on("preview:coming", (/** @type {{ revision: number }} */ next) => (coming = next.revision));
+  hot.on("preview:revision", (/** @type {{ revision: number, load?: boolean }} */ now) => {
+    coming = revision = now.revision;
+    if (!now.load) void shown("update");
+    else {
+      const [navigation] = /** @type {PerformanceNavigationTiming[]} */ (performance.getEntriesByType("navigation"));
+      const how = navigation?.type === "reload" ? "reload" : "load";
+      if (document.readyState === "complete") void shown(how);
+      else addEventListener("load", () => void shown(how));
+    }
+  });
+  hot.on("preview:pong", () => (heard = performance.now()));
+  document.addEventListener("visibilitychange", () => say("ping", last));
+  addEventListener("pagehide", () => {
+    say("bye");
+    left = true;
+  });
+  addEventListener("pageshow", () => (left = false));
+  // A socket that went mute (a proxy forgot it) is noticed by two pings without an answer; one that was
+  // closed Vite's own client notices.
+  setInterval(() => {
+    if (document.hidden) heard = performance.now();
+    else if (performance.now() - heard > 12500)
+      fetch(location.href, { method: "HEAD" }).then(
+        () => location.reload(),
+        () => {},
+      ); // not into a server that is gone
+    say("ping", last);
+  }, 5000);
+  say("hello", { age: performance.now() });
+}

@@ -1,0 +1,203 @@
+// What is shown, from what the pages report. Pure: time is passed in, in milliseconds. What pages say are claims: every
+// field is checked, cut and counted here, and a page can make nobody believe in a revision that was not committed.
+
+const MOST_PAGES = 50;
+const MOST_ERRORS = 100;
+/** A page that said goodbye, or nothing for so long, is gone; timers of hidden pages run once a minute. */
+const GONE = 10_000;
+const SILENT = { visible: 15_000, hidden: 150_000 };
+const KINDS = new Set(["build", "runtime", "rejection", "module", "resource", "console"]);
+const HOW = new Set(["update", "reload", "load"]);
+
+/**
+ * @typedef {{ hidden: boolean, heard: number, gone: number | null, revision: number, at: number, how: string,
+ *             blank: boolean, overlay: boolean, failed: number }} Page
+ * @typedef {{ kind: string, message: string, file: string | null, line: number | null, column: number | null,
+ *             frame: string | null, stack: string | null, level?: string, revision: number, first_at: number,
+ *             count: number, pages: Set<string>, last: number }} Found
+ */
+
+/** @param {unknown} value @param {number} most */
+export const text = (value, most) => (typeof value === "string" && value ? value.slice(0, most) : null);
+/** @param {unknown} value @param {number} most */
+const whole = (value, most = 1e9) =>
+  Number.isInteger(value) && Number(value) >= 0 ? Math.min(Number(value), most) : null;
+
+export class Screen {
+  applied = 0;
+  /** The revision whose modules were checked without a page. */
+  checked = 0;
+  /** @type {Map<string, Page>} */
+  pages = new Map();
+  /** @type {Map<string, Found>} by fingerprint */
+  errors = new Map();
+
+  /**
+   * Takes what a page says of itself; returns it, or undefined for one too many.
+   * @param {any} said @param {number} now @returns {Page | undefined}
+   */
+  hear(said, now) {
+    const load = text(said?.load, 32);
+    if (!load) return undefined;
+    let page = this.pages.get(load);
+    if (!page) {
+      if (this.pages.size >= MOST_PAGES) this.forget();
+      if (this.pages.size >= MOST_PAGES) return undefined;
+      page = {
+        hidden: true,
+        heard: now,
+        gone: null,
+        revision: -1,
+        at: 0,
+        how: "load",
+        blank: false,
+        overlay: false,
+        failed: 0,
+      };
+      this.pages.set(load, page);
+    }
+    page.heard = now;
+    page.gone = null;
+    page.hidden = said.hidden === true;
+    return page;
+  }
+
+  /** Drops the pages that were left. */
+  forget() {
+    for (const [key, each] of this.pages) if (each.gone !== null) this.drop(key);
+  }
+
+  /** @param {any} said @param {number} now */
+  bye(said, now) {
+    const page = this.pages.get(text(said?.load, 32) ?? "");
+    if (page) page.gone = now;
+  }
+
+  /** A page has painted a revision.  @param {any} said @param {number} now @returns {Page | undefined} */
+  rendered(said, now) {
+    const page = this.hear(said, now);
+    const revision = whole(said?.revision);
+    if (!page || revision === null || revision > this.applied || revision < page.revision) return undefined;
+    if (page.revision < 0) this.forget(); // one of them was loaded anew
+    const later = revision > page.revision || said.how !== page.how;
+    if (later) page.at = now;
+    page.revision = revision;
+    page.how = HOW.has(said.how) ? said.how : "load";
+    page.blank = said.blank === true;
+    page.overlay = said.overlay === true;
+    page.failed = whole(said.failed, 1000) ?? 0;
+    // An error is open until a later revision is shown without it; a page that shows nothing has mended nothing.
+    if (later && !page.blank && !page.failed && !page.overlay)
+      for (const [key, each] of this.errors)
+        if (each.kind !== "build" && each.pages.has(said.load) && each.last < revision) this.leave(key, said.load);
+    return page;
+  }
+
+  /**
+   * Notes an error; `said` is a page's claim, or Vite's own word when `page` is null.
+   * @param {any} said @param {string | null} page @param {number} now @returns {Found | undefined}
+   */
+  failed(said, page, now) {
+    const kind = said?.kind;
+    const message = text(said?.message, 2000);
+    if (!KINDS.has(kind) || !message) return undefined;
+    const revision = Math.min(whole(said.revision) || this.applied, this.applied);
+    const [file, line, column] = [text(said.file, 1024), whole(said.line), whole(said.column)];
+    const key = JSON.stringify([kind, message, file, line]);
+    let found = this.errors.get(key);
+    if (!found) {
+      if (this.errors.size >= MOST_ERRORS) {
+        const [oldest] = [...this.errors].find(([, each]) => each.kind === "console") ?? [];
+        if (oldest === undefined) return undefined;
+        this.errors.delete(oldest);
+      }
+      found = {
+        kind,
+        message,
+        file,
+        line,
+        column,
+        frame: text(said.frame, 1000),
+        stack: text(said.stack, 4000),
+        revision,
+        first_at: now,
+        count: 0,
+        pages: new Set(),
+        last: revision,
+      }; // prettier-ignore
+      if (kind === "console") found.level = said.level === "warn" ? "warn" : "error";
+      this.errors.set(key, found);
+    }
+    found.count = Math.max(found.count + 1, whole(said.count) ?? 0);
+    found.last = Math.max(found.last, revision);
+    if (page !== null && found.pages.size < MOST_PAGES) found.pages.add(page);
+    return found;
+  }
+
+  /** The build errors that are open.  @returns {Found[]} */
+  get builds() {
+    return [...this.errors.values()].filter((each) => each.kind === "build");
+  }
+
+  /** @param {Found} found */
+  mended(found) {
+    for (const [key, each] of this.errors) if (each === found) this.errors.delete(key);
+  }
+
+  /** Forgets pages that are gone, with the errors that only they had. Returns whether there were any.  @param {number} now */
+  tick(now) {
+    const before = this.pages.size;
+    for (const [key, page] of this.pages) {
+      const silent = now - page.heard > (page.hidden ? SILENT.hidden : SILENT.visible);
+      if (silent || (page.gone !== null && now - page.gone > GONE)) this.drop(key);
+    }
+    return this.pages.size !== before;
+  }
+
+  /** @param {string} load */
+  drop(load) {
+    this.pages.delete(load);
+    for (const [key, each] of this.errors) if (each.pages.has(load)) this.leave(key, load);
+  }
+
+  /** One page less has the error.  @param {string} key @param {string} load */
+  leave(key, load) {
+    const found = this.errors.get(key);
+    found?.pages.delete(load);
+    if (found && found.kind !== "build" && !found.pages.size) this.errors.delete(key);
+  }
+
+  get visible() {
+    return [...this.pages.values()].filter((page) => !page.hidden && page.revision >= 0);
+  }
+
+  /** What goes to the agent. Times are Unix seconds. */
+  report() {
+    const visible = this.visible.sort((a, b) => b.revision - a.revision || b.at - a.at);
+    const newest = visible[0];
+    const errors = [...this.errors.values()].sort(
+      (a, b) => Number(a.kind === "console") - Number(b.kind === "console") || b.first_at - a.first_at,
+    );
+    return {
+      checked: this.checked,
+      shown: newest
+        ? {
+            revision: newest.revision,
+            at: newest.at / 1000,
+            how: newest.how,
+            pages: {
+              visible: visible.length,
+              hidden: [...this.pages.values()].filter((page) => page.hidden).length,
+              behind: visible.filter((page) => page.revision < this.applied).length,
+            },
+            blank: newest.blank,
+          }
+        : null,
+      errors: errors.slice(0, 50).map(({ pages, last, ...each }) => ({
+        ...each,
+        first_at: each.first_at / 1000,
+        pages: pages.size,
+      })),
+    };
+  }
+}

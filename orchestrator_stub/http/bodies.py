@@ -1,0 +1,66 @@
+"""The bodies that come in, as the routes read them and as OpenAPI describes them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+NO_NUL = r"^[^\x00]*$"
+"""PostgreSQL's text holds every character but this one."""
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=255, strict=True, pattern=NO_NUL)]
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""JSON has one kind of number: 7.0 is a whole one, "7" and true are none."""
+
+Revision = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1), WHOLE]
+
+
+class CreateBody(BaseModel):
+    """`POST /v1/sessions`."""
+
+    model_config = ConfigDict(extra="forbid")
+    project_id: UUID
+    generation: Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE] | None = None
+    ttl_seconds: float | None = Field(None, ge=60, strict=True)
+
+
+class SnapshotBody(BaseModel):
+    """`POST /v1/sessions/{id}/snapshot`."""
+
+    model_config = ConfigDict(extra="forbid")
+    rebuild: Annotated[bool, Field(strict=True)] = False
+
+
+class SyncBody(BaseModel):
+    """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
+
+    epoch: Text | None = None
+    revision: Revision
+    reason: Text
+    paths: (
+        Annotated[
+            list[Annotated[str, StringConstraints(max_length=1024, strict=True, pattern=NO_NUL)]],
+            Field(max_length=5000),
+        ]
+        | None
+    ) = None
+
+
+class StatusBody(BaseModel):
+    """`PUT …/status`. The whole is kept as it came; these fields are acted on."""
+
+    model_config = ConfigDict(extra="allow")
+    state: Literal[
+        "starting", "hydrating", "installing", "serving", "degraded", "draining", "stopped", "halted"
+    ]
+    revision: Revision
+    epoch: Text | None = None
+    tree_hash: Text | None = None
