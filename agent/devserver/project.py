@@ -1,4 +1,4 @@
-"""Reads from a project's files where its package.json is, which package manager installs it, and what starts it.
+"""Reads from a project's files what is previewed, which package manager installs it, and what starts it.
 
 Other processes write these files, so nothing here follows a link, blocks on a pipe or trusts a size. A project that
 cannot be read is a `ProjectUnreadable` with one sentence; what runs already is left running.
@@ -6,246 +6,242 @@ cannot be read is a `ProjectUnreadable` with one sentence; what runs already is 
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
-import stat
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from agent.core.errors import AgentError, PathRefused
-from agent.core.model import parse_path
+from agent.devserver import choice, managers, scripts
+from agent.devserver.choice import LARGEST_PACKAGE, Candidate, ProjectUnreadable, choose, read_small
+from agent.devserver.managers import BESIDE, LOCKS
 
-LARGEST = 64 * 2**20
-"""Bytes of a file that is read. Lock files of big workspaces reach 10 MB."""
+LARGEST_LOCK = 64 * 2**20
+"""Bytes of a lock file that is read. Those of big workspaces reach 10 MB."""
 RECORD = ".preview-install.json"
 """The file in node_modules that has the key it was installed for."""
 PLACES = ".preview-places"
 """The file in the root's node_modules that names the workspace's other ones, one a line; absent without any."""
 MOST_RECORDED = 2**20
 """Bytes of either of those files."""
-
-
-class ProjectUnreadable(AgentError):
-    """package.json is missing, is not JSON, or is not a regular file."""
-
-
-class Manager(StrEnum):
-    """A package manager."""
-
-    NPM = "npm"
-    PNPM = "pnpm"
-    YARN = "yarn"
-    BUN = "bun"
-
-
-LOCKS: Mapping[str, Manager] = {
-    "pnpm-lock.yaml": Manager.PNPM,
-    "yarn.lock": Manager.YARN,
-    "bun.lock": Manager.BUN,
-    "bun.lockb": Manager.BUN,
-    "npm-shrinkwrap.json": Manager.NPM,
-    "package-lock.json": Manager.NPM,
-}
-"""In order of precedence: a package-lock.json beside another lock file is mostly an accident."""
-BESIDE = (".npmrc", ".yarnrc", ".yarnrc.yml", "pnpm-workspace.yaml", ".pnpmfile.cjs", "bunfig.toml")
-"""Other files that decide an install."""
 DEPENDENCY_FIELDS = (
     "dependencies", "devDependencies", "optionalDependencies", "peerDependencies", "peerDependenciesMeta",
     "overrides", "resolutions", "workspaces", "pnpm", "packageManager", "trustedDependencies",
 )  # fmt: skip
 """The fields of package.json that decide an install."""
-RELEASES = {Manager.NPM: "11", Manager.PNPM: "10", Manager.YARN: "1", Manager.BUN: "1"}
-"""The release of a package manager that is fetched for a project that names none."""
+LIFECYCLE = ("preinstall", "install", "postinstall", "prepare")
+"""The scripts of package.json that an install runs, with the project's files there."""
+PATCHES = "patches"
+"""Where patch-package and pnpm have their patches, which such a script applies."""
 MOST_PACKAGES = 1000
 """Packages of a workspace that the key takes in."""
+MOST_WALKED = 20_000
+"""Directories of a workspace that are searched for them. Work of a quarter of a second."""
 LOCAL_SPECS = ("file:", "link:", "portal:", "workspace:")
-RELEVANT = re.compile(
-    r"\.([cm]?[jt]sx?|json|html?|vue|svelte|astro|mdx|ya?ml|toml)$|(^|/)\.env|rc$|lock", re.I
+CANNOT_FIX = re.compile(
+    r"\.(png|jpe?g|gif|webp|avif|ico|bmp|tiff?|mp[34]|m4a|webm|mov|og[gv]|wav|woff2?|ttf|otf|eot|pdf)$", re.I
 )
-"""Files that may fix a failed dev server: code, configuration, environment; not pictures, not prose."""
-RELEASE = re.compile(r"\d+(\.\d+){0,2}(-[0-9A-Za-z.-]+)?")
-LONGEST_SCRIPT = 4096
-"""Characters of a script that is split into words. The kernel takes 128 KB a word."""
-SHELL = re.compile(r"[|&;<>()$`\\\"'*?\[#~\n]|^\w+=")
-"""A script that has any of this is left to a shell."""
+"""Files whose change cannot make a failed dev server work: what it hands out as it is. Any other may be read by it."""
+PAGE_SERVER = "vite@8"
+"""What npm fetches to serve a page, where no Vite is at hand."""
 
 
 @dataclass(frozen=True, slots=True)
-class Project:
-    """A project as its files describe it."""
+class Dependencies:
+    """What is to be installed in a directory."""
 
     root: Path
-    """The directory of its package.json."""
-
-    # Its install.
-    manager: Manager
-    lock: str | None
-    """The lock file's name."""
+    """The directory of its package.json and its lock file."""
+    manager: managers.PackageManager
     key: str
-    """Names the node_modules that this project wants: two projects with the same key can share one."""
+    """Names the node_modules that is wanted: two projects with the same key can share one."""
     whole_tree: bool
     """The install needs more of the project than its manifests."""
-    release: str | None
-    """The version of the package manager that package.json asks for."""
-    modern_yarn: bool
-    """Yarn 2 or later, whose options are not those of Yarn 1."""
-
-    # Its dev server.
-    script_name: str | None
-    """`dev` or `start`."""
-    script: str | None
-
-    @property
-    def package(self) -> str:
-        """The package manager's own package in npm's registry, with its version."""
-        if self.modern_yarn:
-            return f"@yarnpkg/cli-dist@{self.release or 4}"
-        return f"{self.manager.value}@{self.release or RELEASES[self.manager]}"
 
     @property
     def modules(self) -> Path:
         return self.root / "node_modules"
 
     @property
-    def has_dependencies(self) -> bool:
+    def exist(self) -> bool:
+        """Whether there is anything to install."""
         return self.key != NO_DEPENDENCIES
 
-    def dev_argv(self, *, host: str, port: int, fresh: bool) -> tuple[str, ...]:
-        """Return the command that starts the dev server; empty when the project has no script for it.
 
-        A script that is plainly Vite is started without a package manager in between: that is one process
-        fewer, 0.3 s less, and signals arrive. `fresh`: without the dependency cache of Vite's previous run.
+@dataclass(frozen=True, slots=True)
+class Project:
+    """A project as its files describe it."""
+
+    top: Path
+    """The directory of all its files."""
+    chosen: Candidate
+    """The directory that is previewed."""
+    others: tuple[str, ...]
+    """The scripts that its own script may hand on to."""
+    only: str | None
+    """The directory whose dev server is meant where one script starts several."""
+    dependencies: Dependencies
+    """Of the directory that is previewed, or of the workspace that has it."""
+
+    @property
+    def directory(self) -> Path:
+        """Where its dev server runs."""
+        return self.top / self.chosen.place
+
+    @property
+    def tool(self) -> scripts.Tool | None:
+        """The known dev server that is started; None: some other command, which is told $PORT."""
+        name = self.chosen.script
+        if name is None:
+            return self.chosen.tool
+        return scripts.named_tool(self.chosen.scripts[name], self.others)
+
+    @property
+    def needs_manager(self) -> bool:
+        """Whether the package manager is needed to run it, too."""
+        name = self.chosen.script
+        return name is not None and self.dependencies.manager.name in self.chosen.scripts[name]
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it is a page that no package.json stands beside of."""
+        return not self.chosen.package
+
+    def report(self) -> dict[str, object]:
+        """Return what status shows: what is previewed, why, by what, and who installs it."""
+        return {
+            "directory": self.chosen.place or ".",
+            "why": self.chosen.why,
+            "script": self.chosen.script,
+            "server": "Vite" if self.is_page else self.tool.name if self.tool else None,
+            "manager": self.dependencies.manager.package if self.dependencies.exist else None,
+        }
+
+    def command(self, *, modules: Path, path: str) -> tuple[str, ...]:
+        """Return the command that starts the dev server.
+
+        Args:
+            modules: MODULES_DIR, whose cache may have a Vite for a page without a package.json.
+            path: Where programs are found.
         """
-        if self.script is None:
-            return ()
-        flags = ("--host", host, "--port", str(port), "--strictPort", *(("--force",) if fresh else ()))
-        if len(self.script) < LONGEST_SCRIPT and not SHELL.search(self.script):
-            words = shlex.split(self.script)
-            if words and words[0] == "vite" and words[1:2] != ["build"]:
-                return (str(self.modules / ".bin" / "vite"), *words[1:], *flags)
-        runner = self.manager if shutil.which(self.manager) else Manager.NPM
-        forward = () if runner is Manager.YARN else ("--",)
-        extra = flags if "vite" in self.script else ()
-        return (runner.value, "run", str(self.script_name), *(forward if extra else ()), *extra)
+        if self.chosen.script:
+            return scripts.command(self.chosen.scripts, self.chosen.script)
+        if self.chosen.tool:
+            return ("sh", "-c", self.chosen.tool.script)
+        installs = sorted(modules.glob("cache/*"))
+        for vite in (each / "node_modules/.bin/vite" for each in (self.top, *installs)):
+            if vite.exists():
+                return (str(vite),)
+        if found := shutil.which("vite", path=path):
+            return (found,)
+        return ("npm", "exec", "--yes", f"--package={PAGE_SERVER}", "--", "vite")
+
+    def environment(
+        self, given: Mapping[str, str], *, host: str, port: int, preview_host: str | None, fresh: bool
+    ) -> dict[str, str]:
+        """Return the dev server's environment: `given`, what `npm run` adds, and where it is to listen.
+
+        Args:
+            given: The environment of any program of the project.
+            host: Where the dev server is to listen.
+            port: On which port.
+            preview_host: The domain under which visitors come.
+            fresh: Whether to start without what the previous start cached.
+        """
+        name, cwd = self.chosen.script, str(self.directory)
+        script = self.chosen.scripts[name] if name else None
+        env = {**given, **scripts.variables(self.chosen.package, cwd, name, script)}
+        manager = self.dependencies.manager
+        env["npm_config_user_agent"] = f"{manager.name}/{manager.release or '?'}"
+        inside = [self.directory, *(p for p in self.directory.parents if p.is_relative_to(self.top))]
+        env["PATH"] = ":".join(
+            [*(str(p / "node_modules/.bin") for p in inside), given.get("PATH", os.defpath)]
+        )
+        if self.tool is None or script is None or scripts.is_plain(script):
+            env = {"PORT": str(port), "HOST": host} | env
+        hook = scripts.hook(host=host, port=port, preview_host=preview_host, fresh=fresh, only=self.only)
+        env["NODE_OPTIONS"] = f"{given.get('NODE_OPTIONS', '')} {hook}".strip()
+        return env
 
 
 NO_DEPENDENCIES = "none"
 
 
-def find(directory: Path, *, scripts: bool = False) -> Project | None:
-    """Read the project in `directory`, or in the one directory below it that has a package.json; None without.
+def find(directory: Path, *, root: str | None = None, scripts: bool = False) -> Project:
+    """Read the project in `directory`.
 
     Args:
         directory: Where the project's files are.
+        root: DEV_ROOT: the directory of it to preview.
         scripts: Whether installs run the dependencies' scripts, which makes another node_modules.
+
+    Raises:
+        NothingToServe: There is nothing to preview.
+        ProjectUnreadable: There is a package.json that cannot be used.
+    """
+    chosen, others = choose(directory, root)
+    below = [each for each in others if each.place != chosen.place]
+    texts = [text for each in (chosen, *below) for text in each.scripts.values()]
+    several = not chosen.tool and sum(1 for each in below if each.tool) > 1
+    front = choice.front_end(below) if several else None
+    return Project(
+        top=directory,
+        chosen=chosen,
+        others=tuple(texts),
+        only=os.path.realpath(directory / front.place) if front else None,
+        dependencies=dependencies(directory / _workspace(directory, chosen.place), scripts=scripts),
+    )
+
+
+def dependencies(root: Path, *, scripts: bool = False) -> Dependencies:
+    """Read what is to be installed in `root`; nothing, without a package.json there.
 
     Raises:
         ProjectUnreadable: There is a package.json that cannot be used.
     """
+    package = choice.read(root).package if os.path.lexists(root / "package.json") else {}
     try:
-        if not os.path.lexists(directory / "package.json"):
-            below = _below(directory)
-            return _read(below[0], scripts) if len(below) == 1 else None
-        return _read(directory, scripts)
-    except RecursionError:
-        why = "it is nested too deep"  # it was read, and cannot be written again for the key
-    except OSError as error:
-        why = error.strerror or str(error)
-    except ValueError as error:
-        why = str(error)
-    raise ProjectUnreadable(f"cannot read package.json: {why}")
+        manager = managers.choose(root, package, lambda path: read_small(path, LARGEST_LOCK))
+        whole_tree = _needs_tree(root, package, scripts)
+        key = _key(root, package, manager, scripts, whole_tree) if package else NO_DEPENDENCIES
+    except RecursionError:  # it was read, and cannot be written again for the key
+        raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
+    return Dependencies(root, manager, key, whole_tree)
 
 
-def _below(directory: Path) -> list[Path]:
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-    except OSError:
-        return []
-    hidden = (".", "node_modules")
-    return [
-        directory / n
-        for n in names
-        if not n.startswith(hidden) and _is_path(n) and os.path.lexists(directory / n / "package.json")
-    ]
+def _workspace(top: Path, place: str) -> str:
+    """Return the directory that is installed for `place`: that of the workspace which has it, or itself."""
+    parts = place.split("/") if place else []
+    for length in range(len(parts)):
+        above = "/".join(parts[:length])
+        if os.path.lexists(top / above / "pnpm-workspace.yaml"):
+            return above
+        try:
+            declared = choice.read(top, above).package.get("workspaces")
+        except ProjectUnreadable:
+            continue
+        patterns = declared.get("packages") if isinstance(declared, dict) else declared
+        inside = "/".join(parts[length:])
+        if isinstance(patterns, list) and any(fnmatch.fnmatch(inside, str(p).strip("./")) for p in patterns):
+            return above
+    return place
 
 
-def _is_path(name: str) -> bool:
-    """Return whether the database could have this path. Other directories are not the project's."""
-    try:
-        parse_path(name)
-    except PathRefused:
-        return False
-    return True
-
-
-def _read(root: Path, scripts: bool) -> Project:
-    raw = read_small(root / "package.json")
-    if raw is None:
-        raise ProjectUnreadable(f"cannot read {root.name}/package.json: not a regular file, or too large")
-    package = json.loads(raw)
-    if not isinstance(package, dict):
-        raise ProjectUnreadable("cannot read package.json: it is not an object")
-    lock = next((name for name in LOCKS if os.path.lexists(root / name)), None)
-    named_manager, release = _named_manager(package)
-    manager = LOCKS[lock] if lock else named_manager
-    release = release if manager is named_manager else None
-    whole_tree = _needs_tree(root, package)
-    declared = package.get("scripts")
-    named: dict[str, Any] = declared if isinstance(declared, dict) else {}
-    script_name = next((n for n in ("dev", "start") if isinstance(named.get(n), str)), None)
-    if script_name and not _is_argument(named[script_name]):
-        unusable = "it has a character that no command line can hold"
-        raise ProjectUnreadable(f'cannot use the script "{script_name}" of package.json: {unusable}')
-    return Project(
-        root=root,
-        manager=manager,
-        lock=lock,
-        key=_key(root, package, manager, lock, scripts, whole_tree),
-        whole_tree=whole_tree,
-        script_name=script_name,
-        script=named[script_name].strip() if script_name else None,
-        release=release,
-        modern_yarn=manager is Manager.YARN and _is_modern_yarn(root, release),
-    )
-
-
-def _is_argument(script: str) -> bool:
-    """Return whether it can be a command line's word: a JSON string may have half of a surrogate pair, or NUL."""
-    try:
-        return b"\0" not in script.encode()
-    except UnicodeEncodeError:
-        return False
-
-
-def _named_manager(package: Mapping[str, Any]) -> tuple[Manager, str | None]:
-    """Return package manager and version from the field `packageManager`: `pnpm@10.1.0+sha512.…`."""
-    named, _, release = str(package.get("packageManager", "")).partition("+")[0].partition("@")
-    manager = next((m for m in Manager if m.value == named), Manager.NPM)
-    return manager, release if manager.value == named and RELEASE.fullmatch(release) else None
-
-
-def _is_modern_yarn(root: Path, release: str | None) -> bool:
-    if release:
-        return not release.startswith("1.")
-    lock = read_small(root / "yarn.lock")
-    return b"__metadata:" in lock[:4096] if lock else os.path.lexists(root / ".yarnrc.yml")
-
-
-def _needs_tree(root: Path, package: Mapping[str, Any]) -> bool:
+def _needs_tree(root: Path, package: Mapping[str, Any], install_scripts: bool) -> bool:
     if any(os.path.lexists(root / name) for name in ("pnpm-workspace.yaml", ".yarn")):
         return True
-    pnpm = package.get("pnpm")
+    pnpm, declared = package.get("pnpm"), package.get("scripts")
     patched = pnpm.get("patchedDependencies") if isinstance(pnpm, dict) else None
     if package.get("workspaces") or package.get("patchedDependencies") or patched:
+        return True
+    if install_scripts and isinstance(declared, dict) and any(name in declared for name in LIFECYCLE):
         return True
     for name in DEPENDENCY_FIELDS[:3]:
         specs = package.get(name)
@@ -257,24 +253,21 @@ def _needs_tree(root: Path, package: Mapping[str, Any]) -> bool:
 def _key(
     root: Path,
     package: Mapping[str, Any],
-    manager: Manager,
-    lock: str | None,
-    scripts: bool,
+    manager: managers.PackageManager,
+    install_scripts: bool,
     whole_tree: bool,
 ) -> str:
     fields = {name: package[name] for name in DEPENDENCY_FIELDS if package.get(name)}
-    if (
-        not lock
-        and not any(fields.get(name) for name in DEPENDENCY_FIELDS[:3])
-        and "workspaces" not in fields
-    ):
+    if not manager.lock and not any(fields.get(name) for name in (*DEPENDENCY_FIELDS[:3], "workspaces")):
         return NO_DEPENDENCIES
-    whole = hashlib.sha256()
-    whole.update(
-        json.dumps([1, manager, sys.platform, os.uname().machine, scripts, fields], sort_keys=True).encode()
-    )
-    for name in (*((lock,) if lock else ()), *BESIDE):
-        if (content := read_small(root / name)) is not None:
+    lifecycle = {}
+    if install_scripts and isinstance(declared := package.get("scripts"), dict):
+        lifecycle = {name: declared[name] for name in LIFECYCLE if name in declared}
+    what = [2, manager.package, sys.platform, os.uname().machine, install_scripts, fields, lifecycle]
+    whole = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    patches = [f"{PATCHES}/{name}" for name in _patches(root)] if whole_tree else []
+    for name in (*((manager.lock,) if manager.lock else ()), *BESIDE, *patches):
+        if (content := read_small(root / name, LARGEST_LOCK)) is not None:
             whole.update(f"\0{name}\0{len(content)}\0".encode())
             whole.update(content)
     if whole_tree:
@@ -282,39 +275,72 @@ def _key(
     return whole.hexdigest()[:40]
 
 
+def _patches(root: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(root / PATCHES))[:MOST_PACKAGES]
+    except OSError:
+        return []
+
+
 def _packages(root: Path) -> dict[str, Any]:
     """Return what the packages of a workspace depend on, by path."""
     found: dict[str, Any] = {}
-    for place, directories, files in os.walk(root):
+    for walked, (place, directories, files) in enumerate(os.walk(root)):
         directories[:] = sorted(d for d in directories if d != "node_modules" and not d.startswith("."))
+        if len(found) == MOST_PACKAGES or walked == MOST_WALKED:
+            break
         if "package.json" not in files or Path(place) == root:
             continue
-        raw = read_small(Path(place, "package.json")) or b""
+        raw = read_small(Path(place, "package.json"), LARGEST_PACKAGE) or b""
         try:
             package = json.loads(raw)
             fields = {name: package.get(name) for name in ("name", "version", "bin", *DEPENDENCY_FIELDS)}
         except (ValueError, AttributeError, RecursionError):
             fields = {"unreadable": hashlib.sha256(raw).hexdigest()}
         found[os.path.relpath(place, root)] = fields
-        if len(found) == MOST_PACKAGES:
-            break
     return found
 
 
-def read_small(path: Path, most: int = LARGEST) -> bytes | None:
-    """Read a file without following a link or waiting. None when it is not a regular file, or has over `most` bytes."""
-    try:
-        with open(path, "rb", opener=_open_strictly) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-                return None
-            return file.read(most + 1)
-    except OSError:
-        return None
+def node_missing(wanted: Project, version: str | None) -> str | None:
+    """Return a sentence when the project or its dev server needs another Node; None when this one will do.
+
+    Args:
+        wanted: The project.
+        version: What `node --version` says; None: there is none.
+    """
+    if version is None:
+        return "Node cannot be run here: use an image with Node and npm, or set DEV_COMMAND to what runs without it"
+    here = _numbers(version)
+    packages = {"the project": wanted.chosen.package}
+    if wanted.tool:
+        path = wanted.dependencies.modules / wanted.tool.packages[0] / "package.json"
+        with contextlib.suppress(ValueError, RecursionError):
+            packages[wanted.tool.packages[0]] = json.loads(read_small(path, LARGEST_PACKAGE) or b"{}")
+    for name, package in packages.items():
+        engines = package.get("engines") if isinstance(package, dict) else None
+        asked = engines.get("node") if isinstance(engines, dict) else None
+        if here and isinstance(asked, str) and (least := _least(asked)) > here:
+            needed = ".".join(map(str, least))
+            remedy = (
+                f"use an image with it, or a {name} of an older version"
+                if name != "the project"
+                else ("use an image with it, or change engines.node in package.json")
+            )
+            return f"{name} needs Node {needed} or later, and {version} is here: {remedy}"
+    return None
 
 
-def _open_strictly(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _least(asked: str) -> tuple[int, ...]:
+    """Return the lowest version that a range of npm's form takes: of each alternative its highest lower bound."""
+    bounds = []
+    for alternative in asked[:256].split("||"):
+        lower = re.sub(r"<=?\s*v?[\d.x*]+", "", alternative)
+        bounds.append(max((_numbers(word) for word in re.findall(r"\d[\d.]*", lower)), default=()))
+    return min(bounds, default=())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number[:9]) for number in re.findall(r"\d+", version)[:3])
 
 
 def installed_key(modules: Path) -> str | None:
@@ -331,17 +357,18 @@ def installed_key(modules: Path) -> str | None:
     return key
 
 
-def decides_install(path: str, prefix: str) -> bool:
-    """Return whether a change of `path` may change the install.
+def decides_install(path: str, *, page: bool) -> bool:
+    """Return whether a change of `path` may change what is installed or previewed.
 
     Args:
-        path: Relative to the project directory.
-        prefix: The directory of package.json, relative to the project directory, with a slash at its end; or empty.
+        path: Relative to the project's directory.
+        page: Whether a page without a package.json is previewed now.
     """
-    name = path.removeprefix(prefix)
-    return name == "package.json" or name in LOCKS or name in BESIDE or path.endswith("/package.json")
+    *above, name = path.split("/")
+    decides = name == "package.json" or name in LOCKS or name in BESIDE or (page and name == "index.html")
+    return decides or above[-1:] == [PATCHES]
 
 
 def may_fix(paths: Iterable[str]) -> bool:
     """Return whether a change of any of these may make a failed dev server work."""
-    return any(RELEVANT.search(path) for path in paths)
+    return not all(CANNOT_FIX.search(path) for path in paths)

@@ -14,7 +14,7 @@ import pytest
 
 from agent.devserver import install, project
 from agent.devserver.install import InstallOutcome
-from agent.devserver.project import NO_DEPENDENCIES, Project
+from agent.devserver.project import NO_DEPENDENCIES, Dependencies
 from agent.devserver.sandbox import Rights, User
 from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
 from tests.agent.processes import running, until
@@ -135,12 +135,12 @@ from uuid import UUID
 from agent.devserver.sandbox import Rights
 from agent.config import Settings
 from agent.devserver.install import Installer
-from agent.devserver.project import find
+from agent.devserver.project import dependencies
 root = Path({str(bench.root)!r})
 settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=root,
     install_command=("sh", "-c", "mkdir -p node_modules/half; touch started; sleep 60 # {tmp_path}"))
 installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=print)
-asyncio.run(installer.install(find(root)))
+asyncio.run(installer.install(dependencies(root)))
 """
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
     await until(lambda: list(bench.settings.modules.glob("stage-*/tree/started")))
@@ -171,7 +171,7 @@ exec {shutil.which("mv")} "$@"
     return {**os.environ, "PATH": f"{binary}:{os.environ['PATH']}"}
 
 
-def workspace(root: Path, version: str) -> Project:
+def workspace(root: Path, version: str) -> Dependencies:
     for name in ("a", "b"):
         write(root / "packages" / name, name=name, dependencies={"thing": version})
     return write(root, workspaces=["packages/*"], dependencies={"thing": version})
