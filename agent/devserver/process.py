@@ -255,7 +255,9 @@ async def run(
     return Finished(code, timed_out, tuple(tail))
 
 
-async def node_version(env: Mapping[str, str], rights: Rights) -> str | None:
+async def node_version(env: Mapping[str, str], rights: Rights, reaper: Reaper | None = None) -> str | None:
     """Return what `node --version` says when it is run as the project's programs are; None: it cannot be run."""
-    done = await run(("node", "--version"), cwd=Path("/"), env=env, rights=rights, timeout=NODE_SECONDS)
+    done = await run(
+        ("node", "--version"), cwd=Path("/"), env=env, rights=rights, timeout=NODE_SECONDS, reaper=reaper
+    )
     return done.tail[-1] if done.ok and done.tail else None

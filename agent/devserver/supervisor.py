@@ -451,7 +451,7 @@ class Supervisor:
         if wanted is None or wanted.is_page:
             return ""
         env = environment(self._environ, user=self._rights.user, more={})
-        return project.node_missing(wanted, await node_version(env, self._rights)) or ""
+        return project.node_missing(wanted, await node_version(env, self._rights, self._reaper)) or ""
 
     def _show_state(self) -> None:
         show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)
