@@ -28,15 +28,16 @@ import websockets
 from agent import __version__, net
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
-from agent.devserver import process, project
-from agent.devserver.choice import NothingToServe, ProjectUnreadable
+from agent.devserver import process
 from agent.devserver.process import printable
-from agent.devserver.project import Dependencies, Project
 from agent.devserver.sandbox import environment, project_rights
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
 from agent.net import exchange
+from agent.project import reading
+from agent.project.choice import NothingToServe, ProjectUnreadable
+from agent.project.reading import Dependencies, Project
 from agent.telemetry.logging import redactor_for
 from agent.tokens import read_token
 
@@ -267,7 +268,7 @@ async def _preview(settings: Settings) -> list[Finding]:
     directory = settings.project_dir
     found: Project | None = None
     try:
-        find = partial(project.find, root=settings.dev_root, scripts=settings.install_scripts)
+        find = partial(reading.find, root=settings.dev_root, scripts=settings.install_scripts)
         found = await asyncio.to_thread(find, directory)
     except (ProjectUnreadable, NothingToServe) as error:
         if not directory.exists():
@@ -284,7 +285,7 @@ async def _preview(settings: Settings) -> list[Finding]:
     with contextlib.suppress(SettingsError):
         rights, _ = project_rights(settings)
         version = await process.node_version(environment(os.environ, user=rights.user, more={}), rights)
-        if missing := project.node_missing(found, version):
+        if missing := reading.node_missing(found, version):
             findings.append(warn("engine", missing))
     script = found.chosen.script
     if script and not command:
@@ -294,7 +295,7 @@ async def _preview(settings: Settings) -> list[Finding]:
 
 
 def _dependencies(settings: Settings, wanted: Dependencies) -> Finding:
-    current = project.installed_key(wanted.modules) == wanted.key
+    current = reading.installed_key(wanted.modules) == wanted.key
     state = "node_modules is current" if current else "node_modules will be installed"
     manager = f"{wanted.manager.package}, {wanted.manager.lock or 'no lock file'}; {state}"
     if settings.install_command or wanted.manager.is_installed(os.environ.get("PATH")):

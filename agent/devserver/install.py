@@ -37,14 +37,15 @@ from uuid import UUID
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
-from agent.devserver import process, project
-from agent.devserver.choice import ProjectUnreadable
-from agent.devserver.managers import BESIDE, LOCK_AT_FAULT, PackageManager
+from agent.devserver import process
 from agent.devserver.process import Finished
-from agent.devserver.project import PLACES, Dependencies
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
+from agent.project import reading
+from agent.project.choice import ProjectUnreadable
+from agent.project.managers import BESIDE, LOCK_AT_FAULT, PackageManager
+from agent.project.reading import PLACES, Dependencies
 
 _FIND_PLACES = "find . -name node_modules -prune -type d"
 _EXACT = """
@@ -237,7 +238,7 @@ class Installer:
         problem: Problem | None = None
         outcome, swapped = InstallOutcome.CURRENT, False
         stage = self._directory / f"stage-{os.getpid()}-{next(self._names)}"
-        current = not wanted.exist or project.installed_key(wanted.modules) == wanted.key
+        current = not wanted.exist or reading.installed_key(wanted.modules) == wanted.key
         try:
             cached = not current and await self._from_cache(wanted, stage)
             if not (current or cached or self._command) or manager_runs:
@@ -315,7 +316,7 @@ class Installer:
             done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
             raise _failure(commands[0], done, self._seconds)
-        await self._do("seal", SEAL, staged.root, staged.key, project.RECORD)
+        await self._do("seal", SEAL, staged.root, staged.key, reading.RECORD)
         await self._cache(staged, stage)
         return problem
 
@@ -342,7 +343,7 @@ class Installer:
         script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
         await self._do("stage", script, wanted.root, stage, *files)
         try:
-            staged = project.dependencies(stage / "tree", scripts=self._scripts)
+            staged = reading.dependencies(stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
             raise _Failed("package_json", str(error)) from None
         if npmrc:
@@ -453,7 +454,7 @@ def _is_left_over(name: str) -> bool:
 
 async def bake(directory: Path) -> InstallResult:
     """Install in `directory` for an image: as this user, and without a cache."""
-    wanted = project.dependencies(directory)
+    wanted = reading.dependencies(directory)
     settings = Settings(project_id=UUID(int=0), session_id=UUID(int=0), project_dir=directory)
     installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=_print)
     await installer.open()

@@ -19,12 +19,10 @@ from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
-from agent.devserver import probe, project, state
-from agent.devserver.choice import NothingToServe, ProjectUnreadable
+from agent.devserver import probe, state
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
 from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child, node_version
-from agent.devserver.project import Project
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Launch, environment, project_rights
 from agent.devserver.state import (
@@ -40,6 +38,9 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
+from agent.project import reading
+from agent.project.choice import NothingToServe, ProjectUnreadable
+from agent.project.reading import Project
 from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
@@ -177,8 +178,8 @@ class Supervisor:
     def files_changed(self, paths: Collection[RelPath]) -> None:
         """Install again or start a failed server again, if `paths`, written or removed, may make a difference."""
         page = self._wanted is not None and self._wanted.is_page
-        dependencies = any(project.decides_install(path, page=page) for path in paths)
-        if dependencies or project.may_fix(paths):
+        dependencies = any(reading.decides_install(path, page=page) for path in paths)
+        if dependencies or reading.may_fix(paths):
             runnable = self.state is not Phase.ABSENT or self._runnable()
             self._inputs.put_nowait(Edited(dependencies, True, runnable))
 
@@ -408,7 +409,7 @@ class Supervisor:
         settings = self._settings
         self._nothing = None
         try:
-            return project.find(
+            return reading.find(
                 settings.project_dir, root=settings.dev_root, scripts=settings.install_scripts
             )
         except NothingToServe as error:
@@ -451,7 +452,7 @@ class Supervisor:
         if wanted is None or wanted.is_page:
             return ""
         env = environment(self._environ, user=self._rights.user, more={})
-        return project.node_missing(wanted, await node_version(env, self._rights, self._reaper)) or ""
+        return reading.node_missing(wanted, await node_version(env, self._rights, self._reaper)) or ""
 
     def _show_state(self) -> None:
         show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)

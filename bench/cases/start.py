@@ -31,9 +31,9 @@ import structlog
 
 from agent.config import Settings
 from agent.devserver.install import Installer
-from agent.devserver.project import dependencies
 from agent.devserver.sandbox import Rights
 from agent.devserver.supervisor import Supervisor
+from agent.project.reading import dependencies
 from bench.cases.idle import REPOSITORY
 from bench.harness.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine

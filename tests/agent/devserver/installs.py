@@ -12,8 +12,8 @@ import pytest
 
 from agent.config import Settings
 from agent.devserver.install import Installer, InstallResult
-from agent.devserver.project import Dependencies, dependencies
 from agent.devserver.sandbox import Rights
+from agent.project.reading import Dependencies, dependencies
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 DEPENDENCY = {"name": "dep", "version": "1.0.0", "main": "index.js"}

@@ -14,8 +14,8 @@ import pytest
 
 from agent.devserver import install, project
 from agent.devserver.install import InstallOutcome
-from agent.devserver.project import NO_DEPENDENCIES, Dependencies
 from agent.devserver.sandbox import Rights, User
+from agent.project.reading import NO_DEPENDENCIES, Dependencies
 from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
 from tests.agent.processes import running, until
 
@@ -135,7 +135,7 @@ from uuid import UUID
 from agent.devserver.sandbox import Rights
 from agent.config import Settings
 from agent.devserver.install import Installer
-from agent.devserver.project import dependencies
+from agent.project.reading import dependencies
 root = Path({str(bench.root)!r})
 settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=root,
     install_command=("sh", "-c", "mkdir -p node_modules/half; touch started; sleep 60 # {tmp_path}"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from agent.devserver.install import InstallOutcome
-from agent.devserver.managers import Manager
-from agent.devserver.project import dependencies
+from agent.project.managers import Manager
+from agent.project.reading import dependencies
 from tests.agent.devserver.installs import DEPENDENCY, FAKE, Bench, needs_npm, with_dependency, write
 
 

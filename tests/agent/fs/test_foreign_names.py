@@ -11,8 +11,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, digest_of
-from agent.devserver.choice import NothingToServe
-from agent.devserver.project import find
+from agent.project.choice import NothingToServe
+from agent.project.reading import find
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
 from agent.telemetry.metrics import Metrics

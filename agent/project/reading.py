@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.devserver import choice, managers, scripts
-from agent.devserver.choice import LARGEST_PACKAGE, Candidate, ProjectUnreadable, choose, read_small
-from agent.devserver.managers import BESIDE, LOCKS
+from agent.project import choice, managers, scripts
+from agent.project.choice import LARGEST_PACKAGE, Candidate, ProjectUnreadable, choose, read_small
+from agent.project.managers import BESIDE, LOCKS
 
 LARGEST_LOCK = 64 * 2**20
 """Bytes of a lock file that is read. Those of big workspaces reach 10 MB."""

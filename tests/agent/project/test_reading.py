@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver.choice import NothingToServe, ProjectUnreadable, read_small
-from agent.devserver.project import decides_install, dependencies, find, may_fix, node_missing
+from agent.project.choice import NothingToServe, ProjectUnreadable, read_small
+from agent.project.reading import decides_install, dependencies, find, may_fix, node_missing
 from tests.agent.devserver.installs import write
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver import scripts
-from agent.devserver.project import find
+from agent.project import scripts
+from agent.project.reading import find
 
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
 SHOW = "console.log('SHOWN ' + JSON.stringify([process.argv.slice(2), process.env.HOST ?? '', process.env.PORT ?? '']))"

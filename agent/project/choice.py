@@ -20,7 +20,7 @@ from typing import Any
 
 from agent.core.errors import AgentError, PathRefused
 from agent.core.model import parse_path
-from agent.devserver.scripts import TOOLS, Tool, is_argument, known_tool
+from agent.project.scripts import TOOLS, Tool, is_argument, known_tool
 
 LARGEST_PACKAGE = 2**20
 """Bytes of a package.json that is read. The largest on npm are some 100 KB."""

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.devserver import choice
-from agent.devserver.choice import NAMES, NothingToServe, ProjectUnreadable, choose
-from agent.devserver.project import find
+from agent.project import choice
+from agent.project.choice import NAMES, NothingToServe, ProjectUnreadable, choose
+from agent.project.reading import find
 
 VITE = {"devDependencies": {"vite": "^7"}}
 DEV = {"scripts": {"dev": "node s.js"}}
