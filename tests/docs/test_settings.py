@@ -37,7 +37,7 @@ NOT_OURS = frozenset(
         "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
         # the system's
         "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_SYS_RESOURCE", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
-        "LD_PRELOAD", "GCONV_PATH", "GLIBC_TUNABLES",
+        "LD_PRELOAD", "GCONV_PATH", "GLIBC_TUNABLES", "NODE_OPTIONS",
     }
 )  # fmt: skip
 """Words in capitals that a document may use, and that are no setting."""
