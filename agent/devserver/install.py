@@ -302,16 +302,18 @@ class Installer:
         env["PATH"] = self.path(manager, env.get("PATH", os.defpath))
         if npmrc:
             env["NPM_CONFIG_USERCONFIG"] = env["npm_config_userconfig"] = str(stage / "npmrc")
-        done, lock_at_fault = await self._run(commands[0], staged.root, env)
-        if lock_at_fault and len(commands) > 1:
-            self._on_line(f"{manager.lock} does not match package.json; it is brought up to date here")
-            done, lock_at_fault = await self._run(commands[1], staged.root, env)
-        if lock_at_fault and manager.lock and not self._command:
+        fault = None if self._command else reading.lock_fault(staged)
+        for command in () if fault else commands:
+            done, at_lock = await self._run(command, staged.root, env)
+            fault = _lock_line(done) if at_lock and not self._command else None
+            if fault is None:
+                break
+            self._on_line(f"{manager.lock} does not match package.json")
+        if fault:
             self._on_line(f"{manager.lock} cannot be used; installing without it")
-            said = next((line for line in reversed(done.tail) if LOCK_AT_FAULT.search(line)), _last(done))
-            detail = f"installed without {manager.lock}, which {manager.package} cannot use: {said}"
+            detail = f"installed without {manager.lock}, which {manager.package} cannot use: {fault}"
             problem = Problem("lock_unusable", detail, path=manager.lock)
-            await self._shell('rm -f -- "$1"', staged.root / manager.lock)
+            await self._shell('rm -f -- "$1"', staged.root / str(manager.lock))
             commands = replace(manager, lock=None).commands(scripts=self._scripts)
             done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
@@ -429,6 +431,10 @@ def _failure(command: Sequence[str], done: Finished, seconds: float) -> _Failed:
             "missing", f"{command[0]} is not installed here; add it to the image, or set INSTALL_COMMAND"
         )
     return _Failed("exit", f"{' '.join(command[:2])} ended with {done.code}\n{said}".rstrip())
+
+
+def _lock_line(done: Finished) -> str:
+    return next((line for line in reversed(done.tail) if LOCK_AT_FAULT.search(line)), _last(done))
 
 
 def _last(done: Finished) -> str:

@@ -35,6 +35,7 @@ LOCKS: Mapping[str, Manager] = {
     "package-lock.json": Manager.NPM,
 }
 """In order of precedence: a package-lock.json beside another lock file is mostly an accident."""
+JSON_LOCKS = frozenset({"npm-shrinkwrap.json", "package-lock.json"})
 BESIDE = (".npmrc", ".yarnrc", ".yarnrc.yml", "pnpm-workspace.yaml", ".pnpmfile.cjs", "bunfig.toml")
 """Other files that decide an install."""
 RELEASES = {Manager.NPM: "11", Manager.PNPM: "10", Manager.YARN: "1", Manager.BUN: "1"}
@@ -142,6 +143,23 @@ def choose(root: Path, package: Mapping[str, Any], read: Callable[[Path], bytes 
     if manager is Manager.YARN and not version:
         release = "4" if os.path.lexists(root / ".yarnrc.yml") else "1"
     return PackageManager(manager, release, lock)
+
+
+def lock_fault(name: str, content: bytes) -> str | None:
+    """Return what is wrong with a lock file that no release reads; None: its package manager is to judge.
+
+    Some leave such a file out without a word, and install whatever is newest.
+    """
+    if not content.strip():
+        return "it is empty"
+    if re.search(rb"^<{7} ", content, re.M):
+        return "it has the marks of a merge conflict"
+    if name in JSON_LOCKS:
+        try:
+            json.loads(content)
+        except (ValueError, RecursionError) as error:
+            return f"it is not JSON: {error}"
+    return None
 
 
 def _version_of(program: Path) -> str:

@@ -216,6 +216,13 @@ def dependencies(root: Path, *, scripts: bool = False) -> Dependencies:
     return Dependencies(root, manager, key, whole_tree)
 
 
+def lock_fault(wanted: Dependencies) -> str | None:
+    """Return what is plainly wrong with the lock file; None when nothing is, or there is none."""
+    name = wanted.manager.lock
+    content = read_small(wanted.root / name, LARGEST_LOCK) if name else None
+    return managers.lock_fault(str(name), content) if content is not None else None
+
+
 def _workspace(top: Path, place: str) -> str:
     """Return the directory that is installed for `place`: that of the workspace which has it, or itself."""
     parts = place.split("/") if place else []

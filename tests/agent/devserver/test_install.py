@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver import install, project
+from agent.devserver import install
 from agent.devserver.install import InstallOutcome
 from agent.devserver.sandbox import Rights, User
+from agent.project import reading
 from agent.project.reading import NO_DEPENDENCIES, Dependencies
 from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
 from tests.agent.processes import running, until
@@ -231,7 +232,7 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
     wanted = write(bench.root, dependencies={"thing": "1"})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / project.RECORD).write_text(json.dumps({"key": wanted.key}))
+    (elsewhere / reading.RECORD).write_text(json.dumps({"key": wanted.key}))
     match planted:
         case "link":
             wanted.modules.symlink_to(tmp_path / "nowhere")
@@ -245,7 +246,7 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
     assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
     assert (wanted.modules / "thing" / "made").exists()
     assert not wanted.modules.is_symlink()
-    assert sorted(path.name for path in elsewhere.iterdir()) == [project.RECORD]
+    assert sorted(path.name for path in elsewhere.iterdir()) == [reading.RECORD]
 
 
 async def test_a_node_modules_that_another_process_makes_during_the_swap_is_not_moved_into(
@@ -279,7 +280,7 @@ async def test_a_save_during_the_copy_is_installed_as_what_it_is(tmp_path: Path)
     newer = write(bench.root, dependencies={"thing": "2"})
     result = await bench.install(stale)
     assert result.outcome is InstallOutcome.INSTALLED
-    assert project.installed_key(newer.modules) == newer.key
+    assert reading.installed_key(newer.modules) == newer.key
     assert [path.name for path in (bench.settings.modules / "cache").iterdir()] == [newer.key]
     assert (await bench.install(newer)).outcome is InstallOutcome.CURRENT
 

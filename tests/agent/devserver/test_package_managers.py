@@ -99,8 +99,18 @@ mkdir -p node_modules/thing
 """
 
 
-@pytest.mark.parametrize("content", ["", "{{{", "lockfileVersion: '9.0'\n???"])
-async def test_a_lock_file_that_cannot_be_used_is_left_out_and_said(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "it is empty"),
+        ("<<<<<<< HEAD\nlockfileVersion: '9.0'\n", "it has the marks of a merge conflict"),
+        ("{{{", 'The lockfile at "pnpm-lock.yaml" is broken'),
+        ("lockfileVersion: '9.0'\n???", 'The lockfile at "pnpm-lock.yaml" is broken'),
+    ],
+)
+async def test_a_lock_file_that_cannot_be_used_is_left_out_and_said(
+    tmp_path: Path, content: str, why: str
+) -> None:
     bench = Bench(tmp_path, environ=tools(tmp_path / "bin", npm=NPM))
     write(bench.root, dependencies={"thing": "1"})
     (bench.root / "pnpm-lock.yaml").write_text(content)
@@ -113,9 +123,19 @@ async def test_a_lock_file_that_cannot_be_used_is_left_out_and_said(tmp_path: Pa
     assert result.outcome is InstallOutcome.INSTALLED, result.problem
     assert result.problem is not None
     assert (result.problem.kind, result.problem.path) == ("lock_unusable", "pnpm-lock.yaml")
-    assert "is broken" in result.problem.detail
+    assert why in result.problem.detail
     assert (bench.root / "pnpm-lock.yaml").read_text() == content, "the database is the source of truth"
     assert (wanted.modules / "thing").is_dir()
+
+
+async def test_one_that_is_no_json_is_said_too_though_npm_would_not(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, environ=tools(tmp_path / "bin", npm="echo ran $1; mkdir node_modules"))
+    write(bench.root, dependencies={"thing": "1"})
+    (bench.root / "package-lock.json").write_text('{"name":')
+    result = await bench.install(dependencies(bench.root))
+    assert bench.lines[-1] == "ran install"
+    assert result.problem is not None
+    assert (result.problem.kind, "it is not JSON" in result.problem.detail) == ("lock_unusable", True)
 
 
 async def test_a_failure_that_is_not_the_locks_is_not_tried_again(tmp_path: Path) -> None:
