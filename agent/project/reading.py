@@ -265,7 +265,8 @@ def _key(
     whole_tree: bool,
 ) -> str:
     fields = {name: package[name] for name in DEPENDENCY_FIELDS if package.get(name)}
-    if not manager.lock and not any(fields.get(name) for name in (*DEPENDENCY_FIELDS[:3], "workspaces")):
+    wanted = any(fields.get(name) for name in (*DEPENDENCY_FIELDS[:3], "workspaces"))
+    if not (wanted or manager.lock or os.path.lexists(root / "pnpm-workspace.yaml")):
         return NO_DEPENDENCIES
     lifecycle = {}
     if install_scripts and isinstance(declared := package.get("scripts"), dict):

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from agent.devserver.sandbox import FOR_INSTALLS
 from tests.frameworks.app import ADDED, App, read_all
 from tests.system.plane import Agent, Project, eventually, running_plane
 
@@ -22,6 +23,10 @@ INSTALL_SECONDS = 300.0
 """For an install from an empty cache and the first page. The largest of them, Expo, takes 40 s on two quiet cores."""
 SEEN_SECONDS = 60.0
 """For what takes a dev server milliseconds, or a restart."""
+PASSED_ON = {
+    name: os.environ[name] for name in ("HOME", "NODE_EXTRA_CA_CERTS", *FOR_INSTALLS) if name in os.environ
+}
+"""What npm needs of this machine."""
 ELSEWHERE = frozenset({"hmr_unreachable"})
 """Problems that are another test's."""
 
@@ -128,7 +133,7 @@ async def test_it_is_installed_started_and_follows_every_change(
         "DEV_PORT": str(port),
         "DEV_HOST": anywhere,
         "MODULES_DIR": str(modules),
-        "HOME": os.environ["HOME"],
+        **PASSED_ON,
     }
     async with running_plane(database, tmp_path) as plane:
         project = await plane.project(app.files)

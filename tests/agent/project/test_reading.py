@@ -220,7 +220,9 @@ def test_a_package_of_a_workspace_is_installed_with_the_workspace(tmp_path: Path
     assert found.directory == tmp_path / "apps/web"
     assert (found.dependencies.root, found.dependencies.whole_tree) == (tmp_path, True)
     assert find(tmp_path, root="tools/x").dependencies.root == tmp_path / "tools/x"
+    write(tmp_path, private=True)
     (tmp_path / "pnpm-workspace.yaml").write_text("packages: [apps/*]")
+    assert dependencies(tmp_path).exist, "its packages' dependencies, though the top has none"
     assert find(tmp_path, root="apps/web").dependencies.root == tmp_path
 
 
