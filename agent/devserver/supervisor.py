@@ -7,7 +7,6 @@ install, an edit, time that passed), carries out the commands it returns, and ke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import time
@@ -39,7 +38,7 @@ from agent.devserver.state import (
     Tick,
 )
 from agent.project import reading
-from agent.project.choice import NothingToServe, ProjectUnreadable
+from agent.project.choice import NothingToServe, ProjectUnreadable, choose
 from agent.project.reading import Project
 from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
@@ -369,7 +368,9 @@ class Supervisor:
         except ProjectUnreadable:
             wanted = None
         launch = self._launch(wanted, fresh=fresh) or self._launched
-        assert launch is not None, "nothing is started before there was something to start"
+        if launch is None:  # it is gone since the install
+            self._inputs.put_nowait(Exited(generation, "exit"))
+            return
         self._launched = self._launch(wanted, fresh=False) or launch
         port = self._settings.dev_port
         killed_before = net.out_of_memory_kills()
@@ -407,21 +408,26 @@ class Supervisor:
     def _find(self) -> Project | None:
         """Read the project. None: there is nothing to preview, and without a DEV_COMMAND that is a problem."""
         settings = self._settings
-        self._nothing = None
         try:
-            return reading.find(
+            found = reading.find(
                 settings.project_dir, root=settings.dev_root, scripts=settings.install_scripts
             )
         except NothingToServe as error:
-            if not settings.dev_command:
-                self._nothing = Problem("nothing_to_serve", str(error))
+            self._nothing = None if settings.dev_command else Problem("nothing_to_serve", str(error))
             return None
+        self._nothing = None
+        return found
 
     def _runnable(self) -> bool:
-        if self._settings.dev_command:
-            return True
-        with contextlib.suppress(ProjectUnreadable):
-            return self._find() is not None
+        """Return whether there is anything to install and start. Quick enough for the event loop."""
+        try:
+            choose(self._settings.project_dir, self._settings.dev_root)
+        except NothingToServe as error:
+            if not self._settings.dev_command:
+                self._nothing = Problem("nothing_to_serve", str(error))
+                return False
+        except ProjectUnreadable:
+            return True  # and the install says why
         return True
 
     def _launch(self, wanted: Project | None, *, fresh: bool) -> Launch | None:

@@ -168,6 +168,17 @@ async def test_dev_root_is_where_it_runs(tmp_path: Path) -> None:
         assert "DEV_ROOT" in preview.supervisor.problems()[0].detail
 
 
+async def test_a_project_that_is_gone_when_it_is_to_start_ends_nothing(tmp_path: Path) -> None:
+    package = tmp_path / "project/package.json"
+    install = ("sh", "-c", f"mkdir node_modules; rm -f {package}")
+    async with previewed(tmp_path, app(dependencies={"x": "1"}), install_command=install) as preview:
+        await until(
+            lambda: preview.kinds[:1] == ["nothing_to_serve"] and preview.supervisor.state is Phase.FAILED
+        )
+        preview.save(app())
+        await preview.serves(" project")
+
+
 async def test_a_watcher_that_ends_with_its_standard_input_goes_on(tmp_path: Path) -> None:
     """As Tailwind's and esbuild's do, so as not to outlive who started them."""
     async with previewed(tmp_path, app("{server} & cat >/dev/null; touch ended")) as preview:
