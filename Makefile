@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 SCRIPTS := tests/browser/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms dev test test-browser test-nightly test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms dev test test-browser test-frameworks test-nightly frameworks test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +32,19 @@ dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=e
 
 test: $(READY) $(SCRIPTS) ## unit, contract, database and system tests
 	npm --prefix tests/browser test --silent
-	$(BIN)/python -m pytest -m "not nightly and not browser" -n $(WORKERS) --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m "not nightly and not browser and not frameworks" -n $(WORKERS) --dist loadfile --durations=20
 
 test-browser: $(READY) $(SCRIPTS) ## what people see, in Debian's Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -m "browser and not nightly" tests/browser
 
 test-nightly: $(READY) $(SCRIPTS) ## everything, with the long profiles
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20
+
+test-frameworks: $(READY) ## install and start the five frameworks used most, and change them (all: test-nightly)
+	$(BIN)/python -m pytest tests/frameworks -m "frameworks and not nightly" --durations=0
+
+frameworks: $(READY) ## all of them, and the table in docs/dev-server.md from what was seen
+	$(BIN)/python -m tests.frameworks
 
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
 	$(BIN)/python -m tests.image.engine preview-agent

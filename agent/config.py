@@ -186,6 +186,8 @@ class Settings(SnapshotLimits, BaseSettings):
     # --- the dev server
     dev_command: Annotated[tuple[str, ...] | None, NoDecode, _SHELL_WORDS] = None
     """What serves the preview, in a shell's spelling and run without one. Default: what package.json says."""
+    dev_root: Annotated[str | None, Field(max_length=1024)] = None
+    """Directory of the project to preview, relative to it. Default: the top, or the one below with a dev server."""
     install_command: Annotated[tuple[str, ...] | None, NoDecode, _SHELL_WORDS] = None
     """What installs dependencies. Default: the package manager whose lock file is there."""
     dev_host: str = "::"

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,14 +28,16 @@ import websockets
 from agent import __version__, net
 from agent.config import Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
-from agent.devserver import process, project
+from agent.devserver import process
 from agent.devserver.process import printable
-from agent.devserver.project import ProjectUnreadable
 from agent.devserver.sandbox import environment, project_rights
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
 from agent.link.realtime import endpoint
 from agent.net import exchange
+from agent.project import reading
+from agent.project.choice import NothingToServe, ProjectUnreadable
+from agent.project.reading import Dependencies, Project
 from agent.telemetry.logging import redactor_for
 from agent.tokens import read_token
 
@@ -94,7 +97,7 @@ async def check(environ: Mapping[str, str], say: Callable[[str], None]) -> int:
     redactor = redactor_for(settings)
     questions: list[Callable[[Settings], Awaitable[list[Finding]]]] = [
         _directories, _space, *([_live] if settings.shadow else [_user]), _ports,
-        *([] if settings.shadow else [_node, _project]), _token, _snapshot, _realtime, _session_api,
+        *([] if settings.shadow else [_node, _preview]), _token, _snapshot, _realtime, _session_api,
     ]  # fmt: skip
     findings = [ok("settings", f"complete; preview-agent {__version__}")]
     for answers in await asyncio.gather(*(_asked(question, settings) for question in questions)):
@@ -260,23 +263,46 @@ async def _node(settings: Settings) -> list[Finding]:
     return []
 
 
-async def _project(settings: Settings) -> list[Finding]:
+async def _preview(settings: Settings) -> list[Finding]:
+    """Say what a start would preview, by which command, with which package manager, and what is missing for it."""
+    directory = settings.project_dir
+    found: Project | None = None
     try:
-        found = project.find(settings.project_dir, scripts=settings.install_scripts)
-    except ProjectUnreadable as error:
-        return [warn("project", str(error))]
+        find = partial(reading.find, root=settings.dev_root, scripts=settings.install_scripts)
+        found = await asyncio.to_thread(find, directory)
+    except (ProjectUnreadable, NothingToServe) as error:
+        if not directory.exists():
+            return [ok("preview", "nothing there yet")]
+        if isinstance(error, ProjectUnreadable) or not settings.dev_command:
+            return [warn("preview", str(error))]
+    command = settings.dev_command
     if found is None:
-        return [ok("project", "nothing there yet")]
-    current = project.installed_key(found.modules) == found.key or not found.has_dependencies
-    argv = settings.dev_command or found.dev_argv(host=settings.dev_host, port=settings.dev_port, fresh=False)
-    with_lock = f"{found.manager.value}, {found.lock or 'no lock file'}"
+        return [ok("command", " ".join(command or ()))]
+    server = found.report()["server"] or "a server that listens on $PORT"
+    findings = [ok("preview", f"{found.chosen.place or '.'}: {server}; {found.chosen.why}")]
+    if found.dependencies.exist:
+        findings.append(_dependencies(settings, found.dependencies))
+    with contextlib.suppress(SettingsError):
+        rights, _ = project_rights(settings)
+        version = await process.node_version(environment(os.environ, user=rights.user, more={}), rights)
+        if missing := reading.node_missing(found, version):
+            findings.append(warn("engine", missing))
+    script = found.chosen.script
+    if script and not command:
+        return [*findings, ok("command", f"npm run {script}: {found.chosen.scripts[script]}")]
+    command = command or found.command(modules=settings.modules, path=os.environ.get("PATH", os.defpath))
+    return [*findings, ok("command", " ".join(command).removeprefix("sh -c "))]
+
+
+def _dependencies(settings: Settings, wanted: Dependencies) -> Finding:
+    current = reading.installed_key(wanted.modules) == wanted.key
     state = "node_modules is current" if current else "node_modules will be installed"
-    runs = " ".join(argv) if argv else "no dev script: nothing will be started"
-    grade = ok if argv else warn
-    if argv and not settings.dev_command and shutil.which(found.manager.value) is None:
-        fetched = f"{found.manager.value} is not installed here: npm fetches it for each install; add it to the image"
-        return [warn("project", fetched), grade("project", runs)]
-    return [ok("project", f"{with_lock}; {state}"), grade("project", runs)]
+    manager = f"{wanted.manager.package}, {wanted.manager.lock or 'no lock file'}; {state}"
+    if settings.install_command or wanted.manager.is_installed(os.environ.get("PATH")):
+        return ok("dependencies", manager)
+    if shutil.which("npm"):
+        return ok("dependencies", f"{manager}; this release is not installed here: npm fetches it")
+    return warn("dependencies", f"{manager}; it is not installed here, nor is npm to fetch it")
 
 
 # --- what it has to reach

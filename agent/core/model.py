@@ -20,8 +20,9 @@ from msgspec import Struct, field
 from agent.core.errors import PathRefused
 
 SupervisorProblem = Literal[
-    "dev_server_backoff", "dev_server_failed", "hmr_unreachable", "install_failed", "port_taken"
-]
+    "dev_server_backoff", "dev_server_failed", "hmr_unreachable", "install_failed", "lock_unusable",
+    "nothing_to_serve", "port_taken",
+]  # fmt: skip
 ScreenProblem = Literal["preview_unobserved"]
 LinkProblem = Literal["token_refused"]
 SessionApiProblem = Literal["request_too_large", "session_api_refused", "session_api_unreachable"]
@@ -82,7 +83,9 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "install_failed": "fix package.json or its lock file, see the log's tail; the old preview stays until then",
     "io_error": "look at the disk and the kernel's log (dmesg); it is tried again by itself",
     "live_unreadable": "let the agent's user read PROJECT_DIR; nothing is compared until then",
+    "lock_unusable": "make the lock file again with the project's package manager; until then versions may differ",
     "mass_delete": "a snapshot would delete most files; look at the project in the database, a second one decides",
+    "nothing_to_serve": "add what the sentence names, or say in DEV_ROOT or DEV_COMMAND what to preview",
     "path_refused": "rename the file in the project; its path is never written, the others are",
     "path_unusable": "rename the file, or remove what stands in its way; then it is written by itself",
     "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",

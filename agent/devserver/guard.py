@@ -5,7 +5,8 @@ The guard is a process of its own under a bare interpreter: it imports the stand
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
 - starts the program with its rights, limits and signals (`SPEC`, JSON: `argv`, `cwd`, and optionally `uid`, `gid`,
-  `processes`, `files`), with an empty standard input;
+  `processes`, `files`, `stdin`), with a standard input that is empty, or a pipe that nothing comes from and that stays
+  open as long as the guard (`stdin`): some watchers end with it;
 - waits on its own standard input, the agent's lifeline: when that closes, because the agent asked for it or because
   the agent is dead, it kills everything below it, whatever session or signal mask that chose;
 - reads the program's environment there, as one line of JSON, and has none itself: the guard may be root, and the
@@ -62,9 +63,9 @@ def prctl(option: int, value: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def exec_program(spec: Mapping[str, Any], env: Mapping[str, str]) -> NoReturn:
+def exec_program(spec: Mapping[str, Any], env: Mapping[str, str], stdin: int) -> NoReturn:
     """Drop rights, set limits and execute the program. For the forked child."""
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(stdin, 0)
     for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -212,10 +213,12 @@ def run_guarded(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
+    # The pipe's other end stays open here until the guard ends; the program does not inherit it.
+    stdin = os.pipe()[0] if spec.get("stdin") else os.open(os.devnull, os.O_RDONLY)
     program = os.fork()
     if program == 0:
         try:
-            exec_program(spec, env)
+            exec_program(spec, env, stdin)
         except BaseException as error:
             os.write(2, f"cannot run {spec['argv'][0]}: {error}\n".encode(errors="replace"))
             os._exit(CANNOT_RUN)

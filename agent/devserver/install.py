@@ -29,7 +29,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from uuid import UUID
@@ -37,12 +37,15 @@ from uuid import UUID
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
-from agent.devserver import process, project
+from agent.devserver import process
 from agent.devserver.process import Finished
-from agent.devserver.project import PLACES, Manager, Project, ProjectUnreadable
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
+from agent.project import reading
+from agent.project.choice import ProjectUnreadable
+from agent.project.managers import BESIDE, LOCK_AT_FAULT, PackageManager
+from agent.project.reading import PLACES, Dependencies
 
 _FIND_PLACES = "find . -name node_modules -prune -type d"
 _EXACT = """
@@ -109,6 +112,13 @@ rm -rf -- "$@"
 """
 """PROJECT_DIR STAGE...: undo interrupted swaps of this project, and remove the staging directories."""
 
+FETCH = f"""{_EXACT}
+npm install --prefix "$2" --no-save --no-audit --no-fund --prefer-offline --ignore-scripts "$1" &&
+{{ [ "$4" != bun ] || (cd "$2/node_modules/bun" && node install.js); }} &&
+mkdir -p "${{3%/*}}" && {{ mv $exact "$2" "$3" || [ -d "$3" ]; }}
+"""
+"""PACKAGE STAGE DIRECTORY NAME: have npm fetch a package manager. Bun's package has its program from a script."""
+
 CACHED_INSTALLS = 4
 """Finished installs in the cache, at some 70 MB each: enough to go back and forth between a few lock files."""
 SHELL_SECONDS = 120.0
@@ -117,11 +127,6 @@ STAGES_AT_ONCE = 200
 """Staging directories that one shell is given. The guard gets them in one argument, of at most 128 KB on Linux."""
 PROBLEM_LINES = 15
 """Lines of the package manager's output, the last ones, that a problem shows."""
-
-_STALE_LOCK = re.compile(
-    r"EUSAGE|ERR_PNPM_OUTDATED_LOCKFILE|frozen-lockfile|lockfile needs to be updated|lockfile had changes|YN0028"
-)
-"""How each package manager says that its lock file and package.json disagree."""
 
 _STAGE = re.compile(r"stage-([1-9][0-9]{0,9})-[0-9]+")
 """A staging directory's name: the pid of the agent that made it, and a number. Other names are left alone."""
@@ -216,35 +221,50 @@ class Installer:
         finally:
             os.close(descriptor)
 
-    async def install(self, wanted: Project) -> InstallResult:
-        """Make `wanted.modules` what the project wants. What goes wrong is the result's `problem`, not an exception."""
+    async def install(
+        self, wanted: Dependencies, *, manager_runs: bool = False, npmrc: str = ""
+    ) -> InstallResult:
+        """Make `wanted.modules` what the project wants.
+
+        Args:
+            wanted: What to install, and where.
+            manager_runs: Whether the package manager is there to run the project, too: it is fetched in any case.
+            npmrc: Registries and their tokens beside the project's own `.npmrc`, in its form; never kept.
+
+        Returns:
+            How it ended. What went wrong is its `problem`, not an exception.
+        """
         began = time.monotonic()
-
-        def result(
-            outcome: InstallOutcome, *, swapped: bool = False, problem: Problem | None = None
-        ) -> InstallResult:
-            usable = wanted.modules.is_dir() or not wanted.has_dependencies
-            return InstallResult(outcome, swapped, usable, time.monotonic() - began, problem)
-
-        if not wanted.has_dependencies or project.installed_key(wanted.modules) == wanted.key:
-            return result(InstallOutcome.CURRENT)
+        problem: Problem | None = None
+        outcome, swapped = InstallOutcome.CURRENT, False
         stage = self._directory / f"stage-{os.getpid()}-{next(self._names)}"
+        current = not wanted.exist or reading.installed_key(wanted.modules) == wanted.key
         try:
-            cached = await self._from_cache(wanted, stage)
-            if not cached:
-                await self._run_manager(wanted, stage)
-            await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
-            return result(InstallOutcome.CACHED if cached else InstallOutcome.INSTALLED, swapped=True)
+            cached = not current and await self._from_cache(wanted, stage)
+            if not (current or cached or self._command) or manager_runs:
+                await self._provide(wanted.manager, stage)
+            if not current:
+                if not cached:
+                    problem = await self._run_manager(wanted, stage, npmrc)
+                await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
+                outcome = InstallOutcome.CACHED if cached else InstallOutcome.INSTALLED
+                swapped = True
         except _Failed as failure:
-            return result(
-                InstallOutcome.FAILED, problem=Problem("install_failed", str(failure), rule=failure.rule)
-            )
+            outcome = InstallOutcome.FAILED
+            problem = Problem("install_failed", str(failure), rule=failure.rule)
         finally:
             await asyncio.shield(self._discard(stage))
+        usable = wanted.modules.is_dir() or not wanted.exist
+        return InstallResult(outcome, swapped, usable, time.monotonic() - began, problem)
+
+    def path(self, manager: PackageManager, path: str) -> str:
+        """Return a PATH on which a shell finds this package manager first, if it was fetched; else `path`."""
+        fetched = self._fetched(manager) / "node_modules" / ".bin"
+        return f"{fetched}:{path}" if fetched.is_dir() and not manager.is_installed(path) else path
 
     # --- the steps
 
-    async def _from_cache(self, wanted: Project, stage: Path) -> bool:
+    async def _from_cache(self, wanted: Dependencies, stage: Path) -> bool:
         cached = self._directory / "cache" / wanted.key
         if not (cached / "node_modules").is_dir():
             return False
@@ -254,60 +274,91 @@ class Installer:
             await self._discard(stage)
         return done.ok
 
-    async def _run_manager(self, wanted: Project, stage: Path) -> None:
-        staged = await self._stage(wanted, stage)
-        commands = [self._command] if self._command else _commands(staged, scripts=self._scripts)
-        prefix = () if self._command else self._fetch_prefix(staged)
-        done, stale = await self._run(prefix, commands[0], staged.root)
-        if not done.ok and len(commands) > 1 and stale:
-            self._on_line(f"{wanted.lock} does not match package.json; installing without it")
-            done, _ = await self._run(prefix, commands[1], staged.root)
+    def _fetched(self, manager: PackageManager) -> Path:
+        return self._directory / "managers" / manager.package.replace("/", "+")
+
+    async def _provide(self, manager: PackageManager, stage: Path) -> None:
+        """Have npm fetch the package manager, unless the one on PATH or one fetched earlier is the right one."""
+        path = self._environ.get("PATH")
+        if manager.is_installed(path) or self._fetched(manager).is_dir():
+            return
+        if not shutil.which("npm", path=path):
+            remedy = f"use an image with Node and npm, add {manager.package} to it, or set INSTALL_COMMAND"
+            raise _Failed(
+                "missing", f"{manager.package} is not installed here, nor is npm to fetch it; {remedy}"
+            )
+        self._on_line(f"npm fetches {manager.package}")
+        fetched = (manager.package, stage / "manager", self._fetched(manager), manager.name)
+        done = await self._shell(FETCH, *fetched, seconds=self._seconds)
+        if not done.ok:
+            raise _failure(("npm", "install", manager.package), done, self._seconds)
+
+    async def _run_manager(self, wanted: Dependencies, stage: Path, npmrc: str) -> Problem | None:
+        """Install in the stage, as the lock file says or else without it. Returns a problem if it was without."""
+        staged = await self._stage(wanted, stage, npmrc)
+        manager, problem = staged.manager, None
+        commands = [self._command] if self._command else manager.commands(scripts=self._scripts)
+        env = self._environment()
+        env["PATH"] = self.path(manager, env.get("PATH", os.defpath))
+        if npmrc:
+            env["NPM_CONFIG_USERCONFIG"] = env["npm_config_userconfig"] = str(stage / "npmrc")
+        fault = None if self._command else reading.lock_fault(staged)
+        for command in () if fault else commands:
+            done, at_lock = await self._run(command, staged.root, env)
+            fault = _lock_line(done) if at_lock and not self._command else None
+            if fault is None:
+                break
+            self._on_line(f"{manager.lock} does not match package.json")
+        if fault:
+            self._on_line(f"{manager.lock} cannot be used; installing without it")
+            detail = f"installed without {manager.lock}, which {manager.package} cannot use: {fault}"
+            problem = Problem("lock_unusable", detail, path=manager.lock)
+            await self._shell('rm -f -- "$1"', staged.root / str(manager.lock))
+            commands = replace(manager, lock=None).commands(scripts=self._scripts)
+            done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
             raise _failure(commands[0], done, self._seconds)
-        await self._do("seal", SEAL, staged.root, staged.key, project.RECORD)
+        await self._do("seal", SEAL, staged.root, staged.key, reading.RECORD)
         await self._cache(staged, stage)
-
-    def _fetch_prefix(self, wanted: Project) -> tuple[str, ...]:
-        """Return what to put before the command so that npm fetches a package manager that is not installed."""
-        name, path = wanted.manager.value, self._environ.get("PATH")
-        if shutil.which(name, path=path) or not shutil.which("npm", path=path):
-            return ()
-        self._on_line(f"{name} is not installed here; npm fetches {wanted.package}")
-        return ("npm", "exec", "--yes", f"--package={wanted.package}", "--")
+        return problem
 
     async def _run(
-        self, prefix: Sequence[str], command: Sequence[str], directory: Path
+        self, command: Sequence[str], directory: Path, env: Mapping[str, str]
     ) -> tuple[Finished, bool]:
-        """Run the package manager. Returns also whether it said that lock file and package.json disagree."""
-        stale = False
+        """Run the package manager. Returns also whether it failed and said that it was at its lock file."""
+        said = False
 
         def on_line(line: str) -> None:
-            nonlocal stale
-            stale = stale or bool(_STALE_LOCK.search(line))
+            nonlocal said
+            said = said or bool(LOCK_AT_FAULT.search(line))
             self._on_line(line)
 
         done = await process.run(
-            (*prefix, *command), cwd=directory, env=self._environment(), rights=self._rights,
+            command, cwd=directory, env=env, rights=self._rights,
             timeout=self._seconds, on_line=on_line, reaper=self._reaper,
         )  # fmt: skip
-        return done, stale
+        return done, said and not done.ok and not done.timed_out
 
-    async def _stage(self, wanted: Project, stage: Path) -> Project:
-        """Copy what the install needs. Returns the project as copied, which may be a save later than `wanted`."""
+    async def _stage(self, wanted: Dependencies, stage: Path, npmrc: str) -> Dependencies:
+        """Copy what the install needs. Returns what is wanted of the copy, which may be a save later than `wanted`."""
         whole = wanted.whole_tree or self._command
         script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
         await self._do("stage", script, wanted.root, stage, *files)
         try:
-            staged = await asyncio.to_thread(project.find, stage / "tree", scripts=self._scripts)
+            staged = await asyncio.to_thread(reading.dependencies, stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
             raise _Failed("package_json", str(error)) from None
-        if staged is None or not staged.has_dependencies:
+        if npmrc:
+            await self._do(
+                "stage", 'umask 077; printf "%s\\n" "$npmrc" >"$1"', stage / "npmrc", secrets={"npmrc": npmrc}
+            )
+        if not staged.exist:
             raise _Failed(
                 "stage", "package.json changed while it was read; it is read again on its next change"
             )
         return staged
 
-    async def _cache(self, staged: Project, stage: Path) -> None:
+    async def _cache(self, staged: Dependencies, stage: Path) -> None:
         """Copy the install into the cache. Where that fails, only a line of output says so."""
         cached = self._directory / "cache" / staged.key
         done = await self._shell(
@@ -328,16 +379,25 @@ class Installer:
     async def _discard(self, stage: Path) -> None:
         await self._shell(PUT_BACK, self._project_dir, stage)
 
-    async def _do(self, rule: str, script: str, *arguments: str | Path) -> None:
+    async def _do(
+        self, rule: str, script: str, *arguments: str | Path, secrets: Mapping[str, str] | None = None
+    ) -> None:
         """Run one of the scripts above. Raises `_Failed`."""
-        done = await self._shell(script, *arguments)
+        done = await self._shell(script, *arguments, secrets=secrets)
         if not done.ok:
             raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
 
-    async def _shell(self, script: str, *arguments: str | Path) -> Finished:
+    async def _shell(
+        self,
+        script: str,
+        *arguments: str | Path,
+        seconds: float = SHELL_SECONDS,
+        secrets: Mapping[str, str] | None = None,
+    ) -> Finished:
         return await process.run(
-            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory, env=self._environment(),
-            rights=self._rights, timeout=SHELL_SECONDS, reaper=self._reaper,
+            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory,
+            env=self._environment() | dict(secrets or {}),
+            rights=self._rights, timeout=seconds, reaper=self._reaper,
         )  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
@@ -357,32 +417,9 @@ class Installer:
         return env
 
 
-def _manifests(wanted: Project) -> list[str]:
-    names = [n for n in ("package.json", wanted.lock, *project.BESIDE) if n]
+def _manifests(wanted: Dependencies) -> list[str]:
+    names = [n for n in ("package.json", wanted.manager.lock, *BESIDE) if n]
     return [str(wanted.root / n) for n in names if os.path.lexists(wanted.root / n)]
-
-
-def _commands(wanted: Project, *, scripts: bool) -> list[tuple[str, ...]]:
-    """Return the commands to try; the second is for a lock file that does not match package.json."""
-    quiet = () if scripts else ("--ignore-scripts",)
-    match wanted.manager:
-        case Manager.NPM:
-            flags = ("--no-audit", "--no-fund", "--prefer-offline", "--include=dev", *quiet)
-            loose = ("npm", "install", "--no-package-lock" if not wanted.lock else "--no-save", *flags)
-            return [("npm", "ci", *flags), loose] if wanted.lock else [loose]
-        case Manager.PNPM:
-            start = ("pnpm", "install", "--prefer-offline", *quiet)
-            strict, loose = (*start, "--frozen-lockfile"), (*start, "--no-frozen-lockfile")
-            return [strict, loose] if wanted.lock else [loose]
-        case Manager.YARN if wanted.modern_yarn:
-            strict, start = ("yarn", "install", "--immutable"), ("yarn", "install", "--no-immutable")
-            return [strict, start] if wanted.lock else [start]
-        case Manager.YARN:
-            start = ("yarn", "install", "--non-interactive", "--prefer-offline", "--production=false", *quiet)
-            return [(*start, "--frozen-lockfile"), start] if wanted.lock else [(*start, "--no-lockfile")]
-        case Manager.BUN:
-            start = ("bun", "install", *quiet)
-            return [(*start, "--frozen-lockfile"), start] if wanted.lock else [start]
 
 
 def _failure(command: Sequence[str], done: Finished, seconds: float) -> _Failed:
@@ -394,6 +431,10 @@ def _failure(command: Sequence[str], done: Finished, seconds: float) -> _Failed:
             "missing", f"{command[0]} is not installed here; add it to the image, or set INSTALL_COMMAND"
         )
     return _Failed("exit", f"{' '.join(command[:2])} ended with {done.code}\n{said}".rstrip())
+
+
+def _lock_line(done: Finished) -> str:
+    return next((line for line in reversed(done.tail) if LOCK_AT_FAULT.search(line)), _last(done))
 
 
 def _last(done: Finished) -> str:
@@ -419,9 +460,7 @@ def _is_left_over(name: str) -> bool:
 
 async def bake(directory: Path) -> InstallResult:
     """Install in `directory` for an image: as this user, and without a cache."""
-    wanted = project.find(directory)
-    if wanted is None:
-        raise SystemExit(f"no package.json in {directory}")
+    wanted = reading.dependencies(directory)
     settings = Settings(project_id=UUID(int=0), session_id=UUID(int=0), project_dir=directory)
     installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=_print)
     await installer.open()

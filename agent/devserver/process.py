@@ -34,6 +34,9 @@ KILL_WITHIN = 2.0
 OUTPUT_WITHIN = 1.0
 """Seconds for the output to end after the process did; only a process that the guard missed holds it open longer."""
 
+NODE_SECONDS = 5.0
+"""For `node --version`, which takes 0.05."""
+
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -250,3 +253,11 @@ async def run(
         await child.kill()
         raise
     return Finished(code, timed_out, tuple(tail))
+
+
+async def node_version(env: Mapping[str, str], rights: Rights, reaper: Reaper | None = None) -> str | None:
+    """Return what `node --version` says when it is run as the project's programs are; None: it cannot be run."""
+    done = await run(
+        ("node", "--version"), cwd=Path("/"), env=env, rights=rights, timeout=NODE_SECONDS, reaper=reaper
+    )
+    return done.tail[-1] if done.ok and done.tail else None

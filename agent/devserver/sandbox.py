@@ -54,6 +54,8 @@ class Launch:
     cwd: str
     env: Mapping[str, str]
     rights: Rights
+    stdin: bool = False
+    """Whether its standard input stays open; else it is empty."""
 
     def command(self) -> list[str]:
         """Return the guard's command line.
@@ -64,6 +66,7 @@ class Launch:
         rights = self.rights
         spec: dict[str, object] = {
             "argv": self.argv, "cwd": self.cwd, "processes": rights.processes, "files": rights.files,
+            "stdin": self.stdin,
         }  # fmt: skip
         if rights.user is not None:
             spec |= {"uid": rights.user.uid, "gid": rights.user.gid}

@@ -12,16 +12,16 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import replace
 
 from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
-from agent.devserver import probe, project, state
+from agent.devserver import probe, state
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
 from agent.devserver.probe import Inspection, Outcome
-from agent.devserver.process import Child
-from agent.devserver.project import Project, ProjectUnreadable
+from agent.devserver.process import Child, node_version
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Launch, environment, project_rights
 from agent.devserver.screen import Screen, with_plugin
@@ -38,6 +38,9 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
+from agent.project import reading
+from agent.project.choice import NothingToServe, ProjectUnreadable, choose
+from agent.project.reading import Project
 from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
@@ -132,14 +135,18 @@ class Supervisor:
 
         # The process.
         self._child: Child | None = None
-        self._argv: tuple[str, ...] = ()
+        self._launched: Launch | None = None
+        """What runs, or ran last."""
         self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
         self.restarts = 0
 
-        # The install.
-        self._prefix = ""
-        """The directory of package.json in the project, with a slash at its end."""
+        # What is previewed, and its install.
+        self._wanted: Project | None = None
+        self._nothing: Problem | None = None
+        """Why nothing is."""
+        self._hint = ""
+        """Why Node may be the reason for a failure."""
         self._install: InstallResult | None = None
         self._install_problem: Problem | None = None
 
@@ -173,14 +180,15 @@ class Supervisor:
 
     def files_changed(self, paths: Collection[RelPath]) -> None:
         """Install again or start a failed server again, if `paths`, written or removed, may make a difference."""
-        dependencies = any(project.decides_install(path, self._prefix) for path in paths)
-        if dependencies or project.may_fix(paths):
+        page = self._wanted is not None and self._wanted.is_page
+        dependencies = any(reading.decides_install(path, page=page) for path in paths)
+        if dependencies or reading.may_fix(paths):
             runnable = self.state is not Phase.ABSENT or self._runnable()
             self._inputs.put_nowait(Edited(dependencies, True, runnable))
 
     def problems(self) -> tuple[Problem, ...]:
         """Return what is wrong now."""
-        found = [self._install_problem, self._start_problem]
+        found = [self._nothing, self._install_problem, self._start_problem]
         if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason != "install":
             said = list(self._output.lines)[-10:] or ["no output"]
             if self._state.reason == "late":
@@ -188,6 +196,8 @@ class Supervisor:
                 said.insert(
                     0, f"nothing answered at {self.url} in {self._policy.start_timeout:g} s; {elsewhere}"
                 )
+            if self._hint:
+                said.insert(0, self._hint)
             failed = self.state is Phase.FAILED
             kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
             found.append(Problem(kind, "\n".join(said), rule=self._state.reason))
@@ -205,7 +215,8 @@ class Supervisor:
             "restarts": self.restarts,
             "url": self.url,
             "pid": self._child.pid if self._child else None,
-            "command": list(self._argv) or None,
+            "command": list(self._launched.argv) if self._launched else None,
+            "preview": self._wanted.report() if self._wanted else None,
             "detail": inspection.detail if inspection else None,
             "entry": inspection.entry if inspection else None,
             "user": self._rights.user.name if self._rights.user else None,
@@ -243,7 +254,9 @@ class Supervisor:
                         self._carry_out(self._apply(given))
                     if self._errors.counts.get("dev-server", 0) > bugs:
                         # What was to be done may not have been begun: nothing else would say that it ended.
-                        self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(self._argv)))
+                        self._inputs.put_nowait(
+                            Installed(ok=False, restart=False, usable=bool(self._launched))
+                        )
                         self._inputs.put_nowait(Exited(self._state.generation, "exit"))
                         await asyncio.sleep(AFTER_A_BUG)
                     if self.state is Phase.FAILED and self._settings.dev_essential:
@@ -281,7 +294,7 @@ class Supervisor:
         for command in commands:
             match command:
                 case Command.INSTALL:
-                    failed = Installed(ok=False, restart=False, usable=bool(self._argv))
+                    failed = Installed(ok=False, restart=False, usable=bool(self._launched))
                     self._spawn(self._do_install(), "install", failed)
                 case Command.START | Command.START_FRESH:
                     generation = self._state.generation
@@ -325,45 +338,48 @@ class Supervisor:
     # --- the commands
 
     async def _do_install(self) -> None:
-        result, argv = None, self._argv
+        result: InstallResult | None = None
         try:
-            wanted = await asyncio.to_thread(self._find)
+            wanted = self._wanted = await asyncio.to_thread(self._find)
         except ProjectUnreadable as error:
             self._install_problem = Problem("install_failed", str(error), rule="package_json")
-            self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(argv)))
+            self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(self._launched)))
             return
         if wanted:
-            self._prefix = "" if wanted.root == self._settings.project_dir else f"{wanted.root.name}/"
-            self._install = result = await self._installer.install(wanted)
+            self._install = result = await self._installer.install(
+                wanted.dependencies, manager_runs=wanted.needs_manager
+            )
             self._metrics.installs.labels(result.outcome.value).inc()
             log.info(
                 "install.done", result=result.outcome.value, seconds=round(result.seconds, 3),
                 problem=result.problem.rule if result.problem else None,
             )  # fmt: skip
-        self._install_problem = result.problem if result else None
-        now = self._command(wanted, fresh=False)
-        usable = bool(now) and (result is None or result.usable)
         failed = result is not None and result.outcome is InstallOutcome.FAILED
-        restart = (result is not None and result.swapped) or (bool(argv) and bool(now) and argv != now)
+        self._install_problem = problem = result.problem if result else None
+        if problem and failed and (hint := await self._node_hint(wanted)):
+            self._install_problem = replace(problem, detail=f"{hint}\n{problem.detail}")
+        now = self._launch(wanted, fresh=False)
+        usable = now is not None and (result is None or result.usable)
+        changed = None not in (now, self._launched) and now != self._launched
+        restart = (result is not None and result.swapped) or changed
         self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
+        self._inspection = self._start_problem = None
+        self._hint = ""
         try:
             wanted = await asyncio.to_thread(self._find)
         except ProjectUnreadable:
             wanted = None
-        argv = self._command(wanted, fresh=False) or self._argv
-        running = self._command(wanted, fresh=True) if fresh else argv
-        self._argv, self._inspection, self._start_problem = argv, None, None
-        port = self._settings.dev_port
-        more = {"PORT": str(port), "BROWSER": "none"}
-        if self._settings.preview_host:
-            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = self._settings.preview_host
-        env = environment(self._environ, user=self._rights.user, more=more)
+        launch = self._launch(wanted, fresh=fresh) or self._launched
+        if launch is None:  # it is gone since the install
+            self._inputs.put_nowait(Exited(generation, "exit"))
+            return
+        self._launched = self._launch(wanted, fresh=False) or launch
         if self._screen is not None:
-            env = with_plugin(env, await self._screen.open(self._rights.user))
-        root = wanted.root if wanted else self._settings.project_dir
-        launch = Launch(running, str(root), env, self._rights)
+            env = with_plugin(launch.env, await self._screen.open(self._rights.user))
+            launch = replace(launch, env=env)
+        port = self._settings.dev_port
         killed_before = net.out_of_memory_kills()
         if not net.port_is_free(self._host, port):
             self._start_problem = Problem("port_taken", f"something else listens on port {port}")
@@ -383,6 +399,7 @@ class Supervisor:
             why = "oom"
         if not child.asked_to_stop:
             log.warning("dev_server.exited", code=code, why=why)
+            self._hint = await self._node_hint(wanted) if code else ""
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
 
@@ -396,15 +413,59 @@ class Supervisor:
     # --- the project and the metrics
 
     def _find(self) -> Project | None:
-        return project.find(self._settings.project_dir, scripts=self._settings.install_scripts)
+        """Read the project. None: there is nothing to preview, and without a DEV_COMMAND that is a problem."""
+        settings = self._settings
+        try:
+            found = reading.find(
+                settings.project_dir, root=settings.dev_root, scripts=settings.install_scripts
+            )
+        except NothingToServe as error:
+            self._nothing = None if settings.dev_command else Problem("nothing_to_serve", str(error))
+            return None
+        self._nothing = None
+        return found
 
     def _runnable(self) -> bool:
-        return bool(self._settings.dev_command) or project.is_there(self._settings.project_dir)
+        """Return whether there is anything to install and start. Quick enough for the event loop."""
+        self._nothing = None
+        try:
+            choose(self._settings.project_dir, self._settings.dev_root)
+        except NothingToServe as error:
+            if not self._settings.dev_command:
+                self._nothing = Problem("nothing_to_serve", str(error))
+        except ProjectUnreadable:
+            pass  # the install says why
+        return self._nothing is None
 
-    def _command(self, wanted: Project | None, *, fresh: bool) -> tuple[str, ...]:
-        if self._settings.dev_command:
-            return self._settings.dev_command
-        return wanted.dev_argv(host=self._host, port=self._settings.dev_port, fresh=fresh) if wanted else ()
+    def _launch(self, wanted: Project | None, *, fresh: bool) -> Launch | None:
+        """Say how the dev server is started. None: there is nothing to start."""
+        settings = self._settings
+        more = {"BROWSER": "none"}
+        if settings.preview_host:
+            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = settings.preview_host
+        env = environment(self._environ, user=self._rights.user, more=more)
+        argv = settings.dev_command
+        if wanted:
+            env["PATH"] = path = self._installer.path(
+                wanted.dependencies.manager, env.get("PATH", os.defpath)
+            )
+            env = wanted.environment(
+                env, host=self._host, port=settings.dev_port, preview_host=settings.preview_host, fresh=fresh
+            )
+            argv = argv or wanted.command(modules=settings.modules, path=path)
+        if not argv:
+            return None
+        if settings.dev_command:
+            env = {"PORT": str(settings.dev_port)} | env
+        directory = wanted.directory if wanted else settings.project_dir
+        return Launch(argv, str(directory), env, self._rights, stdin=True)
+
+    async def _node_hint(self, wanted: Project | None) -> str:
+        """Return a sentence if the Node here, or that there is none, may be why something failed; else nothing."""
+        if wanted is None or wanted.is_page:
+            return ""
+        env = environment(self._environ, user=self._rights.user, more={})
+        return reading.node_missing(wanted, await node_version(env, self._rights, self._reaper)) or ""
 
     def _show_state(self) -> None:
         show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)

@@ -36,7 +36,7 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "hmr_unreachable", "preview_unobserved", "shadow_difference"}
+    {"drift", "path_refused", "hmr_unreachable", "lock_unusable", "preview_unobserved", "shadow_difference"}
 )
 """Kinds that are shown and leave the preview what it should be."""
 
@@ -75,7 +75,7 @@ class Report(Collector):
         """The state of the agent as a whole."""
         return agent_state(
             self.sync_status.phase,
-            self.dev.state.value,
+            self.dev.state.value if self.shadow is None else "ready",
             link_down_for=self._link_down_for(),
             draining=self.draining,
             problems=sum(1 for problem in self.all_problems() if problem.kind not in HARMLESS),

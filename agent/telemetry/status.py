@@ -51,7 +51,7 @@ def agent_state(
 
     Args:
         phase: of the tree.
-        dev_server: state of the dev server.
+        dev_server: state of the dev server; `ready` where there is to be none.
         link_down_for: seconds without a live link; 0 while it is live.
         draining: whether the agent was told to stop.
         problems: how many are open that leave the preview worse than it should be.
@@ -66,7 +66,7 @@ def agent_state(
         return AgentState.INSTALLING
     if dev_server in ("failed", "backoff") or problems or link_down_for > LINK_PATIENCE:
         return AgentState.DEGRADED
-    return AgentState.SERVING if dev_server in ("ready", "absent") else AgentState.STARTING
+    return AgentState.SERVING if dev_server == "ready" else AgentState.STARTING
 
 
 MAX_OF_KIND = 100

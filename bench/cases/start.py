@@ -31,9 +31,9 @@ import structlog
 
 from agent.config import Settings
 from agent.devserver.install import Installer
-from agent.devserver.project import find
 from agent.devserver.sandbox import Rights
 from agent.devserver.supervisor import Supervisor
+from agent.project.reading import dependencies
 from bench.cases.idle import REPOSITORY
 from bench.harness.results import Row, Unmeasurable, ratio_of
 from tests.image.engine import NoEngine
@@ -134,9 +134,7 @@ async def _install(project: Path) -> None:
     settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project)
     installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=lambda line: None)
     await installer.open()
-    wanted = find(project)
-    assert wanted is not None
-    done = await installer.install(wanted)
+    done = await installer.install(dependencies(project))
     if done.problem:
         raise Unmeasurable(f"the example cannot be installed: {done.problem.detail.splitlines()[0]}")
 

@@ -38,11 +38,13 @@ class DevOptions:
 
         Raises `CannotStart`, with nothing made yet.
         """
-        wanted = "give the directory of a Vite project"
+        wanted = "give the directory of a project"
         if not self.directory.is_dir():
             raise CannotStart(f"{self.directory} is no directory; {wanted}")
-        if not (self.directory / "package.json").is_file():
-            raise CannotStart(f"{self.directory} has no package.json; {wanted}")
+        places = (f"{deep}{name}" for deep in ("", "*/", "*/*/") for name in ("package.json", "index.html"))
+        if not any(each.is_file() for place in places for each in self.directory.glob(place)):
+            none = "has no package.json and no index.html, at the top or in its directories"
+            raise CannotStart(f"{self.directory} {none}; {wanted}")
         try:
             directory, state = self.directory.resolve(), self.state.resolve()
         except (OSError, RuntimeError) as error:  # a loop of links

@@ -67,10 +67,13 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"uvx --from '\./preview_sync-[\d.]+-py3-none-any\.whl\[orchestrator\]' preview-orchestrator dev \.",
         ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
     ),
-    (r"make (setup|check|test|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
+    (r"make (setup|check|test|test-frameworks|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
-    (r"make (test-nightly|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?", Make("nightly, by hand")),
+    (
+        r"make (test-nightly|frameworks|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?",
+        Make("nightly, by hand"),
+    ),
     # --- the agent
     (r"(\.venv/bin/)?preview-agent --help", Run(says="exit codes:")),
     (r"preview-agent check", Run(says="ok    settings")),

@@ -19,7 +19,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from agent.devserver import project
+from agent.project import reading
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port
 from tests.image.engine import TAG, Engine
@@ -118,8 +118,7 @@ def test_what_is_in_it(engine: Engine) -> None:
     said = engine.call(
         "run", "--rm", *engine.run_flags, "--entrypoint", "sh", TAG, "-c", inside
     ).stdout.splitlines()
-    wanted = project.find(EXAMPLE)
-    assert wanted is not None
+    wanted = reading.dependencies(EXAMPLE)
     assert said[:-1] == [
         "10001", "root 700", "preview 755", "preview 755", f'{{"key": "{wanted.key}"}}', "node_modules",
     ]  # fmt: skip

@@ -70,7 +70,7 @@ async def _scrape(dsn: str) -> Scraped:
 
                 async def told() -> bool:
                     text = (await plane.http.get("/metrics")).text
-                    return 'preview_orchestrator_agents{state="serving"} 1.0' in text
+                    return 'preview_orchestrator_agents{state="degraded"} 1.0' in text
 
                 await eventually("the orchestrator has heard of it", told)
                 async with httpx.AsyncClient(trust_env=False) as http:

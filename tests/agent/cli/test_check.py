@@ -65,7 +65,7 @@ async def test_peers_that_do_not_answer_are_named(tmp_path: Path) -> None:
     assert told["PROJECT_DIR"] == f"ok: {tmp_path / 'project'}: will be made in {tmp_path}"
     assert "GiB" in told["disk"]
     assert told["token"].startswith("ok: role preview_agent, valid for ")
-    assert told["project"] == "ok: nothing there yet"
+    assert told["preview"] == "ok: nothing there yet"
     assert told["isolation"].startswith("warn: none: DEV_USER is not set")
     assert told["DEV_PORT"].endswith("is free")
 
@@ -106,12 +106,39 @@ async def test_an_expired_token_and_a_port_in_use(tmp_path: Path) -> None:
 async def test_a_project_is_told_with_what_would_start_it(tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
-    (project / "package.json").write_text('{"scripts": {"dev": "vite"}}')
+    (project / "package.json").write_text('{"scripts": {"predev": "x", "dev": "vite --mode a"}}')
     _, told = await asked(environment(tmp_path))
-    assert told["project"].startswith(f"ok: {project}/node_modules/.bin/vite --host ")
+    assert told["preview"] == "ok: .: Vite; package.json is at the top"
+    assert told["command"] == "ok: npm run dev: vite --mode a"
     (project / "package.json").write_text("{")
     _, told = await asked(environment(tmp_path))
-    assert told["project"].startswith("warn: cannot read package.json")
+    assert told["preview"].startswith("warn: cannot read package.json")
+
+
+async def test_what_a_start_would_preview_and_what_is_missing_for_it_is_told(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    for name in ("apps/site", "apps/docs"):
+        (project / name).mkdir(parents=True)
+        package = {
+            "scripts": {"dev": "astro dev"}, "dependencies": {"astro": "7"}, "engines": {"node": ">=98"},
+            "packageManager": "pnpm@9.0.1",
+        }  # fmt: skip
+        (project / name / "package.json").write_text(json.dumps(package))
+    _, told = await asked(environment(tmp_path))
+    assert told["preview"] == "ok: apps/site: Astro; of apps/docs, apps/site it has the name of a front end"
+    assert told["dependencies"] == (
+        "ok: pnpm@9.0.1, no lock file; node_modules will be installed; "
+        "this release is not installed here: npm fetches it"
+    )
+    assert told["engine"].startswith("warn: the project needs Node 98 or later, and v")
+    _, told = await asked(environment(tmp_path, DEV_ROOT="apps/docs"))
+    assert told["preview"] == "ok: apps/docs: Astro; DEV_ROOT names it"
+    _, told = await asked(environment(tmp_path, DEV_ROOT="apps/none"))
+    assert told["preview"].startswith(
+        "warn: DEV_ROOT is 'apps/none', and the project has no such directory; "
+    )
+    _, told = await asked(environment(tmp_path, DEV_COMMAND="python3 -m http.server"))
+    assert told["command"] == "ok: python3 -m http.server"
 
 
 async def test_a_directory_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
@@ -137,7 +164,7 @@ async def test_in_shadow_mode_the_live_directory_is_only_looked_at(tmp_path: Pat
     _, told = await asked(given)
     assert told["PROJECT_DIR"] == f"ok: {live} is compared and never touched: 1 files"
     assert told["SHADOW_DIR"] == f"ok: {tmp_path / '.preview-shadow'}: will be made in {tmp_path}"
-    assert {"DEV_PORT", "MODULES_DIR", "node", "project", "isolation"}.isdisjoint(told)
+    assert {"DEV_PORT", "MODULES_DIR", "node", "preview", "isolation"}.isdisjoint(told)
     assert list(tmp_path.iterdir()) == [live]
 
 

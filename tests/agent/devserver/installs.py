@@ -12,22 +12,20 @@ import pytest
 
 from agent.config import Settings
 from agent.devserver.install import Installer, InstallResult
-from agent.devserver.project import Project, find
 from agent.devserver.sandbox import Rights
+from agent.project.reading import Dependencies, dependencies
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 DEPENDENCY = {"name": "dep", "version": "1.0.0", "main": "index.js"}
 
 
-def write(root: Path, **package: object) -> Project:
+def write(root: Path, **package: object) -> Dependencies:
     root.mkdir(parents=True, exist_ok=True)
     (root / "package.json").write_text(json.dumps({"name": "p", "version": "1.0.0", **package}))
-    found = find(root)
-    assert found is not None
-    return found
+    return dependencies(root)
 
 
-def with_dependency(root: Path, **package: object) -> Project:
+def with_dependency(root: Path, **package: object) -> Dependencies:
     """A project that npm can install without a network: its dependency lies beside it."""
     (root / "dep").mkdir(parents=True, exist_ok=True)
     (root / "dep" / "package.json").write_text(json.dumps(DEPENDENCY))
@@ -53,7 +51,7 @@ class Bench:
             self.settings, environ=environ or os.environ, rights=rights or Rights(), on_line=self.lines.append
         )
 
-    async def install(self, wanted: Project) -> InstallResult:
+    async def install(self, wanted: Dependencies) -> InstallResult:
         await self.installer.open()
         return await self.installer.install(wanted)
 

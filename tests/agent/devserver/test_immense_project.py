@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver import project
-from agent.devserver.project import MOST_PACKAGE_BYTES, ProjectUnreadable, find, is_there
+from agent.project import reading
+from agent.project.choice import NothingToServe, ProjectUnreadable, choose
+from agent.project.reading import MOST_PACKAGE_BYTES, dependencies
 from tests.agent.built import built, settings
 from tests.agent.devserver.installs import write
 from tests.agent.loops import STALL, longest_turn
@@ -42,7 +43,7 @@ def bounded(seconds: float) -> Iterator[None]:
 def test_an_immense_package_json_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_bytes(b'{"a": [' + b"[],\n" * (BIG // 4 - 100) + b"[]]}")
     with bounded(0.5), pytest.raises(ProjectUnreadable, match="too large"):
-        find(tmp_path)
+        dependencies(tmp_path)
 
 
 def holes(package: Path) -> None:
@@ -63,8 +64,8 @@ def test_many_immense_packages_of_a_workspace_are_read_up_to_a_bound(
         (tmp_path / "packages" / f"p{number}").mkdir(parents=True)
         make(tmp_path / "packages" / f"p{number}" / "package.json")
     with bounded(5.0):  # of processor time under tracemalloc; 1,000 holes took minutes
-        first = find(tmp_path)
-    assert first == find(tmp_path)
+        first = dependencies(tmp_path)
+    assert first == dependencies(tmp_path)
 
 
 def test_the_walk_for_packages_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +74,8 @@ def test_the_walk_for_packages_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / f"d{number:02}").mkdir()
     (tmp_path / "d00" / "package.json").write_text('{"name": "first"}')
     (tmp_path / "d59" / "package.json").write_text('{"name": "last"}')
-    monkeypatch.setattr(project, "MOST_WALKED", 50)
-    assert project._packages(tmp_path).keys() == {"d00"}
+    monkeypatch.setattr(reading, "MOST_WALKED", 50)
+    assert reading._packages(tmp_path).keys() == {"d00"}
 
 
 def test_a_directory_full_of_directories_is_asked_in_no_time(tmp_path: Path) -> None:
@@ -82,7 +83,20 @@ def test_a_directory_full_of_directories_is_asked_in_no_time(tmp_path: Path) -> 
         (tmp_path / f"d{number}").mkdir()
 
     async def ask() -> None:
-        assert not is_there(tmp_path)
+        with pytest.raises(NothingToServe):
+            choose(tmp_path)
+
+    assert longest_turn(ask) < STALL
+
+
+def test_immense_packages_below_are_chosen_from_in_no_time(tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / f"d{number}").mkdir()
+        (tmp_path / f"d{number}" / "package.json").write_bytes(b'{"a": [' + b"[],\n" * 250_000 + b"[]]}")
+
+    async def ask() -> None:
+        with pytest.raises((NothingToServe, ProjectUnreadable)):
+            choose(tmp_path)
 
     assert longest_turn(ask) < STALL
 
@@ -90,14 +104,14 @@ def test_a_directory_full_of_directories_is_asked_in_no_time(tmp_path: Path) -> 
 def test_the_event_loop_reads_no_lock_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 MB of a lock file are read and hashed; the loop has its turns meanwhile."""
     read_by: set[int] = set()
-    real = project.read_small
+    real = reading.read_small
 
-    def reading(path: Path, *most: int) -> bytes | None:
+    def read(path: Path, most: int) -> bytes | None:
         if path.name == "package-lock.json":
             read_by.add(threading.get_ident())
-        return real(path, *most)
+        return real(path, most)
 
-    monkeypatch.setattr(project, "read_small", reading)
+    monkeypatch.setattr(reading, "read_small", read)
     place = tmp_path / "project"
     write(place, scripts={"dev": "exit 1"}, dependencies={"a": "1"})
     (place / "package-lock.json").touch()

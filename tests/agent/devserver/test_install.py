@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.devserver import install, project
+from agent.devserver import install
 from agent.devserver.install import InstallOutcome
-from agent.devserver.project import NO_DEPENDENCIES, Project
 from agent.devserver.sandbox import Rights, User
+from agent.project import reading
+from agent.project.reading import NO_DEPENDENCIES, Dependencies
 from tests.agent.devserver.installs import FAKE, Bench, fake, snapshot, write
 from tests.agent.processes import running, until
 
@@ -135,12 +136,12 @@ from uuid import UUID
 from agent.devserver.sandbox import Rights
 from agent.config import Settings
 from agent.devserver.install import Installer
-from agent.devserver.project import find
+from agent.project.reading import dependencies
 root = Path({str(bench.root)!r})
 settings = Settings(project_id=UUID(int=1), session_id=UUID(int=1), project_dir=root,
     install_command=("sh", "-c", "mkdir -p node_modules/half; touch started; sleep 60 # {tmp_path}"))
 installer = Installer(settings, environ=os.environ, rights=Rights(), on_line=print)
-asyncio.run(installer.install(find(root)))
+asyncio.run(installer.install(dependencies(root)))
 """
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", source)
     await until(lambda: list(bench.settings.modules.glob("stage-*/tree/started")))
@@ -171,7 +172,7 @@ exec {shutil.which("mv")} "$@"
     return {**os.environ, "PATH": f"{binary}:{os.environ['PATH']}"}
 
 
-def workspace(root: Path, version: str) -> Project:
+def workspace(root: Path, version: str) -> Dependencies:
     for name in ("a", "b"):
         write(root / "packages" / name, name=name, dependencies={"thing": version})
     return write(root, workspaces=["packages/*"], dependencies={"thing": version})
@@ -231,7 +232,7 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
     wanted = write(bench.root, dependencies={"thing": "1"})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / project.RECORD).write_text(json.dumps({"key": wanted.key}))
+    (elsewhere / reading.RECORD).write_text(json.dumps({"key": wanted.key}))
     match planted:
         case "link":
             wanted.modules.symlink_to(tmp_path / "nowhere")
@@ -245,7 +246,7 @@ async def test_whatever_stands_in_the_place_of_node_modules_is_replaced_and_neve
     assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
     assert (wanted.modules / "thing" / "made").exists()
     assert not wanted.modules.is_symlink()
-    assert sorted(path.name for path in elsewhere.iterdir()) == [project.RECORD]
+    assert sorted(path.name for path in elsewhere.iterdir()) == [reading.RECORD]
 
 
 async def test_a_node_modules_that_another_process_makes_during_the_swap_is_not_moved_into(
@@ -279,7 +280,7 @@ async def test_a_save_during_the_copy_is_installed_as_what_it_is(tmp_path: Path)
     newer = write(bench.root, dependencies={"thing": "2"})
     result = await bench.install(stale)
     assert result.outcome is InstallOutcome.INSTALLED
-    assert project.installed_key(newer.modules) == newer.key
+    assert reading.installed_key(newer.modules) == newer.key
     assert [path.name for path in (bench.settings.modules / "cache").iterdir()] == [newer.key]
     assert (await bench.install(newer)).outcome is InstallOutcome.CURRENT
 

@@ -78,12 +78,12 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         report = supervisor.report()
         assert report["entry"] == "/src/main.tsx"
         assert any("ready in" in line for line in report["log"])  # type: ignore[union-attr, attr-defined]
-        program = next(iter(running(f"--port\0{settings.dev_port}\0--strictPort\0")))
+        program = next(iter(running(f"{settings.project_dir}/node_modules/.bin/vite")))
         given = Path(f"/proc/{program}/environ").read_bytes().split(b"\0")
         assert b"VITE_HI=there" in given
         assert not any(b"secret" in line or b"TOKEN" in line for line in given)
     assert supervisor.state is Phase.ABSENT
-    assert running(str(settings.dev_port)) == []
+    assert running(str(settings.project_dir)) == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", settings.dev_port)) != 0
 

@@ -11,7 +11,8 @@ import pytest
 from immutables import Map
 
 from agent.core.model import Cursor, RelPath, digest_of
-from agent.devserver.project import find
+from agent.project.choice import NothingToServe
+from agent.project.reading import find
 from agent.sync.ledger import Ledger
 from agent.sync.workspace import Workspace
 from agent.telemetry.metrics import Metrics
@@ -83,9 +84,10 @@ def test_no_look_at_a_directory_takes_or_stumbles_over_them(agent: Agent, root: 
 
 def test_no_project_is_looked_for_in_them(tmp_path: Path) -> None:
     write_package(tmp_path / LATIN, scripts={"dev": "vite"})
-    assert find(tmp_path) is None
+    with pytest.raises(NothingToServe):
+        find(tmp_path)
     frontend = write_package(tmp_path / "frontend", scripts={"dev": "vite"})
-    assert find(tmp_path) == frontend
+    assert find(tmp_path).dependencies == frontend
 
 
 def test_a_directory_of_them_counts_as_empty(workspace: Workspace, root: Path) -> None:

@@ -40,7 +40,7 @@ async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
         (F, Phase.INSTALLING, S.INSTALLING, False),
         (F, Phase.STARTING, S.STARTING, False),
         (F, Phase.READY, S.SERVING, True),
-        (F, Phase.ABSENT, S.SERVING, False),
+        (F, Phase.ABSENT, S.STARTING, False),
         (F, Phase.FAILED, S.DEGRADED, False),
         (F, Phase.BACKOFF, S.DEGRADED, False),
         (F, Phase.STOPPING, S.STARTING, False),
