@@ -19,7 +19,9 @@ from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, project, state
+from agent.devserver.forward import Forward
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
+from agent.devserver.listeners import Listener, listeners
 from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child
 from agent.devserver.project import Project, ProjectUnreadable
@@ -45,7 +47,11 @@ OUTPUT_LINES = 200
 """Lines of output that are kept for status and problems."""
 LOGGED_LINES = 100
 """Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
-ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
+ELSEWHERE_EVERY = 1.0
+"""Seconds between two looks at where the project listens, while nothing answers where visitors come."""
+ELSEWHERE_AFTER = 5.0
+"""Seconds for which another port must have been the only one before visitors are passed on to it: of two servers that
+one command starts, the preview's may be the later one, and would find its port taken by us."""
 log = get_logger("supervisor")
 
 
@@ -125,6 +131,9 @@ class Supervisor:
         self._argv: tuple[str, ...] = ()
         self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
+        self._listeners: tuple[Listener, ...] = ()
+        """What the project listened on at the last look, while nothing answered."""
+        self._forward: Forward | None = None
         self.restarts = 0
 
         # The install.
@@ -152,10 +161,13 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        """The address at which the agent itself reaches the dev server."""
-        name = "127.0.0.1" if self._host in ANYWHERE else self._host
-        name = f"[{name}]" if ":" in name else name
-        return f"http://{name}:{self._settings.dev_port}"
+        """The address at which the dev server answered; until it has, where a visitor will reach it."""
+        return (self._inspection and self._inspection.url) or self._bases()[0]
+
+    def _bases(self) -> list[str]:
+        hosts = net.visitors_hosts(self._host)
+        names = (f"[{host}]" if ":" in host else host for host in hosts)
+        return [f"http://{name}:{self._settings.dev_port}" for name in names]
 
     def project_ready(self) -> None:
         """Install and start: the project's files are all there."""
@@ -171,19 +183,29 @@ class Supervisor:
     def problems(self) -> tuple[Problem, ...]:
         """Return what is wrong now."""
         found = [self._install_problem, self._start_problem]
-        if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason != "install":
+        covered = ("install", "port_taken")
+        if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason not in covered:
             said = list(self._output.lines)[-10:] or ["no output"]
             if self._state.reason == "late":
-                elsewhere = "if it listens elsewhere, set DEV_COMMAND to start it with this host and port"
-                said.insert(
-                    0, f"nothing answered at {self.url} in {self._policy.start_timeout:g} s; {elsewhere}"
-                )
+                said.insert(0, self._why_late())
             failed = self.state is Phase.FAILED
             kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
             found.append(Problem(kind, "\n".join(said), rule=self._state.reason))
-        if self.ready and self._inspection and self._inspection.outcome is Outcome.SOCKETLESS:
-            found.append(Problem("hmr_unreachable", self._inspection.detail))
+        inspection = self._inspection
+        if self.ready and inspection and inspection.outcome is Outcome.SOCKETLESS:
+            found.append(Problem("hmr_unreachable", inspection.detail))
+        if self.ready and inspection and inspection.outcome is Outcome.BROKEN:
+            found.append(Problem("preview_error", inspection.detail, rule=inspection.rule))
         return tuple(problem for problem in found if problem)
+
+    def _why_late(self) -> str:
+        nothing = f"nothing answered at {self.url} in {self._policy.start_timeout:g} s"
+        if not self._listeners:
+            return (
+                f"{nothing}, and nothing of the project listens; set DEV_COMMAND to what serves on this port"
+            )
+        where = ", ".join(str(each) for each in self._listeners[:8])
+        return f"{nothing}; the project listens on {where}: set DEV_PORT to the port of the preview"
 
     def report(self, *, log: bool = True) -> dict[str, object]:
         """Return what `/status` shows. `log`: with the last lines of output."""
@@ -196,6 +218,7 @@ class Supervisor:
             "url": self.url,
             "pid": self._child.pid if self._child else None,
             "command": list(self._argv) or None,
+            "listens_on": str(self._forward.target) if self._forward else None,
             "detail": inspection.detail if inspection else None,
             "entry": inspection.entry if inspection else None,
             "user": self._rights.user.name if self._rights.user else None,
@@ -323,7 +346,7 @@ class Supervisor:
             wanted = None
         argv = self._command(wanted, fresh=False) or self._argv
         running = self._command(wanted, fresh=True) if fresh else argv
-        self._argv, self._inspection, self._start_problem = argv, None, None
+        self._argv, self._inspection, self._start_problem, self._listeners = argv, None, None, ()
         port = self._settings.dev_port
         more = {"PORT": str(port), "BROWSER": "none"}
         if self._settings.preview_host:
@@ -333,16 +356,23 @@ class Supervisor:
         launch = Launch(running, str(root), env, self._rights)
         killed_before = net.out_of_memory_kills()
         if not net.port_is_free(self._host, port):
-            self._start_problem = Problem("port_taken", f"something else listens on port {port}")
+            said = f"port {port} is taken by another program: end that one, or set DEV_PORT to a free port"
+            self._start_problem = Problem("port_taken", said)
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
         probing = asyncio.create_task(self._probe(generation), name=f"probe-{generation}")
+        looking = asyncio.create_task(self._look_elsewhere(child.pid), name=f"elsewhere-{generation}")
         try:
             code = await child.wait()
         finally:
             probing.cancel()
+            looking.cancel()
+            await asyncio.wait({probing, looking})
+            if self._forward:
+                await self._forward.close()
+                self._forward = None
         why = "exit" if code < 128 else "signal"
         if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
@@ -353,10 +383,48 @@ class Supervisor:
 
     async def _probe(self, generation: int) -> None:
         timeout = self._settings.dev_probe_seconds
-        async for observed, inspection in probe.observe(self.url, timeout=timeout, clock=self._clock):
-            self._inspection = inspection
-            if observed is not None:
-                self._inputs.put_nowait(observed(generation))
+        async with contextlib.aclosing(probe.observe(self._bases(), timeout=timeout)) as observations:
+            async for observed, inspection in observations:
+                if inspection.up and (
+                    self._inspection is None or inspection.detail != self._inspection.detail
+                ):
+                    log.info(
+                        "dev_server.inspected", outcome=inspection.outcome.value, detail=inspection.detail
+                    )
+                self._inspection = inspection
+                if observed is not None:
+                    self._inputs.put_nowait(observed(generation))
+
+    async def _look_elsewhere(self, pid: int) -> None:
+        """Until the server answers, look where the project listens; pass visitors on when that is one place."""
+        user = self._rights.user
+        before: tuple[Listener, ...] = ()
+        since = self._clock()
+        while not (self._inspection and self._inspection.up):
+            await asyncio.sleep(ELSEWHERE_EVERY)
+            self._listeners = await asyncio.to_thread(listeners, pid, uid=user.uid if user else None)
+            if self._listeners != before:
+                before, since = self._listeners, self._clock()
+            (only,) = before if len(before) == 1 else (None,)
+            if only is None or (self._inspection and self._inspection.up):
+                continue
+            # On the port of the preview already: nothing else will want that.
+            if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._settings.dev_port:
+                await self._pass_on(only)
+                if self._forward:
+                    return
+
+    async def _pass_on(self, only: Listener) -> None:
+        """Listen where visitors come and pass them on to the one place where the project serves HTTP."""
+        host = f"[{only.target}]" if ":" in only.target else only.target
+        if not await probe.answers(f"http://{host}:{only.port}", timeout=self._settings.dev_probe_seconds):
+            return
+        hosts = net.visitors_hosts(self._host)
+        if only.port != self._settings.dev_port and self._host == "::":
+            hosts = ("::", "0.0.0.0")  # noqa: S104 - where the settings have the dev server listen
+        with contextlib.suppress(OSError):
+            self._forward = await Forward.open(hosts, self._settings.dev_port, only)
+            log.warning("dev_server.elsewhere", listens_on=str(only), dev_port=self._settings.dev_port)
 
     # --- the project and the metrics
 

@@ -31,7 +31,7 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "path_unusable", "hmr_unreachable", "shadow_difference"}
+    {"drift", "path_refused", "path_unusable", "hmr_unreachable", "preview_error", "shadow_difference"}
 )
 """Kinds that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
