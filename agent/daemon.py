@@ -35,6 +35,7 @@ from agent.health.heartbeat import Heartbeat
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.source import EventSource
+from agent.run_settings import RunSettings, RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
@@ -79,6 +80,7 @@ class Agent:
     # what is reported
     report: Report
     heartbeat: Heartbeat
+    run_settings: RunSettingsFollower
     spans: Spans | None
 
     hydrated: asyncio.Event
@@ -92,6 +94,7 @@ class Agent:
             **({"shadow": self.shadow.run} if self.shadow else {"dev-server": self.supervisor.run}),
             "health": lambda: server.serve(self.settings, self.report, self.report.problems.metrics.registry),
             "heartbeat": self.heartbeat.run,
+            "run-settings": self.run_settings.run,
             "memory": self._trim_memory,
         }
 
@@ -163,9 +166,26 @@ def build(
         if shadow is None:
             supervisor.files_changed(paths)
 
+    redactor = redactor or redactor_for(settings)
+
+    def start_when_known() -> None:
+        # Whichever of the tree and the run settings comes last.
+        if hydrated.is_set() and run_settings.known.is_set() and shadow is None:
+            supervisor.project_ready()
+
+    def on_run_settings(run: RunSettings) -> None:
+        supervisor.configure(run)
+        start_when_known()
+
+    run_settings = RunSettingsFollower(
+        api, settings.run_revision, on_settings=on_run_settings, on_secret=redactor.add
+    )
+
     def on_hydrated() -> None:
         hydrated.set()
-        (supervisor.project_ready if shadow is None else shadow.hydrated)()
+        if shadow is not None:
+            shadow.hydrated()
+        start_when_known()
 
     url = settings.snapshot_url
     sync = Sync(
@@ -192,7 +212,8 @@ def build(
         link=source,
         dev=supervisor,
         problems=problems,
-        redactor=redactor or redactor_for(settings),
+        redactor=redactor,
+        run_settings=run_settings,
         skew=skew,
         shadow=shadow,
     )
@@ -208,7 +229,15 @@ def build(
         supervisor=supervisor,
         shadow=shadow,
         report=report,
-        heartbeat=Heartbeat(every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop),
+        heartbeat=Heartbeat(
+            every=settings.heartbeat_seconds,
+            report=report,
+            api=api,
+            sync=sync,
+            stop=stop,
+            run_settings=run_settings,
+        ),
+        run_settings=run_settings,
         spans=spans,
         hydrated=hydrated,
         stop=stop,

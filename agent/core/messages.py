@@ -257,12 +257,14 @@ SyncAnswer = Current | Changes | SnapshotOffer
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The status answer: where the database is. `action` is what the orchestrator asks of us."""
+    """The status answer: where the database is. `action` is what the orchestrator asks of us, `run_revision` names the
+    run settings in force; None: it has none to give."""
 
     epoch: str
     revision: int
     tree_hash: str | None = None
     action: str | None = None
+    run_revision: int | None = None
 
 
 def read_sync_answer(obj: object) -> SyncAnswer:
@@ -296,6 +298,7 @@ def read_head(obj: object) -> Head:
         _required_number(obj, "revision", what),
         _optional_text(obj, "tree_hash", what),
         _optional_text(obj, "action", what),
+        _required_number(obj, "run_revision", what) if "run_revision" in obj else None,
     )
 
 

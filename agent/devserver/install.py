@@ -176,6 +176,7 @@ class Installer:
         self._directory = settings.modules
         self._project_dir = settings.project_dir
         self._command = settings.install_command
+        self._npmrc: str | None = None
         self._scripts = settings.install_scripts
         self._seconds = settings.install_seconds
         self._rights = rights
@@ -183,6 +184,12 @@ class Installer:
         self._reaper = reaper
         self._environ = environ
         self._names = itertools.count(1)
+        self._userconfig: Path | None = None
+        """The project's own npmrc, while a package manager runs."""
+
+    def configure(self, command: tuple[str, ...] | None, npmrc: str | None) -> None:
+        """Take the project's install command and its npmrc, which is a secret, from run settings."""
+        self._command, self._npmrc = command, npmrc
 
     async def open(self) -> None:
         """Make the directory for staging and cache, and undo and remove what a killed agent left there.
@@ -257,6 +264,7 @@ class Installer:
     async def _run_manager(self, wanted: Project, stage: Path) -> None:
         staged = await self._stage(wanted, stage)
         commands = [self._command] if self._command else _commands(staged, scripts=self._scripts)
+        self._userconfig = await self._write_npmrc(stage)
         prefix = () if self._command else self._fetch_prefix(staged)
         done, stale = await self._run(prefix, commands[0], staged.root)
         if not done.ok and len(commands) > 1 and stale:
@@ -287,10 +295,25 @@ class Installer:
             self._on_line(line)
 
         done = await process.run(
-            (*prefix, *command), cwd=directory, env=self._environment(), rights=self._rights,
+            (*prefix, *command), cwd=directory, env=self._environment() | self._registry(), rights=self._rights,
             timeout=self._seconds, on_line=on_line, reaper=self._reaper,
         )  # fmt: skip
         return done, stale
+
+    async def _write_npmrc(self, stage: Path) -> Path | None:
+        """Write the npmrc of run settings into the stage, for the project's user alone; it goes with the stage."""
+        if self._npmrc is None:
+            return None
+        path = stage / "npmrc"
+        script = 'umask 077 && printf %s "$NPMRC" >"$1"'
+        done = await self._shell(script, path, more={"NPMRC": self._npmrc})
+        if not done.ok:
+            raise _Failed("stage", f"cannot write the npmrc of the run settings: {_last(done)}")
+        return path
+
+    def _registry(self) -> dict[str, str]:
+        """Return the variable by which package managers find it."""
+        return {"NPM_CONFIG_USERCONFIG": str(self._userconfig)} if self._userconfig else {}
 
     async def _stage(self, wanted: Project, stage: Path) -> Project:
         """Copy what the install needs. Returns the project as copied, which may be a save later than `wanted`."""
@@ -334,9 +357,12 @@ class Installer:
         if not done.ok:
             raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
 
-    async def _shell(self, script: str, *arguments: str | Path) -> Finished:
+    async def _shell(
+        self, script: str, *arguments: str | Path, more: Mapping[str, str] | None = None
+    ) -> Finished:
+        env = self._environment() | dict(more or {})
         return await process.run(
-            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory, env=self._environment(),
+            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory, env=env,
             rights=self._rights, timeout=SHELL_SECONDS, reaper=self._reaper,
         )  # fmt: skip
 

@@ -13,9 +13,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from pathlib import Path, PurePosixPath
 
 from agent import net
-from agent.config import Settings
+from agent.config import PASSED_ON, Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, project, state
@@ -40,6 +41,7 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
+from agent.run_settings import RunSettings, merged
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
@@ -106,8 +108,10 @@ class Supervisor:
         Raises:
             SettingsError: DEV_USER is not a user, or is root.
         """
-        self._settings = settings
-        self._environ = os.environ if environ is None else environ
+        self._settings = self._given = settings
+        self._environ = dict(os.environ if environ is None else environ)
+        """The agent's own, and with it what the run settings add: one mapping, which installs see too."""
+        self._ours = frozenset(self._environ)
         self._reaper = reaper
         self._metrics = metrics or Metrics()
         self._policy = policy or RestartPolicy()
@@ -128,7 +132,8 @@ class Supervisor:
 
         # The process.
         self._child: Child | None = None
-        self._argv: tuple[str, ...] = ()
+        self._launched: Launch | None = None
+        """What runs, or ran last."""
         self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
         self._listeners: tuple[Listener, ...] = ()
@@ -168,6 +173,15 @@ class Supervisor:
         hosts = net.visitors_hosts(self._host)
         names = (f"[{host}]" if ":" in host else host for host in hosts)
         return [f"http://{name}:{self._settings.dev_port}" for name in names]
+
+    def configure(self, run: RunSettings) -> None:
+        """Take the project's run settings; what runs already starts again when they make another start of it."""
+        self._settings = merged(self._given, run)
+        for name in [name for name in self._environ if name not in self._ours]:
+            del self._environ[name]
+        self._environ |= {f"{PASSED_ON}{name}": value for name, value in run.env.items()}
+        self._installer.configure(self._settings.install_command, run.npmrc)
+        self._inputs.put_nowait(Edited(True, True, self._runnable()))
 
     def project_ready(self) -> None:
         """Install and start: the project's files are all there."""
@@ -217,7 +231,7 @@ class Supervisor:
             "restarts": self.restarts,
             "url": self.url,
             "pid": self._child.pid if self._child else None,
-            "command": list(self._argv) or None,
+            "command": list(self._launched.argv) if self._launched else None,
             "listens_on": str(self._forward.target) if self._forward else None,
             "detail": inspection.detail if inspection else None,
             "entry": inspection.entry if inspection else None,
@@ -317,15 +331,16 @@ class Supervisor:
     # --- the commands
 
     async def _do_install(self) -> None:
-        result, argv = None, self._argv
+        result: InstallResult | None = None
         try:
             wanted = self._find()
         except ProjectUnreadable as error:
             self._install_problem = Problem("install_failed", str(error), rule="package_json")
-            self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(argv)))
+            self._inputs.put_nowait(Installed(ok=False, restart=False, usable=bool(self._launched)))
             return
         if wanted:
-            self._prefix = "" if wanted.root == self._settings.project_dir else f"{wanted.root.name}/"
+            below = wanted.root.relative_to(self._settings.project_dir)
+            self._prefix = f"{below}/" if below.parts else ""
             self._install = result = await self._installer.install(wanted)
             self._metrics.installs.labels(result.outcome.value).inc()
             log.info(
@@ -333,30 +348,28 @@ class Supervisor:
                 problem=result.problem.rule if result.problem else None,
             )  # fmt: skip
         self._install_problem = result.problem if result else None
-        now = self._command(wanted, fresh=False)
-        usable = bool(now) and (result is None or result.usable)
+        now = self._launch(wanted, fresh=False)
+        usable = now is not None and (result is None or result.usable)
         failed = result is not None and result.outcome is InstallOutcome.FAILED
-        restart = (result is not None and result.swapped) or (bool(argv) and bool(now) and argv != now)
-        self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
+        swapped = result is not None and result.swapped
+        changed = None not in (now, self._launched) and now != self._launched
+        reason = "dependencies" if swapped else "settings"
+        self._inputs.put_nowait(Installed(not failed, swapped or changed, usable, reason))
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
         try:
             wanted = self._find()
         except ProjectUnreadable:
             wanted = None
-        argv = self._command(wanted, fresh=False) or self._argv
-        running = self._command(wanted, fresh=True) if fresh else argv
-        self._argv, self._inspection, self._start_problem, self._listeners = argv, None, None, ()
-        port = self._settings.dev_port
-        more = {"PORT": str(port), "BROWSER": "none"}
-        if self._settings.preview_host:
-            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = self._settings.preview_host
-        env = environment(self._environ, user=self._rights.user, more=more)
-        root = wanted.root if wanted else self._settings.project_dir
-        launch = Launch(running, str(root), env, self._rights)
+        launch = self._launch(wanted, fresh=fresh) or self._launched
+        assert launch is not None, "nothing is started before there was something to start"
+        self._launched = self._launch(wanted, fresh=False) or launch
+        self._inspection, self._start_problem, self._listeners = None, None, ()
+        port = self._port
         killed_before = net.out_of_memory_kills()
         if not net.port_is_free(self._host, port):
-            said = f"port {port} is taken by another program: end that one, or set DEV_PORT to a free port"
+            name = "DEV_PORT" if port == self._settings.dev_port else "dev_port in the run settings"
+            said = f"port {port} is taken by another program: end that one, or set {name} to a free port"
             self._start_problem = Problem("port_taken", said)
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
@@ -405,11 +418,12 @@ class Supervisor:
             self._listeners = await asyncio.to_thread(listeners, pid, uid=user.uid if user else None)
             if self._listeners != before:
                 before, since = self._listeners, self._clock()
-            (only,) = before if len(before) == 1 else (None,)
+            named = [each for each in before if each.port == self._settings.dev_server_port] or before
+            (only,) = named if len(named) == 1 else (None,)
             if only is None or (self._inspection and self._inspection.up):
                 continue
-            # On the port of the preview already: nothing else will want that.
-            if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._settings.dev_port:
+            # On the port that it was given: nothing else will want that.
+            if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port:
                 await self._pass_on(only)
                 if self._forward:
                     return
@@ -422,14 +436,22 @@ class Supervisor:
         hosts = net.visitors_hosts(self._host)
         if only.port != self._settings.dev_port and self._host == "::":
             hosts = ("::", "0.0.0.0")  # noqa: S104 - where the settings have the dev server listen
-        with contextlib.suppress(OSError):
-            self._forward = await Forward.open(hosts, self._settings.dev_port, only)
-            log.warning("dev_server.elsewhere", listens_on=str(only), dev_port=self._settings.dev_port)
+        port = self._settings.dev_port
+        try:
+            self._forward = await Forward.open(hosts, port, only)
+        except OSError:
+            said = (
+                f"the project listens on {only}, and port {port}, where visitors come, is taken; set DEV_PORT"
+            )
+            self._start_problem = Problem("port_taken", said)
+            return
+        self._start_problem = None
+        log.warning("dev_server.elsewhere", listens_on=str(only), dev_port=port)
 
     # --- the project and the metrics
 
     def _find(self) -> Project | None:
-        return project.find(self._settings.project_dir, scripts=self._settings.install_scripts)
+        return project.find(self._root(), scripts=self._settings.install_scripts)
 
     def _runnable(self) -> bool:
         if self._settings.dev_command:
@@ -438,10 +460,36 @@ class Supervisor:
             return self._find() is not None
         return True
 
-    def _command(self, wanted: Project | None, *, fresh: bool) -> tuple[str, ...]:
-        if self._settings.dev_command:
-            return self._settings.dev_command
-        return wanted.dev_argv(host=self._host, port=self._settings.dev_port, fresh=fresh) if wanted else ()
+    @property
+    def _port(self) -> int:
+        """Where the project's command is to listen."""
+        return self._settings.dev_server_port or self._settings.dev_port
+
+    def _launch(self, wanted: Project | None, *, fresh: bool) -> Launch | None:
+        """Say how the dev server is started. None: there is nothing to start."""
+        settings = self._settings
+        argv = settings.dev_command
+        if wanted and not argv:
+            argv = wanted.dev_argv(host=self._host, port=self._port, fresh=fresh)
+        if not argv:
+            return None
+        more = {"PORT": str(self._port), "BROWSER": "none"}
+        if settings.preview_host:
+            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = settings.preview_host
+        env = environment(self._environ, user=self._rights.user, more=more)
+        return Launch(argv, str(wanted.root if wanted else self._root()), env, self._rights)
+
+    def _root(self) -> Path:
+        """Return the directory to preview. Raises `ProjectUnreadable` when there is none, or a link in its way."""
+        found = self._settings.project_dir
+        for part in PurePosixPath(self._settings.dev_root or "").parts:
+            found /= part
+            if not found.is_dir() or found.is_symlink():
+                named = self._settings.dev_root
+                raise ProjectUnreadable(
+                    f"there is no directory {named!r} in the project; set DEV_ROOT to one"
+                )
+        return found
 
     def _show_state(self) -> None:
         show_state(self._metrics.dev_server_state, [phase.value for phase in Phase], self.state.value)

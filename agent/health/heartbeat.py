@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Unavailable
 from agent.core.messages import Head
 from agent.health.report import Report
+from agent.run_settings import RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
 from agent.sync.engine import Sync
@@ -39,6 +40,7 @@ class Heartbeat:
     Attributes:
         every: seconds between two reports when nothing changes, spread by a fifth either way.
         api: None without SESSION_API_URL; then changes of state are logged and nothing is sent.
+        run_settings: told which revision of the run settings the orchestrator has.
         stop: set when the orchestrator tells the agent to stop.
     """
 
@@ -47,6 +49,7 @@ class Heartbeat:
     api: SessionApi | None
     sync: Sync
     stop: asyncio.Event
+    run_settings: RunSettingsFollower
 
     # what was logged last
     _state: AgentState | None = None
@@ -103,6 +106,7 @@ class Heartbeat:
             log.info("agent.told_to_stop")
             self.stop.set()
         self.sync.hear(head)
+        self.run_settings.hear(head.run_revision)
         if head.action == "sync":
             self.sync.hurry()
 

@@ -22,6 +22,7 @@ from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import fitted
 from agent.link.source import EventSource
 from agent.link.types import LinkState
+from agent.run_settings import RunSettingsFollower
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
@@ -49,6 +50,7 @@ class Report(Collector):
     problems: Problems
     redactor: Redactor
     skew: ClockSkew
+    run_settings: RunSettingsFollower
     shadow: Shadow | None = None
     """With SYNC_MODE=shadow: what stands in the dev server's place."""
     draining: bool = False
@@ -58,7 +60,7 @@ class Report(Collector):
         """The state of the agent as a whole."""
         return agent_state(
             self.sync_status.phase,
-            self.dev.state.value,
+            self.dev.state.value if self.run_settings.known.is_set() else "installing",
             link_down_for=self._link_down_for(),
             draining=self.draining,
             problems=sum(1 for problem in self.all_problems() if problem.kind not in HARMLESS),
@@ -80,6 +82,7 @@ class Report(Collector):
             "tree_hash": tree.hash(),
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
+            "run_revision": self.run_settings.revision,
         }
         problems = self._shown(sorted(self.all_problems(), key=lambda problem: problem.kind in HARMLESS))
         return fitted(head, problems, 0) if bare else fitted(head, problems)
@@ -111,6 +114,7 @@ class Report(Collector):
             "dev_server": self.dev.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),
             "clock": self._clock(),
+            "run_revision": self.run_settings.revision,
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
@@ -210,6 +214,7 @@ class Report(Collector):
             *(api.problems() if api is not None else ()),
             *self.link.problems(),
             *self.dev.problems(),
+            *self.run_settings.problems(),
         ]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | None]]:

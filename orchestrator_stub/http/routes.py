@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import UUID
 
-import orjson
 import psycopg
 import structlog
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
@@ -28,14 +27,17 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.forms import json_answer, rfc3339, session_form, uuid_of
 from orchestrator_stub.http.problems import Refusal, render
 from orchestrator_stub.platform.database import Head
+from orchestrator_stub.platform.sealing import CannotSeal
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
-from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
+from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings, TooManySecrets
+from orchestrator_stub.sessions.store import ProjectUnknown, Right, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("app")
@@ -76,6 +78,7 @@ class CreateBody(BaseModel):
     project_id: UUID
     generation: Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE] | None = None
     ttl_seconds: float | None = Field(None, ge=60, strict=True)
+    run: RunBody | None = None
 
 
 class SnapshotBody(BaseModel):
@@ -130,6 +133,7 @@ class SessionRoutes:
         catchup: Catchup,
         snapshots: SnapshotSource,
         keys: Keyring,
+        runs: RunSettings,
         *,
         clock: Callable[[], float] = time.time,
         on_ready: Callable[[float], None] = lambda seconds: None,
@@ -140,6 +144,7 @@ class SessionRoutes:
         self._catchup = catchup
         self._snapshots = snapshots
         self._keys = keys
+        self._runs = runs
         self._on_ready = on_ready
         self._tokens = SessionReader(keys, clock)
 
@@ -171,16 +176,17 @@ class SessionRoutes:
             raise Refusal(
                 400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable ASCII characters."
             )
+        run = await self._run_of_session(caller, body)
         ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
         try:
             session, new = await self._controller.request(
-                body.project_id, key=key, generation=body.generation, ttl=ttl
+                body.project_id, key=key, generation=body.generation, ttl=ttl, run=run
             )
         except ProjectUnknown:
             raise unknown from None
         if session.state in LIVE:
             session = await self._controller.settled(session.id, self._settings.create_wait) or session
-        return _json(
+        return json_answer(
             session_form(session),
             HTTPStatus.CREATED if new else HTTPStatus.OK,
             {"Location": f"/v1/sessions/{session.id}"},
@@ -190,7 +196,7 @@ class SessionRoutes:
         """The newest sessions, of one project when `project_id` is given; `ended=true` shows those over as well."""
         caller = await self._caller(request)
         project = request.query_params.get("project_id")
-        project_id = None if project is None else _uuid(project, "project")
+        project_id = None if project is None else uuid_of(project, "project")
         if project_id is None and caller.user is not None:
             raise Refusal(403, "not_allowed", "A user lists the sessions of one project: give project_id.")
         if project_id is not None and not await self._may(caller, project_id):
@@ -202,18 +208,18 @@ class SessionRoutes:
         if ended not in ("true", "false"):
             raise Refusal(400, "bad_query", "ended must be true or false.")
         sessions = await self._store.listing(project_id=project_id, ended=ended == "true", limit=int(limit))
-        return _json({"sessions": [session_form(session) for session in sessions]})
+        return json_answer({"sessions": [session_form(session) for session in sessions]})
 
     async def show(self, request: Request) -> Response:
         """One session."""
-        return _json(session_form(await self._seen(request)))
+        return json_answer(session_form(await self._seen(request)))
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""
         session = await self._controller.end((await self._seen(request)).id)
         assert session is not None
         over = session.state in ENDED
-        return _json(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
+        return json_answer(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
 
     async def snapshot(self, request: Request) -> Response:
         """A signed snapshot of the session's project as it is now."""
@@ -222,19 +228,19 @@ class SessionRoutes:
         if session.state not in LIVE:
             raise _over(session)
         snapshot = await self._snapshots.signed_snapshot(session.project_id, rebuild=body.rebuild)
-        return _json({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
+        return json_answer({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
 
     # --- session API
 
     async def sync(self, request: Request) -> Response:
         """What happened to the project above the agent's cursor."""
         claims, session, head = await self._own(request)
-        _check_current(session, claims)
+        check_current(session, claims)
         body = await self._body(request, SyncBody)
         if body.reason not in FULL and not body.paths and _stands_at(body, head):
             # What nearly every question comes to, answered by the one query that is needed anyway.
-            return _json({"kind": "current", "epoch": head.epoch, "revision": head.revision})
-        return _json(
+            return json_answer({"kind": "current", "epoch": head.epoch, "revision": head.revision})
+        return json_answer(
             await self._catchup.sync(
                 session.project_id,
                 epoch=body.epoch,
@@ -247,16 +253,19 @@ class SessionRoutes:
     async def token(self, request: Request) -> Response:
         """The next token of the same machine, also for one that expired while the machine was down."""
         claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
-        _check_current(session, claims)
+        check_current(session, claims)
         token, expires_at = self._controller.token_for(session)
-        return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
+        return json_answer({"realtime_token": token, "expires_at": rfc3339(expires_at)})
 
     async def status(self, request: Request) -> Response:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
         claims, session, head = await self._own(request)
         body = await self._body(request, StatusBody)
         head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
-        answer: dict[str, Any] = {"epoch": head.epoch, "revision": head.revision, "tree_hash": tree_hash}
+        answer: dict[str, Any] = {
+            "epoch": head.epoch, "revision": head.revision, "tree_hash": tree_hash,
+            "run_revision": session.run_revision,
+        }  # fmt: skip
         kept = await self._store.report(
             session.id,
             claims.generation,
@@ -266,12 +275,12 @@ class SessionRoutes:
         )
         if kept is None:
             # Another generation's machine has the session, or it has ended.
-            return _json({**answer, "action": "stop"})
+            return json_answer({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)
         if not _stands_at(body, head) or (body.tree_hash is not None and body.tree_hash != tree_hash):
             answer["action"] = "sync"
-        return _json(answer)
+        return json_answer(answer)
 
     # --- who asks, and what they say
 
@@ -293,14 +302,32 @@ class SessionRoutes:
             return Caller(claims)
         raise Refusal(403, "not_allowed", "Only the service and a project's members may do this.")
 
-    async def _may(self, caller: Caller, project_id: UUID) -> bool:
+    async def _may(self, caller: Caller, project_id: UUID, what: Right = "read") -> bool:
         """Whether the caller has a right to the project. The database's own policies say so."""
-        return caller.user is None or await self._store.sees(caller.user, project_id)
+        return caller.user is None or await self._store.may(caller.user, project_id, what)
+
+    async def _run_of_session(self, caller: Caller, body: CreateBody) -> dict[str, Any] | None:
+        """What a new session keeps of its own run settings."""
+        if body.run is None:
+            return None
+        await self._admit_run(caller, body.project_id, body.run)
+        with kept_secret():
+            return self._runs.own(body.project_id, body.run)
+
+    async def _admit_run(self, caller: Caller, project_id: UUID, run: RunBody) -> None:
+        """Refuse run settings that are not the caller's to set."""
+        what: Right = "own" if OWNERS & run.model_fields_set else "write"
+        if not await self._may(caller, project_id, what):
+            who = {"own": "the project's owner", "write": "members who may write"}[what]
+            raise Refusal(403, "not_allowed", f"Only {who} and the service may set that.")
+        key = self._settings.supabase_service_role_key.get_secret_value()
+        if any(key in secret for secret in run.secrets()):
+            raise Refusal(400, "bad_body", "The service key has no place in a project's environment.")
 
     async def _seen(self, request: Request) -> Session:
         """The session of the path, for a caller of the control plane; to strangers it does not exist."""
         caller = await self._caller(request)
-        session_id = _uuid(request.path_params["session_id"], "session")
+        session_id = uuid_of(request.path_params["session_id"], "session")
         session = await self._store.get(session_id)
         if session is None or not await self._may(caller, session.project_id):
             raise _unknown_session(session_id)
@@ -309,13 +336,13 @@ class SessionRoutes:
     async def _own(self, request: Request, *, grace: float = 0.0) -> tuple[SessionClaims, Session, Head]:
         """What the token says, its session, and where the project stands. `grace` as in `Keyring.verify`.
 
-        Over is 410. The session may be draining, or have another machine by now: see `_check_current`.
+        Over is 410. The session may be draining, or have another machine by now: see `check_current`.
         """
         try:
             claims = self._tokens.read(_bearer(request), grace=grace)
         except TokenRejected as error:
             raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
-        if _uuid(request.path_params["session_id"], "session") != claims.session_id:
+        if uuid_of(request.path_params["session_id"], "session") != claims.session_id:
             raise Refusal(403, "foreign_session", "The token is another session's.")
         standing = await self._store.standing(claims.session_id)
         if standing is None:
@@ -413,33 +440,6 @@ def application(routes: list[BaseRoute], lifespan: Any = None) -> Starlette:
     return app
 
 
-def session_form(session: Session) -> dict[str, Any]:
-    """A session as it travels (protocol: control plane)."""
-    form: dict[str, Any] = {
-        "session_id": str(session.id),
-        "project_id": str(session.project_id),
-        "state": session.state.value,
-        "generation": session.generation,
-        "preview_url": session.preview_url,
-        "created_at": _rfc3339(session.created_at),
-        "expires_at": _rfc3339(session.expires_at),
-        "machine": None,
-    }
-    if session.machine_id is not None:
-        form["machine"] = {"driver": session.machine_driver, "id": session.machine_id}
-        if session.machine_region is not None:
-            form["machine"]["region"] = session.machine_region
-    if session.problem is not None:
-        form["problem"] = session.problem
-    return form
-
-
-def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(
-        orjson.dumps(body), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json"
-    )
-
-
 def _bearer(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
@@ -451,7 +451,20 @@ def _unknown_session(session_id: UUID) -> Refusal:
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
 
 
-def _check_current(session: Session, claims: SessionClaims) -> None:
+@contextmanager
+def kept_secret() -> Iterator[None]:
+    """Refuse what cannot be kept encrypted, or is too much."""
+    try:
+        yield
+    except CannotSeal:
+        raise Refusal(
+            503, "run_settings_no_key", "RUN_SETTINGS_KEYS is not set: nothing secret is kept."
+        ) from None
+    except TooManySecrets as error:
+        raise Refusal(413, "body_too_large", str(error)) from None
+
+
+def check_current(session: Session, claims: SessionClaims) -> None:
     """Only the machine that the session has now may go on: a newer one is 409, none wanted 410."""
     if session.state not in LIVE:
         raise _over(session)
@@ -470,14 +483,3 @@ def _stands_at(body: SyncBody | StatusBody, head: Head) -> bool:
 
 def _over(session: Session) -> Refusal:
     return Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
-
-
-def _uuid(text: str, what: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise Refusal(404, f"{what}_unknown", f"{what} must be a UUID.") from None
-
-
-def _rfc3339(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

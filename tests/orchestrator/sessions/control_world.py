@@ -13,12 +13,15 @@ from uuid import UUID, uuid4
 import httpx
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.http.routes import SessionRoutes, application
+from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.platform.database import Pool, pool_of
+from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 from tests.fakes.machines import FakeMachines, Platform
@@ -108,6 +111,10 @@ class World:
             " lease_until = lease_until - %(s)s".replace("%(s)s", f"interval '{seconds} seconds'")
         )
 
+    @property
+    def runs(self) -> RunSettings:
+        return RunSettings(self.pool, SEALING)
+
     def controller_of(self, driver: Any = None, store: Any = None) -> SessionController:
         """Another orchestrator on the same database and platform."""
         return SessionController(
@@ -116,6 +123,7 @@ class World:
             self.snapshots,
             driver or FakeMachines(self.platform),
             self.keys,
+            runs=self.runs,
             installation=self.installation,
         )
 
@@ -185,6 +193,10 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
     )
 
 
+SEALING = SealingKeys({"k1": bytes(32)})
+"""What run settings are encrypted with in these tests."""
+
+
 @asynccontextmanager
 async def control_world(
     dsn: str,
@@ -201,10 +213,17 @@ async def control_world(
         store = SessionStore(pool)
         installation = await store.installation()
         controller = SessionController(
-            settings, store, snapshots, FakeMachines(platform), keys, installation=installation
+            settings,
+            store,
+            snapshots,
+            FakeMachines(platform),
+            keys,
+            runs=RunSettings(pool, SEALING),
+            installation=installation,
         )
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
-        api = SessionRoutes(settings, controller, store, catchup, snapshots, keys, on_ready=on_ready)
+        runs = RunSettings(pool, SEALING)
+        api = RunRoutes(settings, controller, store, catchup, snapshots, keys, runs, on_ready=on_ready)
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(
@@ -222,11 +241,12 @@ ROUTES = [
     ("GET", "/v1/sessions/{id}"),
     ("DELETE", "/v1/sessions/{id}"),
     ("POST", "/v1/sessions/{id}/snapshot"),
+    ("GET", "/v1/sessions/{id}/run"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
 ]
-AGENTS = ("sync", "token", "status")
+AGENTS = ("run", "sync", "token", "status")
 """The last words of the routes that are the agent's; the others are the product's."""
 
 
