@@ -171,7 +171,7 @@ def _operation(
     }
     if body:
         content = {"application/json": {"schema": _ref(body)}}
-        operation["requestBody"] = {"required": body != "SnapshotBody", "content": content}
+        operation["requestBody"] = {"required": body not in ("SnapshotBody", "RunBody"), "content": content}
     return operation
 
 
