@@ -161,9 +161,21 @@ class _File(Struct, gc=False, rename={"path": "file_path", "digest": "content_ha
     executable: bool = False
 
 
+UNAVAILABLE: Mapping[str, str] = {
+    "lost": "its object in Storage is gone; upload it again, or save the file again",
+    "wrong_bytes": "its object in Storage holds other bytes than its hash says; delete that and upload it again",
+    "too_deep": "it lies deeper than 64 segments; move it in the project",
+}
+
+
 class _Deleted(Struct, gc=False):
     file_path: str
     version: Count
+
+
+class _Unavailable(Struct, gc=False):
+    file_path: str
+    reason: str
 
 
 class _Manifest(Struct):
@@ -176,6 +188,7 @@ class _Manifest(Struct):
     created_at: str | None = None
     files: list[_File] = []
     deleted: list[_Deleted] = []
+    unavailable: list[_Unavailable] = []
     build_seconds: float | None = None
 
 
@@ -222,7 +235,14 @@ def _manifest(read: Callable[..., Any]) -> Manifest:
         files=files,
         deleted={parse_path(each.file_path): each.version for each in told.deleted},
         build_seconds=told.build_seconds,
+        problems=tuple(_unavailable(each.file_path, each.reason) for each in told.unavailable),
     )
+
+
+def _unavailable(path: str, reason: str) -> Problem:
+    """What is said of a file that the orchestrator left out, because it has not got its bytes."""
+    said = UNAVAILABLE.get(reason, "its content cannot be had")
+    return Problem("content_unavailable", said, reprlib.repr(path) if len(path) > 1024 else path, reason[:40])
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +304,8 @@ def read_sync_answer(obj: object) -> SyncAnswer:
         return Current(epoch, revision)
     if kind == "changes":
         changes, problems = read_changes(_objects(obj, "changes", what), what)
+        for each in _objects(obj, "unavailable", what):
+            problems += (_unavailable(_text(each, "file_path", what), _text(each, "reason", what)),)
         return Changes(epoch, revision, _required_number(obj, "base_revision", what), changes, problems)
     raise MalformedMessage(what, f"kind {reprlib.repr(kind)} is unknown")
 

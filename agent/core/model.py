@@ -32,6 +32,7 @@ ProblemOwner = Literal[
 """The modules that open and close problems."""
 
 ProblemKind = Literal[
+    "content_unavailable",
     "dev_server_backoff",
     "dev_server_failed",
     "disk_full",
@@ -60,6 +61,7 @@ ProblemKind = Literal[
 ]
 
 PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
+    "content_unavailable": "sync.engine",
     "dev_server_backoff": "devserver.supervisor",
     "dev_server_failed": "devserver.supervisor",
     "disk_full": "sync.workspace",
@@ -90,6 +92,7 @@ PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
 has it: a heartbeat that was answered once hid a catch-up that was not."""
 
 REMEDIES: Final[Mapping[ProblemKind, str]] = {
+    "content_unavailable": "upload the file's bytes again, or save it again; all else of the project is there",
     "dev_server_backoff": "it is started again by itself; its last output, in /status, says why it ended",
     "dev_server_failed": "read its last output in /status and fix the file it names; saving that starts it again",
     "disk_full": "free space or inodes where PROJECT_DIR and STATE_DIR are; it is tried again by itself",
@@ -370,6 +373,7 @@ class Manifest:
     `files`: what each is to be, at the manifest's own revision: the very entries that the tree gets, since there may be
     tens of thousands.
     `base_revision` set: a delta, valid only on a tree at or above that revision. `deleted`: path → version.
+    `problems`: the files that the orchestrator left out, since it has not got their bytes.
     `build_seconds`: how long the orchestrator took, when it says so.
     """
 
@@ -381,6 +385,7 @@ class Manifest:
     base_revision: int | None = None
     created_at: str | None = None
     build_seconds: float | None = None
+    problems: tuple[Problem, ...] = ()
 
     @property
     def total_bytes(self) -> int:

@@ -32,8 +32,11 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "path_unusable", "hmr_unreachable", "preview_error", "shadow_difference"}
-)
+    {
+        "content_unavailable", "drift", "hmr_unreachable", "path_refused", "path_unusable", "preview_error",
+        "shadow_difference",
+    }
+)  # fmt: skip
 """Kinds that are shown and leave the preview what it should be, as far as this disk can hold it."""
 
 

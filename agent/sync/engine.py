@@ -341,7 +341,7 @@ class Sync:
         if self._recording is None:
             self._recording = asyncio.get_running_loop().call_later(RECORD_WITHIN, self._record)
         if applied.done:
-            self._problems.clear("drift", "hash_mismatch", paths=applied.done)
+            self._problems.clear("content_unavailable", "drift", "hash_mismatch", paths=applied.done)
             self._metrics.apply.observe(self._clock() - started)
             self._on_tree(applied.done)
         return not applied.undone

@@ -278,7 +278,9 @@ class SessionRoutes:
             return json_answer({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)
-        if not _stands_at(body, head) or (body.tree_hash is not None and body.tree_hash != tree_hash):
+        if not _stands_at(body, head) or (
+            body.tree_hash is not None and tree_hash is not None and body.tree_hash != tree_hash
+        ):
             answer["action"] = "sync"
         return json_answer(answer)
 
