@@ -164,6 +164,7 @@ class _File(Struct, gc=False, rename={"path": "file_path", "digest": "content_ha
 UNAVAILABLE: Mapping[str, str] = {
     "lost": "its object in Storage is gone; upload it again, or save the file again",
     "wrong_bytes": "its object in Storage holds other bytes than its hash says; delete that and upload it again",
+    "no_room": "with it the project's archive is larger than Storage takes; make it smaller, or raise Storage's limit",
     "too_deep": "it lies deeper than 64 segments; move it in the project",
 }
 

@@ -31,10 +31,14 @@ class StorageFailure(Exception):
     """Storage did not do what it was asked.
 
     `code` is Storage's own word (`NoSuchKey`, `KeyAlreadyExists` …) or `HTTP 502`, or the network error's class.
-    `transient`: the same call may succeed later. `missing`: there is no such object, or bucket.
+    `transient`: the same call may succeed later. `missing`: there is no such object, or bucket. `too_large`: the object
+    is larger than Storage, or its bucket, takes.
     """
 
-    def __init__(self, what: str, code: str, *, transient: bool, missing: bool = False) -> None:
+    def __init__(
+        self, what: str, code: str, *, transient: bool, missing: bool = False, too_large: bool = False
+    ) -> None:
+        self.too_large = too_large
         self.code = code
         self.transient = transient
         self.missing = missing
@@ -199,4 +203,6 @@ async def _failure(response: httpx.Response, what: str) -> StorageFailure:
         status = int(told["statusCode"])
     if not isinstance(code, str):
         return StorageFailure(what, f"HTTP {status}", transient=True)
-    return StorageFailure(what, code, transient=status == 429 or status >= 500, missing=status == 404)
+    return StorageFailure(
+        what, code, transient=status == 429 or status >= 500, missing=status == 404, too_large=status == 413
+    )

@@ -30,7 +30,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
-from orchestrator_stub.snapshots.availability import READ_AGAIN, Reason, forget, note
+from orchestrator_stub.snapshots.availability import READ_AGAIN, Reason, forget, make_room, note
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
@@ -148,12 +148,12 @@ class SnapshotBuilder:
         try:
             async with self._slots:
                 with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
-                    manifest, size = await self._write_what_can_be(project_id, base_revision, spool)
-                    digest = await asyncio.to_thread(_sha256, spool)
-                    path = _object_path(project_id, manifest, digest, anew=anew)
-                    await self._storage.ensure(
-                        BUCKET, path, _pieces(spool), size, content_type="application/zip"
-                    )
+                    while True:
+                        manifest, size = await self._write_what_can_be(project_id, base_revision, spool)
+                        digest = await asyncio.to_thread(_sha256, spool)
+                        path = _object_path(project_id, manifest, digest, anew=anew)
+                        if await self._stored(project_id, path, spool, size):
+                            break
         except (StorageFailure, ArchiveTooLarge, OSError) as error:
             raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
         except psycopg.OperationalError as error:
@@ -185,6 +185,8 @@ class SnapshotBuilder:
     ) -> tuple[dict[str, Any], int]:
         """The archive of all that can be read. The manifest comes first, so what cannot be read begins it anew."""
         while True:
+            spool.seek(0)
+            spool.truncate()
             try:
                 return await self._write(project_id, base_revision, spool)
             except _Unreadable as bad:
@@ -193,8 +195,17 @@ class SnapshotBuilder:
                     content_hash=bad.file.digest, reason=bad.reason,
                 )  # fmt: skip
                 await note(self._pool, project_id, bad.file.digest, bad.reason)
-                spool.seek(0)
-                spool.truncate()
+
+    async def _stored(self, project_id: UUID, path: str, spool: IO[bytes], size: int) -> bool:
+        """Store an archive. False: Storage takes none so large, and without its largest files it may be."""
+        try:
+            await self._storage.ensure(BUCKET, path, _pieces(spool), size, content_type="application/zip")
+        except StorageFailure as error:
+            if error.too_large and await make_room(self._pool, project_id, BUCKET, size):
+                log.error("snapshot.too_large", project_id=str(project_id), bytes=size)
+                return False
+            raise
+        return True
 
     async def _write(
         self, project_id: UUID, base_revision: int | None, spool: IO[bytes]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import signal
 import struct
 from collections.abc import AsyncIterator
@@ -24,9 +25,11 @@ from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import fetch
 from orchestrator_stub.platform.ignore_rules import NEVER
 from orchestrator_stub.platform.source_files import path_problem
+from orchestrator_stub.snapshots.availability import STORAGE_LIMIT
 from tests.system.plane import Plane, Project, eventually, running_plane
 
-PATH = json.loads((Path(__file__).parent / "limits.json").read_text())["path"]
+LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())
+PATH = LIMITS["path"]
 SEGMENT = "s" * PATH["segment_bytes"]
 
 
@@ -287,3 +290,31 @@ async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
             "update public.project_files set file_path = %s where file_path = 'deep.txt'", (deep,)
         )
     assert await opened(project, tmp_path) == {"a.txt": b"1"}
+
+
+async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
+    plane: Plane, tmp_path: Path
+) -> None:
+    project, _ = await with_an_asset(plane)
+    large = random.Random(1).randbytes(20_000)
+    digest = hashlib.sha256(large).hexdigest()
+    await plane.http.post(f"/storage/v1/object/project-assets/{project.id}/{digest}", content=large)
+    change = {"file_path": "large.bin", "encoding": "base64", "content_hash": digest}
+    await project.rpc("apply_project_files", changes=[change])
+    async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+        await connection.execute(
+            "update storage.buckets set file_size_limit = 8000 where id = 'project-snapshots'"
+        )
+    assert await opened(project, tmp_path) == {"a.txt": b"1", "logo.png": LOGO}
+
+
+def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(database: str) -> None:
+    with psycopg.connect(database) as connection:
+        limits = dict(connection.execute("select name, value from preview.limits").fetchall())
+    numbers = {
+        f"{of}.{name}": value for of, names in LIMITS.items() if of != "env" for name, value in names.items()
+    }
+    assert limits == {name: value for name, value in numbers.items() if isinstance(value, int)}
+    reader = SnapshotLimits()
+    assert reader.snapshot_max_file_bytes >= max(limits["file.bytes"], limits["asset.bytes"])
+    assert reader.snapshot_max_compressed_bytes >= STORAGE_LIMIT
