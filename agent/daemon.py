@@ -34,8 +34,8 @@ from agent.health import server
 from agent.health.heartbeat import Heartbeat
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
+from agent.link.run_settings import RunSettings, RunSettingsFollower
 from agent.link.source import EventSource
-from agent.run_settings import RunSettings, RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync

@@ -22,7 +22,7 @@ from agent.core.errors import PathRefused
 ProblemOwner = Literal[
     "devserver.supervisor",
     "link.loop",
-    "run_settings",
+    "link.run_settings",
     "session_api",
     "sync.catchup",
     "sync.engine",
@@ -78,7 +78,7 @@ PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
     "port_taken": "devserver.supervisor",
     "preview_error": "devserver.supervisor",
     "read_only": "sync.workspace",
-    "run_settings_unavailable": "run_settings",
+    "run_settings_unavailable": "link.run_settings",
     "session_api_refused": "session_api",
     "session_api_unreachable": "session_api",
     "shadow_difference": "sync.shadow",

@@ -41,7 +41,7 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
-from agent.run_settings import RunSettings, merged
+from agent.link.run_settings import RunSettings, merged
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 

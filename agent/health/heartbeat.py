@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Unavailable
 from agent.core.messages import Head
 from agent.health.report import Report
-from agent.run_settings import RunSettingsFollower
+from agent.link.run_settings import RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
 from agent.sync.engine import Sync

@@ -20,9 +20,9 @@ from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem, ProblemKind
 from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import fitted
+from agent.link.run_settings import RunSettingsFollower
 from agent.link.source import EventSource
 from agent.link.types import LinkState
-from agent.run_settings import RunSettingsFollower
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow

@@ -30,7 +30,7 @@ from agent.core.messages import (
 )
 from agent.core.model import Commit, SnapshotReady
 from agent.health.status_body import fitted
-from agent.run_settings import read_run_settings
+from agent.link.run_settings import read_run_settings
 from agent.session_api import SessionApi
 from agent.tokens import Tokens, read_token
 from tests.contract.golden import DIRECTORY, assert_same_form, load
