@@ -11,9 +11,12 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from agent.net import EVERYWHERE
 
 MOST_PROCESSES = 2000
 MOST_DESCRIPTORS = 4096
@@ -33,6 +36,10 @@ class Listener:
     def target(self) -> str:
         """The address at which this machine itself reaches it."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.address, self.address)  # noqa: S104
+
+    def serves(self, hosts: Sequence[str], port: int) -> bool:
+        """Whether who comes to `port` of one of `hosts` comes here."""
+        return self.port == port and (self.address in EVERYWHERE or self.address in hosts)
 
     def __str__(self) -> str:
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"

@@ -420,8 +420,8 @@ class Supervisor:
                 before, since = self._listeners, self._clock()
             named = [each for each in before if each.port == self._settings.dev_server_port] or before
             (only,) = named if len(named) == 1 else (None,)
-            if only is None or (self._inspection and self._inspection.up):
-                continue
+            if only is None or only.serves(net.visitors_hosts(self._host), self._settings.dev_port):
+                continue  # a server that is where visitors come, and says nothing, is slow
             # On the port that it was given: nothing else will want that.
             if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port:
                 await self._pass_on(only)
@@ -432,6 +432,8 @@ class Supervisor:
         """Listen where visitors come and pass them on to the one place where the project serves HTTP."""
         host = f"[{only.target}]" if ":" in only.target else only.target
         if not await probe.answers(f"http://{host}:{only.port}", timeout=self._settings.dev_probe_seconds):
+            return
+        if self._inspection and self._inspection.up:
             return
         hosts = net.visitors_hosts(self._host)
         if only.port != self._settings.dev_port and self._host == "::":

@@ -37,12 +37,13 @@ async def supervised(
     policy: RestartPolicy = QUICK,
     essential: bool = False,
     host: str = "127.0.0.1",
+    probe_seconds: float = 0.3,
 ) -> AsyncIterator[Supervisor]:
     project = tmp_path / "project"
     project.mkdir(exist_ok=True)
     settings = Settings(
         project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host=host,
-        dev_port=free_port(), dev_probe_seconds=0.3, dev_essential=essential, dev_stop_seconds=0.3,
+        dev_port=free_port(), dev_probe_seconds=probe_seconds, dev_essential=essential, dev_stop_seconds=0.3,
         dev_command=command or None,
     )  # fmt: skip
     supervisor = Supervisor(settings, policy=policy, metrics=Metrics(), chance=lambda: 0.5)
@@ -258,6 +259,18 @@ async def test_one_that_listens_on_another_port_is_found_said_and_used(
         os.kill(program, signal.SIGKILL)
         await until(lambda: reached(supervisor, Phase.READY, restarts=1))
         assert await answered("127.0.0.1", supervisor._settings.dev_port) == 200
+
+
+async def test_one_that_listens_where_visitors_come_and_is_slow_is_not_taken_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ELSEWHERE_EVERY", 0.05)
+    async with supervised(tmp_path, *server("slow"), probe_seconds=5) as supervisor:
+        await until(lambda: supervisor._listeners)
+        await until(lambda: supervisor.ready)
+        await until(lambda: not [t for t in asyncio.all_tasks() if t.get_name().startswith("elsewhere")])
+        assert supervisor.report()["listens_on"] is None
+        assert supervisor.problems() == ()
 
 
 async def test_of_two_that_listen_elsewhere_none_is_guessed_and_both_are_named(
