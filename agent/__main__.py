@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from agent.cli.main import command
 
-    return command(words, dict(os.environ))
+    return command(words)
 
 
 if __name__ == "__main__":

@@ -284,15 +284,8 @@ class Settings(SnapshotLimits, BaseSettings):
         return port
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
+    def settings_customise_sources(cls, *_: Any, **sources: Any) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (sources["init_settings"],)
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
@@ -304,9 +297,9 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     problems = [*_forbidden(given), *_missing(given), *_token(given), *_loaded_code(environ)]
     try:
         settings = read_settings(environ)
+        problems += _apart(settings) if settings.shadow else []
     except SettingsError as error:
-        raise SettingsError(sorted([*problems, *error.problems])) from None
-    problems += _apart(settings) if settings.shadow else []
+        problems += error.problems
     if problems:
         raise SettingsError(sorted(problems))
     return settings

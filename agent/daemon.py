@@ -23,7 +23,7 @@ from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
 from agent.core.errors import AgentError, RootUnusable, Superseded
 from agent.core.model import RelPath, Tree
-from agent.core.scheduler import Follower, SchedulerSettings
+from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
 from agent.devserver.sandbox import project_rights
 from agent.devserver.supervisor import Supervisor
@@ -37,6 +37,7 @@ from agent.link.realtime import realtime_link
 from agent.link.run_settings import RunSettings, RunSettingsFollower
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
@@ -121,7 +122,6 @@ def build(
     spans: Spans | None = None,
     source: EventSource | None = None,
     disk: ProjectDir | None = None,
-    problems: Problems | None = None,
     workspace_type: Callable[[ProjectDir, Ledger, Problems], Workspace] = Workspace,
     drift_policy: Literal["off"] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -138,7 +138,6 @@ def build(
         spans: where spans go.
         source: where events come from. Default: the Realtime link of the settings.
         disk: the project directory. Default: that of the settings, owned by DEV_USER.
-        problems: where the parts report problems; its metrics are the agent's.
         workspace_type: makes the workspace of disk, ledger and problems.
         drift_policy: "off" where nothing else can touch the directory. Default: the settings'.
         clock: monotonic seconds, as the event loop waits by.
@@ -147,19 +146,18 @@ def build(
         RootUnusable: DEV_USER could replace a directory of the agent's.
         SettingsError: there is no such DEV_USER.
     """
-    problems = problems or Problems(Metrics())
+    problems = Problems(Metrics())
     metrics, status, skew = problems.metrics, SyncStatus(), ClockSkew()
     tokens = tokens_of(settings)
     api = session_api(settings, tokens, http, skew)
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
-    follower = Follower(Tree(), SchedulerSettings(optimistic=settings.optimistic_events))
+    follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
     supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
-    catch_up = CatchUp(
-        api, workspace.disk, http, settings, str(settings.project_id), problems, lambda: follower.tree.entries
-    )
+    snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
+    catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
     hydrated, stop = asyncio.Event(), asyncio.Event()
 
     def on_tree(paths: Collection[RelPath]) -> None:

@@ -105,7 +105,8 @@ class Tokens:
     ) -> None:
         self._file = file
         self._file_seen: tuple[int, int, int] | None = None
-        self._file_problem: str | None = None
+        self.problem: str | None = None
+        """Why the file could not be read, when it could not."""
         self._wall = wall
         self._held = read_token(first) if first else None
 
@@ -121,19 +122,14 @@ class Tokens:
             self._held = token
         return self._held
 
-    @property
-    def problem(self) -> str | None:
-        """Why the file could not be read, when it could not."""
-        return self._file_problem
-
     async def renew_token(self) -> Token:
         """Return the file's token while it is good: there is nobody to ask. Raises `CredentialRejected` otherwise."""
         token = self.current()
-        if token is None:
-            raise CredentialRejected("there is no realtime token and no session API to ask for one")
-        if token.expired(self._wall()):
-            raise CredentialRejected("the realtime token has expired and there is no session API to renew it")
-        return token
+        if token is not None and not token.expired(self._wall()):
+            return token
+        what = "there is no realtime token" if token is None else "the realtime token has expired"
+        why = f"; {self.problem}" if self.problem else ""
+        raise CredentialRejected(f"{what} and there is no session API to ask for one{why}")
 
     def _reread(self) -> None:
         """Read the file again when its stat has changed.
@@ -149,9 +145,9 @@ class Tokens:
             if seen == self._file_seen:
                 return
             self.accept(self._file.read_text("ascii"))
-            self._file_seen, self._file_problem = seen, None
+            self._file_seen, self.problem = seen, None
         except (OSError, UnicodeDecodeError, MalformedMessage) as error:
-            self._file_problem = f"cannot take the token from {self._file}: {error}"
+            self.problem = f"cannot take the token from {self._file}: {error}"
 
 
 def spread() -> float:

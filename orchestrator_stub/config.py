@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ def _checked_dsn(dsn: SecretStr) -> SecretStr:
     return dsn
 
 
+def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what no browser sends as `Origin`: a path, a slash at the end, capitals."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9.-]+(:\d{1,5})?", origin):
+            raise ValueError(
+                f"{origin!r} is no origin: scheme://host[:port] in lower case, with nothing behind it"
+            )
+    return origins
+
+
 def dsn_problem(dsn: str) -> str | None:
     """What is wrong with a connection string, without a word of it; None when nothing is."""
     encode = "percent-encode @ : / and # in its password"
@@ -93,6 +104,9 @@ class Settings(BaseSettings):
     jwt_keys_file: Path | None = None
     """A JSON Web Key Set; the first private key signs. Re-read when it changes; a key that cannot be used is left out
     and an error in the log."""
+    storage_object_limit: int = Field(50 * 1024 * 1024, ge=1024 * 1024)
+    """Bytes of one object that Storage takes: an archive of a project, compressed, must fit. Hosted, 50 MB until it is
+    raised in the project's Storage settings; then say the same here."""
     redis_url: SecretStr | None = None
     """Where signed URLs and manifests are cached when set; PostgreSQL otherwise."""
 
@@ -103,6 +117,11 @@ class Settings(BaseSettings):
     """As the Supabase CLI's local gateway."""
     public_url: HttpUrl | None = None
     """How an agent reaches us; default `http://HOST:PORT`."""
+    cors_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_origins)
+    ] = ()
+    """Web origins, such as `https://app.example.com`, whose pages may call `/v1` with a user's token; several are
+    separated by blanks, `*` is any. None: a browser is told nothing, and the product's backend asks."""
 
     # --- what agents get
     token_role: str = "preview_agent"  # noqa: S105 - a role's name
@@ -119,6 +138,13 @@ class Settings(BaseSettings):
     """Seconds a session lives when its creator does not say: a working day."""
     session_ttl_max: float = Field(24 * 3600, ge=60)
     """Seconds. More than a day in one machine is a leak, not a session."""
+    session_stored_bytes: int = Field(256 * 2**20, ge=2**20)
+    """Bytes of archives that one session may have stored in an hour; above it the next is refused until there is room.
+    Five of the largest that Storage takes by default, and a hundred of the deltas that a slow agent needs."""
+    user_sessions: int = Field(20, ge=1)
+    """Sessions at a time that one user may ask for with their own token. The service's are not counted against it."""
+    project_sessions: int = Field(10, ge=1)
+    """Sessions at a time of one project, for users that ask for one more; the service may always."""
     inline_limit: int = Field(2_000_000, ge=1_000)
     """Bytes of content that a sync answer carries in JSON; past it a delta snapshot is cheaper."""
     sync_mode: Literal["live", "shadow"] = "live"

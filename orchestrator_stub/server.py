@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -45,13 +46,15 @@ from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
-from orchestrator_stub.sessions.inventory import describe
+from orchestrator_stub.sessions.inventory import age_of, describe
 from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
+from orchestrator_stub.snapshots.allowance import Allowance
 from orchestrator_stub.snapshots.builder import SnapshotBuilder
 from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, RedisCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.turns import Turns
+from orchestrator_stub.snapshots.upkeep import Upkeep
 from orchestrator_stub.snapshots.worker import SnapshotWorker
 
 log = structlog.get_logger("serve")
@@ -96,7 +99,9 @@ async def control_plane(
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
     async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
-        storage = StorageClient(settings.storage_url, service_key, http)
+        storage = StorageClient(
+            settings.storage_url, service_key, http, object_limit=settings.storage_object_limit
+        )
         registry = CollectorRegistry()
         url_ttl = int(settings.snapshot_url_ttl)
         builder = SnapshotBuilder(pool, storage, registry=registry)
@@ -105,8 +110,9 @@ async def control_plane(
             RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
         )
         snapshots = SnapshotCache(
-            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry
-        )
+            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry,
+            allowance=Allowance(pool, settings.session_stored_bytes),
+        )  # fmt: skip
         store = SessionStore(pool)
         template = Template(settings.template_dir, pool, storage)
         metrics = Metrics(registry)
@@ -136,8 +142,9 @@ async def control_plane(
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             worker = SnapshotWorker(
-                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry)
-            )
+                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
+                upkeep=Upkeep(pool, storage, registry=registry),
+            )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:
             await controller.close()
@@ -270,9 +277,10 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
             sessions = await store.known({owner.session_id for owner in owners})
     finally:
         await driver.close()
-    found = [describe(machine, installation, sessions) for machine in machines]
+    found = [describe(machine, installation, sessions, time.time()) for machine in machines]
     for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
-        line = f"{each.machine_id}  {each.state:<8}  {each.whose:<9}  {each.detail}"
+        age = age_of(each.age_seconds)
+        line = f"{each.machine_id}  {each.state:<8}  {age:<6}  {each.whose:<9}  {each.detail}"
         say(json.dumps(asdict(each)) if as_json else line)
     if not found and not as_json:
         say("no machines")

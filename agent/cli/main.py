@@ -6,13 +6,13 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from agent import __version__
-from agent.core.errors import AgentError, SettingsError
+from agent.core.errors import AgentError
 
 EXITS = """exit codes:
   0   asked to stop, and drained          70  token or snapshot rejected for good
@@ -94,52 +94,42 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def command(words: Sequence[str], environ: Mapping[str, str]) -> int:
+def command(words: Sequence[str]) -> int:
     """Run the command; return the exit code. Raises `SystemExit` for `--help` and bad usage."""
     arguments = _parser().parse_args(words)
+    commands = {"run": _run, "check": _check, "status": _status, "record": _record, "replay": _replay}
     try:
-        match arguments.command:
-            case "check":
-                return _check()
-            case "status":
-                return _status(arguments)
-            case "record":
-                return _record(arguments)
-            case "replay":
-                return _replay(arguments)
-            case _:
-                return _run(environ)
+        return commands[arguments.command](arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader has closed the pipe (`| head`): what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SettingsError as error:
-        for problem in error.problems:
-            print(f"preview-agent: {problem}", file=sys.stderr)  # noqa: T201 - the log is not set up yet
-        return error.exit_code
     except AgentError as error:
-        print(f"preview-agent: {error}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
+        for line in str(error).splitlines():
+            print(f"preview-agent: {line}", file=sys.stderr)  # noqa: T201 - the log may not be set up yet
         return error.exit_code
 
 
-def _run(environ: Mapping[str, str]) -> int:
-    # Imported late: `--help` should not wait for the whole agent.
+# What a command needs is imported in it: `--help` should not wait for the whole agent.
+
+
+def _run(_: argparse.Namespace) -> int:
     import asyncio
 
     from agent.config import read_environment
     from agent.daemon import run
 
-    return asyncio.run(run(read_environment(environ), environ))
+    return asyncio.run(run(read_environment(os.environ), os.environ))
 
 
-def _check() -> int:
+def _check(_: argparse.Namespace) -> int:
     import asyncio
 
     from agent.cli.check import check
 
-    return asyncio.run(check(dict(os.environ), print))
+    return asyncio.run(check(os.environ, print))
 
 
 def _status(arguments: argparse.Namespace) -> int:

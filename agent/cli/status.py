@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -32,8 +32,13 @@ MOST_PATHS = 3
 """Shown of one kind of problem; a thousand refused paths have one remedy."""
 EVERY = 1.0
 """Seconds between two screens with `--watch`."""
+MOST_LAGS = 24
+"""Drawn: as many as leave the row's words on a line of 80 columns."""
 
-GREEN, YELLOW, RED, DIM, PLAIN = "32", "33", "31", "2", ""
+Row = tuple[str, str, str]
+"""Label, text, colour."""
+
+GREEN, YELLOW, RED, PLAIN = "32", "33", "31", ""
 COLOURS = {
     **dict.fromkeys(("serving", "live", "ready"), GREEN),
     **dict.fromkeys(("halted", "stopped", "failed", "refused"), RED),
@@ -54,22 +59,14 @@ class Style:
         """Return `text`, coloured where there is colour."""
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
 
-    def row(self, label: str, text: str, colour: str = PLAIN, colour_of_text: str = PLAIN) -> Iterator[str]:
-        """Yield one row, wrapped. `colour`: of its first word; `colour_of_text`: of the rest."""
+    def row(self, label: str, text: str, colour: str = PLAIN) -> list[str]:
+        """Return one row in its colour, wrapped."""
         whole = f"{label:<{MARGIN}}{text}"
         lines = [whole]
         if self.columns is not None:
             indent = " " * min(MARGIN, self.columns // 3)
             lines = textwrap.wrap(whole, self.columns, subsequent_indent=indent, break_on_hyphens=False)
-        for number, line in enumerate(lines):
-            at = len(label.ljust(MARGIN)) if number == 0 else 0
-            word = re.match(r"\S*", line[at:])
-            end = at + (len(word[0]) if word and colour and number == 0 else 0)
-            yield (
-                self.paint(line[:at], DIM)
-                + self.paint(line[at:end], colour)
-                + self.paint(line[end:], colour_of_text)
-            )
+        return [self.paint(line, colour) for line in lines]
 
 
 PIPE = Style()
@@ -108,75 +105,73 @@ def _read(url: str) -> bytes:
 def render(report: Mapping[str, Any], *, now: float, style: Style = PIPE) -> list[str]:
     """Return the screen's lines for `report`. `now` in Unix seconds."""
     report = _printable(report)
-    link, dev, lags = report["link"], report["dev_server"], report["recent_lags_seconds"]
+    state, mode = report["state"], report["hydrate"]["mode"] or "no tree yet"
+    lines = [
+        f"{style.paint(state, COLOURS.get(state, YELLOW))} {'' if report['ready'] else '(not ready)   '}"
+        f"preview-agent {report['agent_version']}, up {_span(report['uptime_seconds'])}, {mode}"
+    ]
+    for label, text, colour in (*_parts(report, now), *_problems(report["problems"])):
+        lines += style.row(label, text, colour)
+    return lines
+
+
+def _parts(report: Mapping[str, Any], now: float) -> Iterator[Row]:
+    """Yield what each part of the agent is doing."""
+    link, lags = report["link"], report["recent_lags_seconds"]
     behind = report["head_revision"] - report["revision"]
     head = "at the head" if behind <= 0 else f"{behind} behind the head, {report['head_revision']}"
-    state = report["state"]
-    summary = f"{'' if report['ready'] else '(not ready)   '}preview-agent {report['agent_version']}"
-    room = (
-        None
-        if style.columns is None
-        else max(8, style.columns - MARGIN - len("   last 9999 ms, worst 9999 ms"))
+    lag = f"last {1000 * lags[-1]:.0f} ms, worst {1000 * max(lags):.0f} ms" if lags else "no event yet"
+    why = _because(None if link["state"] == "live" else link["why"])
+    yield "  project", report["project_id"], PLAIN
+    yield "  session", report["session_id"], PLAIN
+    yield "  tree", f"revision {report['revision']} ({head}), {report['files']} files", PLAIN
+    yield "  lag", f"{sparkline(lags[-MOST_LAGS:])}   {lag}", PLAIN
+    yield (
+        "  link",
+        f"{link['state']}{why} for {_span(now - link['since'])}; last frame {_ago(link['last_frame_at'], now)},"
+        f" event {_ago(link['last_event_at'], now)}, catch-up {_ago(link['last_catch_up_at'], now)}",
+        COLOURS.get(link["state"], YELLOW),
     )
-    rows: list[tuple[str, str, str]] = [
-        ("  project", report["project_id"], PLAIN),
-        ("  session", report["session_id"], PLAIN),
-        ("  tree", f"revision {report['revision']} ({head}), {report['files']} files", PLAIN),
-        ("  lag", f"{sparkline(lags[-room:] if room else lags)}   {_lags(lags)}", PLAIN),
-        (
-            "  link",
-            f"{link['state']}{_because(link['why'] if link['state'] != 'live' else None)} for"
-            f" {_span(max(0.0, now - link['since']))}; last frame {_ago(link['last_frame_at'], now)},"
-            f" event {_ago(link['last_event_at'], now)}, catch-up {_ago(link['last_catch_up_at'], now)}",
-            COLOURS.get(link["state"], YELLOW),
-        ),
-        _shadow(report["shadow"], now)
-        if report.get("shadow")
-        else (
-            "  dev server",
-            f"{dev['state']}{_because(dev['reason'])} at {dev['url']}, restarted {_times(dev['restarts'])}",
-            COLOURS.get(dev["state"], YELLOW),
-        ),
-    ]
+    if report.get("shadow"):
+        yield _shadow(report["shadow"], now)
+    else:
+        dev = report["dev_server"]
+        told = f"{dev['state']}{_because(dev['reason'])} at {dev['url']}, restarted {_times(dev['restarts'])}"
+        yield "  dev server", told, COLOURS.get(dev["state"], YELLOW)
     if report["catch_up"]:
-        rows.append(("  catch-up", f"wanted: {', '.join(report['catch_up'])}", PLAIN))
-    uptime = f"up {_span(report['uptime_seconds'])}, {report['hydrate']['mode'] or 'no tree yet'}"
-    lines = [f"{style.paint(state, COLOURS.get(state, YELLOW))} {summary}, {uptime}"]
-    for label, text, colour in rows:
-        lines += style.row(label, text, colour)
-    return lines + list(_problems(report["problems"], style))
+        yield "  catch-up", f"wanted: {', '.join(report['catch_up'])}", PLAIN
 
 
-def _shadow(shadow: Mapping[str, Any], now: float) -> tuple[str, str, str]:
+def _shadow(shadow: Mapping[str, Any], now: float) -> Row:
     """Return the row that stands in the dev server's place."""
     if not shadow["looks"]:
         return "  shadow", f"of {shadow['live_dir']}: not compared yet", YELLOW
     found = ", ".join(f"{count} {rule}" for rule, count in shadow["differences"].items() if count)
     since = shadow["equal_since"]
-    verdict = f"equal for {_span(max(0.0, now - since))}" if since is not None else found
+    result = f"equal for {_span(now - since)}" if since is not None else found
     flight = f", {shadow['unsettled']} in flight" if shadow["unsettled"] else ""
     looked = f"{shadow['files']} files, looked {_ago(shadow['looked_at'], now)}"
     colour = YELLOW if since is None else PLAIN
-    return "  shadow", f"of {shadow['live_dir']}: {verdict}{flight}; {looked}", colour
+    return "  shadow", f"of {shadow['live_dir']}: {result}{flight}; {looked}", colour
 
 
-def _problems(problems: Sequence[Mapping[str, Any]], style: Style) -> Iterator[str]:
+def _problems(problems: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """Yield each kind once, with its first paths and its remedy."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for problem in problems:
         kinds.setdefault(problem["kind"], []).append(problem)
     for kind, found in kinds.items():
-        yield from style.row("  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED)
+        yield "  problem", kind + (f", {_times(len(found))}" if len(found) > 1 else ""), RED
         for problem in found[:MOST_PATHS]:
-            yield from style.row("", _told(problem))
+            yield "", _in_one_line(problem), PLAIN
         if len(found) > MOST_PATHS:
-            yield from style.row("", f"… and {len(found) - MOST_PATHS} more in --json")
+            yield "", f"… and {len(found) - MOST_PATHS} more in --json", PLAIN
         remedy = REMEDIES.get(kind)  # type: ignore[call-overload]
         if remedy:
-            yield from style.row("", f"→ {remedy}", colour_of_text=YELLOW)
+            yield "", f"→ {remedy}", YELLOW
 
 
-def _told(problem: Mapping[str, Any]) -> str:
+def _in_one_line(problem: Mapping[str, Any]) -> str:
     """Return one problem in one line: of a log's tail what looks like the reason."""
     path, detail = problem["file_path"], str(problem["detail"] or "")
     lines = [line.strip() for line in detail.splitlines() if line.strip()]
@@ -191,14 +186,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def show(
-    url: str,
-    out: TextIO,
-    err: TextIO,
-    *,
-    as_json: bool,
-    watch: bool,
-    environ: Mapping[str, str],
-    sleep: Callable[[float], None] = time.sleep,
+    url: str, out: TextIO, err: TextIO, *, as_json: bool, watch: bool, environ: Mapping[str, str]
 ) -> int:
     """Print the status of the agent at `url`; with `watch` again every second until interrupted.
 
@@ -227,7 +215,7 @@ def show(
             terminal.draw(lines, again=watch and not as_json)
             if not watch:
                 return code
-            sleep(EVERY)
+            time.sleep(EVERY)
     except KeyboardInterrupt:
         terminal.end()
         return code
@@ -276,26 +264,19 @@ def _printable(value: Any) -> Any:
     return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
-def _lags(lags: Sequence[float]) -> str:
-    return f"last {_ms(lags[-1])}, worst {_ms(max(lags))}" if lags else "no event yet"
-
-
 def _span(seconds: float) -> str:
+    seconds = max(0.0, seconds)
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _ago(moment: float | None, now: float) -> str:
-    return "never" if moment is None else f"{_span(max(0.0, now - moment))} ago"
+    return "never" if moment is None else f"{_span(now - moment)} ago"
 
 
 def _times(count: int) -> str:
     return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms"
 
 
 def _because(reason: str | None) -> str:

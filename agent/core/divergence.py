@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import translate
@@ -34,25 +34,26 @@ TOLD: Mapping[Rule, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One path that stood as it is for the settling time. `since`: when it was first seen so."""
-
-    path: RelPath
-    rule: Rule
-    since: float
-
-    def problem(self) -> Problem:
-        """As status, metrics, log and heartbeat show it."""
-        return Problem("shadow_difference", f"{self.path} {TOLD[self.rule]}", self.path, self.rule.value)
-
-
 Found = Digest | bytes | None
 """What is in the live directory at a path: its digest; bytes for content that is another for sure and was not read;
 None for what cannot be read, or need not be because nobody wants it."""
 
 Pair = tuple[Digest | None, Found]
 """What the database wants at a path (None: nothing) and what was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One path that differs. `since`: when it was first seen so."""
+
+    path: RelPath
+    rule: Rule
+    pair: Pair
+    since: float
+
+    def problem(self) -> Problem:
+        """As status, metrics, log and heartbeat show it."""
+        return Problem("shadow_difference", f"{self.path} {TOLD[self.rule]}", self.path, self.rule.value)
 
 
 class Comparison:
@@ -64,41 +65,39 @@ class Comparison:
     def __init__(self, settle: float, ignore: Iterable[str] = ()) -> None:
         self.settle = settle
         self._ignored = re.compile("|".join(map(translate, ignore)) or r"(?!)")
-        self._standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
+        self._standing: dict[RelPath, Difference] = {}
+        """Every path that differs, and since when in this way."""
         self.open: Mapping[RelPath, Difference] = {}
         """The differences that stand, by path."""
         self.compared = 0
         """Files that were compared last."""
 
-    def look(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
+    def compare(self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found], now: float) -> None:
         """Take in what both sides hold now. `found`: the files that are there."""
-        standing: dict[RelPath, tuple[Rule, Pair, float]] = {}
+        before, self._standing = self._standing, {}
+        for path, rule, pair in self._unequal(wanted, found):
+            fresh, known = Difference(path, rule, pair, now), before.get(path)
+            same = known is not None and (known.rule, known.pair) == (rule, pair)
+            self._standing[path] = known if known is not None and same else fresh
+        self.compared = sum(1 for entry in wanted.values() if entry.is_file)
+        self.open = {
+            path: each for path, each in sorted(self._standing.items()) if now - each.since >= self.settle
+        }
 
-        def unequal(path: RelPath, rule: Rule, pair: Pair) -> None:
-            before = self._standing.get(path)
-            same = before is not None and before[:2] == (rule, pair)
-            standing[path] = before if before is not None and same else (rule, pair, now)
-
-        self.compared = 0
+    def _unequal(
+        self, wanted: Mapping[RelPath, Entry], found: Mapping[RelPath, Found]
+    ) -> Iterator[tuple[RelPath, Rule, Pair]]:
         for path, entry in wanted.items():
             if entry.digest is None:
                 continue
-            self.compared += 1
             if path not in found:
-                unequal(path, Rule.MISSING, (entry.digest, None))
+                yield path, Rule.MISSING, (entry.digest, None)
             elif (here := found[path]) != entry.digest:
-                rule = Rule.UNREADABLE if here is None else Rule.DIFFERS
-                unequal(path, rule, (entry.digest, here))
+                yield path, Rule.UNREADABLE if here is None else Rule.DIFFERS, (entry.digest, here)
         for path, here in found.items():
             known = wanted.get(path)
             if (known is None and not self._is_ignored(path)) or (known is not None and known.digest is None):
-                unequal(path, Rule.EXTRA, (None, here))
-        self._standing = standing
-        self.open = {
-            path: Difference(path, rule, since)
-            for path, (rule, _, since) in sorted(standing.items())
-            if now - since >= self.settle
-        }
+                yield path, Rule.EXTRA, (None, here)
 
     @property
     def unsettled(self) -> int:

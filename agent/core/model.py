@@ -12,13 +12,39 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NewType
+from typing import Final, Literal, NewType, get_args
 
 from immutables import Map
 from msgspec import Struct, field
 
 from agent.core.errors import PathRefused
 
+SupervisorProblem = Literal[
+    "dev_server_backoff",
+    "dev_server_failed",
+    "hmr_unreachable",
+    "install_failed",
+    "port_taken",
+    "preview_error",
+]
+LinkProblem = Literal["token_refused"]
+RunSettingsProblem = Literal["run_settings_unavailable"]
+SessionApiProblem = Literal["session_api_refused", "session_api_unreachable"]
+CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected"]
+EngineProblem = Literal["content_unavailable", "drift", "hash_mismatch", "path_refused"]
+ShadowProblem = Literal["live_unreadable", "shadow_difference"]
+EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
+WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
+ProblemKind = Literal[
+    SupervisorProblem,
+    LinkProblem,
+    RunSettingsProblem,
+    SessionApiProblem,
+    CatchUpProblem,
+    EngineProblem,
+    ShadowProblem,
+    WorkspaceProblem,
+]
 ProblemOwner = Literal[
     "devserver.supervisor",
     "link.loop",
@@ -31,62 +57,21 @@ ProblemOwner = Literal[
 ]
 """The modules that open and close problems."""
 
-ProblemKind = Literal[
-    "content_unavailable",
-    "dev_server_backoff",
-    "dev_server_failed",
-    "disk_full",
-    "drift",
-    "hash_mismatch",
-    "hmr_unreachable",
-    "install_failed",
-    "io_error",
-    "live_unreadable",
-    "mass_delete",
-    "path_refused",
-    "path_unusable",
-    "permission_denied",
-    "port_taken",
-    "preview_error",
-    "read_only",
-    "run_settings_unavailable",
-    "session_api_refused",
-    "session_api_unreachable",
-    "shadow_difference",
-    "snapshot_expired",
-    "snapshot_rejected",
-    "token_refused",
-    "too_many_open_files",
-    "undo_failed",
-]
+ENVIRONMENT_PROBLEMS: Final[tuple[EnvironmentProblem, ...]] = get_args(EnvironmentProblem)
+"""Kinds that speak of the machine, not of a path: one transaction that is done shows that they are over."""
 
+_OWNED: Final[Mapping[ProblemOwner, object]] = {
+    "devserver.supervisor": SupervisorProblem,
+    "link.loop": LinkProblem,
+    "link.run_settings": RunSettingsProblem,
+    "session_api": SessionApiProblem,
+    "sync.catchup": CatchUpProblem,
+    "sync.engine": EngineProblem,
+    "sync.shadow": ShadowProblem,
+    "sync.workspace": WorkspaceProblem,
+}
 PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
-    "content_unavailable": "sync.engine",
-    "dev_server_backoff": "devserver.supervisor",
-    "dev_server_failed": "devserver.supervisor",
-    "disk_full": "sync.workspace",
-    "drift": "sync.engine",
-    "hash_mismatch": "sync.engine",
-    "hmr_unreachable": "devserver.supervisor",
-    "install_failed": "devserver.supervisor",
-    "io_error": "sync.workspace",
-    "live_unreadable": "sync.shadow",
-    "mass_delete": "sync.catchup",
-    "path_refused": "sync.engine",
-    "path_unusable": "sync.workspace",
-    "permission_denied": "sync.workspace",
-    "port_taken": "devserver.supervisor",
-    "preview_error": "devserver.supervisor",
-    "read_only": "sync.workspace",
-    "run_settings_unavailable": "link.run_settings",
-    "session_api_refused": "session_api",
-    "session_api_unreachable": "session_api",
-    "shadow_difference": "sync.shadow",
-    "snapshot_expired": "sync.catchup",
-    "snapshot_rejected": "sync.catchup",
-    "token_refused": "link.loop",
-    "too_many_open_files": "sync.workspace",
-    "undo_failed": "sync.workspace",
+    kind: owner for owner, kinds in _OWNED.items() for kind in get_args(kinds)
 }
 """The one module that opens and closes each kind. A kind with two owners is closed by one of them while the other still
 has it: a heartbeat that was answered once hid a catch-up that was not."""
@@ -122,7 +107,9 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
 """One line for a person at the machine, for every kind."""
 
 
-_FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
+_FORM = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
+)
 """W3C Trace Context, 3.2. A version after 00 may have more behind another dash."""
 
 
@@ -137,29 +124,16 @@ class TraceParent:
     def __str__(self) -> str:
         return f"00-{self.trace_id}-{self.span_id}-{self.flags}"
 
-    @property
-    def sampled(self) -> bool:
-        """Whether the writer records its part of the trace."""
-        return bool(int(self.flags, 16) & 1)
-
 
 def read_traceparent(value: object) -> TraceParent | None:
     """The parent that `value` names. None when there is none, or it is not a valid one: a trace is never worth an
     event.
     """
-    if not isinstance(value, str):
-        return None
-    found = _FORM.fullmatch(value)
+    found = _FORM.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         return None
     version, trace_id, span_id, flags, more = found.groups()
-    if (
-        version == "ff"
-        or (version == "00" and more is not None)
-        or not (int(trace_id, 16) and int(span_id, 16))
-    ):
-        return None
-    return TraceParent(trace_id, span_id, flags)
+    return TraceParent(trace_id, span_id, flags) if more is None or version != "00" else None
 
 
 RelPath = NewType("RelPath", str)
@@ -350,20 +324,10 @@ class Commit(Struct, frozen=True, gc=False):
     revision: int | None = None
     epoch: str | None = None
     timestamp: float | None = None
-    sender: str | None = None
     complete: bool = True
     problems: tuple[Problem, ...] = ()
     trace: TraceParent | None = None
     received_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotReady:
-    """A snapshot is there to be taken. `manifest` may be None: it is in the zip anyway."""
-
-    snapshot_url: str
-    manifest: Manifest | None = None
-    timestamp: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +347,6 @@ class Manifest:
     files: Mapping[RelPath, Entry]
     deleted: Mapping[RelPath, int]
     base_revision: int | None = None
-    created_at: str | None = None
     build_seconds: float | None = None
     problems: tuple[Problem, ...] = ()
 

@@ -146,9 +146,7 @@ def step(tree: Tree, commit: Commit, *, optimistic: bool = False) -> Plan:
     folded = _fold(tree.entries, commit.changes, commit.revision or 0, answer=False)
     problems = commit.problems
     if folded.missing:
-        mismatch = any(problem.kind == "hash_mismatch" for problem in problems)
-        gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, folded.missing)
-        return Plan((), tree, Outcome.WAITING, gap, problems)
+        return _without_bytes(tree, folded.missing, problems)
     if folded.conflicts:
         return Plan((), tree, Outcome.WAITING, Gap(Reason.CONFLICT, folded.conflicts), problems)
     outcome = Outcome.APPLIED if folded.fresh or not commit.changes else Outcome.STALE
@@ -162,6 +160,13 @@ def step(tree: Tree, commit: Commit, *, optimistic: bool = False) -> Plan:
     eager = commit.revision != cursor.revision + 1
     hole = Gap(Reason.GAP) if after.islands else None
     return Plan(folded.operations, Tree(after, folded.entries), outcome, hole, problems, eager)
+
+
+def _without_bytes(tree: Tree, missing: frozenset[RelPath], problems: tuple[Problem, ...]) -> Plan:
+    """Nothing is begun: the bytes of `missing` have to be fetched."""
+    mismatch = any(problem.kind == "hash_mismatch" for problem in problems)
+    gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, missing)
+    return Plan((), tree, Outcome.WAITING, gap, problems)
 
 
 def _provisional(tree: Tree, commit: Commit) -> Plan:
@@ -227,9 +232,7 @@ def catch_up(tree: Tree, answer: Changes) -> Plan:
         return Plan((), tree, Outcome.WAITING, Gap(Reason.GAP))
     folded = _fold(tree.entries, answer.changes, answer.revision, answer=True)
     if folded.missing:
-        mismatch = any(problem.kind == "hash_mismatch" for problem in answer.problems)
-        gap = Gap(Reason.HASH_MISMATCH if mismatch else Reason.REFERENCE, folded.missing)
-        return Plan((), tree, Outcome.WAITING, gap, answer.problems)
+        return _without_bytes(tree, folded.missing, answer.problems)
     after = Tree(cursor.at_least(answer.revision), folded.entries)
     hole = Gap(Reason.GAP) if after.cursor.islands else None
     return Plan(folded.operations, after, Outcome.APPLIED, hole, answer.problems)
@@ -318,15 +321,20 @@ def settle(before: Tree, plan: Plan, failed: Set[RelPath]) -> Tree:
     return Tree(before.cursor if plan.eager else plan.tree.cursor, entries)
 
 
-def brake(before: Tree, plan: Plan, *, large: int = 20, share: float = 0.5) -> Problem | None:
-    """The `mass_delete` problem when a snapshot would empty the tree, or take more than `share` of a `large` one.
+LARGE_TREE = 20
+"""Files from which on a snapshot may not remove more than `MOST_REMOVED` of them at once."""
+MOST_REMOVED = 0.5
+
+
+def brake(before: Tree, plan: Plan) -> Problem | None:
+    """The `mass_delete` problem when a snapshot would empty the tree, or take most of a large one.
 
     One wrong answer must not wipe what a person is looking at; a second, independent one is asked for first.
     """
     files = sum(1 for entry in before.entries.values() if entry.is_file)
     removed = sum(1 for operation in plan.operations if isinstance(operation, Remove))
     left = any(entry.is_file for entry in plan.tree.entries.values())
-    if removed and (not left or (files >= large and removed > files * share)):
+    if removed and (not left or (files >= LARGE_TREE and removed > files * MOST_REMOVED)):
         return Problem(
             "mass_delete",
             f"a snapshot would delete {removed} of {files} files; waiting until a second fetch says the same",

@@ -46,17 +46,6 @@ FUTILE_MAX = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerSettings:
-    """The knobs, in seconds. `optimistic`: show a front end's events before the database has confirmed them."""
-
-    spacing: float = SPACING
-    grace: float = GRACE
-    confirm: float = CONFIRM
-    optimistic: bool = False
-    max_waiting: int = MAX_WAITING
-
-
-@dataclass(frozen=True, slots=True)
 class ReadyCommits:
     """Commits to apply now as one plan, of which each path's latest change stands. `steps`: what each of them means."""
 
@@ -88,10 +77,13 @@ class _Need:
 
 
 class Follower:
-    """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`."""
+    """See the module's text. `tree` is what is true on disk; it changes only in `settle` and `adopt`.
 
-    def __init__(self, tree: Tree, settings: SchedulerSettings | None = None) -> None:
-        self.settings = settings or SchedulerSettings()
+    `optimistic`: show a front end's events before the database has confirmed them.
+    """
+
+    def __init__(self, tree: Tree, *, optimistic: bool = False) -> None:
+        self._optimistic = optimistic
 
         # The tree, and the commits that are not in it yet.
         self.tree = tree
@@ -121,7 +113,7 @@ class Follower:
         """Take a commit; it is applied by the next `ready` that finds its paths free."""
         if commit.revision is not None and commit.epoch in (None, self.tree.cursor.epoch):
             self.head_revision = max(self.head_revision, commit.revision)
-        if len(self.waiting) >= self.settings.max_waiting:
+        if len(self.waiting) >= MAX_WAITING:
             self.waiting.clear()
             self.need(Reason.OVERFLOW, now)
             return
@@ -131,7 +123,7 @@ class Follower:
         """The commits whose paths are free now; None when there is nothing to do."""
         if not self.waiting:
             return None
-        self._cool(now)
+        self._forget_old_writes(now)
         behind: set[RelPath] = set()
         free: list[Commit] = []
         held: list[Commit] = []
@@ -154,7 +146,7 @@ class Follower:
         gaps: list[Gap] = []
         tree, eager = self.tree, False
         for commit in commits:
-            plan = step(tree, commit, optimistic=self.settings.optimistic)
+            plan = step(tree, commit, optimistic=self._optimistic)
             tree, eager = plan.tree, eager or plan.eager
             for operation in plan.operations:
                 operations.pop(operation.path, None)
@@ -165,7 +157,7 @@ class Follower:
                 gaps.append(plan.gap)
             if plan.outcome is Outcome.PROVISIONAL:
                 for operation in plan.operations:
-                    self._unconfirmed[operation.path] = now + self.settings.confirm
+                    self._unconfirmed[operation.path] = now + CONFIRM
         for gap in gaps:
             self.need(gap.reason, now, gap.paths)
         plan = Plan(tuple(operations.values()), tree, steps[-1][1], None, tuple(problems), eager)
@@ -177,7 +169,7 @@ class Follower:
         """Tell what became of a plan: the paths this disk cannot hold, or that the whole was undone."""
         if undone:
             self._futile += 1
-            self.need(Reason.DISK, now + self._patience(DISK_RETRY))
+            self.need(Reason.DISK, now + self._wait_after_futile(DISK_RETRY))
             return
         self.tree = settle(self.tree, plan, failed)
         self.head_revision = max(self.head_revision, self.tree.cursor.revision)
@@ -192,7 +184,7 @@ class Follower:
                 for path, deadline in self._unconfirmed.items()
                 if (entry := entries.get(path)) is not None and entry.provisional
             }
-        self._look_for_holes(now)
+        self._find_gaps(now)
 
     def adopt(self, tree: Tree) -> None:
         """Take another tree for the truth: what a start, or a look at the disk, has found."""
@@ -200,13 +192,13 @@ class Follower:
         self.head_revision = max(tree.cursor.revision, self.head_revision if same else 0)
         self.tree = tree
 
-    def _look_for_holes(self, now: float) -> None:
+    def _find_gaps(self, now: float) -> None:
         cursor = self.tree.cursor
         top = max(cursor.islands, default=cursor.revision)
         waiting = {commit.revision for commit in self.waiting if commit.revision is not None}
         here = cursor.islands | {revision for revision in waiting if cursor.revision < revision < top}
         if len(here) < top - cursor.revision:
-            self.need(Reason.GAP, now + self._patience(self.settings.grace))
+            self.need(Reason.GAP, now + self._wait_after_futile(GRACE))
         else:
             self._needs.pop(Reason.GAP, None)
         head = self._needs.get(Reason.HEAD)
@@ -216,16 +208,13 @@ class Follower:
     def free_at(self, paths: Iterable[RelPath]) -> float:
         """From when on all of `paths` may be written: an answer's operations keep the spacing too."""
         written = [at for path in paths if (at := self._written.get(path)) is not None]
-        return max(written) + self.settings.spacing if written else 0.0
+        return max(written) + SPACING if written else 0.0
 
-    def _cool(self, now: float) -> None:
+    def _forget_old_writes(self, now: float) -> None:
         """Forget writes that are old enough to be followed by another; `_written` is in order of time."""
-        cool = []
-        for path, at in self._written.items():
-            if now < at + self.settings.spacing:
+        for path, at in list(self._written.items()):
+            if now < at + SPACING:
                 break
-            cool.append(path)
-        for path in cool:
             del self._written[path]
 
     # --- catch-up
@@ -262,7 +251,7 @@ class Follower:
             return
         self.head_revision = max(self.head_revision, head.revision)
         if head.revision > cursor.revision:
-            self.need(Reason.HEAD, now + self.settings.grace, revision=head.revision)
+            self.need(Reason.HEAD, now + GRACE, revision=head.revision)
         elif (
             head.tree_hash and head.revision == cursor.revision and not self.waiting and not self._unconfirmed
         ):
@@ -282,16 +271,12 @@ class Follower:
             return None
         if not any(need.due <= now for need in self._needs.values()):
             return None
-        self._asked, self._needs = self._needs, {}
-        self._asked_at = self.tree
-        first = min(self._asked, key=lambda reason: (reason is not Reason.TREE_HASH, self._asked_due(reason)))
-        paths = frozenset().union(*(need.paths for need in self._asked.values()))
+        asked, self._needs = self._needs, {}
+        self._asked, self._asked_at = asked, self.tree
+        first = min(asked, key=lambda reason: (reason is not Reason.TREE_HASH, asked[reason].due))
+        paths = frozenset().union(*(need.paths for need in asked.values()))
         cursor = self.tree.cursor
         return Request(cursor.epoch, cursor.revision, first, paths)
-
-    def _asked_due(self, reason: Reason) -> float:
-        assert self._asked is not None
-        return self._asked[reason].due
 
     def answered(self, now: float, revision: int | None = None) -> None:
         """The catch-up is done: its answer, good up to `revision`, is in the tree, or there was nothing to do.
@@ -310,7 +295,7 @@ class Follower:
                 self.need(Reason.TREE_HASH, now)
         moved = self.tree.cursor != self._asked_at.cursor or self.tree.entries is not self._asked_at.entries
         self._futile = 0 if moved else self._futile + 1
-        self._look_for_holes(now)
+        self._find_gaps(now)
 
     def failed(self, now: float, wait: float) -> None:
         """The catch-up could not be made. What it was for is due again in `wait` seconds, and nothing else sooner."""
@@ -319,7 +304,7 @@ class Follower:
         for reason, need in asked.items():
             self.need(reason, self._not_before, need.paths, need.revision)
 
-    def _patience(self, base: float) -> float:
+    def _wait_after_futile(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX
 
     @property
@@ -347,5 +332,5 @@ class Follower:
             times += [max(need.due, self._not_before) for need in self._needs.values()]
         times += self._unconfirmed.values()
         if self.waiting and self._written:
-            times.append(next(iter(self._written.values())) + self.settings.spacing)
+            times.append(next(iter(self._written.values())) + SPACING)
         return min(times, default=None)

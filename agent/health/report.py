@@ -112,7 +112,7 @@ class Report(Collector):
             "recent_lags_seconds": list(self.sync_status.lags),
             "last_event_at": self.sync_status.last_event_at,
             "last_catch_up_at": self.sync_status.last_catch_up_at,
-            "hydrate": {"mode": self.sync_status.mode, **self.catch_up.progress.report()},
+            "hydrate": {"mode": self.sync_status.mode, **self.catch_up.snapshots.progress.report()},
             "link": self.link.report(),
             "dev_server": self.dev.report(),
             "last_applied": self.sync_status.last_applied and asdict(self.sync_status.last_applied),

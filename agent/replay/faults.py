@@ -22,6 +22,10 @@ DELTA_SHARE = 0.2
 """Share of answers that come as a delta snapshot, when shuffled, as those do that are too large to be inline."""
 
 
+REACH = 5
+"""How many events later a shuffled or doubled one may come."""
+
+
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
     """Which faults to inject beside the scenario's own.
@@ -33,7 +37,6 @@ class FaultPlan:
         drop: probability in 0…1 that an event is not delivered.
         disconnect: how often the channel breaks.
         crash: how often the agent is killed.
-        reach: how many events later a shuffled or doubled one may come.
     """
 
     seed: int = 0
@@ -42,7 +45,6 @@ class FaultPlan:
     drop: float = 0.0
     disconnect: int = 0
     crash: int = 0
-    reach: int = 5
 
 
 NO_FAULTS: Final = FaultPlan()
@@ -103,9 +105,9 @@ def inject(steps: Sequence[Step], plan: FaultPlan) -> Iterator[Occurrence]:
         if lost:
             lost -= 1
         elif dice.random() >= plan.drop:
-            waiting.append((number + (dice.uniform(0, plan.reach) if plan.shuffle else 0), step))
+            waiting.append((number + (dice.uniform(0, REACH) if plan.shuffle else 0), step))
             if dice.random() < plan.duplicate:
-                waiting.append((number + dice.uniform(0, plan.reach), step))
+                waiting.append((number + dice.uniform(0, REACH), step))
         waiting.sort(key=lambda due: due[0])
         while waiting and waiting[0][0] <= number:
             yield Delivered(waiting.pop(0)[1])

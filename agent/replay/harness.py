@@ -22,8 +22,6 @@ from agent.fs.transaction import TransactionResult
 from agent.link.source import Resync, Signal
 from agent.link.types import LinkState
 from agent.sync.workspace import Workspace
-from agent.telemetry.metrics import Metrics
-from agent.telemetry.status import Problems
 
 POLL = 0.05
 """Seconds between two readings of the dev server's problems and state."""
@@ -85,19 +83,6 @@ class FullDisk(ProjectDir):
         return super().apply(operations, known, **options)
 
 
-class RememberedProblems(Problems):
-    """Problems whose kinds are kept in `kinds` when they are over, and when the run is."""
-
-    def __init__(self, kinds: set[str]) -> None:
-        super().__init__(Metrics())
-        self.kinds = kinds
-
-    def add(self, problem: Problem) -> None:
-        """Raise it, and remember its kind."""
-        self.kinds.add(problem.kind)
-        super().add(problem)
-
-
 class KillableWorkspace(Workspace):
     """A workspace that records nothing once it is `killed`, as after SIGKILL."""
 
@@ -155,7 +140,6 @@ class AgentRun:
             http=http,
             source=source,
             disk=disk,
-            problems=RememberedProblems(kinds),
             workspace_type=KillableWorkspace,
             drift_policy="off" if simulated else None,
             clock=asyncio.get_running_loop().time,
@@ -191,6 +175,8 @@ class AgentRun:
             task.cancel()
         results = await asyncio.gather(*self.tasks, return_exceptions=True)
         self.agent.close()
+        opened = self.agent.report.problems.metrics.problems_opened.collect()
+        self.kinds.update(sample.labels["kind"] for family in opened for sample in family.samples)
         for result in results:
             if isinstance(result, Exception):
                 raise result

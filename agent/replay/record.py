@@ -9,7 +9,6 @@ Ctrl-C or after `seconds`, and only then is the expectation known and the header
 from __future__ import annotations
 
 import asyncio
-import base64
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +25,7 @@ from agent.core.model import Change, Commit, Manifest, RelPath, digest_of
 from agent.daemon import realtime, session_api, tokens_of
 from agent.link.source import Received, Resync
 from agent.net import exchange, read_whole
-from agent.replay.scenario import Expect, Log, Scenario, Step, write_scenario
+from agent.replay.scenario import FORMAT, Expect, Log, Scenario, Step, write_scenario, written
 from agent.replay.scenario_file import read_archive
 
 JOIN_SECONDS = 60.0
@@ -185,7 +184,7 @@ class Recorder:
             self._append(Step(self._at_ms(), fault="disconnect", lost=int(lost)))
         if lost:
             stamp = datetime.now(UTC).isoformat()
-            files = [_item(change) for change in changes]
+            files = [written(change) for change in changes]
             payload = {"files": files, "timestamp": stamp, "revision": revision, "epoch": epoch}
             self._append(Step(self._at_ms(), "bulk:apply", payload))
             why = f"{why}: {len(files)} files up to revision {revision}"
@@ -201,7 +200,7 @@ class Recorder:
             return answer.changes, answer.epoch, answer.revision
         manifest, files = _read(await self._fetch(answer.snapshot_url))
         versions = {path: entry.version for path, entry in manifest.files.items()}
-        known = {path: (row.version, row.content) for path, row in self._log.rows.items()}
+        known = {path: (row.change.version, row.change.content) for path, row in self._log.rows.items()}
         changes = [
             Change(path, digest_of(content), versions[path], content)
             for path, content in files.items()
@@ -209,7 +208,8 @@ class Recorder:
         ]
         if manifest.base_revision is None:
             gone = self._log.files().keys() - files.keys()
-            changes += [Change(path, None, self._log.rows[path].version + 1) for path in sorted(gone)]
+            rows = self._log.rows
+            changes += [Change(path, None, (rows[path].change.version or 0) + 1) for path in sorted(gone)]
         else:
             changes += [Change(RelPath(path), None, version) for path, version in manifest.deleted.items()]
         return changes, manifest.epoch, manifest.revision
@@ -228,7 +228,9 @@ class Recorder:
         """Write the scenario and the snapshot beside it; `known`: whether the end is."""
         snapshot = self._path.with_suffix(".zip")
         expect = Expect(self._log.head()["tree_hash"]) if known else None
-        scenario = Scenario(self._log.project_id, *self._begun, snapshot.name, tuple(self._steps), expect)
+        scenario = Scenario(
+            FORMAT, self._log.project_id, *self._begun, snapshot.name, expect, tuple(self._steps)
+        )
         text = write_scenario(scenario)
         for path, content in ((snapshot, archive), (self._path, text.encode())):
             unfinished = path.with_name(f"{path.name}.part")
@@ -242,21 +244,6 @@ def _read(archive: bytes) -> tuple[Manifest, dict[RelPath, bytes]]:
     if manifest is None:
         raise MalformedMessage("the snapshot", "it has no manifest, so nobody knows its revision")
     return manifest, files
-
-
-def _item(change: Change) -> dict[str, object]:
-    """Write a change as `bulk:apply` carries it."""
-    if change.content is None:
-        return {"action": "delete", "file_path": change.path, "version": change.version}
-    return {
-        "action": "update",
-        "file_path": change.path,
-        "content": base64.b64encode(change.content).decode(),
-        "encoding": "base64",
-        "content_hash": change.digest,
-        "version": change.version,
-        "executable": change.executable,
-    }
 
 
 def record(settings: Settings, path: Path, seconds: float | None, say: Callable[[str], None]) -> int:

@@ -26,7 +26,7 @@ DIFFED = 200_000
 _UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     """How a replay ended. `differences`: lines of a diff, empty when it ended as it should.
 

@@ -66,24 +66,18 @@ class ReplayOptions:
 class Replay:
     """One replay of one scenario in `directory`, which will hold project, staging and ledger."""
 
-    def __init__(self, loaded: Loaded, directory: Path, options: ReplayOptions) -> None:
+    def __init__(self, name: str, loaded: Loaded, directory: Path, options: ReplayOptions) -> None:
         """Raises `SettingsError` when the dev server's environment is wrong."""
         scenario = loaded.scenario
+        self.result = Result(name)
+        """Filled in on the way, and whole after `finish`."""
         self._scenario = scenario
         self._options = options
         self._log = Log(scenario.project_id, scenario.epoch, scenario.revision, loaded.files)
         self._orchestrator = ScenarioOrchestrator(self._log, loaded.archive, options.faults)
         self._settings = _settings(scenario.project_id, directory, options)
-        self._current: AgentRun | None = None
+        self._run: AgentRun
         self._kinds: set[str] = set()
-        self._delivered = self._committed = self._faults = 0
-        self._dev_server: str | None = None
-        self._not_served: tuple[str, ...] = ()
-
-    @property
-    def _run(self) -> AgentRun:
-        assert self._current is not None
-        return self._current
 
     async def run(self) -> None:
         """Play all steps, then wait until nothing is left to do. Raises what ended the loop, and `TimeoutError`."""
@@ -105,7 +99,7 @@ class Replay:
 
     async def _start(self) -> None:
         token = SecretStr(self._orchestrator.token())
-        self._current = await AgentRun.start(
+        self._run = await AgentRun.start(
             self._settings.model_copy(update={"realtime_token": token}),
             http=self._http,
             kinds=self._kinds,
@@ -117,16 +111,16 @@ class Replay:
         match occurrence:
             case Committed(step):
                 self._log.commit(step)
-                self._committed += 1
+                self.result.committed += 1
             case Delivered(step):
                 assert step.event is not None
                 self._run.source.waiting.put_nowait(Received(step.event, dict(step.payload), time.time()))
-                self._delivered += 1
+                self.result.delivered += 1
                 await asyncio.sleep(0)
             case Pause(seconds):
                 await asyncio.sleep(seconds)
             case Fault(kind):
-                self._faults += 1
+                self.result.faults += 1
                 await self._fail(kind)
 
     async def _fail(self, kind: str) -> None:
@@ -170,48 +164,26 @@ class Replay:
             await asyncio.sleep(POLL)
             if dev.state not in (Phase.READY, Phase.ABSENT, Phase.FAILED) or dev.installing:
                 quiet_since = clock()
-        self._dev_server = dev.state.value
+        self.result.dev_server = dev.state.value
         problems = dev.problems()
         if problems or dev.state not in (Phase.READY, Phase.ABSENT):
-            said = [line for problem in problems for line in problem.detail.splitlines()]
-            self._not_served = (
-                f"the dev server is {dev.state} at the end",
-                *(f"    {line}" for line in said),
-            )
+            said = [f"    {line}" for problem in problems for line in problem.detail.splitlines()]
+            self.result.differences = (f"the dev server is {dev.state} at the end", *said)
 
-    def result(self, name: str, seconds: float, problems: Sequence[str]) -> Result:
-        """Compare the end with what was expected.
-
-        Args:
-            name: of the scenario.
-            seconds: that it took.
-            problems: why it did not end by itself.
-        """
-        expect, here, wanted = self._scenario.expect, self._files(), self._log.files()
-        expected_hash = str(self._log.head()["tree_hash"])
-        if expect is not None:
-            expected_hash = expect.tree_hash
-            if expect.files is not None:
-                wanted = {path: text.encode() for path, text in expect.files.items()}
-        found = tree_hash({path: digest_of(content) for path, content in here.items()})
-        differences = [*problems, *compare(here, wanted), *self._not_served]
-        if not differences and found != expected_hash:
-            differences = [
-                f"the tree is what the scenario's events say, {found[:12]}…, and expect says {expected_hash[:12]}…"
-            ]
-        return Result(
-            name=name,
-            seconds=seconds,
-            delivered=self._delivered,
-            committed=self._committed,
-            faults=self._faults,
-            catch_ups=self._orchestrator.catch_ups,
-            tree_hash=found,
-            expected_hash=expected_hash,
-            dev_server=self._dev_server,
-            shown=tuple(sorted(self._kinds | self._orchestrator.reasons)),
-            differences=tuple(differences),
-        )
+    def finish(self, seconds: float, problem: str | None) -> None:
+        """Compare the end with what was expected; `problem`: why it did not end by itself."""
+        result, expect, here, wanted = self.result, self._scenario.expect, self._files(), self._log.files()
+        result.seconds, result.catch_ups = seconds, self._orchestrator.catch_ups
+        result.shown = tuple(sorted(self._kinds | self._orchestrator.reasons))
+        result.tree_hash = tree_hash({path: digest_of(content) for path, content in here.items()})
+        result.expected_hash = str(self._log.head()["tree_hash"]) if expect is None else expect.tree_hash
+        if expect is not None and expect.files is not None:
+            wanted = {path: text.encode() for path, text in expect.files.items()}
+        result.differences = (*([problem] if problem else []), *compare(here, wanted), *result.differences)
+        if not result.differences and result.tree_hash != result.expected_hash:
+            found, expected = result.tree_hash[:12], result.expected_hash[:12]
+            said = f"the tree is what the scenario's events say, {found}…, and expect says {expected}…"
+            result.differences = (said,)
 
     def _files(self) -> dict[RelPath, bytes]:
         """Read what is on disk, but for what the project's own programs put there."""
@@ -223,7 +195,7 @@ class Replay:
                 path = Path(above, name)
                 if path.is_file() and not path.is_symlink():
                     here[RelPath(path.relative_to(root).as_posix())] = path.read_bytes()
-        if self._run.dev_server:
+        if self.result.dev_server is not None:
             ours = self._run.agent.sync.tree.entries
             here = {path: content for path, content in here.items() if path in ours}
         return here
@@ -233,9 +205,7 @@ def _settings(project_id: str, directory: Path, options: ReplayOptions) -> Setti
     """The agent's settings: those of the dev server from its environment, the rest as a replay has them."""
     nobody = {"PROJECT_ID": str(UUID(int=0)), "SESSION_ID": str(UUID(int=0))}
     environ = options.environ or {}
-    settings = read_settings(
-        {key: value for key, value in environ.items() if key.upper() not in nobody} | nobody
-    )
+    settings = read_settings({**environ, **nobody})
     port = settings.dev_port
     if options.environ is not None and "DEV_PORT" not in environ:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -273,17 +243,17 @@ def replay(path: Path, directory: Path | None = None, options: ReplayOptions | N
     """
     loaded, options = load(path), options or ReplayOptions()
     with tempfile.TemporaryDirectory(prefix="preview-replay-") as temporary:
-        run = Replay(loaded, directory or Path(temporary), options)
-        started = time.monotonic()
-        problems: list[str] = []
+        run = Replay(path.stem, loaded, directory or Path(temporary), options)
+        started, problem = time.monotonic(), None
         try:
             with asyncio.Runner(loop_factory=SimulatedLoop if options.simulated else None) as runner:
                 runner.run(run.run())
         except TimeoutError:
-            problems = [f"not at rest after {SETTLE_SECONDS:.0f} s"]
+            problem = f"not at rest after {SETTLE_SECONDS:.0f} s"
         except AgentError as error:
-            problems = [f"the loop ended: {error}"]
-        return run.result(path.stem, time.monotonic() - started, problems)
+            problem = f"the loop ended: {error}"
+        run.finish(time.monotonic() - started, problem)
+        return run.result
 
 
 def replay_all(

@@ -15,14 +15,14 @@ import base64
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field, structs
+from msgspec import Struct, field, structs
 
 from agent.core.errors import MalformedMessage, PathRefused
-from agent.core.messages import SNAPSHOT_FORMAT, read_event
-from agent.core.model import Change, Commit, Digest, RelPath, digest_of, parse_path, tree_hash
+from agent.core.messages import SNAPSHOT_FORMAT, Count, Text, read_event
+from agent.core.model import Change, Commit, RelPath, digest_of, parse_path, tree_hash
 
 FAULTS = ("disconnect", "expire_token", "disk_full", "restart_agent")
 FORMAT: Literal[1] = 1
@@ -31,10 +31,6 @@ T = TypeVar("T")
 
 INLINE_LIMIT = 1_000_000
 """Bytes of content that a sync answer carries; above it a snapshot is the answer, as the orchestrator does."""
-
-
-Count = Annotated[int, Meta(ge=0)]
-Text = Annotated[str, Meta(min_length=1)]
 
 
 class Expect(Struct, frozen=True, omit_defaults=True):
@@ -63,29 +59,27 @@ class Step(Struct, frozen=True, omit_defaults=True):
     line: int = 0
 
 
-class _Files(Struct):
+class Files(Struct, frozen=True):
+    """The files to begin with, as text."""
+
     files: dict[RelPath, str]
 
 
-class _Header(Struct, omit_defaults=True):
+class Header(Struct, frozen=True, omit_defaults=True):
+    """The first line. `snapshot`: the files to begin with, or the name of a zip beside the scenario."""
+
     scenario: Literal[1]
     project_id: Text
     epoch: Text
     revision: Count
-    snapshot: str | _Files
+    snapshot: str | Files
     expect: Expect | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """A whole scenario. `snapshot`: the files to begin with, or the name of a zip beside the scenario."""
+class Scenario(Header, frozen=True, omit_defaults=True):
+    """A whole scenario."""
 
-    project_id: str
-    epoch: str
-    revision: int
-    snapshot: Mapping[RelPath, bytes] | str
-    steps: tuple[Step, ...]
-    expect: Expect | None = None
+    steps: tuple[Step, ...] = ()
 
 
 def read_scenario(text: str, name: str = "scenario") -> Scenario:
@@ -94,55 +88,44 @@ def read_scenario(text: str, name: str = "scenario") -> Scenario:
     if not lines:
         raise MalformedMessage(name, "it is empty")
     (top, _, first), *others = lines
-    header = _decoded(top, first, _Header)
+    header = _decoded(top, first, Header)
+    _check_snapshot(top, header.snapshot)
+    _check_expect(top, header.expect)
     steps = [_step(where, n, line) for where, n, line in others]
     for before, after in pairwise(steps):
         if after.at_ms < before.at_ms:
             where = f"{name}, line {after.line}"
             raise MalformedMessage(where, f"at_ms is {after.at_ms}, before that of the step above it")
-    return Scenario(
-        header.project_id,
-        header.epoch,
-        header.revision,
-        _snapshot(top, header.snapshot),
-        tuple(steps),
-        _expect(top, header.expect),
-    )
+    return Scenario(**structs.asdict(header), steps=tuple(steps))
 
 
 def write_scenario(scenario: Scenario) -> str:
-    """Return the lines that `read_scenario` reads as `scenario`, whose snapshot is a zip beside it."""
-    assert isinstance(scenario.snapshot, str)
-    header = _Header(
-        FORMAT, scenario.project_id, scenario.epoch, scenario.revision, scenario.snapshot, scenario.expect
-    )
-    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in (header, *scenario.steps))
+    """Return the text that `read_scenario` reads as `scenario`."""
+    lines = (structs.replace(scenario, steps=()), *scenario.steps)
+    return "".join(f"{msgspec.json.encode(line).decode()}\n" for line in lines)
 
 
 def _decoded(where: str, line: str, form: type[T]) -> T:
     try:
         return msgspec.json.decode(line, type=form)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        kind = "the header, which is the first line" if form is _Header else "a step"
+        kind = "the header, which is the first line" if form is Header else "a step"
         raise MalformedMessage(where, f"not {kind}: {error}") from None
 
 
-def _snapshot(where: str, given: str | _Files) -> Mapping[RelPath, bytes] | str:
-    if isinstance(given, _Files):
-        _admit(where, "snapshot", given.files)
-        return {path: text.encode() for path, text in given.files.items()}
-    if given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
+def _check_snapshot(where: str, given: str | Files) -> None:
+    if isinstance(given, Files):
+        _check_paths(where, "snapshot", given.files)
+    elif given in ("", ".", "..") or {"/", "\\", "\0"} & set(given):
         raise MalformedMessage(where, "snapshot is neither files nor the name of a zip beside the scenario")
-    return given
 
 
-def _expect(where: str, given: Expect | None) -> Expect | None:
+def _check_expect(where: str, given: Expect | None) -> None:
     if given is not None and given.files is not None:
-        _admit(where, "expect", given.files)
+        _check_paths(where, "expect", given.files)
         true = tree_hash({path: digest_of(text.encode()) for path, text in given.files.items()})
         if true != given.tree_hash:
             raise MalformedMessage(where, f"expect's tree_hash is not that of its files, which is {true}")
-    return given
 
 
 def _step(where: str, number: int, line: str) -> Step:
@@ -151,11 +134,11 @@ def _step(where: str, number: int, line: str) -> Step:
         raise MalformedMessage(where, "a step has either an event or a fault")
     if step.fault not in (None, *FAULTS):
         raise MalformedMessage(where, f"fault {step.fault!r} is none of {', '.join(FAULTS)}")
-    _admit(where, "bytes", step.contents)
+    _check_paths(where, "bytes", step.contents)
     return structs.replace(step, line=number)
 
 
-def _admit(where: str, what: str, paths: Iterable[str]) -> None:
+def _check_paths(where: str, what: str, paths: Iterable[str]) -> None:
     """Raise `MalformedMessage` when one of `paths` is none that may be written."""
     try:
         for path in paths:
@@ -166,16 +149,25 @@ def _admit(where: str, what: str, paths: Iterable[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One path in the log; `content` None: deleted."""
+    """One path in the log: its latest change, whole, and the commit that brought it."""
 
-    version: int
-    content: bytes | None
-    executable: bool
+    change: Change
     revision: int
 
-    @property
-    def digest(self) -> Digest | None:
-        return None if self.content is None else digest_of(self.content)
+
+def written(change: Change) -> dict[str, Any]:
+    """Write a whole change as `bulk:apply` and the answer of a sync carry it."""
+    if change.content is None:
+        return {"action": "delete", "file_path": change.path, "version": change.version}
+    return {
+        "action": "update",
+        "file_path": change.path,
+        "content": base64.b64encode(change.content).decode(),
+        "encoding": "base64",
+        "content_hash": change.digest,
+        "version": change.version,
+        "executable": change.executable,
+    }
 
 
 class Log:
@@ -185,7 +177,10 @@ class Log:
         self.project_id = project_id
         self.epoch = epoch
         self.revision = revision
-        self.rows = {path: Row(1, content, False, revision) for path, content in files.items()}
+        self.rows = {
+            path: Row(Change(path, digest_of(content), 1, content), revision)
+            for path, content in files.items()
+        }
         self._past: set[str] = set()
 
     def commit(self, step: Step, name: str = "scenario") -> None:
@@ -215,21 +210,24 @@ class Log:
                 self._take(Change(path, digest_of(content), None, content), {}, where)
 
     def _take(self, change: Change, contents: Mapping[RelPath, bytes], where: str) -> None:
-        before = self.rows.get(change.path)
-        version = change.version if change.version is not None else (before.version + 1 if before else 1)
-        content = change.content
+        row = self.rows.get(change.path)
+        before = row.change if row else Change(change.path, None, 0)
+        if change.version is None:
+            change = structs.replace(change, version=(before.version or 0) + 1)
         if change.by_reference:
             content = contents.get(change.path)
-            if content is None and before is not None and before.digest == change.digest:
+            if content is None and before.digest == change.digest:
                 content = before.content
             if content is None or digest_of(content) != change.digest:
                 reason = f"the bytes of {change.path} are missing, or do not have the hash {change.digest}"
                 raise MalformedMessage(where, reason)
-        self.rows[change.path] = Row(version, content, change.executable, self.revision)
+            change = structs.replace(change, content=content)
+        self.rows[change.path] = Row(change, self.revision)
 
     def files(self) -> dict[RelPath, bytes]:
         """Return the current tree."""
-        return {path: row.content for path, row in self.rows.items() if row.content is not None}
+        changes = (row.change for row in self.rows.values())
+        return {change.path: change.content for change in changes if change.content is not None}
 
     def head(self) -> dict[str, Any]:
         """Return the head as the answer of PUT …/status says it."""
@@ -247,54 +245,41 @@ class Log:
         wanted = {path for path, row in self.rows.items() if row.revision > revision} | paths
         if not wanted:
             return {"kind": "current", "epoch": self.epoch, "revision": self.revision}
-        if sum(len(row.content or b"") for path in wanted if (row := self.rows.get(path))) > INLINE_LIMIT:
+        rows = ((path, self.rows.get(path)) for path in sorted(wanted))
+        changes = [row.change if row else Change(path, None, 0) for path, row in rows]
+        if sum(len(change.content or b"") for change in changes) > INLINE_LIMIT:
             return offer
         return {
             "kind": "changes",
             "epoch": self.epoch,
             "revision": self.revision,
             "base_revision": revision,
-            "changes": [self._change(path) for path in sorted(wanted)],
-        }
-
-    def _change(self, path: RelPath) -> dict[str, Any]:
-        row = self.rows.get(path)
-        if row is None or row.content is None:
-            return {"action": "delete", "file_path": path, "version": row.version if row else 0}
-        return {
-            "action": "update",
-            "file_path": path,
-            "content": base64.b64encode(row.content).decode(),
-            "encoding": "base64",
-            "content_hash": row.digest,
-            "version": row.version,
-            "executable": row.executable,
+            "changes": [written(change) for change in changes],
         }
 
     def manifest(self, base: int | None = None) -> dict[str, Any]:
         """Return the manifest of a full snapshot; with `base`, of a delta for a tree at or above that revision."""
-        rows = {path: row for path, row in self.rows.items() if base is None or row.revision > base}
+        changes = [row.change for row in self.rows.values() if base is None or row.revision > base]
         return {
             "format": SNAPSHOT_FORMAT,
             "project_id": self.project_id,
             "epoch": self.epoch,
             "revision": self.revision,
             "base_revision": base,
-            "created_at": None,
             "files": [
                 {
-                    "file_path": path,
-                    "content_hash": row.digest,
-                    "size": len(row.content),
-                    "version": row.version,
-                    "executable": row.executable,
+                    "file_path": change.path,
+                    "content_hash": change.digest,
+                    "size": len(change.content),
+                    "version": change.version,
+                    "executable": change.executable,
                 }
-                for path, row in rows.items()
-                if row.content is not None
+                for change in changes
+                if change.content is not None
             ],
             "deleted": [
-                {"file_path": path, "version": row.version}
-                for path, row in rows.items()
-                if base is not None and row.content is None
+                {"file_path": change.path, "version": change.version}
+                for change in changes
+                if base is not None and change.is_delete
             ],
         }

@@ -35,7 +35,7 @@ def load(path: Path) -> Loaded:
         archive = _read_archive(path, scenario.snapshot)
         loaded = Loaded(scenario, read_archive(archive, f"{path}, line 1: {scenario.snapshot}")[1], archive)
     else:
-        loaded = Loaded(scenario, scenario.snapshot)
+        loaded = Loaded(scenario, {path: text.encode() for path, text in scenario.snapshot.files.items()})
     log = Log(scenario.project_id, scenario.epoch, scenario.revision, loaded.files)
     for step in scenario.steps:
         if step.event is not None:

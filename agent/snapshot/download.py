@@ -1,9 +1,9 @@
 """Downloads a signed zip into a staged tree: streamed, bounded, verified. The project itself is not touched.
 
-`fetch` is one attempt: it unpacks into staging while the bytes arrive, and returns only when the archive agrees with
-itself (`snapshot.zip_reader`) and, file by file, with its manifest. After a failure the staging area is empty again.
-`obtain` calls it until it succeeds or the budget is spent, and gets a fresh URL when that may help. What is done with
-the staged tree, `core.reconcile.reconcile` decides.
+`Downloader.fetch` is one attempt: it unpacks into staging while the bytes arrive, and returns only when the archive
+agrees with itself (`snapshot.zip_reader`) and, file by file, with its manifest. After a failure the staging area is
+empty again. `obtain` calls it until it succeeds or the budget is spent, and gets a fresh URL when that may help. What
+is done with the staged tree, `core.reconcile.reconcile` decides.
 
 The error says what was at fault:
 
@@ -20,6 +20,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -71,125 +72,146 @@ _OBJECT_CODES: Final = frozenset(
 )
 
 
-async def fetch(
-    url: str,
-    *,
-    disk: ProjectDir,
-    http: httpx.AsyncClient,
-    limits: SnapshotLimits,
-    expected_project: str | None = None,
-    progress: Progress | None = None,
-    have: Mapping[RelPath, Entry] | None = None,
-    wall: Callable[[], float] = time.time,
-) -> StagedSnapshot:
-    """Download the snapshot at `url` into staging and verify all of it, in one attempt.
+@dataclass(frozen=True, slots=True)
+class Downloader:
+    """Gets snapshots into staging.
 
-    Args:
-        url: The signed URL.
+    Attributes:
         disk: Where files are staged.
         http: The client.
         limits: The bounds on bytes, files and seconds.
         expected_project: The only project whose manifest is accepted; None: any.
         progress: Is kept up to date.
-        have: The tree on disk. A listed file that is equal there is checked but not staged; when all are equal, the
-            download ends with the manifest.
         wall: Unix seconds, to see that a URL expired before it is tried.
-
-    Raises:
-        Unavailable: It may work later.
-        CredentialRejected: The URL was refused, or is none.
-        SnapshotRejected: The archive is no good.
     """
-    progress = progress if progress is not None else Progress()
-    progress.restart()
-    expires_at = expiry(url)
-    if expires_at is not None and expires_at + EXPIRY_LEEWAY < wall():
-        raise CredentialRejected(f"{WHAT}'s signed URL expired {wall() - expires_at:.0f} s ago")
-    unpacker = Unpacker(disk, limits, expected_project, progress, have or {})
-    try:
-        await _download(url, unpacker, http, limits, progress, wall)
-        snapshot = unpacker.finish()
-    except BaseException:
-        unpacker.abandon()
-        raise
-    # Free the buffers and the manifest's text before 20,000 files are promoted, which takes memory too.
-    del unpacker
-    memory.trim()
-    return snapshot
 
+    disk: ProjectDir
+    http: httpx.AsyncClient
+    limits: SnapshotLimits
+    expected_project: str | None = None
+    progress: Progress = field(default_factory=Progress)
+    wall: Callable[[], float] = time.time
 
-async def obtain(
-    url: str | None,
-    *,
-    renew: Callable[[str], Awaitable[str | None]] | None,
-    on_refusal: Callable[[SnapshotRejected | CredentialRejected], None] = lambda _: None,
-    disk: ProjectDir,
-    http: httpx.AsyncClient,
-    limits: SnapshotLimits,
-    expected_project: str | None = None,
-    progress: Progress | None = None,
-) -> StagedSnapshot:
-    """Call `fetch` until it succeeds, with full jitter between attempts, and with a fresh URL when this one is no good.
+    async def fetch(self, url: str, have: Mapping[RelPath, Entry] | None = None) -> StagedSnapshot:
+        """Download the snapshot at `url` into staging and verify all of it, in one attempt.
 
-    Args:
-        url: The signed URL to begin with; None: there is none yet.
-        renew: Asks the orchestrator for a fresh URL; returns None when it has none. Its argument is the reason, one of
-            `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, and `snapshot_rejected`,
-            which needs another archive and not only another URL.
-        on_refusal: Called with each refusal of an archive or URL.
-        disk: As for `fetch`, like all that follow.
+        Args:
+            url: The signed URL.
+            have: The tree on disk. A listed file that is equal there is checked but not staged; when all are equal, the
+                download ends with the manifest.
 
-    Raises:
-        CredentialRejected: The URL was refused, and there is no other.
-        RootUnusable: The disk did not take the files in any attempt.
-        HydrationImpossible: The budget is spent.
-    """
-    progress = progress if progress is not None else Progress()
-    signed = _SignedUrl(url, renew)
-
-    async def once() -> StagedSnapshot:
-        address = await signed.take()
+        Raises:
+            Unavailable: It may work later.
+            CredentialRejected: The URL was refused, or is none.
+            SnapshotRejected: The archive is no good.
+        """
+        self.progress.restart()
+        expires_at, now = expiry(url), self.wall()
+        if expires_at is not None and expires_at + EXPIRY_LEEWAY < now:
+            raise CredentialRejected(f"{WHAT}'s signed URL expired {now - expires_at:.0f} s ago")
+        unpacker = Unpacker(self.disk, self.limits, self.expected_project, self.progress, have or {})
         try:
-            return await fetch(
-                address,
-                disk=disk,
-                http=http,
-                limits=limits,
-                expected_project=expected_project,
-                progress=progress,
-            )
-        except StagingFailed:
+            await self._download(url, unpacker)
+            snapshot = unpacker.finish()
+        except BaseException:
+            unpacker.abandon()
             raise
-        except Unavailable:
-            if signed.uses >= limits.snapshot_attempts_per_url:
-                await signed.replace_if_possible()
-            raise
-        except (SnapshotRejected, CredentialRejected) as refused:
-            on_refusal(refused)
-            await signed.replace(refused)
-            raise
+        # Free the buffers and the manifest's text before 20,000 files are promoted, which takes memory too.
+        del unpacker
+        memory.trim()
+        return snapshot
 
-    # After a refusal there is a fresh URL already: nothing to wait for.
-    backoff = Backoff(
-        limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
-    )
-    retry = retrying(
-        backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
-    )
-    failure: Unavailable | SnapshotRejected | CredentialRejected
-    try:
-        async with reported(progress):
-            return await retry(once)
-    except _Final as final:
-        failure = final.reason
-    except (Unavailable, SnapshotRejected, CredentialRejected) as last:
-        failure = last
-    if isinstance(failure, CredentialRejected):
-        raise failure from None
-    if isinstance(failure, StagingFailed):
-        raise RootUnusable(str(failure)) from None
-    attempts = "1 attempt" if progress.attempt == 1 else f"{progress.attempt} attempts"
-    raise HydrationImpossible(f"cannot hydrate after {attempts}: {failure}") from None
+    async def obtain(
+        self,
+        url: str | None,
+        *,
+        renew: Callable[[str], Awaitable[str | None]] | None,
+        on_refusal: Callable[[SnapshotRejected | CredentialRejected], None] = lambda _: None,
+    ) -> StagedSnapshot:
+        """Call `fetch` until it succeeds, with full jitter in between, and with a fresh URL when this one is no good.
+
+        Args:
+            url: The signed URL to begin with; None: there is none yet.
+            renew: Asks the orchestrator for a fresh URL; returns None when it has none. Its argument is the reason, one
+                of `snapshot_missing` (there was no URL), `snapshot_expired`, `snapshot_unavailable`, and
+                `snapshot_rejected`, which needs another archive and not only another URL.
+            on_refusal: Called with each refusal of an archive or URL.
+
+        Raises:
+            CredentialRejected: The URL was refused, or the archive, and the orchestrator has no other.
+            RootUnusable: The disk did not take the files in any attempt.
+            HydrationImpossible: The budget is spent, or the archive was refused and there is nobody to ask for another.
+        """
+        limits = self.limits
+        signed = _SignedUrl(url, renew, on_refusal, limits.snapshot_attempts_per_url)
+        # After a refusal there is a fresh URL already: nothing to wait for.
+        backoff = Backoff(
+            limits.snapshot_retry_seconds, limits.snapshot_retry_max_seconds, at_once=(CredentialRejected,)
+        )
+        retry = retrying(
+            backoff, attempts=limits.snapshot_attempts, on=(Unavailable, SnapshotRejected, CredentialRejected)
+        )
+        failure: Unavailable | SnapshotRejected | CredentialRejected
+        try:
+            async with reported(self.progress):
+                return await retry(signed.attempt, self.fetch)
+        except _Final as final:
+            failure = final.reason
+        except (Unavailable, SnapshotRejected, CredentialRejected) as last:
+            failure = last
+        if isinstance(failure, CredentialRejected):
+            raise failure from None
+        if isinstance(failure, StagingFailed):
+            raise RootUnusable(str(failure)) from None
+        made = self.progress.attempt
+        attempts = "1 attempt" if made == 1 else f"{made} attempts"
+        raise HydrationImpossible(f"cannot hydrate after {attempts}: {failure}") from None
+
+    async def _download(self, url: str, unpacker: Unpacker) -> None:
+        """Give the body to `unpacker` as it arrives."""
+        timeout = httpx.Timeout(
+            self.limits.snapshot_stall_seconds, connect=self.limits.snapshot_connect_seconds
+        )
+        total = self.limits.snapshot_total_seconds
+        try:
+            async with (
+                within(total, WHAT, f"total_time: not here after {total:g} s"),
+                exchange(self.http, "GET", url, timeout=timeout) as response,
+            ):
+                if response.status_code != 200:
+                    raise await _refusal(response, self.wall)
+                if (encoded := coding(response)) is not None:
+                    raise Unavailable(WHAT, f"the archive is encoded as {encoded!r}, which was not asked for")
+                self.progress.expected_bytes = _content_length(response)
+                if (self.progress.expected_bytes or 0) > self.limits.snapshot_max_compressed_bytes:
+                    raise SnapshotRejected(
+                        "compressed_size", f"{self.progress.expected_bytes} bytes are announced"
+                    )
+                unpacking = _UnpackThread(unpacker)
+                async with aclosing(_body(response, self.limits.snapshot_stall_seconds)) as body:
+                    async for chunk in body:
+                        await unpacking.put(chunk)
+                        if unpacker.up_to_date:
+                            return
+                await unpacking.finish()
+        except httpx.ReadTimeout:
+            raise Unavailable(
+                WHAT, f"no_progress: nothing arrived for {self.limits.snapshot_stall_seconds:g} s"
+            ) from None
+        except MalformedMessage as malformed:
+            raise CredentialRejected(f"{WHAT}'s URL cannot be used: {malformed.reason}") from None
+        except httpx.HTTPError as error:
+            # The class, not the text: httpx writes URLs into some of its messages.
+            raise Unavailable(WHAT, type(error).__name__) from None
+        if unpacker.up_to_date:
+            return
+        try:
+            unpacker.close()
+        except SnapshotRejected as refused:
+            if refused.rule == "truncated" and self.progress.expected_bytes is None:
+                # No length was announced, so a connection that died looks like an end.
+                raise Unavailable(WHAT, str(refused)) from None
+            raise
 
 
 class _Final(Exception):
@@ -200,46 +222,47 @@ class _Final(Exception):
         super().__init__()
 
 
+@dataclass(slots=True)
 class _SignedUrl:
-    """The URL in use, and how to get another one. `uses` counts the attempts with this one."""
+    """The URL in use, and who has another one. `uses` counts the attempts with this one, of at most `most_uses`."""
 
-    def __init__(self, url: str | None, renew: Callable[[str], Awaitable[str | None]] | None) -> None:
-        self._url = url
-        self._renew = renew
-        self.uses = 0
+    url: str | None
+    renew: Callable[[str], Awaitable[str | None]] | None
+    on_refusal: Callable[[SnapshotRejected | CredentialRejected], None]
+    most_uses: int
+    uses: int = 0
 
-    async def take(self) -> str:
-        """Return the URL for the next attempt. Raises `_Final` when there is none."""
-        if self._url is None:
-            self._set(await self._fresh("snapshot_missing"))
+    async def attempt(self, once: Callable[[str], Awaitable[StagedSnapshot]]) -> StagedSnapshot:
+        """Call `once` with the URL, and get another one when that may help. Raises `_Final` when nothing can."""
+        if self.url is None and not await self._replace("snapshot_missing"):
+            raise _Final(CredentialRejected(f"{WHAT} has no URL, and there is none to be had"))
+        assert self.url is not None
         self.uses += 1
-        assert self._url is not None
-        return self._url
+        try:
+            return await once(self.url)
+        except StagingFailed:
+            raise
+        except Unavailable:
+            if self.uses >= self.most_uses:
+                await self._replace("snapshot_unavailable")
+            raise
+        except (SnapshotRejected, CredentialRejected) as refused:
+            self.on_refusal(refused)
+            rejected = isinstance(refused, SnapshotRejected)
+            if not await self._replace("snapshot_rejected" if rejected else "snapshot_expired"):
+                if self.renew is not None:
+                    refused = CredentialRejected(f"{refused}, and the orchestrator has no other")
+                raise _Final(refused) from None
+            raise
 
-    async def replace(self, refused: SnapshotRejected | CredentialRejected) -> None:
-        """Get another URL than the refused one. Raises `_Final` when there is none."""
-        if self._renew is None:
-            raise _Final(refused)
-        rejected = isinstance(refused, SnapshotRejected)
-        fresh = await self._fresh("snapshot_rejected" if rejected else "snapshot_expired")
-        if fresh == self._url:
-            raise _Final(refused)
-        self._set(fresh)
-
-    async def replace_if_possible(self) -> None:
-        """Get another URL than the one that was unavailable; keep that one when there is none."""
-        if self._renew is not None:
-            self._set(await self._renew("snapshot_unavailable") or self._url)
-
-    def _set(self, url: str | None) -> None:
-        self._url, self.uses = url, 0
-
-    async def _fresh(self, reason: str) -> str:
-        url = await self._renew(reason) if self._renew is not None else None
-        if url is None:
-            why = f"{reason.replace('_', ' ')}, and there is no other URL to be had"
-            raise _Final(CredentialRejected(why))
-        return url
+    async def _replace(self, reason: str) -> bool:
+        """Ask for another URL. Returns False when there is no other, and keeps this one."""
+        fresh = await self.renew(reason) if self.renew is not None else None
+        self.uses = 0
+        if fresh is None or fresh == self.url:
+            return False
+        self.url = fresh
+        return True
 
 
 def expiry(url: str) -> float | None:
@@ -248,56 +271,6 @@ def expiry(url: str) -> float | None:
         return read_token(parse_qs(urlsplit(url).query)["token"][0]).expires_at
     except (KeyError, ValueError, MalformedMessage):
         return None
-
-
-async def _download(
-    url: str,
-    unpacker: Unpacker,
-    http: httpx.AsyncClient,
-    limits: SnapshotLimits,
-    progress: Progress,
-    wall: Callable[[], float],
-) -> None:
-    """Give the body to `unpacker` as it arrives."""
-    timeout = httpx.Timeout(limits.snapshot_stall_seconds, connect=limits.snapshot_connect_seconds)
-    total = limits.snapshot_total_seconds
-    try:
-        async with (
-            within(total, WHAT, f"total_time: not here after {total:g} s"),
-            exchange(http, "GET", url, timeout=timeout) as response,
-        ):
-            if response.status_code != 200:
-                raise await _refusal(response, wall)
-            if (encoded := coding(response)) is not None:
-                raise Unavailable(WHAT, f"the archive is encoded as {encoded!r}, which was not asked for")
-            progress.expected_bytes = _content_length(response)
-            if (progress.expected_bytes or 0) > limits.snapshot_max_compressed_bytes:
-                raise SnapshotRejected("compressed_size", f"{progress.expected_bytes} bytes are announced")
-            unpacking = _UnpackThread(unpacker)
-            async with aclosing(_body(response, limits.snapshot_stall_seconds)) as body:
-                async for chunk in body:
-                    await unpacking.put(chunk)
-                    if unpacker.up_to_date:
-                        return
-            await unpacking.finish()
-    except httpx.ReadTimeout:
-        raise Unavailable(
-            WHAT, f"no_progress: nothing arrived for {limits.snapshot_stall_seconds:g} s"
-        ) from None
-    except MalformedMessage as malformed:
-        raise CredentialRejected(f"{WHAT}'s URL cannot be used: {malformed.reason}") from None
-    except httpx.HTTPError as error:
-        # The class, not the text: httpx writes URLs into some of its messages.
-        raise Unavailable(WHAT, type(error).__name__) from None
-    if unpacker.up_to_date:
-        return
-    try:
-        unpacker.close()
-    except SnapshotRejected as refused:
-        if refused.rule == "truncated" and progress.expected_bytes is None:
-            # No length was announced, so a connection that died looks like an end.
-            raise Unavailable(WHAT, str(refused)) from None
-        raise
 
 
 async def _body(response: httpx.Response, stall_seconds: float) -> AsyncGenerator[bytes, None]:

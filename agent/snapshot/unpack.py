@@ -1,4 +1,4 @@
-"""Unpacks an archive, as its bytes arrive, into staged files that agree with its manifest, and shows the progress.
+"""Unpacks an archive, as its bytes arrive, into staged files that agree with its manifest, logs progress.
 
 `snapshot.zip_reader` knows what an archive is, `fs` where bytes may go; here is what makes an archive a snapshot: the
 manifest comes first, and an archive is refused whole if a file in it is not listed, if a listed file is missing, or if
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Final, TextIO
+from typing import Final
 
 from agent.config import SnapshotLimits
 from agent.core.errors import MalformedMessage, PathRefused, SnapshotRejected, Unavailable
@@ -28,11 +27,6 @@ from agent.telemetry.logging import get_logger
 
 LOG_EVERY: Final = 1.0
 """Seconds between two log lines of progress. A hydration that ends before the first has none."""
-
-REDRAW: Final = 0.1
-"""Seconds between two drawings of the progress bar."""
-
-BAR_WIDTH: Final = 30
 
 log = get_logger("hydrate")
 
@@ -59,33 +53,11 @@ class Progress:
         """Return what `/status` and the log show."""
         return asdict(self)
 
-    @property
-    def share(self) -> float | None:
-        """The part that is done, 0 to 1: of unpacked bytes when the manifest has their total, else of received ones."""
-        if self.unpacked_total:
-            return min(1.0, self.unpacked_bytes / self.unpacked_total)
-        if self.expected_bytes:
-            return min(1.0, self.received_bytes / self.expected_bytes)
-        return None
-
-    def bar(self) -> str:
-        """Return a line for a terminal."""
-        share = self.share
-        filled = int(BAR_WIDTH * (share or 0.0))
-        drawn = "█" * filled + "░" * (BAR_WIDTH - filled)
-        percent = " ..." if share is None else f"{share:4.0%}"
-        of_files = "" if self.files_total is None else f" of {self.files_total:,}"
-        again = f", attempt {self.attempt}" if self.attempt > 1 else ""
-        return f"hydrating {drawn} {percent}  {self.files:,}{of_files} files, {self.received_bytes / 1e6:.1f} MB{again}"
-
 
 @asynccontextmanager
-async def reported(progress: Progress, terminal: TextIO | None = None) -> AsyncIterator[None]:
-    """Show `progress` while the block runs: as a bar when `terminal` (default: stderr) is one, else in log lines."""
-    stream = terminal if terminal is not None else sys.stderr
-    showing = asyncio.create_task(
-        _draw(progress, stream) if stream.isatty() else _log(progress), name="hydrate-progress"
-    )
+async def reported(progress: Progress) -> AsyncIterator[None]:
+    """Log `progress` while the block runs."""
+    showing = asyncio.create_task(_log(progress), name="hydrate-progress")
     try:
         yield
     finally:
@@ -97,19 +69,6 @@ async def _log(progress: Progress) -> None:
     while True:
         await asyncio.sleep(LOG_EVERY)
         log.info("hydrate.progress", **progress.report())
-
-
-async def _draw(progress: Progress, stream: TextIO) -> None:
-    # Not at once, so that a small project's start shows no bar.
-    await asyncio.sleep(3 * REDRAW)
-    try:
-        while True:
-            stream.write(f"\r\x1b[K{progress.bar()}")
-            stream.flush()
-            await asyncio.sleep(REDRAW)
-    finally:
-        stream.write("\r\x1b[K")
-        stream.flush()
 
 
 class StagingFailed(Unavailable):
@@ -202,20 +161,18 @@ class Unpacker:
         for event in events:
             if isinstance(event, FileFound):
                 self._take_whole(event.path, event.content)
-                if self.up_to_date:
-                    return
             elif isinstance(event, (bytes, memoryview)):
                 self._write(event)
             elif isinstance(event, FileStarted):
                 self._start(event.path, event.size)
             elif isinstance(event, FileEnded):
                 self._end(event.size)
-                if self.up_to_date:
-                    return
             elif isinstance(event, ExecutableFound):
                 self._executable.add(event.path)
             elif isinstance(event, ArchiveEnded):
                 self._check_complete()
+            if self.up_to_date:
+                return
 
     def close(self) -> None:
         """Note that the body ended. Raises `SnapshotRejected` unless the archive is complete."""
@@ -246,32 +203,28 @@ class Unpacker:
 
     def _take_whole(self, path: RelPath, content: bytes) -> None:
         """Take a file that came in one piece. It is verified before it is written."""
+        size = len(content)
         if path == MANIFEST_PATH:
-            self._check_manifest_size(len(content))
+            self._check_manifest_size(size)
             self._read_manifest(content)
             return
-        size = len(content)
+        path, listed = self._expected(path, size)
         digest = digest_of(content)
-        if self._manifest is None:
-            name = self._disk.stage_whole(content, path)
-            self._plain[path] = StagedFile(name, digest, size)
-            self._staged[path] = name
-        else:
-            path, listed = self._expected(path, size)
-            if digest != listed.digest:
-                raise SnapshotRejected("hash_mismatch", f"{path!r} is not what the manifest says")
-            if not self._have or not _equal(self._have.get(path), listed):
-                self._staged[path] = self._disk.stage_whole(content, None if path in self._have else path)
+        _verify(path, listed, size, digest)
+        if not self._is_here(path, listed):
+            name = self._disk.stage_whole(content, None if path in self._have else path)
+            self._keep(path, StagedFile(name, digest, size))
         self._progress.unpacked_bytes += size
         self._progress.files += 1
 
-    def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry]:
-        """Return the manifest's own path string and entry for a file. Refuses one that is not listed, or comes twice.
+    def _expected(self, path: RelPath, size: int | None) -> tuple[RelPath, Entry | None]:
+        """Return the manifest's own path string and entry for a file; without a manifest the path and None.
 
-        The manifest's own string, because a second copy of 20,000 paths would be megabytes. `size`: the declared one,
-        if there is one.
+        Refuses a file that is not listed, or comes twice. The manifest's own string, because a second copy of 20,000
+        paths would be megabytes. `size`: the declared one, if there is one.
         """
-        assert self._manifest is not None
+        if self._manifest is None:
+            return path, None
         listed = self._manifest.files.get(path)
         if listed is None:
             raise SnapshotRejected("unlisted", f"the manifest does not list {path!r}")
@@ -284,16 +237,20 @@ class Unpacker:
             )
         return own, listed
 
+    def _is_here(self, path: RelPath, listed: Entry | None) -> bool:
+        return bool(self._have) and listed is not None and _equal(self._have.get(path), listed)
+
+    def _keep(self, path: RelPath, staged: StagedFile) -> None:
+        self._staged[path] = staged.name
+        if self._manifest is None:
+            self._plain[path] = staged
+
     def _start(self, path: RelPath, size: int | None) -> None:
         if path == MANIFEST_PATH:
             self._manifest_bytes = bytearray()
             return
-        if self._manifest is None:
-            self._path = path
-            self._stage = self._disk.stage(path)
-            return
         self._path, self._listed = path, listed = self._expected(path, size)
-        if self._have and _equal(self._have.get(path), listed):
+        if self._is_here(path, listed):
             self._digest = hashlib.sha256()
         else:
             self._stage = self._disk.stage(None if path in self._have else path)
@@ -311,29 +268,20 @@ class Unpacker:
         self._progress.unpacked_bytes += len(piece)
 
     def _end(self, size: int) -> None:
-        path, stage = self._path, self._stage
+        path = self._path
         if path is None:
             assert self._manifest_bytes is not None
             data, self._manifest_bytes = self._manifest_bytes, None
             self._read_manifest(data)
             return
-        if stage is not None:
-            staged = stage.finish()
-            self._stage = None
+        if self._stage is not None:
+            staged, self._stage = self._stage.finish(), None
+            self._keep(path, staged)
             digest = staged.digest
         else:
             assert self._digest is not None
-            digest = Digest(self._digest.hexdigest())
-            self._digest = None
-        listed = self._listed
-        if listed is not None:
-            if size != listed.size or digest != listed.digest:
-                rule = "size_mismatch" if size != listed.size else "hash_mismatch"
-                raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
-        elif stage is not None:
-            self._plain[path] = staged
-        if stage is not None:
-            self._staged[path] = staged.name
+            digest, self._digest = Digest(self._digest.hexdigest()), None
+        _verify(path, self._listed, size, digest)
         self._path = self._listed = None
         self._progress.files += 1
 
@@ -371,6 +319,12 @@ class Unpacker:
             for path, staged in self._plain.items()
         }
         return Manifest(self._expected_project or "", "", 0, files, {})
+
+
+def _verify(path: RelPath, listed: Entry | None, size: int, digest: Digest) -> None:
+    if listed is not None and (size != listed.size or digest != listed.digest):
+        rule = "size_mismatch" if size != listed.size else "hash_mismatch"
+        raise SnapshotRejected(rule, f"{path!r} is not what the manifest says")
 
 
 def _equal(entry: Entry | None, listed: Entry) -> bool:

@@ -10,18 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import httpx
-
-from agent.config import SnapshotLimits
 from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
 from agent.core.model import Entry, Problem, RelPath, Tree
 from agent.core.reconcile import Plan, brake
 from agent.core.scheduler import Request
-from agent.fs.project_dir import ProjectDir
 from agent.retry import Backoff
 from agent.session_api import SessionApi
-from agent.snapshot.download import Progress, StagedSnapshot, fetch, obtain
+from agent.snapshot.download import Downloader, StagedSnapshot
 from agent.telemetry.status import OwnedProblems, Problems
 
 Answer = Current | Changes | StagedSnapshot
@@ -47,14 +43,10 @@ class CatchUp:
     """
 
     api: SessionApi | None
-    disk: ProjectDir
-    http: httpx.AsyncClient
-    limits: SnapshotLimits
-    project_id: str
+    snapshots: Downloader
     problems: Problems
     have: Callable[[], Mapping[RelPath, Entry]]
     """Gives the tree's entries as they are now: what is here already is not fetched."""
-    progress: Progress = field(default_factory=Progress)
     offered: str | None = field(default=None, repr=False)
     """URL of the latest `snapshot:ready`: the only answer there is without a session API."""
 
@@ -100,20 +92,12 @@ class CatchUp:
 
         Raises `HydrationImpossible`, `CredentialRejected` or `RootUnusable` when there is none to be had.
         """
-        staged = await obtain(
-            url,
-            renew=self._offer if self.api is not None else None,
-            on_refusal=self._refused,
-            disk=self.disk,
-            http=self.http,
-            limits=self.limits,
-            expected_project=self.project_id,
-            progress=self.progress,
-        )
+        renew = self._offer if self.api is not None else None
+        staged = await self.snapshots.obtain(url, renew=renew, on_refusal=self._refused)
         return self._taken(staged)
 
     async def _offer(self, reason: str) -> str | None:
-        """A fresh URL for an agent that has no tree; `reason` as `snapshot.download.obtain` gives it."""
+        """A fresh URL for an agent that has no tree; `reason` as `Downloader.obtain` gives it."""
         assert self.api is not None
         answer = await self.api.sync(None, 0, reason, None)
         return self._url_of(answer) if isinstance(answer, SnapshotOffer) else None
@@ -124,15 +108,7 @@ class CatchUp:
 
     async def _fetch(self, url: str) -> StagedSnapshot:
         try:
-            staged = await fetch(
-                url,
-                disk=self.disk,
-                http=self.http,
-                limits=self.limits,
-                expected_project=self.project_id,
-                progress=self.progress,
-                have=self.have(),
-            )
+            staged = await self.snapshots.fetch(url, self.have())
         except SnapshotRejected as error:
             self._distrusted = True
             self._refused(error)

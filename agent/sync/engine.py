@@ -23,8 +23,8 @@ from agent.core.errors import (
     SessionGone,
     Superseded,
 )
-from agent.core.messages import Changes, Current, Head, read_event
-from agent.core.model import Commit, Cursor, RelPath, SnapshotReady, Tree, read_traceparent
+from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
+from agent.core.model import Commit, Cursor, RelPath, Tree, read_traceparent
 from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.fs.inspect import Drift
@@ -37,7 +37,7 @@ from agent.sync.ledger import LedgerState
 from agent.sync.workspace import Workspace
 from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
-from agent.telemetry.spans import SpanSink
+from agent.telemetry.spans import Spans
 from agent.telemetry.status import Problems, SyncPhase, SyncStatus
 
 log = get_logger("sync")
@@ -75,7 +75,7 @@ class Sync:
         on_hydrated: Callable[[], None],
         drift_policy: Literal["report", "restore", "keep", "off"] = "report",
         skew: ClockSkew | None = None,
-        spans: SpanSink | None = None,
+        spans: Spans | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put the loop on its parts; nothing runs yet.
@@ -169,7 +169,6 @@ class Sync:
         """Make the tree whole, then keep it equal to the database's."""
         await self._begin()
         self._status.phase = SyncPhase.FOLLOWING
-        self._status.hydrated_at = time.time()
         self._on_hydrated()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -283,7 +282,7 @@ class Sync:
 
     def _receive_event(self, signal: Received, now: float) -> None:
         commit = self._read(signal)
-        if isinstance(commit, SnapshotReady):
+        if isinstance(commit, SnapshotOffer):
             self._catch_up.offered = commit.snapshot_url
             self._follower.need(Reason.SNAPSHOT_READY, now)
             self._wake.set()
@@ -292,7 +291,7 @@ class Sync:
                 self._problems.add(problem)
             self._follower.receive(commit, now)
 
-    def _read(self, received: Received) -> Commit | SnapshotReady | None:
+    def _read(self, received: Received) -> Commit | SnapshotOffer | None:
         try:
             read = read_event(received.event, received.payload, received.at)
         except (MalformedMessage, PathRefused) as error:

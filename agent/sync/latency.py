@@ -17,7 +17,7 @@ from agent.core.model import Commit, Cursor, RelPath, TraceParent
 from agent.core.reconcile import Outcome
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics
-from agent.telemetry.spans import SpanSink
+from agent.telemetry.spans import Spans
 from agent.telemetry.status import Applied, SyncStatus
 
 log = get_logger("sync")
@@ -58,7 +58,7 @@ class LagMeter:
         metrics: Metrics,
         status: SyncStatus,
         skew: ClockSkew,
-        spans: SpanSink | None = None,
+        spans: Spans | None = None,
         *,
         clock: Callable[[], Moment] = lambda: Moment(time.time(), time.monotonic()),
     ) -> None:
@@ -133,7 +133,7 @@ class LagMeter:
             self._status.last_applied = Applied(arrival.event_type, arrival.revision, arrival.lag, trace)
 
     @staticmethod
-    def _record(spans: SpanSink, arrival: _Arrival) -> None:
+    def _record(spans: Spans, arrival: _Arrival) -> None:
         spans.record(
             "preview.apply",
             arrival.received_at or arrival.at,

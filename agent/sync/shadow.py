@@ -149,7 +149,7 @@ class Shadow:
     ) -> None:
         """Hold `found` against the tree, and tell what came of it."""
         before = self.comparison.counts()
-        self.comparison.look(wanted, found, self.clock())
+        self.comparison.compare(wanted, found, self.clock())
         self.looks += 1
         self.looked_at = time.time()
         standing = self.comparison.open

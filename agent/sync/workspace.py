@@ -15,7 +15,7 @@ from immutables import Map
 from msgspec import structs
 
 from agent.core.errors import Unavailable
-from agent.core.model import Cursor, Entry, Operation, Problem, ProblemKind, RelPath, Tree, Write
+from agent.core.model import ENVIRONMENT_PROBLEMS, Cursor, Entry, Operation, Problem, RelPath, Tree, Write
 from agent.fs.inspect import Drift, FileStat
 from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import in_turns
@@ -25,15 +25,6 @@ from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
 log = get_logger("workspace")
-
-ENVIRONMENT_PROBLEMS: tuple[ProblemKind, ...] = (
-    "disk_full",
-    "permission_denied",
-    "read_only",
-    "too_many_open_files",
-    "io_error",
-)
-"""Kinds that speak of the machine, not of a path: one transaction that is done shows that they are over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,12 +95,7 @@ def configure_logs(settings: Settings, redactor: Redactor) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     structlog.configure(
-        processors=[
-            *before,
-            structlog.processors.format_exc_info,
-            redactor,
-            render,
-        ],
+        processors=[*before, structlog.processors.format_exc_info, redactor, render],
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         logger_factory=structlog.PrintLoggerFactory(sys.stdout),
         cache_logger_on_first_use=False,

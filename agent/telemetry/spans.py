@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Protocol
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -35,15 +36,6 @@ FLUSH_SECONDS: Final = 0.5
 Attributes = Mapping[str, str | int | float | None]
 
 
-class SpanSink(Protocol):
-    """Takes finished spans."""
-
-    def record(
-        self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
-    ) -> None:
-        """Record one span, from `start` to `end` in Unix seconds; leaves out attributes that are None."""
-
-
 class Spans:
     """Sends spans to a collector, in a thread of the SDK's own."""
 
@@ -54,22 +46,13 @@ class Spans:
     def record(
         self, name: str, start: float, end: float, attributes: Attributes, parent: TraceParent | None = None
     ) -> None:
-        """See `SpanSink`."""
+        """Record one span, from `start` to `end` in Unix seconds; leaves out attributes that are None."""
         from opentelemetry.context import Context
-        from opentelemetry.trace import (
-            NonRecordingSpan,
-            SpanContext,
-            SpanKind,
-            TraceFlags,
-            set_span_in_context,
-        )
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        context = Context()
-        if parent is not None:
-            remote = SpanContext(
-                int(parent.trace_id, 16), int(parent.span_id, 16), True, TraceFlags(int(parent.flags, 16))
-            )
-            context = set_span_in_context(NonRecordingSpan(remote), context)
+        carrier = {} if parent is None else {"traceparent": str(parent)}
+        context = TraceContextTextMapPropagator().extract(carrier, Context())
         span = self._tracer.start_span(
             name,
             context,
@@ -123,11 +106,5 @@ def open_spans(environ: Mapping[str, str], project_id: UUID, session_id: UUID) -
     exporter = OTLPSpanExporter(timeout=float(timeout or EXPORT_SECONDS))
     provider = TracerProvider(resource=Resource.create(resource), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    log.info("spans.on", sdk=_version())
+    log.info("spans.on", sdk=version("opentelemetry-sdk"))
     return Spans(provider)
-
-
-def _version() -> str:
-    from opentelemetry.sdk.version import __version__ as version
-
-    return version

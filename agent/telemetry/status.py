@@ -44,12 +44,7 @@ class SyncPhase(StrEnum):
 
 
 def agent_state(
-    phase: SyncPhase,
-    dev_server: str,
-    *,
-    link_down_for: float,
-    draining: bool,
-    problems: int,
+    phase: SyncPhase, dev_server: str, *, link_down_for: float, draining: bool, problems: int
 ) -> AgentState:
     """Derive the agent's state from its parts.
 
@@ -159,7 +154,6 @@ class SyncStatus:
     phase: SyncPhase = SyncPhase.STARTING
     mode: str | None = None
     """How the tree came to be: fresh, resume or rebuild."""
-    hydrated_at: float | None = None
     last_event_at: float | None = None
     last_catch_up_at: float | None = None
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=40))

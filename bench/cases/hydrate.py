@@ -51,7 +51,7 @@ from agent.core.model import RelPath, Tree
 from agent.core.reconcile import reconcile
 from agent.fs.inspect import FileStat
 from agent.fs.project_dir import ProjectDir
-from agent.snapshot.download import fetch
+from agent.snapshot.download import Downloader
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from bench.harness.scratch_fs import Ground
 from orchestrator_stub.local_supabase.app import stand_in
@@ -202,14 +202,7 @@ async def hydrate(url: str, directory: Path) -> dict[str, float]:
         before = forget_peak()
         for name in ("seconds", "again"):
             started, computed = time.perf_counter(), processor_time(resource.RUSAGE_SELF)
-            got = await fetch(
-                url,
-                disk=disk,
-                http=http,
-                limits=SnapshotLimits(),
-                expected_project=PROJECT,
-                have=tree.entries,
-            )
+            got = await Downloader(disk, http, SnapshotLimits(), PROJECT).fetch(url, have=tree.entries)
             taken.setdefault("fetched", resident("VmHWM") - before)
             plan = reconcile(tree, got.manifest, got.staged)
             outcome = disk.apply(plan.operations, known)

@@ -28,6 +28,7 @@ from agent.core.model import Cursor, RelPath, Tree, digest_of
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
 from agent.link.realtime import realtime_link
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger
@@ -152,7 +153,7 @@ async def following(
     stream = realtime_link(url, "key", TOPIC, Tokens(TOKEN))
     async with httpx.AsyncClient() as http:
         catch_up = CatchUp(
-            None, disk, http, SnapshotLimits(), "bench", problems, lambda: follower.tree.entries
+            None, Downloader(disk, http, SnapshotLimits(), "bench"), problems, lambda: follower.tree.entries
         )
         hydrated = asyncio.Event()
         workspace = Workspace(disk, ledger, problems)

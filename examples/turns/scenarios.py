@@ -9,14 +9,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from turn import Supabase, Turn
+from turn import Turn, connect, rpc
 
 PROJECT = os.environ["PROJECT_ID"]
-supabase = Supabase()
+supabase = connect()
 
 
 def save(path: str, content: str) -> None:
-    supabase.rpc("upsert_project_file", {"project_uuid": PROJECT, "p_file_path": path, "p_content": content})
+    rpc(
+        supabase,
+        "upsert_project_file",
+        {"project_uuid": PROJECT, "p_file_path": path, "p_content": content},
+    )
 
 
 def say(what: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A turn over PostgREST: what is written in it appears at its end, all at once."""
+"""A turn with supabase-py: what is written in it appears at its end, all at once."""
 
 from __future__ import annotations
 
@@ -7,55 +7,40 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+from postgrest.exceptions import APIError
+
+from supabase import Client, ClientOptions, create_client
 
 Merge = Callable[[str, str | None, str | None], str | None]
 
 
-class Refused(Exception):
-    """An RPC's refusal: `code` is PT409 and its like."""
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        super().__init__(body["message"])
-        self.code: str = body["code"]
-        self.details: dict[str, Any] = json.loads(body["details"] or "{}")
-
-
-class Supabase:
+def connect() -> Client:
     """As the signed-in user."""
+    signed_in = {"Authorization": f"Bearer {os.environ['ACCESS_TOKEN']}"}
+    options = ClientOptions(headers=signed_in)
+    return create_client(os.environ["SUPABASE_URL"], os.environ["SUPABASE_ANON_KEY"], options)
 
-    def __init__(self) -> None:
-        self._http = httpx.Client(
-            base_url=f"{os.environ['SUPABASE_URL']}/rest/v1/rpc/",
-            headers={
-                "apikey": os.environ["SUPABASE_ANON_KEY"],
-                "Authorization": f"Bearer {os.environ['ACCESS_TOKEN']}",
-            },
-            timeout=30,
-        )
 
-    def rpc(self, name: str, arguments: dict[str, Any]) -> Any:
-        answer = self._http.post(name, json=arguments)
-        if answer.is_error:
-            raise Refused(answer.json())
-        return answer.json()
+def rpc(supabase: Client, name: str, arguments: dict[str, Any]) -> Any:
+    """An RPC's answer; its refusal is an `APIError`: `code` is PT409 and its like, `details` JSON."""
+    return supabase.rpc(name, arguments).execute().data
 
 
 class Turn:
     """Keep `id` somewhere that outlives this process: whoever has it can go on."""
 
-    def __init__(self, supabase: Supabase, project: str, turn_id: str) -> None:
+    def __init__(self, supabase: Client, project: str, turn_id: str) -> None:
         self.supabase = supabase
         self.project = project
         self.id = turn_id
 
     @classmethod
-    def begin(cls, supabase: Supabase, project: str, label: str) -> Turn:
-        answer = supabase.rpc("begin_turn", {"project_uuid": project, "p_label": label})
+    def begin(cls, supabase: Client, project: str, label: str) -> Turn:
+        answer = rpc(supabase, "begin_turn", {"project_uuid": project, "p_label": label})
         return cls(supabase, project, answer["turn_id"])
 
     def _call(self, name: str, **arguments: Any) -> Any:
-        return self.supabase.rpc(name, {"project_uuid": self.project, **arguments})
+        return rpc(self.supabase, name, {"project_uuid": self.project, **arguments})
 
     def write(self, path: str, content: str, expected: int | None = None) -> None:
         """Staged: nobody sees it yet. Each write renews the lease."""
@@ -82,10 +67,13 @@ class Turn:
         while True:
             try:
                 answer: dict[str, Any] = self._call("end_turn", turn_id=self.id)
-            except Refused as refused:
-                if merge is None or refused.code != "PT409" or "conflicts" not in refused.details:
+            except APIError as refused:
+                conflicts = (
+                    json.loads(refused.details or "{}").get("conflicts") if refused.code == "PT409" else None
+                )
+                if merge is None or conflicts is None:
                     raise
-                self._merge(merge, refused.details["conflicts"])
+                self._merge(merge, conflicts)
             else:
                 return answer
 

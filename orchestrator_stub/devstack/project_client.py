@@ -28,6 +28,12 @@ class SaveRefused(Exception):
     """The database turned a save away for good; its sentence is the message."""
 
 
+def user_token(keys: Keyring, user_id: UUID, now: float, seconds: float) -> str:
+    """A signed-in user's access token, as Supabase Auth makes them. `now`: Unix seconds."""
+    claims = {"role": "authenticated", "aud": "authenticated", "sub": str(user_id)}
+    return keys.sign({**claims, "iat": int(now), "exp": int(now + seconds)})
+
+
 class UserAuth(httpx.Auth):
     """Signs each request as the user that the keyring's project knows by `user_id`."""
 
@@ -37,15 +43,8 @@ class UserAuth(httpx.Auth):
         self._clock = clock
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        now = int(self._clock())
-        claims = {
-            "role": "authenticated",
-            "aud": "authenticated",
-            "sub": str(self._user_id),
-            "iat": now,
-            "exp": now + TOKEN_LIFE,
-        }
-        request.headers["Authorization"] = f"Bearer {self._keys.sign(claims)}"
+        token = user_token(self._keys, self._user_id, self._clock(), TOKEN_LIFE)
+        request.headers["Authorization"] = f"Bearer {token}"
         yield request
 
 

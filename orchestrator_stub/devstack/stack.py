@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -28,13 +29,14 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent
-from orchestrator_stub.devstack.project_client import UserAuth
+from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
+from orchestrator_stub.local_supabase.auth import hash_password
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
@@ -102,13 +104,15 @@ class Stack:
         self._terminal = terminal
         self._stack = stack
         self._state = StateDirectory(options.state)
-        self._pid = 0
+        self._pids: dict[str, int] = {}
+        self._machine_id: str | None = None
         self._mark: str | None = None
 
     async def run(self) -> None:
         self._options.check()
         directory = self._options.directory
         self._stack.enter_context(self._state.lock())
+        self._state.withdraw()  # of one that was killed
         listener = self._listen()
         port = listener.getsockname()[1]
         node = await _node_version()
@@ -123,8 +127,8 @@ class Stack:
             dev_port=5173 if self._options.port else None,
             restarts=RESTARTS,
             tied=True,
-            on_start=lambda _, pid: self._agent_started(pid),
-            on_exit=lambda _, code: self._agent_ended(code),
+            on_start=self._agent_started,
+            on_exit=self._agent_ended,
         )
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
@@ -136,12 +140,14 @@ class Stack:
         url = f"http://{HOST}:{port}"
 
         user_id, project_id = _identities(directory)
-        await self._project(service, user_id, project_id, directory.resolve().name)
+        email, password = f"{user_id.hex[:12]}@local.invalid", secrets.token_urlsafe(12)
+        await self._project(service, user_id, project_id, directory.resolve().name, email, password)
         editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
         shown = self._options.directory
         self._say(await editor.begin(), f"{shown} imported", f"{shown} is as it was sent before")
 
         machine, session_id = await self._session(url, project_keys, project_id, driver)
+        self._machine_id = machine.id
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
@@ -161,6 +167,9 @@ class Stack:
             preview_url=str(machine.preview_url),
             health_url=str(machine.health_url),
             agent_pid=self._pid,
+            user_email=email,
+            user_password=password,
+            user_token=user_token(keys, user_id, time.time(), LONG),
         )
         self._stack.callback(self._state.withdraw)
         self._state.publish(info)
@@ -237,12 +246,16 @@ class Stack:
             server.should_exit = True
             await asyncio.wait([task], timeout=5)
 
-    async def _project(self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str) -> None:
-        """A user and a project of theirs, as a product's sign-up would make them."""
+    async def _project(
+        self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str, email: str, password: str
+    ) -> None:
+        """A user with a new password and a project of theirs, as a product's sign-up would make them."""
+        hashed = await asyncio.to_thread(hash_password, password)
         async with service.pool.connection() as connection:
             await connection.execute(
-                "insert into auth.users (id, email) values (%s, %s) on conflict do nothing",
-                (user_id, f"{user_id.hex[:12]}@local.invalid"),
+                "insert into auth.users (id, email, encrypted_password) values (%s, %s, %s)"
+                " on conflict (id) do update set encrypted_password = excluded.encrypted_password",
+                (user_id, email, hashed),
             )
             await connection.execute(
                 "insert into public.user_profiles (id, display_name) values (%s, 'you') on conflict do nothing",
@@ -377,10 +390,18 @@ class Stack:
             if owner is not None and self._mark is not None and owner.mark == self._mark:
                 await driver.retire(machine.id)
 
-    def _agent_started(self, pid: int) -> None:
-        self._pid = pid
+    @property
+    def _pid(self) -> int:
+        """Our session's agent. Others may be started beside it, through the session API."""
+        return self._pids.get(self._machine_id or "", 0)
 
-    def _agent_ended(self, code: int) -> None:
+    def _agent_started(self, machine: Machine, pid: int) -> None:
+        self._pids[machine.id] = pid
+
+    def _agent_ended(self, machine: Machine, code: int) -> None:
+        if machine.id != self._machine_id:
+            self._pids.pop(machine.id, None)
+            return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._terminal.step(f"the agent {how}")
 
@@ -433,6 +454,7 @@ def _settings(port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> 
             "host": HOST,
             "port": port,
             "session_ttl_max": LONG,
+            "cors_origins": "*",
             "template_dir": None,
             "machines_dir": state.path / "machines",
             "run_settings_keys": state.run_settings_keys(),

@@ -16,6 +16,7 @@ from base64 import b64encode
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo
@@ -33,6 +34,24 @@ class SessionKey:
     @classmethod
     def fresh(cls) -> SessionKey:
         return cls(f"dev-{uuid4()}", 1)
+
+
+def running_dev(state: Path) -> dict[str, Any]:
+    """What `dev.json` says of the `dev` that runs with this state directory.
+
+    Raises `OSError` or `ValueError` when there is none: a file that a killed one left is told by its lock.
+    """
+    with suppress(FileNotFoundError), (state / "dev.lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            pass  # a dev holds it
+        else:
+            raise ValueError("no dev runs there any more")
+    info = json.loads((state / "dev.json").read_text())
+    if not isinstance(info, dict):
+        raise ValueError("it is no JSON object")
+    return info
 
 
 class StateDirectory:

@@ -25,6 +25,7 @@ from uuid import UUID
 from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
 
 from orchestrator_stub.config import SettingsError
+from orchestrator_stub.devstack.state_directory import running_dev
 
 LOOK_EVERY = 1.0
 """Seconds between looks at whether the client is still connected and joined."""
@@ -48,11 +49,11 @@ class Channel:
 def find_channel(project: str, state: Path) -> Channel:
     """The channel of `project` on the running local stack; `-` is the project that stack made.
 
-    Raises `SettingsError` when there is no `dev.json` to say where the stack is, or the id is no UUID.
+    Raises `SettingsError` when no stack runs there, or the id is no UUID.
     """
     path = state / "dev.json"
     try:
-        info = json.loads(path.read_text())
+        info = running_dev(state)
         url, key, made = info["orchestrator_url"], info["service_key"], info["project_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SettingsError(

@@ -72,6 +72,11 @@ class DevInfo:
     preview_url: str
     health_url: str
     agent_pid: int
+    user_email: str
+    user_password: str
+    """The local user's, anew at each start: `signInWithPassword` takes them."""
+    user_token: str
+    """The same user's access token, for a program that does not sign in. Good for 30 days, as the session is."""
 
 
 def _below(path: Path, directory: Path) -> str | None:
@@ -120,6 +125,7 @@ def screen(options: DevOptions, info: DevInfo, log: Path | None, seconds: float)
         "Preview": info.preview_url,
         "Editing": str(options.directory.resolve()),
         "Supabase URL": f"{info.orchestrator_url}   (RPC, Storage, Realtime, /v1/sessions)",
+        "Sign in as": f"{info.user_email}   {info.user_password}",
         "Database": info.database_url,
         "Agent": f"{info.health_url}/status",
         "Agent's log": str(log),

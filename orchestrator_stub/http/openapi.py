@@ -130,6 +130,7 @@ SAID = {
     409: "Another generation's machine has the session.",
     410: "The session is over, or its project does not exist any more.",
     413: "The body is too large.",
+    429: "As many sessions, or stored bytes, as are allowed; Retry-After says when to ask again.",
     503: "A part of the service does not answer now; Retry-After says when to ask again.",
 }
 ALWAYS = (400, 401, 403, 404, 503)
@@ -186,7 +187,7 @@ def openapi_document() -> Schema:
         "paths": {
             "/v1/sessions": {
                 "post": _operation(
-                    "Make a session", product, "Session", "key", body="CreateBody", also=(201,)
+                    "Make a session", product, "Session", "key", body="CreateBody", also=(201, 429)
                 ),
                 "get": _operation("List sessions", product, "Sessions", "project", "ended", "limit"),
             },
@@ -196,11 +197,16 @@ def openapi_document() -> Schema:
             },
             f"{one}/snapshot": {
                 "post": _operation(
-                    "Give a signed snapshot", product, "Snapshot", "session", body="SnapshotBody", also=(410,)
+                    "Give a signed snapshot",
+                    product,
+                    "Snapshot",
+                    "session",
+                    body="SnapshotBody",
+                    also=(410, 429),
                 )
             },
             f"{one}/sync": {
-                "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=live)
+                "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=(*live, 429))
             },
             "/v1/projects/{project_id}/run": {
                 "get": _operation("Show a project's run settings", product, "Run", "owner"),

@@ -30,6 +30,9 @@ from orchestrator_stub.sessions.lifecycle import ENDED, PROBLEMS, State
 READY_TIMEOUT = 2.0
 """Seconds for the database to answer a readiness probe: below the usual 3 s of whoever asks."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""What requests are counted under; whatever else a client invents is `other`, lest each be a series for ever."""
+
 PREFIX = "preview_orchestrator_"
 
 SESSIONS = """
@@ -142,7 +145,8 @@ class Measured:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", None) or "other"
                 self._metrics.request_seconds.labels(route).observe(time.perf_counter() - started)
-                self._metrics.requests.labels(route, scope["method"], message["status"]).inc()
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                self._metrics.requests.labels(route, method, message["status"]).inc()
             await send(message)
 
         await self._app(scope, receive, measured)

@@ -13,6 +13,9 @@ from http import HTTPStatus
 import orjson
 from starlette.responses import Response
 
+from orchestrator_stub.sessions.store import TooManySessions
+from orchestrator_stub.snapshots.allowance import AllowanceSpent
+
 MEDIA_TYPE = "application/problem+json"
 
 
@@ -58,3 +61,21 @@ def render(refusal: Refusal) -> Response:
     if refusal.allow is not None:
         headers["Allow"] = refusal.allow
     return Response(orjson.dumps(body), refusal.status, headers, MEDIA_TYPE)
+
+
+TOO_MANY_RETRY = 30.0
+"""Seconds: two sweeps, in which a session that was ended is over."""
+
+BOUNDS = (TooManySessions, AllowanceSpent)
+"""What a caller is told who has as much as one may have."""
+
+
+def over_a_bound(error: TooManySessions | AllowanceSpent) -> Refusal:
+    """429: the bound, and when there is room again."""
+    if isinstance(error, AllowanceSpent):
+        detail = f"At most {error.limit} bytes of archives an hour are stored for one session."
+        extra: dict[str, object] = {"limit": error.limit}
+        return Refusal(429, "storage_allowance_spent", detail, retry_after=error.retry_after, extra=extra)
+    detail = f"At most {error.limit} sessions of one {error.of} are there at a time; end one of them first."
+    extra = {"limit": error.limit, "of": error.of}
+    return Refusal(429, "too_many_sessions", detail, retry_after=TOO_MANY_RETRY, extra=extra)

@@ -27,12 +27,20 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.cors import open_to
 from orchestrator_stub.http.forms import json_answer, rfc3339, session_form, uuid_of
-from orchestrator_stub.http.problems import Refusal, render
+from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.sealing import CannotSeal
 from orchestrator_stub.platform.storage import StorageFailure
-from orchestrator_stub.platform.tokens import CannotSign, Keyring, SessionClaims, SessionReader, TokenRejected
+from orchestrator_stub.platform.tokens import (
+    CannotSign,
+    Keyring,
+    SessionClaims,
+    SessionReader,
+    TokenRejected,
+    names_a_user,
+)
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
@@ -177,10 +185,11 @@ class SessionRoutes:
                 400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable ASCII characters."
             )
         run = await self._run_of_session(caller, body)
+        user = str(caller.user["sub"]) if caller.user else None
         ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
         try:
             session, new = await self._controller.request(
-                body.project_id, key=key, generation=body.generation, ttl=ttl, run=run
+                body.project_id, key=key, generation=body.generation, ttl=ttl, user=user, run=run
             )
         except ProjectUnknown:
             raise unknown from None
@@ -227,7 +236,9 @@ class SessionRoutes:
         body = await self._body(request, SnapshotBody)
         if session.state not in LIVE:
             raise _over(session)
-        snapshot = await self._snapshots.signed_snapshot(session.project_id, rebuild=body.rebuild)
+        snapshot = await self._snapshots.signed_snapshot(
+            session.project_id, rebuild=body.rebuild, payer=session.id
+        )
         return json_answer({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
 
     # --- session API
@@ -247,6 +258,7 @@ class SessionRoutes:
                 revision=body.revision,
                 reason=body.reason,
                 paths=body.paths or (),
+                session_id=session.id,
             )
         )
 
@@ -301,6 +313,8 @@ class SessionRoutes:
         if claims.get("role") == "service_role":
             return Caller(None)
         if claims.get("role") == "authenticated" and "project_id" not in claims and claims.get("sub"):
+            if not names_a_user(claims):
+                raise Refusal(401, "token_claims", "The token's sub is no user's id, or it cannot be read.")
             return Caller(claims)
         raise Refusal(403, "not_allowed", "Only the service and a project's members may do this.")
 
@@ -385,7 +399,7 @@ class SessionRoutes:
             async with asyncio.timeout(self._settings.request_timeout):
                 return await respond(request)
 
-        return Route(path, guarded(endpoint), methods=[*methods])
+        return open_to(self._settings.cors_origins, path, guarded(endpoint), [*methods])
 
 
 def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -398,6 +412,8 @@ def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
             return render(refusal)
         except ProjectGone:
             return render(Refusal(410, "project_gone", "The session's project does not exist any more."))
+        except BOUNDS as error:
+            return render(over_a_bound(error))
         except UNAVAILABLE as error:
             log.warning(
                 "request.unavailable", path=request.url.path, reason=str(error) or type(error).__name__

@@ -22,13 +22,14 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from orchestrator_stub.local_supabase.access import Pool
+from orchestrator_stub.local_supabase.auth import Auth
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.broadcast import BroadcastRoutes
 from orchestrator_stub.local_supabase.realtime.faults import Faults
 from orchestrator_stub.local_supabase.realtime.limits import Limits
 from orchestrator_stub.local_supabase.realtime.server import Realtime
 from orchestrator_stub.local_supabase.rest import RestRoutes
-from orchestrator_stub.local_supabase.storage import Storage
+from orchestrator_stub.local_supabase.storage.server import Storage
 
 SOCKET_PATHS = ("/realtime/v1/websocket", "/realtime/v1/socket/websocket", "/socket/websocket")
 """Hosted, as the clients derive it; the long form; self-hosted."""
@@ -71,6 +72,7 @@ def stand_in(
                 *BroadcastRoutes(realtime).routes(),
                 *storage.routes(),
                 *RestRoutes(pool, keys, clock=clock).routes(),
+                *Auth(pool, keys, clock=clock).routes(),
             ]
         ),
     ]

@@ -46,7 +46,26 @@ create table if not exists auth.users (
   raw_user_meta_data jsonb,
   created_at timestamptz default now()
 );
+alter table auth.users add column if not exists encrypted_password varchar(255);
 alter table auth.users enable row level security;
+
+create table if not exists auth.sessions (
+  id uuid primary key,
+  user_id uuid not null references auth.users (id) on delete cascade,
+  created_at timestamptz default now(),
+  updated_at timestamptz default now()
+);
+create table if not exists auth.refresh_tokens (
+  id bigserial primary key,
+  token varchar(255) unique,
+  user_id varchar(255),
+  revoked boolean default false,
+  session_id uuid references auth.sessions (id) on delete cascade,
+  created_at timestamptz default now(),
+  updated_at timestamptz default now()
+);
+alter table auth.sessions enable row level security;
+alter table auth.refresh_tokens enable row level security;
 
 create or replace function auth.jwt() returns jsonb language sql stable as $$
   select coalesce(

@@ -24,6 +24,8 @@ from orchestrator_stub.local_supabase.access import Claims, Pool, acting_as, rea
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.tokens import TokenRejected
 
+WRITING = ("POST", "PUT", "PATCH", "DELETE")
+
 SINGULAR = "application/vnd.pgrst.object+json"
 
 STATUS_OF_CLASS = {
@@ -38,6 +40,7 @@ STATUS_OF_STATE = {
 
 FUNCTIONS = """
 select p.proname, p.proretset, p.prorettype = 'void'::regtype, p.provolatile <> 'v', p.pronargdefaults,
+  (select t.typtype = 'c' or p.prorettype = 'record'::regtype from pg_type t where t.oid = p.prorettype),
   coalesce((select array_agg(coalesce(nullif(a.name, ''), '') order by a.n)
     from unnest(p.proargnames) with ordinality a(name, n)
     where coalesce(p.proargmodes[a.n], 'i') in ('i', 'b', 'v')), '{}'),
@@ -68,6 +71,8 @@ class Function:
     returns_void: bool
     read_only: bool
     defaults: int
+    returns_rows: bool
+    """Of columns, which can be selected, filtered and ordered by; else of single values."""
     names: tuple[str, ...]
     types: tuple[str, ...]
 
@@ -75,8 +80,12 @@ class Function:
         required = self.names[: len(self.names) - self.defaults]
         return set(required) <= given <= set(self.names)
 
+    @property
+    def is_table(self) -> bool:
+        return self.returns_set and self.returns_rows
+
     def call(self, given: Sequence[str]) -> sql.Composed:
-        """The statement; its one parameter is the arguments as a JSON object."""
+        """What a statement selects `_r` from; its one parameter is the arguments as a JSON object."""
         columns = [
             sql.SQL("{} {}").format(sql.Identifier(n), sql.SQL(t))
             for n, t in zip(self.names, self.types, strict=True)
@@ -91,8 +100,12 @@ class Function:
         called = sql.SQL("{}.{}({})").format(
             sql.Identifier("public"), sql.Identifier(self.name), sql.SQL(", ").join(arguments)
         )
+        return sql.SQL("{} {} as _r").format(source, called)
+
+    def value(self, given: Sequence[str]) -> sql.Composed:
+        """The statement that gives a function's value, or its single values, as JSON."""
         result = "coalesce(json_agg(_r), '[]')::text" if self.returns_set else "to_json(_r)::text"
-        return sql.SQL("select {} from {} {} as _r").format(sql.SQL(result), source, called)
+        return sql.SQL("select {} from {}").format(sql.SQL(result), self.call(given))
 
 
 class RestRoutes:
@@ -107,6 +120,9 @@ class RestRoutes:
         return [
             Route("/rest/v1/rpc/{function}", self._answer(self._rpc), methods=["POST", "GET"]),
             Route("/rest/v1/{relation}", self._answer(self._select), methods=["GET"]),
+            Route("/rest/v1/{rest:path}", self._answer(self._rest), methods=["GET", *WRITING]),
+            Route("/functions/v1/{rest:path}", self._answer(self._rest), methods=["GET", *WRITING]),
+            Route("/graphql/v1", self._answer(self._rest), methods=["GET", *WRITING]),
         ]
 
     def _answer(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
@@ -148,24 +164,36 @@ class RestRoutes:
     async def _rpc(self, request: Request) -> Response:
         claims = self._claims(request)
         name = request.path_params["function"]
-        if request.method == "GET":
-            given: Any = {k: v for k, v in request.query_params.items() if k not in ("apikey", "select")}
-        else:
-            raw = await request.body()
-            try:
-                given = orjson.loads(raw) if raw else {}
-            except orjson.JSONDecodeError:
-                raise PostgrestError(400, "PGRST102", "Empty or invalid json") from None
+        query = [(k, v) for k, v in request.query_params.multi_items() if k != "apikey"]
+        raw = await request.body()
+        try:
+            given: Any = orjson.loads(raw) if raw else {}
+        except orjson.JSONDecodeError:
+            raise PostgrestError(400, "PGRST102", "Empty or invalid json") from None
         if not isinstance(given, dict):
             raise PostgrestError(400, "PGRST102", "All object keys must match")
         async with acting_as(self._pool, claims, _settings(request)) as connection:
+            if request.method != "POST":
+                names = await _parameters(connection, name)
+                given = {k: v for k, v in query if k in names}
+                query = [(k, v) for k, v in query if k not in names]
             function = await _find(connection, name, set(given))
             if function.read_only:
                 await connection.execute("set transaction read only")
-            elif request.method == "GET":
+            elif request.method != "POST":
                 raise PostgrestError(405, "25006", f"cannot execute {name} in a read-only transaction")
-            rows = await connection.execute(function.call(sorted(given)), [orjson.dumps(given).decode()])
-            row = await rows.fetchone()
+            arguments, used = [orjson.dumps(given).decode()], sorted(given)
+            if function.is_table:
+                source = sql.SQL("materialized (select _r.* from {})").format(function.call(used))
+                return await _page(request, connection, source, arguments, query)
+            if query:
+                raise PostgrestError(
+                    400,
+                    "PGRST100",
+                    f'"{query[0][0]}" is not served for {name}, which returns no table',
+                    hint="Take the answer as it is, and select in your own code.",
+                )
+            row = await (await connection.execute(function.value(used), arguments)).fetchone()
         if function.returns_void:
             return Response(status_code=204)
         return _json(request, None if row is None else row[0], function.returns_set)
@@ -173,16 +201,51 @@ class RestRoutes:
     async def _select(self, request: Request) -> Response:
         """`?select=a,b&column=eq.value&order=a.desc&limit=n`, of one table or view."""
         claims = self._claims(request)
-        query, values = _query(request.path_params["relation"], request.query_params.multi_items())
+        table = sql.Identifier("public", request.path_params["relation"])
+        source = sql.SQL("not materialized (select * from {})").format(table)
+        query = [(k, v) for k, v in request.query_params.multi_items() if k != "apikey"]
         async with acting_as(self._pool, claims, _settings(request)) as connection:
-            text = await _one(connection, query, values)
-        return _json(request, text, True)
+            return await _page(request, connection, source, [], query)
+
+    async def _rest(self, request: Request) -> Response:
+        what = f"{request.method} {request.url.path[:200]}"
+        raise PostgrestError(
+            501, "PGRST000", f"{what}: not served by the local stand-in (docs/stand-in.md)",
+            hint="Tables are read here; what is written goes through functions.",
+        )  # fmt: skip
+
+
+async def _parameters(connection: AsyncConnection[Any], name: str) -> set[str]:
+    """Every parameter of the functions of that name: of a query, what is none of them is a filter."""
+    return {each for row in await (await connection.execute(FUNCTIONS, [name])).fetchall() for each in row[6]}
+
+
+async def _page(
+    request: Request,
+    connection: AsyncConnection[Any],
+    source: sql.Composed,
+    arguments: Sequence[Any],
+    parameters: Sequence[tuple[str, str]],
+) -> Response:
+    """The rows of `source` that `parameters` ask for. `Prefer: count=…`: how many there are without the limit."""
+    counted = "count=" in request.headers.get("prefer", "")
+    query, values, offset = _query(source, parameters, counted)
+    row = await (await connection.execute(query, [*arguments, *values])).fetchone()
+    assert row is not None
+    text, shown, total = row
+    response = _json(request, text, True)
+    response.headers["Content-Range"] = (
+        f"{offset}-{offset + shown - 1}" if shown else "*"
+    ) + f"/{total if counted else '*'}"
+    if counted and 0 < shown < total and request.method != "POST":
+        response.status_code = 206
+    return response
 
 
 async def _find(connection: AsyncConnection[Any], name: str, given: set[str]) -> Function:
     """The exposed function that takes exactly these arguments, looked up anew each time. Raises `PostgrestError`."""
     rows = await (await connection.execute(FUNCTIONS, [name])).fetchall()
-    known = [Function(r[0], r[1], r[2], r[3], r[4], tuple(r[5]), tuple(r[6])) for r in rows]
+    known = [Function(r[0], r[1], r[2], r[3], r[4], r[5], tuple(r[6]), tuple(r[7])) for r in rows]
     for function in sorted(known, key=lambda function: len(function.names)):
         if function.takes(given):
             return function
@@ -198,25 +261,24 @@ async def _find(connection: AsyncConnection[Any], name: str, given: set[str]) ->
     )
 
 
-async def _one(connection: AsyncConnection[Any], query: sql.Composed, values: Sequence[Any]) -> str:
-    row = await (await connection.execute(query, values)).fetchone()
-    return str(row[0]) if row else "[]"
-
-
 COMPARISONS = {"eq": "=", "neq": "<>", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "like": "like"}
 _COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Composed, list[Any]]:
-    """PostgREST's horizontal and vertical filtering, the simple forms. Raises `PostgrestError`."""
+def _query(
+    source: sql.Composed, parameters: Sequence[tuple[str, str]], counted: bool
+) -> tuple[sql.Composed, list[Any], int]:
+    """PostgREST's horizontal and vertical filtering, the simple forms: statement, values and offset.
+
+    Raises `PostgrestError` with the name of what is not served.
+    """
     columns: sql.Composable = sql.SQL("*")
     conditions: list[sql.Composable] = []
     order: list[sql.Composable] = []
     bounds: list[sql.Composable] = []
     values: list[Any] = []
+    offset = 0
     for name, value in parameters:
-        if name == "apikey":
-            continue
         if name == "select":
             if value.strip() != "*":
                 columns = sql.SQL(", ").join(sql.Identifier(_column(c.strip())) for c in value.split(","))
@@ -226,9 +288,10 @@ def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Co
                 way = sql.SQL(" desc" if direction.startswith("desc") else " asc")
                 order.append(sql.Identifier(_column(column)) + way)
         elif name in ("limit", "offset"):
-            if not value.isdecimal():
-                raise PostgrestError(400, "PGRST100", f'"failed to parse {name} ({value})"')
+            if not (value.isascii() and value.isdecimal() and len(value) <= 18):
+                raise PostgrestError(400, "PGRST100", f'"failed to parse {name} ({value[:100]})"')
             bounds.append(sql.SQL(f" {name} {int(value)}"))
+            offset = int(value) if name == "offset" else offset
         else:
             comparison, _, wanted = value.partition(".")
             target = sql.Identifier(_column(name))
@@ -241,15 +304,17 @@ def _query(relation: str, parameters: Sequence[tuple[str, str]]) -> tuple[sql.Co
                 conditions.append(sql.SQL("{} {} %s").format(target, sql.SQL(COMPARISONS[comparison])))
                 values.append(wanted)
             else:
-                raise PostgrestError(400, "PGRST100", f'"failed to parse filter ({value})"')
-    inner = sql.SQL("select {} from {}").format(columns, sql.Identifier("public", relation))
-    if conditions:
-        inner += sql.SQL(" where ") + sql.SQL(" and ").join(conditions)
-    if order:
-        inner += sql.SQL(" order by ") + sql.SQL(", ").join(order)
-    for bound in bounds:
-        inner += bound
-    return sql.SQL("select coalesce(json_agg(_r), '[]')::text from ({}) as _r").format(inner), values
+                raise PostgrestError(400, "PGRST100", f'"failed to parse filter ({name}={value})"')
+    where = sql.SQL(" where ") + sql.SQL(" and ").join(conditions) if conditions else sql.SQL("")
+    ordered = sql.SQL(" order by ") + sql.SQL(", ").join(order) if order else sql.SQL("")
+    statement = sql.SQL(
+        "with _source as {}, _matched as (select * from _source{}), _page as (select {} from _matched{}{})"
+        " select coalesce(json_agg(_page), '[]')::text, count(*), {} from _page"
+    ).format(
+        source, where, columns, ordered, sql.SQL("").join(bounds),
+        sql.SQL("(select count(*) from _matched)" if counted else "0"),
+    )  # fmt: skip
+    return statement, values, offset
 
 
 def _column(name: str) -> str:

@@ -74,13 +74,19 @@ PR_SET_PDEATHSIG: Final = 1
 PORT_TRIES: Final = 1_000
 """Each is a port at random out of some 14,000 on Linux: all of them another machine's means that none is left."""
 
+NOT_STARTED: Final = 0
+"""The pid of a record whose process is about to be made: nobody's."""
+
 FINAL_EXITS: Final = frozenset({0, 64})
 """Asked to stop, and bad settings: starting again with the same environment cannot help."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`machine.json`: which process a machine is. `started` is psutil's creation time of the process."""
+    """`machine.json`: which process a machine is. `started` is psutil's creation time of the process.
+
+    The record is there before the process: with `NOT_STARTED`, whatever stands below the directory is the machine's.
+    """
 
     name: str
     pid: int
@@ -249,6 +255,8 @@ class LocalMachines:
     async def _start(
         self, directory: Path, name: str, env: Mapping[str, str], dev_port: int, health_port: int
     ) -> tuple[asyncio.subprocess.Process, Record]:
+        # Before the process: one whose orchestrator is killed in between has a record, and is found by its directory.
+        _write(directory, Record(name, NOT_STARTED, 0.0, time.time(), dev_port, health_port))
         output = os.open(
             directory / "agent.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
         )

@@ -5,7 +5,7 @@ A database that does not answer, or has no connection left for us, is a `psycopg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -32,7 +32,9 @@ def pool_of(dsn: str, *, size: int = POOL_SIZE, timeout: float = POOL_TIMEOUT) -
     return AsyncConnectionPool(dsn, min_size=1, max_size=size, open=False, timeout=timeout, kwargs=kwargs)
 
 
-async def fetch_one(pool: Pool, query: str, values: Sequence[object]) -> tuple[Any, ...] | None:
+async def fetch_one(
+    pool: Pool, query: str, values: Sequence[object] | Mapping[str, object]
+) -> tuple[Any, ...] | None:
     """The first row of one statement."""
     async with pool.connection() as connection:
         return await (await connection.execute(query.encode(), values)).fetchone()

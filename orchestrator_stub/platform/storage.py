@@ -26,6 +26,11 @@ TIMEOUT: Final = httpx.Timeout(10.0, read=60.0, write=60.0)
 
 MAX_ERROR_BYTES: Final = 64 * 1024
 
+TOO_LARGE: Final = "EntityTooLarge"
+
+OBJECT_LIMIT: Final = 50 * 1024 * 1024
+"""Bytes of one object: what a hosted project takes until somebody raises it."""
+
 
 class StorageFailure(Exception):
     """Storage did not do what it was asked.
@@ -36,21 +41,38 @@ class StorageFailure(Exception):
     """
 
     def __init__(
-        self, what: str, code: str, *, transient: bool, missing: bool = False, too_large: bool = False
+        self,
+        what: str,
+        code: str,
+        *,
+        transient: bool,
+        missing: bool = False,
+        too_large: bool = False,
+        detail: str | None = None,
     ) -> None:
         self.too_large = too_large
         self.code = code
         self.transient = transient
         self.missing = missing
-        super().__init__(f"cannot {what}: {code}")
+        super().__init__(f"cannot {what}: {code}" + (f" ({detail})" if detail else ""))
 
 
 class StorageClient:
-    """`base_url` ends in `/storage/v1`; signed URLs begin with `public_url` when agents reach it by another name."""
+    """`base_url` ends in `/storage/v1`; signed URLs begin with `public_url` when agents reach it by another name.
+
+    `object_limit`: bytes of one object that the service takes (STORAGE_OBJECT_LIMIT). A larger one is not begun.
+    """
 
     def __init__(
-        self, base_url: str, service_key: str, http: httpx.AsyncClient, *, public_url: str | None = None
+        self,
+        base_url: str,
+        service_key: str,
+        http: httpx.AsyncClient,
+        *,
+        public_url: str | None = None,
+        object_limit: int = OBJECT_LIMIT,
     ) -> None:
+        self._limit = object_limit
         self._base = base_url.rstrip("/")
         self._public = (public_url or base_url).rstrip("/")
         self._headers = {"authorization": f"Bearer {service_key}", "apikey": service_key}
@@ -67,7 +89,12 @@ class StorageClient:
         cache_seconds: int = 3600,
         replace: bool = False,
     ) -> None:
-        """Store an object. One that is there is replaced, or else left alone and is `KeyAlreadyExists`."""
+        """Store an object. One that is there is replaced, or else left alone and is `KeyAlreadyExists`.
+
+        One above the limit is `EntityTooLarge`, whoever says so: we before it is sent, or Storage by a lower limit.
+        """
+        if size > self._limit:
+            raise _too_large(path, f"{size} bytes, and STORAGE_OBJECT_LIMIT is {self._limit}")
         headers = {
             "content-type": content_type,
             "content-length": str(size),
@@ -75,7 +102,16 @@ class StorageClient:
             "x-upsert": str(replace).lower(),
             "connection": "close",
         }
-        await self._call("POST", f"object/{_at(bucket, path)}", f"upload {path}", content, headers)
+        try:
+            await self._call("POST", f"object/{_at(bucket, path)}", f"upload {path}", content, headers)
+        except StorageFailure as failure:
+            if failure.code != TOO_LARGE:
+                raise
+            raise _too_large(
+                path,
+                f"{size} bytes are above the limit of the bucket {bucket}, or of the whole service; raise it there, "
+                "and give STORAGE_OBJECT_LIMIT the same number",
+            ) from None
 
     async def ensure(
         self,
@@ -95,7 +131,9 @@ class StorageClient:
             return
         try:
             await self.upload(bucket, path, content, size, content_type=content_type, replace=True)
-        except StorageFailure:
+        except StorageFailure as failure:
+            if failure.code == TOO_LARGE:
+                raise
             # It may be there all the same: the answer was lost, or another upload of the same object won.
             try:
                 stored = await self.exists(bucket, path)
@@ -177,6 +215,10 @@ class StorageClient:
             return orjson.loads(response.content)
         except orjson.JSONDecodeError:
             raise StorageFailure(what, "the answer is not JSON", transient=True) from None
+
+
+def _too_large(path: str, detail: str) -> StorageFailure:
+    return StorageFailure(f"upload {path}", TOO_LARGE, transient=False, detail=detail)
 
 
 def _at(bucket: str, path: str) -> str:

@@ -68,6 +68,15 @@ class TokenRejected(Exception):
         super().__init__(detail)
 
 
+def names_a_user(claims: Mapping[str, Any]) -> bool:
+    """Whether the database can take a user's claims: a UUID for `sub`, and no NUL in any text."""
+    try:
+        UUID(claims["sub"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return False
+    return "\\u0000" not in json.dumps(claims)
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """One key of the set. `private` is what it signs with; None on a key that only verifies."""

@@ -95,16 +95,26 @@ class Catchup:
         return kept
 
     async def sync(
-        self, project_id: UUID, *, epoch: str | None, revision: int, reason: str, paths: Sequence[str]
+        self,
+        project_id: UUID,
+        *,
+        epoch: str | None,
+        revision: int,
+        reason: str,
+        paths: Sequence[str],
+        session_id: UUID | None = None,
     ) -> dict[str, Any]:
-        """The answer of `POST …/sync`, as it travels. Raises `ProjectGone`, `SnapshotUnavailable`."""
+        """The answer of `POST …/sync`, as it travels; an archive is built out of the session's allowance.
+
+        Raises `ProjectGone`, `SnapshotUnavailable`, `AllowanceSpent`.
+        """
         if epoch is None or reason in FULL:
             snapshot = await self._snapshots.signed_snapshot(
-                project_id, rebuild=reason in REBUILD, resign=reason in RESIGN
+                project_id, rebuild=reason in REBUILD, resign=reason in RESIGN, payer=session_id
             )
             if reason == "tree_hash" and "unavailable" in snapshot.manifest:
                 # What that one left out may be there again: the hash is compared only when all is.
-                snapshot = await self._snapshots.signed_snapshot(project_id, rebuild=True)
+                snapshot = await self._snapshots.signed_snapshot(project_id, rebuild=True, payer=session_id)
             return _snapshot(snapshot)
         try:
             row = await fetch_one(
@@ -133,11 +143,13 @@ class Catchup:
                 newer = not paths
                 return _snapshot(
                     await self._snapshots.signed_snapshot(
-                        project_id, base_revision=revision if newer else None
+                        project_id, base_revision=revision if newer else None, payer=session_id
                     )
                 )
         base = revision if answer.get("reason") == "too_large" and not paths else None
-        return _snapshot(await self._snapshots.signed_snapshot(project_id, base_revision=base))
+        return _snapshot(
+            await self._snapshots.signed_snapshot(project_id, base_revision=base, payer=session_id)
+        )
 
     async def _complete(self, project_id: UUID, answer: dict[str, Any]) -> bool:
         """Give every binary file of the answer its bytes, or name it as unavailable. False: they are too many."""

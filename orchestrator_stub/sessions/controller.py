@@ -39,7 +39,7 @@ from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
 from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
 from orchestrator_stub.sessions.run_settings import RunSettings
-from orchestrator_stub.sessions.store import SessionStore
+from orchestrator_stub.sessions.store import Asker, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("session_controller")
@@ -110,18 +110,21 @@ class SessionController:
         key: str | None,
         generation: int | None,
         ttl: float,
+        user: str | None = None,
         run: Mapping[str, object] | None = None,
     ) -> tuple[Session, bool]:
         """The session for this request, and whether it is new. Its machine is being made when this returns.
 
         The same `key` gives the same session of the project. A `generation` above the session's replaces its machine.
-        Raises `ProjectUnknown`.
+        `user` asks with a token of their own; None: the service does. Raises `ProjectUnknown`, `TooManySessions`.
         """
+        limits = self._settings
+        asker = Asker(user, limits.user_sessions, limits.project_sessions) if user else None
         session, new = await self._store.create(
-            project_id, key=key, generation=generation or 1, ttl=ttl, run=run
+            project_id, key=key, generation=generation or 1, ttl=ttl, asker=asker, run=run
         )
         if not new and generation and generation > session.generation:
-            session = await self._store.replace(session.id, generation, ttl=ttl) or session
+            session = await self._store.replace(session, generation, ttl=ttl, asker=asker) or session
         if session.state in LIVE and session.machine_id is None:
             self._start("provision", session.id, self.provision)
         return session, new

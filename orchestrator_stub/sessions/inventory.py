@@ -1,9 +1,9 @@
 """Says whose each machine of the platform is: `preview-orchestrator machines`.
 
-    148e21ea7b3d89  running   ours        session 3f0c…, ready (project 77aa…)
-    6e82d1f3c94587  stopped   over        session 91d2…, gone; the next sweep ends it
-    9080e1bd2f7387  running   another's   installation 4ab7a3f75f6e
-    3d8d9f62b19789  running   nobody's    from before machines said whose they are, and its session is not here
+    148e21ea7b3d89  running   2 h    ours        session 3f0c…, ready (project 77aa…)
+    6e82d1f3c94587  stopped   3 min  over        session 91d2…, gone; the next sweep ends it
+    9080e1bd2f7387  running   9 d    another's   installation 4ab7a3f75f6e
+    3d8d9f62b19789  running   40 d   nobody's    from before machines said whose they are, and its session is not here
 
 It changes nothing. What is nobody's is left alone by every sweep; a person may end it on the platform.
 """
@@ -28,13 +28,22 @@ class ListedMachine:
     state: str
     whose: str
     detail: str
+    age_seconds: float
+    """Since the platform made it; 0: it does not say."""
     installation: str | None = None
     session_id: str | None = None
     session_state: str | None = None
 
 
-def describe(machine: Machine, installation: Installation, sessions: Mapping[UUID, Session]) -> ListedMachine:
-    """Whose a machine is. `sessions` are those of this database that the machines' names speak of."""
+def describe(
+    machine: Machine, installation: Installation, sessions: Mapping[UUID, Session], now: float
+) -> ListedMachine:
+    """Whose a machine is.
+
+    Args:
+        sessions: Those of this database that the machines' names speak of.
+        now: Unix seconds.
+    """
     owner = owner_of(machine.name)
     mark, session_id = (owner.mark, owner.session_id) if owner else (None, None)
     session = (
@@ -43,10 +52,19 @@ def describe(machine: Machine, installation: Installation, sessions: Mapping[UUI
     whose, detail = _whose(machine, mark, session, installation, sessions)
     return ListedMachine(
         machine.id, machine.name, machine.state.value, whose, detail,
+        age_seconds=max(0.0, round(now - machine.created_at, 3)) if machine.created_at else 0.0,
         installation=mark,
         session_id=str(session_id) if session_id else None,
         session_state=session.state.value if session else None,
     )  # fmt: skip
+
+
+def age_of(seconds: float) -> str:
+    """An age as people say it: the largest unit that it has two of."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _whose(

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Literal, LiteralString
 from uuid import UUID
 
@@ -41,6 +42,14 @@ STANDING: Final[LiteralString] = (
 )
 RETURNING: Final[LiteralString] = " returning " + COLUMNS
 
+LOCK: Final = "select pg_advisory_xact_lock(hashtextextended(%(name)s, 0))"
+COUNT: Final = """
+select count(*) filter (where requested_by = %(user)s), count(*) filter (where project_id = %(project)s)
+from preview.sessions
+where (requested_by = %(user)s or project_id = %(project)s) and state <> all(%(over)s)
+"""
+"""Sessions that are not over: one that is ending still has a machine."""
+
 SWEEP_LOCK: Final = 0x70726576  # "prev"
 """The advisory lock of the one sweeper at work."""
 
@@ -54,6 +63,24 @@ Right = Literal["read", "write", "own"]
 
 class ProjectUnknown(Exception):
     """There is no project of that id."""
+
+
+class TooManySessions(Exception):
+    """The user, or the project (`of`), has `limit` sessions that are not over."""
+
+    def __init__(self, of: str, limit: int) -> None:
+        self.of = of
+        self.limit = limit
+        super().__init__(f"{limit} sessions of one {of}")
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A user who asks for a session, and how many may be alive at a time: of theirs, and of a project."""
+
+    user: str
+    of_user: int
+    of_project: int
 
 
 class Unmigrated(Exception):
@@ -96,33 +123,34 @@ class SessionStore:
         key: str | None,
         generation: int,
         ttl: float,
+        asker: Asker | None = None,
         run: Mapping[str, object] | None = None,
     ) -> tuple[Session, bool]:
         """A new session, or the one that `key` made before for this project; and whether it is new.
 
         `run`: its own run settings, as `run_settings.RunSettings.own` gives them; one that was made keeps its first.
-        Raises `ProjectUnknown`.
+        Raises `ProjectUnknown`, `TooManySessions`.
         """
+        known = "where project_id = %(project)s and idempotency_key = %(key)s"
+        values = {"project": project_id, "key": key, "generation": generation, "ttl": ttl}
+        if asker is not None and (kept := await self._first(known, values)) is not None:
+            return kept, False  # however many there are
         # The head is what a session stands on; a product's project has none before somebody needs it.
         try:
             made = await self._one(
-                "insert into preview.sessions (project_id, idempotency_key, generation, expires_at, run)"
-                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second', %(run)s::jsonb"
-                " where preview.give_head(%(project)s)"
+                "insert into preview.sessions"
+                " (project_id, idempotency_key, generation, expires_at, requested_by, run)"
+                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second', %(user)s,"
+                " %(run)s::jsonb where preview.give_head(%(project)s)"
                 " on conflict (project_id, idempotency_key) do nothing",
-                {
-                    "project": project_id, "key": key, "generation": generation, "ttl": ttl,
-                    "run": None if run is None else Jsonb(run),
-                },
-            )  # fmt: skip
+                {**values, "user": asker and asker.user, "run": None if run is None else Jsonb(run)},
+                room=(project_id, asker),
+            )
         except psycopg.errors.ForeignKeyViolation:  # deleted at this moment
             raise ProjectUnknown(str(project_id)) from None
         if made is not None:
             return made, True
-        kept = await self._first(
-            "where project_id = %(project)s and idempotency_key = %(key)s",
-            {"project": project_id, "key": key},
-        )
+        kept = await self._first(known, values)
         if kept is None:
             raise ProjectUnknown(str(project_id))
         return kept, False
@@ -272,21 +300,29 @@ class SessionStore:
             },
         )
 
-    async def replace(self, session_id: UUID, generation: int, *, ttl: float) -> Session | None:
-        """Ask for a newer generation of machine. None: this one, or a newer, is there; or the session ended."""
+    async def replace(
+        self, session: Session, generation: int, *, ttl: float, asker: Asker | None = None
+    ) -> Session | None:
+        """Ask for a newer generation of machine. None: this one, or a newer, is there; or the session ended.
+
+        To bring back a session that failed is to make one. Raises `TooManySessions`.
+        """
         return await self._one(
             "update preview.sessions set generation = %(generation)s,"
             " state = %(moves)s ->> state, state_since = now(),"
             " expires_at = greatest(expires_at, now() + %(ttl)s * interval '1 second'),"
             " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
-            " health_url = null, lease_until = null, claimed_until = null, problem = null"
+            " health_url = null, lease_until = null, claimed_until = null, problem = null,"
+            " requested_by = coalesce(%(user)s, requested_by)"
             " where id = %(id)s and generation < %(generation)s and %(moves)s ? state",
             {
-                "id": session_id,
+                "id": session.id,
                 "generation": generation,
                 "ttl": ttl,
+                "user": asker and asker.user,
                 "moves": _moves(Event.REPLACE),
             },
+            room=(session.project_id, asker if session.state in ENDED else None),
         )
 
     async def end(self, session_id: UUID, problem: str | None = None) -> Session | None:
@@ -304,7 +340,7 @@ class SessionStore:
             "update preview.sessions set"
             " state = case when problem is null then %(moves)s ->> state else 'failed' end,"
             " state_since = now(), claimed_until = null, machine_id = null, preview_url = null,"
-            " health_url = null, lease_until = null"
+            " health_url = null, lease_until = null, requested_by = null"
             " where id = %(id)s and %(moves)s ? state",
             {"id": session_id, "moves": _moves(Event.DESTROYED)},
         )
@@ -331,10 +367,38 @@ class SessionStore:
             row = await cursor.fetchone()
             yield bool(row and row[0])
 
-    async def _one(self, change: LiteralString, values: Mapping[str, object]) -> Session | None:
-        """The row that `change` wrote, or None."""
-        rows = await self._rows(change + RETURNING, values)
-        return rows[0] if rows else None
+    async def _one(
+        self,
+        change: LiteralString,
+        values: Mapping[str, object],
+        *,
+        room: tuple[UUID, Asker | None] | None = None,
+    ) -> Session | None:
+        """The row that `change` wrote, or None. `room`: first see that the asker may have one more in the project."""
+        project_id, asker = room or (None, None)
+        if project_id is None or asker is None:
+            rows = await self._rows(change + RETURNING, values)
+            return rows[0] if rows else None
+        async with self._pool.connection() as connection, connection.transaction():
+            # Until the transaction ends, the user's first: of two that ask at once, the second sees the first.
+            for name in (f"user {asker.user}", f"project {project_id}"):
+                await connection.execute(LOCK, {"name": f"preview.sessions of {name}"})
+            found = await (
+                await connection.execute(
+                    COUNT, {"user": asker.user, "project": project_id, "over": _names(ENDED)}
+                )
+            ).fetchone()
+            assert found is not None
+            for of, number, limit in (
+                ("user", found[0], asker.of_user),
+                ("project", found[1], asker.of_project),
+            ):
+                if number >= limit:
+                    raise TooManySessions(of, limit)
+            cursor = connection.cursor(row_factory=class_row(_Row))
+            await cursor.execute(change + RETURNING, values)
+            made = await cursor.fetchone()
+            return made.session if made else None
 
     async def _first(self, where: LiteralString, values: Mapping[str, object]) -> Session | None:
         rows = await self._rows(SELECT + where, values)

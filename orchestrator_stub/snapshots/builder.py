@@ -301,6 +301,11 @@ def _object_path(project_id: UUID, manifest: dict[str, Any], digest: str, *, ane
     return f"{project_id}/{name}-{digest[:32]}{fresh}.zip"
 
 
+def is_delta(name: str) -> bool:
+    """Whether an archive holds what is newer than some revision, and not all."""
+    return "-from-" in name
+
+
 async def _head(connection: psycopg.AsyncConnection[Any], project_id: UUID) -> _Head:
     row = await (await connection.execute(_HEAD, (project_id,))).fetchone()
     if row is None:

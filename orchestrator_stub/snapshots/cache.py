@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
+from orchestrator_stub.snapshots.allowance import Allowance, AllowanceSpent
 from orchestrator_stub.snapshots.builder import StoredSnapshot
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 
@@ -93,8 +94,7 @@ class PostgresCacheStore:
 
     async def put(self, project_id: UUID, stamp: str, entry: CacheEntry) -> None:
         await self._run(
-            "with old as (delete from preview.snapshot_offers where kept_until < now() - interval '1 minute')"
-            " insert into preview.snapshot_offers (project_id, stamp, kept, kept_until)"
+            "insert into preview.snapshot_offers (project_id, stamp, kept, kept_until)"
             " values (%s, %s, %s, now() + %s * interval '1 second')"
             " on conflict (project_id, stamp) do update"
             " set kept = excluded.kept, kept_until = excluded.kept_until returning true",
@@ -102,6 +102,13 @@ class PostgresCacheStore:
             stamp,
             Jsonb(_as_json(entry)),
             KEEP_SECONDS,
+        )
+        # A transaction of its own: one that kept an entry as well would hold those of a project that is being deleted,
+        # and wait for its head, which the deletion holds.
+        await self._run(
+            "delete from preview.snapshot_offers where ctid = any (array("
+            " select ctid from preview.snapshot_offers where kept_until < now() - interval '1 minute'"
+            " order by kept_until limit 100 for update skip locked)) returning true"
         )
 
     async def drop(self, project_id: UUID, stamp: str) -> None:
@@ -180,6 +187,7 @@ class SnapshotCache:
 
     Args:
         url_ttl: Seconds that a URL lives.
+        allowance: What may be stored for one session; None: anything.
         scope: Where the URLs lead. Entries of another storage, or of this one under another address, do not count.
         clock: Gives Unix seconds.
     """
@@ -192,10 +200,12 @@ class SnapshotCache:
         *,
         url_ttl: int,
         scope: str = "",
+        allowance: Allowance | None = None,
         registry: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pool = pool
+        self._allowance = allowance
         self._builder = builder
         self._cache = cache
         self._url_ttl = url_ttl
@@ -204,7 +214,7 @@ class SnapshotCache:
         self._locks: WeakValueDictionary[tuple[UUID, str], asyncio.Lock] = WeakValueDictionary()
         self._given = Counter(
             "preview_orchestrator_snapshot_offers",
-            "Signed snapshots given out: kept (from the cache), signed (a new URL), built.",
+            "Signed snapshots given out: kept (from the cache), signed (a new URL), built. Or refused to a session.",
             ["how"],
             registry=registry,
         )
@@ -216,6 +226,7 @@ class SnapshotCache:
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
+        payer: UUID | None = None,
     ) -> SignedSnapshot:
         """A snapshot of the project's head, from the cache or built. Args and Raises: as in `SnapshotSource`."""
         stamp = await self._stamp(project_id, base_revision)
@@ -241,7 +252,7 @@ class SnapshotCache:
                         project_id=str(project_id),
                         object_path=entry.object_path,
                     )
-            built = await self._builder.build(project_id, base_revision=base_revision, anew=rebuild)
+            built = await self._build(project_id, base_revision, rebuild, payer)
             # A save may have come between: the entry is named by the revision that the archive holds.
             stamp = self._stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
             rebuilt_at = self._clock() if rebuild else 0.0
@@ -249,6 +260,20 @@ class SnapshotCache:
                 built.object_path, built.manifest, url="", url_until=0.0, rebuilt_at=rebuilt_at
             )
             return await self._signed(project_id, stamp, fresh, "built")
+
+    async def _build(
+        self, project_id: UUID, base_revision: int | None, anew: bool, payer: UUID | None
+    ) -> StoredSnapshot:
+        if payer is None or self._allowance is None:
+            return await self._builder.build(project_id, base_revision=base_revision, anew=anew)
+        try:
+            async with self._allowance.spending(payer) as stored:
+                built = await self._builder.build(project_id, base_revision=base_revision, anew=anew)
+                stored.append(built)
+                return built
+        except AllowanceSpent:
+            self._given.labels("refused").inc()
+            raise
 
     async def _signed(self, project_id: UUID, stamp: str, entry: CacheEntry, how: str) -> SignedSnapshot:
         url_until = self._clock() + self._url_ttl

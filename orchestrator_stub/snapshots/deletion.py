@@ -72,7 +72,7 @@ update preview.deleted_projects set cleaned_at = now(), claimed_until = null whe
 """
 
 REOPEN: Final = f"""
-update preview.deleted_projects d set cleaned_at = null
+update preview.deleted_projects d set cleaned_at = null, queued_at = now()
 where d.cleaned_at is not null and d.deleted_at > now() - interval '{LATE}' and exists (
   select from unnest(%s::text[]) bucket join storage.objects o
     on o.bucket_id = bucket and o.name > d.project_id || '/' and o.name < d.project_id || '0')

@@ -32,6 +32,7 @@ class SnapshotSource(Protocol):
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
+        payer: UUID | None = None,
     ) -> SignedSnapshot:
         """A snapshot of the project's head.
 
@@ -39,8 +40,10 @@ class SnapshotSource(Protocol):
             base_revision: Leave out what is not newer than this revision.
             rebuild: Don't use a cached archive: it was found broken.
             resign: Don't use a cached URL: it was tried in vain.
+            payer: The session that an archive is built for, out of its allowance; None: nobody's.
 
         Raises:
             SnapshotUnavailable: It could not be built or signed now.
+            AllowanceSpent: It would have to be built, and the payer has had enough stored.
         """
         ...

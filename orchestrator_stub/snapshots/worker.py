@@ -3,7 +3,7 @@
 A request is a row of `public.project_snapshots`. PostgreSQL notifies when one is made; the table is also polled, since
 a notification can be lost. A row is taken with `SKIP LOCKED`, so any number of orchestrators share the work. One that
 is killed leaves its request `building`; after `ABANDONED` another takes it. What deleted projects left
-(`deletion`) is cleaned while no request waits.
+(`deletion`) is cleaned and projects are kept up (`upkeep`) while no request waits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
+from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder, is_delta
 from orchestrator_stub.snapshots.deletion import CHANNEL as DELETIONS
 from orchestrator_stub.snapshots.deletion import DeletedProjects
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.turns import Turns
+from orchestrator_stub.snapshots.upkeep import Upkeep
 
 log = structlog.get_logger("snapshot_worker")
 
@@ -36,22 +37,23 @@ POLL_SECONDS: Final = 30.0
 """Between two polls of the table when no notification comes."""
 
 ABANDONED: Final = "10 minutes"
-"""After which a request in `building` is taken again: no build takes that long."""
-
-MANIFEST_INLINE: Final = 500
-"""Files of a manifest that the broadcast repeats; a longer one would pass the broadcast's limit."""
+"""After which a request in `building` is taken again: no build takes that long. Counted from when it was taken, or one
+that waited as long in a backlog would be built by every orchestrator at once."""
 
 KEEP_SECONDS: Final = 24 * 3600.0
 """How long an archive stays: no session that was given its URL lives longer."""
+
+KEEP_DELTA_SECONDS: Final = 2 * 3600.0
+"""How long a delta stays: its URL is good for an hour at most, and it is of use to who asked for it alone."""
 
 CLEAR_SECONDS: Final = 3600.0
 """Between two deletions of old archives."""
 
 TAKE: Final = f"""
-update public.project_snapshots set state = 'building'
+update public.project_snapshots set state = 'building', taken_at = now()
 where id = (
   select id from public.project_snapshots
-  where state = 'requested' or (state = 'building' and created_at < now() - interval '{ABANDONED}')
+  where state = 'requested' or (state = 'building' and coalesce(taken_at, created_at) < now() - interval '{ABANDONED}')
   order by created_at for update skip locked limit 1
 )
 returning id, project_id
@@ -66,6 +68,15 @@ where id = %s
 FAILED: Final = """
 update public.project_snapshots set state = 'failed', problem = %s, finished_at = now() where id = %s
 """
+
+SAY: Final = """
+select preview.publish(%(topic)s, 'snapshot:ready', case
+  when octet_length(%(payload)s::jsonb::text) <= s.broadcast_limit_bytes then %(payload)s::jsonb
+  else %(payload)s::jsonb || '{"manifest": null}' end)
+from preview.settings s
+"""
+"""Realtime drops a message above its limit and says nothing; without its manifest, which is in the archive, this one is
+small."""
 
 RECENT: Final = """
 select distinct project_id from (
@@ -93,6 +104,7 @@ class SnapshotWorker:
         *,
         url_ttl: int,
         turns: Turns | None = None,
+        upkeep: Upkeep | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._dsn = dsn
@@ -101,6 +113,7 @@ class SnapshotWorker:
         self._storage = storage
         self._deleted = DeletedProjects(pool, storage)
         self._turns = turns
+        self._upkeep = upkeep
         self._url_ttl = url_ttl
         self._clock = clock
 
@@ -132,7 +145,7 @@ class SnapshotWorker:
         manifest = snapshot.manifest
         payload = {
             "snapshot_url": url,
-            "manifest": manifest if len(manifest["files"]) <= MANIFEST_INLINE else None,
+            "manifest": manifest,
             "timestamp": datetime.now(UTC).isoformat(),
         }
         # One transaction, so that no client hears of an archive that the table does not have.
@@ -142,8 +155,7 @@ class SnapshotWorker:
                 (manifest["epoch"], manifest["revision"], snapshot.object_path, snapshot.bytes, request_id),
             )
             await connection.execute(
-                "select preview.publish(%s, 'snapshot:ready', %s)",
-                (f"project:{project_id}", Jsonb(payload)),
+                SAY.encode(), {"topic": f"project:{project_id}", "payload": Jsonb(payload)}
             )
         return True
 
@@ -159,10 +171,14 @@ class SnapshotWorker:
     async def _clear_project(self, project_id: UUID) -> int:
         found = await self._storage.list(BUCKET, f"{project_id}/")
         dated = sorted((_moment(item.get("created_at")), str(item.get("name"))) for item in found)
+        # The newest that is whole: a delta alone opens no project.
+        newest = next((name for _, name in reversed(dated) if not is_delta(name)), None)
         old = [
             f"{project_id}/{name}"
-            for made, name in dated[:-1]
-            if made and made < self._clock() - KEEP_SECONDS
+            for made, name in dated
+            if made
+            and name != newest
+            and made < self._clock() - (KEEP_DELTA_SECONDS if is_delta(name) else KEEP_SECONDS)
         ]
         if old:
             await self._storage.delete(BUCKET, old)
@@ -174,8 +190,10 @@ class SnapshotWorker:
             await listener.execute(f"listen {CHANNEL}; listen {DELETIONS}".encode())
             while True:
                 # Snapshots first: an editor waits for them, and nothing waits for a cleaning.
-                while await self.take_one() or await self._deleted.clean_some():
-                    pass
+                is_more = await self.take_one() or await self._deleted.clean_some()
+                if self._upkeep is not None:
+                    is_more = is_more or await self._upkeep.step()
+                    await self._upkeep.measure()
                 if self._turns is not None:
                     await self._turns.look_after()
                 if self._clock() - cleared_at > CLEAR_SECONDS:
@@ -185,6 +203,8 @@ class SnapshotWorker:
                         await self._deleted.reopen()
                     except StorageFailure as error:
                         log.warning("snapshot_worker.not_cleared", reason=str(error))
+                if is_more:
+                    continue
                 async for _ in listener.notifies(timeout=POLL_SECONDS, stop_after=1):
                     break
                 await asyncio.sleep(0)

@@ -14,6 +14,7 @@ from agent.core.model import Entry, Operation, RelPath, Remove, Write, digest_of
 from agent.fs.inspect import FileStat
 from agent.fs.project_dir import ProjectDir
 from agent.fs.transaction import TransactionResult
+from agent.snapshot.download import StagedSnapshot
 
 
 def write(path: str, content: bytes | str, *, version: int = 1, executable: bool = False) -> Write:
@@ -111,3 +112,9 @@ def mounted(place: Path, *options: str, kind: str = "tmpfs", source: str = "tmpf
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         pytest.skip(f"this machine cannot {' '.join(command)}: {run.stderr.strip()}")
+
+
+def staged_files(snapshot: StagedSnapshot, directory: Path) -> dict[str, bytes]:
+    """What is staged, by path."""
+    places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}
+    return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}

@@ -59,7 +59,7 @@ async def test_everything_is_wired_and_nothing_is_started(tmp_path: Path) -> Non
         assert (heartbeat.report, heartbeat.sync, heartbeat.api) == (report, agent.sync, agent.api)
         assert heartbeat.stop is agent.stop
         assert report.catch_up.api is agent.api is not None
-        assert report.catch_up.disk is agent.workspace.disk
+        assert report.catch_up.snapshots.disk is agent.workspace.disk
         assert agent.sync.tree is agent.follower.tree
         sample = report.problems.metrics.registry.get_sample_value
         assert sample("preview_agent_revision") == 0.0, "the report is on the registry that is served"

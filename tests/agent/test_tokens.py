@@ -125,6 +125,14 @@ def test_a_missing_file_is_no_end(tmp_path: Path) -> None:
     assert tokens.problem is not None
 
 
+async def test_a_token_that_cannot_be_renewed_says_what_is_wrong_with_its_file(tmp_path: Path) -> None:
+    tokens = Tokens(jwt(1_000), tmp_path / "absent", wall=lambda: 2_000)
+    with pytest.raises(
+        CredentialRejected, match=r"expired and there is no session API .*; cannot take .*absent"
+    ):
+        await tokens.renew_token()
+
+
 def test_the_file_wins_over_the_environment_and_a_newer_issue_over_both(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(jwt(2_000))

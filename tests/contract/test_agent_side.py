@@ -28,7 +28,7 @@ from agent.core.messages import (
     read_manifest,
     read_sync_answer,
 )
-from agent.core.model import Commit, SnapshotReady
+from agent.core.model import Commit
 from agent.health.status_body import fitted
 from agent.link.run_settings import read_run_settings
 from agent.session_api import SessionApi
@@ -39,7 +39,7 @@ EVENTS = sorted(path.stem for path in DIRECTORY.glob("event.*.json"))
 TOKEN = load("token.answer")["realtime_token"]
 
 
-def event(name: str) -> Commit | SnapshotReady | None:
+def event(name: str) -> Commit | SnapshotOffer | None:
     message = load(name)
     return read_event(message["event"], message["payload"])
 

@@ -22,7 +22,7 @@ from agent.core import model
 from agent.core.errors import PathRefused
 from agent.core.model import parse_path
 from agent.fs.project_dir import ProjectDir
-from agent.snapshot.download import fetch
+from agent.snapshot.download import Downloader
 from orchestrator_stub.platform.ignore_rules import NEVER
 from orchestrator_stub.platform.source_files import path_problem
 from orchestrator_stub.snapshots.availability import STORAGE_LIMIT
@@ -119,10 +119,8 @@ async def opened(project: Project, directory: Path) -> dict[str, bytes]:
     disk.open()
     try:
         async with httpx.AsyncClient(trust_env=False) as http:
-            snapshot = await fetch(
-                agent.environ["SNAPSHOT_URL"], disk=disk, http=http, limits=SnapshotLimits(),
-                expected_project=str(project.id),
-            )  # fmt: skip
+            download = Downloader(disk, http, SnapshotLimits(), str(project.id))
+            snapshot = await download.fetch(agent.environ["SNAPSHOT_URL"])
         assert snapshot.staged.keys() == snapshot.manifest.files.keys()
         places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}
         return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}

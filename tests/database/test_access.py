@@ -33,16 +33,19 @@ RPCS = {
     "create_project_snapshot": "select public.create_project_snapshot('{id}')",
     "changes_since": "select public.changes_since('{id}', '{id}', 0)",
     "project_tree_hash": "select public.project_tree_hash('{id}')",
+    "rename_project_file": "select public.rename_project_file('{id}', "
+    "public.upsert_project_file('{id}', 'old', gen_random_uuid()::text) ->> 'file_path', 'new' || gen_random_uuid())",
     "restore_project_file": "select public.restore_project_file('{id}', 'a', 1)",
     "begin_turn": "select public.begin_turn('{id}')",
     "end_turn": "select public.end_turn('{id}', '{id}')",
     "abandon_turn": "select public.abandon_turn('{id}', '{id}')",
     "prune_project_history": "select public.prune_project_history('{id}', '1 day', 1)",
     "new_project_epoch": "select public.new_project_epoch('{id}')",
+    "forget_author": "select public.forget_author('{id}')",
 }
 OF_A_TURN = {"end_turn", "abandon_turn"}
 """With a turn of their own in test_turns; here there is none of that id."""
-FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch"}
+FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch", "forget_author"}
 READABLE = ["projects", "project_files", "project_files_current", "project_heads", "project_history"]
 
 
@@ -336,7 +339,7 @@ def test_users_reach_only_the_doors_in_the_hidden_schema_and_read_turns(db: Db) 
         "      or has_table_privilege('authenticated', c.oid, 'delete'))"
         " order by 1"
     ).fetchall()
-    assert found == [("turn_changes",), ("turn_gate",), ("turns",), ("write_gate",)]
+    assert found == [("rename_gate",), ("turn_changes",), ("turn_gate",), ("turns",), ("write_gate",)]
     for table in ("turns", "turn_changes"):
         writes = "select has_any_column_privilege('authenticated', %s, 'insert, update')"
         assert one(db, writes, [f"preview.{table}"]) is False

@@ -13,6 +13,7 @@ from tests.database.db import (
     Project,
     acting_as,
     apply,
+    begin,
     changes_since,
     connect,
     delete,
@@ -180,6 +181,45 @@ def test_a_deleted_project_takes_everything_along(db: Db, project: Project) -> N
     for table in ("project_files", "project_heads", "project_snapshots", "project_collaborators"):
         assert one(db, f"select count(*) from {table}") == 0
     assert one(db, "select count(*) from preview.answers") == 0
+
+
+def forget(db: Db, who: uuid.UUID, most: int = 1000) -> int:
+    with acting_as(db, "service_role"):
+        return int(one(db, "select forget_author(%s, %s)", [who, most]))
+
+
+def test_a_person_goes_and_what_they_wrote_for_others_stays(db: Db, project: Project) -> None:
+    for number in range(3):
+        with user(db, project.collaborator):
+            upsert(db, project.id, "a", f"theirs {number}")
+    with user(db, project.owner):
+        upsert(db, project.id, "a", "mine")
+    with user(db, project.collaborator):
+        begin(db, project.id)
+        own = one(db, "insert into projects (owner_id) values (%s) returning id", [project.collaborator])
+        upsert(db, own, "b", "1")
+    # In steps, each whole by itself: it goes on where it was killed.
+    assert [forget(db, project.collaborator, 2) for _ in range(3)] == [2, 1, 0]
+    authors = db.execute(
+        "select distinct created_by, last_modified_by from project_files where project_id = %s", [project.id]
+    )
+    assert authors.fetchall() == [(project.owner, project.owner)]
+    assert one(db, "select count(*) from project_files where created_by = %s", [project.collaborator]) == 1
+    db.execute("delete from auth.users where id = %s", [project.collaborator])
+    assert one(db, "select count(*) from projects") == 1
+    assert len(files(db, project.id)) == 1
+    for table, column in (
+        ("project_files", "created_by"),
+        ("project_files", "last_modified_by"),
+        ("project_snapshots", "requested_by"),
+        ("project_collaborators", "user_id"),
+        ("preview.turns", "begun_by"),
+        ("preview.sessions", "requested_by"),
+    ):
+        left = one(db, f"select count(*) from {table} where {column}::text = %s", [str(project.collaborator)])
+        assert left == 0, table
+    with user(db, project.owner):
+        upsert(db, project.id, "a", "mine again")
 
 
 def test_a_person_goes_with_their_projects_but_history_keeps_who_wrote(db: Db, project: Project) -> None:

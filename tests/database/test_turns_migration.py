@@ -40,8 +40,9 @@ def rows(db: Db) -> list[Any]:
     return [
         db.execute(query.encode()).fetchall()
         for query in (
-            "select * from public.project_files order by revision",
-            "select * from public.project_heads",
+            "select to_jsonb(f) - 'renamed_from' from public.project_files f order by revision",
+            "select project_id, epoch, revision, pruned_revision, window_start, window_writes, updated_at"
+            " from public.project_heads",
             "select * from realtime.messages order by inserted_at",
             "select project_id, correlation_id, answer, created_at from preview.answers",
             "select writes_per_minute, broadcast_limit_bytes, max_file_bytes from preview.settings",

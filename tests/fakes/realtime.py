@@ -35,7 +35,8 @@ def jwt(expires_at: float, issued_at: float | None = None, name: str = "t", **cl
 
 def claims_of(token: str) -> dict[str, Any]:
     part = token.split(".")[1]
-    return json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims
 
 
 @dataclass
@@ -97,7 +98,7 @@ class FakeRealtime:
     @property
     def port(self) -> int:
         assert self._server is not None
-        return next(iter(self._server.sockets)).getsockname()[1]
+        return int(next(iter(self._server.sockets)).getsockname()[1])
 
     @property
     def url(self) -> str:

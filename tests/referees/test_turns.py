@@ -1,4 +1,4 @@
-"""The examples of turns, run as they stand against the stand-in: the official JavaScript client's, and Python's."""
+"""The examples of turns, run as they stand against the stand-in, by the official clients of JavaScript and Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.referees.clients import NODE
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.parametrize("language", ["supabase-js", "python"]),
+    pytest.mark.parametrize("language", ["supabase-js", "supabase-py"]),
 ]
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "turns"

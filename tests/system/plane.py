@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -343,3 +344,23 @@ async def running_plane(
             finally:
                 server.should_exit = True
                 await asyncio.wait([serving], timeout=10)
+
+
+async def edit_at_random(project: Project, dice: random.Random, edits: int) -> None:
+    """Saves, deletes, bulks and moves on a few paths that get in each other's way."""
+    names = ["a.ts", "b.ts", "c/d.ts", "c/e.ts", "f/g/h.ts"]
+    for _ in range(edits):
+        name = dice.choice(names)
+        match dice.randrange(5):
+            case 0 | 1:
+                await project.save(name, f"{dice.random()}\n" * dice.choice([1, 50]))
+            case 2 if name in await project.files():
+                await project.delete(name)
+            case 3:
+                picked = dice.sample(names, 3)
+                there = await project.files()
+                await project.bulk(
+                    {n: None if n in there and dice.random() < 0.4 else f"{dice.random()}\n" for n in picked}
+                )
+            case _:
+                await project.save(name, "" if dice.random() < 0.2 else f"{dice.randrange(3)}\n")

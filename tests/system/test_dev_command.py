@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -108,6 +109,25 @@ def test_a_node_that_is_too_old_is_one_clear_line(tmp_path: Path) -> None:
     assert not Stack(app, tmp_path / "state").processes()
 
 
+def assert_the_user_signs_in(info: dict[str, Any], old_password: str) -> None:
+    """With this start's password and not the last one's; and the token is the same user's, for both sides."""
+    with httpx.Client(
+        base_url=info["orchestrator_url"], headers={"apikey": info["anon_key"]}, timeout=30
+    ) as http:
+
+        def sign_in(password: str) -> httpx.Response:
+            body = {"email": info["user_email"], "password": password}
+            return http.post("/auth/v1/token?grant_type=password", json=body)
+
+        assert sign_in(old_password).status_code == 400
+        token = {"Authorization": f"Bearer {info['user_token']}"}
+        signed_in = sign_in(info["user_password"]).json()["user"]["id"]
+        assert http.get("/auth/v1/user", headers=token).json()["id"] == signed_in
+        page = {**token, "Origin": "http://localhost:3000"}
+        sessions = http.get(f"/v1/sessions?project_id={info['project_id']}", headers=page)
+        assert (sessions.status_code, sessions.headers["access-control-allow-origin"]) == (200, "*")
+
+
 def test_ctrl_c_leaves_nothing_and_the_next_start_goes_on(idle_stack: Stack, tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir(mode=0o777)
@@ -130,6 +150,7 @@ def test_ctrl_c_leaves_nothing_and_the_next_start_goes_on(idle_stack: Stack, tmp
 
         first = dict(idle_stack.info)
         idle_stack.start()
+        assert_the_user_signs_in(idle_stack.info, first["user_password"])
         assert idle_stack.info["project_id"] == first["project_id"]
         until("it is served again", lambda: idle_stack.serves("src/kept.ts", "kept over the night"))
 

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from tests.profiles import NIGHTLY
-from tests.system.plane import Agent, Plane, Project, eventually, running_plane
+from tests.system.plane import Agent, Plane, Project, edit_at_random, eventually, running_plane
 
 pytestmark = pytest.mark.system
 
@@ -53,26 +53,6 @@ async def live(agent: Agent) -> None:
         return report is not None and report["link"]["state"] == "live"
 
     await eventually("the link is live", is_live)
-
-
-async def edit_at_random(project: Project, dice: random.Random, edits: int) -> None:
-    """Saves, deletes, bulks and moves on a few paths that get in each other's way."""
-    names = ["a.ts", "b.ts", "c/d.ts", "c/e.ts", "f/g/h.ts"]
-    for _ in range(edits):
-        name = dice.choice(names)
-        match dice.randrange(5):
-            case 0 | 1:
-                await project.save(name, f"{dice.random()}\n" * dice.choice([1, 50]))
-            case 2 if name in await project.files():
-                await project.delete(name)
-            case 3:
-                picked = dice.sample(names, 3)
-                there = await project.files()
-                await project.bulk(
-                    {n: None if n in there and dice.random() < 0.4 else f"{dice.random()}\n" for n in picked}
-                )
-            case _:
-                await project.save(name, "" if dice.random() < 0.2 else f"{dice.randrange(3)}\n")
 
 
 async def test_an_agent_starts_equal_follows_and_stops_clean(agent: Agent, project: Project) -> None:

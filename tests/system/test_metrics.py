@@ -59,6 +59,10 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "turns": ("counter", ("outcome",)),
     "turns_open": ("gauge", ()),
     "turns_oldest_seconds": ("gauge", ()),
+    "forgotten": ("counter", ("what",)),
+    "upkeep_overdue_seconds": ("gauge", ()),
+    "deleted_projects": ("gauge", ()),
+    "deleted_projects_oldest_seconds": ("gauge", ()),
     "process_resident_memory_bytes": ("gauge", ()),
     "process_cpu_seconds": ("counter", ()),
 }

@@ -96,6 +96,21 @@ def test_a_killed_agent_comes_back_with_what_was_saved_meanwhile(stack: Stack) -
     assert stack.status()["hydrate"]["mode"] == "resume"
 
 
+def test_another_session_s_agent_is_not_taken_for_the_stack_s_own(stack: Stack) -> None:
+    before, said = json.loads((stack.state / "dev.json").read_text()), stack.log()
+    headers = {"Authorization": f"Bearer {stack.info['service_key']}"}
+    with httpx.Client(
+        base_url=stack.info["orchestrator_url"], headers=headers, timeout=60, trust_env=False
+    ) as http:
+        made = http.post("/v1/sessions", json={"project_id": stack.info["project_id"]}).json()
+        path = f"/v1/sessions/{made['session_id']}"
+        until("its preview is served", lambda: http.get(path).json()["state"] == "ready", 120)
+        http.delete(path)
+        until("it is over", lambda: http.get(path).json()["state"] == "gone", 60)
+    assert json.loads((stack.state / "dev.json").read_text()) == before
+    assert "the agent" not in stack.log().removeprefix(said)
+
+
 def test_the_dev_server_does_not_get_our_secrets(stack: Stack) -> None:
     pid = stack.status()["dev_server"]["pid"]
     family = [pid, *(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]

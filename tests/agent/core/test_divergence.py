@@ -28,18 +28,18 @@ def rules(comparison: Comparison) -> dict[str, str]:
 def test_what_stands_for_the_settling_time_is_a_difference_and_what_moves_is_not() -> None:
     comparison = Comparison(SETTLE)
     wanted = {RelPath("a"): entry("new"), RelPath("b"): entry("b"), RelPath("gone"): entry(None)}
-    comparison.look(wanted, found(a="old", gone="still", x="x"), 0)
+    comparison.compare(wanted, found(a="old", gone="still", x="x"), 0)
     assert rules(comparison) == {}
     assert comparison.unsettled == 4
-    comparison.look(wanted, found(a="old", gone="still", x="x"), SETTLE)
+    comparison.compare(wanted, found(a="old", gone="still", x="x"), SETTLE)
     assert rules(comparison) == {"a": "differs", "b": "missing", "gone": "extra", "x": "extra"}
     assert comparison.counts() == {"differs": 1, "missing": 1, "extra": 2, "unreadable": 0}
     # Either side moves: it may be in flight again.
-    comparison.look(wanted, found(a="other", b=None, x="x"), SETTLE + 2)
+    comparison.compare(wanted, found(a="other", b=None, x="x"), SETTLE + 2)
     assert rules(comparison) == {"x": "extra"}
-    comparison.look(wanted, found(a="new", b=None, x="x"), 3 * SETTLE)
+    comparison.compare(wanted, found(a="new", b=None, x="x"), 3 * SETTLE)
     assert rules(comparison) == {"b": "unreadable", "x": "extra"}
-    comparison.look(wanted, found(a="new", b="b"), 4 * SETTLE)
+    comparison.compare(wanted, found(a="new", b="b"), 4 * SETTLE)
     assert (rules(comparison), comparison.unsettled, comparison.compared) == ({}, 0, 2)
 
 
@@ -51,10 +51,10 @@ def test_patterns_excuse_extra_files_only() -> None:
         RelPath("login.ts"): None,
     }
     for now in (0, SETTLE):
-        comparison.look({}, files, now)
+        comparison.compare({}, files, now)
     assert rules(comparison) == {"login.ts": "extra"}
     for now in (20, 20 + SETTLE):
-        comparison.look({RelPath("dist/x.js"): entry("y"), RelPath("a/b.log"): entry(None)}, files, now)
+        comparison.compare({RelPath("dist/x.js"): entry("y"), RelPath("a/b.log"): entry(None)}, files, now)
     assert rules(comparison) == {"dist/x.js": "differs", "a/b.log": "extra", "login.ts": "extra"}
 
 
@@ -75,7 +75,7 @@ def test_any_history_of_looks(
         now += step
         sides = seen[-1][1] if repeat and seen else {path: (wanted[path], here[path]) for path in PATHS}
         seen.append((now, sides))
-        comparison.look(
+        comparison.compare(
             {path: entry(side[0]) for path, side in sides.items()},
             {path: digest_of(side[1].encode()) for path, side in sides.items() if side[1] is not None},
             now,

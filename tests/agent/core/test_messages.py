@@ -108,6 +108,7 @@ def test_of_several_changes_to_a_path_the_last_stands() -> None:
         update(content=7),
         update(content="é", encoding="latin-1"),
         update(content="!", encoding="base64"),
+        update(content="é", encoding="base64"),
         update(content=None),
         update(version=-1),
         update(version=True),

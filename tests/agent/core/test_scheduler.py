@@ -6,9 +6,7 @@ import pytest
 
 from agent.core.model import Change, Commit, Cursor, RelPath, Tree
 from agent.core.reconcile import Reason
-from agent.core.scheduler import Follower, SchedulerSettings
-
-SETTINGS = SchedulerSettings()
+from agent.core.scheduler import Follower
 
 
 def commit(revision: int) -> Commit:
@@ -17,7 +15,7 @@ def commit(revision: int) -> Commit:
 
 @pytest.fixture
 def follower() -> Follower:
-    return Follower(Tree(Cursor("e", 1)), SETTINGS)
+    return Follower(Tree(Cursor("e", 1)))
 
 
 def failed(follower: Follower, now: float, wait: float) -> None:

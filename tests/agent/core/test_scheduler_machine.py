@@ -29,7 +29,7 @@ from agent.core.model import (
     tree_hash,
 )
 from agent.core.reconcile import Plan, Reason, catch_up, reconcile
-from agent.core.scheduler import Follower, SchedulerSettings
+from agent.core.scheduler import Follower
 from tests.profiles import examples
 
 PATHS = [RelPath(p) for p in ("a.ts", "b.ts", "src/c.ts", "src/d.ts", "src/deep/e.ts", "bin.png")]
@@ -118,7 +118,7 @@ class World(RuleBasedStateMachine):
         self.down = False
         self.pending: list[tuple[object, Manifest | None]] = []
         self.saved: Tree = Tree(Cursor(self.db.epoch, 0))
-        self.follower = Follower(self.saved, SchedulerSettings(optimistic=self.optimistic))
+        self.follower = Follower(self.saved, optimistic=self.optimistic)
 
     # --- the disk
 
@@ -299,7 +299,7 @@ class World(RuleBasedStateMachine):
         self.pending.clear()
         self.channel.clear()
         self.now += 0.2
-        self.follower = Follower(tree, SchedulerSettings(optimistic=self.optimistic))
+        self.follower = Follower(tree, optimistic=self.optimistic)
         self.follower.doubt((p for p, e in tree.entries.items() if e.provisional), self.now)
         self.follower.need(Reason.JOIN, self.now)
         self.work()

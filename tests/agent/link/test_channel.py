@@ -1,9 +1,8 @@
-"""The channel protocol: the server's documented exchanges, junk, and one theorem: silence always ends a socket."""
+"""The channel protocol: deadlines, tokens, junk, and one theorem: silence always ends a socket."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,19 +25,12 @@ from agent.link.types import (
     Timing,
     TokenExpired,
 )
+from tests.agent.link.frames import TOPIC, frame, opened, reply, system
 from tests.fakes.realtime import type4
 from tests.profiles import examples
 
-GOLDEN = json.loads((Path(__file__).parent / "golden_frames.json").read_text())
-TOPIC = GOLDEN["topic"]
 TIMING = Timing()
 WORST_SILENCE = TIMING.heartbeat_every + TIMING.heartbeat_within
-
-
-def opened(at: float = 0.0) -> PhoenixChannel:
-    link = PhoenixChannel(TOPIC, LinkStateMachine())
-    link.opened(at, "JWT")
-    return link
 
 
 def joined(at: float = 0.0) -> PhoenixChannel:
@@ -56,83 +48,7 @@ def live(at: float = 0.0) -> PhoenixChannel:
     return link
 
 
-def frame(*fields: object) -> bytes:
-    return json.dumps(fields).encode()
-
-
-def reply(ref: str | None, status: str = "ok", response: object = None, topic: str = TOPIC) -> bytes:
-    return frame(ref, ref, topic, "phx_reply", {"status": status, "response": response or {}})
-
-
-def system(status: str, message: str, join_ref: str | None = "1") -> bytes:
-    body = {"extension": "system", "status": status, "message": message, "channel": "project:p1"}
-    return frame(join_ref, None, TOPIC, "system", body)
-
-
 # --- the server's documented exchanges
-
-
-@pytest.mark.parametrize("name", GOLDEN["exchanges"])
-def test_golden_exchange(name: str) -> None:
-    """Every documented exchange, frame by frame, both ways."""
-    link, now = opened(), 0.0
-    sent = [json.loads(text) for text in link.outgoing()]
-    for step in GOLDEN["exchanges"][name]:
-        if "join" in step or "us_join" in step:
-            assert sent.pop(0)[3] == "phx_join"
-        if "join" in step:
-            assert link.receive(reply("1"), now) == Joined()
-        if "after" in step:
-            now = advance(link, now, step["after"], sent)
-        if "token" in step:
-            link.new_token(step["token"], now)
-        if "leave" in step:
-            link.leave()
-        sent += [json.loads(text) for text in link.outgoing()]
-        if "us" in step:
-            assert sent.pop(0) == step["us"]
-        if "it" in step or "it_binary" in step:
-            expect(link, step, now)
-
-
-def expect(link: PhoenixChannel, step: dict[str, Any], now: float) -> None:
-    """The server's frame means what the golden file says."""
-    before = link.ignored.total()
-    if "it_binary" in step:
-        fields = step["it_binary"]
-        raw = type4(
-            fields["topic"], fields["event"], fields["payload"], fields.get("meta"), fields.get("encoding", 1)
-        )
-    else:
-        raw = json.dumps(step["it"]).encode()
-    event = link.receive(raw, now)
-    assert (type(event).__name__ if event is not None else None) == step["means"]
-    if isinstance(event, Received):
-        assert (event.event, event.payload) == (step["event"], step["payload"])
-    if isinstance(event, Dropped):
-        assert event.cause == step["cause"]
-    if "ignored" in step:
-        assert link.ignored[step["ignored"]] == 1
-        assert link.ignored.total() == before + 1
-    if "state" in step:
-        assert link.machine.state == step["state"]
-
-
-def advance(link: PhoenixChannel, now: float, seconds: float, sent: list[Any]) -> float:
-    """Let time pass, every heartbeat answered; what is written at the very end goes to `sent` unanswered."""
-    end = now + seconds
-    while (at := link.next_deadline()) is not None and at <= end:
-        assert link.tick(at) is None
-        for fields in map(json.loads, link.outgoing()):
-            if at == end:
-                sent.append(fields)
-            else:
-                assert fields[3] == "heartbeat"
-                link.receive(reply(fields[1], topic="phoenix"), at)
-    return end
-
-
-# --- deadlines
 
 
 def test_an_unanswered_heartbeat_ends_the_socket() -> None:

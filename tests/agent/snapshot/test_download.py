@@ -10,8 +10,7 @@ import shutil
 import ssl
 import subprocess
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -21,20 +20,16 @@ import pytest
 from agent.config import SnapshotLimits
 from agent.core.errors import (
     CredentialRejected,
-    HydrationImpossible,
     SnapshotRejected,
     Unavailable,
 )
 from agent.core.model import MAX_SEGMENTS, Entry, RelPath, digest_of
 from agent.fs.project_dir import ProjectDir
 from agent.fs.staging import Staging
-from agent.snapshot.download import READ_BYTES, Progress, StagedSnapshot, expiry, fetch, obtain
+from agent.snapshot.download import READ_BYTES, Downloader, Progress, expiry
 from agent.snapshot.zip_format import Event
 from agent.snapshot.zip_reader import ZipReader
-from agent.sync.catchup import CatchUp
-from agent.telemetry.metrics import Metrics
-from agent.telemetry.status import Problems
-from tests.agent.disks import in_staging
+from tests.agent.disks import in_staging, staged_files
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import EPOCH, MANIFEST_PATH, PROJECT, Member, archive, manifest, snapshot
 
@@ -46,20 +41,6 @@ FILES = {
     "src/App.tsx": b"export default 1\n" * 40,
     "public/dot.bin": bytes(range(256)),
 }
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ProjectDir]:
-    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
-    disk.open()
-    yield disk
-    disk.close()
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient() as client:
-        yield client
 
 
 @pytest.fixture
@@ -87,11 +68,6 @@ def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, ssl.create_default_context(cafile=str(certificate))
 
 
-def staged_files(snapshot: StagedSnapshot, tmp_path: Path) -> dict[str, bytes]:
-    places = {path: tmp_path / "staging" / name for path, name in snapshot.staged.items()}
-    return {path: (at / path if at.is_dir() else at).read_bytes() for path, at in places.items()}
-
-
 def is_clean(tmp_path: Path) -> bool:
     """Nothing staged, nothing in the project."""
     return in_staging(tmp_path / "staging") == [] and os.listdir(tmp_path / "project") == []
@@ -101,9 +77,7 @@ async def test_a_snapshot_is_staged_whole(disk: ProjectDir, http: httpx.AsyncCli
     data = snapshot(FILES)
     progress = Progress()
     async with origin(Answer(data, piece=100)) as server:
-        got = await fetch(
-            server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT, progress=progress
-        )
+        got = await Downloader(disk, http, QUICK, PROJECT, progress=progress).fetch(server.url)
     assert staged_files(got, tmp_path) == FILES
     assert not got.plain
     assert (got.manifest.epoch, got.manifest.revision, got.size) == (EPOCH, 7, len(data))
@@ -127,7 +101,7 @@ async def test_a_directory_entry_over_a_listed_file_is_refused(
     for members in ([listed, directory, Member(b"a", b"1")], [listed, Member(b"a", b"1"), directory]):
         async with origin(Answer(archive(members))) as server:
             with pytest.raises(SnapshotRejected) as caught:
-                await fetch(server.url, disk=disk, http=http, limits=QUICK)
+                await Downloader(disk, http, QUICK).fetch(server.url)
         assert caught.value.rule == "path_clash"
 
 
@@ -140,7 +114,7 @@ async def test_a_listed_file_is_no_deeper_than_allowed(
     directory = [Member(above.encode(), b"", method=0, mode=0o040755)] if announced else []
     async with origin(Answer(archive([listed, *directory, Member(f"{above}x".encode(), b"1")]))) as server:
         with pytest.raises(SnapshotRejected) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     assert caught.value.rule == "too_deep"
 
 
@@ -157,11 +131,11 @@ async def test_how_well_a_file_packs_matters_only_past_what_the_manifest_says(
     blank = Member(b"a", bytes(20_000_000), described=described)
     async with origin(Answer(archive([listed, blank]))) as server:
         if rule is None:
-            snapshot = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            snapshot = await Downloader(disk, http, QUICK).fetch(server.url)
             assert list(snapshot.staged) == ["a"]
             return
         with pytest.raises(SnapshotRejected) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
         assert caught.value.rule == rule
 
 
@@ -170,7 +144,7 @@ async def test_a_plain_zip_is_taken_with_its_cursor_unknown(
 ) -> None:
     members = [Member(p.encode(), c) for p, c in FILES.items()] + [Member(b"run.sh", b"#!", mode=0o100755)]
     async with origin(Answer(archive(members))) as server:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT)
+        got = await Downloader(disk, http, QUICK, PROJECT).fetch(server.url)
     assert got.plain
     assert staged_files(got, tmp_path) == {**FILES, "run.sh": b"#!"}
     assert {p for p, f in got.manifest.files.items() if f.executable} == {"run.sh"}
@@ -192,7 +166,7 @@ async def test_a_large_body_is_taken_in_large_pieces(
 
     monkeypatch.setattr(ZipReader, "feed", watched)
     async with origin(Answer(data)) as server:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+        got = await Downloader(disk, http, QUICK).fetch(server.url)
     assert staged_files(got, tmp_path) == {"public/film.bin": content}
     assert 64 * 1024 < max(fed) <= READ_BYTES
     assert sum(fed) == len(data)
@@ -213,7 +187,7 @@ async def test_a_body_in_chunks_is_what_is_in_them(
         chunked(data, 100), headers=[("Transfer-Encoding", "chunked")], announced=length, piece=333
     )
     async with origin(answer) as server:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+        got = await Downloader(disk, http, QUICK).fetch(server.url)
     assert staged_files(got, tmp_path) == FILES
 
 
@@ -228,7 +202,7 @@ async def test_what_follows_the_announced_body_is_not_taken_for_it(
         answer.piece = piece
         async with origin(answer) as server:
             for _ in range(2):
-                got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+                got = await Downloader(disk, http, QUICK).fetch(server.url)
                 assert got.size == len(data)
                 assert staged_files(got, tmp_path) == FILES
                 disk.clear_staging()
@@ -241,11 +215,11 @@ async def test_a_body_over_tls(
     data = archive([Member(b"public/film.bin", content, method=0)])
     theirs, ours = tls
     async with origin(Answer(data), tls=theirs) as server, httpx.AsyncClient(verify=ours) as http:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK)
+        got = await Downloader(disk, http, QUICK).fetch(server.url)
         assert staged_files(got, tmp_path) == {"public/film.bin": content}
         server.answers = [Answer(data, cut=3 * READ_BYTES)]
         with pytest.raises(Unavailable):
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     assert is_clean(tmp_path)
 
 
@@ -254,12 +228,12 @@ async def test_files_the_tree_has_are_checked_but_not_staged(
 ) -> None:
     have = {RelPath("package.json"): Entry(1, digest_of(b"{}"), 2)}
     async with origin(Answer(snapshot(FILES))) as server:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+        got = await Downloader(disk, http, QUICK).fetch(server.url, have=have)
     assert set(got.staged) == {"src/App.tsx", "public/dot.bin"}
     lying = snapshot({**FILES, "package.json": b"[]"}, said=manifest(FILES))
     async with origin(Answer(lying)) as server:
         with pytest.raises(SnapshotRejected) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+            await Downloader(disk, http, QUICK).fetch(server.url, have=have)
     assert caught.value.rule == "hash_mismatch"
 
 
@@ -270,7 +244,7 @@ async def test_an_identical_snapshot_ends_with_its_manifest(
     have = {RelPath(p): Entry(1, digest_of(c), len(c)) for p, c in files.items()}
     data = snapshot(files)
     async with origin(Answer(data)) as server:
-        got = await fetch(server.url, disk=disk, http=http, limits=QUICK, have=have)
+        got = await Downloader(disk, http, QUICK).fetch(server.url, have=have)
     assert got.staged == {}
     assert set(got.manifest.files) == set(files)
     assert got.size < len(data) / 2
@@ -320,7 +294,7 @@ async def test_what_the_manifest_does_not_bear_out_is_refused_whole(
 ) -> None:
     async with origin(Answer(LIES[rule])) as server:
         with pytest.raises(SnapshotRejected) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK, expected_project=PROJECT)
+            await Downloader(disk, http, QUICK, PROJECT).fetch(server.url)
     assert caught.value.rule == rule
     assert is_clean(tmp_path)
 
@@ -344,7 +318,7 @@ async def test_storage_is_judged_by_what_its_json_says(
     body, error = STORAGE[case]
     async with origin(Answer(json.dumps(body).encode(), 400)) as server:
         with pytest.raises(error):
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     assert is_clean(tmp_path)
 
 
@@ -360,7 +334,7 @@ async def test_a_status_without_json(
 ) -> None:
     async with origin(Answer(b"<html>no", status, headers=[("Retry-After", "7")])) as server:
         with pytest.raises(error) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     if status in (429, 503):
         assert isinstance(caught.value, Unavailable)
         assert caught.value.retry_after == 7
@@ -374,7 +348,7 @@ async def test_a_stream_that_dies_can_be_tried_again(
     data = snapshot({**FILES, "more.bin": os.urandom(200_000)})
     async with origin(Answer(data, cut=len(data) // 2, how=how, announced=announced)) as server:
         with pytest.raises(Unavailable) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     assert "SECRET" not in str(caught.value)
     assert is_clean(tmp_path)
 
@@ -385,7 +359,7 @@ async def test_a_slow_drip_ends_with_the_total_time(
     limits = QUICK.model_copy(update={"snapshot_total_seconds": 0.2})
     async with origin(Answer(snapshot(FILES), piece=1, pause=0.01)) as server:
         with pytest.raises(Unavailable, match="total_time"):
-            await fetch(server.url, disk=disk, http=http, limits=limits)
+            await Downloader(disk, http, limits).fetch(server.url)
     assert is_clean(tmp_path)
 
 
@@ -393,7 +367,7 @@ async def test_nothing_listens(disk: ProjectDir, http: httpx.AsyncClient) -> Non
     async with origin(Answer()) as server:
         url = server.url
     with pytest.raises(Unavailable):
-        await fetch(url, disk=disk, http=http, limits=QUICK)
+        await Downloader(disk, http, QUICK).fetch(url)
 
 
 def token(exp: float) -> str:
@@ -406,75 +380,9 @@ async def test_an_expired_url_is_known_before_asking(disk: ProjectDir, http: htt
         url = server.url.replace("SECRET", token(1000))
         assert expiry(url) == 1000
         with pytest.raises(CredentialRejected, match="expired 3600 s ago"):
-            await fetch(url, disk=disk, http=http, limits=QUICK, wall=lambda: 4600)
+            await Downloader(disk, http, QUICK, wall=lambda: 4600).fetch(url)
         assert server.requests == []
-        await fetch(url, disk=disk, http=http, limits=QUICK, wall=lambda: 999)
-
-
-async def test_transient_failures_are_retried(
-    disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
-) -> None:
-    data = snapshot(FILES)
-    bad = (Answer(b"", 503), Answer(data, cut=50, how="reset"), Answer(data))
-    progress = Progress()
-    async with origin(*bad) as server:
-        got = await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK, progress=progress)
-    assert staged_files(got, tmp_path) == FILES
-    assert progress.attempt == 3
-
-
-async def test_the_peer_is_not_asked_before_it_wants_to_be(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    """Jitter would be some milliseconds here."""
-    async with origin(Answer(b"", 503, headers=[("Retry-After", "1")]), Answer(snapshot(FILES))) as server:
-        started = time.monotonic()
-        await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
-        assert time.monotonic() - started >= 1.0
-    assert len(server.requests) == 2
-
-
-async def test_a_refused_url_is_renewed(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    reasons = []
-    async with origin(
-        Answer(b'{"code":"InvalidJWT"}', 400), Answer(b"junk"), Answer(snapshot(FILES))
-    ) as server:
-
-        async def renew(reason: str) -> str | None:
-            reasons.append(reason)
-            return f"{server.url}&n={len(reasons)}"
-
-        await obtain(None, renew=renew, disk=disk, http=http, limits=QUICK)
-    assert reasons == ["snapshot_missing", "snapshot_expired", "snapshot_rejected"]
-
-
-@pytest.mark.parametrize(
-    ("bad", "kind"),
-    [(Answer(b'{"code":"InvalidJWT"}', 400), "snapshot_expired"), (Answer(b"junk"), "snapshot_rejected")],
-)
-async def test_a_refusal_is_a_problem_until_a_snapshot_is_taken(
-    disk: ProjectDir, http: httpx.AsyncClient, bad: Answer, kind: str
-) -> None:
-    problems = Problems(Metrics())
-    catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
-    async with origin(bad, Answer(snapshot(FILES))) as server:
-        with pytest.raises((CredentialRejected, HydrationImpossible)):
-            await catch_up.first(server.url)
-        assert [problem.kind for problem in problems.open.values()] == [kind]
-        await catch_up.first(server.url)
-    assert not problems.open
-
-
-async def test_giving_up_says_why_in_one_line(disk: ProjectDir, http: httpx.AsyncClient) -> None:
-    async with origin(Answer(b"", 503)) as server:
-        with pytest.raises(HydrationImpossible, match=r"after 8 attempts.*HTTP 503") as spent:
-            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
-        assert len(server.requests) == 8
-    assert "SECRET" not in str(spent.value)
-    async with origin(Answer(b'{"code":"InvalidJWT"}', 400)) as server:
-        with pytest.raises(CredentialRejected):
-            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
-    async with origin(Answer(b"junk")) as server:
-        with pytest.raises(HydrationImpossible, match="not_a_zip"):
-            await obtain(server.url, renew=None, disk=disk, http=http, limits=QUICK)
+        await Downloader(disk, http, QUICK, wall=lambda: 999).fetch(url)
 
 
 async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(
@@ -486,7 +394,7 @@ async def test_a_hydration_cancelled_in_the_middle_leaves_nothing(
         progress = Progress()
         async with origin(Answer(data, piece=20_000, pause=0.0005)) as server:
             hydrating = asyncio.create_task(
-                fetch(server.url, disk=disk, http=http, limits=QUICK, progress=progress)
+                Downloader(disk, http, QUICK, progress=progress).fetch(server.url)
             )
             async with asyncio.timeout(10):
                 while progress.received_bytes < after:
@@ -512,7 +420,7 @@ async def test_the_loop_is_free_while_a_slow_disk_is_written(
 
     monkeypatch.setattr(Staging, "stage_whole", slow)
     async with origin(Answer(archive([Member(b"a", b"x" * 1000)]))) as server:
-        hydrating = asyncio.create_task(fetch(server.url, disk=disk, http=http, limits=QUICK))
+        hydrating = asyncio.create_task(Downloader(disk, http, QUICK).fetch(server.url))
         async with asyncio.timeout(10):
             while not writing.is_set():
                 await asyncio.sleep(0.001)
@@ -526,6 +434,6 @@ async def test_the_url_is_in_no_log(
     caplog.set_level("DEBUG", "agent")
     async with origin(Answer(b"", 503)) as server:
         with pytest.raises(Unavailable) as caught:
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     chain = [str(caught.value), repr(caught.value), repr(caught.value.__cause__)]
     assert "SECRET" not in " ".join([*chain, caplog.text])

@@ -27,7 +27,7 @@ from agent.core.model import RelPath, Tree, digest_of
 from agent.core.reconcile import reconcile
 from agent.fs.inspect import FileStat
 from agent.fs.project_dir import ProjectDir
-from agent.snapshot.download import fetch
+from agent.snapshot.download import Downloader
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot
@@ -61,9 +61,7 @@ class Container:
 
     async def hydrate(self, url: str, http: httpx.AsyncClient) -> int:
         """The whole way; how many files were written."""
-        got = await fetch(
-            url, disk=self.disk, http=http, limits=QUICK, expected_project=PROJECT, have=self.tree.entries
-        )
+        got = await Downloader(self.disk, http, QUICK, PROJECT).fetch(url, have=self.tree.entries)
         plan = reconcile(self.tree, got.manifest, got.staged)
         outcome = self.disk.apply(plan.operations, self.known, tree=self.tree.entries)
         assert not outcome.problems
@@ -170,7 +168,7 @@ async def test_a_full_disk_is_an_honest_answer(small: Path) -> None:
     data = snapshot({"big.bin": os.urandom(4_000_000), "a": b"a"})
     async with origin(Answer(data)) as server, httpx.AsyncClient() as http:
         with pytest.raises(Unavailable, match="staging directory is unavailable: No space left"):
-            await fetch(server.url, disk=disk, http=http, limits=QUICK)
+            await Downloader(disk, http, QUICK).fetch(server.url)
     assert in_staging(small / "staging") == []
     disk.close()
 
@@ -243,12 +241,7 @@ async def test_nginx_with_a_link_that_expires(container: Container) -> None:
                 assert container.files() == OLD
                 short = SnapshotLimits(snapshot_total_seconds=0.3)
                 with pytest.raises(Unavailable, match="total_time"):
-                    await fetch(
-                        f"http://127.0.0.1:{port}/slow/s.zip",
-                        disk=container.disk,
-                        http=http,
-                        limits=short,
-                    )
+                    await Downloader(container.disk, http, short).fetch(f"http://127.0.0.1:{port}/slow/s.zip")
                 assert container.staged() == []
                 await container.hydrate(link(port, now + 60), http)
     assert container.files() == NEW

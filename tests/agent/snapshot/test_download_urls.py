@@ -6,7 +6,7 @@ import gzip
 import os
 import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,7 @@ from agent.core.errors import CredentialRejected, Unavailable
 from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
 from agent.fs.project_dir import ProjectDir
-from agent.snapshot.download import fetch, obtain
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems
@@ -48,26 +48,12 @@ NO_ADDRESS = {
 }
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[ProjectDir]:
-    disk = ProjectDir(tmp_path / "project", tmp_path / "staging")
-    disk.open()
-    yield disk
-    disk.close()
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(trust_env=False) as client:
-        yield client
-
-
 @pytest.mark.parametrize("url", NO_ADDRESS.values(), ids=NO_ADDRESS)
 async def test_a_url_that_cannot_be_requested_is_refused(
     url: str, disk: ProjectDir, http: httpx.AsyncClient, tmp_path: Path
 ) -> None:
     with pytest.raises(CredentialRejected, match=r"^the snapshot's URL cannot be used: ") as caught:
-        await fetch(url, disk=disk, http=http, limits=QUICK)
+        await Downloader(disk, http, QUICK).fetch(url)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__suppress_context__
     assert in_staging(tmp_path / "staging") == []
@@ -82,7 +68,7 @@ async def test_another_is_asked_for_at_a_start(url: str, disk: ProjectDir, http:
             asked.append(reason)
             return server.url
 
-        await obtain(url, renew=renew, disk=disk, http=http, limits=QUICK)
+        await Downloader(disk, http, QUICK).obtain(url, renew=renew)
     assert asked == ["snapshot_expired"]
 
 
@@ -91,7 +77,7 @@ async def test_and_in_a_catch_up_it_is_a_problem_until_another_comes(
     url: str, disk: ProjectDir, http: httpx.AsyncClient
 ) -> None:
     problems = Problems(Metrics())
-    catch_up = CatchUp(None, disk, http, QUICK, PROJECT, problems, have=dict)
+    catch_up = CatchUp(None, Downloader(disk, http, QUICK, PROJECT), problems, have=dict)
     catch_up.offered = url
     with pytest.raises(Unavailable):
         await catch_up.ask(Request(None, 0, Reason.SNAPSHOT_READY, frozenset()))
@@ -125,7 +111,7 @@ async def test_a_body_that_is_encoded_is_refused_unread(
         tracemalloc.start()
         try:
             with pytest.raises(Unavailable, match=f"encoded as '{coding}'"):
-                await fetch(server.url, disk=disk, http=http, limits=QUICK)
+                await Downloader(disk, http, QUICK).fetch(server.url)
             assert tracemalloc.get_traced_memory()[1] < 5_000_000
         finally:
             tracemalloc.stop()
@@ -141,4 +127,4 @@ async def test_a_refusal_that_is_nested_without_end_is_one_like_another(
     for body in (f'{{"statusCode": {deep}}}', f'{{"code": {deep}, "error": {deep}}}'):
         async with origin(Answer(body.encode(), 400)) as server:
             with pytest.raises(Unavailable, match="HTTP 400"):
-                await fetch(server.url, disk=disk, http=http, limits=QUICK)
+                await Downloader(disk, http, QUICK).fetch(server.url)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
 import pytest
@@ -25,7 +24,7 @@ from agent.core.reconcile import Reason, reconcile
 from agent.core.scheduler import Request
 from agent.fs.project_dir import ProjectDir
 from agent.session_api import SessionApi
-from agent.snapshot.download import StagedSnapshot
+from agent.snapshot.download import Downloader, StagedSnapshot
 from agent.sync.catchup import BACKOFF, REFUSED_RETRY, UNFIT_RETRY, CatchUp
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems
@@ -45,13 +44,8 @@ async def catching_up(world: World, *, api: bool = True) -> AsyncIterator[CatchU
     async with httpx.AsyncClient(transport=httpx.MockTransport(world.orchestrator), trust_env=False) as http:
         session = SessionApi(HOST, "session", Tokens(jwt(2_000_000_000)), http) if api else None
         limits = SnapshotLimits(snapshot_retry_seconds=0.001, snapshot_retry_max_seconds=0.002)
-        yield CatchUp(session, disk, http, limits, PROJECT, Problems(Metrics()), dict)
+        yield CatchUp(session, Downloader(disk, http, limits, PROJECT), Problems(Metrics()), dict)
     disk.close()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
 
 
 def kinds(catch_up: CatchUp) -> list[str]:

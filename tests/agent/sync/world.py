@@ -20,6 +20,7 @@ import httpx
 import orjson
 
 from agent.config import SnapshotLimits
+from agent.core.messages import Head
 from agent.core.model import Problem, ProblemKind, RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
@@ -27,6 +28,7 @@ from agent.link.source import Received, Resync, Signal
 from agent.link.types import LinkState
 from agent.replay.simulated_clock import simulate
 from agent.session_api import SessionApi
+from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.ledger import Ledger, LedgerState
@@ -325,8 +327,8 @@ class World:
             session = SessionApi(HOST, "session", Tokens(jwt(2_000_000_000)), http) if api else None
             limits = SnapshotLimits(snapshot_retry_seconds=0.1, snapshot_retry_max_seconds=1.0)
             catch_up = CatchUp(
-                session, place, http, limits, PROJECT, problems, lambda: follower.tree.entries
-            )  # fmt: skip
+                session, Downloader(place, http, limits, PROJECT), problems, lambda: follower.tree.entries
+            )
             sync = Sync(
                 follower,
                 workspace,
@@ -383,3 +385,12 @@ def undone_disk(failures: int, kind: ProblemKind = "disk_full", done: Sequence[s
             return type(outcome)(outcome.done, problems, rolled_back=True)
 
     return Undone
+
+
+def head(world: World, **other: Any) -> Head:
+    """Where the database is, as the heartbeat's answer has it."""
+    return Head(world.database.epoch, world.database.revision, **other)
+
+
+def offered(world: World) -> Answer:
+    return lambda _: world.database.offer()

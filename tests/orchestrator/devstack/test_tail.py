@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator_stub.config import SettingsError
+from orchestrator_stub.devstack.state_directory import StateDirectory
 from orchestrator_stub.devstack.tail import describe, find_channel, run_tail
+from orchestrator_stub.devstack.terminal import CannotStart
 from tests.fakes.serving import Local, serve_local
 
 PROJECT = str(uuid4())
@@ -91,6 +93,21 @@ def test_where_it_looks(tmp_path: Path) -> None:
     (tmp_path / "dev.json").write_text("{")
     with pytest.raises(SettingsError):
         find_channel("-", tmp_path)
+
+
+def test_what_a_killed_dev_left_is_not_taken_for_a_running_one(tmp_path: Path) -> None:
+    info = {"orchestrator_url": "http://x", "service_key": "k", "project_id": PROJECT}
+    state = StateDirectory(tmp_path)
+    with state.lock():
+        (tmp_path / "dev.json").write_text(json.dumps(info))
+        assert str(find_channel("-", tmp_path).project_id) == PROJECT
+        assert str(find_channel("-", tmp_path).project_id) == PROJECT, "to ask takes nothing away"
+        with pytest.raises(CannotStart, match="another dev"), StateDirectory(tmp_path).lock():
+            pass
+    with pytest.raises(SettingsError, match="is `preview-orchestrator dev` running"):
+        find_channel("-", tmp_path)
+    with state.lock():
+        pass
 
 
 @contextlib.asynccontextmanager

@@ -211,3 +211,85 @@ async def test_a_page_of_another_origin_may_call(local: Local, project: UUID) ->
     for at in ("/storage/v1/bucket/kept", path):
         assert (await local.http.options(at)).status_code == 204
     assert (await local.http.get("/storage/v1/bucket/kept")).status_code == 200
+
+
+RPC = "/rest/v1/rpc/list_current_files"
+
+
+async def three(local: Local, project: UUID) -> dict[str, str]:
+    for path, content in (("a.ts", "1"), ("b.css", "22"), ("c.ts", "333")):
+        save = {"project_uuid": str(project), "p_file_path": path, "p_content": content}
+        await local.http.post("/rest/v1/rpc/upsert_project_file", json=save)
+    return {"project_uuid": str(project)}
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("select=file_path,size_bytes&file_path=eq.c.ts", [{"file_path": "c.ts", "size_bytes": 3}]),
+        ("select=file_path&order=file_path.desc", [{"file_path": p} for p in ("c.ts", "b.css", "a.ts")]),
+        ("select=file_path&file_type=eq.typescript&limit=1&offset=1", [{"file_path": "c.ts"}]),
+        ("select=version&size_bytes=gt.1&size_bytes=lt.3", [{"version": 1}]),
+    ],
+)
+async def test_what_a_function_returns_is_selected_filtered_and_ordered(
+    local: Local, project: UUID, query: str, expected: list[dict[str, object]]
+) -> None:
+    arguments = await three(local, project)
+    assert (await local.http.post(f"{RPC}?{query}", json=arguments)).json() == expected
+    got = await local.http.get(f"{RPC}?project_uuid={project}&{query}")
+    assert got.json() == expected, "by GET, what is no argument is a filter"
+
+
+async def test_rows_are_counted_when_asked(local: Local, project: UUID) -> None:
+    arguments = await three(local, project)
+    for ask, expected in (({"prefer": "count=exact"}, "1-1/3"), ({}, "1-1/*")):
+        answer = await local.http.post(f"{RPC}?limit=1&offset=1", json=arguments, headers=ask)
+        assert answer.headers["content-range"] == expected
+    table = f"/rest/v1/project_files_current?project_id=eq.{project}&file_type=eq.typescript"
+    answer = await local.http.head(table, headers={"prefer": "count=exact"})
+    assert (answer.status_code, answer.headers["content-range"], answer.content) == (200, "0-1/2", b"")
+    part = await local.http.get(f"{table}&limit=1", headers={"prefer": "count=exact"})
+    assert (part.status_code, part.headers["content-range"]) == (206, "0-0/2")
+    none = await local.http.get(f"{table}&version=gt.9", headers={"prefer": "count=exact"})
+    assert (none.status_code, none.headers["content-range"]) == (200, "*/0")
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("or=(version.eq.1,version.eq.2)", "or"), ("select=a(b)", "a(b)"), ("version=not.eq.1", "not.eq.1"),
+        ("limit=-1", "limit"), ("limit=9999999999999999999999", "limit"), ("order=a;b", "a;b"),
+    ],
+)  # fmt: skip
+async def test_what_is_not_served_is_refused_by_its_name(
+    local: Local, project: UUID, query: str, name: str
+) -> None:
+    arguments = await three(local, project)
+    for answer in (
+        await local.http.post(f"{RPC}?{query}", json=arguments),
+        await local.http.get(f"/rest/v1/project_files_current?{query}"),
+    ):
+        assert (answer.status_code, answer.json()["code"]) == (400, "PGRST100")
+        assert name in answer.json()["message"]
+
+
+async def test_a_value_is_no_table(local: Local, project: UUID) -> None:
+    """Ignored, a `limit` here would be an answer to another question."""
+    save = {"project_uuid": str(project), "p_file_path": "a", "p_content": "x"}
+    for query in ("select=version", "limit=1", "version=eq.1", "order=version"):
+        answer = await local.http.post(f"/rest/v1/rpc/upsert_project_file?{query}", json=save)
+        assert (answer.status_code, answer.json()["code"]) == (400, "PGRST100")
+        assert query.partition("=")[0] in answer.json()["message"]
+    assert await local.sql("select count(*) from public.project_files") == [(0,)], "nothing was done"
+
+
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("POST", "rest/v1/projects"), ("PATCH", "rest/v1/projects"), ("DELETE", "rest/v1/projects"),
+     ("GET", "rest/v1/"), ("POST", "functions/v1/hello"), ("POST", "graphql/v1")],
+)  # fmt: skip
+async def test_what_is_not_served_says_its_name(local: Local, method: str, at: str) -> None:
+    answer = await local.http.request(method, f"/{at}")
+    assert answer.status_code == 501
+    assert f"{method} /{at}" in answer.json()["message"]

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
 from orchestrator_stub.machines.local import ALLOCATOR, LocalMachines, free_port
-from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
+from tests.orchestrator.machines.driver_contract import INSTALLATION, DriverContract, spec_for
 
 AGENT = """
     import json, os, signal, subprocess, sys, time
@@ -243,6 +243,57 @@ async def test_a_pid_that_was_given_to_somebody_else_is_never_signalled(place: P
     assert psutil.pid_exists(stranger.pid)
     stranger.kill()
     await stranger.wait()
+    await second.close()
+
+
+KILLED = """
+    import asyncio, os, signal, sys
+    from pathlib import Path
+    from uuid import UUID
+    from orchestrator_stub.machines import local
+    from tests.orchestrator.machines.driver_contract import spec_for
+
+    def killed(pid):
+        # The process is there, and nothing says so yet.
+        while not Path(f"/proc/{pid}/cwd").exists() or not list(Path(sys.argv[1]).glob("*/up")):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    local._birth = killed
+    driver = local.LocalMachines(Path(sys.argv[1]), environment=os.environ, command=(sys.executable, sys.argv[2]))
+    asyncio.run(driver.create(spec_for(of=UUID(sys.argv[3]))))
+"""
+
+
+async def test_an_agent_whose_orchestrator_was_killed_before_it_wrote_the_pid_is_found(place: Place) -> None:
+    script = place.root.parent / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(script),
+        str(place.root),
+        str(place.agent),
+        str(INSTALLATION),
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert await parent.wait() == -signal.SIGKILL
+    [directory] = place.root.iterdir()
+    agent, child = map(int, (directory / "up").read_text().split())
+    assert not gone(agent)
+    second = place.driver()
+    [machine] = await second.list()
+    assert machine.state is MachineState.STOPPED
+    owner = owner_of(machine.name)
+    assert owner is not None
+    # The retry is one machine, and so is the end.
+    (directory / "up").unlink()
+    assert (await second.create(spec_for(owner[0]))).id == machine.id
+    assert gone(agent)
+    assert gone(child)
+    started = await place.pids(machine)
+    await second.destroy(machine.id)
+    assert all(gone(pid) for pid in started)
+    assert not directory.exists()
     await second.close()
 
 

@@ -152,3 +152,36 @@ async def test_what_is_not_there_and_what_cannot_be_stored(serving: Serving) -> 
         with pytest.raises(StorageFailure) as failed:
             await storage.ensure(BUCKET, "p/x.zip", b"x", 1)
         assert failed.value.transient
+
+
+async def test_an_archive_above_the_limit_is_refused_with_the_limit_s_name(
+    database: str, tmp_path: Path
+) -> None:
+    """By us before a byte is sent, by Storage where its own limit is lower: either way it says what to raise."""
+    async with (
+        serve_local(database, tmp_path / "storage") as local,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
+        base = f"{local.url}/storage/v1"
+        storage = StorageClient(base, KEY, http, object_limit=1_000_000)
+        for store in (storage.upload, storage.ensure):
+            sent = False
+
+            async def never() -> AsyncIterator[bytes]:
+                nonlocal sent
+                sent = True
+                yield b""
+
+            with pytest.raises(
+                StorageFailure, match=r"1000001 bytes, and STORAGE_OBJECT_LIMIT is 1000000"
+            ) as error:
+                await store(BUCKET, "p/a.zip", never(), 1_000_001)
+            assert (error.value.code, error.value.transient, sent) == ("EntityTooLarge", False, False)
+        await storage.ensure(BUCKET, "p/b.zip", pieces(bytes_of(1_000_000)), 1_000_000)
+
+        await local.sql("update storage.buckets set file_size_limit = 100000 where id = %s", BUCKET)
+        with pytest.raises(
+            StorageFailure, match=r"limit of the bucket project-snapshots.*STORAGE_OBJECT_LIMIT"
+        ) as error:
+            await storage.ensure(BUCKET, "p/c.zip", bytes_of(100_001), 100_001)
+        assert (error.value.code, error.value.transient) == ("EntityTooLarge", False)

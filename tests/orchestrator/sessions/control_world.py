@@ -44,6 +44,7 @@ class PaperSnapshots:
         base_revision: int | None = None,
         rebuild: bool = False,
         resign: bool = False,
+        payer: UUID | None = None,
     ) -> SignedSnapshot:
         if self.broken:
             raise SnapshotUnavailable("the storage is away")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import pytest
+
 from orchestrator_stub.machines.driver import machine_name
 from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.sessions.inventory import age_of
 from orchestrator_stub.sessions.lifecycle import State
 from tests.orchestrator.machines.driver_contract import ANOTHER, spec_for
 from tests.orchestrator.sessions.control_world import World, control_world
@@ -67,15 +71,25 @@ async def test_it_says_whose_every_machine_is(database: str, tmp_path: Path) -> 
         assert found[world.name_of(ready)]["session_state"] == State.READY
         assert found[world.name_of(ready)]["machine_id"] == world.name_of(ready)
         assert found[others.name]["installation"] == ANOTHER.hex[:12]
+        assert all(0 < row["age_seconds"] < 600 for row in found.values())
         lines = await said()
         assert len(lines) == len(found)
         for name in found:
             (line,) = [line for line in lines if line.startswith(f"{name} ")]
             assert f" {whose[name]} " in line
+            assert re.search(r"  \d+ (s|min)  ", line)
     finally:
         for machine in await driver.list():
             await driver.destroy(machine.id)
         await driver.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (1e6, "12 d")],
+)
+def test_an_age_is_in_the_largest_unit_that_it_has_two_of(seconds: float, said: str) -> None:
+    assert age_of(seconds) == said
 
 
 def test_what_cannot_be_asked_is_one_clear_line(database: str, tmp_path: Path) -> None:

@@ -18,10 +18,16 @@ async def world(database: str) -> AsyncIterator[World]:
         yield running
 
 
+async def replaced(store: SessionStore, session_id: UUID) -> Session | None:
+    session = await store.get(session_id)
+    assert session is not None
+    return await store.replace(session, 2, ttl=600)
+
+
 STATEMENTS: dict[Event, Callable[[SessionStore, UUID], Awaitable[Session | None]]] = {
     Event.TAKE_UP: lambda store, id_: store.claim(id_, by="me", seconds=60, event=Event.TAKE_UP),
     Event.REPORT: lambda store, id_: store.report(id_, 1, ready=True, lease=60, status="{}"),
-    Event.REPLACE: lambda store, id_: store.replace(id_, 2, ttl=600),
+    Event.REPLACE: replaced,
     Event.END: lambda store, id_: store.end(id_),
     Event.TAKE_DOWN: lambda store, id_: store.claim(id_, by="me", seconds=60, event=Event.TAKE_DOWN),
     Event.DESTROYED: lambda store, id_: store.destroyed(id_),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.snapshots.builder import BUCKET, SnapshotBuilder
-from orchestrator_stub.snapshots.worker import SnapshotWorker
+from orchestrator_stub.snapshots.worker import TAKE, SnapshotWorker
 from tests.fakes.serving import Local, serve_local
 
 
@@ -112,6 +113,38 @@ async def test_what_a_killed_orchestrator_left_is_taken_again(works: Works) -> N
     assert (await works.request(snapshot_id))[0] == "ready"
 
 
+async def test_a_request_that_waited_long_is_built_by_one_orchestrator(works: Works) -> None:
+    await works.save("one")
+    snapshot_id = await works.ask()
+    await works.local.sql("update public.project_snapshots set created_at = now() - interval '1 hour'")
+    taken = [await works.local.sql(TAKE) for _ in range(3)]
+    assert [len(rows) for rows in taken] == [1, 0, 0], "the first is still building"
+    await works.local.sql("update public.project_snapshots set taken_at = now() - interval '11 minutes'")
+    assert await works.worker().take_one(), "its orchestrator was killed"
+    assert (await works.request(snapshot_id))[0] == "ready"
+
+
+@pytest.mark.parametrize(("files", "inline"), [(3, True), (490, False), (501, False)])
+async def test_a_manifest_that_realtime_would_drop_is_left_out(
+    works: Works, files: int, inline: bool
+) -> None:
+    deep = "/".join(["d" * 120] * 4)
+    changes = [{"file_path": f"{deep}/{number}.ts", "content": str(number)} for number in range(files)]
+    await works.local.sql(
+        "select public.apply_project_files(%s, %s::jsonb)", works.project_id, json.dumps(changes)
+    )
+    await works.ask()
+    assert await works.worker().take_one()
+    [(size, manifest, limit)] = await works.local.sql(
+        "select octet_length(payload::text), payload -> 'manifest', broadcast_limit_bytes from realtime.messages,"
+        " preview.settings where event = 'snapshot:ready'"
+    )
+    assert size <= limit + len('{"id": "00000000-0000-4000-8000-000000000000"}')
+    assert (manifest is not None) is inline
+    if manifest:
+        assert len(manifest["files"]) == files
+
+
 async def test_a_build_that_fails_says_why(works: Works) -> None:
     await works.save("one")
     snapshot_id = await works.ask()
@@ -132,3 +165,18 @@ async def test_old_archives_go_and_the_newest_stays(works: Works) -> None:
     assert await works.worker().clear_old() == 2
     left = await works.storage.list(BUCKET, f"{works.project_id}/")
     assert [item["name"].split("-")[0] for item in left] == ["3"]
+
+
+async def test_a_delta_goes_as_soon_as_its_url_is_over_and_is_not_taken_for_the_newest(works: Works) -> None:
+    for content in ("one", "two"):
+        await works.save(content)
+        await works.ask()
+        assert await works.worker().take_one()
+    delta = await SnapshotBuilder(works.pool, works.storage).build(works.project_id, base_revision=1)
+    assert "from" in delta.object_path
+    works.now += 3 * 3600
+    assert await works.worker().clear_old() == 1
+    works.now += 25 * 3600
+    assert await works.worker().clear_old() == 1
+    left = await works.storage.list(BUCKET, f"{works.project_id}/")
+    assert [item["name"].split("-")[0] for item in left] == ["2"]
