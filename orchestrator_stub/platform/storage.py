@@ -218,7 +218,7 @@ class StorageClient:
 
 
 def _too_large(path: str, detail: str) -> StorageFailure:
-    return StorageFailure(f"upload {path}", TOO_LARGE, transient=False, detail=detail)
+    return StorageFailure(f"upload {path}", TOO_LARGE, transient=False, too_large=True, detail=detail)
 
 
 def _at(bucket: str, path: str) -> str:
