@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -11,7 +12,9 @@ import orjson
 from starlette.responses import Response
 
 from orchestrator_stub.http.problems import Refusal
+from orchestrator_stub.platform.sealing import CannotSeal
 from orchestrator_stub.sessions.lifecycle import Session
+from orchestrator_stub.sessions.run_settings import TooManySecrets
 
 
 def session_form(session: Session) -> dict[str, Any]:
@@ -53,3 +56,16 @@ def uuid_of(text: str, what: str) -> UUID:
 def rfc3339(moment: float) -> str:
     """Unix seconds as text, in UTC."""
     return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
+
+
+@contextmanager
+def kept_secret() -> Iterator[None]:
+    """Refuse what cannot be kept encrypted, or is too much."""
+    try:
+        yield
+    except CannotSeal:
+        raise Refusal(
+            503, "run_settings_no_key", "RUN_SETTINGS_KEYS is not set: nothing secret is kept."
+        ) from None
+    except TooManySecrets as error:
+        raise Refusal(413, "body_too_large", str(error)) from None

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
@@ -28,10 +27,9 @@ from starlette.routing import BaseRoute, Route
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.cors import open_to
-from orchestrator_stub.http.forms import json_answer, rfc3339, session_form, uuid_of
+from orchestrator_stub.http.forms import json_answer, kept_secret, rfc3339, session_form, uuid_of
 from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
 from orchestrator_stub.platform.database import Head
-from orchestrator_stub.platform.sealing import CannotSeal
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import (
     CannotSign,
@@ -44,7 +42,7 @@ from orchestrator_stub.platform.tokens import (
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
-from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings, TooManySecrets
+from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
 from orchestrator_stub.sessions.store import ProjectUnknown, Right, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
@@ -467,19 +465,6 @@ def _bearer(request: Request) -> str:
 
 def _unknown_session(session_id: UUID) -> Refusal:
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
-
-
-@contextmanager
-def kept_secret() -> Iterator[None]:
-    """Refuse what cannot be kept encrypted, or is too much."""
-    try:
-        yield
-    except CannotSeal:
-        raise Refusal(
-            503, "run_settings_no_key", "RUN_SETTINGS_KEYS is not set: nothing secret is kept."
-        ) from None
-    except TooManySecrets as error:
-        raise Refusal(413, "body_too_large", str(error)) from None
 
 
 def check_current(session: Session, claims: SessionClaims) -> None:

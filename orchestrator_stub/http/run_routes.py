@@ -12,9 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from orchestrator_stub.http.forms import json_answer, uuid_of
+from orchestrator_stub.http.forms import json_answer, kept_secret, uuid_of
 from orchestrator_stub.http.problems import Refusal
-from orchestrator_stub.http.routes import SessionRoutes, check_current, kept_secret
+from orchestrator_stub.http.routes import SessionRoutes, check_current
 from orchestrator_stub.platform.sealing import CannotOpen
 from orchestrator_stub.sessions.run_settings import RunBody
 
