@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import httpx
@@ -88,15 +89,22 @@ class Agent:
     stop: asyncio.Event
 
     def tasks(self) -> dict[str, Task]:
-        """Return the root tasks by name; each runs until it is cancelled or fails."""
+        """Return the root tasks by name; each runs until it is cancelled or fails.
+
+        A bug that ends one of them has it started again (`Errors.keep_running`), but for `sync`, which is the loop
+        itself, and the dev server's, which contains its own.
+        """
+        keep = self.report.problems.errors.keep_running
+        registry = self.report.problems.metrics.registry
+        dev = {"dev-server": self.supervisor.run}
         return {
-            "link": self.source.run,
+            "link": lambda: keep("link", self.source.run),
             "sync": self.sync.run,
-            **({"shadow": self.shadow.run} if self.shadow else {"dev-server": self.supervisor.run}),
-            "health": lambda: server.serve(self.settings, self.report, self.report.problems.metrics.registry),
-            "heartbeat": self.heartbeat.run,
-            "run-settings": self.run_settings.run,
-            "memory": self._trim_memory,
+            **({"shadow": partial(keep, "shadow", self.shadow.run)} if self.shadow else dev),
+            "health": lambda: keep("health", lambda: server.serve(self.settings, self.report, registry)),
+            "heartbeat": lambda: keep("heartbeat", self.heartbeat.run),
+            "run-settings": lambda: keep("run-settings", self.run_settings.run),
+            "memory": lambda: keep("memory", self._trim_memory),
         }
 
     def close(self) -> None:
@@ -154,7 +162,7 @@ def build(
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
     follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
-    supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics)
+    supervisor = Supervisor(settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors)
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)

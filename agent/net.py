@@ -1,9 +1,9 @@
-"""Two things that several rooms need of the network: what can be listened on here, and HTTP requests with bounds.
+"""What several rooms need of the network: what can be listened on here, HTTP requests with bounds, and JSON.
 
-They share no code. The first half asks this machine: addresses, ports, and the kernel's kills for memory. The second
-half asks others: every body is requested without an encoding and refused when it has one all the same (of a gzip in a
-gzip, 2.6 KB are 3 GB in memory before a bound on the output is looked at), is read up to a bound, and whatever the way
-there raises is an `httpx.HTTPError` or a `MalformedMessage`.
+The parts share no code. The first asks this machine: addresses, ports, and the kernel's kills for memory. The second
+asks others: every body is requested without an encoding and refused when it has one all the same (of a gzip in a gzip,
+2.6 KB are 3 GB in memory before a bound on the output is looked at), is read up to a bound, and whatever the way there
+raises is an `httpx.HTTPError` or a `MalformedMessage`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 import httpx
+import orjson
 
-from agent.core.errors import MalformedMessage, Unavailable
+from agent.core.errors import MalformedMessage, TooLarge, Unavailable
 
 EVERYWHERE: Final = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
 
@@ -141,12 +142,12 @@ def coding(response: httpx.Response) -> str | None:
 
 
 async def read_whole(response: httpx.Response, what: str, most: int) -> bytes:
-    """Read the body. Raises `Unavailable` when it is encoded, `MalformedMessage` above `most` bytes."""
+    """Read the body. Raises `Unavailable` when it is encoded, `TooLarge` above `most` bytes."""
     if (encoded := coding(response)) is not None:
         raise Unavailable(what, f"the answer is encoded as {encoded!r}, which was not asked for")
     body = await read_start(response, most + 1)
     if len(body) > most:
-        raise MalformedMessage(what, f"the answer is larger than {most} bytes")
+        raise TooLarge(what, f"the answer is larger than {most} bytes")
     return body
 
 
@@ -158,3 +159,25 @@ async def read_start(response: httpx.Response, most: int) -> bytes:
         if len(body) >= most:
             break
     return bytes(body[:most])
+
+
+def json_bytes(value: object, option: int = 0) -> bytes:
+    """Write `value` as JSON, whatever text and numbers it has from outside; `option` is orjson's.
+
+    Half a surrogate pair (a byte that is not UTF-8, in what a project says) is escaped, an integer beyond 64 bits
+    becomes text: orjson refuses both, and one such character in a script's name must not silence a whole report.
+    """
+    try:
+        return orjson.dumps(value, default=str, option=option)
+    except TypeError:
+        return orjson.dumps(_writable(value), default=str, option=option)
+
+
+def _writable(value: object) -> object:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_writable(str(key)): _writable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_writable(each) for each in value]
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**64 else value

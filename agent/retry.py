@@ -24,8 +24,9 @@ from tenacity.wait import wait_base
 
 from agent.core.errors import Unavailable
 
-LONGEST_ASKED: Final = 3600.0
-"""Seconds. The most that `Retry-After` is believed: a wrong clock must not silence an agent for longer."""
+LONGEST_ASKED: Final = 300.0
+"""Seconds. The most that `Retry-After` is believed: a wrong clock, or a gateway's page for a maintenance of an hour,
+must not silence an agent for longer."""
 
 
 class Backoff(wait_base):

@@ -3,8 +3,9 @@
 Errors are sorted by what can be done about them. 401 and 403 are final for the token (`CredentialRejected`), 404 and
 410 for the session (`SessionGone`), 409 names a newer machine (`Superseded`). These end things, so they are believed of
 the orchestrator alone, whose refusals are problem documents of its own types: a proxy in front of it answers with the
-same numbers when it is deployed badly, and no session is over because of that. 413 means that the request is too large
-(`TooLarge`); everything else that may pass is `Unavailable`, with the wait that was asked for.
+same numbers when it is deployed badly, and no session is over because of that. 413 and 422, whoever answers them, mean
+that the request is not taken as it is (`TooLarge`): the caller asks with less, or otherwise, never the same again;
+everything else that may pass is `Unavailable`, with the wait that was asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from agent.core.errors import (
 )
 from agent.core.messages import Head, SyncAnswer, read_head, read_sync_answer
 from agent.core.model import Problem, ProblemKind, RelPath
-from agent.net import coding, exchange, read_start, read_whole
+from agent.net import coding, exchange, json_bytes, read_start, read_whole
 from agent.retry import http_date, retry_after, within
 from agent.tokens import Token, Tokens
 
@@ -90,6 +91,11 @@ class SessionApi:
         """The token in force."""
         return self._tokens.current()
 
+    @property
+    def problem(self) -> str | None:
+        """Why a rotated token cannot be taken, when it cannot."""
+        return self._tokens.problem
+
     async def sync(
         self, epoch: str | None, revision: int, reason: str, paths: Sequence[RelPath] | None = None
     ) -> SyncAnswer:
@@ -124,8 +130,7 @@ class SessionApi:
         found: dict[ProblemKind, Problem] = {}
         for asked_with, error in self._failures.values():
             if asked_with is token:
-                refused = isinstance(error, CredentialRejected)
-                kind: ProblemKind = "session_api_refused" if refused else "session_api_unreachable"
+                kind = _kind(error)
                 found.setdefault(kind, Problem(kind, str(error)))
         return tuple(found.values())
 
@@ -159,7 +164,7 @@ class SessionApi:
                     self._http,
                     method,
                     f"{self._base}/{name}",
-                    content=None if body is None else orjson.dumps(body),
+                    content=None if body is None else json_bytes(body),
                     headers=headers,
                     timeout=self._timeout,
                 ) as response,
@@ -190,7 +195,7 @@ class SessionApi:
             told = (document.get("title"), document.get("detail"))
             said = f"HTTP {status}, {': '.join(text for text in told if isinstance(text, str))[:200]}"
         wait = retry_after(response.headers.get("retry-after"), self._clock().wall)
-        if status == 413:
+        if status in (413, 422):
             return TooLarge(what, said, wait)
         if status in (408, 429) or status >= 500 or document is None or document["type"] == PATH_UNKNOWN:
             return Unavailable(what, said, wait)
@@ -201,6 +206,13 @@ class SessionApi:
         if status == 409:
             return Superseded(f"{what} names a conflict: {said}")
         return MalformedMessage(what, f"unexpected answer: {said}")
+
+
+def _kind(error: AgentError) -> ProblemKind:
+    """The problem that a failed question is."""
+    if isinstance(error, CredentialRejected):
+        return "session_api_refused"
+    return "request_too_large" if isinstance(error, TooLarge) else "session_api_unreachable"
 
 
 async def _problem(response: httpx.Response) -> dict[str, object] | None:

@@ -90,6 +90,10 @@ class TokenSource(Protocol):
     def current(self) -> Token | None:
         """Return the token in force; the same object until it is replaced. Cheap: called every second."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why a token that somebody put there cannot be taken, when it cannot."""
+
     async def renew_token(self) -> Token:
         """Get a newer one. Raises `CredentialRejected`, `SessionGone` or `Unavailable`."""
 

@@ -12,7 +12,7 @@
     ├── MalformedMessage         an event, manifest or answer that cannot be read
     ├── SnapshotRejected         an archive refused whole, with the rule it broke
     └── Unavailable              a peer did not answer, or asked us to wait                 (transient)
-        └── TooLarge             it reads no body of this size: the same again cannot help, less can
+        └── TooLarge             413 or 422: it takes no request like this one: the same again cannot help, less can
 
 A per-path failure is data (`core.model.Problem`), not an exception: the rest goes on.
 """
@@ -120,4 +120,4 @@ class Unavailable(AgentError):
 
 
 class TooLarge(Unavailable):
-    """413: the peer, or something in front of it, reads no body as large as ours. Whoever asked can ask with less."""
+    """413 or 422: the peer, or something in front of it, takes no request like ours. Less can be asked."""

@@ -90,10 +90,11 @@ class _Offer(Struct):
     snapshot_url: Text
     manifest: object = None
     timestamp: Moment | None = None
+    reason: object = None
 
     def read(self) -> SnapshotOffer:
         manifest = None if self.manifest is None else read_manifest(self.manifest)
-        return SnapshotOffer(self.snapshot_url, manifest, _unix(self.timestamp))
+        return SnapshotOffer(self.snapshot_url, manifest, _unix(self.timestamp), self.reason == "ahead")
 
 
 def read_event(
@@ -308,11 +309,15 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotOffer:
-    """A snapshot to fetch, full or a delta (the manifest says): sync's answer, or `snapshot:ready` with its time."""
+    """A snapshot to fetch, full or a delta (the manifest says): sync's answer, or `snapshot:ready` with its time.
+
+    `ahead`: the question named a revision that the database does not have: it has lost commits.
+    """
 
     snapshot_url: str
     manifest: Manifest | None = None
     timestamp: float | None = None
+    ahead: bool = False
 
 
 SyncAnswer = Current | Changes | SnapshotOffer

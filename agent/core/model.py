@@ -29,9 +29,9 @@ SupervisorProblem = Literal[
 ]
 LinkProblem = Literal["token_refused"]
 RunSettingsProblem = Literal["run_settings_unavailable"]
-SessionApiProblem = Literal["session_api_refused", "session_api_unreachable"]
-CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected"]
-EngineProblem = Literal["content_unavailable", "drift", "hash_mismatch", "path_refused"]
+SessionApiProblem = Literal["request_too_large", "session_api_refused", "session_api_unreachable"]
+CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected", "snapshot_unavailable"]
+EngineProblem = Literal["content_unavailable", "drift", "hash_mismatch", "head_behind", "path_refused"]
 ShadowProblem = Literal["live_unreadable", "shadow_difference"]
 EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
 WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
@@ -83,23 +83,26 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "disk_full": "free space or inodes where PROJECT_DIR and STATE_DIR are; it is tried again by itself",
     "drift": "something in the container changed a file; DRIFT_POLICY=restore puts it back",
     "hash_mismatch": "fetched again by itself; if it goes on, see whether a proxy changes what passes through it",
+    "head_behind": "the database lost commits (a failover?); the preview goes back to what it has, by itself",
     "hmr_unreachable": "the page is served and its HMR socket is not; look at server.hmr in the Vite config",
     "install_failed": "fix package.json or its lock file, see the log's tail; the old preview stays until then",
     "io_error": "look at the disk and the kernel's log (dmesg); it is tried again by itself",
     "live_unreadable": "let the agent's user read PROJECT_DIR; nothing is compared until then",
     "mass_delete": "a snapshot would delete most files; look at the project in the database, a second one decides",
     "path_refused": "rename the file in the project; its path is never written, the others are",
-    "path_unusable": "rename the file, or remove what stands in its way in the container; the others are written",
+    "path_unusable": "rename the file, or remove what stands in its way; then it is written by itself",
     "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
     "port_taken": "stop what listens on the dev server's port, or set DEV_PORT",
     "preview_error": "the dev server is up and its page is not right; fix what the detail names, saving it shows it",
     "read_only": "mount the project's file system writable; it is tried again by itself",
+    "request_too_large": "something before the orchestrator reads less than BODY_LIMIT; raise its limit",
     "run_settings_unavailable": "see whether the orchestrator answers and has RUN_SETTINGS_KEYS; asked again by itself",
     "session_api_refused": "the session is over or its key was rotated away; start a new session",
     "session_api_unreachable": "see whether SESSION_API_URL and the orchestrator answer; live events go on meanwhile",
     "shadow_difference": "the two flows disagree about a file; see which is right before SYNC_MODE=live",
     "snapshot_expired": "a fresh URL is asked for by itself; without SESSION_API_URL start with a new SNAPSHOT_URL",
     "snapshot_rejected": "it is built anew by itself; if it goes on, look at the orchestrator's log for the rule",
+    "snapshot_unavailable": "see whether the storage of snapshots answers; it is fetched again by itself",
     "token_refused": "the session is over or its key was rotated away; start a new session",
     "too_many_open_files": "raise the limit of open files (ulimit -n); it is tried again by itself",
     "undo_failed": "the file may be of another moment than the rest; it is asked for again, see the disk's health",
@@ -303,12 +306,16 @@ class Change(Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong that a person should see: `kind` is the metric's label, `rule` its refinement."""
+    """Something wrong that a person should see: `kind` is the metric's label, `rule` its refinement.
+
+    `waiting`: it is tried again by itself.
+    """
 
     kind: ProblemKind
     detail: str
     path: str | None = None
     rule: str | None = None
+    waiting: bool = False
 
 
 class Commit(Struct, frozen=True, gc=False):

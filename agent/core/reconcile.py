@@ -238,16 +238,21 @@ def catch_up(tree: Tree, answer: Changes) -> Plan:
     return Plan(folded.operations, after, Outcome.APPLIED, hole, answer.problems)
 
 
-def reconcile(tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str]) -> Plan:
+def reconcile(
+    tree: Tree, manifest: Manifest, staged: Mapping[RelPath, str], *, forgotten: bool = False
+) -> Plan:
     """What a verified snapshot asks for. `staged` names, per path, where its bytes wait.
 
     A full one speaks for every path, a delta (`base_revision`) for those it lists. A snapshot older than the tree
     takes nothing back: what a later revision made so stays. But of its own time a full one knows all, so a higher
     version from then is one that the database has forgotten (a failover that lost commits), and goes. A file equal
     when the fetch began is not staged; if it changed since, that is a gap.
+
+    `forgotten`: the database says that it has lost commits which we have applied. Then the snapshot is another history,
+    though its epoch is ours, and the cursor goes back to its revision.
     """
     cursor = tree.cursor
-    other_history = cursor.epoch != manifest.epoch
+    other_history = forgotten or cursor.epoch != manifest.epoch
     if manifest.base_revision is not None and (other_history or cursor.revision < manifest.base_revision):
         return Plan((), tree, Outcome.WAITING, Gap(Reason.EPOCH if other_history else Reason.GAP))
     operations: list[Operation] = []

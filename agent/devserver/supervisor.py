@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +22,7 @@ from agent.devserver import probe, project, state
 from agent.devserver.forward import Forward
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
 from agent.devserver.listeners import Listener, listeners
+from agent.devserver.output import OutputLog
 from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child
 from agent.devserver.project import Project, ProjectUnreadable
@@ -42,42 +42,19 @@ from agent.devserver.state import (
     Tick,
 )
 from agent.link.run_settings import RunSettings, merged
+from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
-OUTPUT_LINES = 200
-"""Lines of output that are kept for status and problems."""
-LOGGED_LINES = 100
-"""Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
 ELSEWHERE_EVERY = 1.0
 """Seconds between two looks at where the project listens, while nothing answers where visitors come."""
 ELSEWHERE_AFTER = 5.0
 """Seconds for which another port must have been the only one before visitors are passed on to it: of two servers that
 one command starts, the preview's may be the later one, and would find its port taken by us."""
+AFTER_A_BUG = 1.0
+"""Seconds of rest after a bug in the loop, so that one which stays is no busy loop."""
+
 log = get_logger("supervisor")
-
-
-class OutputLog:
-    """Keeps the last lines of the dev server's output, and logs them up to a bound."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._second = self._in_second = self._not_logged = 0
-        self.lines: deque[str] = deque(maxlen=OUTPUT_LINES)
-
-    def add(self, line: str) -> None:
-        """Take one line."""
-        self.lines.append(line)
-        second = int(self._clock())
-        if second != self._second:
-            if self._not_logged:
-                log.warning("dev_server.output_silenced", source="dev", lines=self._not_logged)
-            self._second, self._in_second, self._not_logged = second, 0, 0
-        self._in_second += 1
-        if self._in_second > LOGGED_LINES:
-            self._not_logged += 1
-        elif line.strip():
-            log.info("dev_server.output", source="dev", line=line)
 
 
 class Supervisor:
@@ -90,6 +67,7 @@ class Supervisor:
         environ: Mapping[str, str] | None = None,
         reaper: Reaper | None = None,
         metrics: Metrics | None = None,
+        errors: Errors | None = None,
         policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
@@ -101,6 +79,7 @@ class Supervisor:
             environ: The environment that the child's allow-list picks from; None: the agent's own.
             reaper: Who collects orphans in this process.
             metrics: Where starts, installs and the state are counted.
+            errors: Where bugs are counted.
             policy: The bounds on starts and restarts.
             clock: Monotonic, seconds.
             chance: Random numbers in [0, 1), for the backoff.
@@ -114,6 +93,7 @@ class Supervisor:
         self._ours = frozenset(self._environ)
         self._reaper = reaper
         self._metrics = metrics or Metrics()
+        self._errors = errors or Errors(self._metrics)
         self._policy = policy or RestartPolicy()
         self._clock = clock
         self._chance = chance
@@ -265,7 +245,16 @@ class Supervisor:
             self._group = group
             try:
                 while True:
-                    self._carry_out(self._apply(await self._next()))
+                    given, bugs = await self._next(), self._errors.counts.get("dev-server", 0)
+                    with self._errors.contained("dev-server"):
+                        self._carry_out(self._apply(given))
+                    if self._errors.counts.get("dev-server", 0) > bugs:
+                        # What was to be done may not have been begun: nothing else would say that it ended.
+                        self._inputs.put_nowait(
+                            Installed(ok=False, restart=False, usable=bool(self._launched))
+                        )
+                        self._inputs.put_nowait(Exited(self._state.generation, "exit"))
+                        await asyncio.sleep(AFTER_A_BUG)
                     if self.state is Phase.FAILED and self._settings.dev_essential:
                         raise DevServerFailed(f"the dev server failed for good ({self._state.reason})")
             finally:
@@ -290,33 +279,44 @@ class Supervisor:
         if self.state is not before.phase:
             self._show_state()
             log.info(
-                "dev_server.state",
-                state=self.state.value,
-                previous=before.phase.value,
-                reason=self._state.reason,
-            )
+                "dev_server.state", state=self.state.value, previous=before.phase.value, reason=self._state.reason
+            )  # fmt: skip
         return commands
 
     def _carry_out(self, commands: tuple[Command, ...]) -> None:
         for command in commands:
             match command:
                 case Command.INSTALL:
-                    self._spawn(self._do_install(), "install")
+                    failed = Installed(ok=False, restart=False, usable=bool(self._launched))
+                    self._spawn(self._do_install(), "install", failed)
                 case Command.START | Command.START_FRESH:
                     generation = self._state.generation
                     if generation > 1:
                         self.restarts += 1
                         self._metrics.dev_server_restarts.labels(self._state.reason or "change").inc()
-                    self._spawn(self._do_start(generation, command is Command.START_FRESH), "dev-server")
+                    start = self._do_start(generation, command is Command.START_FRESH)
+                    self._spawn(start, "dev-server", Exited(generation, "exit"))
                 case Command.TERMINATE:
                     if self._child:
                         self._spawn(self._child.stop(self._settings.dev_stop_seconds), "dev-stop")
 
-    def _spawn(self, work: Coroutine[object, object, object], name: str) -> None:
+    def _spawn(self, work: Coroutine[object, object, object], name: str, failed: Input | None = None) -> None:
+        """Do some work beside the loop; after a bug in it, the loop is given `failed` in place of its result."""
         assert self._group is not None
-        task = self._group.create_task(work, name=name)
+        task = self._group.create_task(self._contained(work, failed), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _contained(self, work: Coroutine[object, object, object], failed: Input | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._errors.caught("dev-server", error)
+            if isinstance(failed, Exited) and self._child is not None:
+                child, self._child = self._child, None
+                await child.stop(self._settings.dev_stop_seconds)
+            if failed is not None:
+                self._inputs.put_nowait(failed)
 
     async def _shut_down(self) -> None:
         self._apply(Stop())
@@ -375,8 +375,12 @@ class Supervisor:
             return
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
-        probing = asyncio.create_task(self._probe(generation), name=f"probe-{generation}")
-        looking = asyncio.create_task(self._look_elsewhere(child.pid), name=f"elsewhere-{generation}")
+        probing = asyncio.create_task(
+            self._contained(self._probe(generation), None), name=f"probe-{generation}"
+        )
+        looking = asyncio.create_task(
+            self._contained(self._look_elsewhere(child.pid), None), name=f"elsewhere-{generation}"
+        )
         try:
             code = await child.wait()
         finally:

@@ -96,7 +96,7 @@ class DirectoryPermissions:
 class Blocked(Exception):
     """Something at `path` makes the operation impossible for this path only.
 
-    `rule`: `symlink`, `not_a_directory` or `case_twin`.
+    `rule`: `symlink`, `not_a_directory`, `case_twin` or `directory_in_the_way`.
     """
 
     def __init__(self, path: str, rule: str) -> None:

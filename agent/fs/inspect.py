@@ -197,7 +197,10 @@ def drift_steps(
         return unread
     try:
         read = yield from digest_steps(directory, name, size)
-    except PermissionError:
+    except OSError as error:
+        # Not permitted, held by a lease, on a bad sector: that file alone cannot be told. Without descriptors none can.
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return unread
     if read is None:
         return Drift(path, "missing")
@@ -279,18 +282,33 @@ class DirectoryView:
     def audit_steps(self, tree: Tree, stats: Mapping[RelPath, FileStat]) -> Steps[Audit]:
         """Compare a recorded tree with the disk, by stat and where that differs by hash.
 
-        Nothing may be changed between two steps. Raises `OSError` when a file cannot be read.
+        Nothing may be changed between two steps. A file that cannot be read is taken for another: what should be there
+        is asked for and written again.
         """
         held: dict[RelPath, FileStat] = {}
         drifts: list[Drift] = []
         for path, entry in sorted(tree.files().items()):
-            found = yield from self.check_steps(path, stats.get(path), entry)
+            found: Drift | FileStat | None
+            try:
+                found = yield from self.check_steps(path, stats.get(path), entry)
+            except OSError:
+                found = Drift(path, "changed", UNREAD)
             if isinstance(found, FileStat):
                 held[path] = found
             elif found is not None:
                 drifts.append(found)
             yield
         return Audit(held, tuple(drifts))
+
+    def obstacle(self, path: RelPath) -> object:
+        """What stands at `path` or above it, to be compared with the same later; says nothing in itself."""
+        try:
+            found = lstat(*self._directories.parent(path))
+        except Blocked as blocked:
+            return blocked.path, blocked.rule
+        except OSError as error:
+            return error.errno
+        return found and (found.st_dev, found.st_ino, found.st_mode, found.st_mtime_ns, found.st_ctime_ns)
 
     def scan(self) -> dict[RelPath, FileStat]:
         """Stat every regular file below the root that a project may have; links and protected directories are left out.

@@ -147,6 +147,11 @@ class ProjectDir(DirectoryView):
             self._staging.sweep()
         return result
 
+    @property
+    def staging_descriptor(self) -> int:
+        """The open staging directory, to ask its file system what is wrong; -1 while it is closed."""
+        return self._staging.descriptor
+
     def sweep(self) -> None:
         """Remove what transactions replaced that were applied with `sweep=False`."""
         self._staging.sweep()

@@ -92,9 +92,11 @@ class StagedTree:
 
     def within(self, path: RelPath) -> Iterator[RelPath]:
         """The directory `path` and all below it, each before those in it."""
-        yield path
-        for below in self._directories[path].below:
-            yield from self.within(below)
+        waiting = [path]
+        while waiting:
+            at = waiting.pop()
+            yield at
+            waiting += reversed(self._directories[at].below)
 
     def close(self) -> None:
         """Close the open directory."""
@@ -360,7 +362,7 @@ class Staging:
         if self._tree is not None:
             name = self._tree.name
             self._close_tree()
-            _remove(name, self.descriptor)
+            self._remove(name)
 
     def clear(self) -> int:
         """Remove everything that any run made here; returns how many files and trees."""
@@ -368,8 +370,45 @@ class Staging:
         self._replaced.clear()
         names = [name for name in os.listdir(self.descriptor) if _OWN_NAME.fullmatch(name)]
         for name in names:
-            _remove(name, self.descriptor)
+            self._remove(name)
         return len(names)
+
+    def _remove(self, name: str) -> None:
+        """Remove the file or directory `name` with all that is in it, as far as that goes. Raises nothing.
+
+        A directory in it is first moved up into staging, so that neither the depth nor the number of open directories
+        grows with what a program made, which may be deeper than any stack. What cannot be removed has a name of ours
+        and is tried again at the next start.
+        """
+        waiting = [name]
+        while waiting:
+            at = waiting.pop()
+            with suppress(OSError):
+                try:
+                    descriptor = os.open(at, OPEN_DIRECTORY, dir_fd=self.descriptor)
+                except NotADirectoryError:
+                    os.unlink(at, dir_fd=self.descriptor)
+                    continue
+                try:
+                    for each in os.listdir(descriptor):
+                        waiting += self._remove_or_lift(each, descriptor)
+                finally:
+                    os.close(descriptor)
+                os.rmdir(at, dir_fd=self.descriptor)
+
+    def _remove_or_lift(self, name: str, directory: int) -> list[str]:
+        """Unlink `name` in `directory`; one that is a directory is moved up, and its new name returned."""
+        with suppress(OSError):
+            try:
+                os.unlink(name, dir_fd=directory)
+            except (IsADirectoryError, PermissionError):
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=directory)
+                    return []
+                lifted = self._new_name("tree")
+                os.rename(name, lifted, src_dir_fd=directory, dst_dir_fd=self.descriptor)
+                return [lifted]
+        return []
 
     # --- how files are made
 
@@ -436,19 +475,3 @@ def _chunks(descriptor: int, size: int) -> Iterator[bytes]:
     while size and (chunk := os.read(descriptor, min(COPY_CHUNK, size))):
         yield chunk
         size -= len(chunk)
-
-
-def _remove(name: str, directory: int) -> None:
-    """Remove the file or directory `name` of `directory` with all that is in it, as far as that goes."""
-    with suppress(OSError):
-        try:
-            descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
-        except NotADirectoryError:
-            os.unlink(name, dir_fd=directory)
-            return
-        try:
-            for each in os.listdir(descriptor):
-                _remove(each, descriptor)
-        finally:
-            os.close(descriptor)
-        os.rmdir(name, dir_fd=directory)

@@ -227,7 +227,7 @@ class Transaction:
     def _refuse(self, operation: Operation, at: str, rule: str) -> None:
         """Report that this path alone is unusable. A removal is nevertheless true: no file of the agent's is there."""
         detail = f"cannot use {operation.path}: {rule.replace('_', ' ')} at {at}"
-        self._problems.append(Problem("path_unusable", detail, operation.path, rule))
+        self._problems.append(Problem("path_unusable", detail, operation.path, rule, waiting=True))
         if isinstance(operation, Remove):
             self._done[operation.path] = Done(operation, None)
         self._changes.prune(operation.path)
@@ -312,8 +312,8 @@ class Transaction:
     ) -> Callable[[RelPath, TempFile], None] | None:
         """Exchange `temp` and what is at `name`, or copy that before it is replaced.
 
-        RACE: a directory may have taken the file's place since it was stat'ed. Worst case: it ends up in staging, out
-        of the project, where a rename would have failed.
+        RACE: a directory may have taken the file's place since it was stat'ed. It is exchanged back at once, and is in
+        the way like any other. Worst case: a program that asks between the two finds the file.
 
         Returns:
             How to undo it. None when a rename has yet to put `temp` there: nothing is at `name` any more, or the file
@@ -328,6 +328,10 @@ class Transaction:
             if error.errno not in NO_EXCHANGE:
                 raise
         else:
+            came = lstat(staging, temp.name)
+            if came is not None and stat.S_ISDIR(came.st_mode):
+                exchange(temp.name, name, src_dir_fd=staging, dst_dir_fd=directory)
+                raise Blocked(path, "directory_in_the_way")
             self._replaced.append(temp.name)
             return self._undo_exchange
         if not keep:
@@ -335,7 +339,8 @@ class Transaction:
         entry, size, copy = self._tree.get(path), found.st_size, None
         as_expected = entry is not None and entry.size == size
         if stat.S_ISREG(found.st_mode) and (as_expected or self._may_read(size)):
-            copy = self._staging.copy(name, directory, size)
+            with suppress(BlockingIOError):  # held by a lease: it is moved instead
+                copy = self._staging.copy(name, directory, size)
         if copy is None:
             self._move_to_staging(path, directory, name)
             return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Unavailable
 from agent.core.messages import Head
 from agent.health.report import Report
+from agent.health.status_body import MOST_BYTES
 from agent.link.run_settings import RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
@@ -28,6 +29,12 @@ POLL_STARTING = 0.1
 
 POLL_SETTLED = 0.5
 """The same once it serves: a reading costs a quarter of a millisecond, and an idle agent should cost nothing."""
+
+LEAST_ROOM = 1024
+"""Bytes of a report, below which no problem fits."""
+
+WHOLE_AGAIN = 120
+"""Reports accepted after one was refused for its size, until the whole is tried again: an hour of them."""
 
 LEAST_PAUSE = 0.25
 """Least seconds between two reports, however fast the state flaps."""
@@ -60,6 +67,10 @@ class Heartbeat:
     _due: float = 0.0
     _failures: int = 0
 
+    # how much a report may hold, after one was refused for its size, and how many were accepted since
+    _room: int = MOST_BYTES
+    _accepted: int = 0
+
     async def run(self) -> None:
         """Report for ever. Raises `SessionGone` or `Superseded` when the orchestrator says that it is over."""
         while True:
@@ -90,6 +101,7 @@ class Heartbeat:
     async def _beat(self, api: SessionApi) -> None:
         """Send one report; act on the answer, or plan the next try."""
         clock = asyncio.get_running_loop().time
+        asked_at = self.sync.tree.cursor
         self._due = clock() + self.every * (0.8 + 0.4 * spread())
         try:
             head = await self._send(api)
@@ -105,15 +117,23 @@ class Heartbeat:
         if head.action == "stop":
             log.info("agent.told_to_stop")
             self.stop.set()
-        self.sync.hear(head)
+        self.sync.hear(head, asked_at)
         self.run_settings.hear(head.run_revision)
         if head.action == "sync":
             self.sync.hurry()
 
     async def _send(self, api: SessionApi) -> Head:
-        """Send the report; without its problems where a peer reads less: the state alone keeps the lease."""
+        """Send the report; without its problems where a peer takes less: the state alone keeps the lease.
+
+        What was refused is not sent again as it was: half as much is tried the next time, and the whole after an hour.
+        """
         try:
-            return await api.report_status(self.report.heartbeat())
+            head = await api.report_status(self.report.heartbeat(self._room))
         except TooLarge as error:
-            log.warning("heartbeat.too_large", why=str(error))
-            return await api.report_status(self.report.heartbeat(bare=True))
+            log.warning("heartbeat.too_large", why=str(error), room=self._room)
+            self._room, self._accepted = (self._room // 2 if self._room > LEAST_ROOM else 0), 0
+            return await api.report_status(self.report.heartbeat(0))
+        self._accepted += 1
+        if self._room < MOST_BYTES and self._accepted >= WHOLE_AGAIN:
+            self._room, self._accepted = MOST_BYTES, 0
+        return head

@@ -19,25 +19,23 @@ from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Problem, ProblemKind
 from agent.devserver.supervisor import Supervisor
-from agent.health.status_body import fitted
+from agent.health.status_body import MOST_BYTES, fitted
 from agent.link.run_settings import RunSettingsFollower
 from agent.link.source import EventSource
 from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
 from agent.sync.engine import Sync
 from agent.sync.shadow import Shadow
+from agent.telemetry.errors import Errors
 from agent.telemetry.logging import Redactor
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {
-        "content_unavailable", "drift", "hmr_unreachable", "path_refused", "path_unusable", "preview_error",
-        "shadow_difference",
-    }
-)  # fmt: skip
-"""Kinds that are shown and leave the preview what it should be, as far as this disk can hold it."""
+    {"content_unavailable", "drift", "path_refused", "hmr_unreachable", "preview_error", "shadow_difference"}
+)
+"""Kinds that are shown and leave the preview what it should be."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -59,6 +57,11 @@ class Report(Collector):
     draining: bool = False
 
     @property
+    def errors(self) -> Errors:
+        """The bugs that were contained."""
+        return self.problems.errors
+
+    @property
     def state(self) -> AgentState:
         """The state of the agent as a whole."""
         return agent_state(
@@ -75,8 +78,8 @@ class Report(Collector):
         served = self.dev.ready if self.shadow is None else self.shadow.looks > 0
         return hydrated and served and not self.draining
 
-    def heartbeat(self, *, bare: bool = False) -> dict[str, object]:
-        """Return the body of PUT …/status, harmful problems first; with `bare` only their number."""
+    def heartbeat(self, room: int = MOST_BYTES) -> dict[str, object]:
+        """Return the body of PUT …/status, harmful problems first, as many as fit into `room` bytes."""
         tree = self.sync.tree
         head = {
             "state": self.state.value,
@@ -88,7 +91,7 @@ class Report(Collector):
             "run_revision": self.run_settings.revision,
         }
         problems = self._shown(sorted(self.all_problems(), key=lambda problem: problem.kind in HARMLESS))
-        return fitted(head, problems, 0) if bare else fitted(head, problems)
+        return fitted(head, problems, room)
 
     def status(self) -> Mapping[str, object]:
         """Return all that is known, for people; no secret."""
@@ -122,6 +125,9 @@ class Report(Collector):
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(self.all_problems()),
+            "problems_not_kept": dict(self.problems.dropped),
+            "waiting_paths": len(self.sync.waiting_paths),
+            "agent_errors": self.errors.report(),
         }
         clean = self.redactor.value(body)
         assert isinstance(clean, dict)
@@ -220,7 +226,7 @@ class Report(Collector):
             *self.run_settings.problems(),
         ]
 
-    def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | None]]:
+    def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | bool | None]]:
         """Write problems as they travel, without secrets."""
 
         def clean(text: str | None) -> str | None:
@@ -232,6 +238,7 @@ class Report(Collector):
                 "rule": clean(problem.rule),
                 "file_path": clean(problem.path),
                 "detail": clean(problem.detail),
+                **({"waiting": True} if problem.waiting else {}),
             }
             for problem in problems
         ]

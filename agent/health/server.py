@@ -72,7 +72,10 @@ async def serve(
                         _write(writer, (HTTPStatus.SERVICE_UNAVAILABLE, TEXT, b"too many connections\n"))
                     else:
                         head = await reader.readuntil(b"\r\n\r\n")
-                        _write(writer, answer(head, report, registry), head=head[:5] == b"HEAD ")
+                        said: Answer = HTTPStatus.INTERNAL_SERVER_ERROR, TEXT, b"a bug, see the log\n"
+                        with report.errors.contained("health"):
+                            said = answer(head, report, registry)
+                        _write(writer, said, head=head[:5] == b"HEAD ")
                     await writer.drain()
         finally:
             open_now -= 1
@@ -99,9 +102,7 @@ def answer(request: bytes, report: Report, registry: CollectorRegistry) -> Answe
             text = f"{'ready' if ready else 'not ready'}: {report.why()}\n"
             return HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE, TEXT, text.encode()
         case b"/status":
-            body = orjson.dumps(
-                report.status(), default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-            )
+            body = net.json_bytes(report.status(), orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
             return HTTPStatus.OK, JSON, body
         case b"/metrics":
             accept = _ACCEPT.search(request)

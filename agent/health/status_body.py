@@ -28,8 +28,8 @@ LONGEST_RULE: Final = 100
 NOTE_ROOM: Final = 50
 """Bytes for the note between what is left of a text."""
 
-Problem = Mapping[str, str | None]
-"""`kind`, `rule`, `file_path`, `detail`."""
+Problem = Mapping[str, str | bool | None]
+"""`kind`, `rule`, `file_path`, `detail`, and `waiting` where it is tried again."""
 
 
 def fitted(
@@ -54,7 +54,7 @@ def fitted(
 
 
 def _fairly(problems: Sequence[Problem]) -> list[int]:
-    seen: Counter[str | None] = Counter()
+    seen: Counter[str | bool | None] = Counter()
     turns = []
     for place, problem in enumerate(problems):
         turns.append((seen[problem["kind"]], place))
@@ -65,7 +65,7 @@ def _fairly(problems: Sequence[Problem]) -> list[int]:
 def _short(problem: Problem) -> Problem:
     lengths = {"detail": LONGEST_DETAIL, "file_path": LONGEST_PATH}
     return {
-        key: None if text is None else cut(text, lengths.get(key, LONGEST_RULE))
+        key: cut(text, lengths.get(key, LONGEST_RULE)) if isinstance(text, str) else text
         for key, text in problem.items()
     }
 

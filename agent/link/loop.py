@@ -146,8 +146,9 @@ class LinkLoop:
                 # In the body, not as a third child: a group ignores a child that ends as cancelled, and without
                 # this one nothing is received any more.
                 await self._reconnect_forever()
-        except asyncio.CancelledError:
-            self.machine.move(Cause.LOST, "stopped")
+        except BaseException as error:
+            stopped = isinstance(error, asyncio.CancelledError)
+            self.machine.move(Cause.LOST, "stopped" if stopped else "a bug")
             raise
 
     def receive(self) -> Coroutine[object, object, Signal]:
@@ -177,9 +178,8 @@ class LinkLoop:
 
     def problems(self) -> tuple[Problem, ...]:
         """Return what a person should know is wrong with the link now."""
-        if self._token.problem is None:
-            return ()
-        return (Problem("token_refused", self._token.problem),)
+        problem = self._token.problem or self._token.file_problem
+        return () if problem is None else (Problem("token_refused", problem),)
 
     def report(self) -> dict[str, object]:
         """Return what `/status` shows: state and since when, last signs of life (Unix seconds), counters. No secret."""
@@ -276,6 +276,7 @@ class LinkLoop:
     # --- the task that holds one connection after another
 
     async def _reconnect_forever(self) -> None:
+        self.machine.move(Cause.RETRY, "started again")  # late, and nothing, at the first start
         while True:
             token = await self._token_to_connect_with()
             end = token if isinstance(token, ConnectionEnd) else await self._transport.hold(self, token)

@@ -177,7 +177,11 @@ class RunSettingsFollower:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            run = await self._fetch()
+            try:
+                run = await self._fetch()
+            except Exception:
+                self._changed.set()  # it is asked again when this is started again
+                raise
             self.revision = self._wanted = run.revision
             for secret in run.secrets():
                 self._on_secret(secret)

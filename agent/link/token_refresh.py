@@ -73,6 +73,11 @@ class TokenRefresher:
         """Return the token in force, for a report: a change is not noticed here."""
         return self._tokens.current()
 
+    @property
+    def file_problem(self) -> str | None:
+        """Why a token that somebody put there cannot be taken."""
+        return self._tokens.problem
+
     def poll(self) -> Token | None:
         """Return the token in force, and tell the holder when it is another one than at the last poll."""
         token = self._tokens.current()

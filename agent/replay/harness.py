@@ -93,10 +93,9 @@ class KillableWorkspace(Workspace):
         if not self.killed:
             super().close(cursor)
 
-    def record(self, cursor: Cursor) -> None:
+    def record(self, cursor: Cursor) -> bool:
         """Record, unless killed."""
-        if not self.killed:
-            super().record(cursor)
+        return self.killed or super().record(cursor)
 
 
 @dataclass(slots=True)

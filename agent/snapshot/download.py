@@ -59,6 +59,10 @@ BATCH_BYTES: Final = 768 * 1024
 """Bytes unpacked at a time: so many that hashing and writing, which release the interpreter's lock, seldom wait
 for it (with half as many it takes a fifth longer), and so few that two batches in memory do not matter."""
 
+LEAST_RATE: Final = 1024
+"""Bytes a second, over the stall time: a body that only trickles would hold up every other catch-up until the total
+time is over. A line that is ten times slower than a modem is not waited for."""
+
 MAX_REFUSAL_BYTES: Final = 64 * 1024
 """Bytes of an error's body that are read. Storage's own have less than 200, a proxy's page may have any number."""
 
@@ -159,6 +163,8 @@ class Downloader:
             failure = final.reason
         except (Unavailable, SnapshotRejected, CredentialRejected) as last:
             failure = last
+        if isinstance(failure, _RenewalRefused):
+            raise failure.refused from None
         if isinstance(failure, CredentialRejected):
             raise failure from None
         if isinstance(failure, StagingFailed):
@@ -189,7 +195,7 @@ class Downloader:
                     )
                 unpacking = _UnpackThread(unpacker)
                 async with aclosing(_body(response, self.limits.snapshot_stall_seconds)) as body:
-                    async for chunk in body:
+                    async for chunk in _not_trickling(body, self.limits.snapshot_stall_seconds):
                         await unpacking.put(chunk)
                         if unpacker.up_to_date:
                             return
@@ -212,6 +218,16 @@ class Downloader:
                 # No length was announced, so a connection that died looks like an end.
                 raise Unavailable(WHAT, str(refused)) from None
             raise
+
+
+class _RenewalRefused(Unavailable):
+    """The orchestrator refused our token when it was asked for a URL: asked again after a wait, since another token may
+    come, and `refused` at last.
+    """
+
+    def __init__(self, refused: CredentialRejected) -> None:
+        self.refused = refused
+        super().__init__("a fresh URL of the snapshot", str(refused))
 
 
 class _Final(Exception):
@@ -257,7 +273,12 @@ class _SignedUrl:
 
     async def _replace(self, reason: str) -> bool:
         """Ask for another URL. Returns False when there is no other, and keeps this one."""
-        fresh = await self.renew(reason) if self.renew is not None else None
+        try:
+            fresh = await self.renew(reason) if self.renew is not None else None
+        except CredentialRejected as refused:
+            raise _RenewalRefused(refused) from None
+        except MalformedMessage as malformed:
+            raise Unavailable("a fresh URL of the snapshot", str(malformed)) from None
         self.uses = 0
         if fresh is None or fresh == self.url:
             return False
@@ -271,6 +292,23 @@ def expiry(url: str) -> float | None:
         return read_token(parse_qs(urlsplit(url).query)["token"][0]).expires_at
     except (KeyError, ValueError, MalformedMessage):
         return None
+
+
+async def _not_trickling(body: AsyncGenerator[bytes, None], over: float) -> AsyncGenerator[bytes, None]:
+    """Yield `body`. Raises `Unavailable` when less than `LEAST_RATE` arrives while `over` seconds are waited for it;
+    what its consumer takes, a slow disk above all, does not count.
+    """
+    clock = asyncio.get_running_loop().time
+    waited, received, since = 0.0, 0, clock()
+    async for chunk in body:
+        waited += clock() - since
+        received += len(chunk)
+        if waited >= over:
+            if received < LEAST_RATE * over:
+                raise Unavailable(WHAT, f"no_progress: {received} bytes arrived in {waited:.0f} s")
+            waited, received = 0.0, 0
+        yield chunk
+        since = clock()
 
 
 async def _body(response: httpx.Response, stall_seconds: float) -> AsyncGenerator[bytes, None]:

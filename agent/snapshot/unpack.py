@@ -72,9 +72,10 @@ async def _log(progress: Progress) -> None:
 
 
 class StagingFailed(Unavailable):
-    """The disk did not take the staged bytes."""
+    """The disk did not take the staged bytes. `error` is the system's."""
 
     def __init__(self, error: OSError) -> None:
+        self.error = error
         super().__init__("the staging directory", error.strerror or type(error).__name__)
 
 
@@ -90,6 +91,8 @@ class StagedSnapshot:
     """The staged name of each file, as `core.reconcile.reconcile` takes it."""
     size: int
     """Bytes received."""
+    ahead: bool = False
+    """The session API says that the database has lost commits which the agent has applied."""
 
 
 class Unpacker:

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.core.errors import CredentialRejected, SnapshotRejected, Unavailable
+from agent.core.errors import CredentialRejected, SnapshotRejected, TooLarge, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
-from agent.core.model import Entry, Problem, RelPath, Tree
+from agent.core.model import Entry, Problem, RelPath, Remove, Tree
 from agent.core.reconcile import Plan, brake
 from agent.core.scheduler import Request
 from agent.retry import Backoff
 from agent.session_api import SessionApi
 from agent.snapshot.download import Downloader, StagedSnapshot
+from agent.snapshot.unpack import StagingFailed
 from agent.telemetry.status import OwnedProblems, Problems
 
 Answer = Current | Changes | StagedSnapshot
@@ -33,6 +34,10 @@ REFUSED_RETRY = 60.0
 
 UNFIT_RETRY = 1.0
 """Seconds at least before what could not be used is asked for again: the same answer would come at once."""
+
+
+class _UrlRefused(Unavailable):
+    """A snapshot's URL was refused: it is over, another may be good."""
 
 
 @dataclass(slots=True)
@@ -57,8 +62,9 @@ class CatchUp:
     # asking for another build of it.
     _distrusted: bool = False
     """The next question asks for another build of the snapshot."""
-    _doubted: str | None = None
-    """The `tree_hash` of a snapshot that would delete too much; a second build that has it too is believed."""
+    _doubted: frozenset[RelPath] | None = None
+    """What a snapshot would delete that would delete too much; a second build that deletes no more is believed. Its
+    other files may differ: saves go on meanwhile."""
 
     _build_seconds: float | None = None
     """How long the snapshot offered last took to build; its archive cannot say so itself."""
@@ -79,13 +85,28 @@ class CatchUp:
         if self.api is None:
             if self.offered is None:
                 raise Unavailable("catch-up", "SESSION_API_URL is not set")
-            offer, self.offered = self.offered, None
-            return await self._fetch(offer)
-        reason = SNAPSHOT_REJECTED if self._distrusted else request.reason.value
+            return await self._fetch_offered(self.offered)
+        anew = self._distrusted or request.rebuild
+        reason = SNAPSHOT_REJECTED if anew else request.reason.value
         answer = await self.api.sync(request.epoch, request.revision, reason, sorted(request.paths) or None)
         if not isinstance(answer, SnapshotOffer):
             return answer
-        return await self._fetch(self._url_of(answer))
+        staged = await self._fetch(self._url_of(answer))
+        return replace(staged, ahead=answer.ahead)
+
+    async def _fetch_offered(self, url: str) -> StagedSnapshot:
+        """Fetch what `snapshot:ready` offered. The offer stands until it was taken, or cannot be."""
+        try:
+            staged = await self._fetch(url)
+        except (SnapshotRejected, _UrlRefused):
+            self._withdraw(url)
+            raise
+        self._withdraw(url)
+        return staged
+
+    def _withdraw(self, url: str) -> None:
+        if self.offered == url:
+            self.offered = None
 
     async def first(self, url: str | None) -> StagedSnapshot:
         """The tree to start from: from `url` while it is good, else from what the session API offers.
@@ -116,12 +137,17 @@ class CatchUp:
         except CredentialRejected as error:
             # Of the URL, not of our token: the next question brings another.
             self._refused(error)
-            raise Unavailable("the snapshot", str(error)) from None
+            raise _UrlRefused("the snapshot", str(error)) from None
+        except StagingFailed:
+            raise
+        except Unavailable as error:
+            self._problems.add(Problem("snapshot_unavailable", str(error), waiting=True))
+            raise
         self._distrusted = False
         return self._taken(staged)
 
     def _taken(self, staged: StagedSnapshot) -> StagedSnapshot:
-        self._problems.clear("snapshot_rejected", "snapshot_expired")
+        self._problems.clear("snapshot_rejected", "snapshot_expired", "snapshot_unavailable")
         if self._build_seconds is None:
             return staged
         return replace(staged, manifest=replace(staged.manifest, build_seconds=self._build_seconds))
@@ -139,16 +165,16 @@ class CatchUp:
         """Whether a snapshot is waited for that says the same as a doubted one, or something else."""
         return self._doubted is not None
 
-    def doubts(self, tree: Tree, plan: Plan, staged: StagedSnapshot) -> Problem | None:
-        """Return why `staged` must not be applied yet: it would delete too much, and no second build says the same.
+    def doubts(self, tree: Tree, plan: Plan) -> Problem | None:
+        """Return why a snapshot's plan must not be applied yet: it would delete too much, and no second build says so.
 
         The next question then asks for another build.
         """
         problem = brake(tree, plan)
-        wanted = staged.manifest.hash()
-        if problem is None or self._doubted == wanted:
+        removed = frozenset(each.path for each in plan.operations if isinstance(each, Remove))
+        if problem is None or (self._doubted is not None and removed <= self._doubted):
             return None
-        self._doubted = wanted
+        self._doubted = removed
         self._distrusted = True
         self._problems.add(problem)
         return problem
@@ -157,26 +183,28 @@ class CatchUp:
         """Note that an answer is in the tree: nothing is doubted, and nothing has to be waited for."""
         self.attempts = 0
         self._doubted = None
-        self._problems.clear("mass_delete")
+        self._problems.clear("mass_delete", "snapshot_unavailable")
 
     # --- asking again
 
-    def wait(self, error: Exception | None) -> float:
+    def wait(self, error: Exception | None, *, least_question: bool = False) -> float:
         """Count a question that came to nothing. Returns the seconds until the next.
 
         Args:
             error: Why there was no answer; None for an answer that could not be used.
+            least_question: It asked for everything, so that nothing smaller can be asked.
         """
         self.attempts += 1
         least = 0.0
         if error is None:
             least = UNFIT_RETRY
-        elif isinstance(error, CredentialRejected):
+        elif isinstance(error, CredentialRejected) or (least_question and isinstance(error, TooLarge)):
             least = REFUSED_RETRY
         return max(least, BACKOFF.delay(self.attempts, error))
 
     def not_needed(self) -> None:
         """Note that what the last question was for has come in another way: it is not asked again."""
         self.attempts = 0
+        self._problems.clear("snapshot_unavailable")
         if self.api is not None:
             self.api.forget_failure("sync")

@@ -50,6 +50,8 @@ RENEW_SECONDS = 0.5
 """Between a watch that failed and the next: a program may make such names without end."""
 RENEW_REST = 10
 """The same, as a multiple of what comparing everything took last: at most a tenth of a core goes into it."""
+MOST_STRANGERS = 1_000
+"""Files of others that are followed; a thousand say what is wrong."""
 _ROOT = RelPath(".")
 """The root itself, as events name it."""
 
@@ -85,6 +87,8 @@ class DriftWatch:
         self._open: dict[RelPath, Drift] = {}
         self._seen = _Seen()
         self._sweep_took = 0.0
+        self.strangers: frozenset[RelPath] = frozenset()
+        """Files that nobody knows, found where the ledger of an earlier run is lost: shown until they go."""
         self.renewals = 0
         """How often the watch had to be made again."""
 
@@ -159,7 +163,7 @@ class DriftWatch:
     async def _sweep(self) -> None:
         began = time.monotonic()
         entries, _ = self._expected()
-        await self._compare({*entries, *self._open})
+        await self._compare({*entries, *self._open, *sorted(self.strangers)[:MOST_STRANGERS]})
         self._sweep_took = time.monotonic() - began
 
     async def _compare(self, paths: Iterable[RelPath]) -> None:
@@ -172,7 +176,7 @@ class DriftWatch:
             yield
             entry, known = before = self._expected_at(path)
             found: Drift | FileStat | None = None
-            if entry is not None and entry.is_file:
+            if (entry is not None and entry.is_file) or (entry is None and path in self.strangers):
                 try:
                     found = yield from self._disk.check_steps(path, known, entry)
                 except OSError:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Coroutine, Sequence
 
 from msgspec import structs
 
@@ -19,22 +18,26 @@ from agent.core.errors import (
     AgentError,
     MalformedMessage,
     PathRefused,
-    RootUnusable,
     SessionGone,
     Superseded,
+    TooLarge,
 )
 from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
-from agent.core.model import Commit, Cursor, RelPath, Tree, read_traceparent
+from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
 from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
-from agent.fs.inspect import Drift
 from agent.link.source import EventSource, Received, Resync, Signal
+from agent.retry import Backoff
 from agent.snapshot.download import StagedSnapshot
+from agent.snapshot.unpack import StagingFailed
+from agent.sync import obstacles
 from agent.sync.catchup import Answer, CatchUp
 from agent.sync.drift import DriftWatch, Observed
+from agent.sync.drift_policy import DriftPolicy, Policy
+from agent.sync.hydrate import Hydration, observe_build
 from agent.sync.latency import LagMeter
-from agent.sync.ledger import LedgerState
-from agent.sync.workspace import Workspace
+from agent.sync.recording import Recording
+from agent.sync.workspace import ApplyResult, Workspace
 from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans
@@ -46,15 +49,11 @@ TURN = 64
 """Signals planned together when they arrive together, after which other tasks get their turn: a flood costs fewer
 transactions of the ledger, and cannot starve the heartbeat."""
 
-RECORD_WITHIN = 0.05
-"""Seconds for which the ledger and the log may lag behind the disk: a kill in between costs a stat of those files and
-their lines, and the person waiting for a save does not wait for its bookkeeping."""
+FAILED_TURN = Backoff(first=0.1, most=15.0, least=0.05)
+"""After a turn of the loop that a bug has ended."""
 
 LINK_NEEDS = frozenset({Reason.JOIN, Reason.OVERFLOW})
 """While one of these is wanted the link has an unanswered `Resync`, and is not live."""
-
-RESYNC_REASONS = {"overflow": Reason.OVERFLOW}
-"""The reason of a catch-up by that of a `Resync`, where it is not a join."""
 
 
 class Sync:
@@ -73,7 +72,7 @@ class Sync:
         snapshot_url: str | None,
         on_tree: Callable[[Collection[RelPath]], None],
         on_hydrated: Callable[[], None],
-        drift_policy: Literal["report", "restore", "keep", "off"] = "report",
+        drift_policy: Policy = "report",
         skew: ClockSkew | None = None,
         spans: Spans | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -106,10 +105,37 @@ class Sync:
         self._drift = DriftWatch(workspace.disk, lambda: workspace.expected(self.tree), self._observe_drift)
         self._lag = LagMeter(metrics, status, skew or ClockSkew(), spans)
 
+        self._errors = problems.errors
+        self._recording = Recording(workspace, lambda: self.tree, self._errors, self._lag.tell)
+        self._drifting = DriftPolicy(
+            policy=drift_policy,
+            follower=follower,
+            workspace=workspace,
+            problems=self._problems,
+            metrics=metrics,
+            drifted=lambda: self._drift.open.keys(),
+            strangers=lambda: self._drift.strangers,
+            clock=clock,
+            wake=lambda: self._wake.set(),
+        )
+        self._hydration = Hydration(
+            follower=follower,
+            workspace=workspace,
+            catch_up=catch_up,
+            drift=self._drift,
+            status=status,
+            metrics=metrics,
+            spans=spans,
+            apply=lambda staged: self._apply(self._plan_of_snapshot(staged)),
+            drift_policy=drift_policy,
+            clock=clock,
+        )
+
         # Waking: `_keep_time` sleeps until `_asleep_until`, or until `_wake` is set.
         self._wake = asyncio.Event()
         self._asleep_until: float | None = None
-        self._recording: asyncio.TimerHandle | None = None
+        self._turn_failures = 0
+        """In a row."""
 
         # The catch-up under way.
         self._asking: asyncio.Task[Answer] | None = None
@@ -154,11 +180,25 @@ class Sync:
         """How often the watch over the project had to be made again."""
         return self._drift.renewals
 
-    def hear(self, head: Head) -> None:
-        """The heartbeat's answer: where the database is."""
+    @property
+    def waiting_paths(self) -> Collection[RelPath]:
+        """Paths that the disk could not hold and that are tried again."""
+        return self._follower.unusable
+
+    def hear(self, head: Head, asked_at: Cursor | None = None) -> None:
+        """The heartbeat's answer: where the database is. `asked_at`: our cursor when it was asked for."""
         if self._status.phase in (SyncPhase.FOLLOWING, SyncPhase.HALTED):
-            self._follower.compare(head, self._clock())
+            self._follower.compare(head, self._clock(), asked_at)
+            self._show_behind()
             self._wake.set()
+
+    def _show_behind(self) -> None:
+        behind, here = self._follower.behind, self.tree.cursor.revision
+        if behind is None:
+            self._problems.clear("head_behind")
+        else:
+            detail = f"the database stands at revision {behind}, and {here} is applied: it has lost commits"
+            self._problems.add(Problem("head_behind", detail))
 
     def hurry(self) -> None:
         """The orchestrator asks for a catch-up now."""
@@ -167,15 +207,18 @@ class Sync:
 
     async def run(self) -> None:
         """Make the tree whole, then keep it equal to the database's."""
-        await self._begin()
+        await self._hydration.run(self._snapshot_url)
         self._status.phase = SyncPhase.FOLLOWING
         self._on_hydrated()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._receive(), name="sync-receive")
                 tasks.create_task(self._keep_time(), name="sync-clock")
+                tasks.create_task(
+                    self._errors.keep_running("sync", self._watch_obstacles), name="sync-obstacles"
+                )
                 if self._drift_policy != "off":
-                    tasks.create_task(self._drift.run(), name="sync-drift")
+                    tasks.create_task(self._errors.keep_running("drift", self._drift.run), name="sync-drift")
         finally:
             await self._end()
 
@@ -184,63 +227,13 @@ class Sync:
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-        if self._recording is not None:
-            self._recording.cancel()
+        self._recording.cancel()
         self._workspace.close(self.tree.cursor)
         self._lag.tell()
 
-    # --- the first tree
-
-    async def _begin(self) -> None:
-        workspace = self._workspace
-        loaded = workspace.open()
-        if loaded is not None:
-            await self._resume(loaded)
-            return
-        self._status.mode = "rebuild" if workspace.holds_files() else "fresh"
-        self._status.phase = SyncPhase.HYDRATING
-        started = self._clock()
-        staged = await self._catch_up.first(self._snapshot_url)
-        if not self._apply(self._plan_of_snapshot(staged)):
-            raise RootUnusable(f"the first snapshot could not be put in place: {workspace.failure}")
-        workspace.record_whole(self.tree)
-        self._hydrated(staged, self._clock() - started)
-
-    async def _resume(self, loaded: LedgerState) -> None:
-        """Go on from where an earlier run was: what the ledger says, corrected by what the disk holds."""
-        self._status.mode = "resume"
-        tree, drifts = await self._workspace.audit(loaded)
-        self._follower.adopt(tree)
-        self._follower.doubt((drift.path for drift in drifts), self._clock())
-        self._follower.need(Reason.JOIN, self._clock())
-        log.info(
-            "hydrate.resumed",
-            revision=tree.cursor.revision,
-            files=len(self._workspace.stats),
-            drifted=len(drifts),
-        )
-
-    def _hydrated(self, staged: StagedSnapshot, seconds: float) -> None:
-        self._metrics.hydrate.observe(seconds)
-        self._observe_build(staged)
-        if self._spans is not None:
-            now = time.time()
-            self._spans.record("preview.hydrate", now - seconds, now, {"preview.files": len(staged.staged)})
-        log.info(
-            "hydrate.done",
-            mode=self._status.mode,
-            revision=self.tree.cursor.revision,
-            files=len(staged.staged),
-            bytes=staged.size,
-            seconds=round(seconds, 3),
-        )
-
-    def _observe_build(self, staged: StagedSnapshot) -> None:
-        if staged.manifest.build_seconds is not None:
-            self._metrics.snapshot_build.observe(staged.manifest.build_seconds)
-
     def _plan_of_snapshot(self, staged: StagedSnapshot) -> Plan:
-        plan = reconcile(self.tree, staged.manifest, staged.staged)
+        forgotten = staged.ahead or self._follower.holds_forgotten
+        plan = reconcile(self.tree, staged.manifest, staged.staged, forgotten=forgotten)
         if staged.plain:
             return structs.replace(plan, tree=structs.replace(plan.tree, cursor=Cursor()))
         return plan
@@ -257,27 +250,45 @@ class Sync:
                 self._take(signal)
             else:
                 await asyncio.sleep(0)
-            self._turn()
+            self._turn_contained()
 
     async def _keep_time(self) -> None:
         while True:
             self._wake.clear()
-            self._turn()
+            self._turn_contained()
+            if self._turn_failures:
+                await asyncio.sleep(FAILED_TURN.delay(self._turn_failures))
             deadline = self._asleep_until = self._follower.next_deadline()
             wait = None if deadline is None else max(0.0, deadline - self._clock()) + 0.001
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._wake.wait()
 
+    def _watch_obstacles(self) -> Coroutine[None, None, None]:
+        return obstacles.watch(self._workspace.disk, lambda: self._follower.unusable, self._obstacles_moved)
+
+    def _obstacles_moved(self, paths: Sequence[RelPath]) -> None:
+        log.info("path.obstacle_moved", files=len(paths), file_path=paths[0])
+        self._follower.obstacle_moved(paths, self._clock())
+        self._wake.set()
+
     def _take(self, signal: Signal) -> None:
         now = self._clock()
         if isinstance(signal, Resync):
-            self._follower.need(RESYNC_REASONS.get(signal.reason, Reason.JOIN), now)
+            self._follower.need(Reason.OVERFLOW if signal.reason == "overflow" else Reason.JOIN, now)
             self._wake.set()
             return
         self._missed_before = False
         self._status.last_event_at = signal.at
-        with traced(read_traceparent(signal.payload.get("traceparent"))):
+
+        def ask() -> None:
+            self._follower.need(Reason.DOORBELL, now)
+            self._wake.set()
+
+        with (
+            self._errors.contained("event", ask, event_type=signal.event),
+            traced(read_traceparent(signal.payload.get("traceparent"))),
+        ):
             self._receive_event(signal, now)
 
     def _receive_event(self, signal: Received, now: float) -> None:
@@ -304,6 +315,19 @@ class Sync:
             self._metrics.events.labels("other", "unknown").inc()
         return read
 
+    def _turn_contained(self) -> None:
+        """Take a turn. A bug in it is counted, and what was in hand is asked for again, later each time."""
+
+        def again() -> None:
+            self._turn_failures += 1
+            self._follower.need(Reason.DISK, self._clock() + FAILED_TURN.delay(self._turn_failures))
+
+        failures = self._turn_failures
+        with self._errors.contained("sync", again):
+            self._turn()
+        if failures == self._turn_failures:
+            self._turn_failures = 0
+
     def _turn(self) -> None:
         """Do all that can be done now. Synchronous: nothing else sees the tree half-moved."""
         if self._status.phase is SyncPhase.FOLLOWING:
@@ -314,6 +338,18 @@ class Sync:
                 self._lag.observe(ready.steps, applied=applied)
                 if len(ready.steps) > 1 and coalesced > 0:
                     self._metrics.coalesced.inc(coalesced)
+        try:
+            self._advance_catch_up()
+        except AgentError:
+            raise
+        except Exception as error:
+            self._errors.caught("catch-up", error)
+            self._ask_again("sync.failed", "a bug, see the traceback", self._clock(), error)
+        deadline = self._follower.next_deadline()
+        if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
+            self._wake.set()
+
+    def _advance_catch_up(self) -> None:
         if self._asking is not None and self._asking.done():
             self._finish_catch_up(self._asking)
         if self._asking is None:
@@ -322,54 +358,32 @@ class Sync:
                 self._ask(request)
             elif self._catch_up.attempts and not self._follower.needs:
                 self._catch_up.not_needed()
-        deadline = self._follower.next_deadline()
-        if deadline is not None and (self._asleep_until is None or deadline < self._asleep_until):
-            self._wake.set()
 
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started = self._clock()
         for problem in plan.problems:
             self._problems.add(problem)
-        applied = self._workspace.apply(plan.operations, self.tree.entries)
+        applied = ApplyResult(undone=True)
+        with self._errors.contained("apply"):
+            applied = self._workspace.apply(plan.operations, self.tree.entries)
         self._follower.settle(plan, self._clock(), failed=applied.failed, undone=applied.undone)
+        self._workspace.confirmed(self._follower.unusable)
         if applied.undone and applied.done:
             # Not even the undoing was possible everywhere: the tree says what stands there, not what should.
             stuck = {each.path: each.entry for each in plan.operations if each.path in applied.done}
             self._follower.adopt(structs.replace(self.tree, entries=self.tree.entries.update(stuck)))
-        if self._recording is None:
-            self._recording = asyncio.get_running_loop().call_later(RECORD_WITHIN, self._record)
+        self._recording.soon()
         if applied.done:
             self._problems.clear("content_unavailable", "drift", "hash_mismatch", paths=applied.done)
             self._metrics.apply.observe(self._clock() - started)
-            self._on_tree(applied.done)
+            with self._errors.contained("dev-server"):
+                self._on_tree(applied.done)
         return not applied.undone
 
-    def _record(self) -> None:
-        self._recording = None
-        self._workspace.record(self.tree.cursor)
-        self._lag.tell()
-
-    # --- drift
-
     def _observe_drift(self, observed: Observed) -> None:
-        """Files that something else changed, by DRIFT_POLICY; the database's next word on a path wins in any case."""
-        self._workspace.remember_stats(observed)
-        self._metrics.drift_files.set(len(self._drift.open))
-        self._problems.clear("drift", paths=observed.settled)
-        if self._drift_policy == "report":
-            for drift in observed.drifts:
-                self._problems.add(drift.problem())
-        elif self._drift_policy == "restore" and observed.drifts:
-            self._restore(observed.drifts)
-
-    def _restore(self, drifts: Sequence[Drift]) -> None:
-        """Take what stands there for unconfirmed, and ask what should."""
-        paths = [drift.path for drift in drifts]
-        log.warning("drift.restoring", files=len(paths), file_path=paths[0])
-        self._follower.adopt(self._workspace.unconfirmed(self.tree, drifts))
-        self._follower.doubt(paths, self._clock())
-        self._wake.set()
+        with self._errors.contained("drift"):
+            self._drifting.observe(observed)
 
     # --- catch-up
 
@@ -380,7 +394,7 @@ class Sync:
         self._metrics.resyncs.labels(request.reason.value).inc()
         if not self._catch_up.can_ask:
             # Nothing can be asked; what is missing comes with the next snapshot or event.
-            self._follower.answered(self._clock())
+            self._follower.answered(self._clock(), by_nobody=True)
             self._source.caught_up()
             return
         self._request = request
@@ -395,6 +409,8 @@ class Sync:
         except (SessionGone, Superseded):
             raise
         except AgentError as error:
+            if isinstance(error, StagingFailed):
+                self._workspace.staging_failed(error.error)
             self._ask_again("sync.failed", str(error), now, error)
             return
         plan = self._plan_of(answer)
@@ -413,11 +429,16 @@ class Sync:
         self._lag.tell()
         self._status.last_catch_up_at = time.time()
         self._follower.answered(now, _revision_of(answer))
+        self._workspace.confirmed(self._follower.unusable)
+        if Reason.DISK not in self._follower.needs:
+            self._workspace.undone_is_over()
+        self._show_behind()
         if not self._follower.pending_paths:
             self._problems.clear("hash_mismatch")
         if LINK_NEEDS.isdisjoint(self._follower.needs):
             self._source.caught_up()
-        if request is not None and request.reason is Reason.HEAD and plan is not None:
+        forward = request is not None and self.tree.cursor.revision > request.revision
+        if request is not None and request.reason is Reason.HEAD and plan is not None and forward:
             self._suspect_link()
         log.info(
             "sync.caught_up",
@@ -427,10 +448,7 @@ class Sync:
         )
 
     def _suspect_link(self) -> None:
-        """Replace the link when its events are missing for the second time, with none in between.
-
-        One event may be lost on a good link; a new socket costs little.
-        """
+        """Replace the link when its events are missing for the second time in a row: one may be lost on a good link."""
         if self._missed_before:
             self._source.suspect("commits are found by the heartbeat alone")
         self._missed_before = True
@@ -447,23 +465,29 @@ class Sync:
         if plan.gap is not None and plan.outcome is not Outcome.APPLIED:
             return f"the answer did not fit: {plan.gap.reason.value}"
         snapshot = answer if isinstance(answer, StagedSnapshot) else None
-        if snapshot is not None and (doubt := self._catch_up.doubts(self.tree, plan, snapshot)) is not None:
+        if snapshot is not None and (doubt := self._catch_up.doubts(self.tree, plan)) is not None:
             self._status.phase = SyncPhase.HALTED
             return doubt.detail
         if not self._apply(plan):
             return "the disk could not take the answer"
         if snapshot is not None:
             self._workspace.record_whole(self.tree)
-            self._observe_build(snapshot)
+            observe_build(self._metrics, snapshot)
         return None
 
-    def _ask_again(self, event: str, why: str, now: float, error: AgentError | None = None) -> None:
-        """Let what was asked for be due again, after a wait. `error`: why there was no answer at all."""
+    def _ask_again(self, event: str, why: str, now: float, error: Exception | None = None) -> None:
+        """Let what was asked for be due again, after a wait. `error`: why there was no answer at all.
+
+        What is too large, or cannot be read time and again, is not asked again as it was.
+        """
+        whole = self._request is not None and self._request.epoch is None
+        unreadable = isinstance(error, MalformedMessage) or not isinstance(error, AgentError | None)
+        too_large = isinstance(error, TooLarge) or (unreadable and self._catch_up.attempts > 0)
         self._asking = self._request = None
-        wait = self._catch_up.wait(error)
+        wait = self._catch_up.wait(error, least_question=whole)
         log.warning(event, why=why, attempt=self._catch_up.attempts, wait=round(wait, 2))
         self._workspace.disk.clear_staging()
-        self._follower.failed(now, wait)
+        self._follower.failed(now, wait, too_large=too_large)
 
 
 def _revision_of(answer: Answer) -> int | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from immutables import Map
 
 from agent.core.errors import PathRefused, RootUnusable, Unavailable
-from agent.core.model import Cursor, Digest, Entry, RelPath, Tree, parse_path
+from agent.core.model import Cursor, Digest, Entry, ProblemKind, RelPath, Tree, Write, parse_path
 from agent.fs.inspect import FileStat
 from agent.fs.places import open_directory
 from agent.fs.transaction import Done
@@ -68,11 +68,32 @@ class LedgerState:
         return frozenset(p for p in self.intended if (entry := entries.get(p)) is None or not entry.is_file)
 
 
+class LedgerFailed(Unavailable):
+    """The ledger could not be written now. `kind`: the problem that this is; `lost`: its file is damaged and thrown
+    away, so that only a whole tree makes a ledger again.
+    """
+
+    def __init__(self, what: str, error: Exception) -> None:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_IOERR) & 0xFF
+        self.kind: ProblemKind = _KINDS.get(code, "io_error")
+        self.lost = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        super().__init__("the ledger", f"cannot {what}: {error}")
+
+
+_KINDS: Mapping[int, ProblemKind] = {
+    sqlite3.SQLITE_FULL: "disk_full",
+    sqlite3.SQLITE_READONLY: "read_only",
+    sqlite3.SQLITE_PERM: "permission_denied",
+    sqlite3.SQLITE_AUTH: "permission_denied",
+}
+"""By SQLite's code; every other error of its file is the disk's (`io_error`)."""
+
+
 class Ledger:
     """The durable record. One owner at a time: a second one is refused when it opens.
 
-    Raises `RootUnusable` when the state directory cannot be used, and `Unavailable` when a record could not be
-    written now (disk full): what was not written is kept and goes with the next one, so no gap can arise.
+    Raises `RootUnusable` when the state directory cannot be used at the start, and `LedgerFailed` when a record could
+    not be written now (disk full): what was not written is kept and goes with the next one, so no gap can arise.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,6 +102,9 @@ class Ledger:
         self._unwritten: dict[RelPath, Done] = {}
         self._made: dict[RelPath, bool] = {}
         self._intentions = False
+        self._anew = False
+        """What is unwritten is a whole tree, which takes the place of everything recorded."""
+        self._was_open = False
 
     def load(self) -> LedgerState | None:
         """What an earlier run recorded; None when there is nothing, or nothing that can be believed.
@@ -103,7 +127,7 @@ class Ledger:
     def intend(self, paths: Collection[RelPath]) -> None:
         """Say which paths are about to appear for the first time. Settled by the next `record` or `replace`.
 
-        Raises `Unavailable`; nothing must be written then.
+        Raises `LedgerFailed`; nothing must be written then.
         """
         if not paths:
             return
@@ -134,6 +158,9 @@ class Ledger:
         """Record what is now true, noted before or given here, and the cursor that follows, in one transaction."""
         self.note(done, made=made, gone=gone)
         with self._transaction("record") as sql:
+            if self._anew:
+                sql.execute("delete from files")
+                sql.execute("delete from directories")
             sql.executemany(
                 "insert or replace into files values (?,?,?,?,?,?,?,?,?,?,?)",
                 (_row(d.operation.path, d.operation.entry, d.stat) for d in self._unwritten.values()),
@@ -149,16 +176,27 @@ class Ledger:
     def replace(
         self, tree: Tree, stats: Mapping[RelPath, FileStat], directories: Iterable[RelPath] = ()
     ) -> None:
-        """Record a whole tree in place of everything recorded before."""
-        with self._transaction("record the tree") as sql:
-            sql.execute("delete from files")
-            sql.execute("delete from directories")
-            sql.executemany(
-                "insert into files values (?,?,?,?,?,?,?,?,?,?,?)",
-                (_row(path, entry, stats.get(path)) for path, entry in tree.entries.items()),
-            )
-            sql.executemany("insert or ignore into directories values (?)", ((path,) for path in directories))
-            self._settle(sql, tree.cursor)
+        """Record a whole tree in place of everything recorded before.
+
+        When that fails the tree is kept and takes their place with the next `record`.
+        """
+        try:
+            with self._transaction("record the tree") as sql:
+                sql.execute("delete from files")
+                sql.execute("delete from directories")
+                sql.executemany(
+                    "insert into files values (?,?,?,?,?,?,?,?,?,?,?)",
+                    (_row(path, entry, stats.get(path)) for path, entry in tree.entries.items()),
+                )
+                sql.executemany(
+                    "insert or ignore into directories values (?)", ((path,) for path in directories)
+                )
+                self._settle(sql, tree.cursor)
+        except LedgerFailed:
+            self._anew = True
+            self._unwritten = {p: Done(Write(p, e), stats.get(p)) for p, e in tree.entries.items()}
+            self._made = dict.fromkeys(directories, True)
+            raise
         self._settled()
 
     def close(self) -> None:
@@ -179,7 +217,7 @@ class Ledger:
     def _settled(self) -> None:
         self._unwritten.clear()
         self._made.clear()
-        self._intentions = False
+        self._intentions = self._anew = False
 
     @contextmanager
     def _transaction(self, what: str) -> Iterator[sqlite3.Connection]:
@@ -194,7 +232,15 @@ class Ledger:
                     sql.execute("rollback")
                 raise
         except sqlite3.Error as error:
-            raise Unavailable("the ledger", f"cannot {what}: {error}") from error
+            failed = LedgerFailed(what, error)
+            if failed.lost:
+                with suppress(RootUnusable):
+                    self._discard()
+            raise failed from error
+        except RootUnusable as error:
+            if not self._was_open:
+                raise
+            raise LedgerFailed(what, error) from error
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -203,7 +249,7 @@ class Ledger:
             sql = sqlite3.connect(self._path, isolation_level=None, timeout=0, check_same_thread=False)
         except (OSError, sqlite3.OperationalError) as error:
             raise RootUnusable(f"cannot open the ledger {self._path}: {error}") from error
-        self._sql = sql
+        self._sql, self._was_open = sql, True
         # Exclusive: one owner, and no shared memory file to be left behind by a kill.
         sql.execute("pragma locking_mode = exclusive")
         # Synced at checkpoints only: a SIGKILL loses nothing, a loss of power at most the newest records.

@@ -8,19 +8,20 @@ believed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from immutables import Map
 from msgspec import structs
 
-from agent.core.errors import Unavailable
 from agent.core.model import ENVIRONMENT_PROBLEMS, Cursor, Entry, Operation, Problem, RelPath, Tree, Write
+from agent.fs.dirfd import environment_problem
 from agent.fs.inspect import Drift, FileStat
 from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import in_turns
 from agent.sync.drift import Observed
-from agent.sync.ledger import Ledger, LedgerState
+from agent.sync.ledger import Ledger, LedgerFailed, LedgerState
 from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
@@ -53,6 +54,10 @@ class Workspace:
         """The stat of each of our files when it was put there."""
         self.failure = ""
         """Why the latest operations were undone."""
+        self._unrecorded: Problem | None = None
+        """Why the ledger lags behind the disk, while it does."""
+        self.ledger_lost = False
+        """The ledger's file was damaged and is gone: the whole tree must be recorded (`record_anew`)."""
 
     # --- start and end
 
@@ -77,9 +82,14 @@ class Workspace:
         self.stats = dict(audit.stats)
         return self.unconfirmed(loaded.tree, audit.drifts), audit.drifts
 
-    def holds_files(self) -> bool:
-        """Whether there is anything in the directory already."""
-        return bool(self.disk.scan())
+    def found(self) -> set[RelPath]:
+        """The files that are in the directory already."""
+        return set(self.disk.scan())
+
+    def discard(self, paths: Iterable[RelPath]) -> None:
+        """Remove files that an earlier run wrote and that are in the project no more."""
+        for problem in self.disk.discard(paths).problems:
+            log.warning("workspace.not_discarded", file_path=problem.path, why=problem.detail)
 
     def close(self, cursor: Cursor) -> None:
         """Leave nothing in staging and everything in the ledger."""
@@ -97,11 +107,10 @@ class Workspace:
         """Do operations, all or nothing. `entries`: what the disk is believed to hold now."""
         if not operations:
             return ApplyResult()
+        new = [each.path for each in operations if isinstance(each, Write) and each.path not in self.stats]
         try:
-            self._ledger.intend(
-                [each.path for each in operations if isinstance(each, Write) and each.path not in self.stats]
-            )
-        except Unavailable as error:
+            self._ledger.intend(new)
+        except LedgerFailed as error:
             self._ledger_failed(error)
             return ApplyResult(undone=True)
         outcome = self.disk.apply(operations, self.stats, tree=entries, sweep=False)
@@ -118,35 +127,63 @@ class Workspace:
                 self.stats[path] = each.stat
         self._ledger.note(outcome.done, made=outcome.made, gone=outcome.gone)
         done = frozenset(each.operation.path for each in outcome.done)
-        self._problems.clear(paths=done)
         if outcome.rolled_back:
+            # What is done now is what could not be undone, and its problem was opened a moment ago.
             self.failure = "; ".join(problem.detail for problem in outcome.problems)
             return ApplyResult(done, undone=True)
-        self._problems.clear(*ENVIRONMENT_PROBLEMS)
+        self._problems.clear(paths=done)
+        self._problems.clear(*ENVIRONMENT_PROBLEMS, but=[self._unrecorded] if self._unrecorded else ())
         return ApplyResult(done, frozenset(each.path for each in operations) - done)
 
-    def record(self, cursor: Cursor) -> None:
+    def confirmed(self, unusable: Collection[RelPath]) -> None:
+        """Close the problems of paths that are as the database has them now: all but the `unusable` ones."""
+        over = [p.path for p in self._problems.open("path_unusable") if p.path not in unusable]
+        if over:
+            self._problems.clear("path_unusable", paths=[path for path in over if path is not None])
+
+    def undone_is_over(self) -> None:
+        """Note that the database has been asked about everything that an undoing may have left."""
+        self._problems.clear("undo_failed")
+
+    def staging_failed(self, error: OSError) -> None:
+        """Report that the disk did not take what a snapshot unpacked."""
+        self._problems.add(environment_problem(error, None, self.disk.staging_descriptor))
+
+    def record(self, cursor: Cursor) -> bool:
         """Let the ledger catch up with the disk, and remove what was replaced since the last record.
 
-        What the ledger cannot take now goes with the next record.
+        What the ledger cannot take now goes with the next record. Returns False when there is something such.
         """
         self.disk.sweep()
-        try:
-            self._ledger.record((), cursor)
-        except Unavailable as error:
-            self._ledger_failed(error)
+        return self._written(partial(self._ledger.record, (), cursor))
 
-    def record_whole(self, tree: Tree) -> None:
+    def record_whole(self, tree: Tree) -> bool:
         """Record the whole tree in place of everything recorded before, and drop what is left in staging."""
         self.disk.clear_staging()
-        try:
-            self._ledger.replace(tree, self.stats, self.disk.made)
-        except Unavailable as error:
-            self._ledger_failed(error)
+        return self.record_anew(tree)
 
-    def _ledger_failed(self, error: Unavailable) -> None:
+    def record_anew(self, tree: Tree) -> bool:
+        """Record the whole tree in place of everything recorded before. Returns False when it has to wait."""
+        written = self._written(partial(self._ledger.replace, tree, self.stats, self.disk.made))
+        self.ledger_lost = self.ledger_lost and not written
+        return written
+
+    def _written(self, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except LedgerFailed as error:
+            self._ledger_failed(error)
+            return False
+        if self._unrecorded is not None:
+            self._problems.close(self._unrecorded)
+            self._unrecorded = None
+        return True
+
+    def _ledger_failed(self, error: LedgerFailed) -> None:
         self.failure = str(error)
-        self._problems.add(Problem("disk_full", self.failure))
+        self.ledger_lost = self.ledger_lost or error.lost
+        self._unrecorded = Problem(error.kind, self.failure, rule="ledger", waiting=True)
+        self._problems.add(self._unrecorded)
 
     # --- what other processes did
 

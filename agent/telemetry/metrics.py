@@ -52,6 +52,9 @@ class Metrics:
         self.problems_opened = counter(
             "problems_opened_total", "Problems opened, also those that closed between two scrapes.", "kind"
         )
+        self.agent_errors = counter(
+            "agent_errors_total", "Bugs that were contained, by the agent's part.", "part"
+        )
         self.drift_files = gauge("drift_files", "Files changed by something else inside the container.")
         self.dev_server_state = gauge("dev_server_state", "1 for the state the dev server is in.", "state")
 

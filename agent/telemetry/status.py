@@ -6,12 +6,13 @@ The agent's state is derived from its parts, never set: a stored one can be wron
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from agent.core.model import PROBLEM_OWNERS, Problem, ProblemKind, ProblemOwner
+from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics
 
@@ -68,21 +69,27 @@ def agent_state(
     return AgentState.SERVING if dev_server in ("ready", "absent") else AgentState.STARTING
 
 
-MAX_PROBLEMS = 200
-"""Problems kept one by one; a thousand refused paths must not fill memory or the heartbeat."""
+MAX_OF_KIND = 100
+"""Problems of one kind kept one by one: a thousand refused paths must not fill memory or the heartbeat, and must not
+leave a refused token without its place."""
 
 
 @dataclass(slots=True)
 class Problems:
-    """The open problems, at most `MAX_PROBLEMS` of them. Each kind is opened and closed by its owner alone
+    """The open problems, at most `MAX_OF_KIND` of each kind. Each kind is opened and closed by its owner alone
     (`core.model.PROBLEM_OWNERS`).
 
     Three owners keep theirs themselves and are asked at each report: the dev server, the link, the session API.
     """
 
     metrics: Metrics
+    errors: Errors = field(init=False)
     open: dict[tuple[ProblemKind, str | None], Problem] = field(default_factory=dict)
-    dropped: int = 0
+    dropped: Counter[ProblemKind] = field(default_factory=Counter)
+    """By kind, how many were not kept because there were so many already."""
+
+    def __post_init__(self) -> None:
+        self.errors = Errors(self.metrics)
 
     def owned_by(self, owner: ProblemOwner) -> OwnedProblems:
         """Return what `owner` opens and closes its problems with."""
@@ -92,8 +99,8 @@ class Problems:
         """Open a problem; the same kind on the same path stands once. To be called through `owned_by`."""
         key = (problem.kind, problem.path)
         if key not in self.open:
-            if len(self.open) >= MAX_PROBLEMS:
-                self.dropped += 1
+            if sum(1 for kind, _ in self.open if kind == problem.kind) >= MAX_OF_KIND:
+                self.dropped[problem.kind] += 1
                 return
             self.metrics.problems_opened.labels(problem.kind).inc()
             log.warning(
@@ -123,14 +130,26 @@ class OwnedProblems:
         self._check(problem.kind)
         self.problems.add(problem)
 
-    def clear(self, *kinds: ProblemKind, paths: Collection[str] | None = None) -> None:
-        """Close the owner's problems of these kinds (none given: of all) on these paths (None: wherever)."""
+    def clear(
+        self, *kinds: ProblemKind, paths: Collection[str] | None = None, but: Collection[Problem] = ()
+    ) -> None:
+        """Close the owner's problems of these kinds (none: of all) on these paths (None: wherever), less `but`."""
         for kind in kinds:
             self._check(kind)
-        for kind, path in list(self.problems.open):
+        for (kind, path), problem in list(self.problems.open.items()):
             wanted = kind in kinds if kinds else PROBLEM_OWNERS[kind] == self.owner
-            if wanted and (paths is None or path in paths):
+            if wanted and (paths is None or path in paths) and problem not in but:
                 self.problems.remove((kind, path))
+
+    def close(self, problem: Problem) -> None:
+        """Close just this problem, if it is still what is said of its kind and path."""
+        self._check(problem.kind)
+        if self.problems.open.get((problem.kind, problem.path)) == problem:
+            self.problems.remove((problem.kind, problem.path))
+
+    def open(self, kind: ProblemKind) -> list[Problem]:
+        """The open problems of a kind."""
+        return [problem for (each, _), problem in self.problems.open.items() if each == kind]
 
     def _check(self, kind: ProblemKind) -> None:
         if PROBLEM_OWNERS[kind] != self.owner:

@@ -92,7 +92,12 @@ SCHEMAS: Schema = {
                 base_revision=WHOLE,
                 changes={"type": "array", "items": _ref("Change")},
             ),
-            _object(kind={"const": "snapshot"}, snapshot_url=URL, manifest=MANIFEST),
+            _object(
+                {"reason": {"const": "ahead"}},
+                kind={"const": "snapshot"},
+                snapshot_url=URL,
+                manifest=MANIFEST,
+            ),
         ]
     },
     "Run": _object(

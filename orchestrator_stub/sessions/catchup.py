@@ -147,9 +147,12 @@ class Catchup:
                     )
                 )
         base = revision if answer.get("reason") == "too_large" and not paths else None
-        return _snapshot(
-            await self._snapshots.signed_snapshot(project_id, base_revision=base, payer=session_id)
+        # An archive that is kept under this revision may hold commits that the database has lost since.
+        ahead = answer.get("reason") == "ahead"
+        snapshot = await self._snapshots.signed_snapshot(
+            project_id, base_revision=base, rebuild=ahead, payer=session_id
         )
+        return _snapshot(snapshot) | ({"reason": "ahead"} if ahead else {})
 
     async def _complete(self, project_id: UUID, answer: dict[str, Any]) -> bool:
         """Give every binary file of the answer its bytes, or name it as unavailable. False: they are too many."""

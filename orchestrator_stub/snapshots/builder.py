@@ -221,7 +221,7 @@ class SnapshotBuilder:
             found = await _files(connection, project_id, above)
             files = [file for file in found if not file.unavailable or file.read_again]
             left_out = [file for file in found if file.unavailable and not file.read_again]
-            deleted = [] if base is None else await _deleted(connection, project_id, above)
+            deleted = await _deleted(connection, project_id, above)
             manifest = _manifest(project_id, head, base, files, deleted, left_out)
             archive.add(MANIFEST_PATH, orjson.dumps(manifest))
             texts = [file for file in files if not file.is_binary]

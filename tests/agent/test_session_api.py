@@ -107,7 +107,7 @@ def said(status: int, document: object, media: str = OURS) -> httpx.Response:
     [
         (401, CredentialRejected), (403, CredentialRejected), (404, SessionGone), (410, SessionGone),
         (409, Superseded), (408, Unavailable), (413, TooLarge), (429, Unavailable), (500, Unavailable),
-        (503, Unavailable), (400, MalformedMessage), (422, MalformedMessage),
+        (503, Unavailable), (400, MalformedMessage), (422, TooLarge),
     ],
 )  # fmt: skip
 @respx.mock
@@ -154,7 +154,7 @@ async def test_what_stands_in_front_is_not_believed(api: SessionApi, status: int
     respx.post(f"{URL}/sync").mock(return_value=answer)
     with pytest.raises(Unavailable, match=f"HTTP {status}") as caught:
         await api.sync("e", 1, "joined")
-    assert type(caught.value) is Unavailable
+    assert type(caught.value) is (TooLarge if status == 422 else Unavailable)
     assert caught.value.retry_after == 7
 
 
@@ -239,7 +239,7 @@ async def test_an_endless_answer_is_not_read_to_its_end(
 ) -> None:
     monkeypatch.setattr(session_module, "MAX_ANSWER_BYTES", 1_000)
     respx.post(f"{URL}/sync").respond(200, content=b" " * 1_001)
-    with pytest.raises(MalformedMessage, match="larger than 1000 bytes"):
+    with pytest.raises(TooLarge, match="larger than 1000 bytes"):
         await api.sync("e", 1, "joined")
 
 

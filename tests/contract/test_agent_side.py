@@ -97,7 +97,13 @@ def test_sync_answers_are_understood() -> None:
     changes = read_sync_answer(load("sync.answer.changes"))
     assert isinstance(changes, Changes)
     assert [change.is_delete for change in changes.changes] == [False, True]
-    assert isinstance(read_sync_answer(load("sync.answer.snapshot")), SnapshotOffer)
+    offer, ahead = (
+        read_sync_answer(load("sync.answer.snapshot")),
+        read_sync_answer(load("sync.answer.snapshot.ahead")),
+    )
+    assert isinstance(offer, SnapshotOffer)
+    assert isinstance(ahead, SnapshotOffer)
+    assert (offer.ahead, ahead.ahead) == (False, True)
 
 
 def test_the_status_answers_are_understood() -> None:

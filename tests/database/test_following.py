@@ -86,6 +86,27 @@ def test_what_is_answered_where(db: Db, project: Project) -> None:
     assert error.value.sqlstate == "PT404"
 
 
+def test_what_is_asked_for_by_path_counts_towards_the_limit(db: Db, project: Project) -> None:
+    """A question with many paths was answered with 37 MB for a limit of 2 MB."""
+    for name in ("a", "b", "c"):
+        upsert(db, project.id, name, "x" * 10)
+    epoch, revision = head(db, project.id)
+
+    def kind(after: int, paths: list[str], most: int) -> str:
+        answer = changes_since(db, project.id, epoch, after, paths, max_bytes=most)
+        return str(answer.get("reason", answer["kind"]))
+
+    assert kind(revision, ["a", "b", "c"], 30) == "changes"
+    assert kind(revision, ["a", "b", "c"], 29) == "too_large"
+    assert kind(revision, ["a", "a", "never"], 10) == "changes", (
+        "none is counted twice, nor what is not there"
+    )
+    assert kind(2, ["a", "c"], 20) == "changes", "c is newer and asked for"
+    assert kind(2, ["a", "c"], 19) == "too_large"
+    delete(db, project.id, "a")
+    assert kind(revision + 1, ["a"], 0) == "changes", "a deletion has no bytes"
+
+
 def test_a_transaction_held_open_is_not_passed_by(db: Db, database: str, project: Project) -> None:
     """Whoever reads while a writer has not committed sees neither its files nor any revision above it."""
     upsert(db, project.id, "a", "before")

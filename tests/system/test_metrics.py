@@ -37,6 +37,7 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     # ours
     "problems_opened": ("counter", ("kind",)),
     "watch_renewals": ("counter", ()),
+    "agent_errors": ("counter", ("part",)),
     "clock_skew_seconds": ("gauge", ()),
     "clock_skew_uncertainty_seconds": ("gauge", ()),
     "process_resident_memory_bytes": ("gauge", ()),

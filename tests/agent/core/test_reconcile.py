@@ -165,6 +165,16 @@ class TestAnotherEpochIsAnotherHistory:
         assert plan.tree.cursor == Cursor("e2", 2)
         assert set(plan.tree.entries) == {A}
 
+    def test_so_is_one_that_lost_commits_though_its_epoch_is_the_same(self) -> None:
+        old = tree(9, (11,), a=entry(b"1", 7, revision=9), b=entry(b"2", 7, revision=8))
+        new = manifest(7, {A: (b"one", 6)})
+        assert paths(reconcile(old, new, staged(new))) == {}, "an old snapshot takes nothing back"
+        plan = reconcile(old, new, staged(new), forgotten=True)
+        assert paths(plan) == {A: "write", B: "remove"}
+        assert plan.tree.cursor == Cursor(EPOCH, 7)
+        delta = manifest(7, {}, base_revision=3)
+        assert reconcile(old, delta, {}, forgotten=True).operations == ()
+
     def test_its_delta_is_refused(self) -> None:
         delta = manifest(5, {}, epoch="e2", base_revision=3)
         assert reconcile(tree(9), delta, {}).gap == Gap(Reason.EPOCH)

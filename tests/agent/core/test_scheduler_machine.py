@@ -1,6 +1,7 @@
 """The promise, against a model: whatever is lost, doubled, reordered or broken, the tree ends equal to the database.
 
-`World` is a database that keeps a log, a channel that loses things, a disk that fills up and a process that dies.
+`World` is a database that keeps a log and may forget the end of it, a channel that loses things, an orchestrator that
+reads no long question, a disk that fills up and holds what stands in the way, and a process that dies.
 The rules are edits and faults in any order; `quiesce` lets the clock run with everything back in order, and then
 disk, tree and database must be the same.
 """
@@ -49,11 +50,14 @@ class Database:
     epoch: str = "e0"
     revision: int = 0
     rows: dict[RelPath, Row] = field(default_factory=dict)
+    past: list[dict[RelPath, Row]] = field(default_factory=list)
+    """The rows as they were at each revision below the present one of this epoch, oldest first."""
 
     def commit(self, changes: dict[RelPath, bytes | None], *, by_reference: bool = False) -> Commit | None:
         changes = {p: c for p, c in changes.items() if self.content(p) != c}
         if not changes:
             return None
+        self.past.append({p: replace(r) for p, r in self.rows.items()})
         self.revision += 1
         made = []
         for path, content in changes.items():
@@ -95,8 +99,15 @@ class Database:
             return Current(self.epoch, self.revision)
         return Changes(self.epoch, self.revision, revision, tuple(self._change(p) for p in sorted(wanted)))
 
+    def forget(self, commits: int) -> None:
+        """A failover to a replica that was behind: the last commits never were, and the epoch is the same."""
+        for _ in range(min(commits, len(self.past))):
+            self.rows = self.past.pop()
+            self.revision -= 1
+
     def restore(self, rows: dict[RelPath, Row], revision: int) -> None:
         self.rows, self.revision = rows, revision
+        self.past.clear()
         self.epoch = f"e{int(self.epoch[1:]) + 1}"
 
 
@@ -116,7 +127,10 @@ class World(RuleBasedStateMachine):
         self.written_at: dict[RelPath, float] = {}
         self.full = False
         self.down = False
-        self.pending: list[tuple[object, Manifest | None]] = []
+        self.obstacles: set[RelPath] = set()
+        self.most_paths = 100
+        self.heads: list[tuple[Head, Cursor]] = []
+        self.pending: list[tuple[object, bool]] = []
         self.saved: Tree = Tree(Cursor(self.db.epoch, 0))
         self.follower = Follower(self.saved, optimistic=self.optimistic)
 
@@ -127,7 +141,10 @@ class World(RuleBasedStateMachine):
         if self.full and any(not isinstance(operation, Remove) for operation in operations):
             self.follower.settle(plan, self.now, undone=True)
             return False
+        failed = {o.path for o in operations if o.path in self.obstacles and not isinstance(o, Remove)}
         for operation in operations:
+            if operation.path in failed:
+                continue
             assert operation.path not in self.foreign, "touched what is not ours"
             last = self.written_at.get(operation.path)
             assert last is None or self.now >= last + 0.075, "two writes too close for Vite"
@@ -141,7 +158,7 @@ class World(RuleBasedStateMachine):
                 assert digest_of(content) == operation.entry.digest
                 self.disk[operation.path] = content
             self.written_at[operation.path] = self.now
-        self.follower.settle(plan, self.now)
+        self.follower.settle(plan, self.now, failed=failed)
         return True
 
     def work(self) -> None:
@@ -151,13 +168,17 @@ class World(RuleBasedStateMachine):
         if (request := self.follower.request(self.now)) is not None:
             if self.down:
                 self.follower.failed(self.now, 1.0)
+            elif len(request.paths) > self.most_paths:
+                self.follower.failed(self.now, 1.0, too_large=True)
             else:
-                answer = self.db.sync(request.epoch, request.revision, request.reason, request.paths)
-                self.pending.append((answer, None))
+                ahead = request.epoch == self.db.epoch and request.revision > self.db.revision
+                reason = "tree_hash" if ahead else request.reason
+                answer = self.db.sync(request.epoch, request.revision, reason, request.paths)
+                self.pending.append((answer, ahead))
                 self.answer_bytes = dict(self.db.files())
 
     def take_answer(self) -> None:
-        answer, _ = self.pending.pop(0)
+        answer, ahead = self.pending.pop(0)
         if isinstance(answer, Current):
             if answer.epoch != self.follower.tree.cursor.epoch:
                 self.follower.failed(self.now, 1.0)
@@ -169,12 +190,15 @@ class World(RuleBasedStateMachine):
             revision = answer.revision
         else:
             assert isinstance(answer, Manifest)
-            plan = reconcile(self.follower.tree, answer, {p: str(f.digest) for p, f in answer.files.items()})
+            staged = {p: str(f.digest) for p, f in answer.files.items()}
+            plan = reconcile(
+                self.follower.tree, answer, staged, forgotten=ahead or self.follower.holds_forgotten
+            )
             revision = answer.revision
         free_at = self.follower.free_at(op.path for op in plan.operations)
         if free_at > self.now:
             self.now = free_at
-            self.pending.insert(0, (answer, None))
+            self.pending.insert(0, (answer, ahead))
             return
         by_digest = {str(digest_of(c)): c for c in self.answer_bytes.values()}
         if plan.gap is not None and not plan.operations and plan.tree is self.follower.tree:
@@ -218,6 +242,10 @@ class World(RuleBasedStateMachine):
     def restore(self) -> None:
         rows, revision = self.backup
         self.db.restore({p: replace(r) for p, r in rows.items()}, revision)
+
+    @rule(commits=st.integers(1, 3))
+    def database_forgets(self, commits: int) -> None:
+        self.db.forget(commits)
 
     def send(self, commit: Commit | None) -> None:
         if commit is not None:
@@ -264,10 +292,47 @@ class World(RuleBasedStateMachine):
         self.take_answer()
         self.work()
 
+    @precondition(lambda self: self.pending)
+    @rule()
+    def answer_is_lost(self) -> None:
+        """The connection, or the download of the snapshot that was offered, fails half way."""
+        self.pending.pop(0)
+        self.follower.failed(self.now, 1.0)
+        self.work()
+
     @rule()
     def heartbeat(self) -> None:
         self.follower.compare(self.db.head(), self.now)
         self.work()
+
+    @rule()
+    def heartbeat_begins(self) -> None:
+        self.heads.append((self.db.head(), self.follower.tree.cursor))
+
+    @precondition(lambda self: self.heads)
+    @rule()
+    def heartbeat_ends(self) -> None:
+        head, asked_at = self.heads.pop(0)
+        self.follower.compare(head, self.now, asked_at)
+        self.work()
+
+    @rule(most=st.integers(0, 3))
+    def orchestrator_reads_less(self, most: int) -> None:
+        self.most_paths = most
+
+    @rule(path=st.sampled_from(PATHS))
+    def obstacle_comes(self, path: RelPath) -> None:
+        if path not in self.disk:
+            self.obstacles.add(path)
+
+    @precondition(lambda self: self.obstacles)
+    @rule(seen=st.booleans())
+    def obstacle_goes(self, seen: bool) -> None:
+        path = min(self.obstacles)
+        self.obstacles.remove(path)
+        if seen:
+            self.follower.obstacle_moved([path], self.now)
+            self.work()
 
     @rule(full=st.booleans())
     def fill_disk(self, full: bool) -> None:
@@ -298,6 +363,7 @@ class World(RuleBasedStateMachine):
                 )
         self.pending.clear()
         self.channel.clear()
+        self.heads.clear()
         self.now += 0.2
         self.follower = Follower(tree, optimistic=self.optimistic)
         self.follower.doubt((p for p, e in tree.entries.items() if e.provisional), self.now)
@@ -322,6 +388,8 @@ class World(RuleBasedStateMachine):
     def quiesce(self) -> None:
         """Everything works again: within a bounded time and number of questions, all is equal and at rest."""
         self.full = self.down = False
+        self.obstacles.clear()
+        self.follower.obstacle_moved(list(self.follower.unusable), self.now)
         self.disconnect()
         for _ in range(200):
             while self.pending:
@@ -330,13 +398,18 @@ class World(RuleBasedStateMachine):
             self.follower.compare(self.db.head(), self.now)
             self.now += 1.0
             self.work()
-            if self.follower.settled and not self.pending:
+            if self.follower.settled and not self.pending and self.equal:
                 break
         ours = {p: c for p, c in self.disk.items() if p not in self.foreign}
         assert ours == self.db.files()
         assert self.follower.tree.hash() == self.db.head().tree_hash
         assert self.follower.tree.cursor == Cursor(self.db.epoch, self.db.revision)
         assert self.follower.settled, self.follower.needs
+        assert (set(self.follower.unusable), self.follower.behind) == (set(), None)
+
+    @property
+    def equal(self) -> bool:
+        return {p: c for p, c in self.disk.items() if p not in self.foreign} == self.db.files()
 
 
 class OptimisticWorld(World):

@@ -21,6 +21,7 @@ from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import RelPath
 from agent.devserver import supervisor as module
+from agent.devserver.output import LOGGED_LINES
 from agent.devserver.state import Phase, RestartPolicy
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
@@ -70,6 +71,31 @@ async def test_one_that_binds_late_is_waited_for(tmp_path: Path) -> None:
     async with supervised(tmp_path, *server("late")) as supervisor:
         await until(lambda: supervisor.ready)
         assert supervisor.restarts == 0
+
+
+@pytest.mark.parametrize("where", ["_find", "_carry_out", "_probe"])
+async def test_a_bug_costs_one_try_and_not_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    real, left = getattr(Supervisor, where), 1
+
+    def fails(*given: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise KeyError("a bug")
+        return real(*given)
+
+    async def later(*given: object) -> object:
+        return await fails(*given)  # type: ignore[misc]
+
+    monkeypatch.setattr(Supervisor, where, later if where == "_probe" else fails)
+    policy = RestartPolicy(start_timeout=1.0, backoff_first=0.02, debounce=0.05)
+    async with supervised(tmp_path, *server("late"), policy=policy) as supervisor:
+        await until(lambda: supervisor._errors.counts)
+        supervisor.files_changed({RelPath("package.json")})
+        await until(lambda: supervisor.ready)
+        assert supervisor._errors.counts == {"dev-server": 1}
 
 
 async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> None:
@@ -338,7 +364,7 @@ async def test_the_last_200_lines_are_in_the_report_and_the_log_is_spared(
         assert isinstance(log, list)
         assert log == [f"line {n}" for n in range(4800, 5000)]
         assert "log" not in supervisor.report(log=False)
-    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * module.LOGGED_LINES
+    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * LOGGED_LINES
 
 
 async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -> None:

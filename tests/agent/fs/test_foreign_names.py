@@ -90,6 +90,6 @@ def test_no_project_is_looked_for_in_them(tmp_path: Path) -> None:
 
 def test_a_directory_of_them_counts_as_empty(workspace: Workspace, root: Path) -> None:
     plant(root)
-    assert not workspace.holds_files()
+    assert workspace.found() == set()
     workspace.apply([write("src/a", "1")], Map())
     assert workspace.disk.made == {RelPath("src")}

@@ -43,7 +43,8 @@ def renames(agent: Agent, *operations: Operation) -> tuple[list[str], Transactio
     RENAMES.targets = []
     try:
         result = agent.apply(*operations)
-        return RENAMES.targets, result
+        # What is left of the staged tree is lifted while it is removed, and that is nobody's business.
+        return [target for target in RENAMES.targets if not target.startswith("tree-")], result
     finally:
         RENAMES.targets = None
 

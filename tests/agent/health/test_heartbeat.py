@@ -180,6 +180,35 @@ def test_a_change_does_not_hurry_an_orchestrator_that_asked_to_be_left_alone(tmp
     play(tmp_path, script, orchestrator)
 
 
+def test_what_was_refused_for_its_size_is_not_sent_again(tmp_path: Path) -> None:
+    """A proxy that reads 4 KB: each report is smaller than the one it refused, and after an hour the whole is tried."""
+    orchestrator = Orchestrator()
+    sizes: list[int] = []
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        told = await Orchestrator.respond(orchestrator, request)
+        sizes.append(len(request.content))
+        return problem(413, "too_large") if len(request.content) > 4096 else told
+
+    orchestrator.respond = respond  # type: ignore[method-assign]
+
+    async def script(world: World) -> None:
+        world.serve()
+        for n in range(100):
+            world.agent.report.problems.add(
+                Problem("drift", "something changed it " * 20, path=f"src/{n}.ts")
+            )
+        await asyncio.sleep(10 * EVERY)
+        refused_sizes = [size for size in sizes if size > 4096]
+        assert refused_sizes == sorted(refused_sizes, reverse=True)
+        assert 1 <= len(refused_sizes) <= 4
+        assert orchestrator.told[-1]["problems"], "what fits is told"
+        await asyncio.sleep(150 * EVERY)
+        assert len([size for size in sizes if size > 4096]) <= 2 * len(refused_sizes)
+
+    play(tmp_path, script, orchestrator)
+
+
 def test_a_body_that_is_too_large_is_sent_again_without_its_problems(tmp_path: Path) -> None:
     orchestrator = Orchestrator([answer(200, HEAD), problem(413, "too_large")])
 

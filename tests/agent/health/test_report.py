@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from agent.daemon import Agent
 from agent.devserver.state import Phase
 from agent.health.report import HARMLESS
 from agent.link.types import LinkState
-from agent.telemetry.status import LINK_PATIENCE, AgentState, SyncPhase
+from agent.telemetry.status import LINK_PATIENCE, MAX_OF_KIND, AgentState, SyncPhase
 from tests.agent.built import built, dev_server_of, settings, source_of
 from tests.agent.test_config import GOOD, jwt
 
@@ -114,7 +115,7 @@ def test_the_problems_of_all_parts_are_shown_the_harmful_first(agent: Agent) -> 
         "detail": "a plugin is broken",
     }
     assert expected in shown
-    assert report.heartbeat(bare=True)["problems_left_out"] == 4
+    assert report.heartbeat(0)["problems_left_out"] == 4
     text = generate_latest(report.problems.metrics.registry).decode()
     assert 'preview_agent_problems{kind="drift"} 2.0' in text
     assert 'preview_agent_problems{kind="token_refused"} 1.0' in text
@@ -146,3 +147,24 @@ def test_the_metrics_name_no_project_no_session_and_no_path(agent: Agent) -> Non
     states = re.findall(r'^preview_agent_link_state\{state="(\w+)"\} (\S+)$', text, re.MULTILINE)
     assert dict(states) == {each.value: "1.0" if each is LinkState.LIVE else "0.0" for each in LinkState}
     assert "preview_agent_clock_skew_seconds" not in text, "absent until the orchestrator has answered"
+
+
+def test_many_problems_of_one_kind_hide_no_other(agent: Agent) -> None:
+    """Two hundred drifts filled the table, and a refused token had no place in it."""
+    report = agent.report
+    for n in range(3 * MAX_OF_KIND):
+        report.problems.add(Problem("drift", "why", path=f"f{n}"))
+    report.problems.add(Problem("undo_failed", "why", path="a"))
+    assert Counter(problem.kind for problem in report.all_problems()) == {
+        "drift": MAX_OF_KIND, "undo_failed": 1,
+    }  # fmt: skip
+    assert report.status()["problems_not_kept"] == {"drift": 2 * MAX_OF_KIND}
+    assert "undo_failed" in [problem["kind"] for problem in report.heartbeat()["problems"]]  # type: ignore[index, attr-defined]
+
+
+def test_a_problem_that_is_tried_again_says_so(agent: Agent) -> None:
+    agent.report.problems.add(Problem("path_unusable", "why", path="a", waiting=True))
+    agent.report.problems.add(Problem("drift", "why", path="b"))
+    waiting, drift = agent.report.status()["problems"]  # type: ignore[misc]
+    assert (waiting["waiting"], "waiting" in drift) == (True, False)
+    assert agent.report.heartbeat()["problems"][0]["waiting"] is True  # type: ignore[index]

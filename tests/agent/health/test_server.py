@@ -17,6 +17,8 @@ from agent.config import Settings
 from agent.core.errors import SettingsError
 from agent.health import server as health
 from agent.health.report import Report
+from agent.telemetry.errors import Errors
+from agent.telemetry.metrics import Metrics
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Agent:
 
     is_ready: bool = False
     port: int = 0
+    errors: Errors = field(default_factory=lambda: Errors(Metrics()))
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def status(self) -> dict[str, object]:
@@ -145,3 +148,27 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
             SettingsError, match=rf"HEALTH_PORT: cannot listen on 127.0.0.1 port {agent.port}: "
         ):
             await health.serve(settings(port=agent.port), cast("Report", agent), CollectorRegistry())
+
+
+async def test_whatever_a_project_says_the_status_is_json() -> None:
+    """A byte that is not UTF-8 in the dev script, a number that no JSON reader of ours takes."""
+    agent = Agent()
+    odd = {"argv": ["vite", "--x=\udce9", "\ud800"], "many": 2**70, ("a", 1): {"deep": ("\udcff",)}}
+    agent.status = lambda: {"dev_server": odd}  # type: ignore[method-assign]
+    async with served(agent) as http:
+        said = (await http.get("/status")).json()["dev_server"]
+    assert said["argv"] == ["vite", "--x=\\udce9", "\\ud800"]
+    assert said["many"] == str(2**70)
+
+
+async def test_a_bug_in_a_report_is_an_answer_and_counted() -> None:
+    agent = Agent()
+
+    def fails() -> dict[str, object]:
+        raise KeyError("a bug")
+
+    agent.status = fails  # type: ignore[method-assign]
+    async with served(agent) as http:
+        assert (await http.get("/status")).status_code == 500
+        assert (await http.get("/livez")).status_code == 200
+    assert agent.errors.counts == {"health": 1}

@@ -88,6 +88,10 @@ class World:
     def current(self) -> Token | None:
         return self.tokens.current()
 
+    @property
+    def problem(self) -> str | None:
+        return None
+
     async def renew_token(self) -> Token:
         await asyncio.sleep(0.02)
         if self.api_down:

@@ -63,6 +63,10 @@ class Issuer:
     def current(self) -> Token | None:
         return self.tokens.current()
 
+    @property
+    def problem(self) -> str | None:
+        return None
+
     async def renew_token(self) -> Token:
         self.asked += 1
         await asyncio.sleep(0)

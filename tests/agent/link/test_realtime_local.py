@@ -78,6 +78,10 @@ class Session:
     def current(self) -> Token | None:
         return self.tokens.current()
 
+    @property
+    def problem(self) -> str | None:
+        return None
+
     async def renew_token(self) -> Token:
         if not self.may_renew:
             raise CredentialRejected("session API (token) refused the token: HTTP 401")

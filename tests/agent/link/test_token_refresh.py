@@ -205,3 +205,22 @@ async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: Fa
         assert issuer.asked >= 1, (
             "by our clock the token is expired; the server's clock is the one that counts"
         )
+
+
+async def test_a_token_file_that_cannot_be_taken_is_shown_until_it_can(
+    server: FakeRealtime, tmp_path: Path
+) -> None:
+    place = tmp_path / "token"
+    place.write_text(jwt(wall() + 600))
+    stream = realtime_link(
+        server.url, "publishable", TOPIC, Tokens(file=place, wall=wall), settings=QUICK, wall=wall
+    )
+    async with running(stream) as link:
+        await link.live()
+        assert link.stream.problems() == ()
+        place.write_text("half a tok")
+        await until(lambda: bool(link.stream.problems()), "the problem")
+        (problem,) = link.stream.problems()
+        assert (problem.kind, str(place) in problem.detail) == ("token_refused", True)
+        place.write_text(jwt(wall() + 1200))
+        await until(lambda: not link.stream.problems(), "its end")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import os
 import tracemalloc
@@ -13,7 +15,13 @@ import httpx
 import pytest
 
 from agent.config import SnapshotLimits
-from agent.core.errors import CredentialRejected, Unavailable
+from agent.core.errors import (
+    AgentError,
+    CredentialRejected,
+    HydrationImpossible,
+    MalformedMessage,
+    Unavailable,
+)
 from agent.core.reconcile import Reason
 from agent.core.scheduler import Request
 from agent.fs.project_dir import ProjectDir
@@ -128,3 +136,48 @@ async def test_a_refusal_that_is_nested_without_end_is_one_like_another(
         async with origin(Answer(body.encode(), 400)) as server:
             with pytest.raises(Unavailable, match="HTTP 400"):
                 await Downloader(disk, http, QUICK).fetch(server.url)
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [(CredentialRejected("no"), CredentialRejected), (MalformedMessage("x", "y"), HydrationImpossible)],
+)
+async def test_a_refused_token_is_not_asked_with_again_at_once(
+    error: AgentError, end: type[AgentError], disk: ProjectDir, http: httpx.AsyncClient
+) -> None:
+    """Nor is a malformed answer the end: the waits grow as for an orchestrator that is away."""
+    limits = SnapshotLimits(snapshot_attempts=6, snapshot_retry_seconds=0.05, snapshot_retry_max_seconds=0.4)
+    at: list[float] = []
+
+    async def renew(reason: str) -> str:
+        at.append(asyncio.get_running_loop().time())
+        raise error
+
+    with pytest.raises(end):
+        await Downloader(disk, http, limits).obtain(None, renew=renew)
+    assert len(at) == 6
+    assert at[-1] - at[0] > 0.05, "eight times without a pause"
+
+
+async def test_a_body_that_trickles_is_given_up(disk: ProjectDir, http: httpx.AsyncClient) -> None:
+    """A byte now and then is no stall, and would hold up every other catch-up for ten minutes."""
+    body = snapshot(FILES)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body))
+        with contextlib.suppress(OSError):
+            for byte in body:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/s.zip"
+    try:
+        with pytest.raises(Unavailable, match=r"no_progress: [0-9]+ bytes arrived"):
+            async with asyncio.timeout(20):
+                await Downloader(disk, http, QUICK).fetch(url)
+    finally:
+        server.close()

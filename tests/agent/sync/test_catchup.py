@@ -182,18 +182,18 @@ def says(*files: str) -> StagedSnapshot:
 def doubts(catch_up: CatchUp, staged: StagedSnapshot) -> bool:
     entries = {RelPath(f"f{n}"): Entry(1, digest_of(b"x"), revision=1) for n in range(30)}
     tree = Tree(Cursor(EPOCH, 1), Tree().entries.update(entries))
-    return catch_up.doubts(tree, reconcile(tree, staged.manifest, staged.staged), staged) is not None
+    return catch_up.doubts(tree, reconcile(tree, staged.manifest, staged.staged)) is not None
 
 
 async def test_a_snapshot_that_deletes_too_much_is_believed_at_its_second_build(world: World) -> None:
     world.orchestrator.script = [lambda _: world.database.offer()] * 2
     async with catching_up(world) as catch_up:
         assert not catch_up.halted
-        assert doubts(catch_up, says("x"))
+        assert doubts(catch_up, says("f1", "x"))
         assert catch_up.halted
         assert kinds(catch_up) == ["mass_delete"]
-        assert doubts(catch_up, says("y"))
-        assert not doubts(catch_up, says("y"))
+        assert doubts(catch_up, says("y")), "it deletes what the first left"
+        assert not doubts(catch_up, says("f2", "z")), "it deletes no more, and saves went on"
         catch_up.succeeded()
         assert not catch_up.halted
         assert kinds(catch_up) == []

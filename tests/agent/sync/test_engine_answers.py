@@ -56,7 +56,7 @@ def test_an_answer_that_does_not_fit_is_asked_for_again_a_second_later(world: Wo
             asked = now()
             assert world.on_disk["a"] == "1"
             await run.until(lambda: world.on_disk["a"] == "2")
-            assert now() - asked >= 1.0
+            assert now() - asked > 0.99
             assert run.kinds == []
         assert len(world.orchestrator.asked) == 2
 
@@ -80,7 +80,8 @@ FAILURES: dict[str, tuple[Answer, list[str]]] = {
     "away": (refused(503), ["session_api_unreachable"]),
     "too busy": (refused(429), ["session_api_unreachable"]),
     "somebody else's page": (plain(404, b"<html>"), ["session_api_unreachable"]),
-    "too large": (refused(413), ["session_api_unreachable"]),
+    "too large": (refused(413), ["request_too_large"]),
+    "not taken": (refused(422), ["request_too_large"]),
     "no connection": (httpx.ConnectError("refused"), ["session_api_unreachable"]),
     "cut": (httpx.RemoteProtocolError("cut"), ["session_api_unreachable"]),
     "silence": (httpx.ReadTimeout("silence"), ["session_api_unreachable"]),
@@ -210,9 +211,9 @@ async def test_a_second_build_that_says_something_else_again_is_doubted_again(wo
     whole = world.database.archive()
     async with world.run() as run:
         emptied(world)
-        world.database.commit({"x": "1"})
+        world.database.commit({"f1": "1"})
         one = world.database.archive()
-        world.database.commit({"x": None, "y": "1"})
+        world.database.commit({"f1": None, "y": "1"})
         other = world.database.archive()
         world.orchestrator.archives = [one, other, other]
         run.send(joined())

@@ -151,14 +151,14 @@ def test_a_ledger_without_a_cursor_is_no_run_to_go_on_from_and_its_leftovers_go(
         place.apply(write("a", "1"))
     with opened(tmp_path) as place:
         assert place.loaded is None
-        assert not place.workspace.holds_files()
+        assert place.workspace.found() == set()
 
 
 def test_a_directory_with_files_is_seen(tmp_path: Path) -> None:
     with opened(tmp_path) as place:
-        assert not place.workspace.holds_files()
+        assert place.workspace.found() == set()
         (place.root / "notes").write_text("x")
-        assert place.workspace.holds_files()
+        assert place.workspace.found() == {"notes"}
 
 
 def test_a_root_that_cannot_be_used_is_said(tmp_path: Path) -> None:
@@ -174,9 +174,10 @@ def test_when_the_ledger_cannot_take_the_announcement_nothing_is_written(tmp_pat
     with opened(tmp_path) as place:
         with full(tmp_path):
             assert place.apply(write("a", "1")) == ApplyResult(undone=True)
-            assert (seen(place.root), place.kinds) == ({}, ["disk_full"])
+            assert (seen(place.root), place.kinds) == ({}, ["io_error"])
             assert "ledger" in place.workspace.failure
         assert place.apply(write("a", "1")).done == paths("a")
+        assert place.workspace.record(place.tree.cursor)
         assert place.kinds == []
 
 
@@ -190,7 +191,7 @@ def test_what_the_ledger_could_not_record_goes_with_the_next_record(tmp_path: Pa
                 place.workspace.record_whole(place.tree)
             else:
                 place.workspace.record(place.tree.cursor)
-            assert place.kinds == ["disk_full"]
+            assert place.kinds == ["io_error"]
         place.workspace.record(place.tree.cursor)
     state = recorded(tmp_path)
     assert state is not None

@@ -89,9 +89,18 @@ class Database:
     revisions: dict[str, int] = field(default_factory=dict)
     revision: int = 1
     epoch: str = EPOCH
+    past: list[tuple[dict[str, str | None], dict[str, int], dict[str, int]]] = field(default_factory=list)
+    """Files, versions and revisions before each commit, oldest first."""
+
+    def forget(self, commits: int) -> None:
+        """Lose the latest commits, as a failover to a replica that was behind; the epoch stays."""
+        for _ in range(commits):
+            self.files, self.versions, self.revisions = self.past.pop()
+            self.revision -= 1
 
     def commit(self, changes: Mapping[str, str | None]) -> Received:
         """Commit (None deletes); the event that tells of it."""
+        self.past.append((dict(self.files), dict(self.versions), dict(self.revisions)))
         self.revision += 1
         items: list[dict[str, Any]] = []
         for path, content in changes.items():
@@ -121,8 +130,10 @@ class Database:
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """What an orchestrator answers in good order."""
-        if question["epoch"] != self.epoch:
+        if question["epoch"] != self.epoch or question["reason"] in ("tree_hash", "snapshot_rejected"):
             return self.offer()
+        if question["revision"] > self.revision:
+            return {**self.offer(), "reason": "ahead"}
         found = self.changes(question)
         return found if found["changes"] else self.current()
 
@@ -169,6 +180,8 @@ class Orchestrator:
     archives: list[bytes | Callable[[object], httpx.Response]] = field(default_factory=list)
     """What is fetched as snapshots, in turn; then what the database holds."""
     fetched: int = 0
+    limit: int = 65_536
+    """Bytes of a question that are read, as the real one's BODY_LIMIT."""
     hang: asyncio.Event | None = None
     """Until it is set, nothing is answered."""
 
@@ -187,6 +200,8 @@ class Orchestrator:
         self.asked.append(question)
         if self.hang is not None:
             await self.hang.wait()
+        if len(request.content) > self.limit:
+            return refused(413)(request)
         answer: Any = self.script.pop(0) if self.script else self.database.answer(question)
         if callable(answer):
             answer = answer(question)

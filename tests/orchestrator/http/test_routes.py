@@ -233,10 +233,12 @@ async def test_what_no_difference_can_mend_is_answered_with_a_snapshot(world: Wo
     session = await world.session()
     epoch = (await head_of(world, session))["epoch"]
     world.snapshots.asked.clear()
+    ahead = (await sync(world, session, epoch=epoch, revision=99, reason="head")).json()
+    assert (ahead["kind"], ahead["reason"]) == ("snapshot", "ahead"), "the database has lost commits"
     assert (await sync(world, session, epoch=epoch, reason="tree_hash")).json()["kind"] == "snapshot"
     assert (await sync(world, session, epoch=None, reason="snapshot_rejected")).json()["kind"] == "snapshot"
     assert (await sync(world, session, epoch=None, reason="snapshot_expired")).json()["kind"] == "snapshot"
-    assert world.snapshots.asked == [(None, False), (None, True), (None, False)]
+    assert world.snapshots.asked == [(None, True), (None, False), (None, True), (None, False)]
     assert world.snapshots.resigned == 1, "a URL that was tried is not offered again"
 
 

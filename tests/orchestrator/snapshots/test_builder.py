@@ -104,7 +104,8 @@ async def test_an_archive_is_exactly_the_head(world: World) -> None:
         assert listed[path]["size"] == len(content)
         assert listed[path]["content_hash"] == hashlib.sha256(content).hexdigest()
     assert listed["bin/run"]["executable"] is True
-    assert (told["revision"], told["base_revision"], told["deleted"]) == (revision, None, [])
+    assert (told["revision"], told["base_revision"]) == (revision, None)
+    assert told["deleted"] == [{"file_path": "leer.txt", "version": 2}]
     assert 0 < snapshot.build_seconds < 60
     assert snapshot.manifest == {**told, "build_seconds": round(snapshot.build_seconds, 6)}
     stored = await world.storage.download(BUCKET, snapshot.object_path)
@@ -136,6 +137,14 @@ async def test_an_archive_that_is_stored_holds_up_nobody(world: World, size: int
                 again = await snapshots.build(world.project_id)
                 assert again.object_path == first.object_path
                 await snapshots.signed_url(again.object_path, 60)
+
+
+async def test_a_full_one_says_too_what_is_gone(world: World) -> None:
+    """An agent that has lost its ledger knows by that which files were ours."""
+    await world.put({"a": "1", "b": "1"})
+    await world.write({"action": "delete", "file_path": "b"})
+    told = (await world.snapshots.build(world.project_id)).manifest
+    assert (told["base_revision"], told["deleted"]) == (None, [{"file_path": "b", "version": 2}])
 
 
 async def test_a_delta_has_what_is_newer_and_what_is_gone(world: World) -> None:
