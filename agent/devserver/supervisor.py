@@ -426,8 +426,7 @@ class Supervisor:
             (only,) = named if len(named) == 1 else (None,)
             if only is None or only.serves(net.visitors_hosts(self._host), self._settings.dev_port):
                 continue  # a server that is where visitors come, and says nothing, is slow
-            # On the port that it was given: nothing else will want that.
-            if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port:
+            if self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port:  # its own: nothing else wants that
                 await self._pass_on(only)
                 if self._forward:
                     return
