@@ -94,6 +94,7 @@ def _url(*schemes: str) -> AfterValidator:
 _WEB_URL = _url("http", "https")
 _SOCKET_URL = _url("ws", "wss", "http", "https")
 _SHELL_WORDS = BeforeValidator(_words)
+_SHELL_WORDS_OR_NONE = BeforeValidator(lambda text: _words(text) or ())
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -160,6 +161,13 @@ class Settings(SnapshotLimits, BaseSettings):
     session_api_url: Annotated[str, _WEB_URL] | None = None
     """Where to catch up, renew the token and report. Unset: no catch-up but `snapshot:ready`, and status says so."""
 
+    run_revision: NonNegativeInt | None = None
+    """Which run settings of the project the orchestrator had when it made the machine; 0: none. Unset: it knows of
+    none. Above 0 they are asked for before anything is installed."""
+    run_names: Annotated[tuple[str, ...], NoDecode, _SHELL_WORDS_OR_NONE] = ()
+    """Which of DEV_ROOT, DEV_COMMAND, DEV_SERVER_PORT, INSTALL_COMMAND and PREVIEW_HOST come from run settings: those
+    follow a change of them, also to nothing."""
+
     # --- where things are
     project_dir: Path = Path("/app/project")
     """The tree, and what the dev server serves."""
@@ -188,6 +196,8 @@ class Settings(SnapshotLimits, BaseSettings):
     """What serves the preview, in a shell's spelling and run without one. Default: what package.json says."""
     dev_root: Annotated[str | None, Field(max_length=1024)] = None
     """Directory of the project to preview, relative to it. Default: the top, or the one below with a dev server."""
+    dev_server_port: Port | None = None
+    """Where the project's command listens when that is not DEV_PORT, where visitors come: they are passed on."""
     install_command: Annotated[tuple[str, ...] | None, NoDecode, _SHELL_WORDS] = None
     """What installs dependencies. Default: the package manager whose lock file is there."""
     dev_host: str = "::"

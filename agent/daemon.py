@@ -37,6 +37,7 @@ from agent.health import server
 from agent.health.heartbeat import Heartbeat
 from agent.health.report import Report
 from agent.link.realtime import realtime_link
+from agent.link.run_settings import RunSettings, RunSettingsFollower
 from agent.link.source import EventSource
 from agent.session_api import SessionApi
 from agent.snapshot.download import Downloader
@@ -86,6 +87,7 @@ class Agent:
     # what is reported
     report: Report
     heartbeat: Heartbeat
+    run_settings: RunSettingsFollower
     spans: Spans | None
 
     hydrated: asyncio.Event
@@ -106,6 +108,7 @@ class Agent:
             **({"shadow": partial(keep, "shadow", self.shadow.run)} if self.shadow else dev),
             "health": lambda: keep("health", lambda: server.serve(self.settings, self.report, registry)),
             "heartbeat": lambda: keep("heartbeat", self.heartbeat.run),
+            "run-settings": lambda: keep("run-settings", self.run_settings.run),
             "memory": lambda: keep("memory", self._trim_memory),
         }
 
@@ -179,9 +182,26 @@ def build(
         if shadow is None:
             supervisor.files_changed(paths)
 
+    redactor = redactor or redactor_for(settings)
+
+    def start_when_known() -> None:
+        # Whichever of the tree and the run settings comes last.
+        if hydrated.is_set() and run_settings.known.is_set() and shadow is None:
+            supervisor.project_ready()
+
+    def on_run_settings(run: RunSettings) -> None:
+        supervisor.configure(run)
+        start_when_known()
+
+    run_settings = RunSettingsFollower(
+        api, settings.run_revision, on_settings=on_run_settings, on_secret=redactor.add
+    )
+
     def on_hydrated() -> None:
         hydrated.set()
-        (supervisor.project_ready if shadow is None else shadow.hydrated)()
+        if shadow is not None:
+            shadow.hydrated()
+        start_when_known()
 
     url = settings.snapshot_url
     sync = Sync(
@@ -211,6 +231,7 @@ def build(
         screen=screen,
         problems=problems,
         redactor=redactor,
+        run_settings=run_settings,
         skew=skew,
         shadow=shadow,
         stalls=stalls_of_running_loop(),
@@ -228,7 +249,15 @@ def build(
         screen=screen,
         shadow=shadow,
         report=report,
-        heartbeat=Heartbeat(every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop),
+        heartbeat=Heartbeat(
+            every=settings.heartbeat_seconds,
+            report=report,
+            api=api,
+            sync=sync,
+            stop=stop,
+            run_settings=run_settings,
+        ),
+        run_settings=run_settings,
         spans=spans,
         hydrated=hydrated,
         stop=stop,

@@ -22,6 +22,8 @@ import orjson
 
 from agent.core.errors import MalformedMessage, TooLarge, Unavailable
 
+EVERYWHERE: Final = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
+
 
 def listening_host(wanted: str) -> str:
     """Return `wanted`, or the IPv4 form of "everywhere" where the kernel has no IPv6."""
@@ -33,6 +35,23 @@ def listening_host(wanted: str) -> str:
     except OSError:
         return "0.0.0.0"  # noqa: S104 - the container's network decides who reaches it
     return wanted
+
+
+def visitors_hosts(host: str) -> tuple[str, ...]:
+    """Return the addresses at which others reach a server that is to listen on `host`, the first to try first.
+
+    For "everywhere" these are this machine's own addresses towards others, not loopback: a server that listens on
+    loopback alone is reached by nobody. Loopback only where the machine has no other.
+    """
+    if host not in EVERYWHERE:
+        return (host,)
+    found = []
+    # Connecting a datagram socket sends nothing: it asks which of our addresses would be used.
+    for family, there in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((there, 9))
+            found.append(str(probe.getsockname()[0]))
+    return tuple(found) or ("127.0.0.1", "::1")
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -1,4 +1,4 @@
-"""Calls the session API: sync, token, status. One call is one try; retrying is the caller's decision.
+"""Calls the session API: sync, token, status, run. One call is one try; retrying is the caller's decision.
 
 Errors are sorted by what can be done about them. 401 and 403 are final for the token (`CredentialRejected`), 404 and
 410 for the session (`SessionGone`), 409 names a newer machine (`Superseded`). These end things, so they are believed of
@@ -115,6 +115,10 @@ class SessionApi:
                 raise MalformedMessage("token answer", "realtime_token is missing or not text")
             return self._tokens.accept(value)
 
+    async def run_settings(self) -> object:
+        """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""
+        return await self._call("GET", "run", None)
+
     async def report_status(self, status: Mapping[str, object]) -> Head:
         """Say how we are; hear where the database is."""
         with self._noting("status"):
@@ -146,7 +150,7 @@ class SessionApi:
             raise
         self._failures.pop(question, None)
 
-    async def _call(self, method: str, name: str, body: Mapping[str, object]) -> object:
+    async def _call(self, method: str, name: str, body: Mapping[str, object] | None) -> object:
         token = self._tokens.current()
         if token is None:
             raise CredentialRejected("there is no session token to call the session API with")
@@ -160,7 +164,7 @@ class SessionApi:
                     self._http,
                     method,
                     f"{self._base}/{name}",
-                    content=json_bytes(body),
+                    content=None if body is None else json_bytes(body),
                     headers=headers,
                     timeout=self._timeout,
                 ) as response,

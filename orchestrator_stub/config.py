@@ -151,6 +151,10 @@ class Settings(BaseSettings):
     """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md), and
     the silence of one ends no session: PROVISION_SECONDS and LEASE_SECONDS do not count."""
 
+    run_settings_keys: SecretStr | None = None
+    """What `env` and `npmrc` of run settings are encrypted with: words `ID:KEY`, a key being 32 bytes in base64
+    (`openssl rand -base64 32`). The first encrypts, all decrypt. Unset: none of either are kept."""
+
     # --- new projects
     template_dir: Annotated[Path | None, BeforeValidator(_unless_empty)] = (
         _EXAMPLE if _EXAMPLE.is_dir() else None

@@ -32,7 +32,8 @@ from starlette.types import Message, Receive, Scope, Send
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http import operations
 from orchestrator_stub.http.operations import Measured, Metrics
-from orchestrator_stub.http.routes import SessionRoutes, application
+from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -40,11 +41,13 @@ from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
+from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import age_of, describe
+from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
 from orchestrator_stub.sessions.template import Template
@@ -92,7 +95,7 @@ async def control_plane(
 ) -> AsyncIterator[ControlPlane]:
     """Everything but the socket and the background tasks (`controller.run`, `worker.run`), which are the caller's.
 
-    Raises `psycopg.OperationalError` without a database, `Unmigrated`.
+    Raises `psycopg.OperationalError` without a database, `Unmigrated`, `CannotServe`.
     """
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
@@ -120,20 +123,22 @@ async def control_plane(
             metrics.provision_seconds.labels(part).observe(seconds)
 
         installation = await store.installation()
+        runs = RunSettings(pool, sealing_keys_of(settings))
         controller = SessionController(
-            settings, store, snapshots, driver, keys,
+            settings, store, snapshots, driver, keys, runs=runs,
             installation=installation, template=template, on_part=on_part,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = SessionRoutes(
+        api = RunRoutes(
             settings,
             controller,
             store,
             catchup,
             snapshots,
             keys,
+            runs,
             screens,
             on_ready=metrics.ready_seconds.observe,
         )
@@ -161,6 +166,15 @@ def keyring_of(settings: Settings) -> Keyring:
     if settings.supabase_jwt_secret is None:
         raise ValueError("neither SUPABASE_JWT_SECRET nor JWT_KEYS_FILE is set")
     return Keyring.from_secret(settings.supabase_jwt_secret.get_secret_value())
+
+
+def sealing_keys_of(settings: Settings) -> SealingKeys:
+    """The keys that run settings are encrypted with. Raises `CannotServe`."""
+    keys = settings.run_settings_keys
+    try:
+        return SealingKeys.read(keys.get_secret_value() if keys else "")
+    except ValueError as error:
+        raise CannotServe(f"RUN_SETTINGS_KEYS: {error}") from None
 
 
 def driver_of(settings: Settings) -> MachineDriver:

@@ -196,9 +196,28 @@ class _File(Struct, gc=False, rename={"path": "file_path", "digest": "content_ha
     executable: bool = False
 
 
+UNAVAILABLE: Mapping[str, str] = {
+    "lost": "its object in Storage is gone; upload it again, or save the file again",
+    "wrong_bytes": "its object in Storage holds other bytes than its hash says; delete that and upload it again",
+    "no_room": "with it the project's archive is larger than Storage takes; make it smaller, or raise Storage's limit",
+    "too_deep": "it lies deeper than 64 segments; move it in the project",
+}
+
+
 class _Deleted(Struct, gc=False):
     file_path: str
     version: Count
+
+
+class _Unavailable(Struct, gc=False):
+    file_path: Text
+    reason: Text
+
+    def problem(self) -> Problem:
+        """What is said of a file that the orchestrator left out, because it has not got its bytes."""
+        said = UNAVAILABLE.get(self.reason, "its content cannot be had")
+        path = self.file_path if len(self.file_path) <= 1024 else reprlib.repr(self.file_path)
+        return Problem("content_unavailable", said, path, self.reason[:40])
 
 
 class _Manifest(Struct):
@@ -210,6 +229,7 @@ class _Manifest(Struct):
     base_revision: Count | None = None
     files: list[_File] = []
     deleted: list[_Deleted] = []
+    unavailable: list[_Unavailable] = []
     build_seconds: float | None = None
 
 
@@ -241,8 +261,16 @@ def _manifest(read: Callable[..., Any]) -> Manifest:
     if len(files) != listed:
         raise MalformedMessage(what, "a path is listed twice")
     deleted = {parse_path(each.file_path): each.version for each in told.deleted}
+    left_out = tuple(each.problem() for each in told.unavailable)
     return Manifest(
-        told.project_id, told.epoch, told.revision, files, deleted, told.base_revision, told.build_seconds
+        told.project_id,
+        told.epoch,
+        told.revision,
+        files,
+        deleted,
+        told.base_revision,
+        told.build_seconds,
+        left_out,
     )
 
 
@@ -261,6 +289,7 @@ class _Changes(Struct, tag_field="kind", tag="changes"):
     revision: Count
     base_revision: Count
     changes: list[dict[str, object]] = []
+    unavailable: list[_Unavailable] = []
 
 
 class _Snapshot(_Offer, tag_field="kind", tag="snapshot"):
@@ -295,12 +324,14 @@ SyncAnswer = Current | Changes | SnapshotOffer
 
 
 class Head(Struct, frozen=True):
-    """The status answer: where the database is. `action` is what the orchestrator asks of us."""
+    """The status answer: where the database is. `action` is what the orchestrator asks of us, `run_revision` names the
+    run settings in force; None: it has none to give."""
 
     epoch: Epoch
     revision: Count
     tree_hash: Text | None = None
     action: Text | None = None
+    run_revision: Count | None = None
 
 
 def read_sync_answer(obj: object) -> SyncAnswer:
@@ -309,6 +340,7 @@ def read_sync_answer(obj: object) -> SyncAnswer:
     told = _understood(partial(msgspec.convert, obj), Current | _Changes | _Snapshot, what)
     if isinstance(told, _Changes):
         changes, problems = read_changes(told.changes, what)
+        problems += tuple(each.problem() for each in told.unavailable)
         return Changes(told.epoch, told.revision, told.base_revision, changes, problems)
     if isinstance(told, _Snapshot):
         return told.read()

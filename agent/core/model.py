@@ -21,13 +21,14 @@ from agent.core.errors import PathRefused
 
 SupervisorProblem = Literal[
     "dev_server_backoff", "dev_server_failed", "hmr_unreachable", "install_failed", "lock_unusable",
-    "nothing_to_serve", "port_taken",
+    "nothing_to_serve", "port_taken", "preview_error",
 ]  # fmt: skip
 ScreenProblem = Literal["preview_unobserved"]
 LinkProblem = Literal["token_refused"]
+RunSettingsProblem = Literal["run_settings_unavailable"]
 SessionApiProblem = Literal["request_too_large", "session_api_refused", "session_api_unreachable"]
 CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected", "snapshot_unavailable"]
-EngineProblem = Literal["drift", "hash_mismatch", "head_behind", "path_refused"]
+EngineProblem = Literal["content_unavailable", "drift", "hash_mismatch", "head_behind", "path_refused"]
 ShadowProblem = Literal["live_unreadable", "shadow_difference"]
 EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
 WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
@@ -35,6 +36,7 @@ ProblemKind = Literal[
     SupervisorProblem,
     ScreenProblem,
     LinkProblem,
+    RunSettingsProblem,
     SessionApiProblem,
     CatchUpProblem,
     EngineProblem,
@@ -45,6 +47,7 @@ ProblemOwner = Literal[
     "devserver.screen",
     "devserver.supervisor",
     "link.loop",
+    "link.run_settings",
     "session_api",
     "sync.catchup",
     "sync.engine",
@@ -60,6 +63,7 @@ _OWNED: Final[Mapping[ProblemOwner, object]] = {
     "devserver.supervisor": SupervisorProblem,
     "devserver.screen": ScreenProblem,
     "link.loop": LinkProblem,
+    "link.run_settings": RunSettingsProblem,
     "session_api": SessionApiProblem,
     "sync.catchup": CatchUpProblem,
     "sync.engine": EngineProblem,
@@ -73,6 +77,7 @@ PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
 has it: a heartbeat that was answered once hid a catch-up that was not."""
 
 REMEDIES: Final[Mapping[ProblemKind, str]] = {
+    "content_unavailable": "upload the file's bytes again, or save it again; all else of the project is there",
     "dev_server_backoff": "it is started again by itself; its last output, in /status, says why it ended",
     "dev_server_failed": "read its last output in /status and fix the file it names; saving that starts it again",
     "disk_full": "free space or inodes where PROJECT_DIR and STATE_DIR are; it is tried again by itself",
@@ -91,8 +96,10 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
     "preview_unobserved": "only what people see is unknown: see docs/screen.md for the servers that are observed",
     "port_taken": "stop what listens on the dev server's port, or set DEV_PORT",
+    "preview_error": "the dev server is up and its page is not right; fix what the detail names, saving it shows it",
     "read_only": "mount the project's file system writable; it is tried again by itself",
     "request_too_large": "something before the orchestrator reads less than BODY_LIMIT; raise its limit",
+    "run_settings_unavailable": "see whether the orchestrator answers and has RUN_SETTINGS_KEYS; asked again by itself",
     "session_api_refused": "the session is over or its key was rotated away; start a new session",
     "session_api_unreachable": "see whether SESSION_API_URL and the orchestrator answer; live events go on meanwhile",
     "shadow_difference": "the two flows disagree about a file; see which is right before SYNC_MODE=live",
@@ -340,6 +347,7 @@ class Manifest:
     `files`: what each is to be, at the manifest's own revision: the very entries that the tree gets, since there may be
     tens of thousands.
     `base_revision` set: a delta, valid only on a tree at or above that revision. `deleted`: path → version.
+    `problems`: the files that the orchestrator left out, since it has not got their bytes.
     `build_seconds`: how long the orchestrator took, when it says so.
     """
 
@@ -350,6 +358,7 @@ class Manifest:
     deleted: Mapping[RelPath, int]
     base_revision: int | None = None
     build_seconds: float | None = None
+    problems: tuple[Problem, ...] = ()
 
     @property
     def total_bytes(self) -> int:

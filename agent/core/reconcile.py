@@ -281,7 +281,7 @@ def reconcile(
         return Plan((), tree, Outcome.WAITING, Gap(Reason.REFERENCE, frozenset(missing)))
     after = Cursor(manifest.epoch, manifest.revision) if other_history else cursor.at_least(manifest.revision)
     hole = Gap(Reason.GAP) if after.islands else None
-    return Plan(tuple(operations), Tree(after, entries), Outcome.APPLIED, hole)
+    return Plan(tuple(operations), Tree(after, entries), Outcome.APPLIED, hole, manifest.problems)
 
 
 def _departed(tree: Tree, manifest: Manifest, *, other_history: bool) -> Iterable[tuple[RelPath, int]]:

@@ -181,6 +181,7 @@ class Installer:
         self._directory = settings.modules
         self._project_dir = settings.project_dir
         self._command = settings.install_command
+        self._npmrc: str | None = None
         self._scripts = settings.install_scripts
         self._seconds = settings.install_seconds
         self._rights = rights
@@ -188,6 +189,10 @@ class Installer:
         self._reaper = reaper
         self._environ = environ
         self._names = itertools.count(1)
+
+    def configure(self, command: tuple[str, ...] | None, npmrc: str | None) -> None:
+        """Take the project's install command and its npmrc, which is a secret, from run settings."""
+        self._command, self._npmrc = command, npmrc
 
     async def open(self) -> None:
         """Make the directory for staging and cache, and undo and remove what a killed agent left there.
@@ -221,15 +226,12 @@ class Installer:
         finally:
             os.close(descriptor)
 
-    async def install(
-        self, wanted: Dependencies, *, manager_runs: bool = False, npmrc: str = ""
-    ) -> InstallResult:
+    async def install(self, wanted: Dependencies, *, manager_runs: bool = False) -> InstallResult:
         """Make `wanted.modules` what the project wants.
 
         Args:
             wanted: What to install, and where.
             manager_runs: Whether the package manager is there to run the project, too: it is fetched in any case.
-            npmrc: Registries and their tokens beside the project's own `.npmrc`, in its form; never kept.
 
         Returns:
             How it ended. What went wrong is its `problem`, not an exception.
@@ -245,7 +247,7 @@ class Installer:
                 await self._provide(wanted.manager, stage)
             if not current:
                 if not cached:
-                    problem = await self._run_manager(wanted, stage, npmrc)
+                    problem = await self._run_manager(wanted, stage)
                 await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
                 outcome = InstallOutcome.CACHED if cached else InstallOutcome.INSTALLED
                 swapped = True
@@ -293,14 +295,14 @@ class Installer:
         if not done.ok:
             raise _failure(("npm", "install", manager.package), done, self._seconds)
 
-    async def _run_manager(self, wanted: Dependencies, stage: Path, npmrc: str) -> Problem | None:
+    async def _run_manager(self, wanted: Dependencies, stage: Path) -> Problem | None:
         """Install in the stage, as the lock file says or else without it. Returns a problem if it was without."""
-        staged = await self._stage(wanted, stage, npmrc)
+        staged = await self._stage(wanted, stage)
         manager, problem = staged.manager, None
         commands = [self._command] if self._command else manager.commands(scripts=self._scripts)
         env = self._environment()
         env["PATH"] = self.path(manager, env.get("PATH", os.defpath))
-        if npmrc:
+        if self._npmrc is not None:
             env["NPM_CONFIG_USERCONFIG"] = env["npm_config_userconfig"] = str(stage / "npmrc")
         fault = None if self._command else reading.lock_fault(staged)
         for command in () if fault else commands:
@@ -339,7 +341,7 @@ class Installer:
         )  # fmt: skip
         return done, said and not done.ok and not done.timed_out
 
-    async def _stage(self, wanted: Dependencies, stage: Path, npmrc: str) -> Dependencies:
+    async def _stage(self, wanted: Dependencies, stage: Path) -> Dependencies:
         """Copy what the install needs. Returns what is wanted of the copy, which may be a save later than `wanted`."""
         whole = wanted.whole_tree or self._command
         script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
@@ -348,9 +350,10 @@ class Installer:
             staged = await asyncio.to_thread(reading.dependencies, stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
             raise _Failed("package_json", str(error)) from None
-        if npmrc:
+        if self._npmrc is not None:
+            secrets = {"npmrc": self._npmrc}
             await self._do(
-                "stage", 'umask 077; printf "%s\\n" "$npmrc" >"$1"', stage / "npmrc", secrets={"npmrc": npmrc}
+                "stage", 'umask 077; printf "%s\\n" "$npmrc" >"$1"', stage / "npmrc", secrets=secrets
             )
         if not staged.exist:
             raise _Failed(

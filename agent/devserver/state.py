@@ -1,10 +1,10 @@
 """Decides, from what happened to the dev server, what it does next. Pure: time and chance are passed in.
 
-    absent ──hydrated──▶ installing ──installed──▶ starting ──served──▶ ready
-                             ▲                        ▲  │                │
-                  edited ┌───┘                    due │  │ exited, late   │ exited, three probes missed
-                         │                            │  ▼                ▼
-                       failed ◀──too many crashes──── backoff ◀──────────┘
+    absent ──hydrated──▶ installing ──installed──▶ starting ──answered──▶ ready
+                             ▲                        ▲  │                  │
+                  edited ┌───┘                    due │  │ exited, late     │ exited, too many probes missed
+                         │                            │  ▼                  ▼
+                       failed ◀──too many crashes──── backoff ◀────────────┘
 
     stopping comes before every planned end of the process: a restart after node_modules was replaced, a hung
     server, a stale dependency cache, and the end of the agent.
@@ -44,8 +44,8 @@ class RestartPolicy:
     """`max_crashes` within `crash_window`: the server failed, and only a change of the project starts it again."""
     backoff_first: float = 0.5
     backoff_most: float = 10.0
-    missed_probes: int = 3
-    """One slow answer is a busy server, three in a row are a hung one."""
+    missed_probes: int = 6
+    """At the 5 s of DEV_PROBE_SECONDS half a minute without an answer: hung. A slow page takes less."""
     outdated_answers: int = 2
     """Vite answers 504 once while it re-optimises by itself; twice means its cache is wrong."""
     debounce: float = 0.5
@@ -70,11 +70,12 @@ class Edited:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An install ended. `restart`: what runs now is out of date. `usable`: there is something to run with."""
+    """An install ended. `restart`: what runs now is out of date, for `reason`. `usable`: there is something to run."""
 
     ok: bool
     restart: bool
     usable: bool
+    reason: str = "dependencies"
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,11 @@ class Exited(Observed):
 
 
 class Answered(Observed):
-    """The server speaks HTTP, though it does not serve a preview yet."""
-
-
-class Served(Observed):
-    """Page, entry module and HMR socket answer."""
+    """The server answers HTTP, whatever it answers: it is up. Its dependency cache is no wrong one."""
 
 
 class Missed(Observed):
-    """A probe had no answer at all."""
+    """A probe had no answer for as long as one may take."""
 
 
 class Outdated(Observed):
@@ -117,7 +114,7 @@ class Tick:
     """Time passed."""
 
 
-Probed = Answered | Served | Missed | Outdated
+Probed = Answered | Missed | Outdated
 Input = Hydrated | Edited | Installed | Exited | Probed | Stop | Tick
 
 
@@ -140,7 +137,8 @@ class DevServerState:
     since: float = 0.0
     """When the phase began."""
     reason: str = ""
-    """Why this phase: `exit`, `signal`, `oom`, `port_taken`, `hung`, `late`, `dependencies`, `cache`, `install`."""
+    """Why this phase: `exit`, `signal`, `oom`, `port_taken`, `hung`, `late`, `dependencies`, `settings`, `cache`,
+    `install`."""
     due: float | None = None
     """In `starting`: when it is too late. In `backoff`: when to start again."""
     restart: Command | None = None
@@ -217,13 +215,7 @@ def step(state: DevServerState, given: Input, now: float, *, policy: RestartPoli
         case Exited(why=why):
             return _exited(state, why, now, policy, jitter)
         case Answered():
-            late = state.phase is Phase.STARTING
-            return (replace(state, due=None) if late else replace(state, missed=0)), NOTHING
-        case Served():
-            state = replace(state, missed=0, outdated=0)
-            if state.phase is not Phase.STARTING:
-                return state, NOTHING
-            return _enter(state, Phase.READY, now), NOTHING
+            return replace(_up(state, now), outdated=0), NOTHING
         case Missed():
             return _missed(state, now, policy)
         case Outdated():
@@ -234,6 +226,12 @@ def _enter(
     state: DevServerState, phase: Phase, now: float, reason: str = "", due: float | None = None
 ) -> DevServerState:
     return replace(state, phase=phase, since=now, reason=reason, due=due)
+
+
+def _up(state: DevServerState, now: float) -> DevServerState:
+    """The server answered."""
+    state = replace(state, missed=0)
+    return _enter(state, Phase.READY, now) if state.phase is Phase.STARTING else state
 
 
 def _install(state: DevServerState) -> Step:
@@ -295,9 +293,9 @@ def _installed(state: DevServerState, ended: Installed, now: float, policy: Rest
         case Phase.INSTALLING:
             return _enter(state, Phase.FAILED, now, "install"), NOTHING
         case Phase.STARTING | Phase.READY if ended.ok and ended.restart:
-            return _terminate(state, now, "dependencies", Command.START)
+            return _terminate(state, now, ended.reason, Command.START)
         case Phase.BACKOFF if ended.ok and ended.restart:
-            return _start(state, now, policy, Command.START, "dependencies")
+            return _start(state, now, policy, Command.START, ended.reason)
         case _:
             return state, NOTHING
 
@@ -311,12 +309,22 @@ def _exited(state: DevServerState, why: str, now: float, policy: RestartPolicy, 
         why = state.reason
     if state.phase is Phase.READY and now - state.since >= policy.healthy_after:
         state = replace(state, crashes=(), failures=0)
+    if why == "port_taken":
+        # Nothing of the project's failed: the port is tried until it is free.
+        state = replace(state, failures=state.failures + 1)
+        return _backoff(state, why, now, policy, jitter), NOTHING
     recent = (*(at for at in state.crashes if now - at < policy.crash_window), now)
     state = replace(state, crashes=recent[-policy.max_crashes :], failures=state.failures + 1)
     if len(recent) >= policy.max_crashes:
         return _enter(state, Phase.FAILED, now, why), NOTHING
+    return _backoff(state, why, now, policy, jitter), NOTHING
+
+
+def _backoff(
+    state: DevServerState, why: str, now: float, policy: RestartPolicy, jitter: float
+) -> DevServerState:
     delay = min(policy.backoff_most, policy.backoff_first * 2.0 ** min(state.failures - 1, 16))
-    return _enter(state, Phase.BACKOFF, now, why, now + delay * (0.5 + jitter / 2)), NOTHING
+    return _enter(state, Phase.BACKOFF, now, why, now + delay * (0.5 + jitter / 2))
 
 
 def _missed(state: DevServerState, now: float, policy: RestartPolicy) -> Step:
@@ -333,7 +341,10 @@ def _missed(state: DevServerState, now: float, policy: RestartPolicy) -> Step:
 def _outdated(state: DevServerState, now: float, policy: RestartPolicy) -> Step:
     if state.phase is Phase.STOPPING:
         return state, NOTHING
-    state = replace(state, outdated=state.outdated + 1)
-    if state.outdated < policy.outdated_answers or state.cache_cleared:
+    if state.cache_cleared:
+        return _up(state, now), NOTHING  # it was no stale cache of a run before
+    due = None if state.phase is Phase.STARTING else state.due
+    state = replace(state, missed=0, outdated=state.outdated + 1, due=due)
+    if state.outdated < policy.outdated_answers:
         return state, NOTHING
     return _terminate(replace(state, cache_cleared=True), now, "cache", Command.START_FRESH)

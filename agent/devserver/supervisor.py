@@ -7,19 +7,22 @@ install, an edit, time that passed), carries out the commands it returns, and ke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 
 from agent import net
-from agent.config import Settings
+from agent.config import PASSED_ON, Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, state
+from agent.devserver.forward import Forward
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
+from agent.devserver.listeners import Listener, listeners
+from agent.devserver.output import OutputLog
 from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child, node_version
 from agent.devserver.reaper import Reaper
@@ -38,6 +41,7 @@ from agent.devserver.state import (
     Stop,
     Tick,
 )
+from agent.link.run_settings import RunSettings, merged
 from agent.project import reading
 from agent.project.choice import NothingToServe, ProjectUnreadable, choose
 from agent.project.reading import Project
@@ -45,38 +49,15 @@ from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
-OUTPUT_LINES = 200
-"""Lines of output that are kept for status and problems."""
-LOGGED_LINES = 100
-"""Lines of output a second that go to the log, so that a loop that prints does not occupy the agent."""
+ELSEWHERE_EVERY = 1.0
+"""Seconds between two looks at where the project listens, while nothing answers where visitors come."""
+ELSEWHERE_AFTER = 5.0
+"""Seconds for which another port must have been the only one before visitors are passed on to it: of two servers that
+one command starts, the preview's may be the later one, and would find its port taken by us."""
 AFTER_A_BUG = 1.0
 """Seconds of rest after a bug in the loop, so that one which stays is no busy loop."""
 
-ANYWHERE = frozenset({"", "::", "0.0.0.0"})  # noqa: S104 - compared with, not bound to
 log = get_logger("supervisor")
-
-
-class OutputLog:
-    """Keeps the last lines of the dev server's output, and logs them up to a bound."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._second = self._in_second = self._not_logged = 0
-        self.lines: deque[str] = deque(maxlen=OUTPUT_LINES)
-
-    def add(self, line: str) -> None:
-        """Take one line."""
-        self.lines.append(line)
-        second = int(self._clock())
-        if second != self._second:
-            if self._not_logged:
-                log.warning("dev_server.output_silenced", source="dev", lines=self._not_logged)
-            self._second, self._in_second, self._not_logged = second, 0, 0
-        self._in_second += 1
-        if self._in_second > LOGGED_LINES:
-            self._not_logged += 1
-        elif line.strip():
-            log.info("dev_server.output", source="dev", line=line)
 
 
 class Supervisor:
@@ -111,8 +92,10 @@ class Supervisor:
         Raises:
             SettingsError: DEV_USER is not a user, or is root.
         """
-        self._settings = settings
-        self._environ = os.environ if environ is None else environ
+        self._settings = self._given = settings
+        self._environ = dict(os.environ if environ is None else environ)
+        """The agent's own, and with it what the run settings add: one mapping, which installs see too."""
+        self._ours = frozenset(self._environ)
         self._reaper = reaper
         self._metrics = metrics or Metrics()
         self._errors = errors or Errors(self._metrics)
@@ -139,6 +122,9 @@ class Supervisor:
         """What runs, or ran last."""
         self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
+        self._listeners: tuple[Listener, ...] = ()
+        """What the project listened on at the last look, while nothing answered."""
+        self._forward: Forward | None = None
         self.restarts = 0
 
         # What is previewed, and its install.
@@ -169,10 +155,22 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        """The address at which the agent itself reaches the dev server."""
-        name = "127.0.0.1" if self._host in ANYWHERE else self._host
-        name = f"[{name}]" if ":" in name else name
-        return f"http://{name}:{self._settings.dev_port}"
+        """The address at which the dev server answered; until it has, where a visitor will reach it."""
+        return (self._inspection and self._inspection.url) or self._bases()[0]
+
+    def _bases(self) -> list[str]:
+        hosts = net.visitors_hosts(self._host)
+        names = (f"[{host}]" if ":" in host else host for host in hosts)
+        return [f"http://{name}:{self._settings.dev_port}" for name in names]
+
+    def configure(self, run: RunSettings) -> None:
+        """Take the project's run settings; what runs already starts again when they make another start of it."""
+        self._settings = merged(self._given, run)
+        for name in [name for name in self._environ if name not in self._ours]:
+            del self._environ[name]
+        self._environ |= {f"{PASSED_ON}{name}": value for name, value in run.env.items()}
+        self._installer.configure(self._settings.install_command, run.npmrc)
+        self._inputs.put_nowait(Edited(True, True, self._runnable()))
 
     def project_ready(self) -> None:
         """Install and start: the project's files are all there."""
@@ -189,21 +187,31 @@ class Supervisor:
     def problems(self) -> tuple[Problem, ...]:
         """Return what is wrong now."""
         found = [self._nothing, self._install_problem, self._start_problem]
-        if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason != "install":
+        covered = ("install", "port_taken")
+        if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason not in covered:
             said = list(self._output.lines)[-10:] or ["no output"]
             if self._state.reason == "late":
-                elsewhere = "if it listens elsewhere, set DEV_COMMAND to start it with this host and port"
-                said.insert(
-                    0, f"nothing answered at {self.url} in {self._policy.start_timeout:g} s; {elsewhere}"
-                )
+                said.insert(0, self._why_late())
             if self._hint:
                 said.insert(0, self._hint)
             failed = self.state is Phase.FAILED
             kind: ProblemKind = "dev_server_failed" if failed else "dev_server_backoff"
             found.append(Problem(kind, "\n".join(said), rule=self._state.reason))
-        if self.ready and self._inspection and self._inspection.outcome is Outcome.SOCKETLESS:
-            found.append(Problem("hmr_unreachable", self._inspection.detail))
+        inspection = self._inspection
+        if self.ready and inspection and inspection.outcome is Outcome.SOCKETLESS:
+            found.append(Problem("hmr_unreachable", inspection.detail))
+        if self.ready and inspection and inspection.outcome is Outcome.BROKEN:
+            found.append(Problem("preview_error", inspection.detail, rule=inspection.rule))
         return tuple(problem for problem in found if problem)
+
+    def _why_late(self) -> str:
+        nothing = f"nothing answered at {self.url} in {self._policy.start_timeout:g} s"
+        if not self._listeners:
+            return (
+                f"{nothing}, and nothing of the project listens; set DEV_COMMAND to what serves on this port"
+            )
+        where = ", ".join(str(each) for each in self._listeners[:8])
+        return f"{nothing}; the project listens on {where}: set DEV_PORT to the port of the preview"
 
     def report(self, *, log: bool = True) -> dict[str, object]:
         """Return what `/status` shows. `log`: with the last lines of output."""
@@ -217,6 +225,7 @@ class Supervisor:
             "pid": self._child.pid if self._child else None,
             "command": list(self._launched.argv) if self._launched else None,
             "preview": self._wanted.report() if self._wanted else None,
+            "listens_on": str(self._forward.target) if self._forward else None,
             "detail": inspection.detail if inspection else None,
             "entry": inspection.entry if inspection else None,
             "user": self._rights.user.name if self._rights.user else None,
@@ -283,11 +292,8 @@ class Supervisor:
         if self.state is not before.phase:
             self._show_state()
             log.info(
-                "dev_server.state",
-                state=self.state.value,
-                previous=before.phase.value,
-                reason=self._state.reason,
-            )
+                "dev_server.state", state=self.state.value, previous=before.phase.value, reason=self._state.reason
+            )  # fmt: skip
         return commands
 
     def _carry_out(self, commands: tuple[Command, ...]) -> None:
@@ -360,9 +366,10 @@ class Supervisor:
             self._install_problem = replace(problem, detail=f"{hint}\n{problem.detail}")
         now = self._launch(wanted, fresh=False)
         usable = now is not None and (result is None or result.usable)
+        swapped = result is not None and result.swapped
         changed = None not in (now, self._launched) and now != self._launched
-        restart = (result is not None and result.swapped) or changed
-        self._inputs.put_nowait(Installed(ok=not failed, restart=restart, usable=usable))
+        reason = "dependencies" if swapped else "settings"
+        self._inputs.put_nowait(Installed(not failed, swapped or changed, usable, reason))
 
     async def _do_start(self, generation: int, fresh: bool) -> None:
         self._inspection = self._start_problem = None
@@ -379,10 +386,13 @@ class Supervisor:
         if self._screen is not None:
             env = with_plugin(launch.env, await self._screen.open(self._rights.user))
             launch = replace(launch, env=env)
-        port = self._settings.dev_port
+        self._listeners = ()
+        port = self._port
         killed_before = net.out_of_memory_kills()
         if not net.port_is_free(self._host, port):
-            self._start_problem = Problem("port_taken", f"something else listens on port {port}")
+            name = "DEV_PORT" if port == self._settings.dev_port else "dev_port in the run settings"
+            said = f"port {port} is taken by another program: end that one, or set {name} to a free port"
+            self._start_problem = Problem("port_taken", said)
             self._inputs.put_nowait(Exited(generation, "port_taken"))
             return
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
@@ -390,10 +400,18 @@ class Supervisor:
         probing = asyncio.create_task(
             self._contained(self._probe(generation), None), name=f"probe-{generation}"
         )
+        looking = asyncio.create_task(
+            self._contained(self._look_elsewhere(child.pid), None), name=f"elsewhere-{generation}"
+        )
         try:
             code = await child.wait()
         finally:
             probing.cancel()
+            looking.cancel()
+            await asyncio.wait({probing, looking})
+            if self._forward:
+                await self._forward.close()
+                self._forward = None
         why = "exit" if code < 128 else "signal"
         if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
@@ -405,10 +423,60 @@ class Supervisor:
 
     async def _probe(self, generation: int) -> None:
         timeout = self._settings.dev_probe_seconds
-        async for observed, inspection in probe.observe(self.url, timeout=timeout, clock=self._clock):
-            self._inspection = inspection
-            if observed is not None:
-                self._inputs.put_nowait(observed(generation))
+        async with contextlib.aclosing(probe.observe(self._bases(), timeout=timeout)) as observations:
+            async for observed, inspection in observations:
+                if inspection.up and (
+                    self._inspection is None or inspection.detail != self._inspection.detail
+                ):
+                    log.info(
+                        "dev_server.inspected", outcome=inspection.outcome.value, detail=inspection.detail
+                    )
+                self._inspection = inspection
+                if observed is not None:
+                    self._inputs.put_nowait(observed(generation))
+
+    async def _look_elsewhere(self, pid: int) -> None:
+        """Until the server answers, look where the project listens; pass visitors on when that is one place."""
+        user = self._rights.user
+        before: tuple[Listener, ...] = ()
+        since = self._clock()
+        while not (self._inspection and self._inspection.up):
+            await asyncio.sleep(ELSEWHERE_EVERY)
+            self._listeners = await asyncio.to_thread(listeners, pid, uid=user.uid if user else None)
+            if self._listeners != before:
+                before, since = self._listeners, self._clock()
+            named = [each for each in before if each.port == self._settings.dev_server_port] or before
+            (only,) = named if len(named) == 1 else (None,)
+            if only is None or only.serves(net.visitors_hosts(self._host), self._settings.dev_port):
+                continue  # a server that is where visitors come, and says nothing, is slow
+            if (
+                self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port
+            ):  # its own: nothing else wants that
+                await self._pass_on(only)
+                if self._forward:
+                    return
+
+    async def _pass_on(self, only: Listener) -> None:
+        """Listen where visitors come and pass them on to the one place where the project serves HTTP."""
+        host = f"[{only.target}]" if ":" in only.target else only.target
+        if not await probe.answers(f"http://{host}:{only.port}", timeout=self._settings.dev_probe_seconds):
+            return
+        if self._inspection and self._inspection.up:
+            return
+        hosts = net.visitors_hosts(self._host)
+        if only.port != self._settings.dev_port and self._host == "::":
+            hosts = ("::", "0.0.0.0")  # noqa: S104 - where the settings have the dev server listen
+        port = self._settings.dev_port
+        try:
+            self._forward = await Forward.open(hosts, port, only)
+        except OSError:
+            said = (
+                f"the project listens on {only}, and port {port}, where visitors come, is taken; set DEV_PORT"
+            )
+            self._start_problem = Problem("port_taken", said)
+            return
+        self._start_problem = None
+        log.warning("dev_server.elsewhere", listens_on=str(only), dev_port=port)
 
     # --- the project and the metrics
 
@@ -437,6 +505,11 @@ class Supervisor:
             pass  # the install says why
         return self._nothing is None
 
+    @property
+    def _port(self) -> int:
+        """Where the project's command is to listen."""
+        return self._settings.dev_server_port or self._settings.dev_port
+
     def _launch(self, wanted: Project | None, *, fresh: bool) -> Launch | None:
         """Say how the dev server is started. None: there is nothing to start."""
         settings = self._settings
@@ -450,13 +523,13 @@ class Supervisor:
                 wanted.dependencies.manager, env.get("PATH", os.defpath)
             )
             env = wanted.environment(
-                env, host=self._host, port=settings.dev_port, preview_host=settings.preview_host, fresh=fresh
+                env, host=self._host, port=self._port, preview_host=settings.preview_host, fresh=fresh
             )
             argv = argv or wanted.command(modules=settings.modules, path=path)
         if not argv:
             return None
         if settings.dev_command:
-            env = {"PORT": str(settings.dev_port)} | env
+            env = {"PORT": str(self._port)} | env
         directory = wanted.directory if wanted else settings.project_dir
         return Launch(argv, str(directory), env, self._rights, stdin=True)
 

@@ -16,6 +16,7 @@ from agent.core.errors import CredentialRejected, MalformedMessage, TooLarge, Un
 from agent.core.messages import Head
 from agent.health.report import Report
 from agent.health.status_body import MOST_BYTES
+from agent.link.run_settings import RunSettingsFollower
 from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
 from agent.sync.engine import Sync
@@ -49,6 +50,7 @@ class Heartbeat:
     Attributes:
         every: seconds between two reports when nothing changes, spread by a fifth either way.
         api: None without SESSION_API_URL; then changes of state are logged and nothing is sent.
+        run_settings: told which revision of the run settings the orchestrator has.
         stop: set when the orchestrator tells the agent to stop.
     """
 
@@ -57,6 +59,7 @@ class Heartbeat:
     api: SessionApi | None
     sync: Sync
     stop: asyncio.Event
+    run_settings: RunSettingsFollower
 
     # when the latest reports went out (the loop's time)
     _latest: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_A_SECOND))
@@ -135,6 +138,7 @@ class Heartbeat:
         if not whole:
             return
         self.sync.hear(head, asked_at)
+        self.run_settings.hear(head.run_revision)
         if head.action == "sync":
             self.sync.hurry()
 

@@ -22,6 +22,7 @@ from agent.core.model import Entry, Problem, ProblemKind, RelPath
 from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import MOST_BYTES, fitted, fitted_errors
+from agent.link.run_settings import RunSettingsFollower
 from agent.link.source import EventSource
 from agent.link.types import LinkState
 from agent.sync.catchup import CatchUp
@@ -36,7 +37,16 @@ from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, 
 _PREFIX = "preview_agent"
 
 HARMLESS: frozenset[ProblemKind] = frozenset(
-    {"drift", "path_refused", "hmr_unreachable", "lock_unusable", "preview_unobserved", "shadow_difference"}
+    {
+        "content_unavailable",
+        "drift",
+        "hmr_unreachable",
+        "lock_unusable",
+        "path_refused",
+        "preview_error",
+        "preview_unobserved",
+        "shadow_difference",
+    }
 )
 """Kinds that are shown and leave the preview what it should be."""
 
@@ -55,6 +65,7 @@ class Report(Collector):
     problems: Problems
     redactor: Redactor
     skew: ClockSkew
+    run_settings: RunSettingsFollower
     shadow: Shadow | None = None
     """With SYNC_MODE=shadow: what stands in the dev server's place."""
     stalls: LoopStalls | None = None
@@ -70,12 +81,18 @@ class Report(Collector):
         """The bugs that were contained."""
         return self.problems.errors
 
+    def _dev_server_state(self) -> str:
+        """What the dev server's part in the agent's state is: in shadow mode another flow has one of its own."""
+        if self.shadow is not None:
+            return "ready"
+        return self.dev.state.value if self.run_settings.known.is_set() else "installing"
+
     @property
     def state(self) -> AgentState:
         """The state of the agent as a whole."""
         return agent_state(
             self.sync_status.phase,
-            self.dev.state.value if self.shadow is None else "ready",
+            self._dev_server_state(),
             link_down_for=self._link_down_for(),
             draining=self.draining,
             problems=sum(1 for problem in self.all_problems() if problem.kind not in HARMLESS),
@@ -105,6 +122,7 @@ class Report(Collector):
             "tree_hash": self._tree_hash()[0] if hashed else None,
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
+            "run_revision": self.run_settings.revision,
             **screen,
             **errors,
         }
@@ -141,6 +159,7 @@ class Report(Collector):
             "clock": self._clock(),
             "loop": self.stalls.report() if self.stalls is not None else None,
             "log_lines_dropped": self.lines.dropped if self.lines is not None else 0,
+            "run_revision": self.run_settings.revision,
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
@@ -264,6 +283,7 @@ class Report(Collector):
             *self.link.problems(),
             *self.dev.problems(),
             *self.screen.problems(ready=self.dev.ready),
+            *self.run_settings.problems(),
         ]
 
     def _shown(self, problems: Iterable[Problem]) -> list[dict[str, str | bool | None]]:

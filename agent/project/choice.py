@@ -29,7 +29,7 @@ MOST_DIRECTORIES = 1000
 MOST_ENTRIES = 10_000
 """Names that are read in all of them together."""
 MOST_READ = 2**19
-"""Bytes of all package.json below the top together: the event loop asks, and the worst of them takes 0.3 s a megabyte."""
+"""Bytes of all package.json below the top together: the event loop asks, and the worst take 0.3 s a megabyte."""
 NAMES = ("frontend", "web", "client", "app", "site")
 """What people call the part of a project that has the page, the likeliest first."""
 SCRIPTS = ("dev", "start")

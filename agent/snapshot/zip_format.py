@@ -132,7 +132,7 @@ def read_local(buffer: bytes, at: int) -> LocalHeader | None:
     check_features(name, version, flags, method)
     wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
     described = flags & DESCRIPTOR != 0
-    if not described and (size == FULL32 or packed == FULL32):
+    if not described and (wide or size == FULL32 or packed == FULL32):
         size, packed = widen(name, wide, size, packed)
     return LocalHeader(
         name, raw_name, flags, method, crc, packed, size, length, described, name.endswith("/")
@@ -160,7 +160,7 @@ def read_central(buffer: bytes, at: int) -> CentralRecord | None:
     name = read_name(raw_name)
     check_features(name, version, flags, method)
     wide = wide_field(name, raw_name, buffer[end : end + extra_length]) if extra_length else b""
-    if size == FULL32 or packed == FULL32 or offset == FULL32:
+    if wide or size == FULL32 or packed == FULL32 or offset == FULL32:
         size, packed, offset = widen(name, wide, size, packed, offset)
     if disk != 0:
         raise SnapshotRejected("directory_mismatch", f"{shown(name)} is said to be on another disk")
@@ -227,6 +227,8 @@ def widen(name: str, wide: bytes, *values: int) -> tuple[int, ...]:
             value = int.from_bytes(wide[:8], "little")
             wide = wide[8:]
         widened.append(value)
+    if wide:
+        raise SnapshotRejected("bad_extra", f"the zip64 field of {shown(name)} holds more than it is to")
     return tuple(widened)
 
 

@@ -377,7 +377,7 @@ class Sync:
         self._preview.commit(self.tree.cursor.revision, changes_of(plan.operations, applied.done, before))
         self._recording.soon()
         if applied.done:
-            self._problems.clear("drift", "hash_mismatch", paths=applied.done)
+            self._problems.clear("content_unavailable", "drift", "hash_mismatch", paths=applied.done)
             self._metrics.apply.observe(self._clock() - started)
             with self._errors.contained("dev-server"):
                 self._on_tree(applied.done)

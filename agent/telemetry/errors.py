@@ -31,6 +31,7 @@ Part = Literal[
     "link",
     "memory",
     "record",
+    "run-settings",
     "shadow",
     "sync",
 ]

@@ -41,9 +41,11 @@ from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import Buckets, FlyApi, Rate
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.platform.migrations import bootstrap, migrate
+from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from tests.fakes.fly import APP, TOKEN, Fly
@@ -162,7 +164,14 @@ async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
         catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
         screens = Screens("", world.store)
         api = SessionRoutes(
-            world.settings, world.controller, world.store, catchup, world.snapshots, world.keys, screens
+            world.settings,
+            world.controller,
+            world.store,
+            catchup,
+            world.snapshots,
+            world.keys,
+            world.runs,
+            screens,
         )
         app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -226,10 +235,13 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
         api = FlyApi("http://fly.invalid/v1", APP, TOKEN, http, buckets=Buckets(), writes=FLY)
         driver = FlyMachines(api, FlyShape(APP, "image"))
         installation = await store.installation()
-        controller = SessionController(settings, store, snapshots, driver, keys, installation=installation)
+        runs = RunSettings(pool, SealingKeys())
+        controller = SessionController(
+            settings, store, snapshots, driver, keys, runs=runs, installation=installation
+        )
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
         routes = SessionRoutes(
-            settings, controller, store, catchup, snapshots, keys, Screens("", store)
+            settings, controller, store, catchup, snapshots, keys, runs, Screens("", store)
         ).routes()
         transport = httpx.ASGITransport(application(routes))
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:

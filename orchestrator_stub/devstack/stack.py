@@ -133,7 +133,7 @@ class Stack:
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
         self._stack.push_async_callback(self._retire_ours, driver)
-        settings = _settings(port, dsn, project_keys, self._state.path)
+        settings = _settings(port, dsn, project_keys, self._state)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
         self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
@@ -444,7 +444,7 @@ def _identities(directory: Path) -> tuple[UUID, UUID]:
     )
 
 
-def _settings(port: int, dsn: str, keys: ProjectKeys, state: Path) -> Settings:
+def _settings(port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> Settings:
     return Settings.of(
         {
             "database_url": dsn,
@@ -456,7 +456,8 @@ def _settings(port: int, dsn: str, keys: ProjectKeys, state: Path) -> Settings:
             "session_ttl_max": LONG,
             "cors_origins": "*",
             "template_dir": None,
-            "machines_dir": state / "machines",
+            "machines_dir": state.path / "machines",
+            "run_settings_keys": state.run_settings_keys(),
         }
     )
 

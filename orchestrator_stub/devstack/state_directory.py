@@ -3,6 +3,7 @@
 STATE/postgres        the embedded database          STATE/machines/{session}   the agent's machine
 STATE/storage         Supabase Storage's objects     STATE/editor.json          what of DIR was sent
 STATE/keys.json       the JWT keys, owner only       STATE/session.json         the session to take up again
+STATE/run-settings.key   encrypts variables, owner only
 STATE/dev.lock        one `dev` at a time            STATE/dev.json             where everything is
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from base64 import b64encode
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo
+from orchestrator_stub.platform.sealing import KEY_BYTES, SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
 
 
@@ -91,6 +94,21 @@ class StateDirectory:
             raise CannotStart(f"cannot use {file}: {error}; remove it") from None
         if keys.problems()["cannot_sign"]:
             raise CannotStart(f"cannot use {file}: none of its keys is private; remove it")
+        return keys
+
+    def run_settings_keys(self) -> str:
+        """The key of this directory's run settings, made at the first start. Raises `CannotStart`."""
+        file = self.path / "run-settings.key"
+        try:
+            with (
+                suppress(FileExistsError),
+                os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new,
+            ):
+                new.write(f"local:{b64encode(os.urandom(KEY_BYTES)).decode()}")
+            keys = file.read_text()
+            SealingKeys.read(keys)
+        except (OSError, ValueError) as error:
+            raise CannotStart(f"cannot use {file}: {error}; remove it") from None
         return keys
 
     def next_session(self, project_id: UUID) -> SessionKey:

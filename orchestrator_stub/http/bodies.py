@@ -7,6 +7,8 @@ from uuid import UUID
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from orchestrator_stub.sessions.run_settings import RunBody
+
 NO_NUL = r"^[^\x00]*$"
 """PostgreSQL's text holds every character but this one."""
 
@@ -30,6 +32,7 @@ class CreateBody(BaseModel):
     project_id: UUID
     generation: Annotated[int, Field(strict=True, ge=1, le=1_000_000), WHOLE] | None = None
     ttl_seconds: float | None = Field(None, ge=60, strict=True)
+    run: RunBody | None = None
 
 
 class SnapshotBody(BaseModel):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from orchestrator_stub import __version__
 from orchestrator_stub.http.bodies import CreateBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.sessions.lifecycle import State
+from orchestrator_stub.sessions.run_settings import RunBody
 
 Schema = dict[str, Any]
 
@@ -33,6 +36,13 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _schema_of(form: type[BaseModel]) -> Schema:
+    """The schema of what comes in; the forms that it uses are components of their own."""
+    schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return schema
+
+
 MANIFEST: Schema = _or_null({"type": "object"})
 """As protocol.md writes it; null when it is too long to repeat: it is the archive's first entry anyway."""
 
@@ -42,6 +52,16 @@ SCREEN: Schema = {
     "errors": {"type": "array", "items": {"type": "object"}},
 }
 """As the agent said it last; docs/screen.md has the fields."""
+RUN_FIELDS: Schema = {
+    "root": _or_null(TEXT),
+    "dev_command": _or_null(TEXT),
+    "dev_port": _or_null(WHOLE),
+    "install_command": _or_null(TEXT),
+    "allowed_hosts": _or_null({"type": "array", "items": TEXT}),
+    "public": _or_null({"type": "boolean"}),
+    "transport": _or_null({"enum": ["realtime", "nats"]}),
+    "write_back": _or_null({"type": "boolean"}),
+}
 
 SCHEMAS: Schema = {
     "Problem": _object(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
@@ -91,6 +111,18 @@ SCHEMAS: Schema = {
             ),
         ]
     },
+    "Run": _object(
+        run_revision=WHOLE,
+        **RUN_FIELDS,
+        env_names={"type": "array", "items": TEXT},
+        has_npmrc={"type": "boolean"},
+    ),
+    "RunWithSecrets": _object(
+        run_revision=WHOLE,
+        **RUN_FIELDS,
+        env={"type": "object", "additionalProperties": TEXT},
+        npmrc=_or_null(TEXT),
+    ),
     "Token": _object(realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
         {
@@ -99,8 +131,9 @@ SCHEMAS: Schema = {
         },
         epoch=UUID,
         revision=WHOLE,
+        run_revision=WHOLE,
     ),
-    **{form.__name__: form.model_json_schema() for form in (CreateBody, SnapshotBody, SyncBody, StatusBody)},
+    **{form.__name__: _schema_of(form) for form in (CreateBody, SnapshotBody, SyncBody, StatusBody, RunBody)},
 }
 
 SAID = {
@@ -129,6 +162,7 @@ PARAMETERS: Schema = {
         "schema": {"type": "string", "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"},
     },
     "project": {"name": "project_id", "in": "query", "schema": UUID},
+    "owner": {"name": "project_id", "in": "path", "required": True, "schema": UUID},
     "ended": {"name": "ended", "in": "query", "schema": {"type": "boolean"}},
     "project_path": {"name": "project_id", "in": "path", "required": True, "schema": UUID},
     "revision": {"name": "revision", "in": "query", "schema": {**WHOLE, "maximum": 2**63 - 1}},
@@ -161,7 +195,7 @@ def _operation(
     }
     if body:
         content = {"application/json": {"schema": _ref(body)}}
-        operation["requestBody"] = {"required": body != "SnapshotBody", "content": content}
+        operation["requestBody"] = {"required": body not in ("SnapshotBody", "RunBody"), "content": content}
     return operation
 
 
@@ -205,6 +239,15 @@ def openapi_document() -> Schema:
             },
             f"{one}/sync": {
                 "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=(*live, 429))
+            },
+            "/v1/projects/{project_id}/run": {
+                "get": _operation("Show a project's run settings", product, "Run", "owner"),
+                "put": _operation("Change a project's run settings", product, "Run", "owner", body="RunBody"),
+            },
+            f"{one}/run": {
+                "get": _operation(
+                    "Read the session's run settings", agent, "RunWithSecrets", "session", also=live
+                )
             },
             f"{one}/token": {"post": _operation("Renew the token", agent, "Token", "session", also=live)},
             f"{one}/status": {

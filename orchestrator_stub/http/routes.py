@@ -12,12 +12,10 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 from uuid import UUID
 
-import orjson
 import psycopg
 import structlog
 from pydantic import BaseModel, ValidationError
@@ -30,6 +28,7 @@ from starlette.routing import BaseRoute, Route
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.bodies import CreateBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.http.cors import open_to
+from orchestrator_stub.http.forms import json_answer, kept_secret, rfc3339, session_form, uuid_of
 from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
 from orchestrator_stub.http.shown import MOST_WAIT, shown
 from orchestrator_stub.platform.database import Head
@@ -45,8 +44,9 @@ from orchestrator_stub.platform.tokens import (
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
+from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
 from orchestrator_stub.sessions.shown import Screens
-from orchestrator_stub.sessions.store import ProjectUnknown, SessionStore
+from orchestrator_stub.sessions.store import ProjectUnknown, Right, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("app")
@@ -84,6 +84,7 @@ class SessionRoutes:
         catchup: Catchup,
         snapshots: SnapshotSource,
         keys: Keyring,
+        runs: RunSettings,
         screens: Screens,
         *,
         clock: Callable[[], float] = time.time,
@@ -95,6 +96,7 @@ class SessionRoutes:
         self._catchup = catchup
         self._snapshots = snapshots
         self._keys = keys
+        self._runs = runs
         self._screens = screens
         self._on_ready = on_ready
         self._tokens = SessionReader(keys, clock)
@@ -129,17 +131,18 @@ class SessionRoutes:
             raise Refusal(
                 400, "bad_idempotency_key", "Idempotency-Key must be 1 to 255 printable ASCII characters."
             )
+        run = await self._run_of_session(caller, body)
         user = str(caller.user["sub"]) if caller.user else None
         ttl = min(body.ttl_seconds or self._settings.session_ttl, self._settings.session_ttl_max)
         try:
             session, new = await self._controller.request(
-                body.project_id, key=key, generation=body.generation, ttl=ttl, user=user
+                body.project_id, key=key, generation=body.generation, ttl=ttl, user=user, run=run
             )
         except ProjectUnknown:
             raise unknown from None
         if session.state in LIVE:
             session = await self._controller.settled(session.id, self._settings.create_wait) or session
-        return _json(
+        return json_answer(
             session_form(session),
             HTTPStatus.CREATED if new else HTTPStatus.OK,
             {"Location": f"/v1/sessions/{session.id}"},
@@ -149,7 +152,7 @@ class SessionRoutes:
         """The newest sessions, of one project when `project_id` is given; `ended=true` shows those over as well."""
         caller = await self._caller(request)
         project = request.query_params.get("project_id")
-        project_id = None if project is None else _uuid(project, "project")
+        project_id = None if project is None else uuid_of(project, "project")
         if project_id is None and caller.user is not None:
             raise Refusal(403, "not_allowed", "A user lists the sessions of one project: give project_id.")
         if project_id is not None and not await self._may(caller, project_id):
@@ -161,20 +164,20 @@ class SessionRoutes:
         if ended not in ("true", "false"):
             raise Refusal(400, "bad_query", "ended must be true or false.")
         sessions = await self._store.listing(project_id=project_id, ended=ended == "true", limit=int(limit))
-        return _json({"sessions": [session_form(session) for session in sessions]})
+        return json_answer({"sessions": [session_form(session) for session in sessions]})
 
     async def show(self, request: Request) -> Response:
         """One session, and what is on its screen."""
         session = await self._seen(request)
         found = await self._screens.now(session.id)
-        return _json(session_form(session) | (found[1].form() if found else {}))
+        return json_answer(session_form(session) | (found[1].form() if found else {}))
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""
         session = await self._controller.end((await self._seen(request)).id)
         assert session is not None
         over = session.state in ENDED
-        return _json(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
+        return json_answer(session_form(session), HTTPStatus.OK if over else HTTPStatus.ACCEPTED)
 
     async def snapshot(self, request: Request) -> Response:
         """A signed snapshot of the session's project as it is now."""
@@ -185,18 +188,18 @@ class SessionRoutes:
         snapshot = await self._snapshots.signed_snapshot(
             session.project_id, rebuild=body.rebuild, payer=session.id
         )
-        return _json({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
+        return json_answer({"snapshot_url": snapshot.url, "manifest": snapshot.manifest})
 
     async def shown(self, request: Request) -> Response:
         """What became of a revision: on the screen, or what keeps it from being so."""
         session = await self._seen(request)
         _, answer = await shown(request, self._screens, session.id)
-        return _json(answer)
+        return json_answer(answer)
 
     async def project_shown(self, request: Request) -> Response:
         """The same of a project's newest live session."""
         caller = await self._caller(request)
-        project_id = _uuid(request.path_params["project_id"], "project")
+        project_id = uuid_of(request.path_params["project_id"], "project")
         if not await self._may(caller, project_id):
             raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
         sessions = await self._store.listing(project_id=project_id, ended=False, limit=100)
@@ -204,19 +207,19 @@ class SessionRoutes:
         if newest is None:
             raise Refusal(404, "session_unknown", "The project has no live session. Create one.")
         _, answer = await shown(request, self._screens, newest.id)
-        return _json(answer)
+        return json_answer(answer)
 
     # --- session API
 
     async def sync(self, request: Request) -> Response:
         """What happened to the project above the agent's cursor."""
         claims, session, head = await self._own(request)
-        _check_current(session, claims)
+        check_current(session, claims)
         body = await self._body(request, SyncBody)
         if body.reason not in FULL and not body.paths and _stands_at(body, head):
             # What nearly every question comes to, answered by the one query that is needed anyway.
-            return _json({"kind": "current", "epoch": head.epoch, "revision": head.revision})
-        return _json(
+            return json_answer({"kind": "current", "epoch": head.epoch, "revision": head.revision})
+        return json_answer(
             await self._catchup.sync(
                 session.project_id,
                 epoch=body.epoch,
@@ -230,9 +233,9 @@ class SessionRoutes:
     async def token(self, request: Request) -> Response:
         """The next token of the same machine, also for one that expired while the machine was down."""
         claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
-        _check_current(session, claims)
+        check_current(session, claims)
         token, expires_at = self._controller.token_for(session)
-        return _json({"realtime_token": token, "expires_at": _rfc3339(expires_at)})
+        return json_answer({"realtime_token": token, "expires_at": rfc3339(expires_at)})
 
     async def status(self, request: Request) -> Response:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
@@ -244,7 +247,7 @@ class SessionRoutes:
         if body.tree_hash is not None or "tree_hash" not in body.model_fields_set:
             head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
             answer["tree_hash"] = tree_hash
-        answer |= {"epoch": head.epoch, "revision": head.revision}
+        answer |= {"epoch": head.epoch, "revision": head.revision, "run_revision": session.run_revision}
         kept = await self._store.report(
             session.id,
             claims.generation,
@@ -254,13 +257,15 @@ class SessionRoutes:
         )
         if kept is None:
             # Another generation's machine has the session, or it has ended.
-            return _json({**answer, "action": "stop"})
+            return json_answer({**answer, "action": "stop"})
         self._screens.heard(session.id, body.model_dump())
         if session.state is not State.READY and kept.state is State.READY:
             self._on_ready(kept.state_since - session.state_since)
-        if not _stands_at(body, head) or (body.tree_hash is not None and body.tree_hash != tree_hash):
+        if not _stands_at(body, head) or (
+            body.tree_hash is not None and tree_hash is not None and body.tree_hash != tree_hash
+        ):
             answer["action"] = "sync"
-        return _json(answer)
+        return json_answer(answer)
 
     # --- who asks, and what they say
 
@@ -284,14 +289,32 @@ class SessionRoutes:
             return Caller(claims)
         raise Refusal(403, "not_allowed", "Only the service and a project's members may do this.")
 
-    async def _may(self, caller: Caller, project_id: UUID) -> bool:
+    async def _may(self, caller: Caller, project_id: UUID, what: Right = "read") -> bool:
         """Whether the caller has a right to the project. The database's own policies say so."""
-        return caller.user is None or await self._store.sees(caller.user, project_id)
+        return caller.user is None or await self._store.may(caller.user, project_id, what)
+
+    async def _run_of_session(self, caller: Caller, body: CreateBody) -> dict[str, Any] | None:
+        """What a new session keeps of its own run settings."""
+        if body.run is None:
+            return None
+        await self._admit_run(caller, body.project_id, body.run)
+        with kept_secret():
+            return self._runs.own(body.project_id, body.run)
+
+    async def _admit_run(self, caller: Caller, project_id: UUID, run: RunBody) -> None:
+        """Refuse run settings that are not the caller's to set."""
+        what: Right = "own" if OWNERS & run.model_fields_set else "write"
+        if not await self._may(caller, project_id, what):
+            who = {"own": "the project's owner", "write": "members who may write"}[what]
+            raise Refusal(403, "not_allowed", f"Only {who} and the service may set that.")
+        key = self._settings.supabase_service_role_key.get_secret_value()
+        if any(key in secret for secret in run.secrets()):
+            raise Refusal(400, "bad_body", "The service key has no place in a project's environment.")
 
     async def _seen(self, request: Request) -> Session:
         """The session of the path, for a caller of the control plane; to strangers it does not exist."""
         caller = await self._caller(request)
-        session_id = _uuid(request.path_params["session_id"], "session")
+        session_id = uuid_of(request.path_params["session_id"], "session")
         session = await self._store.get(session_id)
         if session is None or not await self._may(caller, session.project_id):
             raise _unknown_session(session_id)
@@ -300,13 +323,13 @@ class SessionRoutes:
     async def _own(self, request: Request, *, grace: float = 0.0) -> tuple[SessionClaims, Session, Head]:
         """What the token says, its session, and where the project stands. `grace` as in `Keyring.verify`.
 
-        Over is 410. The session may be draining, or have another machine by now: see `_check_current`.
+        Over is 410. The session may be draining, or have another machine by now: see `check_current`.
         """
         try:
             claims = self._tokens.read(_bearer(request), grace=grace)
         except TokenRejected as error:
             raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
-        if _uuid(request.path_params["session_id"], "session") != claims.session_id:
+        if uuid_of(request.path_params["session_id"], "session") != claims.session_id:
             raise Refusal(403, "foreign_session", "The token is another session's.")
         standing = await self._store.standing(claims.session_id)
         if standing is None:
@@ -408,33 +431,6 @@ def application(routes: list[BaseRoute], lifespan: Any = None) -> Starlette:
     return app
 
 
-def session_form(session: Session) -> dict[str, Any]:
-    """A session as it travels (protocol: control plane)."""
-    form: dict[str, Any] = {
-        "session_id": str(session.id),
-        "project_id": str(session.project_id),
-        "state": session.state.value,
-        "generation": session.generation,
-        "preview_url": session.preview_url,
-        "created_at": _rfc3339(session.created_at),
-        "expires_at": _rfc3339(session.expires_at),
-        "machine": None,
-    }
-    if session.machine_id is not None:
-        form["machine"] = {"driver": session.machine_driver, "id": session.machine_id}
-        if session.machine_region is not None:
-            form["machine"]["region"] = session.machine_region
-    if session.problem is not None:
-        form["problem"] = session.problem
-    return form
-
-
-def _json(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(
-        orjson.dumps(body), status, {"Cache-Control": "no-store", **(headers or {})}, "application/json"
-    )
-
-
 def _bearer(request: Request) -> str:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
@@ -446,7 +442,7 @@ def _unknown_session(session_id: UUID) -> Refusal:
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
 
 
-def _check_current(session: Session, claims: SessionClaims) -> None:
+def check_current(session: Session, claims: SessionClaims) -> None:
     """Only the machine that the session has now may go on: a newer one is 409, none wanted 410."""
     if session.state not in LIVE:
         raise _over(session)
@@ -465,14 +461,3 @@ def _stands_at(body: SyncBody | StatusBody, head: Head) -> bool:
 
 def _over(session: Session) -> Refusal:
     return Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")
-
-
-def _uuid(text: str, what: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise Refusal(404, f"{what}_unknown", f"{what} must be a UUID.") from None
-
-
-def _rfc3339(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")

@@ -36,12 +36,21 @@ class StorageFailure(Exception):
     """Storage did not do what it was asked.
 
     `code` is Storage's own word (`NoSuchKey`, `KeyAlreadyExists` …) or `HTTP 502`, or the network error's class.
-    `transient`: the same call may succeed later. `missing`: there is no such object, or bucket.
+    `transient`: the same call may succeed later. `missing`: there is no such object, or bucket. `too_large`: the object
+    is larger than Storage, or its bucket, takes.
     """
 
     def __init__(
-        self, what: str, code: str, *, transient: bool, missing: bool = False, detail: str | None = None
+        self,
+        what: str,
+        code: str,
+        *,
+        transient: bool,
+        missing: bool = False,
+        too_large: bool = False,
+        detail: str | None = None,
     ) -> None:
+        self.too_large = too_large
         self.code = code
         self.transient = transient
         self.missing = missing
@@ -209,7 +218,7 @@ class StorageClient:
 
 
 def _too_large(path: str, detail: str) -> StorageFailure:
-    return StorageFailure(f"upload {path}", TOO_LARGE, transient=False, detail=detail)
+    return StorageFailure(f"upload {path}", TOO_LARGE, transient=False, too_large=True, detail=detail)
 
 
 def _at(bucket: str, path: str) -> str:
@@ -236,4 +245,6 @@ async def _failure(response: httpx.Response, what: str) -> StorageFailure:
         status = int(told["statusCode"])
     if not isinstance(code, str):
         return StorageFailure(what, f"HTTP {status}", transient=True)
-    return StorageFailure(what, code, transient=status == 429 or status >= 500, missing=status == 404)
+    return StorageFailure(
+        what, code, transient=status == 429 or status >= 500, missing=status == 404, too_large=status == 413
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
@@ -16,7 +17,8 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Head, Pool, fetch_one
-from orchestrator_stub.platform.storage import ASSETS
+from orchestrator_stub.platform.storage import ASSETS, StorageFailure
+from orchestrator_stub.snapshots.availability import Reason, any_unavailable, note
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotSource
 
 FULL: Final = frozenset({"tree_hash", "snapshot_rejected"})
@@ -67,10 +69,10 @@ class Catchup:
         self._inline_limit = inline_limit
         self._hashes: OrderedDict[UUID, tuple[Head, str]] = OrderedDict()
 
-    async def tree_hash(self, project_id: UUID, head: Head) -> tuple[Head, str]:
+    async def tree_hash(self, project_id: UUID, head: Head) -> tuple[Head, str | None]:
         """A head, this one or a later, and the hash of exactly that tree, computed once for each revision.
 
-        Raises `ProjectGone`.
+        None: nobody can have that tree, because a file of it is unavailable. Raises `ProjectGone`.
         """
         kept = self._hashes.get(project_id)
         if kept is None or kept[0] != head:
@@ -84,6 +86,8 @@ class Catchup:
             if row is None:
                 raise ProjectGone(str(project_id))
             kept = Head(row[0], row[1]), row[2]
+            if await any_unavailable(self._pool, project_id):
+                return kept[0], None
             self._hashes[project_id] = kept
             while len(self._hashes) > REMEMBERED_HASHES:
                 self._hashes.popitem(last=False)
@@ -105,11 +109,13 @@ class Catchup:
         Raises `ProjectGone`, `SnapshotUnavailable`, `AllowanceSpent`.
         """
         if epoch is None or reason in FULL:
-            return _snapshot(
-                await self._snapshots.signed_snapshot(
-                    project_id, rebuild=reason in REBUILD, resign=reason in RESIGN, payer=session_id
-                )
+            snapshot = await self._snapshots.signed_snapshot(
+                project_id, rebuild=reason in REBUILD, resign=reason in RESIGN, payer=session_id
             )
+            if reason == "tree_hash" and "unavailable" in snapshot.manifest:
+                # What that one left out may be there again: the hash is compared only when all is.
+                snapshot = await self._snapshots.signed_snapshot(project_id, rebuild=True, payer=session_id)
+            return _snapshot(snapshot)
         try:
             row = await fetch_one(
                 self._pool,
@@ -130,7 +136,7 @@ class Catchup:
         match answer["kind"]:
             case "current":
                 return answer
-            case "changes" if await self._complete(project_id, answer["changes"]):
+            case "changes" if await self._complete(project_id, answer):
                 return answer
             case "changes":
                 # More bytes than an answer should carry: a delta, or all when the wanted paths are older than that.
@@ -148,8 +154,9 @@ class Catchup:
         )
         return _snapshot(snapshot) | ({"reason": "ahead"} if ahead else {})
 
-    async def _complete(self, project_id: UUID, changes: list[dict[str, Any]]) -> bool:
-        """Give every binary file of `changes` its bytes. False: together they are too many."""
+    async def _complete(self, project_id: UUID, answer: dict[str, Any]) -> bool:
+        """Give every binary file of the answer its bytes, or name it as unavailable. False: they are too many."""
+        changes = answer["changes"]
         binary = [c for c in changes if c.get("action") == "update" and c.get("content") is None]
         if not binary:
             return True
@@ -163,9 +170,23 @@ class Catchup:
             return False
         slots = asyncio.Semaphore(ASSET_DOWNLOADS)
 
+        async def leave_out(change: dict[str, Any], reason: Reason) -> None:
+            await note(self._pool, project_id, change["content_hash"], reason)
+            changes.remove(change)
+            answer.setdefault("unavailable", []).append({"file_path": change["file_path"], "reason": reason})
+
         async def fetch(change: dict[str, Any]) -> None:
-            async with slots:
-                content = await self._assets.download(ASSETS, f"{project_id}/{change['content_hash']}")
+            try:
+                async with slots:
+                    content = await self._assets.download(ASSETS, f"{project_id}/{change['content_hash']}")
+            except StorageFailure as error:
+                if not error.missing:
+                    raise
+                await leave_out(change, "lost")
+                return
+            if hashlib.sha256(content).hexdigest() != change["content_hash"]:
+                await leave_out(change, "wrong_bytes")
+                return
             change["content"] = base64.b64encode(content).decode()
             change["encoding"] = "base64"
 

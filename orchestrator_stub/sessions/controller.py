@@ -38,6 +38,7 @@ from orchestrator_stub.machines.driver import (
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
 from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
+from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.store import Asker, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
@@ -79,6 +80,7 @@ class SessionController:
         driver: MachineDriver,
         keys: Keyring,
         *,
+        runs: RunSettings,
         installation: Installation,
         template: ProjectTemplate | None = None,
         clock: Callable[[], float] = time.time,
@@ -91,6 +93,7 @@ class SessionController:
         self._driver = driver
         self._keys = keys
         self._installation = installation
+        self._runs = runs
         self._template = template
         self._clock = clock
         self._on_part = on_part
@@ -108,6 +111,7 @@ class SessionController:
         generation: int | None,
         ttl: float,
         user: str | None = None,
+        run: Mapping[str, object] | None = None,
     ) -> tuple[Session, bool]:
         """The session for this request, and whether it is new. Its machine is being made when this returns.
 
@@ -117,7 +121,7 @@ class SessionController:
         limits = self._settings
         asker = Asker(user, limits.user_sessions, limits.project_sessions) if user else None
         session, new = await self._store.create(
-            project_id, key=key, generation=generation or 1, ttl=ttl, asker=asker
+            project_id, key=key, generation=generation or 1, ttl=ttl, asker=asker, run=run
         )
         if not new and generation and generation > session.generation:
             session = await self._store.replace(session, generation, ttl=ttl, asker=asker) or session
@@ -296,6 +300,7 @@ class SessionController:
             snapshot = await self._snapshots.signed_snapshot(session.project_id)
         with self._part("token"):
             token, _ = self.token_for(session)
+        run = await self._runs.of_session(session.id)
         settings = self._settings
         return MachineSpec(
             name=await self._name_for(session),
@@ -313,6 +318,8 @@ class SessionController:
                 "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),
                 "SESSION_API_URL": settings.agent_facing_url,
                 "LOG_LEVEL": settings.log_level,
+                # What is no secret. `env` and `npmrc` never: a platform shows this to whoever holds its token.
+                **run.environment(),
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )

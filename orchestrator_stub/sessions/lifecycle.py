@@ -101,6 +101,8 @@ class Session:
     machine_region: str | None = None
     preview_url: str | None = None
     problem: str | None = None
+    run_revision: int = 0
+    """Of its run settings, its project's and its own together; it moves with each change."""
 
 
 class Action(StrEnum):

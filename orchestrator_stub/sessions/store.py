@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from typing import Any, Final, Literal, LiteralString
 from uuid import UUID
 
 import psycopg
@@ -30,7 +30,9 @@ COLUMNS: Final[LiteralString] = """
   extract(epoch from state_since)::float8 as state_since,
   extract(epoch from claimed_until)::float8 as claimed_until,
   extract(epoch from lease_until)::float8 as lease_until,
-  machine_driver, machine_id, machine_region, preview_url, problem
+  machine_driver, machine_id, machine_region, preview_url, problem,
+  coalesce((select r.revision from preview.run_settings r where r.project_id = sessions.project_id), 0)
+    + (run is not null)::int as run_revision
 """
 SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  # noqa: S608 - two literals
 STANDING: Final[LiteralString] = (
@@ -54,6 +56,9 @@ SWEEP_LOCK: Final = 0x70726576  # "prev"
 
 QUESTIONS_AT_ONCE: Final = 500
 """Sessions looked up in one query."""
+
+
+Right = Literal["read", "write", "own"]
 
 
 class ProjectUnknown(Exception):
@@ -119,9 +124,11 @@ class SessionStore:
         generation: int,
         ttl: float,
         asker: Asker | None = None,
+        run: Mapping[str, object] | None = None,
     ) -> tuple[Session, bool]:
         """A new session, or the one that `key` made before for this project; and whether it is new.
 
+        `run`: its own run settings, as `run_settings.RunSettings.own` gives them; one that was made keeps its first.
         Raises `ProjectUnknown`, `TooManySessions`.
         """
         known = "where project_id = %(project)s and idempotency_key = %(key)s"
@@ -131,11 +138,12 @@ class SessionStore:
         # The head is what a session stands on; a product's project has none before somebody needs it.
         try:
             made = await self._one(
-                "insert into preview.sessions (project_id, idempotency_key, generation, expires_at, requested_by)"
-                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second', %(user)s"
-                " where preview.give_head(%(project)s)"
+                "insert into preview.sessions"
+                " (project_id, idempotency_key, generation, expires_at, requested_by, run)"
+                " select %(project)s, %(key)s, %(generation)s, now() + %(ttl)s * interval '1 second', %(user)s,"
+                " %(run)s::jsonb where preview.give_head(%(project)s)"
                 " on conflict (project_id, idempotency_key) do nothing",
-                {**values, "user": asker and asker.user},
+                {**values, "user": asker and asker.user, "run": None if run is None else Jsonb(run)},
                 room=(project_id, asker),
             )
         except psycopg.errors.ForeignKeyViolation:  # deleted at this moment
@@ -357,14 +365,17 @@ class SessionStore:
             {"id": session_id, "moves": _moves(Event.DESTROYED)},
         )
 
-    async def sees(self, claims: Mapping[str, object], project_id: UUID) -> bool:
-        """Whether a user with these claims may read the project."""
+    async def may(self, claims: Mapping[str, object], project_id: UUID, what: Right) -> bool:
+        """Whether a user with these claims may read the project, write it, or owns it."""
+        query: LiteralString = "select preview.allows(%(project)s, %(what)s)"
+        if what == "own":
+            query = "select preview.allows(%(project)s, 'read') and preview.owns(%(project)s)"
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(
                 "select set_config('role', 'authenticated', true), set_config('request.jwt.claims', %s, true)",
                 (json.dumps(dict(claims)),),
             )
-            cursor = await connection.execute("select preview.allows(%s, 'read')", (project_id,))
+            cursor = await connection.execute(query, {"project": project_id, "what": what})
             row = await cursor.fetchone()
             return bool(row and row[0])
 

@@ -30,6 +30,7 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
+from orchestrator_stub.snapshots.availability import READ_AGAIN, Reason, forget, make_room, note
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
 
@@ -52,10 +53,14 @@ _HEAD = """
 select epoch::text, revision, pruned_revision, updated_at from public.project_heads where project_id = %s
 """
 _FILES = """
-select file_path, content_hash, size_bytes, version, executable, content is null
-from public.project_files
-where project_id = %s and is_current_version and not is_deleted and revision > %s
-order by file_path
+select f.file_path, f.content_hash, f.size_bytes, f.version, f.executable, f.content is null,
+       preview.unavailable(f.project_id, f.file_path, f.content_hash, f.content is null),
+       u.found_at < now() - %s * interval '1 second'
+from public.project_files f
+left join preview.unavailable_content u
+  on f.content is null and u.project_id = f.project_id and u.content_hash = f.content_hash
+where f.project_id = %s and f.is_current_version and not f.is_deleted and f.revision > %s
+order by f.file_path
 """
 _DELETED = """
 select file_path, version from public.project_files
@@ -101,6 +106,19 @@ class _File:
     version: int
     executable: bool
     is_binary: bool
+    unavailable: str | None = None
+    """Why readers cannot be given it."""
+    read_again: bool | None = None
+    """It was found bad so long ago that it is tried again; None: it never was."""
+
+
+class _Unreadable(Exception):
+    """A binary file's object is not what it should be."""
+
+    def __init__(self, file: _File, reason: Reason) -> None:
+        self.file = file
+        self.reason = reason
+        super().__init__(f"{file.path!r}: {reason}")
 
 
 class SnapshotBuilder:
@@ -130,12 +148,12 @@ class SnapshotBuilder:
         try:
             async with self._slots:
                 with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
-                    manifest, size = await self._write(project_id, base_revision, spool)
-                    digest = await asyncio.to_thread(_sha256, spool)
-                    path = _object_path(project_id, manifest, digest, anew=anew)
-                    await self._storage.ensure(
-                        BUCKET, path, _pieces(spool), size, content_type="application/zip"
-                    )
+                    while True:
+                        manifest, size = await self._write_what_can_be(project_id, base_revision, spool)
+                        digest = await asyncio.to_thread(_sha256, spool)
+                        path = _object_path(project_id, manifest, digest, anew=anew)
+                        if await self._stored(project_id, path, spool, size):
+                            break
         except (StorageFailure, ArchiveTooLarge, OSError) as error:
             raise SnapshotUnavailable(f"cannot build a snapshot: {error}") from error
         except psycopg.OperationalError as error:
@@ -162,6 +180,33 @@ class SnapshotBuilder:
 
     # --- building
 
+    async def _write_what_can_be(
+        self, project_id: UUID, base_revision: int | None, spool: IO[bytes]
+    ) -> tuple[dict[str, Any], int]:
+        """The archive of all that can be read. The manifest comes first, so what cannot be read begins it anew."""
+        while True:
+            spool.seek(0)
+            spool.truncate()
+            try:
+                return await self._write(project_id, base_revision, spool)
+            except _Unreadable as bad:
+                log.error(
+                    "snapshot.file_left_out", project_id=str(project_id), file_path=bad.file.path,
+                    content_hash=bad.file.digest, reason=bad.reason,
+                )  # fmt: skip
+                await note(self._pool, project_id, bad.file.digest, bad.reason)
+
+    async def _stored(self, project_id: UUID, path: str, spool: IO[bytes], size: int) -> bool:
+        """Store an archive. False: Storage takes none so large, and without its largest files it may be."""
+        try:
+            await self._storage.ensure(BUCKET, path, _pieces(spool), size, content_type="application/zip")
+        except StorageFailure as error:
+            if error.too_large and await make_room(self._pool, project_id, BUCKET, size):
+                log.error("snapshot.too_large", project_id=str(project_id), bytes=size)
+                return False
+            raise
+        return True
+
     async def _write(
         self, project_id: UUID, base_revision: int | None, spool: IO[bytes]
     ) -> tuple[dict[str, Any], int]:
@@ -173,9 +218,11 @@ class SnapshotBuilder:
             if base is not None and not head.pruned_revision <= base <= head.revision:
                 base = None
             above = -1 if base is None else base
-            files = await _files(connection, project_id, above)
+            found = await _files(connection, project_id, above)
+            files = [file for file in found if not file.unavailable or file.read_again]
+            left_out = [file for file in found if file.unavailable and not file.read_again]
             deleted = await _deleted(connection, project_id, above)
-            manifest = _manifest(project_id, head, base, files, deleted)
+            manifest = _manifest(project_id, head, base, files, deleted, left_out)
             archive.add(MANIFEST_PATH, orjson.dumps(manifest))
             texts = [file for file in files if not file.is_binary]
             for batch in _batches(texts):
@@ -184,6 +231,8 @@ class SnapshotBuilder:
         for file in files:
             if file.is_binary:
                 await self._add_binary(archive, project_id, file)
+        if well := [file.digest for file in files if file.read_again]:
+            await forget(self._pool, project_id, well)
         return manifest, archive.finish()
 
     @asynccontextmanager
@@ -196,16 +245,18 @@ class SnapshotBuilder:
     async def _add_binary(self, archive: ZipWriter, project_id: UUID, file: _File) -> None:
         archive.begin(file.path, executable=file.executable)
         digest = hashlib.sha256()
-        async with self._storage.stream(ASSETS, f"{project_id}/{file.digest}") as chunks:
-            async for chunk in chunks:
-                digest.update(chunk)
-                archive.write(chunk)
+        try:
+            async with self._storage.stream(ASSETS, f"{project_id}/{file.digest}") as chunks:
+                async for chunk in chunks:
+                    digest.update(chunk)
+                    archive.write(chunk)
+        except StorageFailure as error:
+            if error.missing:
+                raise _Unreadable(file, "lost") from None
+            raise
         size = archive.end()
         if digest.hexdigest() != file.digest or size != file.size:
-            raise SnapshotUnavailable(
-                f"cannot build a snapshot: {ASSETS}/{project_id}/{file.digest} does not hold what {file.path!r} "
-                f"is said to be ({size} bytes, {file.size} expected); upload it again"
-            )
+            raise _Unreadable(file, "wrong_bytes")
 
 
 def _manifest(
@@ -214,6 +265,7 @@ def _manifest(
     base_revision: int | None,
     files: Sequence[_File],
     deleted: Sequence[tuple[str, int]],
+    left_out: Sequence[_File],
 ) -> dict[str, Any]:
     """As protocol.md writes it. Nothing in here depends on when or where it is built."""
     return {
@@ -234,6 +286,11 @@ def _manifest(
             for file in files
         ],
         "deleted": [{"file_path": path, "version": version} for path, version in deleted],
+        **(
+            {"unavailable": [{"file_path": file.path, "reason": file.unavailable} for file in left_out]}
+            if left_out
+            else {}
+        ),
     }
 
 
@@ -258,7 +315,7 @@ async def _head(connection: psycopg.AsyncConnection[Any], project_id: UUID) -> _
 
 
 async def _files(connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int) -> list[_File]:
-    rows = await connection.execute(_FILES, (project_id, above))
+    rows = await connection.execute(_FILES, (READ_AGAIN, project_id, above))
     return [_File(*row) for row in await rows.fetchall()]
 
 

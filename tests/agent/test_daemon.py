@@ -27,7 +27,7 @@ from agent.telemetry.status import SyncPhase
 from tests.agent.built import answer, built, settings, source_of
 from tests.agent.test_config import GOOD
 
-ROOT_TASKS = ["link", "sync", "dev-server", "health", "heartbeat", "memory"]
+ROOT_TASKS = ["link", "sync", "dev-server", "health", "heartbeat", "run-settings", "memory"]
 
 
 def descriptors() -> int:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import structs
 
-from agent.core.errors import CredentialRejected, SessionGone, Superseded, TooLarge, Unavailable
+from agent.core.errors import (
+    CredentialRejected,
+    MalformedMessage,
+    SessionGone,
+    Superseded,
+    TooLarge,
+    Unavailable,
+)
 from agent.core.messages import (
     Changes,
     Current,
@@ -20,6 +30,7 @@ from agent.core.messages import (
 )
 from agent.core.model import Commit
 from agent.health.status_body import fitted
+from agent.link.run_settings import read_run_settings
 from agent.session_api import SessionApi
 from agent.tokens import Tokens, read_token
 from tests.contract.golden import DIRECTORY, assert_same_form, load
@@ -97,7 +108,12 @@ def test_sync_answers_are_understood() -> None:
 
 def test_the_status_answers_are_understood() -> None:
     assert read_head(load("status.answer")).action is None
+    assert read_head(load("status.answer")).run_revision == 4
+    assert read_head({"epoch": "e", "revision": 1}).run_revision is None, "of an orchestrator from before"
     assert read_head(load("status.answer.stop")).action == "stop"
+
+
+LIMITS = json.loads((DIRECTORY.parent / "limits.json").read_text())
 
 
 class Peer:
@@ -112,7 +128,7 @@ class Peer:
         )
 
     def _respond(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append((request.method, request.url.path, json.loads(request.content)))
+        self.asked.append((request.method, request.url.path, json.loads(request.content or b"null")))
         media = "application/json" if self.status < 400 else "application/problem+json"
         body = httpx.ByteStream(json.dumps(self.answer).encode())
         return httpx.Response(self.status, headers={"content-type": media}, stream=body)
@@ -134,6 +150,44 @@ async def test_a_token_is_taken_from_the_golden_answer() -> None:
     peer = Peer(200, load("token.answer"))
     assert (await peer.api.renew_token()).value == TOKEN
     assert read_token(TOKEN).role == "preview_agent"
+
+
+async def test_run_settings_are_read_whole() -> None:
+    peer = Peer(200, load("run.answer"))
+    run = read_run_settings(await peer.api.run_settings())
+    golden = load("run.answer")
+    assert (run.revision, run.root, run.dev_port) == (4, golden["root"], golden["dev_port"])
+    assert (run.dev_command, run.install_command) == (("npm", "run", "dev"), ("npm", "ci"))
+    assert (run.env, run.npmrc) == (golden["env"], golden["npmrc"])
+    assert run.allowed_hosts == ("p1.preview.example",)
+    assert run.secrets() == {"https://api.example", "--max-old-space-size=512", "a-token-of-the-registry"}
+    assert not any(secret in repr(run) for secret in run.secrets())
+    ((method, path, _),) = peer.asked
+    assert (method, path.rpartition("/")[2]) == ("GET", "run")
+
+
+@pytest.mark.parametrize("name", LIMITS["env"]["refused"])
+def test_a_variable_that_is_not_the_projects_is_malformed(name: str) -> None:
+    with pytest.raises(MalformedMessage):
+        read_run_settings({**load("run.answer"), "env": {name: "a-value-of-it"}})
+
+
+@pytest.mark.parametrize("name", LIMITS["env"]["taken"])
+def test_a_variable_of_the_project_is_taken(name: str) -> None:
+    assert read_run_settings({**load("run.answer"), "env": {name: "x"}}).env == {name: "x"}
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(load("run.answer"), JUNK)) | JUNK)
+def test_whatever_is_answered_is_run_settings_or_malformed(answer: object) -> None:
+    with contextlib.suppress(MalformedMessage):
+        assert read_run_settings(answer).revision >= 0
 
 
 async def test_status_is_put() -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import signal
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,9 +25,11 @@ from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import Downloader
 from orchestrator_stub.platform.ignore_rules import NEVER
 from orchestrator_stub.platform.source_files import path_problem
-from tests.system.plane import Plane, Project, running_plane
+from orchestrator_stub.snapshots.availability import STORAGE_LIMIT
+from tests.system.plane import Plane, Project, eventually, running_plane
 
-PATH = json.loads((Path(__file__).parent / "limits.json").read_text())["path"]
+LIMITS = json.loads((Path(__file__).parent / "limits.json").read_text())
+PATH = LIMITS["path"]
 SEGMENT = "s" * PATH["segment_bytes"]
 
 
@@ -168,3 +172,147 @@ async def test_what_packs_well_is_no_bomb(plane: Plane, tmp_path: Path, case: st
     else:
         await project.save("public/blank", content.decode())
     assert await opened(project, tmp_path) == {"public/blank": content}
+
+
+LOGO = b"\x89PNG" + bytes(range(256))
+
+
+async def with_an_asset(plane: Plane, content: bytes = LOGO) -> tuple[Project, str]:
+    """A project with a text and a picture, and where the picture's bytes are in Storage."""
+    project = await plane.project({"a.txt": "1"})
+    digest = hashlib.sha256(LOGO).hexdigest()
+    place = f"/storage/v1/object/project-assets/{project.id}/{digest}"
+    assert (await plane.http.post(place, content=content)).is_success
+    change = {"file_path": "logo.png", "encoding": "base64", "content_hash": digest}
+    await project.rpc("apply_project_files", changes=[change])
+    return project, place
+
+
+async def spoil(plane: Plane, place: str, how: str) -> None:
+    assert (await plane.http.delete(place)).is_success
+    if how == "wrong_bytes":
+        assert (await plane.http.post(place, content=LOGO[:-1] + b"x")).is_success
+
+
+@pytest.mark.parametrize("how", ["lost", "wrong_bytes"])
+async def test_a_file_whose_bytes_cannot_be_had_is_its_own_problem(
+    plane: Plane, tmp_path: Path, how: str
+) -> None:
+    project, place = await with_an_asset(plane)
+    await spoil(plane, place, how)
+    assert await opened(project, tmp_path / "spoilt") == {"a.txt": b"1"}
+    agent = await project.session(tmp_path / "agent")
+    agent.start()
+    try:
+
+        async def problems() -> object:
+            report = await agent.status()
+            found = report and [(p["kind"], p["rule"], p["file_path"]) for p in report["problems"]]
+            return report if found == [("content_unavailable", how, "logo.png")] else None
+
+        report = await eventually("the file is named", problems)
+        assert (report["state"], report["ready"]) != ("degraded", True)
+        # A heartbeat compares no hash that nobody can have: no question follows.
+        await project.save("b.txt", "2")
+
+        async def landed() -> object:
+            return agent.files() == {"a.txt": b"1", "b.txt": b"2"}
+
+        await eventually("the next save lands", landed)
+        assert (await agent.status() or {})["catch_up"] == []
+        await plane.http.delete(place)
+        assert (await plane.http.post(place, content=LOGO)).is_success
+        async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+            await connection.execute(
+                "update preview.unavailable_content set found_at = found_at - interval '1 hour'"
+            )
+        fresh = tmp_path / "fresh"
+        await project.save("c.txt", "3")
+        assert await opened(project, fresh) == {"a.txt": b"1", "b.txt": b"2", "c.txt": b"3", "logo.png": LOGO}
+
+        async def healed() -> object:
+            report = await agent.status()
+            return report and report["problems"] == [] and agent.files().get("logo.png") == LOGO
+
+        await eventually("the running agent has it too", healed, 30)
+    finally:
+        await agent.stop()
+
+
+async def test_a_file_that_is_lost_while_an_agent_follows_holds_up_nothing(
+    plane: Plane, tmp_path: Path
+) -> None:
+    """Its bytes go between the save and the question for them: the save after it arrives all the same."""
+    project = await plane.project({"a.txt": "1"})
+    agent = await project.session(tmp_path / "agent")
+    agent.start()
+    try:
+        await agent.equal()
+        assert agent.process is not None
+        agent.process.send_signal(signal.SIGSTOP)
+        digest = hashlib.sha256(LOGO).hexdigest()
+        place = f"/storage/v1/object/project-assets/{project.id}/{digest}"
+        assert (await plane.http.post(place, content=LOGO)).is_success
+        change = {"file_path": "logo.png", "encoding": "base64", "content_hash": digest}
+        await project.rpc("apply_project_files", changes=[change])
+        await plane.http.delete(place)
+        big = "x" * 300_000
+        await project.save("big.txt", big)
+        agent.process.send_signal(signal.SIGCONT)
+
+        async def landed() -> object:
+            report = await agent.status()
+            found = report and [(p["kind"], p["file_path"]) for p in report["problems"]]
+            return agent.files().get("big.txt") == big.encode() and found == [
+                ("content_unavailable", "logo.png")
+            ]
+
+        await eventually("the save after it lands, and the file is named", landed)
+    finally:
+        await agent.stop()
+
+
+async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
+    plane: Plane, tmp_path: Path
+) -> None:
+    project = await plane.project({"a.txt": "1", "deep.txt": "2"})
+    deep = "/".join("d" * (PATH["segments"] + 6))
+    async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+        await connection.execute("alter table public.project_files disable trigger all")
+        names = await connection.execute(
+            "select conname from pg_constraint where conrelid = 'public.project_files'::regclass and contype = 'c'"
+        )
+        for (name,) in await names.fetchall():
+            await connection.execute(f'alter table public.project_files drop constraint "{name}"')
+        await connection.execute(
+            "update public.project_files set file_path = %s where file_path = 'deep.txt'", (deep,)
+        )
+    assert await opened(project, tmp_path) == {"a.txt": b"1"}
+
+
+async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
+    plane: Plane, tmp_path: Path
+) -> None:
+    project, _ = await with_an_asset(plane)
+    large = random.Random(1).randbytes(20_000)
+    digest = hashlib.sha256(large).hexdigest()
+    await plane.http.post(f"/storage/v1/object/project-assets/{project.id}/{digest}", content=large)
+    change = {"file_path": "large.bin", "encoding": "base64", "content_hash": digest}
+    await project.rpc("apply_project_files", changes=[change])
+    async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+        await connection.execute(
+            "update storage.buckets set file_size_limit = 8000 where id = 'project-snapshots'"
+        )
+    assert await opened(project, tmp_path) == {"a.txt": b"1", "logo.png": LOGO}
+
+
+def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(database: str) -> None:
+    with psycopg.connect(database) as connection:
+        limits = dict(connection.execute("select name, value from preview.limits").fetchall())
+    numbers = {
+        f"{of}.{name}": value for of, names in LIMITS.items() if of != "env" for name, value in names.items()
+    }
+    assert limits == {name: value for name, value in numbers.items() if isinstance(value, int)}
+    reader = SnapshotLimits()
+    assert reader.snapshot_max_file_bytes >= max(limits["file.bytes"], limits["asset.bytes"])
+    assert reader.snapshot_max_compressed_bytes >= STORAGE_LIMIT

@@ -152,6 +152,26 @@ async def test_token_and_status(agent: Agent) -> None:
     assert_same_form(answer.json(), load("status.answer"), optional=frozenset({"action"}))
 
 
+async def test_run_settings(agent: Agent, plane: Plane, project: Project) -> None:
+    path = f"/v1/projects/{project.id}/run"
+    answer = await plane.http.put(path, json=load("run.change.request"))
+    assert answer.json() == {**load("run.shown"), "run_revision": 1}
+    assert (await plane.http.get(path)).json() == answer.json()
+    told = (await call(agent, "GET", "run", None)).json()
+    assert told == {**load("run.answer"), "run_revision": 1}
+    assert (await call(agent, "PUT", "status", load("status.request"))).json()["run_revision"] == 1
+
+
+@pytest.mark.parametrize(("which", "status"), [("refused", 400), ("taken", 200)])
+async def test_which_variables_are_the_projects(
+    plane: Plane, project: Project, which: str, status: int
+) -> None:
+    for name in json.loads((DIRECTORY.parent / "limits.json").read_text())["env"][which]:
+        answer = await plane.http.put(f"/v1/projects/{project.id}/run", json={"env": {name: "a-value"}})
+        assert answer.status_code == status, (name, answer.text)
+        assert "a-value" not in answer.text
+
+
 REFUSALS = sorted(path.stem for path in DIRECTORY.glob("problem*.json"))
 
 

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,6 +316,7 @@ async def running_plane(
                 "supabase_service_role_key": project_keys.service_key,
                 "template_dir": None,
                 "create_wait": 5,
+                "run_settings_keys": f"k1:{b64encode(bytes(32)).decode()}",
                 **settings,
             }
         )

@@ -6,6 +6,7 @@ It serves what Vite would as far as a probe sees: a page, its entry module, no h
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,15 @@ class Answers(BaseHTTPRequestHandler):
         requests += 1
         if mode == "dies-on-third" and requests == 3:
             os._exit(1)
+        if mode == "slow":
+            time.sleep(1.0)
+        if mode.startswith("status-") and self.path == "/":
+            _, status, target = [*mode.split("-"), ""][:3]
+            self.send_response(int(status))
+            if target:
+                self.send_header("Location", target.replace("PORT", os.environ["PORT"]))
+            self.end_headers()
+            return
         if self.path == "/":
             body, kind, code = PAGE, "text/html", 200
         elif mode == "outdated" and "--force" not in sys.argv:
@@ -58,4 +68,12 @@ if mode == "late":
     time.sleep(0.7)
 if mode == "never":
     time.sleep(3600)
-ThreadingHTTPServer(("127.0.0.1", int(os.environ.get("PORT", "0"))), Answers).serve_forever()
+where = {"elsewhere": 0, "two": 0}.get(mode, int(os.environ.get("PORT", "0")))
+server = ThreadingHTTPServer(("127.0.0.1", where), Answers)
+if mode == "two":
+    other = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+if mode == "https":
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain("certificate.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()

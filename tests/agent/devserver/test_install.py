@@ -355,3 +355,28 @@ async def test_any_number_of_stages_is_removed(tmp_path: Path) -> None:
         Path(f"{stage}{number}").touch()
     await bench.installer.open()
     assert bench.leftovers == []
+
+
+async def test_the_npmrc_of_run_settings_is_in_the_stage_alone_and_for_its_user_alone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    secret = "//npm.example/:_authToken=a-token-of-the-registry\n"
+    script = f'stat -c %a "$NPM_CONFIG_USERCONFIG" >said && cat "$NPM_CONFIG_USERCONFIG" >>said && {FAKE}'
+    script += f' && cp said {tmp_path}/said && echo "$NPM_CONFIG_USERCONFIG" >{tmp_path}/where && rm said'
+    bench.installer.configure(fake(script), secret)
+    wanted = write(bench.root, dependencies={"thing": "1"})
+    assert (await bench.install(wanted)).problem is None
+    assert (tmp_path / "said").read_text() == "600\n" + secret
+    assert (tmp_path / "where").read_text().startswith(f"{bench.settings.modules}/stage-")
+    assert bench.leftovers == []
+    for directory in (bench.root, bench.settings.modules):
+        assert not any(b"a-token" in content for content in snapshot(directory).values())
+    bench.installer.configure(fake('test -z "$NPM_CONFIG_USERCONFIG" && ' + FAKE), None)
+    assert (await bench.install(write(bench.root, dependencies={"thing": "2"}))).problem is None
+
+
+async def test_an_install_that_fails_leaves_no_npmrc(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.installer.configure(fake("exit 1"), "//npm.example/:_authToken=a-token-of-the-registry\n")
+    result = await bench.install(write(bench.root, dependencies={"thing": "1"}))
+    assert result.outcome is InstallOutcome.FAILED
+    assert bench.leftovers == []

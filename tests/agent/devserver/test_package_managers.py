@@ -152,7 +152,8 @@ async def test_registries_from_outside_the_project_are_there_for_the_install_alo
     wanted = write(bench.root, dependencies={"thing": "1"})
     await bench.installer.open()
     text = "@own:registry=https://npm.example/\n//npm.example/:_authToken=a b'c"
-    result = await bench.installer.install(wanted, npmrc=text)
+    bench.installer.configure(None, text)
+    result = await bench.installer.install(wanted)
     assert result.outcome is InstallOutcome.INSTALLED, result.problem
     place, *said = bench.lines
     assert "\n".join(said[:-1]) == text

@@ -21,7 +21,6 @@ from agent.devserver.state import (
     Outdated,
     Phase,
     RestartPolicy,
-    Served,
     Stop,
     Tick,
     step,
@@ -67,7 +66,7 @@ def started() -> Play:
 
 
 def ready() -> Play:
-    return started().give(Served(1))
+    return started().give(Answered(1))
 
 
 def test_a_project_is_installed_then_started_then_ready() -> None:
@@ -75,7 +74,7 @@ def test_a_project_is_installed_then_started_then_ready() -> None:
     assert play.phase is Phase.ABSENT
     assert play.give(Hydrated(True)).phase is Phase.INSTALLING
     assert play.give(GOOD).phase is Phase.STARTING
-    assert play.give(Served(1)).phase is Phase.READY
+    assert play.give(Answered(1)).phase is Phase.READY
     assert play.asked == [Command.INSTALL, Command.START]
 
 
@@ -125,7 +124,7 @@ def test_a_healthy_minute_makes_crashes_history() -> None:
     play = started()
     for _ in range(4):
         play.crash().after(10)
-    play.give(Served(play.state.generation)).after(60).crash()
+    play.give(Answered(play.state.generation)).after(60).crash()
     assert play.phase is Phase.BACKOFF
     assert play.state.due == pytest.approx(play.now + 0.5)
 
@@ -148,27 +147,39 @@ def test_a_server_that_never_answers_is_ended_and_tried_again() -> None:
     assert play.state.reason == "late"
 
 
-def test_a_server_that_answers_with_errors_is_left_alone_until_the_project_is_fixed() -> None:
+def test_a_server_that_answers_is_up_whatever_it_answers() -> None:
     play = started().give(Answered(1)).after(3600)
-    assert play.phase is Phase.STARTING
-    assert play.give(Served(1)).phase is Phase.READY
+    assert play.phase is Phase.READY
 
 
-def test_three_missed_probes_in_a_row_are_a_hung_server() -> None:
-    play = ready().give(Missed(1), Missed(1), Answered(1), Missed(1), Missed(1))
+def test_so_many_missed_probes_in_a_row_are_a_hung_server() -> None:
+    most = POLICY.missed_probes
+    play = ready().give(*[Missed(1)] * (most - 1), Answered(1), *[Missed(1)] * (most - 1))
     assert play.phase is Phase.READY
     assert play.give(Missed(1)).phase is Phase.STOPPING
     assert play.crash().state.reason == "hung"
     assert play.state.due is not None
 
 
+def test_a_port_that_is_taken_is_no_crash_and_is_tried_for_ever() -> None:
+    play = started()
+    for _ in range(20):
+        play.give(Exited(play.state.generation, "port_taken"))
+        assert play.phase is Phase.BACKOFF
+        assert play.state.due is not None
+        assert play.state.due <= play.now + POLICY.backoff_most
+        play.after(POLICY.backoff_most)
+    assert play.give(Answered(play.state.generation)).phase is Phase.READY
+
+
 def test_an_outdated_cache_is_cleared_once() -> None:
-    play = started().give(Outdated(1))
+    play = started().give(Outdated(1)).after(3600)
     assert play.phase is Phase.STARTING
+    assert play.give(Answered(1), Outdated(1)).phase is Phase.READY
     assert play.give(Outdated(1)).phase is Phase.STOPPING
     assert play.crash().asked[-1] is Command.START_FRESH
     play.give(Outdated(2), Outdated(2), Outdated(2))
-    assert play.phase is Phase.STARTING
+    assert play.phase is Phase.READY
 
 
 def test_a_lock_change_is_debounced_and_restarts_once() -> None:
@@ -198,9 +209,9 @@ def test_an_install_that_changes_nothing_leaves_the_preview_running(ended: Insta
 
 
 def test_what_an_old_process_says_changes_nothing() -> None:
-    play = ready().crash().after(0.5).give(Served(2))
+    play = ready().crash().after(0.5).give(Answered(2))
     before = play.state
-    for late in (Exited(1, "exit"), Missed(1), Served(1), Answered(1), Outdated(1), Exited(99, "exit")):
+    for late in (Exited(1, "exit"), Missed(1), Answered(1), Outdated(1), Exited(99, "exit")):
         assert play.give(late).state == before
 
 
@@ -261,8 +272,8 @@ class World(RuleBasedStateMachine):
         self.give(Installed(ok, restart and ok, usable or (restart and ok)))
 
     @precondition(lambda self: self.process is not None)
-    @rule(say=st.sampled_from([Served, Answered, Missed, Outdated]), late=st.booleans())
-    def said(self, say: type[Served], late: bool) -> None:
+    @rule(say=st.sampled_from([Answered, Missed, Outdated]), late=st.booleans())
+    def said(self, say: type[Answered], late: bool) -> None:
         assert self.process is not None
         self.give(say(self.process - (1 if late else 0)))
 
@@ -317,7 +328,7 @@ class World(RuleBasedStateMachine):
             elif state.phase is Phase.STOPPING:
                 given = Exited(state.generation, "exit")
             elif state.phase is Phase.STARTING:
-                given = Served(state.generation)
+                given = Answered(state.generation)
             elif state.next_due is not None:
                 now = max(now, state.next_due)
             elif state.phase is Phase.FAILED:

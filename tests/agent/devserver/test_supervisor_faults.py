@@ -8,18 +8,21 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
+import httpx
 import pytest
 
+from agent import net
 from agent.config import Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import RelPath
-from agent.devserver import probe
 from agent.devserver import supervisor as module
+from agent.devserver.output import LOGGED_LINES
 from agent.devserver.state import Phase, RestartPolicy
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
@@ -31,13 +34,18 @@ QUICK = RestartPolicy(start_timeout=5.0, backoff_first=0.02, backoff_most=0.1, d
 
 @contextlib.asynccontextmanager
 async def supervised(
-    tmp_path: Path, *command: str, policy: RestartPolicy = QUICK, essential: bool = False
+    tmp_path: Path,
+    *command: str,
+    policy: RestartPolicy = QUICK,
+    essential: bool = False,
+    host: str = "127.0.0.1",
+    probe_seconds: float = 0.3,
 ) -> AsyncIterator[Supervisor]:
     project = tmp_path / "project"
     project.mkdir(exist_ok=True)
     settings = Settings(
-        project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host="127.0.0.1",
-        dev_port=free_port(), dev_probe_seconds=0.3, dev_essential=essential, dev_stop_seconds=0.3,
+        project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host=host,
+        dev_port=free_port(), dev_probe_seconds=probe_seconds, dev_essential=essential, dev_stop_seconds=0.3,
         dev_command=command or None,
     )  # fmt: skip
     supervisor = Supervisor(settings, policy=policy, metrics=Metrics(), chance=lambda: 0.5)
@@ -100,7 +108,7 @@ async def test_one_that_never_binds_is_ended_and_tried_again(tmp_path: Path) -> 
         await until(supervisor.problems)
         (problem,) = supervisor.problems()
         assert problem.detail.startswith(
-            f"nothing answered at {supervisor.url} in 0.4 s; if it listens elsewhere"
+            f"nothing answered at {supervisor.url} in 0.4 s, and nothing of the project listens; set DEV_COMMAND"
         )
 
 
@@ -164,27 +172,72 @@ async def test_a_hung_server_is_restarted(tmp_path: Path) -> None:
         assert restarts._value.get() == 1
 
 
-async def test_one_whose_entry_module_fails_is_not_ready_and_not_restarted(tmp_path: Path) -> None:
-    policy = RestartPolicy(start_timeout=2.0)
-    async with supervised(tmp_path, *server("broken"), policy=policy) as supervisor:
-        await until(lambda: "answers 500" in str(supervisor.report()["detail"]))
-        await until(lambda: float(str(supervisor.report()["seconds_in_state"])) > 2.2)
-        assert (supervisor.state, supervisor.restarts) == (Phase.STARTING, 0)
-        (tmp_path / "project" / "fixed").touch()
+async def test_one_whose_entry_module_fails_is_up_and_says_so_until_it_is_fixed(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("broken")) as supervisor:
         await until(lambda: supervisor.ready)
-        assert supervisor.restarts == 0
+        (problem,) = supervisor.problems()
+        assert (problem.kind, problem.rule) == ("preview_error", "entry")
+        assert problem.detail == "the entry module /main.js answers 500"
+        (tmp_path / "project" / "fixed").touch()
+        await until(lambda: supervisor.problems() == ())
+        assert (supervisor.state, supervisor.restarts) == (Phase.READY, 0)
 
 
-async def test_an_answer_without_end_neither_fills_memory_nor_counts_as_served(tmp_path: Path) -> None:
-    async with supervised(tmp_path, *server("endless")) as supervisor:
-        await until(lambda: supervisor.report()["detail"])
-        assert not supervisor.ready
-
-
-async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mode", "rule", "said"),
+    [
+        ("status-404", "status", "GET / answers 404"),
+        ("status-401", "status", "GET / answers 401"),
+        ("status-500", "status", "GET / answers 500"),
+        ("status-307-http://localhost:PORT/home", "redirect", "a visitor's browser finds nothing"),
+        ("status-302-/", "redirect", "redirects without end"),
+        ("status-302-https://login.example.com/x", None, "redirects to https://login.example.com/x"),
+        ("status-302-http://[", "redirect", "redirects to no page"),
+    ],
+)
+async def test_whatever_the_page_answers_the_server_is_up(
+    tmp_path: Path, mode: str, rule: str | None, said: str
 ) -> None:
-    monkeypatch.setattr(probe, "SOCKET_WITHIN", 0.3)
+    async with supervised(tmp_path, *server(mode)) as supervisor:
+        await until(lambda: supervisor.ready)
+        assert [(p.kind, p.rule) for p in supervisor.problems()] == (
+            [("preview_error", rule)] if rule else []
+        )
+        assert said in str(supervisor.report()["detail"])
+
+
+async def test_a_page_that_takes_longer_than_a_probe_is_slow_and_not_silent(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("slow")) as supervisor:
+        await until(lambda: supervisor.ready)
+        first = supervisor._inspection
+        await until(
+            lambda: supervisor._inspection is not first
+        )  # a whole inspection later: page and entry, 1 s each
+        assert (supervisor.state, supervisor.restarts) == (Phase.READY, 0)
+
+
+async def test_a_server_that_speaks_https_is_up(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    subprocess.run(  # noqa: ASYNC221 - nothing else is going on yet
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days",
+         "2", "-subj", "/CN=localhost"], cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    both = (tmp_path / "key.pem").read_text() + (tmp_path / "cert.pem").read_text()
+    (tmp_path / "project" / "certificate.pem").write_text(both)
+    async with supervised(tmp_path, *server("https")) as supervisor:
+        await until(lambda: supervisor.ready)
+        assert supervisor.url.startswith("https://127.0.0.1:")
+        assert supervisor.problems() == ()
+
+
+async def test_an_answer_without_end_does_not_fill_memory(tmp_path: Path) -> None:
+    async with supervised(tmp_path, *server("endless")) as supervisor:
+        await until(lambda: supervisor.ready)
+        (problem,) = supervisor.problems()
+        assert (problem.kind, problem.rule) == ("preview_error", "entry")
+
+
+async def test_a_page_without_its_socket_is_served_and_says_so_for_as_long(tmp_path: Path) -> None:
     async with supervised(tmp_path, *server("socketless")) as supervisor:
         await until(lambda: supervisor.ready)
         assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"]
@@ -193,6 +246,74 @@ async def test_a_page_without_its_socket_is_served_after_a_while_and_says_so(
         assert [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"], (
             "at the next probe too"
         )
+
+
+def outside() -> str:
+    """An address of this machine that is not loopback; skips where there is none."""
+    (first, *_) = net.visitors_hosts("::")
+    if first == "127.0.0.1":
+        pytest.skip("this machine has no address but loopback's")
+    return first
+
+
+async def answered(host: str, port: int) -> int:
+    async with httpx.AsyncClient(trust_env=False) as http:
+        return (await http.get(f"http://{f'[{host}]' if ':' in host else host}:{port}/")).status_code
+
+
+async def test_one_that_listens_on_loopback_alone_is_reached_from_outside(tmp_path: Path) -> None:
+    """With DEV_HOST everywhere, as on a machine of its own, where visitors come from another one."""
+    host = outside()
+    async with supervised(tmp_path, *server("good"), host="::") as supervisor:
+        await until(lambda: supervisor.ready)
+        port = supervisor._settings.dev_port
+        assert await answered(host, port) == 200
+        assert supervisor.report()["listens_on"] == f"127.0.0.1:{port}"
+
+
+async def test_one_that_listens_on_another_port_is_found_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ELSEWHERE_AFTER", 0.1)
+    monkeypatch.setattr(module, "ELSEWHERE_EVERY", 0.1)
+    async with supervised(tmp_path, "sh", "-c", f"{sys.executable} {SERVER} elsewhere; true") as supervisor:
+        await until(lambda: supervisor.ready)
+        where = str(supervisor.report()["listens_on"])
+        assert where.startswith("127.0.0.1:")
+        assert where != f"127.0.0.1:{supervisor._settings.dev_port}"
+        assert await answered("127.0.0.1", supervisor._settings.dev_port) == 200
+        (program,) = running(f"{SERVER} elsewhere")[-1:]
+        os.kill(program, signal.SIGKILL)
+        await until(lambda: reached(supervisor, Phase.READY, restarts=1))
+        assert await answered("127.0.0.1", supervisor._settings.dev_port) == 200
+
+
+async def test_one_that_listens_where_visitors_come_and_is_slow_is_not_taken_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ELSEWHERE_EVERY", 0.05)
+    async with supervised(tmp_path, *server("slow"), probe_seconds=5) as supervisor:
+        await until(lambda: supervisor._listeners)
+        await until(lambda: supervisor.ready)
+        await until(lambda: not [t for t in asyncio.all_tasks() if t.get_name().startswith("elsewhere")])
+        assert supervisor.report()["listens_on"] is None
+        assert supervisor.problems() == ()
+
+
+async def test_of_two_that_listen_elsewhere_none_is_guessed_and_both_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ELSEWHERE_AFTER", 0.1)
+    monkeypatch.setattr(module, "ELSEWHERE_EVERY", 0.1)
+    policy = RestartPolicy(start_timeout=2.0, backoff_first=0.02)
+    async with supervised(tmp_path, *server("two"), policy=policy) as supervisor:
+        await until(lambda: len(supervisor._listeners) == 2)
+        ports = [each.port for each in supervisor._listeners]
+        await until(supervisor.problems)
+        (problem,) = supervisor.problems()
+        assert problem.rule == "late"
+        assert all(f"127.0.0.1:{port}" in problem.detail for port in ports)
+        assert "set DEV_PORT" in problem.detail
 
 
 async def test_a_port_that_another_process_holds_is_a_problem_until_it_is_free(tmp_path: Path) -> None:
@@ -205,10 +326,15 @@ async def test_a_port_that_another_process_holds_is_a_problem_until_it_is_free(t
             project_id=UUID(int=1), session_id=UUID(int=1), project_dir=project, dev_host="127.0.0.1",
             dev_port=other.getsockname()[1], dev_command=tuple(server("good")),
         )  # fmt: skip
-        supervisor = Supervisor(settings, policy=RestartPolicy(backoff_first=0.3, max_crashes=50))
+        supervisor = Supervisor(settings, policy=RestartPolicy(backoff_first=0.01, backoff_most=0.02))
         task = asyncio.create_task(supervisor.run())
         supervisor.project_ready()
-        await until(lambda: "port_taken" in {problem.kind for problem in supervisor.problems()})
+        await until(lambda: supervisor.restarts > 2 * RestartPolicy().max_crashes)
+        (problem,) = supervisor.problems()
+        assert problem.kind == "port_taken"
+        assert problem.detail == (
+            f"port {settings.dev_port} is taken by another program: end that one, or set DEV_PORT to a free port"
+        )
     await until(lambda: supervisor.ready)
     assert supervisor.problems() == ()
     task.cancel()
@@ -247,7 +373,7 @@ async def test_the_last_200_lines_are_in_the_report_and_the_log_is_spared(
         assert isinstance(log, list)
         assert log == [f"line {n}" for n in range(4800, 5000)]
         assert "log" not in supervisor.report(log=False)
-    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * module.LOGGED_LINES
+    assert capsys.readouterr().out.count("dev_server.output ") <= 10 * LOGGED_LINES
 
 
 async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -> None:

@@ -202,3 +202,48 @@ async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(sett
             assert '"connected"' in str(await hot.recv())
         with pytest.raises(websockets.InvalidHandshake):
             await connect("rebound.example")
+
+
+async def test_a_project_that_is_broken_when_it_is_opened_is_ready_and_says_what_is_broken(
+    settings: Settings,
+) -> None:
+    entry = settings.project_dir / "src" / "main.tsx"
+    good = entry.read_text()
+    entry.write_text("import { gone } from './missing'\nconst y = \n")
+    supervisor = Supervisor(settings)
+    async with kept(supervisor):
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready, 120)
+        await until(supervisor.problems)
+        (problem,) = supervisor.problems()
+        assert (problem.kind, problem.rule) == ("preview_error", "entry")
+        assert "/src/main.tsx answers 500" in problem.detail
+        entry.write_text(good)
+        await until(lambda: supervisor.problems() == ())
+        assert (supervisor.state, supervisor.restarts) == (Phase.READY, 0)
+
+
+async def test_vites_bundled_dev_mode_is_looked_at_once_it_has_bundled(settings: Settings) -> None:
+    config = settings.project_dir / "vite.config.ts"
+    text = config.read_text()
+    config.write_text(text.replace("defineConfig({", "defineConfig({ experimental: { bundledDev: true },", 1))
+    assert config.read_text() != text
+    supervisor = Supervisor(settings)
+    async with kept(supervisor):
+        supervisor.project_ready()
+        await until(lambda: supervisor.ready, 120)
+        await until(lambda: supervisor.report()["detail"] == "page and entry module are served")
+        assert supervisor.problems() == ()
+        assert str(supervisor.report()["entry"]).startswith("/assets/")
+
+
+async def test_a_hot_update_socket_that_refuses_is_said_in_the_bundled_dev_mode_too(
+    settings: Settings,
+) -> None:
+    config = settings.project_dir / "vite.config.ts"
+    without = "experimental: { bundledDev: true }, server: { ws: false },"
+    config.write_text(config.read_text().replace("defineConfig({", f"defineConfig({{ {without}", 1))
+    supervisor = Supervisor(settings)
+    async with kept(supervisor):
+        supervisor.project_ready()
+        await until(lambda: [problem.kind for problem in supervisor.problems()] == ["hmr_unreachable"], 60)

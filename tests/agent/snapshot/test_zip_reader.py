@@ -252,3 +252,14 @@ class _Unseekable(io.RawIOBase):
 
     def write(self, data: object) -> int:  # type: ignore[override]
         return self._inner.write(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("longer", [b"x", bytes(8), bytes(12)])
+@pytest.mark.parametrize("needed", [True, False], ids=["sizes in it", "no size in it"])
+def test_a_zip64_field_that_holds_more_than_it_is_to_is_refused(longer: bytes, needed: bool) -> None:
+    body = (struct.pack("<QQ", 3, 3) if needed else b"") + longer
+    field = struct.pack("<HH", 1, len(body)) + body
+    sizes = {"size": 0xFFFFFFFF, "packed_size": 0xFFFFFFFF} if needed else {}
+    with pytest.raises(SnapshotRejected) as refused:
+        read([archive([Member(b"a.txt", b"abc", version=45, extra=field, **sizes)])])
+    assert refused.value.rule == "bad_extra"

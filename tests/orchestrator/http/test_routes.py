@@ -55,7 +55,7 @@ async def test_a_session_is_a_machine_with_exactly_the_protocol_s_environment(wo
     [spec] = world.platform.specs.values()
     assert set(spec.env) == {
         "PROJECT_ID", "SESSION_ID", "SNAPSHOT_URL", "REALTIME_TOKEN", "REALTIME_URL", "REALTIME_API_KEY",
-        "SESSION_API_URL", "LOG_LEVEL",
+        "SESSION_API_URL", "LOG_LEVEL", "RUN_REVISION",
     }  # fmt: skip
     assert spec.env["REALTIME_URL"] == "wss://project.supabase.invalid/realtime/v1"
     assert spec.env["SESSION_API_URL"] == "https://orchestrator.invalid"
@@ -132,7 +132,7 @@ async def test_each_part_of_making_a_machine_is_told(world: World) -> None:
     told: list[str] = []
     controller = SessionController(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
-        installation=world.installation, on_part=lambda part, seconds: told.append(part),
+        runs=world.runs, installation=world.installation, on_part=lambda part, seconds: told.append(part),
     )  # fmt: skip
     project = await world.project()
     for generation in (1, 2):

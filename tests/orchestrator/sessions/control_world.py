@@ -14,12 +14,15 @@ from uuid import UUID, uuid4
 import httpx
 
 from orchestrator_stub.config import Settings
-from orchestrator_stub.http.routes import SessionRoutes, application
+from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.platform.database import Pool, pool_of
+from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
+from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
@@ -112,6 +115,10 @@ class World:
             " lease_until = lease_until - %(s)s".replace("%(s)s", f"interval '{seconds} seconds'")
         )
 
+    @property
+    def runs(self) -> RunSettings:
+        return RunSettings(self.pool, SEALING)
+
     def controller_of(self, driver: Any = None, store: Any = None) -> SessionController:
         """Another orchestrator on the same database and platform."""
         return SessionController(
@@ -120,6 +127,7 @@ class World:
             self.snapshots,
             driver or FakeMachines(self.platform),
             self.keys,
+            runs=self.runs,
             installation=self.installation,
         )
 
@@ -189,6 +197,10 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
     )
 
 
+SEALING = SealingKeys({"k1": bytes(32)})
+"""What run settings are encrypted with in these tests."""
+
+
 @asynccontextmanager
 async def control_world(
     dsn: str,
@@ -205,12 +217,21 @@ async def control_world(
         store = SessionStore(pool)
         installation = await store.installation()
         controller = SessionController(
-            settings, store, snapshots, FakeMachines(platform), keys, installation=installation
+            settings,
+            store,
+            snapshots,
+            FakeMachines(platform),
+            keys,
+            runs=RunSettings(pool, SEALING),
+            installation=installation,
         )
         catchup = Catchup(pool, snapshots, assets, inline_limit=settings.inline_limit)
         screens = Screens(dsn, store)
         waking = asyncio.create_task(screens.run())
-        api = SessionRoutes(settings, controller, store, catchup, snapshots, keys, screens, on_ready=on_ready)
+        runs = RunSettings(pool, SEALING)
+        api = RunRoutes(
+            settings, controller, store, catchup, snapshots, keys, runs, screens, on_ready=on_ready
+        )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(
@@ -241,11 +262,12 @@ ROUTES = [
     ("DELETE", "/v1/sessions/{id}"),
     ("POST", "/v1/sessions/{id}/snapshot"),
     ("GET", "/v1/sessions/{id}/shown"),
+    ("GET", "/v1/sessions/{id}/run"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
 ]
-AGENTS = ("sync", "token", "status")
+AGENTS = ("run", "sync", "token", "status")
 """The last words of the routes that are the agent's; the others are the product's."""
 
 

@@ -215,7 +215,7 @@ async def test_an_orchestrator_whose_clock_is_wrong_still_gives_tokens_that_last
     now = time.time() + skew
     wrong = SessionController(
         world.settings, world.store, world.snapshots, FakeMachines(world.platform), world.keys,
-        installation=world.installation, clock=lambda: now,
+        runs=world.runs, installation=world.installation, clock=lambda: now,
     )  # fmt: skip
     token, expires_at = wrong.token_for(session)
     assert expires_at - now >= world.settings.sweep_seconds

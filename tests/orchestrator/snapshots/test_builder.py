@@ -230,16 +230,23 @@ async def test_a_url_expires(world: World) -> None:
 async def test_what_cannot_be_built_says_why(world: World) -> None:
     with pytest.raises(SnapshotUnavailable, match="there is no project"):
         await world.snapshots.build(uuid4())
+
+
+async def test_a_file_whose_bytes_cannot_be_had_is_left_out_and_named(world: World) -> None:
     digest = await world.asset(b"not what the name says", named="0" * 64)
     await world.write(
-        {"action": "update", "file_path": "x.png", "content_hash": digest, "encoding": "base64"}
+        {"action": "update", "file_path": "x.png", "content_hash": digest, "encoding": "base64"},
+        {"action": "update", "file_path": "a.txt", "content": "there\n"},
     )
-    with pytest.raises(SnapshotUnavailable, match=r"x\.png.*upload it again"):
-        await world.snapshots.build(world.project_id)
+
+    async def left_out() -> object:
+        manifest = (await world.snapshots.build(world.project_id)).manifest
+        assert [file["file_path"] for file in manifest["files"]] == ["a.txt"]
+        return manifest["unavailable"]
+
+    assert await left_out() == [{"file_path": "x.png", "reason": "wrong_bytes"}]
     await world.storage.delete("project-assets", [f"{world.project_id}/{digest}"])
-    with pytest.raises(SnapshotUnavailable, match="NoSuchKey"):
-        await world.snapshots.build(world.project_id)
-    assert await world.storage.list(BUCKET, str(world.project_id)) == []
+    assert await left_out() == [{"file_path": "x.png", "reason": "lost"}]
 
 
 async def test_no_room_for_the_archive_is_said_and_passes(world: World) -> None:
