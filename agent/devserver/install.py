@@ -352,9 +352,7 @@ class Installer:
             raise _Failed("package_json", str(error)) from None
         if self._npmrc is not None:
             secrets = {"npmrc": self._npmrc}
-            await self._do(
-                "stage", 'umask 077; printf "%s\\n" "$npmrc" >"$1"', stage / "npmrc", secrets=secrets
-            )
+            await self._do("stage", 'umask 077; printf %s "$npmrc" >"$1"', stage / "npmrc", secrets=secrets)
         if not staged.exist:
             raise _Failed(
                 "stage", "package.json changed while it was read; it is read again on its next change"

@@ -82,6 +82,7 @@ class World:
     http: httpx.AsyncClient
     installation: Installation
     screens: Screens
+    runs: RunSettings
 
     async def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async with self.pool.connection() as connection:
@@ -246,6 +247,7 @@ async def control_world(
                 http,
                 installation,
                 screens,
+                runs,
             )
             try:
                 yield world

@@ -134,7 +134,16 @@ async def test_a_session_stores_a_bounded_number_of_bytes(database: str, tmp_pat
             allowance=Allowance(world.pool, 3 * MIB),
         )
         catchup = Catchup(world.pool, snapshots, storage, inline_limit=1000)
-        api = SessionRoutes(world.settings, world.controller, world.store, catchup, snapshots, world.keys)
+        api = SessionRoutes(
+            world.settings,
+            world.controller,
+            world.store,
+            catchup,
+            snapshots,
+            world.keys,
+            world.runs,
+            world.screens,
+        )
         app = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         world.http = httpx.AsyncClient(transport=app, base_url="https://orchestrator.invalid")
         project = await world.project()

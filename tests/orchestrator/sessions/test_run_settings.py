@@ -236,7 +236,16 @@ async def test_without_a_key_no_secret_is_kept_and_what_was_kept_is_not_shown_wr
     assert (await change(world, project, env={"A": SECRET})).status_code == 200
     catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=1000)
     runs = RunSettings(world.pool, SealingKeys())
-    api = RunRoutes(world.settings, world.controller, world.store, catchup, world.snapshots, world.keys, runs)
+    api = RunRoutes(
+        world.settings,
+        world.controller,
+        world.store,
+        catchup,
+        world.snapshots,
+        world.keys,
+        runs,
+        world.screens,
+    )
     transport = httpx.ASGITransport(application(api.routes()))
     async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
         keyless = replace(world, http=http)
