@@ -82,7 +82,6 @@ class World:
     http: httpx.AsyncClient
     installation: Installation
     screens: Screens
-    runs: RunSettings
 
     async def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         async with self.pool.connection() as connection:
@@ -247,7 +246,6 @@ async def control_world(
                 http,
                 installation,
                 screens,
-                runs,
             )
             try:
                 yield world
