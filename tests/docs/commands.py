@@ -67,7 +67,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"uvx --from '\./preview_sync-[\d.]+-py3-none-any\.whl\[orchestrator\]' preview-orchestrator dev \.",
         ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
     ),
-    (r"make (setup|check|test|test-frameworks|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
+    (r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (
