@@ -152,6 +152,8 @@ class Faults:
             case Kind.HISTORY_REPLACED:
                 await self._stack.rows("select public.new_project_epoch(%s)", self._projects[fault.project])
                 return f"project {fault.project}"
+            case Kind.PROJECT_DELETED:
+                return await self._stack.delete_one_more(fault.count)
             case Kind.CONNECTIONS_KILLED:
                 rows = await self._stack.rows(f"select pg_terminate_backend(pid) from ({BACKENDS}) open")
                 return f"{len(rows)} connections"

@@ -287,6 +287,7 @@ class Soak:
         for number in stack.sessions:
             await asyncio.to_thread(_copy_log, stack.directory(number), stack.state / f"agent-{number}.log")
         try:
+            outcome.wrong += await stack.not_forgotten()
             outcome.wrong += await stack.close_sessions()
         except (CannotRun, httpx.HTTPError, AttributeError) as error:
             outcome.wrong.append(f"the sessions could not be ended: {type(error).__name__}: {error}")

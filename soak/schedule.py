@@ -40,6 +40,7 @@ class Kind(StrEnum):
     NO_INODES = "no inodes"
     CLOCK_JUMPED = "clock jumped"
     HISTORY_REPLACED = "history replaced"
+    PROJECT_DELETED = "project deleted"
     CONNECTIONS_KILLED = "connections killed"
     DATABASE_CRASHED = "database crashed"
     ORCHESTRATOR_RESTARTED = "orchestrator restarted"
@@ -72,13 +73,14 @@ DECK: dict[Kind, int] = {
     Kind.NO_INODES: 2,
     Kind.CLOCK_JUMPED: 1,
     Kind.HISTORY_REPLACED: 2,
+    Kind.PROJECT_DELETED: 2,
     Kind.CONNECTIONS_KILLED: 2,
     Kind.DATABASE_CRASHED: 1,
     Kind.ORCHESTRATOR_RESTARTED: 1,
     Kind.ORCHESTRATOR_KILLED: 1,
     Kind.SUPABASE_KILLED: 1,
 }
-"""How many of each are in the deck of 78: small faults often, those that end a watched process seldom, so that its life
+"""How many of each are in the deck of 80: small faults often, those that end a watched process seldom, so that its life
 is long enough to see it grow."""
 
 ENDS_AN_AGENT = frozenset({Kind.AGENT_KILLED, Kind.MACHINE_REPLACED})

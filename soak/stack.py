@@ -11,6 +11,7 @@ realtime server by its own endpoint. Only the database's crash and the kills are
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,9 @@ TOKEN_TTL = 60
 
 READY_SECONDS = 300.0
 """For all the first machines to report `ready`: npm install and twenty starts on shared cores."""
+
+CLEANED_WITHIN = 120.0
+"""Seconds for what deleted projects left to be cleared away at the end; the orchestrator looks every few."""
 
 GIVES_BACK = {
     "MALLOC_ARENA_MAX": "1",
@@ -78,6 +82,8 @@ class Stack:
         self.keyring: Keyring
         self.keys: ProjectKeys
         self.http: httpx.AsyncClient
+        self.deleted: list[UUID] = []
+        """Projects that were made and deleted while the others were worked on."""
         """To the stand-in, with the service key."""
         self.control: httpx.AsyncClient
         """To the orchestrator, with the service key."""
@@ -168,6 +174,45 @@ class Stack:
                 "insert into public.projects (id, owner_id, name) values (%s, %s, 'soak')",
                 (project_id, owner),
             )
+
+    async def delete_one_more(self, files: int) -> str:
+        """Make a project beside the others, with texts and binary files, and delete it. Says what it had."""
+        project_id = uuid4()
+        await self.project(project_id, uuid4())
+        changes: list[dict[str, Any]] = []
+        for number in range(files):
+            content = f"{project_id} {number}".encode() * 100
+            digest = hashlib.sha256(content).hexdigest()
+            place = f"/storage/v1/object/project-assets/{project_id}/{digest}"
+            (await self.http.post(place, content=content)).raise_for_status()
+            changes.append({"file_path": f"{number}.bin", "content_hash": digest, "encoding": "base64"})
+        changes.append({"file_path": "a.txt", "content": "text"})
+        await self.rows("select public.apply_project_files(%s, %s::jsonb)", project_id, json.dumps(changes))
+        await self.rows("delete from public.projects where id = %s returning id", project_id)
+        self.deleted.append(project_id)
+        return f"{files} binary files"
+
+    async def not_forgotten(self) -> list[str]:
+        """What is still there of the projects that were deleted, some time after. An orchestrator that was killed keeps
+        its claim on one for ten minutes; that one is left out.
+        """
+        deadline = time.monotonic() + CLEANED_WITHIN
+        query = (
+            "select project_id from preview.deleted_projects"
+            " where cleaned_at is null and (claimed_until is null or claimed_until < now())"
+        )
+        while (rows := await self.rows(query)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.5)
+        claimed = await self.rows("select project_id from preview.deleted_projects where cleaned_at is null")
+        late = {row["project_id"] for row in claimed}
+        wrong = [f"deleted, and nobody clears it away: project {row['project_id']}" for row in rows]
+        for project_id in self.deleted:
+            left = await self.rows(
+                "select name from storage.objects where starts_with(name, %s)", f"{project_id}/"
+            )
+            if left and project_id not in late:
+                wrong.append(f"deleted, and cleared away but for {len(left)} objects: project {project_id}")
+        return wrong
 
     async def open(self, number: int, project_id: UUID) -> Session:
         """The session of an agent, and with it its machine. Raises `CannotRun` for a refusal."""
