@@ -347,21 +347,29 @@ def _same_origin(one: str, other: str) -> bool:
 async def _socket_accepts(http: httpx.AsyncClient, client: str, base: str, timeout: float) -> bool:
     """Return whether the socket opens that Vite's own client would open.
 
-    The client module has the server's address, which differs from the page's when the project's config
-    moves the socket; only its port and path are used.
+    The client tries the page's own address, and then the server's, which its module has: a framework that runs Vite as
+    a part of its own server serves the socket at the page's, a config that moves the socket at the other. Of that
+    one only port and path are used.
     """
     _, _, source, _ = await _get(http, client, MODULE, timeout)
     here = urlsplit(base)
     named = _SOCKET.search(source)
     there = urlsplit(f"//{named[1]}") if named else None
-    port = (there.port if there else None) or here.port
     path = there.path if there and there.path else "/"
     scheme = "wss" if here.scheme == "https" else "ws"
     host = f"[{here.hostname}]" if ":" in str(here.hostname) else here.hostname
+    ports = dict.fromkeys([here.port, (there.port if there else None) or here.port])
+    for port in ports:
+        if await _opens(f"{scheme}://{host}:{port}{path}"):
+            return True
+    return False
+
+
+async def _opens(url: str) -> bool:
     try:
         async with websockets.connect(
-            f"{scheme}://{host}:{port}{path}",
-            ssl=_ANY_CERTIFICATE if scheme == "wss" else None,
+            url,
+            ssl=_ANY_CERTIFICATE if url.startswith("wss:") else None,
             subprotocols=[websockets.Subprotocol("vite-hmr")],
             proxy=None,
             compression=None,
