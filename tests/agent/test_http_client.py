@@ -16,7 +16,7 @@ import pytest
 from agent.cli import status
 from agent.cli.status import read_status
 from agent.config import Settings
-from agent.core.errors import MalformedMessage, Unavailable
+from agent.core.errors import TooLarge, Unavailable
 from agent.replay.record import Recorder
 from tests.agent.cli.test_check import asked, environment
 from tests.agent.test_tokens import jwt
@@ -73,7 +73,7 @@ async def test_a_recording_unpacks_nothing_and_reads_so_much_and_no_more(tmp_pat
             with in_little_memory(), pytest.raises(Unavailable, match="encoded as 'gzip, gzip'"):
                 await recorder(tmp_path, http)._fetch(server.url)
         async with origin(Answer(bytes(8_000_000), announced=False)) as server:
-            with in_little_memory(), pytest.raises(MalformedMessage, match="larger than 1000000 bytes"):
+            with in_little_memory(), pytest.raises(TooLarge, match="larger than 1000000 bytes"):
                 await recorder(tmp_path, http)._fetch(server.url)
         async with origin(Answer(bytes(1_000_000))) as server:
             assert await recorder(tmp_path, http)._fetch(server.url) == bytes(1_000_000)

@@ -229,8 +229,8 @@ async def test_the_orchestrator_opens_a_project_that_was_made_after_us(blank: st
             db.execute(new.encode(), [project, OWNER])
     async with pool_of(blank) as pool:
         store = SessionStore(pool)
-        assert await store.sees({"role": "authenticated", "sub": str(OWNER)}, project)
-        assert not await store.sees({"role": "authenticated", "sub": str(STRANGER)}, project)
+        assert await store.may({"role": "authenticated", "sub": str(OWNER)}, project, "read")
+        assert not await store.may({"role": "authenticated", "sub": str(STRANGER)}, project, "read")
         session, is_new = await store.create(project, key="k", generation=1, ttl=60)
         assert is_new
         assert (await store.create(project, key="k", generation=1, ttl=60))[0].id == session.id

@@ -33,31 +33,43 @@ async def world(database: str) -> AsyncIterator[World]:
 
 
 OK = "ok"
-ORDER = ("create", "list", "list all", "show", "snapshot", "sync", "run", "token", "status", "delete")
+ORDER = (
+    "create",
+    "list",
+    "list all",
+    "show",
+    "shown",
+    "snapshot",
+    "sync",
+    "run",
+    "token",
+    "status",
+    "delete",
+)
 """The routes as the table's columns; what ends the session comes last."""
 
 RIGHTS = {
-    # who                        create list  all   show  snap  sync  run   tok   stat  delete
-    "nobody":                    "401   401   401   401   401   401   401   401   401   401",
-    "basic":                     "401   401   401   401   401   401   401   401   401   401",
-    "junk":                      "401   401   401   401   401   401   401   401   401   401",
-    "the service's key":         "ok    ok    ok    ok    ok    401   401   401   401   ok",
-    "the service's token":       "ok    ok    ok    ok    ok    401   401   401   401   ok",
-    "the owner":                 "ok    ok    403   ok    ok    401   401   401   401   ok",
-    "a stranger":                "404   404   403   404   404   401   401   401   401   404",
-    "anon":                      "403   403   403   403   403   401   401   401   401   403",
-    "nobody's user token":       "403   403   403   403   403   401   401   401   401   403",
-    "its machine":               "403   403   403   403   403   ok    ok    ok    ok    403",
-    "its machine, other role":   "403   403   403   403   403   ok    ok    ok    ok    403",
-    "the machine before":        "403   403   403   403   403   409   409   409   stop  403",
-    "a machine to come":         "403   403   403   403   403   409   409   409   stop  403",
-    "another session's":         "403   403   403   403   403   403   403   403   403   403",
-    "another project's":         "403   403   403   403   403   403   403   403   403   403",
-    "its machine, an hour late": "401   401   401   401   401   401   401   ok    401   401",
-    "its machine, two days late":"401   401   401   401   401   401   401   401   401   401",
-    "another key":               "401   401   401   401   401   401   401   401   401   401",
-    "no signature":              "401   401   401   401   401   401   401   401   401   401",
-    "a changed claim":           "401   401   401   401   401   401   401   401   401   401",
+    # who                        create list  all   show  shown snap  sync  run   tok   stat  delete
+    "nobody":                    "401   401   401   401   401   401   401   401   401   401   401",
+    "basic":                     "401   401   401   401   401   401   401   401   401   401   401",
+    "junk":                      "401   401   401   401   401   401   401   401   401   401   401",
+    "the service's key":         "ok    ok    ok    ok    ok    ok    401   401   401   401   ok",
+    "the service's token":       "ok    ok    ok    ok    ok    ok    401   401   401   401   ok",
+    "the owner":                 "ok    ok    403   ok    ok    ok    401   401   401   401   ok",
+    "a stranger":                "404   404   403   404   404   404   401   401   401   401   404",
+    "anon":                      "403   403   403   403   403   403   401   401   401   401   403",
+    "nobody's user token":       "403   403   403   403   403   403   401   401   401   401   403",
+    "its machine":               "403   403   403   403   403   403   ok    ok    ok    ok    403",
+    "its machine, other role":   "403   403   403   403   403   403   ok    ok    ok    ok    403",
+    "the machine before":        "403   403   403   403   403   403   409   409   409   stop  403",
+    "a machine to come":         "403   403   403   403   403   403   409   409   409   stop  403",
+    "another session's":         "403   403   403   403   403   403   403   403   403   403   403",
+    "another project's":         "403   403   403   403   403   403   403   403   403   403   403",
+    "its machine, an hour late": "401   401   401   401   401   401   401   401   ok    401   401",
+    "its machine, two days late":"401   401   401   401   401   401   401   401   401   401   401",
+    "another key":               "401   401   401   401   401   401   401   401   401   401   401",
+    "no signature":              "401   401   401   401   401   401   401   401   401   401   401",
+    "a changed claim":           "401   401   401   401   401   401   401   401   401   401   401",
 }  # fmt: skip
 
 
@@ -129,6 +141,7 @@ async def test_every_route_with_every_kind_of_token(world: World, who: str) -> N
         "list": ("GET", f"/v1/sessions?project_id={project}", None),
         "list all": ("GET", "/v1/sessions", None),
         "show": ("GET", one, None),
+        "shown": ("GET", f"{one}/shown?wait=0", None),
         "snapshot": ("POST", f"{one}/snapshot", {}),
         "sync": ("POST", f"{one}/sync", {"epoch": None, "revision": 0, "reason": "join"}),
         "run": ("GET", f"{one}/run", None),

@@ -280,7 +280,9 @@ def test_the_document_names_every_route_and_resolves() -> None:
         ("/v1/sessions", "post"), ("/v1/sessions", "get"), ("/v1/sessions/{session_id}", "get"),
         ("/v1/sessions/{session_id}", "delete"), ("/v1/sessions/{session_id}/snapshot", "post"),
         ("/v1/sessions/{session_id}/sync", "post"), ("/v1/sessions/{session_id}/token", "post"),
-        ("/v1/sessions/{session_id}/status", "put"),
+        ("/v1/sessions/{session_id}/status", "put"), ("/v1/sessions/{session_id}/run", "get"),
+        ("/v1/sessions/{session_id}/shown", "get"), ("/v1/projects/{project_id}/shown", "get"),
+        ("/v1/projects/{project_id}/run", "get"), ("/v1/projects/{project_id}/run", "put"),
     }  # fmt: skip
 
     def references(value: object) -> list[str]:

@@ -224,6 +224,8 @@ class Ours(Client):
     """The agent's own link. It renews by itself, so `renew` only says with what."""
 
     can: frozenset[str] = frozenset()
+    problem: str | None = None
+    """What is wrong with the token's file; there is none."""
     _SETTINGS = LinkSettings(
         timing=Timing(replication_within=2.0),
         backoff_first=0.05, backoff_most=0.1, backoff_least=0.01, rejoin_least=0.1, renew_pause=0.1, check_every=0.05,

@@ -64,8 +64,8 @@ def replace(owner, name, bug):
     setattr(owner, name, bug)
 
 try:
-    from agent.sync import engine
-    replace(engine.Sync, "_hydrated", crash)
+    from agent.sync import hydrate
+    replace(hydrate.Hydration, "run", crash)
     if os.environ.get("CRASH") == "loop":
         from agent import daemon
         def broken(*_, **__):

@@ -151,12 +151,12 @@ async def test_registries_from_outside_the_project_are_there_for_the_install_alo
     bench = Bench(tmp_path, environ=tools(tmp_path / "bin", npm=npm))
     wanted = write(bench.root, dependencies={"thing": "1"})
     await bench.installer.open()
-    text = "@own:registry=https://npm.example/\n//npm.example/:_authToken=a b'c"
+    text = "@own:registry=https://npm.example/\n//npm.example/:_authToken=a b'c\n"
     bench.installer.configure(None, text)
     result = await bench.installer.install(wanted)
     assert result.outcome is InstallOutcome.INSTALLED, result.problem
     place, *said = bench.lines
-    assert "\n".join(said[:-1]) == text
+    assert "\n".join(said[:-1]) + "\n" == text
     assert said[-1] == place, "nobody else may read it"
     assert not any(b"_authToken" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 

@@ -114,6 +114,8 @@ MAKES = {
 
 REVIEWED = {
     "daemon._until_stopped": "the root tasks, kept running or the loop itself; the wait for a stop",
+    "devserver.forward._accept": "one visitor's connection: it is closed in any case",
+    "devserver.probe.observe": "the inspection; its result is read, or it is cancelled with the probe",
     "devserver.process.__init__": "waits for the child; `wait` raises it",
     "devserver.supervisor._do_start": "the probe, contained",
     "devserver.supervisor._spawn": "contained; a bug is a failed install or an exit",

@@ -158,7 +158,7 @@ async def test_whoever_has_the_id_next_reads_nothing_of_the_old(works: Works, cl
     assert "was deleted, and its id is not used again" in refused.json()["message"]
     assert (await works.save(owner, project_id)).status_code == 404
     store = SessionStore(works.pool)
-    assert not await store.sees({"role": "authenticated", "sub": str(other)}, project_id)
+    assert not await store.may({"role": "authenticated", "sub": str(other)}, project_id, "read")
     with pytest.raises(ProjectUnknown):
         await store.create(project_id, key=None, generation=1, ttl=60)
 
