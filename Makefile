@@ -2,8 +2,8 @@
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
-# The tests run in three processes, a file at a time: most of them wait. WORKERS=0 runs them in this one, as a debugger needs.
-WORKERS ?= 3
+# The tests run in two processes, a file at a time: most of them wait. WORKERS=0 runs them in this one, as a debugger needs.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SCRIPTS := tests/browser/node_modules/.package-lock.json

@@ -211,10 +211,16 @@ class EmbeddedPostgres:
         draft.rename(self._data)
 
     def _socket_directory(self, account: pwd.struct_passwd | None) -> Path:
-        """The data directory, which nobody else may enter; a temporary one when its name is too long for a socket."""
-        if len(os.fsencode(self._data)) + len("/.s.PGSQL.5432.lock") < MAX_SOCKET_PATH:
+        """The data directory, which nobody else may enter; a temporary one when its name is too long for a socket.
+
+        Where TMPDIR is too long as well, that is made in /tmp.
+        """
+        if _fits(self._data):
             return self._data
         made = Path(tempfile.mkdtemp(prefix="preview-pg-"))
+        if not _fits(made):
+            made.rmdir()
+            made = Path(tempfile.mkdtemp(prefix="preview-pg-", dir="/tmp"))  # noqa: S108 - mkdtemp makes it ours alone
         if account is not None:
             os.chown(made, account.pw_uid, account.pw_gid)
         return made
@@ -312,3 +318,8 @@ def _die_with_parent() -> Callable[[], None] | None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
 
     return arrange
+
+
+def _fits(directory: Path) -> bool:
+    """Whether a socket in it has a path that the system takes."""
+    return len(os.fsencode(directory)) + len("/.s.PGSQL.5432.lock") < MAX_SOCKET_PATH

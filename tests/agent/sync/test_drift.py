@@ -18,7 +18,7 @@ from agent.fs.project_dir import ProjectDir
 from agent.sync.drift import DriftWatch, Observed
 from tests.agent.disks import Agent, remove, write
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 """Seconds until a condition counts as never coming; far above the 0.2 s that seeing takes."""
 
 
