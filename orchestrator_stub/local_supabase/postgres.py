@@ -220,7 +220,7 @@ class EmbeddedPostgres:
         made = Path(tempfile.mkdtemp(prefix="preview-pg-"))
         if not _fits(made):
             made.rmdir()
-            made = Path(tempfile.mkdtemp(prefix="preview-pg-", dir="/tmp"))  # noqa: S108 - mkdtemp makes it ours alone
+            made = Path(tempfile.mkdtemp(prefix="preview-pg-", dir="/tmp"))
         if account is not None:
             os.chown(made, account.pw_uid, account.pw_gid)
         return made
