@@ -151,7 +151,7 @@ async def test_registries_from_outside_the_project_are_there_for_the_install_alo
     bench = Bench(tmp_path, environ=tools(tmp_path / "bin", npm=npm))
     wanted = write(bench.root, dependencies={"thing": "1"})
     await bench.installer.open()
-    text = "@own:registry=https://npm.example/\n//npm.example/:_authToken=a b'c\n"
+    text = "always-auth=true\n//npm.example/:_authToken=a b'c\n"
     bench.installer.configure(None, text)
     result = await bench.installer.install(wanted)
     assert result.outcome is InstallOutcome.INSTALLED, result.problem
