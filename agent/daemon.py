@@ -127,6 +127,43 @@ class Agent:
         await memory.trim_every(self.settings.heartbeat_seconds)
 
 
+class ProjectStart:
+    """Has the project's programs follow its tree, once the tree is whole and its run settings are known.
+
+    In shadow mode there are no programs: the comparison is told instead.
+    """
+
+    def __init__(self, supervisor: Supervisor, shadow: Shadow | None) -> None:
+        self.run_settings: RunSettingsFollower | None = None
+        """Who calls `configure`; set before anything runs."""
+        self.hydrated = asyncio.Event()
+        """Set when the first tree is whole."""
+        self._supervisor = supervisor
+        self._shadow = shadow
+
+    def tree_changed(self, paths: Collection[RelPath]) -> None:
+        """Paths of the tree were written or removed."""
+        if self._shadow is None:
+            self._supervisor.files_changed(paths)
+
+    def tree_whole(self) -> None:
+        """The first tree is whole."""
+        self.hydrated.set()
+        if self._shadow is not None:
+            self._shadow.hydrated()
+        self._when_both_are_there()
+
+    def configure(self, run: RunSettings) -> None:
+        """Take the project's run settings, the first or later ones."""
+        self._supervisor.configure(run)
+        self._when_both_are_there()
+
+    def _when_both_are_there(self) -> None:
+        known = self.run_settings is not None and self.run_settings.known.is_set()
+        if known and self.hydrated.is_set() and self._shadow is None:
+            self._supervisor.project_ready()
+
+
 def build(
     settings: Settings,
     *,
@@ -176,33 +213,10 @@ def build(
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
-    hydrated, stop = asyncio.Event(), asyncio.Event()
-
-    def on_tree(paths: Collection[RelPath]) -> None:
-        if shadow is None:
-            supervisor.files_changed(paths)
-
-    redactor = redactor or redactor_for(settings)
-
-    def start_when_known() -> None:
-        # Whichever of the tree and the run settings comes last.
-        if hydrated.is_set() and run_settings.known.is_set() and shadow is None:
-            supervisor.project_ready()
-
-    def on_run_settings(run: RunSettings) -> None:
-        supervisor.configure(run)
-        start_when_known()
-
-    run_settings = RunSettingsFollower(
-        api, settings.run_revision, on_settings=on_run_settings, on_secret=redactor.add
+    start = ProjectStart(supervisor, shadow)
+    run_settings = start.run_settings = RunSettingsFollower(
+        api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
     )
-
-    def on_hydrated() -> None:
-        hydrated.set()
-        if shadow is not None:
-            shadow.hydrated()
-        start_when_known()
-
     url = settings.snapshot_url
     sync = Sync(
         follower,
@@ -213,14 +227,15 @@ def build(
         metrics,
         status,
         snapshot_url=url.get_secret_value() if url else None,
-        on_tree=on_tree,
+        on_tree=start.tree_changed,
         preview=screen,
-        on_hydrated=on_hydrated,
+        on_hydrated=start.tree_whole,
         drift_policy=drift_policy or settings.drift_policy,
         skew=skew,
         spans=spans,
         clock=clock,
     )
+    stop = asyncio.Event()
     report = Report(
         settings=settings,
         sync=sync,
@@ -259,7 +274,7 @@ def build(
         ),
         run_settings=run_settings,
         spans=spans,
-        hydrated=hydrated,
+        hydrated=start.hydrated,
         stop=stop,
     )
 

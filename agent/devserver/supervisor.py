@@ -19,9 +19,8 @@ from agent.config import PASSED_ON, Settings
 from agent.core.errors import DevServerFailed
 from agent.core.model import Problem, ProblemKind, RelPath
 from agent.devserver import probe, state
-from agent.devserver.forward import Forward
+from agent.devserver.forward import Elsewhere
 from agent.devserver.install import Installer, InstallOutcome, InstallResult
-from agent.devserver.listeners import Listener, listeners
 from agent.devserver.output import OutputLog
 from agent.devserver.probe import Inspection, Outcome
 from agent.devserver.process import Child, node_version
@@ -49,11 +48,6 @@ from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
-ELSEWHERE_EVERY = 1.0
-"""Seconds between two looks at where the project listens, while nothing answers where visitors come."""
-ELSEWHERE_AFTER = 5.0
-"""Seconds for which another port must have been the only one before visitors are passed on to it: of two servers that
-one command starts, the preview's may be the later one, and would find its port taken by us."""
 AFTER_A_BUG = 1.0
 """Seconds of rest after a bug in the loop, so that one which stays is no busy loop."""
 
@@ -122,9 +116,8 @@ class Supervisor:
         """What runs, or ran last."""
         self._inspection: Inspection | None = None
         self._start_problem: Problem | None = None
-        self._listeners: tuple[Listener, ...] = ()
-        """What the project listened on at the last look, while nothing answered."""
-        self._forward: Forward | None = None
+        self._elsewhere: Elsewhere | None = None
+        """Where the project's programs listen, of the last start."""
         self.restarts = 0
 
         # What is previewed, and its install.
@@ -186,12 +179,14 @@ class Supervisor:
 
     def problems(self) -> tuple[Problem, ...]:
         """Return what is wrong now."""
-        found = [self._nothing, self._install_problem, self._start_problem]
+        elsewhere = self._elsewhere.problem if self._elsewhere else None
+        found = [self._nothing, self._install_problem, self._start_problem, elsewhere]
         covered = ("install", "port_taken")
         if self.state in (Phase.FAILED, Phase.BACKOFF) and self._state.reason not in covered:
             said = list(self._output.lines)[-10:] or ["no output"]
             if self._state.reason == "late":
-                said.insert(0, self._why_late())
+                nothing = f"nothing answered at {self.url} in {self._policy.start_timeout:g} s"
+                said.insert(0, self._elsewhere.why_late(nothing) if self._elsewhere else nothing)
             if self._hint:
                 said.insert(0, self._hint)
             failed = self.state is Phase.FAILED
@@ -204,18 +199,10 @@ class Supervisor:
             found.append(Problem("preview_error", inspection.detail, rule=inspection.rule))
         return tuple(problem for problem in found if problem)
 
-    def _why_late(self) -> str:
-        nothing = f"nothing answered at {self.url} in {self._policy.start_timeout:g} s"
-        if not self._listeners:
-            return (
-                f"{nothing}, and nothing of the project listens; set DEV_COMMAND to what serves on this port"
-            )
-        where = ", ".join(str(each) for each in self._listeners[:8])
-        return f"{nothing}; the project listens on {where}: set DEV_PORT to the port of the preview"
-
     def report(self, *, log: bool = True) -> dict[str, object]:
         """Return what `/status` shows. `log`: with the last lines of output."""
         now, installed, inspection = self._state, self._install, self._inspection
+        target = self._elsewhere.target if self._elsewhere else None
         report: dict[str, object] = {
             "state": now.phase.value,
             "reason": now.reason or None,
@@ -225,7 +212,7 @@ class Supervisor:
             "pid": self._child.pid if self._child else None,
             "command": list(self._launched.argv) if self._launched else None,
             "preview": self._wanted.report() if self._wanted else None,
-            "listens_on": str(self._forward.target) if self._forward else None,
+            "listens_on": str(target) if target else None,
             "detail": inspection.detail if inspection else None,
             "entry": inspection.entry if inspection else None,
             "user": self._rights.user.name if self._rights.user else None,
@@ -386,7 +373,7 @@ class Supervisor:
         if self._screen is not None:
             env = with_plugin(launch.env, await self._screen.open(self._rights.user))
             launch = replace(launch, env=env)
-        self._listeners = ()
+        self._elsewhere = None
         port = self._port
         killed_before = net.out_of_memory_kills()
         if not net.port_is_free(self._host, port):
@@ -400,18 +387,19 @@ class Supervisor:
         probing = asyncio.create_task(
             self._contained(self._probe(generation), None), name=f"probe-{generation}"
         )
-        looking = asyncio.create_task(
-            self._contained(self._look_elsewhere(child.pid), None), name=f"elsewhere-{generation}"
+        user = self._rights.user
+        elsewhere = self._elsewhere = Elsewhere(
+            self._settings, self._host, uid=user.uid if user else None, clock=self._clock
         )
+        watch = elsewhere.watch(child.pid, lambda: bool(self._inspection and self._inspection.up))
+        looking = asyncio.create_task(self._contained(watch, None), name=f"elsewhere-{generation}")
         try:
             code = await child.wait()
         finally:
             probing.cancel()
             looking.cancel()
             await asyncio.wait({probing, looking})
-            if self._forward:
-                await self._forward.close()
-                self._forward = None
+            await elsewhere.close()
         why = "exit" if code < 128 else "signal"
         if code == 137 and net.out_of_memory_kills() > killed_before:
             why = "oom"
@@ -434,49 +422,6 @@ class Supervisor:
                 self._inspection = inspection
                 if observed is not None:
                     self._inputs.put_nowait(observed(generation))
-
-    async def _look_elsewhere(self, pid: int) -> None:
-        """Until the server answers, look where the project listens; pass visitors on when that is one place."""
-        user = self._rights.user
-        before: tuple[Listener, ...] = ()
-        since = self._clock()
-        while not (self._inspection and self._inspection.up):
-            await asyncio.sleep(ELSEWHERE_EVERY)
-            self._listeners = await asyncio.to_thread(listeners, pid, uid=user.uid if user else None)
-            if self._listeners != before:
-                before, since = self._listeners, self._clock()
-            named = [each for each in before if each.port == self._settings.dev_server_port] or before
-            (only,) = named if len(named) == 1 else (None,)
-            if only is None or only.serves(net.visitors_hosts(self._host), self._settings.dev_port):
-                continue  # a server that is where visitors come, and says nothing, is slow
-            if (
-                self._clock() - since >= ELSEWHERE_AFTER or only.port == self._port
-            ):  # its own: nothing else wants that
-                await self._pass_on(only)
-                if self._forward:
-                    return
-
-    async def _pass_on(self, only: Listener) -> None:
-        """Listen where visitors come and pass them on to the one place where the project serves HTTP."""
-        host = f"[{only.target}]" if ":" in only.target else only.target
-        if not await probe.answers(f"http://{host}:{only.port}", timeout=self._settings.dev_probe_seconds):
-            return
-        if self._inspection and self._inspection.up:
-            return
-        hosts = net.visitors_hosts(self._host)
-        if only.port != self._settings.dev_port and self._host == "::":
-            hosts = ("::", "0.0.0.0")  # noqa: S104 - where the settings have the dev server listen
-        port = self._settings.dev_port
-        try:
-            self._forward = await Forward.open(hosts, port, only)
-        except OSError:
-            said = (
-                f"the project listens on {only}, and port {port}, where visitors come, is taken; set DEV_PORT"
-            )
-            self._start_problem = Problem("port_taken", said)
-            return
-        self._start_problem = None
-        log.warning("dev_server.elsewhere", listens_on=str(only), dev_port=port)
 
     # --- the project and the metrics
 
