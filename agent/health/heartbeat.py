@@ -135,10 +135,10 @@ class Heartbeat:
         if head.action == "stop":
             log.info("agent.told_to_stop")
             self.stop.set()
+        self.run_settings.hear(head.run_revision)
         if not whole:
             return
         self.sync.hear(head, asked_at)
-        self.run_settings.hear(head.run_revision)
         if head.action == "sync":
             self.sync.hurry()
 

@@ -45,6 +45,13 @@ def api(stack: Stack, method: str, path: str, body: object = None) -> Any:
     return answer.json()
 
 
+def change(stack: Stack, **settings: object) -> Any:
+    """Change the run settings. A save has the agent's next heartbeat go out at once: its answer tells of the change."""
+    shown = api(stack, "PUT", f"/v1/projects/{stack.info['project_id']}/run", settings)
+    stack.save("note.txt", json.dumps(settings))
+    return shown
+
+
 def served(stack: Stack, path: str, text: str) -> bool:
     try:
         return text in httpx.get(f"{stack.info['preview_url']}{path}", timeout=5).text
@@ -53,23 +60,22 @@ def served(stack: Stack, path: str, text: str) -> bool:
 
 
 def test_a_change_restarts_the_dev_server_and_not_the_machine(project: Stack) -> None:
-    run = f"/v1/projects/{project.info['project_id']}/run"
     session = f"/v1/sessions/{project.info['session_id']}"
     machine, agent = api(project, "GET", session)["machine"], project.info["agent_pid"]
     before = project.status()["dev_server"]["pid"]
 
-    api(project, "PUT", run, {"env": {"GREETING": FIRST}})
+    change(project, env={"GREETING": FIRST})
     until("the first value is served", lambda: served(project, "/greeting", FIRST), 60)
     assert project.status()["dev_server"]["pid"] != before
 
-    shown = api(project, "PUT", run, {"env": {"GREETING": SECOND}})
+    shown = change(project, env={"GREETING": SECOND})
     until("the second value is served", lambda: served(project, "/greeting", SECOND), 60)
     assert project.status()["run_revision"] == shown["run_revision"] == 2
 
-    api(project, "PUT", run, {"root": "apps/other"})
+    change(project, root="apps/other")
     until("another directory is served", lambda: served(project, "/", "/project/apps/other"), 60)
     assert served(project, "/greeting", SECOND)
-    api(project, "PUT", run, {"root": None})
+    change(project, root=None)
     until("the first directory again", lambda: served(project, "/", "/project</p>"), 60)
 
     assert api(project, "GET", session)["machine"] == machine
