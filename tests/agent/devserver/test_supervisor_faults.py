@@ -92,7 +92,7 @@ async def test_a_bug_costs_one_try_and_not_the_agent(
         return await fails(*given)  # type: ignore[misc]
 
     monkeypatch.setattr(Supervisor, where, later if where == "_probe" else fails)
-    # A start that nobody inspects ends by its timeout alone, however busy the machine: any number of them may be needed.
+    # A start that nobody inspects ends by its timeout alone: on a busy machine any number of them may be needed.
     late = 1.0 if where == "_probe" else 60.0
     policy = RestartPolicy(start_timeout=late, backoff_first=0.02, debounce=0.05, max_crashes=1000)
     async with supervised(tmp_path, *server("late"), policy=policy) as supervisor:
