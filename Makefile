@@ -7,9 +7,10 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SCRIPTS := tests/browser/node_modules/.package-lock.json
+EDITOR := examples/editor/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms dev test test-browser test-frameworks test-nightly frameworks test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms page dev test test-browser test-frameworks test-nightly frameworks test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,14 +28,20 @@ $(READY): requirements/dev.lock pyproject.toml
 $(SCRIPTS): tests/browser/package-lock.json
 	@npm --prefix tests/browser ci --silent && touch $@
 
+$(EDITOR): examples/editor/package-lock.json
+	@npm --prefix examples/editor ci --silent --no-audit --no-fund && touch $@
+
+page: $(READY) ## build the editor page, if its sources have changed (`make dev` does so by itself)
+	@$(BIN)/python -m orchestrator_stub.devstack.editor_page
+
 dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app)
 	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app)
 
-test: $(READY) $(SCRIPTS) ## unit, contract, database and system tests
+test: $(READY) $(SCRIPTS) page ## unit, contract, database and system tests
 	npm --prefix tests/browser test --silent
 	$(BIN)/python -m pytest -m "not nightly and not browser and not frameworks" -n $(WORKERS) --dist loadfile --durations=20
 
-test-browser: $(READY) $(SCRIPTS) ## what people see, in Debian's Chromium (apt-get install chromium)
+test-browser: $(READY) $(SCRIPTS) page ## what people see, in Debian's Chromium (apt-get install chromium)
 	$(BIN)/python -m pytest -m "browser and not nightly" tests/browser
 
 test-nightly: $(READY) $(SCRIPTS) ## everything, with the long profiles
@@ -49,7 +56,7 @@ frameworks: $(READY) ## all of them, and the table in docs/dev-server.md from wh
 image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
 	$(BIN)/python -m tests.image.engine preview-agent
 
-wheel: $(READY) ## build the package into dist/: an installation of it needs no checkout
+wheel: $(READY) page ## build the package into dist/: an installation of it needs no checkout
 	@rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
@@ -57,12 +64,13 @@ wheel: $(READY) ## build the package into dist/: an installation of it needs no 
 test-image: $(READY) ## build the image and run it, and the container driver, for real
 	PREVIEW_TEST_IMAGE=build $(BIN)/python -m pytest tests/image tests/orchestrator/machines/test_container.py -rs
 
-check: $(READY) $(SCRIPTS) ## format, lint, types, layers
+check: $(READY) $(SCRIPTS) $(EDITOR) ## format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	npm --prefix tests/browser run --silent check
+	npm --prefix examples/editor run --silent check
 
 rooms: $(READY) ## the rooms of both packages: modules, lines, imports between them
 	@$(BIN)/python -m tests.docs.rooms

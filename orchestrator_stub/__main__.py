@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     dev.add_argument("--json", action="store_true", help="JSON lines on standard output, progress on error")
     dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
     dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")
+    dev.add_argument("--no-editor", action="store_true", help="neither build nor serve the editor page")
     dev.add_argument(
         "--include", action="append", default=[], metavar="PATTERN",
         help="send what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
@@ -143,6 +144,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         as_json=arguments.json,
         once=arguments.once,
         watch=not arguments.no_watch,
+        editor=not (arguments.no_editor or arguments.once),
         database_url=arguments.database_url,
         include=tuple(arguments.include),
         faults=arguments.faults,

@@ -29,6 +29,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent
+from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
@@ -107,6 +108,7 @@ class Stack:
         self._pids: dict[str, int] = {}
         self._machine_id: str | None = None
         self._mark: str | None = None
+        self._page = EditorPage() if options.editor else None
 
     async def run(self) -> None:
         self._options.check()
@@ -150,6 +152,8 @@ class Stack:
         self._machine_id = machine.id
         self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
+        if self._page is not None:
+            tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
@@ -173,6 +177,18 @@ class Stack:
         )
         self._stack.callback(self._state.withdraw)
         self._state.publish(info)
+        if self._page is not None:
+            self._page.publish(
+                {
+                    "anon_key": info.anon_key,
+                    "email": email,
+                    "password": password,
+                    "project_id": info.project_id,
+                    "project_name": directory.resolve().name,
+                    "session_id": info.session_id,
+                    "preview_url": info.preview_url,
+                }
+            )
         self._terminal.show(
             screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
         )
@@ -226,7 +242,8 @@ class Stack:
     ) -> AsyncIterator[None]:
         """Control plane and stand-in on one socket, up when this yields."""
         local = stand_in(dsn, keys, self._state.path / "storage", faults=self._options.faults)
-        app = application([*service.routes, *local.routes], lifespan=local.lifespan)
+        page = self._page.routes() if self._page is not None else []
+        app = application([*service.routes, *local.routes, *page], lifespan=local.lifespan)
         config = uvicorn.Config(
             Measured(app, service.metrics),
             log_config=None,

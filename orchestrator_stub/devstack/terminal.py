@@ -30,6 +30,8 @@ class DevOptions:
     database_url: str | None = None
     include: tuple[str, ...] = ()
     """Patterns, as git writes them, of what is sent although the ignore rules leave it out."""
+    editor: bool = True
+    """Serve the editor page, and build it where it is not."""
     faults: bool = False
     """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
 
@@ -125,6 +127,7 @@ def screen(options: DevOptions, info: DevInfo, log: Path | None, seconds: float)
     """Where everything is, once the preview is served. `seconds`: since the start."""
     rows = {
         "Preview": info.preview_url,
+        **({"Editor": f"{info.orchestrator_url}/"} if options.editor else {}),
         "Editing": str(options.directory.resolve()),
         "Supabase URL": f"{info.orchestrator_url}   (RPC, Storage, Realtime, /v1/sessions)",
         "Sign in as": f"{info.user_email}   {info.user_password}",

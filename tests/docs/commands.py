@@ -69,6 +69,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     ),
     (r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
     (r"make wheel", Make("tests/package/test_installed.py")),
+    (r"make page", Make("tests/browser/test_editor.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (
         r"make (test-nightly|frameworks|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator_stub.devstack.editor_page import EditorPage
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,11 +28,20 @@ def copy_checkout(to: Path) -> Path:
     return to
 
 
+def with_built_page(checkout: Path) -> Path:
+    """Put the editor page there, if it is built here: building it is what the browser's tests test."""
+    built = ROOT / "orchestrator_stub" / "editor_page"
+    if EditorPage().current:
+        shutil.copytree(built, checkout / "orchestrator_stub" / "editor_page")
+    return checkout
+
+
 def make_wheel(checkout: Path) -> Path:
     """Make the wheel as `make wheel` does in `checkout`, with the tools of the running interpreter's environment."""
     tools = Path(sys.executable).parent.parent
+    with_built_page(checkout)
     command = ["make", "wheel", f"VENV={tools}", "--old-file", f"{tools}/.ready"]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = (checkout / "dist").glob("*.whl")
     assert str(made.relative_to(checkout)) in done.stdout

@@ -19,7 +19,15 @@ from psycopg.conninfo import make_conninfo
 from orchestrator_stub.platform.migrations import MIGRATIONS, read_migrations
 from tests.agent.cli.test_check import environment
 from tests.orchestrator.test_serve import settings
-from tests.package.checkout import ROOT, Installed, copy_checkout, install, locked, make_wheel
+from tests.package.checkout import (
+    ROOT,
+    Installed,
+    copy_checkout,
+    install,
+    locked,
+    make_wheel,
+    with_built_page,
+)
 from tests.system.stack import Stack, copy_example
 
 pytestmark = pytest.mark.system
@@ -75,7 +83,7 @@ def test_the_wheel_and_the_one_made_from_the_sdist_carry_the_same(
     checkout: Path, wheel: Path, tmp_path: Path
 ) -> None:
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    source = copy_checkout(tmp_path / "source")
+    source = with_built_page(copy_checkout(tmp_path / "source"))
     subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, check=True, timeout=120
     )

@@ -46,6 +46,8 @@ class Stack:
     project: Path
     state: Path
     options: tuple[str, ...] = ()
+    editor: bool = False
+    """Build and serve the editor page too."""
     info: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
@@ -55,7 +57,7 @@ class Stack:
         with log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator_stub", "dev", str(self.project), "--port", "0",
-                 "--state", str(self.state), *self.options],
+                 "--state", str(self.state), *([] if self.editor else ["--no-editor"]), *self.options],
                 cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             )  # fmt: skip
         dev_json = self.state / "dev.json"

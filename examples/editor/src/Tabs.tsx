@@ -1,0 +1,21 @@
+import { closeFile, openFile, useProjectEditorStore as useStore } from './store.ts'
+
+export function Tabs() {
+  const { docs, active } = useStore()
+  return (
+    <div className="tabs" role="group" aria-label="Open files">
+      {[...docs.values()].map((doc) => {
+        const changed = doc.text !== doc.base
+        return (
+          <span key={doc.path} className={doc.path === active ? 'tab active' : 'tab'}>
+            <button aria-current={doc.path === active} title={doc.path} onClick={() => openFile(doc.path)}>
+              {doc.path.split('/').at(-1)}
+              {doc.saving ? ' …' : changed ? ' ●' : doc.gone ? ' (deleted)' : ''}
+            </button>
+            <button aria-label={`Close ${doc.path}`} onClick={() => closeFile(doc.path)}>×</button>
+          </span>
+        )
+      })}
+    </div>
+  )
+}

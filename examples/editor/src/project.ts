@@ -1,0 +1,211 @@
+/** One project over supabase-js: every call that the editor makes of the database, of Storage and of the session API. */
+import { createClient, type RealtimeChannel, type SupabaseClient } from '@supabase/supabase-js'
+
+import type { Config } from './config.ts'
+
+/** A current file, without its content. */
+export type FileEntry = { path: string; version: number; size: number; binary: boolean }
+
+export type Change = { action?: 'update' | 'delete'; file_path: string; content?: string | null; content_hash?: string; encoding?: string; expected_version?: number }
+
+/** What somebody committed, as the channel tells it. */
+export type Commit = {
+  revision: number
+  timestamp: string
+  sender: string | null
+  label: string | null
+  turn: boolean
+  complete: boolean
+  files: { path: string; deleted: boolean; version: number; content: string | null }[]
+}
+
+export type ScreenError = { kind: string; message: string; file: string | null; line: number | null; column: number | null; revision: number; count: number }
+export type Shown = {
+  outcome: 'shown' | 'error' | 'no_viewer' | 'applied' | 'behind'
+  applied: number
+  shown: { revision: number } | null
+  errors: ScreenError[]
+}
+
+export type Version = { version: number; revision: number; created_at: string; is_deleted: boolean; size_bytes: number; content: string | null; encoding: string }
+
+/** An RPC that was refused. `code` is PT409 and its like; `details` is JSON where there are any. */
+export class Refused extends Error {
+  code: string
+  details: string
+  constructor(code: string, message: string, details: string) {
+    super(message)
+    this.code = code
+    this.details = details
+  }
+}
+
+/** Nobody could be asked: the network or the server is away. What was to be saved is kept. */
+export class Unreachable extends Error {}
+
+const PAGE = 1000 // rows: the most that PostgREST gives at once where nothing else is configured
+
+export class Project {
+  readonly config: Config
+  readonly supabase: SupabaseClient
+  userId = ''
+
+  constructor(config: Config) {
+    this.config = config
+    this.supabase = createClient(config.supabase_url, config.anon_key, { auth: { persistSession: false } })
+  }
+
+  async signIn(): Promise<void> {
+    const { email, password } = this.config
+    const { data, error } = await this.supabase.auth.signInWithPassword({ email, password })
+    if (error) throw new Error(`You could not be signed in: ${error.message}`)
+    this.userId = data.user.id
+  }
+
+  private async call<T>(name: string, args: object): Promise<T> {
+    const { data, error, status } = await this.supabase.rpc(name, { project_uuid: this.config.project_id, ...args })
+    if (!error) return data as T
+    if (status === 0 || status >= 500) throw new Unreachable(error.message)
+    throw new Refused(error.code, error.message, error.details ?? '')
+  }
+
+  // --- reading
+
+  async list(): Promise<FileEntry[]> {
+    const found: FileEntry[] = []
+    for (;;) {
+      const { data, error } = await this.supabase
+        .from('project_files_current')
+        .select('file_path, version, size_bytes, encoding')
+        .eq('project_id', this.config.project_id)
+        .order('file_path')
+        .range(found.length, found.length + PAGE - 1)
+      if (error) throw new Unreachable(error.message)
+      for (const row of data) {
+        found.push({ path: row.file_path, version: row.version, size: row.size_bytes, binary: row.encoding !== 'utf-8' })
+      }
+      if (data.length < PAGE) return found
+    }
+  }
+
+  /** The current text of a file; null when it is not there. */
+  async read(path: string): Promise<{ content: string; version: number } | null> {
+    const { data, error } = await this.supabase
+      .from('project_files_current')
+      .select('content, version')
+      .match({ project_id: this.config.project_id, file_path: path })
+      .maybeSingle()
+    if (error) throw new Unreachable(error.message)
+    return data && { content: data.content ?? '', version: data.version }
+  }
+
+  /** Newest first. */
+  async history(path: string): Promise<Version[]> {
+    const { data, error } = await this.supabase
+      .from('project_files')
+      .select('version, revision, created_at, is_deleted, size_bytes, content, encoding')
+      .match({ project_id: this.config.project_id, file_path: path })
+      .order('version', { ascending: false })
+      .limit(100)
+    if (error) throw new Unreachable(error.message)
+    return data
+  }
+
+  // --- writing. `expected`: the version that was edited; 0 for a new file.
+
+  async save(path: string, content: string, expected: number): Promise<{ version: number; revision: number }> {
+    return await this.call('upsert_project_file', { p_file_path: path, p_content: content, expected_version: expected })
+  }
+
+  async remove(path: string, expected: number): Promise<{ revision: number }> {
+    return await this.call('delete_project_file', { p_file_path: path, expected_version: expected })
+  }
+
+  async rename(from: string, to: string, expected: number): Promise<{ revision: number }> {
+    return await this.call('rename_project_file', { p_from: from, p_to: to, expected_version: expected })
+  }
+
+  async restore(path: string, version: number, expected: number): Promise<{ revision: number }> {
+    return await this.call('restore_project_file', { p_file_path: path, p_version: version, expected_version: expected })
+  }
+
+  /** All of them or none, in one revision. Asked again after a lost answer it gives the first one. */
+  async apply(changes: Change[]): Promise<{ revision: number }> {
+    return await this.call('apply_project_files', { changes, p_correlation_id: crypto.randomUUID() })
+  }
+
+  /** Writes that the preview shows at the end, all at once: what an AI's turn is. */
+  async turn(label: string, write: (save: (path: string, content: string) => Promise<void>) => Promise<void>): Promise<{ revision: number }> {
+    const { turn_id } = await this.call<{ turn_id: string }>('begin_turn', { p_label: label })
+    try {
+      await write(async (path, content) => {
+        await this.call('upsert_project_file', { p_file_path: path, p_content: content, p_turn_id: turn_id })
+      })
+      return await this.call('end_turn', { turn_id })
+    } catch (error) {
+      await this.call('abandon_turn', { turn_id }).catch(() => undefined) // it ends by its lease
+      throw error
+    }
+  }
+
+  /** The bytes go to Storage under their hash, and the project is told the hash. */
+  async upload(path: string, bytes: Blob): Promise<{ revision: number }> {
+    const digest = await crypto.subtle.digest('SHA-256', await bytes.arrayBuffer())
+    const hash = Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, '0')).join('')
+    const { error } = await this.supabase.storage
+      .from('project-assets')
+      .upload(`${this.config.project_id}/${hash}`, bytes, { contentType: bytes.type || 'application/octet-stream' })
+    // 409: these bytes are there already.
+    if (error && (error as { statusCode?: string }).statusCode !== '409') throw new Error(`${path} could not be uploaded: ${error.message}`)
+    return await this.apply([{ file_path: path, content: null, content_hash: hash, encoding: 'base64' }])
+  }
+
+  // --- following
+
+  /** `onCommit` hears of each commit; `onConnected` that a connection is there again: something may have been missed. */
+  follow(onCommit: (commit: Commit) => void, onConnected: (connected: boolean) => void): RealtimeChannel {
+    return this.supabase
+      .channel(`project:${this.config.project_id}`, { config: { private: true } })
+      .on('broadcast', { event: '*' }, ({ event, payload }) => {
+        const commit = commitOf(event, payload)
+        if (commit) onCommit(commit)
+      })
+      .subscribe((status) => onConnected(status === 'SUBSCRIBED'))
+  }
+
+  /** `onNews` hears that what is applied or shown has changed, at most once a second. */
+  followScreen(onNews: (news: { applied: number; shown: number | null; error_count: number }) => void): RealtimeChannel {
+    return this.supabase
+      .channel(`preview:${this.config.project_id}`, { config: { private: true } })
+      .on('broadcast', { event: 'preview:status' }, ({ payload }) => {
+        if (payload.session_id === this.config.session_id) onNews(payload as { applied: number; shown: number | null; error_count: number })
+      })
+      .subscribe()
+  }
+
+  /** What became of a revision on the screen; waits until that is known. */
+  async shown(revision: number, wait: number, signal: AbortSignal): Promise<Shown> {
+    const { data } = await this.supabase.auth.getSession()
+    const answer = await fetch(`${this.config.supabase_url}/v1/sessions/${this.config.session_id}/shown?revision=${revision}&wait=${wait}&quiet=0.05`, {
+      headers: { Authorization: `Bearer ${data.session?.access_token}` },
+      signal,
+    })
+    if (!answer.ok) throw new Unreachable(`the session API answered ${answer.status}`)
+    return await answer.json()
+  }
+}
+
+function commitOf(event: string, payload: any): Commit | null {
+  const head = { revision: payload.revision, timestamp: payload.timestamp, sender: payload.sender ?? null, label: payload.label ?? null, turn: Boolean(payload.turn) }
+  const one = (file: any, deleted: boolean) => ({ path: file.file_path, deleted, version: file.version, content: file.content ?? null })
+  switch (event) {
+    case 'file:update':
+      return { ...head, complete: true, files: [one(payload, false)] }
+    case 'file:delete':
+      return { ...head, complete: true, files: [one(payload, true)] }
+    case 'bulk:apply': // too many to be named: the list is read anew
+      return { ...head, complete: payload.complete !== false, files: payload.files.map((file: any) => one(file, file.action === 'delete')) }
+    default:
+      return null
+  }
+}

@@ -1,0 +1,420 @@
+/** What the page shows, and everything that changes it. */
+import { create } from 'zustand'
+
+import type { Config } from './config.ts'
+import * as demo from './demo.ts'
+import { Drafts } from './drafts.ts'
+import { merge } from './merge.ts'
+import { type Change, type Commit, type FileEntry, Project, Refused, type ScreenError, type Shown, Unreachable, type Version } from './project.ts'
+
+/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. */
+export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; gone: boolean }
+
+/** Two edits of the same lines: `merged` has both, between marks. */
+export type Conflict = { path: string; mine: string; theirs: string; merged: string; version: number }
+
+/** A commit on its way to the screen; times in milliseconds since it was begun here, or since it was heard of. */
+export type Revision = {
+  revision: number
+  title: string
+  files: string[]
+  mine: boolean
+  turn: boolean
+  since: number
+  saved: number | null
+  applied: number | null
+  shown: number | null
+  outcome: Shown['outcome'] | null
+}
+
+type State = {
+  config: Config | null
+  failed: string | null
+  connected: boolean
+  files: Map<string, FileEntry>
+  docs: Map<string, Doc>
+  active: string | null
+  goTo: { path: string; line: number; column: number; nonce: number } | null
+  conflict: Conflict | null
+  history: { path: string; versions: Version[] } | null
+  revisions: Revision[]
+  errors: ScreenError[]
+  applied: number
+  shown: number | null
+  notice: { text: string; kind: 'info' | 'error' } | null
+  playing: boolean
+  takeBack: (() => Promise<void>) | null
+}
+
+const KEPT_REVISIONS = 200
+
+export const useProjectEditorStore = create<State>(() => ({
+  config: null,
+  failed: null,
+  connected: false,
+  files: new Map(),
+  docs: new Map(),
+  active: null,
+  goTo: null,
+  conflict: null,
+  history: null,
+  revisions: [],
+  errors: [],
+  applied: 0,
+  shown: null,
+  notice: null,
+  playing: false,
+  takeBack: null,
+}))
+
+const { getState: get, setState: set } = useProjectEditorStore
+
+let project: Project
+let drafts: Drafts
+let heard = 0 // the highest revision that the channel told of
+let waiting: AbortController | null = null
+let waitsFor = 0
+
+// --- opening
+
+export async function open(config: Config): Promise<void> {
+  project = new Project(config)
+  drafts = new Drafts(config.project_id)
+  set({ config })
+  await project.signIn()
+  await reload()
+  for (const path of drafts.paths()) await openFile(path, false)
+  const first = ['src/App.tsx', 'src/App.jsx', 'src/main.ts', 'index.html'].find((path) => get().files.has(path))
+  if (first && !get().active) await openFile(first)
+  project.follow(onCommit, (connected) => {
+    set({ connected })
+    if (connected) void attempt('The files could not be read', reload)
+  })
+  project.followScreen(({ applied, shown }) => {
+    arrived(applied, shown)
+    void watchScreen(Math.max(applied, waitsFor))
+  })
+  void watchScreen(0)
+}
+
+/** Read the list anew, and what is open and unchanged here. */
+async function reload(): Promise<void> {
+  const files = new Map((await project.list()).map((file) => [file.path, file]))
+  set({ files })
+  for (const doc of get().docs.values()) {
+    const now = files.get(doc.path)
+    if (!now) patchDoc(doc.path, { gone: doc.version > 0 })
+    else if (now.version > doc.version) await readAgain(doc.path)
+  }
+}
+
+async function readAgain(path: string): Promise<void> {
+  const now = await project.read(path)
+  if (now) theirs(path, now.content, now.version)
+}
+
+// --- files and tabs
+
+export async function openFile(path: string, show = true): Promise<void> {
+  if (get().docs.has(path)) {
+    if (show) set({ active: path, history: null })
+    return
+  }
+  if (get().files.get(path)?.binary) return say(`${path} is a binary file: drop another on the tree to replace it.`)
+  await attempt(`${path} could not be opened`, async () => {
+    const now = await project.read(path)
+    const draft = drafts.read(path)
+    if (!now && !draft) return say(`${path} is not there any more.`)
+    const doc: Doc = { path, base: now?.content ?? '', version: now?.version ?? 0, text: now?.content ?? '', saving: false, gone: false }
+    set({ docs: new Map(get().docs).set(path, doc) })
+    if (show || draft) set({ active: path, history: null })
+    if (draft) restoreDraft(path, draft)
+  })
+}
+
+/** What was not saved when the tab ended, on top of what others have saved since. */
+function restoreDraft(path: string, draft: { text: string; base: string; version: number }): void {
+  const doc = get().docs.get(path)!
+  if (draft.version >= doc.version) return patchDoc(path, { text: draft.text })
+  const merged = merge(draft.text, draft.base, doc.base)
+  if (merged.clean) patchDoc(path, { text: merged.text })
+  else set({ conflict: { path, mine: draft.text, theirs: doc.base, merged: merged.text, version: doc.version } })
+}
+
+export function closeFile(path: string): void {
+  const docs = new Map(get().docs)
+  const doc = docs.get(path)
+  if (doc && doc.text !== doc.base && !confirm(`${path} is not saved. Close it all the same?`)) return
+  docs.delete(path)
+  drafts.drop(path)
+  const active = get().active === path ? ([...docs.keys()].at(-1) ?? null) : get().active
+  set({ docs, active, history: null })
+}
+
+export function edit(path: string, text: string): void {
+  const doc = get().docs.get(path)
+  if (!doc || doc.text === text) return
+  patchDoc(path, { text })
+  keepDraft(path)
+}
+
+function keepDraft(path: string): void {
+  const doc = get().docs.get(path)
+  if (!doc) return
+  if (doc.text === doc.base) drafts.drop(path)
+  else if (!drafts.keep(path, { text: doc.text, base: doc.base, version: doc.version })) {
+    say(`${path} is too large for this browser to keep unsaved: save it before the tab is closed.`, 'error')
+  }
+}
+
+// --- saving
+
+export async function save(path: string): Promise<void> {
+  const doc = get().docs.get(path)
+  if (!doc || doc.saving || (doc.text === doc.base && !doc.gone)) return
+  const { text } = doc
+  patchDoc(path, { saving: true })
+  const since = performance.now()
+  try {
+    const saved = await project.save(path, text, doc.version)
+    patchDoc(path, { base: text, version: saved.version, gone: false })
+    addFile({ path, version: saved.version, size: text.length, binary: false })
+    keepDraft(path)
+    committed(saved.revision, since, path, [path])
+  } catch (error) {
+    if (error instanceof Refused && error.code === 'PT409') await attempt(`${path} could not be read`, () => meetConflict(path, text))
+    else sayError(`${path} was not saved, and is kept here`, error)
+  } finally {
+    patchDoc(path, { saving: false })
+  }
+}
+
+/** Somebody saved meanwhile: merged and saved at once where the lines are others, shown where they are the same. */
+async function meetConflict(path: string, mine: string): Promise<void> {
+  const doc = get().docs.get(path)!
+  const now = await project.read(path)
+  const merged = merge(mine, doc.base, now?.content ?? '')
+  const version = now?.version ?? 0
+  if (!merged.clean) return set({ conflict: { path, mine, theirs: now?.content ?? '', merged: merged.text, version } })
+  patchDoc(path, { base: now?.content ?? '', version, text: merged.text, saving: false, gone: !now })
+  say(`${path} was merged with what somebody else saved.`)
+  await save(path)
+}
+
+export async function resolveConflict(text: string): Promise<void> {
+  const conflict = get().conflict
+  if (!conflict) return
+  set({ conflict: null })
+  patchDoc(conflict.path, { base: conflict.theirs, version: conflict.version, text })
+  await save(conflict.path)
+}
+
+export async function createFile(path: string): Promise<void> {
+  const docs = new Map(get().docs).set(path, { path, base: '', version: 0, text: '', saving: false, gone: true })
+  set({ docs, active: path, history: null })
+  await save(path)
+}
+
+export async function removeFile(path: string): Promise<void> {
+  const file = get().files.get(path)
+  if (!file || !confirm(`Delete ${path}? Its history is kept.`)) return
+  await commit(`${path} was not deleted`, `${path} deleted`, [path], () => project.remove(path, file.version))
+}
+
+export async function renameFile(from: string, to: string): Promise<void> {
+  const file = get().files.get(from)
+  if (!file || from === to) return
+  let renamed = false
+  await commit(`${from} was not renamed`, `${from} → ${to}`, [from, to], async () => {
+    const done = await project.rename(from, to, file.version)
+    renamed = true
+    return done
+  })
+  const doc = get().docs.get(from)
+  if (!renamed || !doc) return
+  patchDoc(from, { text: doc.base }) // what is not saved goes on under the new name
+  closeFile(from)
+  await openFile(to)
+  if (doc.text !== doc.base) edit(to, doc.text)
+}
+
+/** Text is saved as text; everything else goes to Storage under its hash. */
+export async function addFiles(directory: string, given: File[]): Promise<void> {
+  for (const file of given) {
+    const path = directory ? `${directory}/${file.name}` : file.name
+    await commit(`${path} was not added`, `${path} added`, [path], async () => {
+      const text = file.size < 1_000_000 ? await asText(file) : null
+      return text === null ? await project.upload(path, file) : await project.apply([{ file_path: path, content: text }])
+    })
+  }
+}
+
+async function asText(file: File): Promise<string | null> {
+  try {
+    const text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(await file.arrayBuffer())
+    return text.includes('\0') ? null : text
+  } catch {
+    return null
+  }
+}
+
+async function commit(failed: string, title: string, files: string[], work: () => Promise<{ revision: number }>): Promise<void> {
+  await attempt(failed, async () => {
+    const since = performance.now()
+    const { revision } = await work()
+    committed(revision, since, title, files)
+  })
+}
+
+// --- history
+
+export async function showHistory(path: string): Promise<void> {
+  await attempt('The history could not be read', async () => set({ history: { path, versions: await project.history(path) } }))
+}
+
+export async function restore(path: string, version: number): Promise<void> {
+  const [newest] = get().history?.versions ?? []
+  if (!newest) return
+  await commit(`${path} was not restored`, `${path} back at version ${version}`, [path], () => project.restore(path, version, newest.version))
+  await showHistory(path)
+}
+
+// --- what others do
+
+function onCommit(commit: Commit): void {
+  const missed = heard > 0 && commit.revision > heard + 1
+  heard = Math.max(heard, commit.revision)
+  const title = commit.label ?? (commit.files.length === 1 ? commit.files[0]!.path : `${commit.files.length} files`)
+  note({
+    revision: commit.revision, title, files: commit.files.map((file) => file.path), mine: commit.sender === project.userId, turn: commit.turn,
+    since: performance.now(), saved: null, applied: null, shown: null, outcome: null,
+  })
+  void watchScreen(commit.revision)
+  if (missed || !commit.complete) return void attempt('The files could not be read', reload)
+  for (const file of commit.files) {
+    const known = get().files.get(file.path)
+    if (known && known.version >= file.version) continue // our own save's echo, or an older one
+    if (file.deleted) {
+      const files = new Map(get().files)
+      files.delete(file.path)
+      set({ files })
+      patchDoc(file.path, { gone: true })
+      continue
+    }
+    addFile({ path: file.path, version: file.version, size: file.content?.length ?? known?.size ?? 0, binary: known?.binary ?? false })
+    if (!get().docs.has(file.path)) continue
+    if (file.content === null) void attempt(`${file.path} could not be read`, () => readAgain(file.path))
+    else theirs(file.path, file.content, file.version)
+  }
+}
+
+/** Somebody else's version of an open file: taken where nothing was changed here, merged where other lines were. */
+function theirs(path: string, content: string, version: number): void {
+  const doc = get().docs.get(path)
+  if (!doc || doc.saving || version <= doc.version) return
+  if (doc.text === doc.base) return patchDoc(path, { base: content, text: content, version, gone: false })
+  const merged = merge(doc.text, doc.base, content)
+  if (!merged.clean) return // said when it is saved, or closed
+  patchDoc(path, { base: content, text: merged.text, version, gone: false })
+  keepDraft(path)
+}
+
+// --- what is on the screen
+
+function committed(revision: number, since: number, title: string, files: string[]): void {
+  note({ revision, title, files, mine: true, turn: false, since, saved: performance.now() - since, applied: null, shown: null, outcome: null })
+  void watchScreen(revision)
+}
+
+/** Add a commit, or what is now known of one that the channel told of before its answer came. */
+function note(one: Revision): void {
+  const revisions = get().revisions.slice()
+  const at = revisions.findIndex((each) => each.revision === one.revision)
+  if (at < 0) revisions.unshift(one)
+  else if (one.saved !== null) revisions[at] = { ...one, turn: revisions[at]!.turn, applied: revisions[at]!.applied, shown: revisions[at]!.shown, outcome: revisions[at]!.outcome }
+  revisions.sort((a, b) => b.revision - a.revision)
+  set({ revisions: revisions.slice(0, KEPT_REVISIONS) })
+}
+
+function arrived(applied: number, shown: number | null, outcome: Shown['outcome'] | null = null): void {
+  const now = performance.now()
+  const revisions = get().revisions.map((each) => {
+    const next = { ...each }
+    if (next.applied === null && each.revision <= applied) next.applied = now - each.since
+    if (next.shown === null && shown !== null && each.revision <= shown) next.shown = now - each.since
+    if (outcome && each.revision <= Math.max(applied, shown ?? 0)) next.outcome = outcome
+    return next
+  })
+  set({ revisions, applied: Math.max(applied, get().applied), shown: shown ?? get().shown })
+}
+
+/** Wait until it is known what became of `revision`; one request at a time, for the newest. */
+async function watchScreen(revision: number): Promise<void> {
+  if (waiting && revision <= waitsFor) return
+  waiting?.abort()
+  const control = (waiting = new AbortController())
+  waitsFor = revision
+  try {
+    const found = await project.shown(revision, revision ? 20 : 0, control.signal)
+    arrived(found.applied, found.shown?.revision ?? null, found.outcome)
+    set({ errors: found.errors.filter((error) => error.kind !== 'console') })
+  } catch (error) {
+    if (!control.signal.aborted) console.warn('what is on the screen is not known:', error)
+  } finally {
+    if (waiting === control) waiting = null
+  }
+}
+
+export function goTo(path: string, line: number, column: number): void {
+  void openFile(path).then(() => set({ goTo: { path, line, column, nonce: Date.now() } }))
+}
+
+// --- an AI's turn, to be looked at
+
+export async function playTurn(asTurn: boolean): Promise<void> {
+  if (get().playing) return
+  set({ playing: true })
+  await attempt('The turn was not played', async () => {
+    set({ takeBack: await demo.play(project, asTurn) })
+  })
+  set({ playing: false })
+}
+
+export async function takeBackTurn(): Promise<void> {
+  const back = get().takeBack
+  if (!back) return
+  await attempt('It was not taken back', async () => {
+    await back()
+    set({ takeBack: null })
+  })
+}
+
+// --- helpers
+
+function addFile(file: FileEntry): void {
+  set({ files: new Map(get().files).set(file.path, file) })
+}
+
+function patchDoc(path: string, change: Partial<Doc>): void {
+  const doc = get().docs.get(path)
+  if (doc) set({ docs: new Map(get().docs).set(path, { ...doc, ...change }) })
+}
+
+export function say(text: string, kind: 'info' | 'error' = 'info'): void {
+  set({ notice: { text, kind } })
+}
+
+function sayError(what: string, error: unknown): void {
+  const why = error instanceof Unreachable ? 'nobody answers; it is tried again when you save' : (error as Error).message
+  say(`${what}: ${why}.`, 'error')
+}
+
+async function attempt(failed: string, work: () => Promise<unknown>): Promise<void> {
+  try {
+    await work()
+  } catch (error) {
+    sayError(failed, error)
+  }
+}
+
+export type { Change }

@@ -1,0 +1,264 @@
+// What a person does with the editor page, one scenario a run: `node editor.mjs NAME`, with the stack's dev.json in STACK.
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { chromium } from "playwright-core";
+
+const name = process.argv[2] ?? "";
+const stack = JSON.parse(process.env.STACK ?? "{}");
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox", "--disable-gpu"],
+});
+const context = await browser.newContext({ viewport: { width: 1400, height: 860 } });
+
+/** Opens the page, and fails at whatever the page reports as an error. */
+async function open() {
+  const page = await context.newPage();
+  page.setDefaultTimeout(30_000);
+  /** @type {string[]} */
+  const failed = [];
+  page.on("pageerror", (error) => {
+    failed.push(error.message);
+    console.error(error);
+  });
+  await page.goto(`${stack.orchestrator_url}/`);
+  await page.getByText("connected", { exact: true }).waitFor();
+  await page.locator(".tab.active").waitFor();
+  return Object.assign(page, { failed });
+}
+
+/**
+ * Calls an RPC as somebody else.
+ * @param {string} rpc
+ * @param {object} given
+ */
+async function other(rpc, given) {
+  const answer = await fetch(`${stack.orchestrator_url}/rest/v1/rpc/${rpc}`, {
+    method: "POST",
+    headers: {
+      apikey: stack.service_key,
+      authorization: `Bearer ${stack.service_key}`,
+      "content-type": "application/json",
+    },
+    body: JSON.stringify({ project_uuid: stack.project_id, ...given }),
+  });
+  assert.ok(answer.ok, await answer.clone().text());
+  return await answer.json();
+}
+
+/** @param {string} path */
+async function current(path) {
+  const files = await other("list_current_files", {});
+  return files.find((/** @type {any} */ file) => file.file_path === path)?.content ?? null;
+}
+
+/** @param {string} path @param {string} content */
+const write = (path, content) => other("upsert_project_file", { p_file_path: path, p_content: content });
+
+/** @param {any} page @param {string} path */
+async function show(page, path) {
+  await page
+    .getByRole("treeitem", { name: path.split("/").at(-1), exact: false })
+    .first()
+    .click();
+  await page.locator(`.cm-content[aria-label="${path}"]`).waitFor();
+}
+
+/**
+ * Replaces what stands in the open editor.
+ * @param {any} page
+ * @param {string} text
+ */
+async function replace(page, text) {
+  await page.locator(".cm-content").click();
+  await page.keyboard.press("Control+a");
+  await page.keyboard.insertText(text);
+}
+
+/** @param {any} page */
+const frame = (page) => page.frameLocator("iframe");
+
+/** @type {Record<string, () => Promise<void>>} */
+const scenarios = {
+  /** A save is on the screen, and the timeline says when. */
+  async save() {
+    const page = await open();
+    const before = await current("src/App.tsx");
+    await show(page, "src/App.tsx");
+    await replace(page, before.replace("Somebody left the light on", "Somebody turned it off"));
+    await page.keyboard.press("Control+s");
+    await frame(page).getByText("Somebody turned it off").waitFor();
+    const row = page.locator(".timeline tbody tr").first();
+    await page.waitForFunction(() =>
+      /\d+ (ms|s)$/.test(document.querySelector(".timeline tbody tr td:last-child")?.textContent ?? ""),
+    );
+    assert.match((await row.textContent()) ?? "", /src\/App\.tsx/);
+    assert.equal(await row.getByText("by another").count(), 0);
+    assert.deepEqual(page.failed, []);
+    await write("src/App.tsx", before);
+  },
+
+  /** An error is named with file and line, and leads there. */
+  async error() {
+    const page = await open();
+    const before = await current("src/Coast.tsx");
+    await frame(page).locator("main").waitFor();
+    await write("src/Coast.tsx", `${before}\nexport const broken = (\n`);
+    await page
+      .locator(".errors button", { hasText: /^src\/Coast\.tsx:\d+:\d+$/ })
+      .first()
+      .click();
+    await page.locator('.cm-content[aria-label="src/Coast.tsx"]:focus').waitFor();
+    await write("src/Coast.tsx", before);
+    await page.locator(".errors").waitFor({ state: "detached" });
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** Other lines are merged by themselves; the same lines are shown, and nothing is lost. */
+  async conflict() {
+    const page = await open();
+    await write("notes.md", "one\ntwo\nthree\nfour\nfive\n");
+    await page.getByRole("treeitem", { name: "notes.md" }).waitFor();
+    await show(page, "notes.md");
+    await replace(page, "one, mine\ntwo\nthree\nfour\nfive\n");
+    await write("notes.md", "one\ntwo\nthree\nfour\nfive, theirs\n");
+    await page.getByText("five, theirs").waitFor();
+    await page.getByRole("button", { name: /^Save/ }).click();
+    await page.waitForFunction(() => !document.querySelector(".tab.active")?.textContent?.includes("●"));
+    assert.equal(await current("notes.md"), "one, mine\ntwo\nthree\nfour\nfive, theirs\n");
+
+    await replace(page, "one, mine again\ntwo\nthree\nfour\nfive, theirs\n");
+    await write("notes.md", "one, theirs now\ntwo\nthree\nfour\nfive, theirs\n");
+    await page.getByText("revision", { exact: false }).first().waitFor();
+    await page.getByRole("button", { name: /^Save/ }).click();
+    const dialog = page.getByRole("dialog");
+    await dialog.waitFor();
+    const said = (await dialog.textContent()) ?? "";
+    assert.ok(said.includes("one, mine again") && said.includes("one, theirs now"), said);
+    await dialog.getByRole("button", { name: "Keep mine" }).click();
+    await dialog.waitFor({ state: "detached" });
+    await page.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    assert.equal(await current("notes.md"), "one, mine again\ntwo\nthree\nfour\nfive, theirs\n");
+    const versions = await other("list_current_files", {});
+    assert.ok(versions.some((/** @type {any} */ file) => file.file_path === "notes.md" && file.version >= 5));
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** What was typed and not saved is there again after the tab crashed. */
+  async crash() {
+    const page = await open();
+    await show(page, "src/hours.ts");
+    const before = await current("src/hours.ts");
+    await replace(page, `// not saved yet\n${before}`);
+    const crashed = page.goto("chrome://crash").catch(() => undefined);
+    await Promise.race([crashed, page.waitForEvent("crash")]);
+    const again = await open();
+    await again.getByText("// not saved yet").waitFor();
+    assert.equal(await current("src/hours.ts"), before);
+    await again.keyboard.press("Control+s");
+    await again.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    assert.equal(await current("src/hours.ts"), `// not saved yet\n${before}`);
+    await write("src/hours.ts", before);
+  },
+
+  /** A file is made, renamed, restored from its history, and deleted; another is dropped on the tree. */
+  async files() {
+    const page = await open();
+    /** @type {string[]} */
+    const answers = ["src/new.ts", "src/newer.ts"];
+    page.on("dialog", (dialog) => dialog.accept(dialog.type() === "prompt" ? answers.shift() : undefined));
+    await page.getByRole("button", { name: "New" }).click();
+    await page.locator('.cm-content[aria-label="src/new.ts"]').waitFor();
+    for (const text of ["export const first = 1\n", "export const second = 2\n"]) {
+      await replace(page, text);
+      await page.keyboard.press("Control+s");
+      await page.waitForFunction(() => !/[●…(]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    }
+    await page.getByRole("treeitem", { name: "new.ts" }).click();
+    await page.getByRole("button", { name: "Rename" }).click();
+    await page.locator('.cm-content[aria-label="src/newer.ts"]').waitFor();
+    assert.equal(await current("src/newer.ts"), "export const second = 2\n");
+    await replace(page, "export const third = 3\n");
+    await page.keyboard.press("Control+s");
+    await page.waitForFunction(() => !/[●…(]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    await page.getByRole("button", { name: "History" }).click();
+    await page.getByText("export const second = 2").first().waitFor();
+    await page.getByRole("button", { name: "Restore it" }).click();
+    await page.waitForFunction(() => document.querySelector("select")?.options.length === 3);
+    assert.equal(await current("src/newer.ts"), "export const second = 2\n");
+    await page.getByRole("treeitem", { name: "newer.ts" }).click();
+    await page.getByRole("button", { name: "Delete" }).click();
+    await page.getByRole("treeitem", { name: "newer.ts" }).waitFor({ state: "detached" });
+    assert.equal(await current("src/newer.ts"), null);
+
+    const drop = await page.evaluateHandle(() => {
+      const data = new DataTransfer();
+      data.items.add(new File([new Uint8Array([0, 1, 2, 255])], "four.bin"));
+      return data;
+    });
+    await page.dispatchEvent('[role="tree"]', "drop", { dataTransfer: drop });
+    await page.getByRole("treeitem", { name: "four.bin" }).waitFor();
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** A turn of forty files appears at once, and is taken back. */
+  async turn() {
+    const page = await open();
+    const before = await current("src/App.tsx");
+    await frame(page).getByText("Somebody left the light on").waitFor();
+    await page.getByRole("button", { name: "as one turn" }).click();
+    await frame(page).getByText("part 39").waitFor();
+    await page.getByText("forty files, one turn (40 files)").waitFor();
+    assert.equal(await page.locator(".errors").count(), 0);
+    await page.getByRole("button", { name: "Take it back" }).click();
+    await frame(page).getByText("Somebody left the light on").waitFor();
+    assert.equal(await current("src/App.tsx"), before);
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** Axe finds nothing, in light and in dark, with an error and a conflict on the page; and the tree goes by the keyboard. */
+  async accessible() {
+    const page = await open();
+    const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
+    for (const scheme of /** @type {const} */ (["light", "dark"])) {
+      await page.emulateMedia({ colorScheme: scheme });
+      await page.evaluate(axe);
+      const found = await page.evaluate(async () => {
+        // The preview is the project's own page.
+        const { violations } = await /** @type {any} */ (window).axe.run(
+          { exclude: [["iframe"]] },
+          {
+            // CodeMirror\'s text takes the focus, and scrolls what is around it.
+            rules: { "scrollable-region-focusable": { enabled: false } },
+          },
+        );
+        return violations.map((/** @type {any} */ each) => [
+          each.id,
+          each.nodes.map((/** @type {any} */ node) => node.html),
+        ]);
+      });
+      assert.deepEqual(found, [], scheme);
+    }
+    await page.getByRole("tree").focus();
+    await page.keyboard.press("Home");
+    await page.keyboard.press("ArrowLeft");
+    assert.equal(await page.getByRole("treeitem", { name: "public" }).getAttribute("aria-expanded"), "false");
+    await page.keyboard.press("ArrowDown");
+    await page.keyboard.press("ArrowDown");
+    await page.keyboard.press("Enter");
+    await page.locator('.cm-content[aria-label^="src/"]').waitFor();
+  },
+};
+
+try {
+  const scenario = scenarios[name];
+  assert.ok(scenario, `no such scenario; there are ${Object.keys(scenarios).join(", ")}`);
+  await scenario();
+} catch (error) {
+  const [page] = context.pages();
+  if (page && process.env.PICTURE) await page.screenshot({ path: process.env.PICTURE }).catch(() => undefined);
+  throw error;
+} finally {
+  await browser.close();
+}

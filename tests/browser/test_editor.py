@@ -1,0 +1,65 @@
+"""The editor page in a real browser, over the real stack: `editor.mjs` has what a person does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.browser.conftest import HERE, missing
+from tests.system.stack import Stack, copy_example, until
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running stack whose editor page is built."""
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    place = tmp_path_factory.mktemp("stack")
+    running = Stack(copy_example(place / "app"), place / "state", options=("--no-watch",), editor=True)
+    try:
+        running.start()
+        until("the page is built", lambda: 'id="root"' in page(running).text, 180)
+        yield running
+    finally:
+        running.kill()
+
+
+def page(stack: Stack, path: str = "/", **headers: str) -> httpx.Response:
+    return httpx.get(f"{stack.info['orchestrator_url']}{path}", headers=headers, timeout=10)
+
+
+@pytest.mark.parametrize("scenario", ["save", "error", "conflict", "crash", "files", "turn", "accessible"])
+def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> None:
+    environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / f"{scenario}.png")}
+    done = subprocess.run(
+        ["node", str(HERE / "editor.mjs"), scenario],
+        env=environ, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
+    port = stack.info["orchestrator_url"].rpartition(":")[2]
+    given = page(stack, "/editor.json", **{"sec-fetch-site": "same-origin"})
+    assert given.json()["password"] == stack.info["user_password"]
+    assert "access-control-allow-origin" not in given.headers
+    assert stack.info["service_key"] not in given.text
+    for refused in (
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},  # the preview, on another port of the same host
+        {"host": f"evil.example:{port}"},
+        {"host": f"127.0.0.1.evil.example:{port}"},
+    ):
+        assert page(stack, "/editor.json", **refused).status_code == 403, refused
+    assert page(stack, "/", host=f"evil.example:{port}").status_code == 403
+    assert page(stack, "/").headers["x-frame-options"] == "DENY"
+    assert page(stack, "/assets/..%2fstack.py").status_code == 404
+    assert page(stack, "/assets/nothing.js").status_code == 404
