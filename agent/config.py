@@ -220,7 +220,7 @@ class Settings(SnapshotLimits, BaseSettings):
     dev_stop_seconds: PositiveFloat = 2.5
     """Between TERM and KILL. Vite ends in 50 ms; the rest of STOP_GRACE belongs to the drain."""
     preview_host: str | None = None
-    """Domain under which the preview is reached, for the dev server's list of allowed hosts."""
+    """Domains under which the preview is reached, with spaces between, for the dev server's list of allowed hosts."""
     install_scripts: bool = False
     """Whether dependencies may run their install scripts. Most need none, and each is somebody's program."""
     install_seconds: PositiveFloat = 300.0

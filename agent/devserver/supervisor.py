@@ -459,8 +459,12 @@ class Supervisor:
         """Say how the dev server is started. None: there is nothing to start."""
         settings = self._settings
         more = {"BROWSER": "none"}
-        if settings.preview_host:
-            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = settings.preview_host
+        if hosts := (settings.preview_host or "").split():
+            # Vite's own variable has room for one; the plugin allows them all.
+            more |= {
+                "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS": hosts[0],
+                "PREVIEW_SYNC_HOSTS": " ".join(hosts),
+            }
         env = environment(self._environ, user=self._rights.user, more=more)
         argv = settings.dev_command
         if wanted:

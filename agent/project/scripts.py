@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 HOST, PORT, PREVIEW_HOST = "{host}", "{port}", "{preview_host}"
-"""What stands in a flag for the preview's address, and for the domain under which visitors come."""
+"""What stands in a flag for the preview's address, and for a domain under which visitors come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +108,15 @@ def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: s
     Args:
         host: Where the dev server is to listen.
         port: On which port.
-        preview_host: The domain under which visitors come.
+        preview_host: The domains under which visitors come, with spaces between.
         fresh: Whether to start without what the previous start cached.
         only: The one directory whose dev server is meant, where a script starts several; None: all.
     """
-    names = {HOST: host, PORT: str(port), PREVIEW_HOST: preview_host or ""}
+    names, hosts = {HOST: host, PORT: str(port)}, (preview_host or "").split()
     known: dict[str, object] = {}
     for tool in TOOLS:
-        template = (*tool.flags, *(tool.allow if preview_host else ()), *(tool.fresh if fresh else ()))
+        allow = [host if word == PREVIEW_HOST else word for host in hosts for word in tool.allow]
+        template = (*tool.flags, *allow, *(tool.fresh if fresh else ()))
         flags = [names.get(word, word) for word in template]
         valued = {
             name: not after.startswith("--")

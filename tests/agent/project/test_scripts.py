@@ -112,9 +112,9 @@ def test_create_react_app_reads_the_environment(tmp_path: Path) -> None:
 @needs_node
 def test_a_fresh_start_and_a_domain_are_flags_too(tmp_path: Path) -> None:
     root = installed(tmp_path, scripts={"dev": "vite; ng serve"})
-    vite, angular = shown(run(root, fresh=True, preview_host="p.example"))
+    vite, angular = shown(run(root, fresh=True, preview_host="p.example q.example"))
     assert vite[0] == [*VITE, "--force"]
-    assert angular[0][-2:] == ["--allowed-hosts", "p.example"]
+    assert angular[0][-4:] == ["--allowed-hosts", "p.example", "--allowed-hosts", "q.example"]
 
 
 @needs_node
