@@ -77,8 +77,9 @@ _SHELL = re.compile(r"[|&;<>()$`\n]")
 
 HOOK = """
 import { realpathSync } from 'node:fs'
+import Module from 'node:module'
 import { isMainThread } from 'node:worker_threads'
-const { tools, only } = DATA
+const { tools, only, hosts } = DATA
 let main = process.argv[1] ?? ''
 try { main = realpathSync(main) } catch {}
 const tool = isMainThread && tools[/.*[/]node_modules[/]((?:@[^/]+[/])?[^/]+)[/]/.exec(main)?.[1]]
@@ -95,8 +96,18 @@ if (serves && (!only || process.cwd() === only)) {
   }
   process.argv.splice(2, Infinity, ...(word ? [word] : []), ...tool.flags, ...kept)
 }
+if (tool && tool === tools.next && hosts.length) {
+  const load = Module._load
+  Module._load = function (name) {
+    const found = load.apply(this, arguments)
+    const key = /[/]block-cross-site(-dev)?$/.test(name) && Object.keys(found)[0]
+    const more = list => list || key.endsWith('DEV') ? [...(list ?? []), ...hosts] : list
+    return key ? { [key]: (request, response, list, own) => found[key](request, response, more(list), own) } : found
+  }
+}
 """
-"""Runs in every Node process before its program. `replaced`: the flags taken away, and whether each has a value."""
+"""Runs in every Node process before its program. `replaced`: the flags taken away, and whether each has a value. Next
+takes the hosts that may ask its dev server from its config alone; without a list Next 15 refuses nobody, and 16 all."""
 
 
 def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: str | None) -> str:
@@ -113,6 +124,7 @@ def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: s
         only: The one directory whose dev server is meant, where a script starts several; None: all.
     """
     names, hosts = {HOST: host, PORT: str(port)}, (preview_host or "").split()
+    patterns = [each for host in hosts for each in ((f"**{host}", host[1:]) if host[0] == "." else (host,))]
     known: dict[str, object] = {}
     for tool in TOOLS:
         allow = [host if word == PREVIEW_HOST else word for host in hosts for word in tool.allow]
@@ -127,7 +139,7 @@ def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: s
         told = {name: names.get(value, value) for name, value in tool.environ.items()}
         for package in tool.packages:
             known[package] = {"starts": tool.starts, "flags": flags, "replaced": replaced, "environ": told}
-    source = HOOK.replace("DATA", json.dumps({"tools": known, "only": only}))
+    source = HOOK.replace("DATA", json.dumps({"tools": known, "only": only, "hosts": patterns}))
     return "--import=data:text/javascript," + quote(source, safe="()*!'/;,:=[]{}$")
 
 

@@ -118,6 +118,35 @@ def test_a_fresh_start_and_a_domain_are_flags_too(tmp_path: Path) -> None:
 
 
 @needs_node
+@pytest.mark.parametrize(
+    ("release", "given", "wanted"),
+    [
+        ("blockCrossSiteDEV", "undefined", ["p.example", "**.q.example", "q.example"]),
+        ("blockCrossSiteDEV", "['own']", ["own", "p.example", "**.q.example", "q.example"]),
+        ("blockCrossSite", "['own']", ["own", "p.example", "**.q.example", "q.example"]),
+        ("blockCrossSite", "undefined", None),
+    ],
+)
+def test_next_is_told_of_domains_where_it_asks_for_them(
+    tmp_path: Path, release: str, given: str, wanted: list[str] | None
+) -> None:
+    root = installed(tmp_path, scripts={"dev": "next dev"})
+    name = "block-cross-site" + ("-dev" if release.endswith("DEV") else "")
+    lib = root / "node_modules/next/dist/server/lib"
+    lib.mkdir(parents=True)
+    (lib / f"{name}.js").write_text(
+        "Object.defineProperty(exports, '__esModule', { value: true });"
+        f"Object.defineProperty(exports, '{release}', {{ enumerable: true, get: () => (...given) => given }})"
+    )
+    (root / "node_modules/next/dist/bin/next").write_text(
+        "#!/usr/bin/env node\n"
+        f"console.log(JSON.stringify(require('../server/lib/{name}').{release}('q', 's', {given}, 'own')))"
+    )
+    told = json.loads(run(root, preview_host="p.example .q.example")[0])
+    assert told == ["q", "s", wanted, "own"]
+
+
+@needs_node
 def test_node_options_of_the_projects_own_are_kept(tmp_path: Path) -> None:
     (tmp_path / "own.cjs").write_text("console.log('own')")
     root = installed(tmp_path / "p", scripts={"dev": "vite"})
