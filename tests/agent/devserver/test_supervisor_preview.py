@@ -142,6 +142,17 @@ async def test_the_sentence_for_another_kind_of_project_makes_it_run(
         assert preview.kinds == []
 
 
+@pytest.mark.parametrize("script", ["{server} & exit", "(setsid {server} &); true", "true"])
+async def test_a_script_that_forks_away_is_told_to_stay(tmp_path: Path, script: str) -> None:
+    async with previewed(tmp_path, app(script)) as preview:
+        await until(lambda: preview.supervisor.state is Phase.FAILED)
+        (said,) = preview.supervisor.problems()
+        assert said.detail.startswith("the command ended by itself")
+        assert '"&"' in said.detail
+        preview.save(app("{server} & wait"))
+        await preview.serves(" project")
+
+
 async def test_a_command_that_is_not_in_the_image_is_named(tmp_path: Path) -> None:
     async with previewed(tmp_path, {"go.mod": ""}, dev_command=("no-such-go", "run", ".")) as preview:
         await until(lambda: preview.supervisor.state is Phase.FAILED)
