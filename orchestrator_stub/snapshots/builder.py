@@ -59,7 +59,7 @@ select f.file_path, f.content_hash, f.size_bytes, f.version, f.executable, f.con
        u.found_at < now() - %s * interval '1 second'
 from public.project_files f
 left join preview.unavailable_content u
-  on f.content is null and u.project_id = f.project_id and u.content_hash = f.content_hash
+  on u.project_id = f.project_id and u.content_hash = f.content_hash
 where f.project_id = %s and f.is_current_version and not f.is_deleted and f.revision > %s
 order by f.file_path
 """
@@ -73,7 +73,7 @@ order by file_path
 """
 """The latest, as many as an agent's bound on manifests has room for."""
 _CONTENT = """
-select convert_to(content, 'UTF8') from public.project_files
+select file_path, convert_to(content, 'UTF8') from public.project_files
 where project_id = %s and is_current_version and not is_deleted and revision > %s and content is not null
   and file_path between %s and %s
 order by file_path
@@ -339,10 +339,11 @@ async def _deleted(
 async def _contents(
     connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int, batch: Sequence[_File]
 ) -> list[bytes]:
-    """The bytes of a run of files that are neighbours by path."""
+    """The bytes of a run of files that are neighbours by path, but for those that are left out."""
     cursor = connection.cursor(binary=True)
     await cursor.execute(_CONTENT, (project_id, above, batch[0].path, batch[-1].path))
-    return [row[0] for row in await cursor.fetchall()]
+    found: dict[str, bytes] = dict(await cursor.fetchall())
+    return [found[file.path] for file in batch]
 
 
 def _batches(files: Sequence[_File]) -> Iterator[Sequence[_File]]:

@@ -34,6 +34,17 @@ create or replace view preview.limits with (security_invoker = true) as
     ('asset.bytes', (select b.file_size_limit from storage.buckets b where b.id = 'project-assets'))
   ) as v (name, value);
 
+-- As it was, but: a text too may have no room in an archive, where the texts alone are more than Storage takes of one object.
+create or replace function preview.unavailable(project uuid, path text, hash text, is_binary boolean) returns text
+language sql stable set search_path = '' as $$
+  select case
+    when octet_length(path) - octet_length(replace(path, '/', '')) >= 64 then 'too_deep'
+    when is_binary and not exists (select from storage.objects o
+                                   where o.bucket_id = 'project-assets' and o.name = project || '/' || hash) then 'lost'
+    else (select u.reason from preview.unavailable_content u where u.project_id = project and u.content_hash = hash)
+  end
+$$;
+
 -- What a project holds, or what is added to it.
 create type preview.totals as (files bigint, bytes bigint, path_bytes bigint);
 

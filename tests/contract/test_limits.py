@@ -289,7 +289,7 @@ async def test_a_file_that_is_lost_while_an_agent_follows_holds_up_nothing(
 async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
     plane: Plane, tmp_path: Path
 ) -> None:
-    project = await plane.project({"a.txt": "1", "deep.txt": "2"})
+    project = await plane.project({"a.txt": "1", "deep.txt": "2", "e.txt": "3"})
     deep = "/".join("d" * (PATH["segments"] + 6))
     async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
         await connection.execute("alter table public.project_files disable trigger all")
@@ -301,7 +301,7 @@ async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
         await connection.execute(
             "update public.project_files set file_path = %s where file_path = 'deep.txt'", (deep,)
         )
-    assert await opened(project, tmp_path) == {"a.txt": b"1"}
+    assert await opened(project, tmp_path) == {"a.txt": b"1", "e.txt": b"3"}
 
 
 async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
@@ -318,6 +318,29 @@ async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
             "update storage.buckets set file_size_limit = 8000 where id = 'project-snapshots'"
         )
     assert await opened(project, tmp_path) == {"a.txt": b"1", "logo.png": LOGO}
+
+
+async def test_texts_that_make_an_archive_too_large_are_left_out_and_are_back_when_there_is_room(
+    plane: Plane, tmp_path: Path
+) -> None:
+    """Assets go first, then the largest texts: the rest of the project opens."""
+    noise = {f"noise/{n}.txt": random.Random(n).randbytes(3000 + n).hex() for n in range(4)}
+    project = await plane.project({"a.txt": "1", **noise, "z.txt": "2"})
+    few = {"a.txt": b"1", "z.txt": b"2"}
+
+    async def execute(statement: str) -> None:
+        async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+            await connection.execute(statement.encode())
+
+    await execute("update storage.buckets set file_size_limit = 8000 where id = 'project-snapshots'")
+    found = await opened(project, tmp_path / "small")
+    assert few.items() <= found.items()
+    assert 1 <= len(found.keys() & noise.keys()) < len(noise)
+    await execute("update storage.buckets set file_size_limit = null where id = 'project-snapshots'")
+    await execute("update preview.unavailable_content set found_at = found_at - interval '1 hour'")
+    await project.save("b.txt", "3")
+    everything = {path: content.encode() for path, content in noise.items()}
+    assert await opened(project, tmp_path / "large") == {**few, "b.txt": b"3", **everything}
 
 
 def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(database: str) -> None:
