@@ -33,6 +33,9 @@ TOMBSTONE_BYTES: Final = 8 * 2**20
 ARCHIVE_BYTES: Final = 512 * 2**20
 """Of an archive as it travels; every agent takes that much (its SNAPSHOT_MAX_COMPRESSED_BYTES)."""
 
+FILE_BYTES: Final = 100 * 2**20
+"""Of one file; likewise (its SNAPSHOT_MAX_FILE_BYTES). A file from before a limit was lowered is taken up to this."""
+
 _LISTED: Final = 160
 """Bytes of one file in a manifest, without its path; a path doubles where it is all quotation marks."""
 
@@ -89,7 +92,9 @@ async def environment_of(pool: Pool, project_id: UUID, *, archive_bytes: int) ->
     return {
         "SNAPSHOT_MAX_ENTRIES": str(files + 1),
         "SNAPSHOT_MAX_BYTES": str(size + manifest),
-        "SNAPSHOT_MAX_FILE_BYTES": str(max(limits["file.bytes"], limits.get("asset.bytes", MAX_ASSET))),
+        "SNAPSHOT_MAX_FILE_BYTES": str(
+            max(FILE_BYTES, manifest, limits["file.bytes"], limits.get("asset.bytes", 0))
+        ),
         "SNAPSHOT_MAX_MANIFEST_BYTES": str(manifest),
         "SNAPSHOT_MAX_COMPRESSED_BYTES": str(max(archive_bytes, ARCHIVE_BYTES)),
     }

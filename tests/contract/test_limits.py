@@ -25,7 +25,13 @@ from agent.core.model import parse_path
 from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import Downloader
 from orchestrator_stub.platform.ignore_rules import NEVER
-from orchestrator_stub.platform.limits import ARCHIVE_BYTES, TOMBSTONE_BYTES, differences, manifest_bytes
+from orchestrator_stub.platform.limits import (
+    ARCHIVE_BYTES,
+    FILE_BYTES,
+    TOMBSTONE_BYTES,
+    differences,
+    manifest_bytes,
+)
 from orchestrator_stub.platform.source_files import path_problem
 from orchestrator_stub.snapshots.availability import STORAGE_LIMIT
 from tests.system.plane import Plane, Project, eventually, running_plane
@@ -352,7 +358,7 @@ def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(databa
     assert limits == {name: value for name, value in numbers.items() if isinstance(value, int)}
     assert differences(limits) == []
     reader = SnapshotLimits()
-    assert reader.snapshot_max_file_bytes >= max(limits["file.bytes"], limits["asset.bytes"])
+    assert reader.snapshot_max_file_bytes == FILE_BYTES >= max(limits["file.bytes"], limits["asset.bytes"])
     assert reader.snapshot_max_compressed_bytes == ARCHIVE_BYTES >= STORAGE_LIMIT
     manifest = manifest_bytes(limits["project.files"], limits["project.path_bytes"])
     assert reader.snapshot_max_entries >= limits["project.files"] + 1
