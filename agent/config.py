@@ -105,19 +105,21 @@ class SnapshotLimits(BaseModel):
 
     snapshot_max_compressed_bytes: PositiveInt = 512 * 2**20
     """Of the archive as it travels. Ten times the largest project measured (200 MB unpacks from about 50)."""
-    snapshot_max_bytes: PositiveInt = 2**30
-    """Of all files together. A preview's disk is a few GB, and node_modules has to fit beside the project."""
+    snapshot_max_bytes: PositiveInt = 2**30 + 2**25
+    """Of all entries together: the files and the manifest. A preview's disk is a few GB, and node_modules has to fit
+    beside the project."""
     snapshot_max_file_bytes: PositiveInt = 100 * 2**20
     """Of one file. Twice what Supabase Storage takes by default (50 MB), so no asset that exists is refused."""
-    snapshot_max_entries: PositiveInt = 50_000
-    """Files and directories. Large projects have a few thousand; each costs an inode and about 400 bytes here."""
+    snapshot_max_entries: PositiveInt = 50_001
+    """Files, and the manifest. Large projects have a few thousand; each costs an inode and about 400 bytes here. The
+    orchestrator sets this and the others by what the database takes (`preview.settings`)."""
     snapshot_max_ratio: PositiveInt = 200
     """Unpacked to packed size of one file that no manifest names with its size. Source text reaches 10, deflate itself
     1032; bombs come near that, and so does a blank picture, which the manifest names."""
     snapshot_ratio_floor_bytes: NonNegativeInt = 8 * 2**20
     """The ratio is not checked below this size: a small file of blanks is no attack."""
-    snapshot_max_manifest_bytes: PositiveInt = 16 * 2**20
-    """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 12 MB."""
+    snapshot_max_manifest_bytes: PositiveInt = 32 * 2**20
+    """The manifest is the one entry held in memory whole; 50,000 files with long paths come to 16 MB."""
     snapshot_connect_seconds: PositiveFloat = 10.0
     """To reach the storage. Longer than three retries of a lost SYN (1 + 2 + 4 s)."""
     snapshot_stall_seconds: PositiveFloat = 20.0
@@ -218,7 +220,7 @@ class Settings(SnapshotLimits, BaseSettings):
     dev_stop_seconds: PositiveFloat = 2.5
     """Between TERM and KILL. Vite ends in 50 ms; the rest of STOP_GRACE belongs to the drain."""
     preview_host: str | None = None
-    """Domain under which the preview is reached, for the dev server's list of allowed hosts."""
+    """Domains under which the preview is reached, with spaces between, for the dev server's list of allowed hosts."""
     install_scripts: bool = False
     """Whether dependencies may run their install scripts. Most need none, and each is somebody's program."""
     install_seconds: PositiveFloat = 300.0

@@ -40,6 +40,7 @@ from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.database import Pool, pool_of
+from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
@@ -123,6 +124,13 @@ async def control_plane(
             metrics.provision_seconds.labels(part).observe(seconds)
 
         installation = await store.installation()
+        limits = await limits_of(pool)
+        if "project.files" not in limits:
+            raise Unmigrated(
+                "the database lacks migrations of this release; run `preview-orchestrator migrate` first"
+            )
+        for sentence in differences(limits):
+            log.warning("limits.differ", detail=sentence)
         runs = RunSettings(pool, sealing_keys_of(settings))
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,

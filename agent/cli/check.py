@@ -277,7 +277,10 @@ async def _preview(settings: Settings) -> list[Finding]:
             return [warn("preview", str(error))]
     command = settings.dev_command
     if found is None:
-        return [ok("command", " ".join(command or ()))]
+        program = (command or ("",))[0]
+        if shutil.which(directory / program if "/" in program else program):
+            return [ok("command", " ".join(command or ()))]
+        return [warn("command", f"there is no program {program!r} here; use an image that has it")]
     server = found.report()["server"] or "a server that listens on $PORT"
     findings = [ok("preview", f"{found.chosen.place or '.'}: {server}; {found.chosen.why}")]
     if found.dependencies.exist:

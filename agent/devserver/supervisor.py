@@ -48,6 +48,10 @@ from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
 
+ENDED = (
+    "the command ended by itself, and with it what it had started in the background; a dev server's stays in the "
+    'foreground: without "&", nohup, -d or --daemon, or with "wait" as its last word'
+)
 AFTER_A_BUG = 1.0
 """Seconds of rest after a bug in the loop, so that one which stays is no busy loop."""
 
@@ -405,7 +409,7 @@ class Supervisor:
             why = "oom"
         if not child.asked_to_stop:
             log.warning("dev_server.exited", code=code, why=why)
-            self._hint = await self._node_hint(wanted) if code else ""
+            self._hint = await self._node_hint(wanted) if code else ENDED
         self._child = None
         self._inputs.put_nowait(Exited(generation, why))
 
@@ -459,8 +463,12 @@ class Supervisor:
         """Say how the dev server is started. None: there is nothing to start."""
         settings = self._settings
         more = {"BROWSER": "none"}
-        if settings.preview_host:
-            more["__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS"] = settings.preview_host
+        if hosts := (settings.preview_host or "").split():
+            # Vite's own variable has room for one; the plugin allows them all.
+            more |= {
+                "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS": hosts[0],
+                "PREVIEW_SYNC_HOSTS": " ".join(hosts),
+            }
         env = environment(self._environ, user=self._rights.user, more=more)
         argv = settings.dev_command
         if wanted:

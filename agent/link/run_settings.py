@@ -121,7 +121,7 @@ def merged(base: Settings, run: RunSettings) -> Settings:
         "dev_command": run.dev_command,
         "dev_server_port": run.dev_port,
         "install_command": run.install_command,
-        "preview_host": next(iter(run.allowed_hosts), None),
+        "preview_host": " ".join(run.allowed_hosts) or None,
     }
     given = {
         name: value for name, value in fields.items() if value is not None or name.upper() in base.run_names

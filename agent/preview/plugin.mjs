@@ -365,6 +365,10 @@ export function preview() {
     name: NAME,
     apply: "serve",
     enforce: "post",
+    config({ server }) {
+      const hosts = (process.env.PREVIEW_SYNC_HOSTS ?? "").split(" ").filter(Boolean);
+      return server?.allowedHosts === true || !hosts.length ? undefined : { server: { allowedHosts: hosts } };
+    },
     configureServer(given) {
       if (given.config.server.hmr !== false && /** @type {any} */ (given.config.server).ws !== false) configure(given);
     },

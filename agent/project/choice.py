@@ -35,8 +35,20 @@ NAMES = ("frontend", "web", "client", "app", "site")
 SCRIPTS = ("dev", "start")
 """What starts a project, by the name of its script."""
 REMEDY = (
-    'add a package.json with a "dev" script, or an index.html, or name the directory to preview in DEV_ROOT'
+    'add a package.json with a "dev" script, or an index.html, or name the directory to preview in DEV_ROOT '
+    "(root of the run settings), or its command in DEV_COMMAND (dev_command)"
 )
+OTHERS = {
+    "deno.json": "deno task dev", "deno.jsonc": "deno task dev", "manage.py": "python3 manage.py runserver",
+    "app.py": "python3 app.py", "main.py": "python3 main.py", "requirements.txt": "python3 -m YOUR_MODULE",
+    "pyproject.toml": "python3 -m YOUR_MODULE", "go.mod": "go run .", "Cargo.toml": "cargo run",
+    "bin/rails": "bin/rails server", "Gemfile": "bundle exec rackup", "mix.exs": "mix phx.server",
+    "composer.json": "php -S 127.0.0.1:8000", "index.php": "php -S 127.0.0.1:8000",
+    "mvnw": "./mvnw spring-boot:run", "gradlew": "./gradlew bootRun", "hugo.toml": "hugo server",
+    "_config.yml": "bundle exec jekyll serve",
+}  # fmt: skip
+"""What projects without a package.json have at their top, and what usually starts them, the surest first. Visitors are
+passed on to whatever port it listens on."""
 
 
 class ProjectUnreadable(AgentError):
@@ -117,8 +129,13 @@ def choose(directory: Path, root: str | None = None) -> tuple[Candidate, list[Ca
             return top, below
     if chosen := front_end(below):
         return chosen, below
-    if unreadable is None and (chosen := _page(directory, places, below)):
-        return chosen, below
+    # The pages of another kind of project, below its top, are templates.
+    if (
+        unreadable is None
+        and (page := _page(directory, places, below))
+        and not (page.place and _other(directory))
+    ):
+        return page, below
     raise unreadable or NothingToServe(_sentence(directory, below))
 
 
@@ -179,7 +196,17 @@ def _sentence(directory: Path, found: list[Candidate]) -> str:
         return f"{_lacks(read(directory, ''))}; {REMEDY}"
     if found:
         return f"{_lacks(found[0])}; {REMEDY}"
+    if name := _other(directory):
+        return (
+            f"there is no package.json in the project; for its {name} set DEV_COMMAND (dev_command of the run "
+            f"settings) to what serves it, such as {OTHERS[name]!r}, in an image that has the programs for it"
+        )
     return f"there is no package.json and no index.html in the project; {REMEDY}"
+
+
+def _other(directory: Path) -> str | None:
+    """Return by which name at the top it is another kind of project."""
+    return next((name for name in OTHERS if os.path.lexists(directory / name)), None)
 
 
 def _lacks(candidate: Candidate) -> str:

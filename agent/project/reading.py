@@ -154,7 +154,7 @@ class Project:
             given: The environment of any program of the project.
             host: Where the dev server is to listen.
             port: On which port.
-            preview_host: The domain under which visitors come.
+            preview_host: The domains under which visitors come, with spaces between.
             fresh: Whether to start without what the previous start cached.
         """
         name, cwd = self.chosen.script, str(self.directory)

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 HOST, PORT, PREVIEW_HOST = "{host}", "{port}", "{preview_host}"
-"""What stands in a flag for the preview's address, and for the domain under which visitors come."""
+"""What stands in a flag for the preview's address, and for a domain under which visitors come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,9 @@ _SHELL = re.compile(r"[|&;<>()$`\n]")
 
 HOOK = """
 import { realpathSync } from 'node:fs'
+import Module from 'node:module'
 import { isMainThread } from 'node:worker_threads'
-const { tools, only } = DATA
+const { tools, only, hosts } = DATA
 let main = process.argv[1] ?? ''
 try { main = realpathSync(main) } catch {}
 const tool = isMainThread && tools[/.*[/]node_modules[/]((?:@[^/]+[/])?[^/]+)[/]/.exec(main)?.[1]]
@@ -95,8 +96,18 @@ if (serves && (!only || process.cwd() === only)) {
   }
   process.argv.splice(2, Infinity, ...(word ? [word] : []), ...tool.flags, ...kept)
 }
+if (tool && tool === tools.next && hosts.length) {
+  const load = Module._load
+  Module._load = function (name) {
+    const found = load.apply(this, arguments)
+    const key = /[/]block-cross-site(-dev)?$/.test(name) && Object.keys(found)[0]
+    const more = list => list || key.endsWith('DEV') ? [...(list ?? []), ...hosts] : list
+    return key ? { [key]: (request, response, list, own) => found[key](request, response, more(list), own) } : found
+  }
+}
 """
-"""Runs in every Node process before its program. `replaced`: the flags taken away, and whether each has a value."""
+"""Runs in every Node process before its program. `replaced`: the flags taken away, and whether each has a value. Next
+takes the hosts that may ask its dev server from its config alone; without a list Next 15 refuses nobody, and 16 all."""
 
 
 def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: str | None) -> str:
@@ -108,14 +119,16 @@ def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: s
     Args:
         host: Where the dev server is to listen.
         port: On which port.
-        preview_host: The domain under which visitors come.
+        preview_host: The domains under which visitors come, with spaces between.
         fresh: Whether to start without what the previous start cached.
         only: The one directory whose dev server is meant, where a script starts several; None: all.
     """
-    names = {HOST: host, PORT: str(port), PREVIEW_HOST: preview_host or ""}
+    names, hosts = {HOST: host, PORT: str(port)}, (preview_host or "").split()
+    patterns = [each for host in hosts for each in ((f"**{host}", host[1:]) if host[0] == "." else (host,))]
     known: dict[str, object] = {}
     for tool in TOOLS:
-        template = (*tool.flags, *(tool.allow if preview_host else ()), *(tool.fresh if fresh else ()))
+        allow = [host if word == PREVIEW_HOST else word for host in hosts for word in tool.allow]
+        template = (*tool.flags, *allow, *(tool.fresh if fresh else ()))
         flags = [names.get(word, word) for word in template]
         valued = {
             name: not after.startswith("--")
@@ -126,7 +139,7 @@ def hook(*, host: str, port: int, preview_host: str | None, fresh: bool, only: s
         told = {name: names.get(value, value) for name, value in tool.environ.items()}
         for package in tool.packages:
             known[package] = {"starts": tool.starts, "flags": flags, "replaced": replaced, "environ": told}
-    source = HOOK.replace("DATA", json.dumps({"tools": known, "only": only}))
+    source = HOOK.replace("DATA", json.dumps({"tools": known, "only": only, "hosts": patterns}))
     return "--import=data:text/javascript," + quote(source, safe="()*!'/;,:=[]{}$")
 
 

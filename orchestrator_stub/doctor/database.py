@@ -9,7 +9,8 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.doctor.findings import Report
-from orchestrator_stub.platform.database import POOL_SIZE
+from orchestrator_stub.platform.database import POOL_SIZE, pool_of
+from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.migrations import MigrationError, MigrationRefused, check
 
 CONNECT_SECONDS: Final = 8
@@ -144,6 +145,18 @@ async def _migrations(dsn: str, report: Report) -> None:
         else:
             report.ok("every migration is applied")
             await _rights(dsn, report)
+            await _limits(dsn, report)
+
+
+async def _limits(dsn: str, report: Report) -> None:
+    async with pool_of(dsn, size=1) as pool:
+        sentences = differences(await limits_of(pool))
+    for sentence in sentences:
+        report.warn(
+            sentence, "a release and its migrations belong together; see preview.settings and the buckets"
+        )
+    if not sentences:
+        report.ok("what a project may hold is what this release takes")
 
 
 async def _rights(dsn: str, report: Report) -> None:

@@ -163,7 +163,12 @@ def _remedy_of(reason: str, role: str) -> str:
 
 async def examine_storage(settings: Settings, http: httpx.AsyncClient, report: Report) -> None:
     """Store, sign, fetch and remove an object of a few bytes, as a snapshot is."""
-    storage = StorageClient(settings.storage_url, settings.supabase_service_role_key.get_secret_value(), http)
+    storage = StorageClient(
+        settings.storage_url,
+        settings.supabase_service_role_key.get_secret_value(),
+        http,
+        object_limit=settings.storage_object_limit,
+    )
     path, content = f"doctor/{uuid4()}", b"preview-sync"
     try:
         await storage.upload(BUCKET, path, content, len(content))

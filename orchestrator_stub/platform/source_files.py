@@ -24,6 +24,11 @@ MAX_TEXT: Final = 10 * 2**20
 MAX_ASSET: Final = 50 * 2**20
 """Bytes of one object: Supabase's default."""
 
+MAX_PATH_BYTES: Final = 1024
+MAX_SEGMENT_BYTES: Final = 255
+MAX_SEGMENTS: Final = 64
+"""Of a path, as `preview.path_problem` and the agents have them."""
+
 FEW: Final = 3
 """Paths that are named one by one when they cannot be read."""
 
@@ -50,10 +55,12 @@ def path_problem(path: str) -> str | None:
     """Why the database would not take this path (protocol: `file_path`), or None."""
     if not _is_utf8(path):
         return "its name is not UTF-8"
-    if len(path.encode()) > 1024 or any(len(segment.encode()) > 255 for segment in path.split("/")):
+    if len(path.encode()) > MAX_PATH_BYTES or any(
+        len(segment.encode()) > MAX_SEGMENT_BYTES for segment in path.split("/")
+    ):
         return "its name is too long"
-    if path.count("/") >= 64:
-        return "it lies below more than 63 directories"
+    if path.count("/") >= MAX_SEGMENTS:
+        return f"it lies below more than {MAX_SEGMENTS - 1} directories"
     if "\\" in path or any(unicodedata.category(c) == "Cc" for c in path):
         return "its name has a backslash or a control character"
     if not unicodedata.is_normalized("NFC", path):

@@ -302,6 +302,7 @@ class SessionController:
             token, _ = self.token_for(session)
         run = await self._runs.of_session(session.id)
         settings = self._settings
+        limits = await self._store.machine_limits(session.project_id, settings.storage_object_limit)
         return MachineSpec(
             name=await self._name_for(session),
             installation=self._installation.id,
@@ -318,6 +319,7 @@ class SessionController:
                 "REALTIME_API_KEY": settings.supabase_anon_key.get_secret_value(),
                 "SESSION_API_URL": settings.agent_facing_url,
                 "LOG_LEVEL": settings.log_level,
+                **limits,
                 # What is no secret. `env` and `npmrc` never: a platform shows this to whoever holds its token.
                 **run.environment(),
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),

@@ -83,7 +83,7 @@ class RunBody(BaseModel):
     dev_command: Words | None = None
     dev_port: Annotated[int, Field(strict=True, ge=1, le=65535)] | None = None
     install_command: Words | None = None
-    allowed_hosts: Annotated[list[Host], Field(max_length=1)] | None = None
+    allowed_hosts: Annotated[list[Host], Field(max_length=10)] | None = None
     env: (
         Annotated[dict[Name, Secret | None], Field(max_length=MOST_SECRETS), AfterValidator(_names)] | None
     ) = None
@@ -145,7 +145,7 @@ class Stored:
         """What a machine is told in its environment."""
         given = {ENVIRONMENT[name]: value for name, value in self.plain.items() if name in ENVIRONMENT}
         told = {
-            name: str(value[0] if isinstance(value, list) else value)
+            name: " ".join(value) if isinstance(value, list) else str(value)
             for name, value in given.items()
             if value
         }

@@ -21,6 +21,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.machines.driver import Installation, Machine
 from orchestrator_stub.platform.database import Head, Pool
+from orchestrator_stub.platform.limits import environment_of
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Event, Session, State, moves
 
 COLUMNS: Final[LiteralString] = """
@@ -364,6 +365,10 @@ class SessionStore:
             " where id = %(id)s and %(moves)s ? state",
             {"id": session_id, "moves": _moves(Event.DESTROYED)},
         )
+
+    async def machine_limits(self, project_id: UUID, archive_bytes: int) -> Mapping[str, str]:
+        """What a machine of the project is told of limits, as its environment."""
+        return await environment_of(self._pool, project_id, archive_bytes=archive_bytes)
 
     async def may(self, claims: Mapping[str, object], project_id: UUID, what: Right) -> bool:
         """Whether a user with these claims may read the project, write it, or owns it."""

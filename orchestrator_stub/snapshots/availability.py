@@ -27,9 +27,9 @@ on conflict (project_id, content_hash) do update set reason = excluded.reason, f
 """
 _LARGEST: Final = """
 select content_hash, max(size_bytes) from public.project_files
-where project_id = %s and is_current_version and not is_deleted and content is null
-  and preview.unavailable(project_id, file_path, content_hash, true) is null
-group by content_hash order by max(size_bytes) desc, content_hash
+where project_id = %s and is_current_version and not is_deleted
+  and preview.unavailable(project_id, file_path, content_hash, content is null) is null
+group by content_hash order by bool_or(content is null) desc, max(size_bytes) desc, content_hash
 """
 _ANY: Final = """
 select exists (
@@ -56,7 +56,7 @@ async def forget(pool: Pool, project_id: UUID, digests: list[str]) -> None:
 
 
 async def make_room(pool: Pool, project_id: UUID, bucket: str, size: int) -> bool:
-    """Note the largest binary files as having no room in an archive of `size` bytes. False: there are none."""
+    """Note the largest files, assets first, as having no room in an archive of `size` bytes. False: none is left."""
     async with pool.connection() as connection:
         limit = await (
             await connection.execute("select file_size_limit from storage.buckets where id = %s", (bucket,))

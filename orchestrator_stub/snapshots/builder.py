@@ -29,6 +29,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Histogram
 
 from orchestrator_stub.platform.database import Pool
+from orchestrator_stub.platform.limits import TOMBSTONE_BYTES
 from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
 from orchestrator_stub.snapshots.availability import READ_AGAIN, Reason, forget, make_room, note
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
@@ -58,17 +59,21 @@ select f.file_path, f.content_hash, f.size_bytes, f.version, f.executable, f.con
        u.found_at < now() - %s * interval '1 second'
 from public.project_files f
 left join preview.unavailable_content u
-  on f.content is null and u.project_id = f.project_id and u.content_hash = f.content_hash
+  on u.project_id = f.project_id and u.content_hash = f.content_hash
 where f.project_id = %s and f.is_current_version and not f.is_deleted and f.revision > %s
 order by f.file_path
 """
 _DELETED = """
-select file_path, version from public.project_files
-where project_id = %s and is_current_version and is_deleted and revision > %s
+select file_path, version, total from (
+  select file_path, version, count(*) over () as total,
+         sum(octet_length(to_json(file_path)::text) + 40) over (order by revision desc, file_path) as bytes
+  from public.project_files where project_id = %s and is_current_version and is_deleted and revision > %s
+) d where bytes <= %s
 order by file_path
 """
+"""The latest, as many as an agent's bound on manifests has room for."""
 _CONTENT = """
-select convert_to(content, 'UTF8') from public.project_files
+select file_path, convert_to(content, 'UTF8') from public.project_files
 where project_id = %s and is_current_version and not is_deleted and revision > %s and content is not null
   and file_path between %s and %s
 order by file_path
@@ -218,10 +223,14 @@ class SnapshotBuilder:
             if base is not None and not head.pruned_revision <= base <= head.revision:
                 base = None
             above = -1 if base is None else base
+            deleted, is_all = await _deleted(connection, project_id, above)
+            if base is not None and not is_all:
+                # What is new has to name all that is gone. An archive of everything need not: it is not there.
+                base, above = None, -1
+                deleted, _ = await _deleted(connection, project_id, above)
             found = await _files(connection, project_id, above)
             files = [file for file in found if not file.unavailable or file.read_again]
             left_out = [file for file in found if file.unavailable and not file.read_again]
-            deleted = await _deleted(connection, project_id, above)
             manifest = _manifest(project_id, head, base, files, deleted, left_out)
             archive.add(MANIFEST_PATH, orjson.dumps(manifest))
             texts = [file for file in files if not file.is_binary]
@@ -321,17 +330,20 @@ async def _files(connection: psycopg.AsyncConnection[Any], project_id: UUID, abo
 
 async def _deleted(
     connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int
-) -> list[tuple[str, int]]:
-    return await (await connection.execute(_DELETED, (project_id, above))).fetchall()
+) -> tuple[list[tuple[str, int]], bool]:
+    """What was deleted, and whether that is all of it."""
+    rows = await (await connection.execute(_DELETED, (project_id, above, TOMBSTONE_BYTES))).fetchall()
+    return [(path, version) for path, version, _ in rows], not rows or rows[0][2] == len(rows)
 
 
 async def _contents(
     connection: psycopg.AsyncConnection[Any], project_id: UUID, above: int, batch: Sequence[_File]
 ) -> list[bytes]:
-    """The bytes of a run of files that are neighbours by path."""
+    """The bytes of a run of files that are neighbours by path, but for those that are left out."""
     cursor = connection.cursor(binary=True)
     await cursor.execute(_CONTENT, (project_id, above, batch[0].path, batch[-1].path))
-    return [row[0] for row in await cursor.fetchall()]
+    found: dict[str, bytes] = dict(await cursor.fetchall())
+    return [found[file.path] for file in batch]
 
 
 def _batches(files: Sequence[_File]) -> Iterator[Sequence[_File]]:

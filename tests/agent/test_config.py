@@ -64,7 +64,7 @@ def test_settings_are_what_they_are_given_and_nothing_of_this_process(
         assert (settings.dev_port, settings.log_level, settings.snapshot_max_entries) == (
             5173,
             "info",
-            50_000,
+            50_001,
         )
 
 

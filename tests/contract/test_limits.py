@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
+import orjson
 import psycopg
 import pytest
 
@@ -24,6 +25,13 @@ from agent.core.model import parse_path
 from agent.fs.project_dir import ProjectDir
 from agent.snapshot.download import Downloader
 from orchestrator_stub.platform.ignore_rules import NEVER
+from orchestrator_stub.platform.limits import (
+    ARCHIVE_BYTES,
+    FILE_BYTES,
+    TOMBSTONE_BYTES,
+    differences,
+    manifest_bytes,
+)
 from orchestrator_stub.platform.source_files import path_problem
 from orchestrator_stub.snapshots.availability import STORAGE_LIMIT
 from tests.system.plane import Plane, Project, eventually, running_plane
@@ -119,7 +127,13 @@ async def opened(project: Project, directory: Path) -> dict[str, bytes]:
     disk.open()
     try:
         async with httpx.AsyncClient(trust_env=False) as http:
-            download = Downloader(disk, http, SnapshotLimits(), str(project.id))
+            told = {
+                name.lower(): value
+                for name, value in agent.environ.items()
+                if name.startswith("SNAPSHOT_MAX_")
+            }
+            limits = SnapshotLimits.model_validate(told)
+            download = Downloader(disk, http, limits, str(project.id))
             snapshot = await download.fetch(agent.environ["SNAPSHOT_URL"])
         assert snapshot.staged.keys() == snapshot.manifest.files.keys()
         places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}
@@ -281,7 +295,7 @@ async def test_a_file_that_is_lost_while_an_agent_follows_holds_up_nothing(
 async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
     plane: Plane, tmp_path: Path
 ) -> None:
-    project = await plane.project({"a.txt": "1", "deep.txt": "2"})
+    project = await plane.project({"a.txt": "1", "deep.txt": "2", "e.txt": "3"})
     deep = "/".join("d" * (PATH["segments"] + 6))
     async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
         await connection.execute("alter table public.project_files disable trigger all")
@@ -293,7 +307,7 @@ async def test_a_row_from_before_the_depth_was_bounded_is_its_own_problem(
         await connection.execute(
             "update public.project_files set file_path = %s where file_path = 'deep.txt'", (deep,)
         )
-    assert await opened(project, tmp_path) == {"a.txt": b"1"}
+    assert await opened(project, tmp_path) == {"a.txt": b"1", "e.txt": b"3"}
 
 
 async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
@@ -312,6 +326,29 @@ async def test_what_makes_an_archive_too_large_for_storage_is_left_out_of_it(
     assert await opened(project, tmp_path) == {"a.txt": b"1", "logo.png": LOGO}
 
 
+async def test_texts_that_make_an_archive_too_large_are_left_out_and_are_back_when_there_is_room(
+    plane: Plane, tmp_path: Path
+) -> None:
+    """Assets go first, then the largest texts: the rest of the project opens."""
+    noise = {f"noise/{n}.txt": random.Random(n).randbytes(3000 + n).hex() for n in range(4)}
+    project = await plane.project({"a.txt": "1", **noise, "z.txt": "2"})
+    few = {"a.txt": b"1", "z.txt": b"2"}
+
+    async def execute(statement: str) -> None:
+        async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+            await connection.execute(statement.encode())
+
+    await execute("update storage.buckets set file_size_limit = 8000 where id = 'project-snapshots'")
+    found = await opened(project, tmp_path / "small")
+    assert few.items() <= found.items()
+    assert 1 <= len(found.keys() & noise.keys()) < len(noise)
+    await execute("update storage.buckets set file_size_limit = null where id = 'project-snapshots'")
+    await execute("update preview.unavailable_content set found_at = found_at - interval '1 hour'")
+    await project.save("b.txt", "3")
+    everything = {path: content.encode() for path, content in noise.items()}
+    assert await opened(project, tmp_path / "large") == {**few, "b.txt": b"3", **everything}
+
+
 def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(database: str) -> None:
     with psycopg.connect(database) as connection:
         limits = dict(connection.execute("select name, value from preview.limits").fetchall())
@@ -319,6 +356,63 @@ def test_every_limit_is_read_in_one_place_and_is_one_that_the_agent_takes(databa
         f"{of}.{name}": value for of, names in LIMITS.items() if of != "env" for name, value in names.items()
     }
     assert limits == {name: value for name, value in numbers.items() if isinstance(value, int)}
+    assert differences(limits) == []
     reader = SnapshotLimits()
-    assert reader.snapshot_max_file_bytes >= max(limits["file.bytes"], limits["asset.bytes"])
-    assert reader.snapshot_max_compressed_bytes >= STORAGE_LIMIT
+    assert reader.snapshot_max_file_bytes == FILE_BYTES >= max(limits["file.bytes"], limits["asset.bytes"])
+    assert reader.snapshot_max_compressed_bytes == ARCHIVE_BYTES >= STORAGE_LIMIT
+    manifest = manifest_bytes(limits["project.files"], limits["project.path_bytes"])
+    assert reader.snapshot_max_entries >= limits["project.files"] + 1
+    assert reader.snapshot_max_bytes >= limits["project.bytes"] + manifest
+    assert reader.snapshot_max_manifest_bytes >= manifest
+
+
+async def set_limits(plane: Plane, **limits: int) -> None:
+    async with await psycopg.AsyncConnection.connect(plane.dsn, autocommit=True) as connection:
+        for name, value in limits.items():
+            await connection.execute(f"update preview.settings set {name} = %s".encode(), (value,))
+
+
+async def test_a_project_as_large_as_may_be_is_opened_and_the_next_file_is_refused(
+    plane: Plane, tmp_path: Path
+) -> None:
+    files = {"a.txt": "1", "b/c.txt": "22", "d.txt": "333"}
+    await set_limits(
+        plane, max_project_files=3, max_project_bytes=6, max_project_path_bytes=len("a.txtb/c.txtd.txt")
+    )
+    project = await plane.project(files)
+    wanted = {path: content.encode() for path, content in files.items()}
+    assert await opened(project, tmp_path / "at") == wanted
+    for arguments, limit, would_be in (
+        ({"p_file_path": "e", "p_content": ""}, "project.files", 4),
+        ({"p_file_path": "a.txt", "p_content": "12"}, "project.bytes", 7),
+    ):
+        answer = await plane.http.post(
+            "/rest/v1/rpc/upsert_project_file", json={"project_uuid": str(project.id), **arguments}
+        )
+        assert answer.status_code == 413, answer.text
+        told = json.loads(answer.json()["details"])
+        assert (told["limit"], told["would_be"], told["most"]) == (limit, would_be, would_be - 1)
+        assert "Delete files first" in answer.json()["hint"]
+    assert await opened(project, tmp_path / "still") == wanted
+
+
+async def test_what_was_saved_under_a_larger_limit_is_opened_and_a_raised_one_reaches_the_next_machine(
+    plane: Plane, tmp_path: Path
+) -> None:
+    project = await plane.project({"a": "1", "b": "22", "c": "333"})
+    await set_limits(plane, max_project_files=1, max_project_bytes=1, max_project_path_bytes=1)
+    assert await opened(project, tmp_path / "over") == {"a": b"1", "b": b"22", "c": b"333"}
+    await set_limits(plane, max_project_files=70_000, max_file_bytes=2**27)
+    agent = await project.session(tmp_path / "raised")
+    assert agent.environ["SNAPSHOT_MAX_ENTRIES"] == "70001"
+    assert agent.environ["SNAPSHOT_MAX_FILE_BYTES"] == str(2**27)
+
+
+def test_a_manifest_of_the_longest_entries_is_as_long_as_was_said_at_most() -> None:
+    entry = {
+        "file_path": '"' * PATH["bytes"], "content_hash": "0" * 64, "size": 10**9, "version": 10**9, "executable": True
+    }  # fmt: skip
+    for count in (1, 1000):
+        assert len(orjson.dumps({"files": [entry] * count})) <= (
+            manifest_bytes(count, count * PATH["bytes"]) - TOMBSTONE_BYTES + len('{"files":[]}')
+        )

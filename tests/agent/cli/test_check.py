@@ -141,6 +141,25 @@ async def test_what_a_start_would_preview_and_what_is_missing_for_it_is_told(tmp
     assert told["command"] == "ok: python3 -m http.server"
 
 
+async def test_another_kind_of_project_is_told_what_makes_it_run(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    _, told = await asked(environment(tmp_path))
+    assert told["preview"].startswith(
+        "warn: there is no package.json and no index.html in the project; add a "
+    )
+    (project / "go.mod").touch()
+    _, told = await asked(environment(tmp_path))
+    assert "set DEV_COMMAND (dev_command of the run settings)" in told["preview"]
+    assert "such as 'go run .'" in told["preview"]
+    _, told = await asked(environment(tmp_path, DEV_COMMAND="no-such-go run ."))
+    assert told["command"] == "warn: there is no program 'no-such-go' here; use an image that has it"
+    (project / "serve").write_text("#!/bin/sh\n")
+    (project / "serve").chmod(0o755)
+    _, told = await asked(environment(tmp_path, DEV_COMMAND="./serve"))
+    assert told["command"] == "ok: ./serve"
+
+
 async def test_a_directory_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, told = await asked(environment(tmp_path, PROJECT_DIR=str(tmp_path / "file" / "project")))

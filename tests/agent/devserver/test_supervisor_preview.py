@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -17,6 +18,7 @@ import pytest
 
 from agent.config import Settings
 from agent.core.model import RelPath
+from agent.devserver import forward
 from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from tests.agent.devserver.test_supervisor_faults import QUICK
@@ -48,7 +50,7 @@ class Preview:
 
     def __init__(self, directory: Path, environ: Mapping[str, str], **settings: object) -> None:
         self.directory = directory / "project"
-        self.directory.mkdir()
+        self.directory.mkdir(parents=True)
         given: dict[str, object] = {"project_id": UUID(int=1), "session_id": UUID(int=1), **settings}
         self.supervisor = Supervisor(
             Settings(
@@ -120,6 +122,42 @@ async def test_nothing_to_serve_is_a_problem_until_there_is_something(
         await preview.serves(" web")
         await until(lambda: preview.supervisor.ready)
         assert preview.kinds == []
+
+
+async def test_the_sentence_for_another_kind_of_project_makes_it_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program in Python that knows nothing of PORT, as people write them."""
+    monkeypatch.setattr(forward, "SETTLED_SECONDS", 0.1)
+    monkeypatch.setattr(forward, "READ_EVERY", 0.1)
+    elsewhere = ECHO.replace('int(os.environ["PORT"])', str(free_port()))
+    files = {"app.py": elsewhere, "templates/index.html": "<p>{{ name }}"}
+    async with previewed(tmp_path / "without", files) as preview:
+        await until(lambda: preview.kinds == ["nothing_to_serve"])
+        (said,) = preview.supervisor.problems()
+    command = re.search(r"such as '([^']+)'", said.detail)
+    assert command is not None
+    async with previewed(tmp_path / "with", files, dev_command=tuple(command[1].split())) as preview:
+        await preview.serves(" project")
+        assert preview.kinds == []
+
+
+@pytest.mark.parametrize("script", ["{server} & exit", "(setsid {server} &); true", "true"])
+async def test_a_script_that_forks_away_is_told_to_stay(tmp_path: Path, script: str) -> None:
+    async with previewed(tmp_path, app(script)) as preview:
+        await until(lambda: preview.supervisor.state is Phase.FAILED)
+        (said,) = preview.supervisor.problems()
+        assert said.detail.startswith("the command ended by itself")
+        assert '"&"' in said.detail
+        preview.save(app("{server} & wait"))
+        await preview.serves(" project")
+
+
+async def test_a_command_that_is_not_in_the_image_is_named(tmp_path: Path) -> None:
+    async with previewed(tmp_path, {"go.mod": ""}, dev_command=("no-such-go", "run", ".")) as preview:
+        await until(lambda: preview.supervisor.state is Phase.FAILED)
+        (said,) = preview.supervisor.problems()
+    assert "no-such-go" in said.detail
 
 
 async def test_a_changed_script_restarts_the_server_and_a_changed_version_of_nothing_does_not(

@@ -18,8 +18,10 @@ import websockets
 
 from agent.config import Settings
 from agent.core.model import RelPath
+from agent.devserver.screen import Screen
 from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
+from agent.telemetry.metrics import Metrics
 from tests.agent.conftest import EXAMPLE
 from tests.agent.processes import free_port, running, until
 
@@ -176,12 +178,14 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
 
 async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(settings: Settings) -> None:
     """PREVIEW_HOST is allowed, no other host is, and the hot-update client follows the page's own origin."""
-    supervisor = Supervisor(settings.model_copy(update={"preview_host": "p1.preview.example"}))
+    behind = settings.model_copy(update={"preview_host": "p1.preview.example .own.example"})
+    supervisor = Supervisor(behind, screen=Screen(settings.project_dir, metrics=Metrics()))
     async with kept(supervisor):
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 120)
         async with httpx.AsyncClient(base_url=supervisor.url) as http:
-            for name, status in (("p1.preview.example", 200), ("rebound.example", 403)):
+            allowed = ("p1.preview.example", "own.example", "www.own.example")
+            for name, status in (*((name, 200) for name in allowed), ("rebound.example", 403)):
                 assert (await http.get("/src/App.tsx", headers={"Host": name})).status_code == status
             client = (await http.get("/@vite/client", headers={"Host": "p1.preview.example"})).text
         # What the browser computes: wss when the page is https, and the page's own port.

@@ -108,11 +108,11 @@ def test_what_came_from_run_settings_follows_them_and_what_is_the_images_stays()
     none = merged(machine, RunSettings(1))
     assert (none.dev_root, none.preview_host, none.dev_command) == (None, "baked.example", ("baked",))
     run = RunSettings(
-        2, root="apps", dev_command=("npm", "start"), dev_port=3000, allowed_hosts=("x.example",)
+        2, root="apps", dev_command=("npm", "start"), dev_port=3000, allowed_hosts=("x.example", ".y.example")
     )
     told = merged(machine, run)
     assert (told.dev_root, told.dev_command, told.dev_server_port) == ("apps", ("npm", "start"), 3000)
-    assert told.preview_host == "x.example"
+    assert told.preview_host == "x.example .y.example"
 
 
 def test_a_secret_of_many_lines_is_taken_out_line_by_line() -> None:

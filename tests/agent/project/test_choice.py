@@ -83,6 +83,44 @@ def test_nothing_to_serve_is_one_sentence_with_what_was_found_and_the_remedy(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ((), "there is no package.json and no index.html in the project; add a package.json with"),
+        (
+            ("README.md",),
+            "there is no package.json and no index.html in the project; add a package.json with",
+        ),
+        (("requirements.txt", "app.py", "templates/index.html"), "for its app.py set DEV_COMMAND"),
+        (("pyproject.toml", "src/x.py"), "for its pyproject.toml set DEV_COMMAND"),
+        (("go.mod", "main.go", "web/index.html"), "such as 'go run .', in an image that has"),
+        (("Makefile", "main.c"), "or its command in DEV_COMMAND"),
+        (("deno.json", "main.ts"), "such as 'deno task dev'"),
+        (("Gemfile", "bin/rails", "public/index.html"), "such as 'bin/rails server'"),
+        (("composer.json", "public/index.php"), "such as 'php -S"),
+    ],
+)
+def test_another_kind_of_project_is_told_what_makes_it_run(
+    tmp_path: Path, files: tuple[str, ...], said: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(NothingToServe) as refused:
+        choose(tmp_path)
+    assert said in str(refused.value)
+    assert "DEV_COMMAND" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("files", [("app.py", "index.html"), ("Makefile", "site/index.html")])
+def test_a_page_that_is_meant_is_served_whatever_is_beside_it(tmp_path: Path, files: tuple[str, ...]) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert choose(tmp_path)[0].is_page
+
+
 @pytest.mark.parametrize("root", ["b", "b/", "./", "."])
 def test_dev_root_names_it(tmp_path: Path, root: str) -> None:
     put(tmp_path, {"": DEV, "a": VITE, "b": VITE})
@@ -132,7 +170,7 @@ def test_a_package_json_of_many_megabytes_and_many_directories_are_bounded(
         (tmp_path / f"d{number:03}").mkdir()
     with pytest.raises(NothingToServe):
         choose(tmp_path)
-    assert len(asked) <= 2 * 50 + 4
+    assert len(asked) <= 2 * 50 + 4 + len(choice.OTHERS)
 
 
 JSON = st.recursive(

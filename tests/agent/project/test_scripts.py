@@ -112,9 +112,38 @@ def test_create_react_app_reads_the_environment(tmp_path: Path) -> None:
 @needs_node
 def test_a_fresh_start_and_a_domain_are_flags_too(tmp_path: Path) -> None:
     root = installed(tmp_path, scripts={"dev": "vite; ng serve"})
-    vite, angular = shown(run(root, fresh=True, preview_host="p.example"))
+    vite, angular = shown(run(root, fresh=True, preview_host="p.example q.example"))
     assert vite[0] == [*VITE, "--force"]
-    assert angular[0][-2:] == ["--allowed-hosts", "p.example"]
+    assert angular[0][-4:] == ["--allowed-hosts", "p.example", "--allowed-hosts", "q.example"]
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("release", "given", "wanted"),
+    [
+        ("blockCrossSiteDEV", "undefined", ["p.example", "**.q.example", "q.example"]),
+        ("blockCrossSiteDEV", "['own']", ["own", "p.example", "**.q.example", "q.example"]),
+        ("blockCrossSite", "['own']", ["own", "p.example", "**.q.example", "q.example"]),
+        ("blockCrossSite", "undefined", None),
+    ],
+)
+def test_next_is_told_of_domains_where_it_asks_for_them(
+    tmp_path: Path, release: str, given: str, wanted: list[str] | None
+) -> None:
+    root = installed(tmp_path, scripts={"dev": "next dev"})
+    name = "block-cross-site" + ("-dev" if release.endswith("DEV") else "")
+    lib = root / "node_modules/next/dist/server/lib"
+    lib.mkdir(parents=True)
+    (lib / f"{name}.js").write_text(
+        "Object.defineProperty(exports, '__esModule', { value: true });"
+        f"Object.defineProperty(exports, '{release}', {{ enumerable: true, get: () => (...given) => given }})"
+    )
+    (root / "node_modules/next/dist/bin/next").write_text(
+        "#!/usr/bin/env node\n"
+        f"console.log(JSON.stringify(require('../server/lib/{name}').{release}('q', 's', {given}, 'own')))"
+    )
+    told = json.loads(run(root, preview_host="p.example .q.example")[0])
+    assert told == ["q", "s", wanted, "own"]
 
 
 @needs_node

@@ -60,7 +60,7 @@ async def member(world: World, project: UUID) -> dict[str, str]:
 
 
 PLAIN = {"root": "apps/web", "dev_command": "npm run dev", "dev_port": 3000, "install_command": "npm ci",
-         "allowed_hosts": [".preview.example"], "transport": "nats"}  # fmt: skip
+         "allowed_hosts": [".preview.example", "own.example"], "transport": "nats"}  # fmt: skip
 OWNERS = {"env": {"API_KEY": SECRET}, "npmrc": NPMRC, "public": True, "write_back": True}
 
 
@@ -153,7 +153,7 @@ async def test_what_is_no_secret_is_in_the_machines_environment_and_the_sessions
     assert {name: spec.env.get(name) for name in ("DEV_ROOT", "DEV_COMMAND", "DEV_SERVER_PORT", "INSTALL_COMMAND",
                                                   "PREVIEW_HOST", "RUN_REVISION", "RUN_NAMES")} == {
         "DEV_ROOT": "apps/admin", "DEV_COMMAND": "npm run dev", "DEV_SERVER_PORT": "3000",
-        "INSTALL_COMMAND": "npm ci", "PREVIEW_HOST": ".preview.example", "RUN_REVISION": "2",
+        "INSTALL_COMMAND": "npm ci", "PREVIEW_HOST": ".preview.example own.example", "RUN_REVISION": "2",
         "RUN_NAMES": "DEV_COMMAND DEV_ROOT DEV_SERVER_PORT INSTALL_COMMAND PREVIEW_HOST",
     }  # fmt: skip
     told = (await read(world, answer.json())).json()
@@ -207,7 +207,8 @@ async def test_they_are_read_with_the_current_token_alone(world: World) -> None:
         {"root": ""},
         {"dev_command": "vite 'open"}, {"dev_command": " "}, {"dev_command": "a\0b"}, {"dev_port": 0},
         {"dev_port": 65536}, {"dev_port": "3000"}, {"allowed_hosts": ["https://x.example"]}, {"allowed_hosts": ["*"]},
-        {"allowed_hosts": ["a.example", "b.example"]}, {"env": {"A": 1}}, {"env": {"A": "x\0"}},
+        {"allowed_hosts": ["a.example b.example"]}, {"allowed_hosts": ["a.example"] * 11},
+        {"env": {"A": 1}}, {"env": {"A": "x\0"}},
         {"env": {"A": "x" * 32_769}}, {"env": {f"A{n}": "x" for n in range(101)}}, {"npmrc": "x" * 16_385},
         {"env": {"A": f"{SERVICE_KEY}"}}, {"transport": "pigeon"}, {"public": "yes"}, {"unknown": 1},
     ],

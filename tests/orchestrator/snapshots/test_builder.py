@@ -20,6 +20,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
+from orchestrator_stub.snapshots import builder
 from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, SnapshotBuilder, StoredSnapshot
 from orchestrator_stub.snapshots.cache import PostgresCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
@@ -145,6 +146,24 @@ async def test_a_full_one_says_too_what_is_gone(world: World) -> None:
     await world.write({"action": "delete", "file_path": "b"})
     told = (await world.snapshots.build(world.project_id)).manifest
     assert (told["base_revision"], told["deleted"]) == (None, [{"file_path": "b", "version": 2}])
+
+
+async def test_more_deletions_than_a_manifest_has_room_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine would refuse a manifest without end: a whole archive names the latest, and no delta is made."""
+    monkeypatch.setattr(builder, "TOMBSTONE_BYTES", 3 * (len('"gone0"') + 40))
+    await world.put({f"gone{n}": "1" for n in range(5)} | {"stays": "1"})
+    base = 1
+    for n in range(5):
+        await world.write({"action": "delete", "file_path": f"gone{n}"})
+    whole = (await world.snapshots.build(world.project_id)).manifest
+    assert [entry["file_path"] for entry in whole["deleted"]] == ["gone2", "gone3", "gone4"]
+    assert (await world.snapshots.build(world.project_id, base_revision=base)).manifest == {
+        **whole, "build_seconds": pytest.approx(0, abs=60)
+    }  # fmt: skip
+    delta = (await world.snapshots.build(world.project_id, base_revision=base + 2)).manifest
+    assert (delta["base_revision"], len(delta["deleted"])) == (base + 2, 3)
 
 
 async def test_a_delta_has_what_is_newer_and_what_is_gone(world: World) -> None:
