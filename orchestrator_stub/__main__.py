@@ -1,4 +1,7 @@
-"""`preview-orchestrator dev | serve | migrate | doctor | machines | tail | log`: the command line, and how it fails."""
+"""The command line and how it fails.
+
+preview-orchestrator dev | serve | migrate | doctor | machines | rollout | tail | log
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     machines.add_argument("--json", action="store_true", help="one JSON object a line")
     machines.set_defaults(run=_machines)
 
+    _add_rollout(commands)
+
     tail = commands.add_parser("tail", help="print a project's channel as it happens")
     tail.add_argument("project", help="the project's id, or `-` for the one of --state")
     tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
@@ -124,6 +129,56 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--json", action="store_true", help="one JSON object a line, with all paths")
     log.set_defaults(run=_log)
     return parser
+
+
+def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rollout = commands.add_parser(
+        "rollout",
+        help="give sessions a new agent image, or the former one again",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""Give sessions a new agent image, or the former one again.
+
+First a session of its own tries the image, beside a project that is being previewed. If that becomes ready, new
+sessions get the image, and running ones are given a new machine as soon as nobody has their page open and nothing
+was saved for a while, a few at a time. The first that does not become ready stops it: that session gets its former
+image back, nobody is given the new one any more, and this says which session it was and why.
+
+Without IMAGE it says what is rolled out, and how many sessions have which image.""",
+        epilog="""examples:
+  preview-orchestrator rollout registry.fly.io/previews:v42 --share 10%    a tenth of the sessions
+  preview-orchestrator rollout registry.fly.io/previews:v42                then all of them
+  preview-orchestrator rollout registry.fly.io/previews:v41                and back again: without a trial
+  preview-orchestrator rollout                                             where it stands
+
+All of it is in the database. Ctrl-C ends this command and not the rollout: new sessions go on getting the image, and
+the same command goes on with the running ones. Give each build a name of its own (a tag that is never used again, or a
+digest): a session whose image has the same name is taken to be up to date.
+
+exit codes: 0 all of the share have the image, 1 it stopped, 64 bad settings, 130 Ctrl-C""",
+    )
+    rollout.add_argument("image", nargs="?", help="as AGENT_IMAGE names one (local driver: a directory)")
+    rollout.add_argument(
+        "--share", type=_share, default=1.0, help="of the sessions: 10%% or 0.1 (default: all)"
+    )
+    rollout.add_argument(
+        "--idle", type=float, default=60.0, metavar="SECONDS",
+        help="a session is idle without an open page and so long without a save (default: 60; 0: replace all now)",
+    )  # fmt: skip
+    rollout.add_argument(
+        "--at-once", type=int, default=4, metavar="N", help="replaced at the same time (default: 4)"
+    )
+    rollout.add_argument("--database-url", help="default: DATABASE_URL")
+    rollout.set_defaults(run=_rollout)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError("a share is above 0 and at most 100%, as in 10% or 0.1")
+    return share
 
 
 def _port(text: str) -> int:
@@ -208,6 +263,40 @@ def _machines(arguments: argparse.Namespace) -> int:
     except (CannotServe, MachineError, Unmigrated, psycopg.Error) as error:
         sys.stderr.write(f"preview-orchestrator: cannot list the machines: {' '.join(str(error).split())}\n")
         return EXIT_FAILED
+    return 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.sessions.rollout import Stopped, run_rollout
+
+    dsn = arguments.database_url or Settings.database_url_from_environment()
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    try:
+        asyncio.run(
+            run_rollout(
+                dsn,
+                arguments.image,
+                say,
+                share=arguments.share,
+                idle=arguments.idle,
+                at_once=max(1, arguments.at_once),
+            )
+        )
+    except Stopped as error:
+        sys.stderr.write(f"preview-orchestrator: the rollout stopped: {error}\n")
+        return EXIT_FAILED
+    except psycopg.Error as error:
+        sys.stderr.write(f"preview-orchestrator: cannot roll out: {' '.join(str(error).split())}\n")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "\nNew sessions go on getting the image; the same command goes on with running ones.\n"
+        )
+        raise
     return 0
 
 

@@ -23,6 +23,9 @@ class Timing:
     provision: float = 300.0
     """From request to `ready`. A cold image pull on Fly takes about a minute, an install another; and two hundred
     sessions asked for at once are made in as many seconds, Fly allowing one a second."""
+    rollout: float = 180.0
+    """The same, where a rollout replaced a machine that served: the image is known to the platform by then, and the
+    preview is away meanwhile."""
     lease: float = 120.0
     """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
     claim: float = 60.0
@@ -196,6 +199,9 @@ class Settings(BaseSettings):
     # --- time
     provision_seconds: float = _TIMING.provision
     """From request to `ready`. A cold image pull and an install take a minute each; Fly makes one machine a second."""
+    rollout_seconds: float = Field(_TIMING.rollout, gt=0)
+    """The same where a rollout replaced a machine that served, after which the former image is back: an install's time
+    and more, and how long a bad image may take a preview away."""
     lease_seconds: float = _TIMING.lease
     """Without a heartbeat before the session is ended: four of the agent's."""
     claim_seconds: float = _TIMING.claim
@@ -226,8 +232,14 @@ class Settings(BaseSettings):
         """
         if self.sync_mode == "shadow":
             longest = self.session_ttl_max
-            return Timing(longest, longest, self.claim_seconds, self.drain_seconds)
-        return Timing(self.provision_seconds, self.lease_seconds, self.claim_seconds, self.drain_seconds)
+            return Timing(longest, longest, longest, self.claim_seconds, self.drain_seconds)
+        return Timing(
+            self.provision_seconds,
+            self.rollout_seconds,
+            self.lease_seconds,
+            self.claim_seconds,
+            self.drain_seconds,
+        )
 
     @property
     def realtime_url(self) -> str:

@@ -147,7 +147,7 @@ class ContainerMachines:
             "--label", f"{LABEL}={spec.session_id}", "--label", f"{INSTALLATION}={spec.installation}",
             "--restart", "on-failure:10", "--stop-timeout", str(STOP_SECONDS), "--pull", "never",
             "--memory", MEMORY, "--pids-limit", str(PIDS), "--security-opt", "no-new-privileges",
-            *publish, *env, *self._options, self._image, *self._command,
+            *publish, *env, *self._options, spec.image or self._image, *self._command,
         ]  # fmt: skip
 
     async def _listing(self, filter_: str) -> builtins.list[Machine]:

@@ -60,6 +60,8 @@ class MachineSpec:
     generation: int
     env: Mapping[str, str] = field(repr=False)
     region: str | None = None
+    image: str | None = None
+    """What it is made of; None: what the driver was set up with."""
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for an environment with a key that may do everything: no machine is given one."""

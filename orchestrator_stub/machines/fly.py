@@ -166,7 +166,7 @@ def machine_request(spec: MachineSpec, shape: FlyShape) -> dict[str, Any]:
     request: dict[str, Any] = {
         "name": spec.name,
         "config": {
-            "image": shape.image,
+            "image": spec.image or shape.image,
             "env": dict(spec.env),
             "guest": {"cpu_kind": "shared", "cpus": shape.cpus, "memory_mb": shape.memory_mb},
             "auto_destroy": True,

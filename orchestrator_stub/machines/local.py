@@ -150,9 +150,10 @@ class LocalMachines:
                 (directory / "state").mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise MachineRefused(f"cannot make the machine's directory {directory}: {error}") from None
+            image = _image(spec)
             dev_port, health_port = self._give_ports(spec.session_id, record)
             own = self._own_settings(directory, dev_port, health_port)
-            env = {**self._environment, **ALLOCATOR, **spec.env, **own}
+            env = {**self._environment, **ALLOCATOR, **image, **spec.env, **own}
             process, record = await self._start(directory, spec.name, env, dev_port, health_port)
             self._keepers[spec.name] = asyncio.create_task(
                 self._keep(process, record, directory, env), name=f"keep {spec.name}"
@@ -369,6 +370,15 @@ def _of_another(record: Record, spec: MachineSpec) -> bool:
     """Whether the session's directory is another installation's: both know the session when one database is a copy."""
     owner = owner_of(record.name)
     return owner is not None and owner.mark not in (None, mark_of(spec.installation))
+
+
+def _image(spec: MachineSpec) -> dict[str, str]:
+    """What makes the agent's interpreter run another agent: here an image is a directory with the package `agent`."""
+    if spec.image is None:
+        return {}
+    if not (Path(spec.image) / "agent" / "__init__.py").is_file():
+        raise MachineRefused(f"cannot make {spec.name}: no package `agent` in {spec.image}")
+    return {"PYTHONPATH": spec.image}
 
 
 def _write(directory: Path, record: Record) -> None:

@@ -154,11 +154,11 @@ class SessionController:
                     machine = await self._driver.create(spec)
         except MachineRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
-            await self.end(session_id, problem=f"machine_refused: {error}")
+            await self._fail(session_id, problem=f"machine_refused: {error}")
             return
         except TemplateRefused as error:
             log.error("session.refused", session_id=str(session_id), reason=str(error))
-            await self.end(session_id, problem=f"template_refused: {error}")
+            await self._fail(session_id, problem=f"template_refused: {error}")
             return
         except (
             MachineError,
@@ -186,8 +186,39 @@ class SessionController:
             seconds=round(time.monotonic() - started, 3),
         )
 
+    async def _fail(self, session_id: UUID, problem: str) -> None:
+        """End it, or make its machine of the former image."""
+        if await self._falls_back(session_id, problem):
+            await self.provision(session_id)
+        else:
+            await self.end(session_id, problem=problem)
+
+    async def _falls_back(self, session_id: UUID, problem: str) -> bool:
+        if not await self._store.fall_back(session_id, problem):
+            return False
+        log.warning("session.fell_back", session_id=str(session_id), reason=problem)
+        return True
+
+    async def roll(self, session_id: UUID) -> None:
+        """Replace the session's machine by one of the image that a rollout wants it to have."""
+        session = await self._store.roll(session_id, self._settings.agent_image)
+        if session is not None:
+            log.info(
+                "session.rolled",
+                session_id=str(session_id),
+                generation=session.generation,
+                image=session.image,
+            )
+            await self.provision(session_id)
+
     async def end(self, session_id: UUID, *, problem: str | None = None) -> Session | None:
-        """No more machine is wanted: the session drains. None: there is no such session."""
+        """No more machine is wanted: the session drains. None: there is no such session.
+
+        With a problem, one whose image is new is given the former image instead, and another machine.
+        """
+        if problem is not None and await self._falls_back(session_id, problem):
+            self._start("provision", session_id, self.provision)
+            return await self._store.get(session_id)
         ended = await self._store.end(session_id, problem)
         session = ended or await self._store.get(session_id)
         if session is not None and session.state is State.DRAINING:
@@ -254,6 +285,8 @@ class SessionController:
             match judgement.action:
                 case Action.PROVISION:
                     due.append(partial(self.provision, session.id))
+                case Action.ROLL:
+                    due.append(partial(self.roll, session.id))
                 case Action.DRAIN:
                     due.append(partial(self.end, session.id, problem=judgement.problem))
                 case Action.DESTROY:
@@ -303,6 +336,7 @@ class SessionController:
         run = await self._runs.of_session(session.id)
         settings = self._settings
         limits = await self._store.machine_limits(session.project_id, settings.storage_object_limit)
+        image = await self._store.image(session.id, settings.agent_image)
         return MachineSpec(
             name=await self._name_for(session),
             installation=self._installation.id,
@@ -310,6 +344,7 @@ class SessionController:
             session_id=session.id,
             generation=session.generation,
             region=settings.fly_region,
+            image=image if image != settings.agent_image else None,
             env={
                 "PROJECT_ID": str(session.project_id),
                 "SESSION_ID": str(session.id),

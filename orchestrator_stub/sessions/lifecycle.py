@@ -103,6 +103,13 @@ class Session:
     problem: str | None = None
     run_revision: int = 0
     """Of its run settings, its project's and its own together; it moves with each change."""
+    image: str | None = None
+    image_next: str | None = None
+    """What a rollout wants its next machine to be made of."""
+    rolled: bool = False
+    """A rollout replaced the machine that ran, and the new one is not ready yet."""
+    trial: bool = False
+    """A rollout made it, to try an image."""
 
 
 class Action(StrEnum):
@@ -110,6 +117,7 @@ class Action(StrEnum):
 
     LEAVE = "leave"
     PROVISION = "provision"
+    ROLL = "roll"
     DRAIN = "drain"
     DESTROY = "destroy"
 
@@ -136,9 +144,16 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
         case State.READY:
             if session.lease_until is not None and session.lease_until <= now:
                 return Judgement(Action.DRAIN, "lease_lapsed: the machine stopped sending its status")
-        case _ if session.state_since + timing.provision <= now:
+            if session.image_next is not None and not claimed:
+                return Judgement(Action.ROLL)
+        case _ if session.state_since + _patience(session, timing) <= now:
             return Judgement(Action.DRAIN, "provision_timeout: the preview did not become ready in time")
     return Judgement(Action.LEAVE if claimed or session.machine_id is not None else Action.PROVISION)
+
+
+def _patience(session: Session, timing: Timing) -> float:
+    """Seconds that a machine has to become ready. Somebody's preview is away while a rollout waits for one."""
+    return min(timing.rollout, timing.provision) if session.rolled or session.trial else timing.provision
 
 
 PROBLEMS: Final = (

@@ -84,6 +84,17 @@ def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def viewers(status: Mapping[str, Any] | None) -> int | None:
+    """Count the open pages of a preview; None: nobody knows, as where the dev server is not observed."""
+    screen = read_screen(status, 0.0)
+    if not screen.observed:
+        return None
+    pages = screen.shown.get("pages") if screen.shown else None
+    if not isinstance(pages, dict):
+        return 0
+    return sum(_whole(pages.get(each)) or 0 for each in ("visible", "hidden"))
+
+
 def judge(screen: Screen, epoch: str | None, revision: int) -> tuple[Outcome, bool]:
     """Say what became of a revision, and whether that is the end of it; `shown` ends after a quiet time."""
     if screen.applied < revision or (epoch is not None and epoch != screen.epoch):

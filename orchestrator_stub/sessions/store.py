@@ -33,7 +33,8 @@ COLUMNS: Final[LiteralString] = """
   extract(epoch from lease_until)::float8 as lease_until,
   machine_driver, machine_id, machine_region, preview_url, problem,
   coalesce((select r.revision from preview.run_settings r where r.project_id = sessions.project_id), 0)
-    + (run is not null)::int as run_revision
+    + (run is not null)::int as run_revision,
+  image, image_next, rolled_at is not null as rolled, trial
 """
 SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  # noqa: S608 - two literals
 STANDING: Final[LiteralString] = (
@@ -47,7 +48,7 @@ LOCK: Final = "select pg_advisory_xact_lock(hashtextextended(%(name)s, 0))"
 COUNT: Final = """
 select count(*) filter (where requested_by = %(user)s), count(*) filter (where project_id = %(project)s)
 from preview.sessions
-where (requested_by = %(user)s or project_id = %(project)s) and state <> all(%(over)s)
+where (requested_by = %(user)s or project_id = %(project)s) and state <> all(%(over)s) and not trial
 """
 """Sessions that are not over: one that is ending still has a machine."""
 
@@ -205,7 +206,7 @@ class SessionStore:
         """The newest sessions first. `ended` False leaves out those in `gone` and `failed`."""
         return await self._rows(
             SELECT + "where (%(project)s::uuid is null or project_id = %(project)s)"
-            " and (%(ended)s or state <> all(%(over)s))"
+            " and (%(ended)s or state <> all(%(over)s)) and not trial"
             " order by created_at desc, id limit %(limit)s",
             {"project": project_id, "ended": ended, "over": _names(ENDED), "limit": limit},
         )
@@ -288,6 +289,8 @@ class SessionStore:
             "update preview.sessions set"
             " state = case when %(ready)s then %(moves)s ->> state else state end,"
             " state_since = case when %(ready)s and %(moves)s ->> state <> state then now() else state_since end,"
+            " image_before = case when %(ready)s then null else image_before end,"
+            " rolled_at = case when %(ready)s then null else rolled_at end,"
             " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s::jsonb, status_at = now()"
             " where id = %(id)s and generation = %(generation)s and %(moves)s ? state",
             {
@@ -334,6 +337,7 @@ class SessionStore:
             " expires_at = greatest(expires_at, now() + %(ttl)s * interval '1 second'),"
             " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
             " health_url = null, lease_until = null, claimed_until = null, problem = null,"
+            " image = null, image_before = null, image_next = null, rolled_at = null,"
             " requested_by = coalesce(%(user)s, requested_by)"
             " where id = %(id)s and generation < %(generation)s and %(moves)s ? state",
             {
@@ -345,6 +349,36 @@ class SessionStore:
             },
             room=(session.project_id, asker if session.state in ENDED else None),
         )
+
+    async def image(self, session_id: UUID, standard: str) -> str:
+        """What the session's machine is made of, chosen now unless it was; `standard` where no rollout says."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute("select preview.choose_image(%s, %s)", (session_id, standard))
+            row = await cursor.fetchone()
+            return (row and row[0]) or standard
+
+    async def roll(self, session_id: UUID, standard: str) -> Session | None:
+        """Begin the generation that a rollout wants. None: it wants none of this session any more.
+
+        `standard`: what it falls back to where neither it nor the rollout knows what it was made of.
+        """
+        return await self._one(
+            "update preview.sessions set generation = generation + 1,"
+            " image_before = nullif(coalesce(image, (select former from preview.rollout), %(standard)s), image_next),"
+            " image = image_next, image_next = null, rolled_at = now(),"
+            " state = %(moves)s ->> state, state_since = now(),"
+            " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
+            " health_url = null, lease_until = null, claimed_until = null, problem = null"
+            " where id = %(id)s and image_next is not null and state = 'ready'",
+            {"id": session_id, "standard": standard, "moves": _moves(Event.REPLACE)},
+        )
+
+    async def fall_back(self, session_id: UUID, problem: str) -> bool:
+        """Give a session whose image did not become ready the former one; whether it had one."""
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute("select preview.fall_back(%s, %s)", (session_id, problem))
+            row = await cursor.fetchone()
+            return bool(row and row[0])
 
     async def end(self, session_id: UUID, problem: str | None = None) -> Session | None:
         """No more machine is wanted. None: it was ending or over already."""

@@ -92,6 +92,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"preview-orchestrator migrate( --\w+)?", MENTION),
     (r"preview-orchestrator log [0-9a-f-]{36}", MENTION),
     (
+        r"preview-orchestrator rollout( registry\.fly\.io/my-previews:v\d( --share 10%)?)?",
+        ByTest("tests/system/test_rollout.py::test_there_and_back_and_stopped_by_a_bad_image"),
+    ),
+    (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
     ),

@@ -32,6 +32,8 @@ class Platform:
     """So many calls are carried out and then not answered."""
     refuse: str | None = None
     """Why every creation is turned away for good."""
+    refuse_image: str | None = None
+    """No machine can be made of this image."""
 
     def live(self, session_id: UUID) -> list[Machine]:
         """The session's machines that run."""
@@ -59,6 +61,8 @@ class FakeMachines:
         self._answer_or_not()
         if self.platform.refuse is not None:
             raise MachineRefused(self.platform.refuse)
+        if spec.image is not None and spec.image == self.platform.refuse_image:
+            raise MachineRefused(f"no such image: {spec.image}")
         known = [m for m in self.platform.machines.values() if m.name == spec.name]
         if known:
             return known[0]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,14 @@ async def test_an_image_that_is_not_there_is_refused(engine: Engine) -> None:
     driver = ContainerMachines("localhost/no-such-image-of-ours", cli=engine.cli)
     with pytest.raises(MachineRefused):
         await driver.create(spec_for())
+
+
+async def test_a_machine_s_own_image_is_the_one_it_is_made_of(engine: Engine) -> None:
+    driver = ContainerMachines("localhost/no-such-image-of-ours", cli=engine.cli, options=engine.options,
+                               command=("sleep", "100"))  # fmt: skip
+    machine = await driver.create(replace(spec_for(), image=IMAGE))
+    assert machine.state is MachineState.RUNNING
+    await driver.destroy(machine.id)
 
 
 async def test_an_adopted_container_that_stands_still_is_started(

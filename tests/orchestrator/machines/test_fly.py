@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -72,6 +73,8 @@ def test_the_document_is_held_against_the_requests() -> None:
 
 
 def test_what_a_machine_is_made_of() -> None:
+    assert machine_request(spec_for(), SHAPE)["config"]["image"] == SHAPE.image
+    assert machine_request(replace(spec_for(), image="i:2"), SHAPE)["config"]["image"] == "i:2"
     request = machine_request(spec_for(SNAPSHOT_URL="https://s.invalid"), SHAPE)
     config = request["config"]
     assert config["auto_destroy"] is True

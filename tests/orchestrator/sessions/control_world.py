@@ -112,7 +112,9 @@ class World:
         await self.sql(
             "update preview.sessions set created_at = created_at - %(s)s, expires_at = expires_at - %(s)s,"
             " state_since = state_since - %(s)s, claimed_until = claimed_until - %(s)s,"
-            " lease_until = lease_until - %(s)s".replace("%(s)s", f"interval '{seconds} seconds'")
+            " lease_until = lease_until - %(s)s, status_at = status_at - %(s)s".replace(
+                "%(s)s", f"interval '{seconds} seconds'"
+            )
         )
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -27,10 +28,12 @@ from hypothesis.stateful import (
 from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, State
+from orchestrator_stub.sessions.rollout import Rollout, Stopped
 from tests.fakes.machines import FakeMachines, Platform
 from tests.orchestrator.sessions.control_world import World, control_world
 from tests.profiles import examples
 
+IMAGES = ("image:1", "image:2")
 KEYS = ["a", "b", None]
 
 
@@ -106,7 +109,7 @@ class ControlMachine(RuleBasedStateMachine):
         self.projects = []
         for world in self.worlds:
             # Each example has the table to itself; the platform is a new one anyway.
-            self.run(world.sql("truncate preview.sessions"))
+            self.run(world.sql("truncate preview.sessions, preview.rollout"))
             self.projects.append([self.run(world.project()) for _ in range(2)])
         for which in range(2):
             self.create(which, "a", None, 0)
@@ -206,6 +209,23 @@ class ControlMachine(RuleBasedStateMachine):
         self.platform.lose_replies = int(what == "lost reply")
         self.worlds[which].snapshots.broken = what == "storage"
 
+    @rule(which=which, image=st.sampled_from(IMAGES), share=st.sampled_from([0.3, 1.0]))
+    def roll_out(self, which: int, image: str, share: float) -> None:
+        """One step of the command, which is then killed."""
+        world = self.worlds[which]
+        rollout = Rollout(world.pool, image, lambda line: None)
+
+        async def act() -> None:
+            await rollout.begin(share)
+            with suppress(Stopped):
+                await rollout.step(share, idle=0, at_once=2)
+
+        self.run(act())
+
+    @rule(image=st.sampled_from([None, *IMAGES]))
+    def image_is_bad(self, image: str | None) -> None:
+        self.platform.refuse_image = image
+
     @invariant()
     def nobody_ends_what_is_not_theirs(self) -> None:
         if hasattr(self, "worlds"):
@@ -241,6 +261,7 @@ class ControlMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         """The faults end, claims lapse, one orchestrator of each sweeps: everything must come out right."""
         self.platform.down, self.platform.lose_replies = False, 0
+        self.platform.refuse_image = None
         for world in self.worlds:
             world.snapshots.broken = False
         for world in self.worlds:
@@ -267,8 +288,9 @@ class ControlMachine(RuleBasedStateMachine):
                 assert machine_id in self.platform.machines, f"{session_id} has no machine"
 
     def come_to_an_end(self, world: World) -> None:
-        self.run(world.pass_time(world.settings.provision_seconds + 1))
-        self.run(self.by_somebody(world, 0, sweep_thrice))
+        for _ in range(2):  # the second time for the former image of one whose new one did not become ready
+            self.run(world.pass_time(world.settings.provision_seconds + 1))
+            self.run(self.by_somebody(world, 0, sweep_thrice))
         assert {row[1] for row in self.rows(world)} <= {*ENDED, State.READY}
         self.run(world.pass_time(10_000))
         self.run(self.by_somebody(world, 0, sweep_thrice))

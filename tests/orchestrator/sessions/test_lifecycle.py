@@ -42,6 +42,9 @@ sessions = st.builds(
     lease_until=st.none() | moments,
     machine_id=st.none() | st.just("m1"),
     problem=st.none() | st.just("broken"),
+    image_next=st.none() | st.just("image:2"),
+    rolled=st.booleans(),
+    trial=st.booleans(),
 )
 
 
@@ -82,7 +85,18 @@ def test_a_live_session_in_good_order_is_left_alone(session: Session) -> None:
     silent = session.lease_until is not None and session.lease_until <= NOW
     known = session.machine_id is not None
     if session.state is State.READY and session.expires_at > NOW and not silent and known:
-        assert judge(session, NOW, TIMING).action is Action.LEAVE
+        claimed = session.claimed_until is not None and session.claimed_until > NOW
+        wanted = session.image_next is not None and not claimed
+        assert judge(session, NOW, TIMING).action is (Action.ROLL if wanted else Action.LEAVE)
+
+
+@given(sessions)
+def test_a_rollout_takes_a_preview_away_no_longer_than_its_own_patience(session: Session) -> None:
+    """Where somebody had a preview, and where nobody waits: at most `rollout`; a new session has its whole time."""
+    if session.state is not State.PROVISIONING or session.expires_at <= NOW:
+        return
+    patience = TIMING.rollout if session.rolled or session.trial else TIMING.provision
+    assert (judge(session, NOW, TIMING).action is Action.DRAIN) == (session.state_since + patience <= NOW)
 
 
 def test_a_machine_that_reported_before_it_was_written_down_is_found() -> None:
