@@ -30,6 +30,10 @@ class Timing:
     """Without a heartbeat. Four of the agent's (30 s, jittered), so that one slow answer ends nothing."""
     claim: float = 60.0
     """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
+    wake: float = 20.0
+    """From a wake to `ready`, until another machine is made: what is woken has its files and its dev server running."""
+    asleep: float = 20 * 3600.0
+    """A machine may sleep so long: its token can be renewed for 24 hours after its expiry."""
     drain: float = 120.0
     """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
 
@@ -204,6 +208,11 @@ class Settings(BaseSettings):
     and more, and how long a bad image may take a preview away."""
     lease_seconds: float = _TIMING.lease
     """Without a heartbeat before the session is ended: four of the agent's."""
+    idle_suspend_seconds: float = Field(0, ge=0)
+    """Put a session's machine to sleep once nobody had its preview open and nothing was saved for so long; 0: never.
+    Only where the dev server is observed is it known that nobody looks."""
+    wake_on_save: bool = False
+    """Wake a sleeping session when its project is saved; else when somebody wants to see it."""
     claim_seconds: float = _TIMING.claim
     """One orchestrator's turn at making a machine, above the slowest single call; then another may."""
     drain_seconds: float = _TIMING.drain
@@ -232,13 +241,19 @@ class Settings(BaseSettings):
         """
         if self.sync_mode == "shadow":
             longest = self.session_ttl_max
-            return Timing(longest, longest, longest, self.claim_seconds, self.drain_seconds)
+            return Timing(
+                provision=longest,
+                rollout=longest,
+                lease=longest,
+                claim=self.claim_seconds,
+                drain=self.drain_seconds,
+            )
         return Timing(
-            self.provision_seconds,
-            self.rollout_seconds,
-            self.lease_seconds,
-            self.claim_seconds,
-            self.drain_seconds,
+            provision=self.provision_seconds,
+            rollout=self.rollout_seconds,
+            lease=self.lease_seconds,
+            claim=self.claim_seconds,
+            drain=self.drain_seconds,
         )
 
     @property

@@ -134,7 +134,7 @@ async def control_plane(
         runs = RunSettings(pool, sealing_keys_of(settings))
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
-            installation=installation, template=template, on_part=on_part,
+            installation=installation, template=template, on_part=on_part, on_suspend=metrics.suspends.inc,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
@@ -149,6 +149,7 @@ async def control_plane(
             runs,
             screens,
             on_ready=metrics.ready_seconds.observe,
+            on_wake=metrics.wakes_seconds.observe,
         )
         waking = asyncio.create_task(screens.run(), name="screens")
         try:

@@ -31,7 +31,8 @@ from psycopg.rows import dict_row
 
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
-from orchestrator_stub.machines.local import LocalMachines, Record
+from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.machines.processes import Record
 from orchestrator_stub.platform.migrations import bootstrap, migrate
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
 from soak.disk import MachinesDisk

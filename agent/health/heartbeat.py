@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -38,6 +39,9 @@ LEAST_ROOM = 1024
 
 WHOLE_AGAIN = 120
 """Reports accepted after one was refused for its size, until the whole is tried again: an hour of them."""
+
+SLEPT = 2.0
+"""Seconds by the wall clock that a wait of half a second took: the machine slept. Whoever woke it wants a report."""
 
 MOST_A_SECOND = 4
 """Reports, however fast the state flaps; a save is two of them, on the disk and on the screen, 50 ms apart."""
@@ -73,6 +77,9 @@ class Heartbeat:
     _due: float = 0.0
     _failures: int = 0
 
+    # the machine has slept, and no report was accepted since
+    _woken: bool = False
+
     # how much a report may hold, after one was refused for its size, and how many were accepted since
     _room: int = MOST_BYTES
     _accepted: int = 0
@@ -96,9 +103,12 @@ class Heartbeat:
                     await asyncio.sleep(max(0.0, self._latest[0] + 1.0 - clock()))
             else:
                 settled = state in (AgentState.SERVING, AgentState.DEGRADED)
+                began = time.time()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL_SETTLED if settled else POLL_STARTING):
                         await self.report.screen.changed.wait()
+                if time.time() - began > SLEPT:
+                    self._woken, self._due = True, 0.0
 
     def _log_changes(self, state: AgentState, ready: bool) -> None:
         if state is not self._state:
@@ -129,9 +139,10 @@ class Heartbeat:
             return
         except CredentialRejected:
             self._failures += 1
-            self._due = clock() + self.every
+            # The next token is on its way to one that slept longer than its last one lived.
+            self._due = clock() + (BACKOFF.delay(self._failures) if self._woken else self.every)
             return
-        self._failures = 0
+        self._failures, self._woken = 0, False
         if head.action == "stop":
             log.info("agent.told_to_stop")
             self.stop.set()

@@ -229,6 +229,12 @@ def openapi_document() -> Schema:
                     also=(410, 429),
                 )
             },
+            f"{one}/suspend": {
+                "post": _operation("Put a session to sleep", product, "Session", "session", also=live)
+            },
+            f"{one}/wake": {
+                "post": _operation("Wake a session", product, "Session", "session", also=(202, 410))
+            },
             f"{one}/shown": {
                 "get": _operation("Wait for the screen", product, "Shown", "session", *asked, also=(410, 429))
             },

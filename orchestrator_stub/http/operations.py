@@ -62,6 +62,15 @@ class Metrics:
             buckets=(1, 2, 5, 10, 20, 30, 60, 120, 300),
             registry=registry,
         )
+        self.suspends = Counter(
+            PREFIX + "suspends", "Machines that this orchestrator put to sleep.", registry=registry
+        )
+        self.wakes_seconds = Histogram(
+            PREFIX + "wakes_seconds",
+            "From the wish that a machine wakes to its agent saying that it serves what the database has.",
+            buckets=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20),
+            registry=registry,
+        )
         self.provision_seconds = Histogram(
             PREFIX + "provision_seconds",
             "Making a machine, by part: replace (the older one), template, snapshot, token, machine.",

@@ -31,6 +31,7 @@ from orchestrator_stub.http.cors import open_to
 from orchestrator_stub.http.forms import json_answer, kept_secret, rfc3339, session_form, uuid_of
 from orchestrator_stub.http.problems import BOUNDS, Refusal, over_a_bound, render
 from orchestrator_stub.http.shown import MOST_WAIT, shown
+from orchestrator_stub.machines.driver import MachineError
 from orchestrator_stub.platform.database import Head
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import (
@@ -43,9 +44,9 @@ from orchestrator_stub.platform.tokens import (
 )
 from orchestrator_stub.sessions.catchup import FULL, Catchup, ProjectGone
 from orchestrator_stub.sessions.controller import SessionController
-from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
+from orchestrator_stub.sessions.lifecycle import ENDED, KEPT, LIVE, Session, State
 from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
-from orchestrator_stub.sessions.shown import Screens
+from orchestrator_stub.sessions.shown import Screens, viewers
 from orchestrator_stub.sessions.store import ProjectUnknown, Right, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
@@ -54,7 +55,14 @@ log = structlog.get_logger("app")
 RETRY_AFTER = 2.0
 """Seconds: what a caller is told to wait when a part we stand on does not answer. Most such gaps are restarts."""
 
-UNAVAILABLE = (SnapshotUnavailable, StorageFailure, CannotSign, psycopg.OperationalError, OSError)
+UNAVAILABLE = (
+    SnapshotUnavailable,
+    StorageFailure,
+    MachineError,
+    CannotSign,
+    psycopg.OperationalError,
+    OSError,
+)
 """What a part that does not answer looks like here. (`TimeoutError` is an `OSError`.)"""
 
 BODY_SECONDS = 10.0
@@ -62,6 +70,9 @@ BODY_SECONDS = 10.0
 
 UP = frozenset({"serving", "degraded"})
 """Agent states in which the preview answers (protocol: states)."""
+
+BEGINNING = frozenset({"starting", "hydrating"})
+"""Agent states that one which only slept is never in."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -74,7 +85,8 @@ class Caller:
 
 
 class SessionRoutes:
-    """The routes of control plane and session API. `on_ready` is told how long each machine took to become so."""
+    """The routes of control plane and session API. `on_ready` is told how long each machine took to become so,
+    `on_wake` how long each that was woken."""
 
     def __init__(
         self,
@@ -89,6 +101,7 @@ class SessionRoutes:
         *,
         clock: Callable[[], float] = time.time,
         on_ready: Callable[[float], None] = lambda seconds: None,
+        on_wake: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._settings = settings
         self._controller = controller
@@ -99,6 +112,7 @@ class SessionRoutes:
         self._runs = runs
         self._screens = screens
         self._on_ready = on_ready
+        self._on_wake = on_wake
         self._tokens = SessionReader(keys, clock)
 
     def routes(self) -> list[BaseRoute]:
@@ -108,6 +122,8 @@ class SessionRoutes:
             self._route("/v1/sessions", POST=self.create, GET=self.listing),
             self._route(session, GET=self.show, DELETE=self.delete),
             self._route(session + "/snapshot", POST=self.snapshot),
+            self._route(session + "/suspend", POST=self.suspend),
+            self._route(session + "/wake", POST=self.wake),
             self._route(session + "/shown", GET=self.shown, more=MOST_WAIT),
             self._route("/v1/projects/{project_id}/shown", GET=self.project_shown, more=MOST_WAIT),
             self._route(session + "/sync", POST=self.sync),
@@ -203,11 +219,32 @@ class SessionRoutes:
         if not await self._may(caller, project_id):
             raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
         sessions = await self._store.listing(project_id=project_id, ended=False, limit=100)
-        newest = next((each for each in sessions if each.state in LIVE), None)
+        newest = next((each for each in sessions if each.state in KEPT), None)
         if newest is None:
             raise Refusal(404, "session_unknown", "The project has no live session. Create one.")
         _, answer = await shown(request, self._screens, newest.id)
         return json_answer(answer)
+
+    async def suspend(self, request: Request) -> Response:
+        """Put the session's machine to sleep. One that sleeps already is no error."""
+        seen = await self._seen(request)
+        session = await self._controller.suspend(seen.id) or seen
+        if session.state in ENDED or session.state is State.DRAINING:
+            raise _over(session)
+        if session.state is not State.SUSPENDED:
+            raise Refusal(
+                409, "session_not_ready", f"The session is {session.state}; only a ready one can sleep."
+            )
+        return json_answer(session_form(session))
+
+    async def wake(self, request: Request) -> Response:
+        """Wake the session. 202: it is on its way; one that is awake is no error."""
+        seen = await self._seen(request)
+        session = await self._controller.wake(seen.id) or seen
+        if session.state not in LIVE:
+            raise _over(session)
+        ready = session.state is State.READY
+        return json_answer(session_form(session), HTTPStatus.OK if ready else HTTPStatus.ACCEPTED)
 
     # --- session API
 
@@ -251,7 +288,9 @@ class SessionRoutes:
         kept = await self._store.report(
             session.id,
             claims.generation,
-            ready=body.state in UP,
+            # What was woken has to have what was saved meanwhile first.
+            ready=body.state in UP and (not session.waking or _stands_at(body, head)),
+            viewed=bool(viewers(body.model_dump())),
             lease=self._settings.timing.lease,
             status=body.model_dump_json(),
         )
@@ -259,8 +298,11 @@ class SessionRoutes:
             # Another generation's machine has the session, or it has ended.
             return json_answer({**answer, "action": "stop"})
         self._screens.heard(session.id, body.model_dump())
+        if session.waking and body.state in BEGINNING:
+            self._controller.woke_cold(session)
+            return json_answer({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
-            self._on_ready(kept.state_since - session.state_since)
+            (self._on_wake if session.waking else self._on_ready)(kept.state_since - session.state_since)
         if not _stands_at(body, head) or (
             body.tree_hash is not None and tree_hash is not None and body.tree_hash != tree_hash
         ):
@@ -444,7 +486,7 @@ def _unknown_session(session_id: UUID) -> Refusal:
 
 def check_current(session: Session, claims: SessionClaims) -> None:
     """Only the machine that the session has now may go on: a newer one is 409, none wanted 410."""
-    if session.state not in LIVE:
+    if session.state not in KEPT:
         raise _over(session)
     if session.generation != claims.generation:
         raise Refusal(

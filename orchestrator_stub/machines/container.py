@@ -52,7 +52,7 @@ STATES: Final = {
     "restarting": MachineState.STARTING,
     "running": MachineState.RUNNING,
     "stopping": MachineState.RUNNING,
-    "paused": MachineState.STOPPED,
+    "paused": MachineState.SUSPENDED,
     "exited": MachineState.STOPPED,
     "stopped": MachineState.STOPPED,
     "dead": MachineState.STOPPED,
@@ -103,7 +103,9 @@ class ContainerMachines:
         machine = await self.inspect(spec.name)
         if machine is None:
             raise MachineUnavailable(f"{spec.name} was made and is gone already")
-        if machine.state is MachineState.STOPPED:
+        if machine.state is MachineState.SUSPENDED:
+            await self.resume(spec.name)
+        elif machine.state is MachineState.STOPPED:
             # Adopted, or it ended at once; a second start that fails as well is for the session's deadline to judge.
             await self._change("start", spec.name)
             machine = await self.inspect(spec.name) or machine
@@ -124,12 +126,27 @@ class ContainerMachines:
     async def list(self) -> builtins.list[Machine]:
         return await self._listing(f"label={LABEL}")
 
+    async def suspend(self, machine_id: str) -> None:
+        machine = await self.inspect(machine_id)
+        if machine is not None and machine.state is MachineState.RUNNING:
+            await self._change("pause", machine_id)
+
+    async def resume(self, machine_id: str) -> bool:
+        machine = await self.inspect(machine_id)
+        if machine is not None and machine.state is MachineState.SUSPENDED:
+            await self._change("unpause", machine_id)
+            machine = await self.inspect(machine_id)
+        return machine is not None and machine.state is MachineState.RUNNING
+
     async def retire(self, machine_id: str) -> None:
         await self.destroy(machine_id)
 
     async def destroy(self, machine_id: str) -> None:
-        if await self.inspect(machine_id) is None:
+        machine = await self.inspect(machine_id)
+        if machine is None:
             return
+        if machine.state is MachineState.SUSPENDED:
+            await self._change("unpause", machine_id)  # an engine does not stop what is paused
         await self._change("stop", "--time", str(STOP_SECONDS), machine_id)
         await self._change("rm", "--force", "--volumes", machine_id)
 

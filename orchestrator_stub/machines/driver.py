@@ -45,7 +45,9 @@ class MachineState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPED = "stopped"
-    """Not running, and could be started again (stopped, suspended, crashed for good)."""
+    """Not running, and could be started again (stopped, crashed for good)."""
+    SUSPENDED = "suspended"
+    """Asleep, with its memory."""
     GONE = "gone"
 
 
@@ -116,6 +118,17 @@ class MachineDriver(Protocol):
 
     async def list(self) -> builtins.list[Machine]:
         """Every machine that a control plane made, ours or another's, and that is not gone. Raises `MachineError`."""
+        ...
+
+    async def suspend(self, machine_id: str) -> None:
+        """Put the machine to sleep with its memory; one that is gone or sleeps is no error. Raises `MachineError`."""
+        ...
+
+    async def resume(self, machine_id: str) -> bool:
+        """Let a sleeping machine go on; whether it runs. False: it is gone, or did not sleep but end.
+
+        Raises `MachineError`.
+        """
         ...
 
     async def retire(self, machine_id: str) -> None:

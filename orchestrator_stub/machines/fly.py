@@ -33,6 +33,9 @@ HEALTH_PORT: Final = 9464
 STOP_TIMEOUT: Final = 5.0
 """Seconds, Fly's default and above the agent's own STOP_GRACE of 4 s."""
 
+SUSPEND_SECONDS: Final = 10
+"""For a machine that is on its way to sleep to get there: it writes its memory down."""
+
 METADATA: Final = "preview_session"
 INSTALLATION: Final = "preview_installation"
 """Say whose a machine is, for a person in Fly's dashboard; the control plane itself goes by the name, which nobody can
@@ -48,7 +51,7 @@ STATES: Final = {
     "stopping": MachineState.RUNNING,
     "suspending": MachineState.RUNNING,
     "stopped": MachineState.STOPPED,
-    "suspended": MachineState.STOPPED,
+    "suspended": MachineState.SUSPENDED,
     "failed": MachineState.STOPPED,
     "launch_failed": MachineState.STOPPED,
     "destroying": MachineState.GONE,
@@ -101,6 +104,35 @@ class FlyMachines:
         machines = [self._machine(found) for found in await self._shared_listing()]
         return [m for m in machines if m.state is not MachineState.GONE and owner_of(m.name) is not None]
 
+    async def suspend(self, machine_id: str) -> None:
+        machine = await self.inspect(machine_id)
+        if machine is None or machine.state is not MachineState.RUNNING:
+            return
+        try:
+            await self._api.suspend(machine_id)
+        except NotThere:
+            return
+        except Conflict as conflict:
+            raise MachineUnavailable(str(conflict)) from None
+
+    async def resume(self, machine_id: str) -> bool:
+        # What is on its way to sleep cannot be started before it is there.
+        found = await self._api.get(machine_id)
+        if found is not None and found.get("state") == "suspending":
+            await self._api.wait(machine_id, "suspended", timeout=SUSPEND_SECONDS)
+            found = await self._api.get(machine_id)
+        if found is None:
+            return False
+        if found.get("state") != "suspended":
+            return self._machine(found).state is MachineState.RUNNING
+        try:
+            await self._api.start(machine_id)
+        except NotThere:
+            return False
+        except Conflict as conflict:
+            raise MachineUnavailable(str(conflict)) from None
+        return True
+
     async def retire(self, machine_id: str) -> None:
         await self.destroy(machine_id)
 
@@ -120,7 +152,7 @@ class FlyMachines:
         for found in await self._shared_listing():
             if found.get("name") == spec.name:
                 machine = self._machine(found)
-                if machine.state is MachineState.STOPPED:
+                if machine.state in (MachineState.STOPPED, MachineState.SUSPENDED):
                     await self._api.start(machine.id)
                 if machine.state is not MachineState.GONE:
                     return machine

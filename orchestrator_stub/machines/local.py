@@ -25,15 +25,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-import psutil
 import structlog
 
 from orchestrator_stub.machines.driver import (
@@ -44,6 +42,7 @@ from orchestrator_stub.machines.driver import (
     mark_of,
     owner_of,
 )
+from orchestrator_stub.machines.processes import Record, alive, birth, freeze, frozen, kill_strays, stop, thaw
 
 log = structlog.get_logger("machines.local")
 
@@ -56,9 +55,6 @@ ALLOCATOR: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
 """How much free memory glibc keeps for an agent's next event: what `entrypoint.sh` sets in the image, and why."""
-
-STOP_GRACE: Final = 6.0
-"""Seconds from SIGTERM to SIGKILL: above the agent's own 4 s, so that it is the agent that ends the dev server."""
 
 RESTARTS: Final = 10
 """As Fly: `restart.policy on-failure` gives up after ten."""
@@ -79,21 +75,6 @@ NOT_STARTED: Final = 0
 
 FINAL_EXITS: Final = frozenset({0, 64})
 """Asked to stop, and bad settings: starting again with the same environment cannot help."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """`machine.json`: which process a machine is. `started` is psutil's creation time of the process.
-
-    The record is there before the process: with `NOT_STARTED`, whatever stands below the directory is the machine's.
-    """
-
-    name: str
-    pid: int
-    started: float
-    created_at: float
-    dev_port: int
-    health_port: int
 
 
 class LocalMachines:
@@ -141,7 +122,8 @@ class LocalMachines:
                 raise MachineRefused(
                     f"{directory} belongs to {record.name}, a machine of another installation"
                 )
-            if record is not None and record.name == spec.name and _alive(record):
+            if record is not None and record.name == spec.name and alive(record):
+                await asyncio.to_thread(thaw, record)
                 return self._machine(record)
             if record is not None:
                 await self._end(record, directory)
@@ -185,6 +167,25 @@ class LocalMachines:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
             if record is None or record.name == machine_id:
                 self._given.pop(owner[0], None)
+
+    async def suspend(self, machine_id: str) -> None:
+        """Freeze the agent and all that it started."""
+        owner = owner_of(machine_id)
+        if owner is None:
+            return
+        async with self._lock(owner[0]):
+            record = _read(self._directory(owner[0]))
+            if record is not None and record.name == machine_id:
+                await asyncio.to_thread(freeze, record)
+
+    async def resume(self, machine_id: str) -> bool:
+        owner = owner_of(machine_id)
+        if owner is None:
+            return False
+        async with self._lock(owner[0]):
+            record = _read(self._directory(owner[0]))
+            known = record is not None and record.name == machine_id
+            return record is not None and known and await asyncio.to_thread(thaw, record)
 
     async def retire(self, machine_id: str) -> None:
         """End the machine's processes but keep its directory, for the session's next machine to go on from."""
@@ -234,7 +235,7 @@ class LocalMachines:
         """
         others = {port for session, ports in self._given.items() if session != session_id for port in ports}
         for each in self._records():
-            if each.name != (record and record.name) and _alive(each):
+            if each.name != (record and record.name) and alive(each):
                 others.update((each.dev_port, each.health_port))
         dev_port = free_port(self._host, record.dev_port if record else self._dev_port, others)
         health_port = free_port(self._host, record.health_port if record else None, {*others, dev_port})
@@ -276,7 +277,7 @@ class LocalMachines:
             raise MachineRefused(f"cannot start {self._command[0]}: {error}") from None
         finally:
             os.close(output)
-        record = Record(name, process.pid, _birth(process.pid), time.time(), dev_port, health_port)
+        record = Record(name, process.pid, birth(process.pid), time.time(), dev_port, health_port)
         _write(directory, record)
         log.info("machine.started", machine=name, pid=process.pid)
         if self._on_start is not None:
@@ -293,7 +294,7 @@ class LocalMachines:
             log.info("machine.exited", machine=record.name, exit_code=code)
             if self._on_exit is not None:
                 self._on_exit(self._machine(record), code)
-            await asyncio.to_thread(_kill_strays, directory)
+            await asyncio.to_thread(kill_strays, directory)
             failures = 1 if time.time() - record.started > HEALTHY else failures + 1
             if code in FINAL_EXITS or failures > self._restarts:
                 return
@@ -309,17 +310,20 @@ class LocalMachines:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
         record = _read(directory) or record
-        await asyncio.to_thread(_stop_process, record)
-        await asyncio.to_thread(_kill_strays, directory)
+        await asyncio.to_thread(stop, record)
+        await asyncio.to_thread(kill_strays, directory)
 
     def _machine(self, record: Record) -> Machine:
         keeper = self._keepers.get(record.name)
-        running = _alive(record) or (keeper is not None and not keeper.done())
+        running = alive(record) or (keeper is not None and not keeper.done())
+        state = MachineState.RUNNING if running else MachineState.STOPPED
+        if frozen(record):
+            state = MachineState.SUSPENDED
         return Machine(
             driver=self.kind,
             id=record.name,
             name=record.name,
-            state=MachineState.RUNNING if running else MachineState.STOPPED,
+            state=state,
             created_at=record.created_at,
             preview_url=f"http://{self._host}:{record.dev_port}",
             health_url=f"http://{self._host}:{record.health_port}",
@@ -385,70 +389,3 @@ def _write(directory: Path, record: Record) -> None:
     draft = directory / "machine.json.new"
     draft.write_text(json.dumps(asdict(record)))
     draft.rename(directory / "machine.json")
-
-
-def _birth(pid: int) -> float:
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return 0.0
-
-
-def _alive(record: Record) -> bool:
-    try:
-        process = psutil.Process(record.pid)
-        return process.create_time() == record.started and _lives(process)
-    except psutil.Error:
-        return False
-
-
-def _stop_process(record: Record) -> None:
-    """End one agent and everything it started. Blocks up to `STOP_GRACE` and a little.
-
-    The agent may be our child, whose exit status the event loop collects: so it is looked at, never waited for.
-    """
-    if not _alive(record):
-        return
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(record.pid)
-        family = process.children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        _gone([process], STOP_GRACE)
-        for member in (process, *family):
-            with suppress(psutil.NoSuchProcess):
-                if _lives(member):
-                    member.kill()
-        _gone([process, *family], 2.0)
-
-
-def _gone(processes: Sequence[psutil.Process], timeout: float) -> bool:
-    """Whether all of them ended (a zombie has) within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while any(_lives(process) for process in processes):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
-        return False
-
-
-def _kill_strays(directory: Path) -> None:
-    """SIGKILL what a killed agent left behind: every process that stands below the machine's directory.
-
-    The dev server is a group of its own, so it outlives an agent that got SIGKILL; its working directory is the
-    project's, which is how it is known. A process with a terminal is somebody's shell and is left alone.
-    """
-    below = str(directory)
-    for process in psutil.process_iter(["cwd", "terminal"]):
-        cwd = process.info["cwd"]
-        if cwd is None or process.info["terminal"] is not None or process.pid == os.getpid():
-            continue
-        if cwd == below or cwd.startswith(below + os.sep):
-            with suppress(psutil.Error):
-                process.kill()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Final, Protocol
@@ -37,8 +37,11 @@ from orchestrator_stub.machines.driver import (
 )
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
+from orchestrator_stub.sessions.inventory import awake, lost, unmarked, wanted
 from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
+from orchestrator_stub.sessions.rollout import ROLL
 from orchestrator_stub.sessions.run_settings import RunSettings
+from orchestrator_stub.sessions.sleep import Sleep
 from orchestrator_stub.sessions.store import Asker, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
@@ -70,6 +73,7 @@ class SessionController:
         clock: Gives Unix seconds.
         name: Signs this orchestrator's claims; unique among those of one database.
         on_part: Told the seconds of each part of making a machine: replace, template, snapshot, token, machine.
+        on_suspend: Told of each machine that was put to sleep.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class SessionController:
         clock: Callable[[], float] = time.time,
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
+        on_suspend: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -97,7 +102,9 @@ class SessionController:
         self._template = template
         self._clock = clock
         self._on_part = on_part
+        self._on_suspend = on_suspend
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
+        self._sleep = Sleep(store, driver, by=self._name, seconds=settings.claim_seconds)
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.swept_at = 0.0
@@ -201,7 +208,7 @@ class SessionController:
 
     async def roll(self, session_id: UUID) -> None:
         """Replace the session's machine by one of the image that a rollout wants it to have."""
-        session = await self._store.roll(session_id, self._settings.agent_image)
+        session = await self._store.change(ROLL, {"id": session_id, "standard": self._settings.agent_image})
         if session is not None:
             log.info(
                 "session.rolled",
@@ -210,6 +217,44 @@ class SessionController:
                 image=session.image,
             )
             await self.provision(session_id)
+
+    async def suspend(self, session_id: UUID) -> Session | None:
+        """Put a ready session's machine to sleep; the session as it is then. Raises `MachineError`."""
+        if await self._sleep.suspend(session_id):
+            self._on_suspend()
+        return await self._store.get(session_id)
+
+    async def wake(self, session_id: UUID) -> Session | None:
+        """Wake a sleeping session; in any other state, and for any number of callers at once, this changes nothing.
+
+        Returns:
+            The session as it is then: `provisioning` until its agent says that it serves what the database has, with
+            the machine it had or another that is being made. None: there is no such session.
+
+        Raises:
+            MachineUnavailable: It is still being put to sleep; ask again.
+        """
+        session, renew = await self._sleep.wake(session_id)
+        if renew:
+            self._start("renew", session_id, self.renew)
+        return session
+
+    async def renew(self, session_id: UUID) -> None:
+        """Give a session whose machine does not wake the next generation of one."""
+        if await self._sleep.renew(session_id) is not None:
+            log.warning("session.woken_anew", session_id=str(session_id))
+            await self.provision(session_id)
+
+    def woke_cold(self, session: Session) -> None:
+        """Its machine says that it began anew instead of going on."""
+        self._start("renew", session.id, self.renew)
+
+    async def unload(self, session_id: UUID) -> None:
+        """Destroy the machine of a session that slept too long; the session sleeps on."""
+        if await self._sleep.claim_to_unload(session_id):
+            for machine in await self._find(session_id):
+                await self._driver.destroy(machine.id)
+            await self._sleep.unloaded(session_id)
 
     async def end(self, session_id: UUID, *, problem: str | None = None) -> Session | None:
         """No more machine is wanted: the session drains. None: there is no such session.
@@ -275,7 +320,7 @@ class SessionController:
             if not mine:
                 return 0
             sessions, now = await self._store.unended()
-            ours = await self._store.known(_unmarked(machines))
+            ours = await self._store.known(unmarked(machines))
         known = {session.id: session for session in sessions}
         due: list[Step] = []
         for session in sessions:
@@ -287,17 +332,34 @@ class SessionController:
                     due.append(partial(self.provision, session.id))
                 case Action.ROLL:
                     due.append(partial(self.roll, session.id))
+                case Action.UNLOAD:
+                    due.append(partial(self.unload, session.id))
+                case Action.RENEW:
+                    due.append(partial(self.renew, session.id))
                 case Action.DRAIN:
                     due.append(partial(self.end, session.id, problem=judgement.problem))
                 case Action.DESTROY:
                     due.append(partial(self.finish, session.id))
-                case Action.LEAVE if _lost(session, machines):
+                case Action.LEAVE if lost(session, machines):
                     due.append(partial(self._end_if_gone, session))
+                case Action.LEAVE if awake(session, machines):
+                    due.append(partial(self._sleep.suspend_again, session.id))
+        due.extend(await self._sleepers())
         unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
         due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
         await asyncio.gather(*(self._guarded(step) for step in due))
         self.swept_at = self._clock()
         return len(due)
+
+    async def _sleepers(self) -> list[Step]:
+        """Who is to sleep, and who to wake."""
+        due: list[Step] = []
+        if self._settings.idle_suspend_seconds:
+            idle = await self._sleep.idle(self._settings.idle_suspend_seconds)
+            due.extend(partial(self.suspend, session_id) for session_id in idle)
+        if self._settings.wake_on_save:
+            due.extend(partial(self.wake, session_id) for session_id in await self._sleep.saved())
+        return due
 
     async def run(self) -> None:
         """Sweep for ever."""
@@ -423,37 +485,3 @@ class SessionController:
                 del self._tasks[key]
 
         task.add_done_callback(ended)
-
-
-def _unmarked(machines: list[Machine]) -> set[UUID]:
-    """The sessions of machines from before machines carried a mark."""
-    owners = [owner_of(machine.name) for machine in machines]
-    return {owner.session_id for owner in owners if owner is not None and owner.mark is None}
-
-
-def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UUID]) -> bool:
-    """Whether to keep this machine: a session that is not over has it, or it is not ours to destroy.
-
-    `ours`: those of the unmarked machines' sessions that are in this database, over or not.
-    """
-    owner = owner_of(machine.name)
-    if owner is None or (owner.mark is None and owner.session_id not in ours):
-        return True
-    session = unended.get(owner.session_id)
-    if session is None:
-        return False
-    if session.state is State.DRAINING:
-        return True
-    if owner.generation == session.generation:
-        # There are two only if an orchestrator from before machines carried a mark made the other.
-        return session.machine_id in (None, machine.id)
-    # A newer generation than the row's is left alone: the row was read a moment ago, and may have moved on since.
-    return owner.generation > session.generation
-
-
-def _lost(session: Session, machines: list[Machine]) -> bool:
-    return (
-        session.state in LIVE
-        and session.machine_id is not None
-        and all(machine.id != session.machine_id for machine in machines)
-    )

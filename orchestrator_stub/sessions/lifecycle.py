@@ -8,6 +8,8 @@
                            draining ──destroyed──▶ gone        (ended by a request or the clock)
                                     └─destroyed──▶ failed      (ended because of a problem)
 
+    ready ──suspend──▶ suspended ──wake──▶ provisioning ──report──▶ ready      (the same machine, unless it is gone)
+
 A session in `draining` still may have a machine; in `gone` and `failed` it has none. An event
 without a row in the table below is ignored on purpose: two orchestrators, a late heartbeat and a sweeper may all send
 the same one.
@@ -29,6 +31,7 @@ class State(StrEnum):
     REQUESTED = "requested"
     PROVISIONING = "provisioning"
     READY = "ready"
+    SUSPENDED = "suspended"
     DRAINING = "draining"
     GONE = "gone"
     FAILED = "failed"
@@ -43,6 +46,10 @@ class Event(StrEnum):
     """The agent's status says the preview is served."""
     REPLACE = "replace"
     """A newer generation was asked for: the machine in place is to be replaced."""
+    SUSPEND = "suspend"
+    """Nobody looks at it: its machine is put to sleep."""
+    WAKE = "wake"
+    """Somebody wants to see it: its machine is woken, or another made."""
     END = "end"
     """Deleted, expired, or not heard from: no more machine is wanted."""
     TAKE_DOWN = "take_down"
@@ -62,6 +69,12 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.PROVISIONING, Event.REPLACE): State.PROVISIONING,
     (State.READY, Event.REPLACE): State.PROVISIONING,
     (State.FAILED, Event.REPLACE): State.PROVISIONING,
+    (State.READY, Event.SUSPEND): State.SUSPENDED,
+    # What an agent says between the decision and its sleep.
+    (State.SUSPENDED, Event.REPORT): State.SUSPENDED,
+    (State.SUSPENDED, Event.WAKE): State.PROVISIONING,
+    (State.SUSPENDED, Event.REPLACE): State.PROVISIONING,
+    (State.SUSPENDED, Event.END): State.DRAINING,
     (State.REQUESTED, Event.END): State.DRAINING,
     (State.PROVISIONING, Event.END): State.DRAINING,
     (State.READY, Event.END): State.DRAINING,
@@ -72,6 +85,9 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 
 LIVE = frozenset({State.REQUESTED, State.PROVISIONING, State.READY})
 """A machine is wanted."""
+
+KEPT = LIVE | {State.SUSPENDED}
+"""Its machine, if it has one, is the session's and may say so."""
 
 ENDED = frozenset({State.GONE, State.FAILED})
 """No machine is left, and nothing more will happen by itself."""
@@ -108,6 +124,8 @@ class Session:
     """What a rollout wants its next machine to be made of."""
     rolled: bool = False
     """A rollout replaced the machine that ran, and the new one is not ready yet."""
+    waking: bool = False
+    """Its machine was woken, and has not said yet that all is right."""
     trial: bool = False
     """A rollout made it, to try an image."""
 
@@ -118,6 +136,10 @@ class Action(StrEnum):
     LEAVE = "leave"
     PROVISION = "provision"
     ROLL = "roll"
+    UNLOAD = "unload"
+    """It sleeps too long: destroy its machine; the session stays."""
+    RENEW = "renew"
+    """Its machine does not wake: make another."""
     DRAIN = "drain"
     DESTROY = "destroy"
 
@@ -141,6 +163,13 @@ def judge(session: Session, now: float, timing: Timing) -> Judgement:
     if session.expires_at <= now:
         return Judgement(Action.DRAIN)
     match session.state:
+        case State.SUSPENDED:
+            late = session.state_since + timing.asleep <= now
+            unload = late and session.machine_id is not None and not claimed
+            return Judgement(Action.UNLOAD if unload else Action.LEAVE)
+        case State.PROVISIONING if session.waking:
+            late = session.state_since + timing.wake <= now
+            return Judgement(Action.RENEW if late and not claimed else Action.LEAVE)
         case State.READY:
             if session.lease_until is not None and session.lease_until <= now:
                 return Judgement(Action.DRAIN, "lease_lapsed: the machine stopped sending its status")

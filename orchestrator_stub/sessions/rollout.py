@@ -70,6 +70,24 @@ update preview.sessions set image_next = %(image)s where id = any(%(ids)s) and s
 and exists (select from preview.rollout r where r.image = %(image)s and r.state = 'rolling')
 """
 
+ROLL: Final[LiteralString] = """
+update preview.sessions set generation = generation + 1,
+  image_before = nullif(coalesce(image, (select former from preview.rollout), %(standard)s), image_next),
+  image = image_next, image_next = null, rolled_at = now(), state = 'provisioning', state_since = now(),
+  machine_id = null, machine_driver = null, machine_region = null, preview_url = null, health_url = null,
+  lease_until = null, claimed_until = null, problem = null
+where id = %(id)s and image_next is not null and state = 'ready'
+"""
+"""Begins the generation that a rollout wants. `standard`: to fall back to, where nobody knows what it was made of."""
+
+MARK_ASLEEP: Final[LiteralString] = """
+update preview.sessions set image_next = %(image)s
+where state = 'suspended' and preview.in_share(id, %(share)s)
+and image is distinct from %(image)s and image_next is distinct from %(image)s
+and exists (select from preview.rollout r where r.image = %(image)s and r.state = 'rolling')
+"""
+"""They get another machine when they wake: nobody waits for that now."""
+
 TRY: Final[LiteralString] = """
 with made as (
   insert into preview.sessions (project_id, expires_at, image, trial, run)
@@ -207,6 +225,7 @@ class Rollout:
             await self._try(row["trial"])
             return False
         values: dict[str, object] = {"image": self._image, "share": share}
+        await self._run(MARK_ASLEEP, values)
         rows = await self._rows(SESSIONS, values)
         next_ = plan([_candidate(row) for row in rows], self._image, idle=idle, at_once=at_once)
         if next_.mark:

@@ -34,7 +34,7 @@ COLUMNS: Final[LiteralString] = """
   machine_driver, machine_id, machine_region, preview_url, problem,
   coalesce((select r.revision from preview.run_settings r where r.project_id = sessions.project_id), 0)
     + (run is not null)::int as run_revision,
-  image, image_next, rolled_at is not null as rolled, trial
+  image, image_next, rolled_at is not null as rolled, trial, woken_at is not null as waking
 """
 SELECT: Final[LiteralString] = "select " + COLUMNS + " from preview.sessions "  # noqa: S608 - two literals
 STANDING: Final[LiteralString] = (
@@ -282,21 +282,35 @@ class SessionStore:
         )
 
     async def report(
-        self, session_id: UUID, generation: int, *, ready: bool, lease: float, status: str
+        self,
+        session_id: UUID,
+        generation: int,
+        *,
+        ready: bool,
+        lease: float,
+        status: str,
+        viewed: bool = False,
     ) -> Session | None:
-        """A heartbeat of the machine of `generation`; `status` is JSON. None: the session or the generation is over."""
+        """A heartbeat of the machine of `generation`; `status` is JSON. None: the session or the generation is over.
+
+        `viewed`: somebody has the preview open.
+        """
         return await self._one(
             "update preview.sessions set"
             " state = case when %(ready)s then %(moves)s ->> state else state end,"
             " state_since = case when %(ready)s and %(moves)s ->> state <> state then now() else state_since end,"
             " image_before = case when %(ready)s then null else image_before end,"
             " rolled_at = case when %(ready)s then null else rolled_at end,"
-            " lease_until = now() + %(lease)s * interval '1 second', status = %(status)s::jsonb, status_at = now()"
+            " woken_at = case when %(ready)s then null else woken_at end,"
+            " viewed_at = case when %(viewed)s then now() else viewed_at end,"
+            " lease_until = case when state <> 'suspended' then now() + %(lease)s * interval '1 second' end,"
+            " status = %(status)s::jsonb, status_at = now()"
             " where id = %(id)s and generation = %(generation)s and %(moves)s ? state",
             {
                 "id": session_id,
                 "generation": generation,
                 "ready": ready,
+                "viewed": viewed,
                 "lease": lease,
                 # jsonb holds every character but NUL, and an agent repeats what other programs said.
                 "status": status.replace("\\u0000", "\\ufffd"),
@@ -337,7 +351,7 @@ class SessionStore:
             " expires_at = greatest(expires_at, now() + %(ttl)s * interval '1 second'),"
             " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
             " health_url = null, lease_until = null, claimed_until = null, problem = null,"
-            " image = null, image_before = null, image_next = null, rolled_at = null,"
+            " image = null, image_before = null, image_next = null, rolled_at = null, woken_at = null,"
             " requested_by = coalesce(%(user)s, requested_by)"
             " where id = %(id)s and generation < %(generation)s and %(moves)s ? state",
             {
@@ -356,22 +370,6 @@ class SessionStore:
             cursor = await connection.execute("select preview.choose_image(%s, %s)", (session_id, standard))
             row = await cursor.fetchone()
             return (row and row[0]) or standard
-
-    async def roll(self, session_id: UUID, standard: str) -> Session | None:
-        """Begin the generation that a rollout wants. None: it wants none of this session any more.
-
-        `standard`: what it falls back to where neither it nor the rollout knows what it was made of.
-        """
-        return await self._one(
-            "update preview.sessions set generation = generation + 1,"
-            " image_before = nullif(coalesce(image, (select former from preview.rollout), %(standard)s), image_next),"
-            " image = image_next, image_next = null, rolled_at = now(),"
-            " state = %(moves)s ->> state, state_since = now(),"
-            " machine_id = null, machine_driver = null, machine_region = null, preview_url = null,"
-            " health_url = null, lease_until = null, claimed_until = null, problem = null"
-            " where id = %(id)s and image_next is not null and state = 'ready'",
-            {"id": session_id, "standard": standard, "moves": _moves(Event.REPLACE)},
-        )
 
     async def fall_back(self, session_id: UUID, problem: str) -> bool:
         """Give a session whose image did not become ready the former one; whether it had one."""
@@ -417,6 +415,19 @@ class SessionStore:
             cursor = await connection.execute(query, {"project": project_id, "what": what})
             row = await cursor.fetchone()
             return bool(row and row[0])
+
+    async def viewed(self, session_id: UUID) -> None:
+        """Somebody has the preview open, as whoever passes pages on knows."""
+        await self._run("update preview.sessions set viewed_at = now() where id = %(id)s", {"id": session_id})
+
+    async def change(self, statement: LiteralString, values: Mapping[str, object]) -> Session | None:
+        """The row that an update of `preview.sessions` wrote, or None."""
+        return await self._one(statement, values)
+
+    async def ids(self, query: LiteralString, values: Mapping[str, object]) -> list[UUID]:
+        """The ids that a query finds."""
+        async with self._pool.connection() as connection:
+            return [row[0] for row in await (await connection.execute(query, values)).fetchall()]
 
     @asynccontextmanager
     async def sweeping(self) -> AsyncIterator[bool]:

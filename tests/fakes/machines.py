@@ -46,7 +46,11 @@ class Platform:
     def stop(self, machine_id: str) -> None:
         """The machine ends by itself, unless somebody was quicker and has destroyed it."""
         if machine_id in self.machines:
-            self.machines[machine_id] = replace(self.machines[machine_id], state=MachineState.STOPPED)
+            self.change(machine_id, MachineState.STOPPED)
+
+    def change(self, machine_id: str, state: MachineState) -> None:
+        """The machine is in another state now."""
+        self.machines[machine_id] = replace(self.machines[machine_id], state=state)
 
 
 class FakeMachines:
@@ -86,6 +90,23 @@ class FakeMachines:
     async def list(self) -> builtins.list[Machine]:
         self._answer_or_not()
         return [*self.platform.machines.values()]
+
+    async def suspend(self, machine_id: str) -> None:
+        self._answer_or_not()
+        if self._state(machine_id) is MachineState.RUNNING:
+            self.platform.change(machine_id, MachineState.SUSPENDED)
+        self._lose_reply_or_not()
+
+    async def resume(self, machine_id: str) -> bool:
+        self._answer_or_not()
+        if self._state(machine_id) is MachineState.SUSPENDED:
+            self.platform.change(machine_id, MachineState.RUNNING)
+        self._lose_reply_or_not()
+        return self._state(machine_id) is MachineState.RUNNING
+
+    def _state(self, machine_id: str) -> MachineState:
+        machine = self.platform.machines.get(machine_id)
+        return machine.state if machine else MachineState.GONE
 
     async def retire(self, machine_id: str) -> None:
         await self.destroy(machine_id)

@@ -279,6 +279,7 @@ def test_the_document_names_every_route_and_resolves() -> None:
     assert {(path, method) for path, item in document["paths"].items() for method in item} == {
         ("/v1/sessions", "post"), ("/v1/sessions", "get"), ("/v1/sessions/{session_id}", "get"),
         ("/v1/sessions/{session_id}", "delete"), ("/v1/sessions/{session_id}/snapshot", "post"),
+        ("/v1/sessions/{session_id}/suspend", "post"), ("/v1/sessions/{session_id}/wake", "post"),
         ("/v1/sessions/{session_id}/sync", "post"), ("/v1/sessions/{session_id}/token", "post"),
         ("/v1/sessions/{session_id}/status", "put"), ("/v1/sessions/{session_id}/run", "get"),
         ("/v1/sessions/{session_id}/shown", "get"), ("/v1/projects/{project_id}/shown", "get"),

@@ -73,6 +73,12 @@ class Specs:
     async def list(self) -> list[Machine]:
         return [Machine("test", name, name, MachineState.RUNNING, time.time()) for name in self.made]
 
+    async def suspend(self, machine_id: str) -> None:
+        return None
+
+    async def resume(self, machine_id: str) -> bool:
+        return machine_id in self.made
+
     async def retire(self, machine_id: str) -> None:
         self.made.pop(machine_id, None)
 

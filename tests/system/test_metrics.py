@@ -59,6 +59,8 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "sessions": ("gauge", ("state",)),
     "session_problems": ("gauge", ("problem",)),
     "agents": ("gauge", ("state",)),
+    "suspends": ("counter", ()),
+    "wakes_seconds": ("histogram", ()),
     "last_sweep_timestamp_seconds": ("gauge", ()),
     "key_problems": ("gauge", ("kind",)),
     "snapshot_build_seconds": ("histogram", ()),

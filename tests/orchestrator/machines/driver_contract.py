@@ -72,3 +72,35 @@ class DriverContract:
         await driver.destroy(first.id)
         assert [m.id for m in await driver.find(other.session_id)] == [second.id]
         await driver.destroy(second.id)
+
+    async def test_a_machine_sleeps_and_wakes(self, driver: MachineDriver) -> None:
+        machine = await driver.create(spec_for())
+        for _ in range(2):  # twice is once
+            await driver.suspend(machine.id)
+            asleep = await driver.inspect(machine.id)
+            assert asleep is not None
+            assert asleep.state is MachineState.SUSPENDED
+        assert machine.id in {m.id for m in await driver.list()}
+        for _ in range(2):
+            assert await driver.resume(machine.id)
+            awake = await driver.inspect(machine.id)
+            assert awake is not None
+            assert awake.state is MachineState.RUNNING
+        await driver.destroy(machine.id)
+        await driver.suspend(machine.id)
+        assert not await driver.resume(machine.id)
+
+    async def test_a_sleeping_machine_is_adopted_and_destroyed_like_another(
+        self, driver: MachineDriver
+    ) -> None:
+        spec = spec_for()
+        machine = await driver.create(spec)
+        await driver.suspend(machine.id)
+        again = await driver.create(spec)
+        assert again.id == machine.id
+        running = await driver.inspect(machine.id)
+        assert running is not None
+        assert running.state in (MachineState.STARTING, MachineState.RUNNING)
+        await driver.suspend(machine.id)
+        await driver.destroy(machine.id)
+        assert await driver.inspect(machine.id) is None

@@ -121,6 +121,34 @@ def test_adopting_starts_what_stands_still() -> None:
     on_fly(test)
 
 
+def test_one_on_its_way_to_sleep_is_woken_once_it_is_there() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        machine = await driver.create(spec_for())
+        fly.machines[machine.id]["state"] = "suspending"
+
+        async def sleep_at_last() -> None:
+            await asyncio.sleep(3)
+            fly.machines[machine.id]["state"] = "suspended"
+
+        sleeping = asyncio.create_task(sleep_at_last())
+        assert await driver.resume(machine.id)
+        await sleeping
+        assert fly.machines[machine.id]["state"] == "started"
+        assert [action for action, _ in fly.asked] == ["create", "get", "wait", "get", "start"]
+
+    on_fly(test)
+
+
+def test_one_that_stopped_instead_of_sleeping_is_not_started_cold() -> None:
+    async def test(fly: Fly, driver: FlyMachines) -> None:
+        machine = await driver.create(spec_for())
+        await api_of(driver).stop(machine.id)
+        assert not await driver.resume(machine.id)
+        assert fly.machines[machine.id]["state"] == "stopped"
+
+    on_fly(test)
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_what_passes_is_tried_again(status: int) -> None:
     async def test(fly: Fly, driver: FlyMachines) -> None:
@@ -215,7 +243,7 @@ def test_suspend_start_wait_and_metadata() -> None:
         await api.suspend(machine.id)
         seen = await driver.inspect(machine.id)
         assert seen is not None
-        assert seen.state is MachineState.STOPPED
+        assert seen.state is MachineState.SUSPENDED
         await api.start(machine.id)
         await api.set_metadata(machine.id, "note", "kept")
         assert fly.machines[machine.id]["config"]["metadata"]["note"] == "kept"

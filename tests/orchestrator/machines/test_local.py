@@ -167,7 +167,7 @@ async def test_the_end_leaves_no_process(place: Place, driver: LocalMachines) ->
 async def test_a_deaf_agent_and_its_children_are_killed(
     place: Place, driver: LocalMachines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator_stub.machines.local.STOP_GRACE", 0.2)
+    monkeypatch.setattr("orchestrator_stub.machines.processes.STOP_GRACE", 0.2)
     machine = await driver.create(spec_for(MODE="deaf"))
     agent, child = await place.pids(machine)
     await driver.destroy(machine.id)
@@ -259,7 +259,7 @@ KILLED = """
             pass
         os.kill(os.getpid(), signal.SIGKILL)
 
-    local._birth = killed
+    local.birth = killed
     driver = local.LocalMachines(Path(sys.argv[1]), environment=os.environ, command=(sys.executable, sys.argv[2]))
     asyncio.run(driver.create(spec_for(of=UUID(sys.argv[3]))))
 """

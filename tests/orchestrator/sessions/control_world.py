@@ -112,7 +112,7 @@ class World:
         await self.sql(
             "update preview.sessions set created_at = created_at - %(s)s, expires_at = expires_at - %(s)s,"
             " state_since = state_since - %(s)s, claimed_until = claimed_until - %(s)s,"
-            " lease_until = lease_until - %(s)s, status_at = status_at - %(s)s".replace(
+            " lease_until = lease_until - %(s)s, status_at = status_at - %(s)s, viewed_at = viewed_at - %(s)s".replace(
                 "%(s)s", f"interval '{seconds} seconds'"
             )
         )
@@ -263,6 +263,8 @@ ROUTES = [
     ("GET", "/v1/sessions/{id}"),
     ("DELETE", "/v1/sessions/{id}"),
     ("POST", "/v1/sessions/{id}/snapshot"),
+    ("POST", "/v1/sessions/{id}/suspend"),
+    ("POST", "/v1/sessions/{id}/wake"),
     ("GET", "/v1/sessions/{id}/shown"),
     ("GET", "/v1/sessions/{id}/run"),
     ("POST", "/v1/sessions/{id}/sync"),

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from orchestrator_stub.machines.driver import Machine, MachineState, owner_of
+from orchestrator_stub.machines.driver import Machine, MachineError, MachineState, owner_of
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, State
 from orchestrator_stub.sessions.rollout import Rollout, Stopped
@@ -209,6 +209,23 @@ class ControlMachine(RuleBasedStateMachine):
         self.platform.lose_replies = int(what == "lost reply")
         self.worlds[which].snapshots.broken = what == "storage"
 
+    @rule(which=which, nth=st.integers(0, 3), wake=st.booleans(), fuse=fuses)
+    def sleep(self, which: int, nth: int, wake: bool, fuse: int) -> None:
+        sessions = self.rows(self.worlds[which])
+        session_id = sessions[nth % len(sessions)][0]
+
+        async def act(controller: SessionController) -> None:
+            with suppress(MachineError):
+                await (controller.wake(session_id) if wake else controller.suspend(session_id))
+
+        self.run(self.by_somebody(self.worlds[which], fuse, act))
+
+    @rule(nth=st.integers(0, 3))
+    def machine_ends_in_its_sleep(self, nth: int) -> None:
+        asleep = [m for m in self.platform.machines.values() if m.state is MachineState.SUSPENDED]
+        if asleep:
+            self.platform.stop(asleep[nth % len(asleep)].id)
+
     @rule(which=which, image=st.sampled_from(IMAGES), share=st.sampled_from([0.3, 1.0]))
     def roll_out(self, which: int, image: str, share: float) -> None:
         """One step of the command, which is then killed."""
@@ -239,7 +256,7 @@ class ControlMachine(RuleBasedStateMachine):
         owners = [
             (owner_of(machine.name) or (None,))[0]
             for machine in self.platform.machines.values()
-            if machine.state is MachineState.RUNNING
+            if machine.state in (MachineState.RUNNING, MachineState.SUSPENDED)
         ]
         assert len(owners) == len(set(owners))
 
@@ -284,14 +301,14 @@ class ControlMachine(RuleBasedStateMachine):
             assert rows[owner.session_id][2] == machine.id, f"{machine.name} is not the one its session knows"
         for session_id, state, machine_id in rows.values():
             assert state not in (State.REQUESTED, State.DRAINING), f"{session_id} is stuck in {state}"
-            if state not in ENDED:
+            if state not in (*ENDED, State.SUSPENDED):
                 assert machine_id in self.platform.machines, f"{session_id} has no machine"
 
     def come_to_an_end(self, world: World) -> None:
         for _ in range(2):  # the second time for the former image of one whose new one did not become ready
             self.run(world.pass_time(world.settings.provision_seconds + 1))
             self.run(self.by_somebody(world, 0, sweep_thrice))
-        assert {row[1] for row in self.rows(world)} <= {*ENDED, State.READY}
+        assert {row[1] for row in self.rows(world)} <= {*ENDED, State.READY, State.SUSPENDED}
         self.run(world.pass_time(10_000))
         self.run(self.by_somebody(world, 0, sweep_thrice))
         assert {row[1] for row in self.rows(world)} <= {str(state) for state in ENDED}
@@ -305,7 +322,10 @@ async def sweep_thrice(controller: SessionController) -> None:
 
 
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_the_control_plane_survives_everything(database: str, other_database: str, long: bool) -> None:
+def test_the_control_plane_survives_everything(
+    database: str, other_database: str, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator_stub.sessions.sleep.CLAIM_WAIT", 0.05)
     with asyncio.Runner() as runner:
         given = {"databases": (database, other_database), "runner": runner}
         machine = type("Machine", (ControlMachine,), given)

@@ -14,7 +14,7 @@ from orchestrator_stub.machines.driver import Owner, machine_name, mark_of, owne
 from orchestrator_stub.sessions import lifecycle as sessions_module
 from orchestrator_stub.sessions.lifecycle import (
     ENDED,
-    LIVE,
+    KEPT,
     PROBLEMS,
     Action,
     Event,
@@ -44,12 +44,13 @@ sessions = st.builds(
     problem=st.none() | st.just("broken"),
     image_next=st.none() | st.just("image:2"),
     rolled=st.booleans(),
+    waking=st.booleans(),
     trial=st.booleans(),
 )
 
 
 def test_every_state_that_is_not_over_has_a_way_to_the_end() -> None:
-    for state in LIVE:
+    for state in KEPT:
         assert moves(Event.END).get(state) is State.DRAINING
     assert moves(Event.DESTROYED).get(State.DRAINING) is State.GONE
 
@@ -60,9 +61,34 @@ def test_what_is_over_stays_over_but_for_a_new_generation() -> None:
 
 
 def test_a_late_word_changes_nothing() -> None:
+    assert moves(Event.REPORT)[State.SUSPENDED] is State.SUSPENDED
+    assert {state for state in State if state in moves(Event.WAKE)} == {State.SUSPENDED}
     assert moves(Event.REPORT).get(State.DRAINING) is None
     assert moves(Event.REPORT).get(State.REQUESTED) is None
     assert State.DRAINING not in moves(Event.TAKE_UP)
+
+
+def _claimed(session: Session) -> bool:
+    return session.claimed_until is not None and session.claimed_until > NOW
+
+
+def _at_the_end_of_its_wake(session: Session) -> Action:
+    return Action.LEAVE if _claimed(session) else Action.RENEW
+
+
+@given(sessions)
+def test_a_sleeping_one_ends_by_its_own_end_alone_and_its_machine_after_twenty_hours(
+    session: Session,
+) -> None:
+    if session.state is not State.SUSPENDED:
+        return
+    action = judge(session, NOW, TIMING).action
+    if session.expires_at <= NOW:
+        assert action is Action.DRAIN
+    elif session.state_since + 20 * 3600 <= NOW and session.machine_id and not _claimed(session):
+        assert action is Action.UNLOAD
+    else:
+        assert action is Action.LEAVE
 
 
 @given(sessions)
@@ -70,7 +96,8 @@ def test_nothing_in_between_outlives_its_deadline(session: Session) -> None:
     action = judge(session, NOW, TIMING).action
     overdue = session.state_since + TIMING.provision <= NOW or session.expires_at <= NOW
     if session.state in (State.REQUESTED, State.PROVISIONING) and overdue:
-        assert action is Action.DRAIN
+        waking = session.waking and session.state is State.PROVISIONING and session.expires_at > NOW
+        assert action is (_at_the_end_of_its_wake(session) if waking else Action.DRAIN)
     if session.state in ENDED:
         assert action is Action.LEAVE
     if session.state is State.DRAINING:
@@ -93,7 +120,7 @@ def test_a_live_session_in_good_order_is_left_alone(session: Session) -> None:
 @given(sessions)
 def test_a_rollout_takes_a_preview_away_no_longer_than_its_own_patience(session: Session) -> None:
     """Where somebody had a preview, and where nobody waits: at most `rollout`; a new session has its whole time."""
-    if session.state is not State.PROVISIONING or session.expires_at <= NOW:
+    if session.state is not State.PROVISIONING or session.expires_at <= NOW or session.waking:
         return
     patience = TIMING.rollout if session.rolled or session.trial else TIMING.provision
     assert (judge(session, NOW, TIMING).action is Action.DRAIN) == (session.state_since + patience <= NOW)
