@@ -87,6 +87,9 @@ def run(arguments: list[str], status: str) -> None:
     sys.stdout.write("1f2e\n")
 
 
+CHANGES = {"start": "running", "stop": "exited", "pause": "paused", "unpause": "running"}
+
+
 def main() -> None:
     command, *arguments = sys.argv[1:]
     if command in ("run", "create"):
@@ -99,8 +102,10 @@ def main() -> None:
             labels = json.loads(file.read_text())["Config"]["Labels"]
             if label in labels and value in ("", labels[label]):
                 print(file.name)
-    elif command in ("start", "stop"):
-        change(arguments[-1], "running" if command == "start" else "exited")
+    elif command in CHANGES:
+        if command == "stop" and read(arguments[-1])["State"]["Status"] == "paused":
+            fail(125, "cannot stop a paused container")
+        change(arguments[-1], CHANGES[command])
     elif command == "rm":
         read(arguments[-1])
         path_of(arguments[-1]).unlink()
