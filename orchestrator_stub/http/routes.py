@@ -122,8 +122,6 @@ class SessionRoutes:
             self._route("/v1/sessions", POST=self.create, GET=self.listing),
             self._route(session, GET=self.show, DELETE=self.delete),
             self._route(session + "/snapshot", POST=self.snapshot),
-            self._route(session + "/suspend", POST=self.suspend),
-            self._route(session + "/wake", POST=self.wake),
             self._route(session + "/shown", GET=self.shown, more=MOST_WAIT),
             self._route("/v1/projects/{project_id}/shown", GET=self.project_shown, more=MOST_WAIT),
             self._route(session + "/sync", POST=self.sync),
@@ -200,7 +198,7 @@ class SessionRoutes:
         session = await self._seen(request)
         body = await self._body(request, SnapshotBody)
         if session.state not in LIVE:
-            raise _over(session)
+            raise session_over(session)
         snapshot = await self._snapshots.signed_snapshot(
             session.project_id, rebuild=body.rebuild, payer=session.id
         )
@@ -224,27 +222,6 @@ class SessionRoutes:
             raise Refusal(404, "session_unknown", "The project has no live session. Create one.")
         _, answer = await shown(request, self._screens, newest.id)
         return json_answer(answer)
-
-    async def suspend(self, request: Request) -> Response:
-        """Put the session's machine to sleep. One that sleeps already is no error."""
-        seen = await self._seen(request)
-        session = await self._controller.suspend(seen.id) or seen
-        if session.state in ENDED or session.state is State.DRAINING:
-            raise _over(session)
-        if session.state is not State.SUSPENDED:
-            raise Refusal(
-                409, "session_not_ready", f"The session is {session.state}; only a ready one can sleep."
-            )
-        return json_answer(session_form(session))
-
-    async def wake(self, request: Request) -> Response:
-        """Wake the session. 202: it is on its way; one that is awake is no error."""
-        seen = await self._seen(request)
-        session = await self._controller.wake(seen.id) or seen
-        if session.state not in LIVE:
-            raise _over(session)
-        ready = session.state is State.READY
-        return json_answer(session_form(session), HTTPStatus.OK if ready else HTTPStatus.ACCEPTED)
 
     # --- session API
 
@@ -285,11 +262,12 @@ class SessionRoutes:
             head, tree_hash = await self._catchup.tree_hash(session.project_id, head)
             answer["tree_hash"] = tree_hash
         answer |= {"epoch": head.epoch, "revision": head.revision, "run_revision": session.run_revision}
+        asleep = session.state is State.SUSPENDED  # or woken since this was read
         kept = await self._store.report(
             session.id,
             claims.generation,
             # What was woken has to have what was saved meanwhile first.
-            ready=body.state in UP and (not session.waking or _stands_at(body, head)),
+            ready=body.state in UP and (_stands_at(body, head) or not (session.waking or asleep)),
             viewed=bool(viewers(body.model_dump())),
             lease=self._settings.timing.lease,
             status=body.model_dump_json(),
@@ -380,7 +358,7 @@ class SessionRoutes:
         if session.project_id != claims.project_id:
             raise Refusal(403, "foreign_session", "The token is another project's.")
         if session.state in ENDED:
-            raise _over(session)
+            raise session_over(session)
         return claims, session, head
 
     async def _body(self, request: Request, form: type[Body]) -> Body:
@@ -487,7 +465,7 @@ def _unknown_session(session_id: UUID) -> Refusal:
 def check_current(session: Session, claims: SessionClaims) -> None:
     """Only the machine that the session has now may go on: a newer one is 409, none wanted 410."""
     if session.state not in KEPT:
-        raise _over(session)
+        raise session_over(session)
     if session.generation != claims.generation:
         raise Refusal(
             409,
@@ -501,5 +479,5 @@ def _stands_at(body: SyncBody | StatusBody, head: Head) -> bool:
     return (body.epoch, body.revision) == (head.epoch, head.revision)
 
 
-def _over(session: Session) -> Refusal:
+def session_over(session: Session) -> Refusal:
     return Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")

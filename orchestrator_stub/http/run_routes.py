@@ -14,13 +14,14 @@ from starlette.routing import BaseRoute
 
 from orchestrator_stub.http.forms import json_answer, kept_secret, uuid_of
 from orchestrator_stub.http.problems import Refusal
-from orchestrator_stub.http.routes import SessionRoutes, check_current
+from orchestrator_stub.http.routes import check_current
+from orchestrator_stub.http.sleep_routes import SleepRoutes
 from orchestrator_stub.platform.sealing import CannotOpen
 from orchestrator_stub.sessions.run_settings import RunBody
 
 
-class RunRoutes(SessionRoutes):
-    """The routes of `SessionRoutes`, and those of run settings."""
+class RunRoutes(SleepRoutes):
+    """The routes of `SleepRoutes`, and those of run settings."""
 
     def routes(self) -> list[BaseRoute]:
         return [

@@ -16,7 +16,7 @@ from uuid import UUID
 import structlog
 from psycopg.types.json import Jsonb
 
-from orchestrator_stub.machines.driver import MachineDriver, MachineError, MachineUnavailable
+from orchestrator_stub.machines.driver import MachineDriver, MachineError, MachineRefused, MachineUnavailable
 from orchestrator_stub.sessions.lifecycle import Event, Session, State, moves
 from orchestrator_stub.sessions.store import SessionStore
 
@@ -38,6 +38,10 @@ CLAIM_ASLEEP: Final[LiteralString] = """
 update preview.sessions set claimed_by = %(by)s, claimed_until = now() + %(seconds)s * interval '1 second'
 where id = %(id)s and state = 'suspended' and machine_id is not null
   and (claimed_until is null or claimed_until <= now() or claimed_by = %(by)s)
+"""
+AWAKE_AFTER_ALL: Final[LiteralString] = """
+update preview.sessions set state = 'ready', state_since = now(), claimed_until = null
+where id = %(id)s and state = 'suspended' and claimed_by = %(by)s
 """
 WAKE: Final[LiteralString] = """
 update preview.sessions set state = %(wake)s ->> state, state_since = now(), woken_at = now(), problem = null,
@@ -83,9 +87,13 @@ class Sleep:
     async def suspend(self, session_id: UUID) -> bool:
         """Put a ready session's machine to sleep; whether this was what did it.
 
-        Raises `MachineError`: it will be tried again by a sweep.
+        Raises `MachineRefused`: it cannot sleep and is ready as before; another `MachineError`: a sweep tries again.
         """
-        slept = await self._asleep(await self._change(SUSPEND, session_id))
+        try:
+            slept = await self._asleep(await self._change(SUSPEND, session_id))
+        except MachineRefused:
+            await self._change(AWAKE_AFTER_ALL, session_id)
+            raise
         if slept:
             log.info("session.suspended", session_id=str(session_id))
         return slept

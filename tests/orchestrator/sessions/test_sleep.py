@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 
 from orchestrator_stub.config import Timing
-from orchestrator_stub.machines.driver import MachineState, MachineUnavailable
+from orchestrator_stub.machines.driver import MachineRefused, MachineState, MachineUnavailable
 from orchestrator_stub.sessions.rollout import Rollout
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import (
@@ -204,6 +204,21 @@ async def test_only_a_ready_one_can_sleep(world: World) -> None:
     await world.http.delete(f"/v1/sessions/{session['session_id']}", headers=SERVICE)
     assert_problem(await ask(world, session, "suspend"), 410, "session_over")
     assert_problem(await ask(world, session, "wake"), 410, "session_over")
+
+
+async def test_one_whose_platform_refuses_is_ready_as_before(world: World) -> None:
+    session = await ready_session(world)
+    session_id = UUID(session["session_id"])
+
+    class Refuses(FakeMachines):
+        async def suspend(self, machine_id: str) -> None:
+            raise MachineRefused("only machines of 2 GB and less can be suspended")
+
+    with pytest.raises(MachineRefused):
+        await world.controller_of(Refuses(world.platform)).suspend(session_id)
+    await world.controller.sweep()
+    assert await state(world, session) == ("ready", 1, MachineState.RUNNING)
+    assert (await ask(world, session, "suspend")).status_code == 200, "nobody holds it"
 
 
 async def test_a_sleeping_one_is_ended_with_its_machine(world: World) -> None:

@@ -1,0 +1,49 @@
+"""Serves the routes that put a session to sleep and wake it."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from orchestrator_stub.http.forms import json_answer, session_form
+from orchestrator_stub.http.problems import Refusal
+from orchestrator_stub.http.routes import SessionRoutes, session_over
+from orchestrator_stub.machines.driver import MachineRefused
+from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, State
+
+
+class SleepRoutes(SessionRoutes):
+    """Those of sessions, and of their sleep."""
+
+    def routes(self) -> list[BaseRoute]:
+        """To be mounted at the root."""
+        session = "/v1/sessions/{session_id}"
+        return [
+            *super().routes(),
+            self._route(session + "/suspend", POST=self.suspend),
+            self._route(session + "/wake", POST=self.wake),
+        ]
+
+    async def suspend(self, request: Request) -> Response:
+        """Put the session's machine to sleep. One that sleeps already is no error."""
+        seen = await self._seen(request)
+        try:
+            session = await self._controller.suspend(seen.id) or seen
+        except MachineRefused as error:
+            raise Refusal(409, "cannot_sleep", f"The machine cannot sleep: {error}") from None
+        if session.state in ENDED or session.state is State.DRAINING:
+            raise session_over(session)
+        if session.state is not State.SUSPENDED:
+            raise Refusal(
+                409, "session_not_ready", f"The session is {session.state}; only a ready one can sleep."
+            )
+        return json_answer(session_form(session))
+
+    async def wake(self, request: Request) -> Response:
+        """Wake the session. 202: it is on its way; one that is awake is no error."""
+        seen = await self._seen(request)
+        session = await self._controller.wake(seen.id) or seen
+        if session.state not in LIVE:
+            raise session_over(session)
+        return json_answer(session_form(session), 200 if session.state is State.READY else 202)
