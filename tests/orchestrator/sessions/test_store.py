@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 
 from orchestrator_stub.sessions.lifecycle import Event, Session, State, moves
+from orchestrator_stub.sessions.sleep import MOVES, SUSPEND, WAKE
 from orchestrator_stub.sessions.store import SessionStore
 from tests.orchestrator.sessions.control_world import World, control_world
 
@@ -24,10 +25,16 @@ async def replaced(store: SessionStore, session_id: UUID) -> Session | None:
     return await store.replace(session, 2, ttl=600)
 
 
+def claim_of(session_id: UUID) -> dict[str, object]:
+    return {"id": session_id, "by": "me", "seconds": 60.0, **MOVES}
+
+
 STATEMENTS: dict[Event, Callable[[SessionStore, UUID], Awaitable[Session | None]]] = {
     Event.TAKE_UP: lambda store, id_: store.claim(id_, by="me", seconds=60, event=Event.TAKE_UP),
     Event.REPORT: lambda store, id_: store.report(id_, 1, ready=True, lease=60, status="{}"),
     Event.REPLACE: replaced,
+    Event.SUSPEND: lambda store, id_: store.change(SUSPEND, claim_of(id_)),
+    Event.WAKE: lambda store, id_: store.change(WAKE, claim_of(id_)),
     Event.END: lambda store, id_: store.end(id_),
     Event.TAKE_DOWN: lambda store, id_: store.claim(id_, by="me", seconds=60, event=Event.TAKE_DOWN),
     Event.DESTROYED: lambda store, id_: store.destroyed(id_),
@@ -41,7 +48,8 @@ async def test_every_statement_in_every_state_does_what_the_table_says(world: Wo
         for state in State:
             session, _ = await world.store.create(project, key=None, generation=1, ttl=600)
             await world.sql(
-                "update preview.sessions set state = %s, state_since = now() - interval '1 hour' where id = %s",
+                "update preview.sessions set state = %s, machine_id = 'm1', state_since = now() - interval '1 hour'"
+                " where id = %s",
                 state.value,
                 session.id,
             )
