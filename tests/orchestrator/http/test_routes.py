@@ -56,6 +56,8 @@ async def test_a_session_is_a_machine_with_exactly_the_protocol_s_environment(wo
     assert set(spec.env) == {
         "PROJECT_ID", "SESSION_ID", "SNAPSHOT_URL", "REALTIME_TOKEN", "REALTIME_URL", "REALTIME_API_KEY",
         "SESSION_API_URL", "LOG_LEVEL", "RUN_REVISION",
+        "SNAPSHOT_MAX_ENTRIES", "SNAPSHOT_MAX_BYTES", "SNAPSHOT_MAX_FILE_BYTES", "SNAPSHOT_MAX_MANIFEST_BYTES",
+        "SNAPSHOT_MAX_COMPRESSED_BYTES",
     }  # fmt: skip
     assert spec.env["REALTIME_URL"] == "wss://project.supabase.invalid/realtime/v1"
     assert spec.env["SESSION_API_URL"] == "https://orchestrator.invalid"
