@@ -65,7 +65,7 @@ REFUSED: Final = ("no such image", "not known", "unauthorized", "manifest unknow
 
 
 class Failed(Exception):
-    """The engine's command ended with an error; the message is its last line."""
+    """The engine's command ended with an error; the message is its last line that is no hint."""
 
 
 class ContainerMachines:
@@ -147,7 +147,8 @@ class ContainerMachines:
             return
         if machine.state is MachineState.SUSPENDED:
             await self._change("unpause", machine_id)  # an engine does not stop what is paused
-        await self._change("stop", "--time", str(STOP_SECONDS), machine_id)
+        # The long name is `--time` or `--timeout`, by engine and release.
+        await self._change("stop", "-t", str(STOP_SECONDS), machine_id)
         await self._change("rm", "--force", "--volumes", machine_id)
 
     async def close(self) -> None:
@@ -208,8 +209,7 @@ class ContainerMachines:
                 process.kill()
                 await process.wait()
         if process.returncode != 0:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            raise Failed(lines[-1][:300] if lines else f"exit code {process.returncode}")
+            raise Failed(_reason(errors.decode(errors="replace")) or f"exit code {process.returncode}")
         return output.decode(errors="replace")
 
     def _machine(self, found: dict[str, Any]) -> Machine:
@@ -228,6 +228,12 @@ class ContainerMachines:
     def _url(self, ports: Mapping[str, Any], port: int) -> str | None:
         bound = ports.get(f"{port}/tcp")
         return f"http://{self._host}:{bound[0]['HostPort']}" if bound else None
+
+
+def _reason(errors: str) -> str:
+    """What an engine said, without docker's hint at the end: "Run 'docker run --help' for more information"."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip() and "--help'" not in line]
+    return lines[-1][:300] if lines else ""
 
 
 def _says(error: Failed, words: Sequence[str]) -> bool:

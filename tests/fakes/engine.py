@@ -14,17 +14,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def install(place: Path) -> str:
-    """Put the command into `place`, which keeps its containers too; its path."""
+def install(place: Path, *, hints: bool = False) -> str:
+    """Put the command into `place`, which keeps its containers too; its path. `hints`: it fails as docker does."""
     (place / "state").mkdir()
     cli = place / "engine"
-    cli.write_text(f'#!/bin/sh\nENGINE_STATE={place}/state exec {sys.executable} -S {__file__} "$@"\n')
+    environ = f"ENGINE_STATE={place}/state ENGINE_HINTS={'docker' if hints else ''}"
+    cli.write_text(f'#!/bin/sh\n{environ} exec {sys.executable} -S {__file__} "$@"\n')
     cli.chmod(0o755)
     return str(cli)
 
 
 def fail(code: int, text: str) -> NoReturn:
-    sys.stderr.write(f"Error: {text}\n")
+    if os.environ["ENGINE_HINTS"] and sys.argv[1] == "run":
+        # Docker 28; 26 says "See 'docker run --help'."
+        sys.stderr.write(
+            f"docker: Error response from daemon: {text}\n\nRun 'docker run --help' for more information\n"
+        )
+    else:
+        sys.stderr.write(f"Error: {text}\n")
     sys.exit(code)
 
 

@@ -67,7 +67,7 @@ class Engine:
     options: tuple[str, ...] = ()
 
 
-@pytest.fixture(scope="module", params=["fake", "real"])
+@pytest.fixture(scope="module", params=["fake", "fake, with docker's hints", "real"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The fake engine, and a real one where one works."""
     if request.param == "real":
@@ -79,7 +79,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Engine(*found)
         subprocess.run([found[0], "rmi", "--force", IMAGE], capture_output=True, timeout=60)
         return
-    yield Engine(fake_engine.install(tmp_path_factory.mktemp("engine")))
+    hints = request.param != "fake"
+    yield Engine(fake_engine.install(tmp_path_factory.mktemp("engine"), hints=hints))
 
 
 @pytest.fixture
