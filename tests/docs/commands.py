@@ -57,6 +57,11 @@ FLY = OnlyRead("an account on Fly")
 REGISTRY = OnlyRead("an image registry")
 CONTAINERS = OnlyRead("the Supabase CLI's own containers, from a registry")
 MENTION = OnlyRead("the mention of a program, not a whole command")
+FOLLOWED = ByTest("tests/image/test_compose.py::test_the_page_is_followed")
+FOLLOWED_SECTIONS = (("operations.md", "Deploy on one machine"), ("operations.md", "Back it up"))
+"""Their shell blocks are typed into one shell, all of them in order, and what they show is held against the page."""
+ELSEWHERE = r"(make|apt-get|systemctl) .*"
+"""What is not typed there: the test builds the images itself, and installs nothing."""
 
 WAYS: tuple[tuple[str, Way], ...] = (
     # --- make
@@ -67,7 +72,11 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"uvx --from '\./preview_sync-[\d.]+-py3-none-any\.whl\[orchestrator\]' preview-orchestrator dev \.",
         ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
     ),
-    (r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( WORKERS=\d)?", Make(".ci/run")),
+    (
+        r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( (WORKERS|IMAGE_\w+)=\S+)*",
+        Make(".ci/run"),
+    ),
+    (r"make image-orchestrator", Make("make test-image, with a tag of its own")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make page", Make("tests/browser/test_editor.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
@@ -100,6 +109,16 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
     ),
     (
+        r"preview-orchestrator stand-in",
+        ByTest(
+            "tests/orchestrator/test_stand_in.py::test_it_waits_for_its_database_makes_the_schema_and_serves"
+        ),
+    ),
+    (
+        r"preview-orchestrator secrets",
+        ByTest("tests/orchestrator/test_stand_in.py::test_the_secrets_are_filled_in_and_fit_together"),
+    ),
+    (
         r"preview-orchestrator doctor",
         ByTest("tests/orchestrator/doctor/test_doctor.py::test_all_is_well"),
     ),
@@ -121,6 +140,8 @@ WAYS: tuple[tuple[str, Way], ...] = (
     # --- looking at a machine
     (r"(df|ls|cat) .*", Run()),
     (r"dmesg .*", Run(unless="not permitted|not found")),
+    (r"(apt-get|systemctl) .*", OnlyRead("a machine to install on")),
+    (r"podman (logs|stats).*|docker compose", MENTION),
     # --- elsewhere
     (r"fly .*", FLY),
     (r"docker (push|tag) .*", REGISTRY),
@@ -160,8 +181,24 @@ class Command:
         return f"{self.code.place} {self.text[:60]}"
 
     @property
+    def is_followed(self) -> bool:
+        """Whether it stands in a shell block that a test types as it stands."""
+        place = (self.code.path.name, section_of(self.code))
+        return (
+            self.code.lang == "sh" and place in FOLLOWED_SECTIONS and not re.fullmatch(ELSEWHERE, self.text)
+        )
+
+    @property
     def ways(self) -> list[Way]:
+        if self.is_followed:
+            return [FOLLOWED]
         return [way for pattern, way in WAYS if re.fullmatch(pattern, self.text)]
+
+
+def section_of(code: Code) -> str:
+    """The `## ` heading it stands below."""
+    lines = code.path.read_text().splitlines()[: code.line]
+    return next((line.removeprefix("## ") for line in reversed(lines) if line.startswith("## ")), "")
 
 
 def program_of(line: str) -> str:

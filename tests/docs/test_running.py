@@ -55,6 +55,8 @@ class World:
             (r"/app/project", str(self.agent.tree)),
             (r"/app(?= |$)", str(self.agent.directory)),
             (r"/var/lib/preview-agent", str(self.agent.directory / "state")),
+            # A reader has a .venv of that checkout; one made anew from here would be this directory's for good.
+            (r"^make ", "make --old-file=.venv/.ready "),
             (r"my-project\.jsonl", "tests/scenarios/hundred-quick-saves.jsonl"),
         ):
             command = re.sub(written, real, command)  # type: ignore[arg-type, call-overload]
@@ -166,6 +168,20 @@ async def test_it_runs(world: World, command: Command) -> None:
             saving.cancel()
     if way.says:
         assert re.search(way.says, said, re.M), said
+
+
+async def test_no_command_installs_anything_from_here(world: World) -> None:
+    """A package that is installed from this directory stays installed from it when it is gone."""
+    ready = ROOT / ".venv" / ".ready"
+    if not ready.exists():
+        pytest.skip("this environment is not one that make made")
+    before = ready.stat().st_mtime_ns
+    project = world.directory / "pyproject.toml"
+    project.unlink()
+    shutil.copyfile(ROOT / "pyproject.toml", project)  # newer than .ready
+    [rooms] = [command for command in TO_RUN if command.text == "make rooms"]
+    await run(world, rooms, Run())
+    assert ready.stat().st_mtime_ns == before
 
 
 async def keep_saving(world: World) -> None:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from agent.config import Settings as AgentSettings
 from agent.config import SnapshotLimits
 from orchestrator_stub.config import Settings as OrchestratorSettings
+from orchestrator_stub.config import StandInSettings
 from tests.docs.reading import DOCUMENTS, ROOT, blocks, spans
 
 DOC = ROOT / "docs" / "settings.md"
@@ -32,9 +33,10 @@ ELSEWHERE = frozenset(
 NOT_OURS = frozenset(
     {
         # of the tests and the image
-        "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "TEMPLATE",
+        "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "IMAGE_PLATFORM", "TEMPLATE",
         # of a document's own example
         "SERVICE_KEY", "DEV_ENV_NAME", "NAME", "SOAK_CLOCK",
+        "API", "AUTH", "PROJECT", "SESSION", "PREVIEW", "PROMETHEUS",
         # the system's
         "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_SYS_RESOURCE", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
         "LD_PRELOAD", "NODE_OPTIONS", "GCONV_PATH", "GLIBC_TUNABLES", "DAC_OVERRIDE",
@@ -92,13 +94,13 @@ def shown(default: object) -> str:
 
 
 AGENT = ROOT / "agent" / "config.py"
+ORCHESTRATOR = ROOT / "orchestrator_stub" / "config.py"
 TABLES = {
     "agent": lambda: table(
         described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), defaults(AgentSettings)
     ),
-    "orchestrator": lambda: table(
-        described((ROOT / "orchestrator_stub" / "config.py", "Settings")), defaults(OrchestratorSettings)
-    ),
+    "orchestrator": lambda: table(described((ORCHESTRATOR, "Settings")), defaults(OrchestratorSettings)),
+    "stand-in": lambda: table(described((ORCHESTRATOR, "StandInSettings")), defaults(StandInSettings)),
 }
 
 
@@ -133,15 +135,14 @@ def test_the_tables_have_every_setting() -> None:
     assert {name.upper() for name in SnapshotLimits.model_fields} <= names
     assert {name.upper() for name in AgentSettings.model_fields} <= names
     assert {name.upper() for name in OrchestratorSettings.model_fields} <= names
+    assert {name.upper() for name in StandInSettings.model_fields} <= names
     assert {name.rstrip("_") for name in ELSEWHERE} <= {name.rstrip("_*") for name in names}
 
 
 MAKE = frozenset(re.findall(r"\$\(([A-Z_]+)\)", (ROOT / "Makefile").read_text()))
-KNOWN = (
-    {name.upper() for name in (*AgentSettings.model_fields, *OrchestratorSettings.model_fields)}
-    | ELSEWHERE
-    | MAKE
-)
+COMPOSE = frozenset(re.findall(r"(?m)^([A-Z_]+)=", (ROOT / "deploy" / ".env.example").read_text()))
+FIELDS = (*AgentSettings.model_fields, *OrchestratorSettings.model_fields, *StandInSettings.model_fields)
+KNOWN = {name.upper() for name in FIELDS} | COMPOSE | ELSEWHERE | MAKE
 VARIABLE = re.compile(r"(?<![\w./-])([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+_?)(?![\w.])|(?<![\w$./-])([A-Z_]{3,})=")
 
 

@@ -1,9 +1,10 @@
-"""The image, built and run by whatever container engine there is: podman or docker.
+"""The images, built and run by whatever container engine there is: podman or docker.
 
-    python -m tests.image.engine [TAG]     build it (`make image`)
+    python -m tests.image.engine [TAG] [DOCKERFILE]     build one (`make image`, `make image-orchestrator`)
 
-The base is IMAGE_BASE when that is set, else what the Dockerfile names. Where no image registry can be reached but
-Debian's packages can, and this is root, a base of the same kind is made once by debootstrap, with this machine's npm.
+IMAGE_ENGINE chooses the engine, IMAGE_PLATFORM (`linux/amd64`) the machines that it is for. The base is IMAGE_BASE when
+that is set, else what the Dockerfile names. Where no image registry can be reached but Debian's packages can, and this
+is root, a base of the same kind is made once by debootstrap, with this machine's npm.
 """
 
 from __future__ import annotations
@@ -57,21 +58,19 @@ class Engine:
     def has(self, image: str) -> bool:
         return self.call("image", "inspect", image, check=False).returncode == 0
 
-    def build(self, tag: str) -> float:
-        """Build the image as `tag`; seconds it took. Progress goes to standard error."""
+    def build(self, tag: str, dockerfile: str = "Dockerfile") -> float:
+        """Build the image of `dockerfile` as `tag`; seconds it took. Progress goes to standard error."""
         arguments = ["--build-arg", f"BASE={base}"] if (base := self.base()) else []
+        if platform := os.environ.get("IMAGE_PLATFORM"):
+            arguments += ["--platform", platform]
         if self.is_podman and BUNDLE.exists() and os.environ.get("NODE_EXTRA_CA_CERTS"):
             # This machine reaches its registries through somebody who signs for himself.
             arguments += ["--volume", f"{BUNDLE}:{MOUNTED_BUNDLE}:ro"]
-            arguments += [
-                "--build-arg",
-                f"NODE_EXTRA_CA_CERTS={MOUNTED_BUNDLE}",
-                "--build-arg",
-                f"PIP_CERT={MOUNTED_BUNDLE}",
-            ]
+            for name in ("NODE_EXTRA_CA_CERTS", "PIP_CERT"):
+                arguments += ["--build-arg", f"{name}={MOUNTED_BUNDLE}"]
         began = time.monotonic()
         subprocess.run(
-            [*self.command, "build", *self.build_flags, *arguments, "--tag", tag, "."],
+            [*self.command, "build", *self.build_flags, *arguments, "--file", dockerfile, "--tag", tag, "."],
             check=True, cwd=ROOT, stdout=sys.stderr, timeout=1800,
         )  # fmt: skip
         return time.monotonic() - began
@@ -146,9 +145,10 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"image: {error}\n")
         return 1
     tag = arguments[0] if arguments else "preview-agent"
-    seconds = engine.build(tag)
+    seconds = engine.build(tag, *arguments[1:2])
     size = int(engine.call("image", "inspect", "--format", "{{.Size}}", tag).stdout)
-    sys.stdout.write(f"{tag}: {size / 1e6:.0f} MB, built in {seconds:.0f} s\n")
+    name = Path(engine.command[0]).name
+    sys.stdout.write(f"{tag}: {size / 1e6:.0f} MB, built in {seconds:.0f} s, kept by {name}\n")
     return 0
 
 

@@ -22,8 +22,8 @@ def pins(lock: Path) -> set[tuple[str, str]]:
     return set(found)
 
 
-@pytest.mark.parametrize("name", ["agent.lock", "build.lock"])
-def test_the_image_is_made_of_what_is_tested(name: str) -> None:
+@pytest.mark.parametrize("name", ["agent.lock", "orchestrator.lock", "build.lock"])
+def test_the_images_are_made_of_what_is_tested(name: str) -> None:
     assert pins(REQUIREMENTS / name) <= pins(REQUIREMENTS / "dev.lock")
 
 
