@@ -141,7 +141,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"(df|ls|cat) .*", Run()),
     (r"dmesg .*", Run(unless="not permitted|not found")),
     (r"(apt-get|systemctl) .*", OnlyRead("a machine to install on")),
-    (r"podman (logs|stats).*|docker compose", MENTION),
+    (r"podman (logs|stats|exec).*|docker compose", MENTION),
     # --- elsewhere
     (r"fly .*", FLY),
     (r"docker (push|tag) .*", REGISTRY),
