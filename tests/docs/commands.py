@@ -142,6 +142,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"dmesg .*", Run(unless="not permitted|not found")),
     (r"(apt-get|systemctl) .*", OnlyRead("a machine to install on")),
     (r"podman (logs|stats|exec).*|docker compose", MENTION),
+    (r"promtool (check|test) rules \S+", Run(says="SUCCESS")),
     # --- elsewhere
     (r"fly .*", FLY),
     (r"docker (push|tag) .*", REGISTRY),
