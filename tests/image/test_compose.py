@@ -160,7 +160,7 @@ def test_the_page_is_followed(engine: Engine, shell: dict[str, str], checkout: P
     # The six lines of `here.env` are counted with the file's own.
     typed = [replace(s, shows=("16",) if s.shows == ("10",) else s.shows) for s in typed]
     try:
-        told = follow(typed, checkout, shell, 240)
+        told = follow(typed, checkout, shell, 600)
     except AssertionError as failed:
         logs = [engine.call("logs", "--tail", "5", name, check=False) for name in OURS]
         raise AssertionError("\n".join([str(failed), *(log.stdout + log.stderr for log in logs)])) from None
