@@ -30,6 +30,8 @@ POSTGRES = "localhost/preview-postgres:test"
 OURS = ("preview-database", "preview-supabase", "preview-orchestrator")
 NEEDED = {"podman-compose": "podman-compose", "prometheus": "prometheus", "promtool": "prometheus"}
 """Programs, and Debian's packages that have them."""
+DNSNAME = "golang-github-containernetworking-plugin-dnsname"
+VOLUMES = ("preview-database", "preview-database-socket", "preview-storage")
 
 
 def free_port() -> int:
@@ -68,6 +70,9 @@ def shell(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for name in OURS:
         if engine.call("container", "inspect", name, check=False).returncode == 0:
             pytest.skip(f"a deployment runs on this machine: there is a container {name}")
+    for name in VOLUMES:
+        if engine.call("volume", "inspect", name, check=False).returncode == 0:
+            pytest.skip(f"a deployment's data is on this machine: there is a volume {name}")
     directory = tmp_path_factory.mktemp("engine")
     lines = ["[containers]", 'default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]']
     if "--runtime" in engine.command:
@@ -88,9 +93,6 @@ def shell(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     finally:
         service.terminate()
         service.wait(30)
-
-
-DNSNAME = "golang-github-containernetworking-plugin-dnsname"
 
 
 def written() -> list[Step]:
