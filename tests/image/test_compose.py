@@ -31,6 +31,7 @@ OURS = ("preview-database", "preview-supabase", "preview-orchestrator")
 NEEDED = {"podman-compose": "podman-compose", "prometheus": "prometheus", "promtool": "prometheus"}
 """Programs, and Debian's packages that have them."""
 DNSNAME = "golang-github-containernetworking-plugin-dnsname"
+NETWORKS = ("preview-machines", "preview-alone")
 VOLUMES = ("preview-database", "preview-database-socket", "preview-storage")
 
 
@@ -71,7 +72,7 @@ def shell(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         if engine.call("container", "inspect", name, check=False).returncode == 0:
             pytest.skip(f"a deployment runs on this machine: there is a container {name}")
     for name in VOLUMES:
-        if engine.call("volume", "inspect", name, check=False).returncode == 0:
+        if engine.call("volume", "exists", name, check=False).returncode == 0:
             pytest.skip(f"a deployment's data is on this machine: there is a volume {name}")
     directory = tmp_path_factory.mktemp("engine")
     lines = ["[containers]", 'default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]']
@@ -125,12 +126,9 @@ def checkout(engine: Engine, shell: dict[str, str], tmp_path: Path) -> Iterator[
         "ps", "--all", "--quiet", "--filter", "label=preview-sync.session"
     ).stdout.split()
     engine.call("rm", "--force", "--time", "1", *OURS, *containers, check=False)
-    engine.call("volume", "rm", "preview-database", "preview-storage", check=False)
-    networks = [
-        n for n in engine.call("network", "ls", "--format", "{{.Name}}").stdout.split() if n != "podman"
-    ]
-    mine = [n for n in networks if n == "preview-machines" or n.endswith("_inside")]
-    engine.call("network", "rm", *mine, check=False)
+    for kind, names in (("volume", VOLUMES), ("network", NETWORKS)):
+        for name in names:
+            engine.call(kind, "rm", name, check=False)
 
 
 def test_the_page_is_followed(engine: Engine, shell: dict[str, str], checkout: Path) -> None:
