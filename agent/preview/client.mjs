@@ -4,16 +4,19 @@
 /**
  * @param {any} hot  Vite's hot context of this client.
  * @param {any} hmr  Vite's HMR client.
+ * @param {{ reachable: (url: string) => Promise<void>, connect: () => Promise<void> }} [again]  waits for a server, and
+ *   connects to it, as Vite does.
  */
-export function observe(hot, hmr) {
+export function observe(hot, hmr, again) {
   const MOST = 50; // errors reported between two revisions
   const load = Math.random().toString(36).slice(2);
   let revision = 0;
+  let sent = 0; // how much of what changes a page was heard
   let coming = 0; // whose updates are being applied
   let left = false; // the page is being left
   let busy = 0; // updates that are being applied
   let leaving = false; // a reload is on its way
-  let last = {}; // what was reported of the page, told again with each ping: a message may be lost in a flood
+  let last = {}; // what was painted last, told again with each ping: a message may be lost in a flood
   let heard = performance.now();
   /** @type {Set<string>} modules whose update failed */
   const failed = new Set();
@@ -81,6 +84,8 @@ export function observe(hot, hmr) {
         fail("runtime", event.error ?? event.message, "file" in known ? known : at);
       } else if (target?.localName) {
         fail("resource", `cannot load ${target.src || target.href || target.localName}`);
+        if (target.localName === "script") failed.add(target.src); // or something that it imports
+        say("ping", looks());
       }
     },
     true,
@@ -119,30 +124,32 @@ export function observe(hot, hmr) {
     setTimeout(() => (leaving = false), 2000); // it may have been for another page
   });
 
+  /** How the page looks now. */
+  const looks = () => {
+    const root = document.querySelector("#root,#app,#__nuxt,[data-reactroot]") ?? document.body;
+    const content = [...(root?.children ?? [])].some((each) => !/^(script|style|link|template)$/i.test(each.localName));
+    const overlay = !!document.querySelector("vite-error-overlay");
+    return { ...last, blank: !content && !root?.textContent?.trim(), overlay, failed: failed.size };
+  };
   /** @param {string} how */
   const shown = async (how) => {
     const current = revision;
-    while (busy > 0 || leaving) await pause(2);
+    // An update whose callback throws is never told to be over.
+    for (const end = performance.now() + 5000; (busy > 0 || leaving) && performance.now() < end; ) await pause(2);
+    if (current === revision) busy = 0;
     if (stale) return location.reload();
     if (how === "update") await pause(17); // React's own wait before it renders an update
     await frame();
     await frame();
     if (leaving || current !== revision) return;
-    const root = document.querySelector("#root,#app,#__nuxt,[data-reactroot]") ?? document.body;
-    const content = [...(root?.children ?? [])].some((each) => !/^(script|style|link|template)$/i.test(each.localName));
-    last = {
-      revision: current,
-      how,
-      blank: !content && !root?.textContent?.trim(),
-      overlay: !!document.querySelector("vite-error-overlay"),
-      failed: failed.size,
-    };
-    say("rendered", last);
+    last = { revision: current, how };
+    say("rendered", looks());
     reported.clear();
   };
   hot.on("preview:coming", (/** @type {{ revision: number }} */ next) => (coming = next.revision));
-  hot.on("preview:revision", (/** @type {{ revision: number, load?: boolean }} */ now) => {
+  hot.on("preview:revision", (/** @type {{ revision: number, sent: number, load?: boolean }} */ now) => {
     coming = revision = now.revision;
+    sent = now.sent;
     if (!now.load) void shown("update");
     else {
       const [navigation] = /** @type {PerformanceNavigationTiming[]} */ (performance.getEntriesByType("navigation"));
@@ -151,8 +158,33 @@ export function observe(hot, hmr) {
       else addEventListener("load", () => void shown(how));
     }
   });
-  hot.on("preview:pong", () => (heard = performance.now()));
-  document.addEventListener("visibilitychange", () => say("ping", last));
+  hot.on("preview:heal", () => {
+    const { blank, failed } = looks();
+    if (blank || failed) location.reload();
+  });
+  hot.on("preview:pong", (/** @type {{ sent: number }} */ pong) => {
+    heard = performance.now();
+    sent = pong.sent;
+  });
+  // Vite loads a page anew whose socket was cut, once we return: not when it has missed nothing.
+  hot.on("vite:ws:disconnect", async (/** @type {{ webSocket: WebSocket }} */ { webSocket }) => {
+    const had = sent;
+    if (!again) return;
+    await again.reachable(webSocket.url.split("?")[0]);
+    const same = await new Promise((resolve) => {
+      const probe = new WebSocket(webSocket.url, "vite-hmr");
+      probe.onopen = () => {
+        probe.close();
+        resolve(true);
+      };
+      probe.onerror = () => resolve(false); // a server that was started since, which knows another token
+    });
+    if (!same) return;
+    await again.connect();
+    say("hello", { age: 0, sent: had });
+    await new Promise(() => {});
+  });
+  document.addEventListener("visibilitychange", () => say("ping", looks()));
   addEventListener("pagehide", () => {
     say("bye");
     left = true;
@@ -162,12 +194,15 @@ export function observe(hot, hmr) {
   // closed Vite's own client notices.
   setInterval(() => {
     if (document.hidden) heard = performance.now();
-    else if (performance.now() - heard > 12500)
-      fetch(location.href, { method: "HEAD" }).then(
+    else if (performance.now() - heard > 12500) {
+      // Not into a server that is gone. The proxy may have forgotten the browser's other connections too: all six are tried.
+      const asked = { method: "HEAD", signal: AbortSignal.timeout(4000) };
+      Promise.any(Array.from({ length: 6 }, () => fetch(location.href, asked))).then(
         () => location.reload(),
         () => {},
-      ); // not into a server that is gone
-    say("ping", last);
+      );
+    }
+    say("ping", looks());
   }, 5000);
   say("hello", { age: performance.now() });
 }

@@ -15,9 +15,13 @@ import { Screen } from "./screen.mjs";
 const GATE_MOST = 3000; // ms: an agent that was killed between begin and commit must not leave Vite deaf
 const HANDLED_MOST = 2000; // ms for Vite to handle the changes of one commit, after which it is announced anyway
 const SWALLOW = 5000; // ms for which a watcher may be late; later, an update is sent twice
-const PAGE_A_SECOND = 50; // messages of each kind that are read, of all pages together
+const CHECKED_MOST = 2000; // modules of one commit that are transformed to see whether they can be
+const PAGE_A_SECOND = 20; // messages of each kind that are read of a page
 const REPORT_EVERY = 50; // ms between two reports to the agent
 const EVENTS = new Set(["add", "change", "unlink"]);
+/** Vite reads them once, at its start. */
+const CONFIG = /^((tailwind|postcss)\.config\.[cm]?[jt]s|\.postcssrc(\..+)?)$/;
+const RELOAD = { type: "full-reload", path: "*" };
 const NAME = "preview-sync";
 
 /** @param {number} ms */
@@ -60,9 +64,13 @@ export function preview() {
   /** Commits are handled one after the other. */
   let commits = Promise.resolve();
   let committedAt = 0;
-  let second = 0;
-  /** @type {Map<string, number>} */
-  const heardIn = new Map();
+  /** Changes whose modules were not checked yet.  @type {{ file: string, what: What }[]} */
+  let unchecked = [];
+  let checks = 0;
+  /** Grows with each message that changes a page, from start to start of Vite too: who has heard it all knows its value. */
+  let sent = 0;
+  /** Whose each socket is, and how much it said this second.  @type {WeakMap<object, { load: unknown, second: number, heard: Record<string, number> }>} */
+  const sockets = new WeakMap();
   let healed = -1;
   let reported = "";
   /** @type {NodeJS.Timeout | null} */
@@ -95,7 +103,7 @@ export function preview() {
     socket.unref();
     socket.setNoDelay(true);
     socket.setEncoding("utf8");
-    socket.on("connect", () => tell({ hello: process.env.PREVIEW_SYNC_SECRET, server: "vite" }));
+    socket.on("connect", () => tell({ hello: process.env.PREVIEW_SYNC_SECRET }));
     socket.on("data", (data) => {
       const lines = (rest + data).split("\n");
       rest = lines.pop() ?? "";
@@ -137,12 +145,11 @@ export function preview() {
     gate = null;
     clearTimeout(timer);
     if (undone) for (const [file, was] of before) told.set(file, { state: was, at: Date.now() });
-    replay(held);
-    for (const payload of out) feed(payload);
-  }
-
-  /** Lets the watcher say again what it was not heard with.  @param {Map<string, What>} held */
-  function replay(held) {
+    const gone = (/** @type {string} */ url) => {
+      const file = path.join(server.config.root, url);
+      return before.has(file) && !fs.existsSync(file);
+    };
+    for (const payload of merge(out, gone)) feed(payload);
     for (const [file, what] of held) {
       server.watcher.emit(what, file);
       server.watcher.emit("all", what, file);
@@ -166,13 +173,10 @@ export function preview() {
   async function commit(revision, changes) {
     const started = performance.now();
     const mine = gate;
+    const before = sent;
     screen.applied = Math.max(screen.applied, revision);
     feed({ type: "custom", event: "preview:coming", data: { revision: screen.applied } });
-    const files = Object.entries(changes).map(([each, what]) => ({
-      file: path.join(root, each),
-      what,
-      url: `/${each}`,
-    }));
+    const files = Object.entries(changes).map(([each, what]) => ({ file: path.join(root, each), what }));
     const done = [];
     for (const { file, what } of files) {
       if (known(file) || ignored(file)) continue; // the watcher was faster, or does not watch it
@@ -187,20 +191,17 @@ export function preview() {
     await new Promise(setImmediate);
     await new Promise(setImmediate);
     for (const { file } of files) pending.delete(file);
-    let [merged, sent] = [0, 0];
-    if (mine && mine === gate) {
-      gate = null;
-      clearTimeout(mine.timer);
-      const gone = new Set(files.filter(({ what }) => what === "unlink").map(({ file }) => file));
-      const payloads = merge(mine.out, (url) => gone.has(path.join(server.config.root, url)));
-      [merged, sent] = [mine.out.length, payloads.length];
-      for (const payload of payloads) feed(payload);
-      replay(mine.held);
-    }
+    if (mine === gate) release();
+    // Vite has nothing to tell of what the server renders and no page has asked for yet: one that is loading stays torn.
+    const { client, ssr } = server.environments ?? {};
+    const has = (/** @type {any} */ each, /** @type {string} */ file) =>
+      each?.moduleGraph?.getModulesByFile(file)?.size;
+    if (sent === before && files.some(({ file }) => has(ssr, file) && !has(client, file))) feed(RELOAD);
     if (files.length) committedAt = performance.now();
-    feed({ type: "custom", event: "preview:revision", data: { revision: screen.applied } });
-    tell({ gate: { seconds: (performance.now() - started) / 1000, merged, sent } });
-    await check(files.map(({ file }) => file));
+    feed({ type: "custom", event: "preview:revision", data: { revision: screen.applied, sent } });
+    tell({ gate: { seconds: (performance.now() - started) / 1000 } });
+    unchecked.push(...files);
+    check(++checks).catch(() => {});
     report();
   }
 
@@ -214,34 +215,62 @@ export function preview() {
     }
   };
 
-  /** Transforms modules anew that could not be, and with no page open those that changed: so their errors are known.  @param {string[]} files */
-  async function check(files) {
-    const graph = server.environments?.client?.moduleGraph ?? server.moduleGraph;
-    const watched = screen.visible.length > 0;
-    const again = screen.builds.map((each) => ({ found: each, file: path.resolve(root, each.file ?? "") }));
-    const named = new Set([...again.map(({ file }) => file), ...(watched ? [] : files)]);
-    for (const file of [...named].slice(0, 200)) {
-      const modules = [...(graph.getModulesByFile(file) ?? [])];
-      const importers = watched ? [] : modules.flatMap((each) => [...each.importers]);
-      let fine = modules.length > 0 || !fs.existsSync(file);
-      for (const each of [...modules, ...importers].slice(0, 50)) {
-        try {
-          const transform = server.environments?.client ?? server;
-          await Promise.race([transform.transformRequest(each.url), pause(HANDLED_MOST)]);
-        } catch (error) {
-          if (each.file === file) fine = false;
-          failedToBuild(error, each.file ?? file);
-        }
-      }
-      if (fine) for (const { found } of again.filter((each) => each.file === file)) screen.mended(found);
+  /**
+   * Transforms anew what could not be, what imports a file that is gone, and with no page open all that changed and
+   * whatever was never asked for: so what keeps it from being built is known.
+   * @param {number} mine  A later one takes over what is left of it.
+   */
+  async function check(mine) {
+    const revision = screen.applied;
+    const changed = unchecked;
+    const client = server.environments?.client ?? server;
+    const graph = client.moduleGraph;
+    const alone = !screen.visible.length;
+    const broken = new Set(screen.builds.map((each) => path.resolve(root, each.file ?? "")));
+    const named = new Set([...broken, ...(alone ? changed.map(({ file }) => file) : [])]);
+    const orphaned = changed
+      .filter(({ file, what }) => what === "unlink" && !fs.existsSync(file))
+      .flatMap(({ file }) => [...(graph.getModulesByFile(file) ?? [])])
+      .flatMap((each) => [.../** @type {Set<any>} */ (each.importers)]);
+    for (const each of orphaned) {
+      graph.invalidateModule(each); // else it is served as it was, since its own text is the same
+      named.add(each.file);
     }
-    screen.checked = screen.applied;
+    const failed = new Set();
+    let checked = 0;
+    // The map grows with what they import.
+    for (const each of graph.idToModuleMap.values()) {
+      const unasked = alone && !each.transformResult && each.importers.size && each.file?.startsWith(`${root}/`);
+      if (!(named.has(each.file ?? "") || unasked) || !isSource(each.file)) continue;
+      if (++checked > CHECKED_MOST) break;
+      try {
+        await Promise.race([client.transformRequest(each.url), pause(HANDLED_MOST)]);
+        if (checks !== mine) return;
+      } catch (/** @type {any} */ error) {
+        if (error.code === "ERR_CLOSED_SERVER") return; // Vite starts anew
+        const found = failedToBuild(error, each.file ?? undefined);
+        failed.add(each.file).add(path.resolve(root, found?.file ?? ""));
+      }
+    }
+    for (const each of screen.builds) {
+      const file = path.resolve(root, each.file ?? "");
+      // What only the server builds is told again by the page that is loaded anew.
+      const built = graph.getModulesByFile(file)?.size || !fs.existsSync(file);
+      if (broken.has(file) && !failed.has(file) && (built || !alone || changed.some((other) => other.file === file)))
+        screen.mended(each);
+    }
+    unchecked = [];
+    screen.checked = revision;
+    report();
   }
+
+  /** @param {string | null} file */
+  const isSource = (file) => file && !file.includes("/node_modules/") && fs.existsSync(file);
 
   /** @param {any} error @param {string} [file] */
   function failedToBuild(error, file) {
     const at = locate(error, file);
-    screen.failed({ ...at, kind: "build", file: relative(at.file), revision: screen.applied }, null, Date.now());
+    return screen.failed({ ...at, kind: "build", file: relative(at.file), revision: screen.applied }, null, Date.now());
   }
 
   /** @param {string | undefined} file */
@@ -249,15 +278,18 @@ export function preview() {
 
   // --- the pages
 
-  /** Whether there is room for one more message of a kind: a flood of errors takes no room from what is shown.  @param {string} event */
-  function admitted(event) {
-    const now = Math.floor(Date.now() / 1000);
-    if (now !== second) {
-      second = now;
-      heardIn.clear();
-    }
-    heardIn.set(event, (heardIn.get(event) ?? 0) + 1);
-    return Number(heardIn.get(event)) <= PAGE_A_SECOND;
+  /**
+   * Whether a message is read: a socket speaks for one page, and a flood takes no room from what others say, nor its
+   * errors from what it shows.
+   * @param {string} event @param {any} said @param {object} client
+   */
+  function admitted(event, said, client) {
+    const second = Math.floor(Date.now() / 1000);
+    const { load, ...known } = sockets.get(client) ?? { load: said?.load, second: 0, heard: {} };
+    const heard = known.second === second ? known.heard : {};
+    heard[event] = (heard[event] ?? 0) + 1;
+    sockets.set(client, { load, second, heard });
+    return load === said?.load && heard[event] <= PAGE_A_SECOND;
   }
 
   /** @param {any} said  The position in the source of what a page says with one in what it was served. */
@@ -270,44 +302,46 @@ export function preview() {
   function rendered(said) {
     const page = screen.rendered(said, Date.now());
     if (!page) return;
-    // What is blank or failed a second after the newest revision is loaded anew, once a revision.
-    if ((page.blank || page.failed) && page.how === "update" && healed !== screen.applied) {
-      const revision = screen.applied;
+    const revision = screen.applied;
+    // What is blank or failed a second after the newest revision is loaded anew, once a revision. What cannot be built
+    // cannot be loaded either.
+    const wrong = () =>
+      (page.failed || (page.blank && page.how === "update")) &&
+      healed !== revision &&
+      revision === screen.applied &&
+      !screen.builds.length;
+    if (wrong())
       setTimeout(() => {
-        // What cannot be built cannot be loaded either.
-        if (
-          revision === screen.applied &&
-          healed !== revision &&
-          !screen.builds.length &&
-          (page.blank || page.failed)
-        ) {
-          healed = revision;
-          feed({ type: "full-reload", path: "*" });
-        }
+        if (!wrong()) return;
+        healed = revision;
+        feed({ type: "custom", event: "preview:heal", data: {} });
       }, 1000).unref();
-    }
   }
 
   /** @param {any} said @param {any} client */
   function hello(said, client) {
     const page = screen.hear(said, Date.now());
     if (!page) return;
-    client.send("preview:revision", { revision: screen.applied, load: true });
+    const again = said.sent !== undefined; // its socket was cut
+    client.send("preview:revision", { revision: screen.applied, sent, load: !again });
     // Files that changed while the page was loading may be in it in two versions.
-    if (Number(said.age) > performance.now() - committedAt && healed !== screen.applied) {
-      healed = screen.applied;
-      client.send({ type: "full-reload", path: "*" });
-    }
+    const torn = Number(said.age) > performance.now() - committedAt && healed !== screen.applied;
+    if (torn) healed = screen.applied;
+    if (again ? said.sent !== sent : torn) client.send(RELOAD);
   }
 
   /** @param {Server} given */
   function configure(given) {
     release();
     pending.clear();
-    [server, closed] = [given, false];
+    for (const each of screen.builds) screen.mended(each); // all is built anew
+    [server, closed, sent] = [given, false, Date.now()];
     const hot = /** @type {any} */ (given.environments?.client?.hot ?? given.hot);
     const send = hot.send.bind(hot);
-    feed = (payload) => send(payload);
+    feed = (payload) => {
+      if (payload.type !== "custom") sent++;
+      send(payload);
+    };
     hot.send = (/** @type {any} */ first, /** @type {any} */ data) => {
       const payload = typeof first === "string" ? { type: "custom", event: first, data } : first;
       if (payload.type === "error") {
@@ -315,8 +349,18 @@ export function preview() {
         report();
       }
       if (gate && payload.type !== "custom") gate.out.push(payload);
-      else send(payload);
+      else feed(payload);
     };
+    // From Vite 6 on `given.hot` has a copy of the channel's send, which Astro uses.
+    if (given.environments && given.hot) /** @type {any} */ (given.hot).send = hot.send;
+    given.watcher.on("all", (_, file) => {
+      const { publicDir } = given.config;
+      if (publicDir && file.startsWith(`${publicDir}/`)) hot.send(RELOAD);
+      if (!CONFIG.test(path.basename(file)) || file.includes("/node_modules/")) return;
+      if (given.config.server.middlewareMode)
+        hot.send(RELOAD); // whose restart is not Vite's alone
+      else given.restart().catch(() => {});
+    });
     const pass = given.watcher.emit;
     let passed = true; // "all" follows each event, and shares its fate
     given.watcher.emit = function (/** @type {any} */ event, /** @type {any[]} */ ...rest) {
@@ -337,7 +381,7 @@ export function preview() {
     /** @param {string} event @param {(said: any, client: any) => unknown} take */
     const on = (event, take) =>
       given.ws.on(`preview:${event}`, async (/** @type {any} */ said, /** @type {any} */ client) => {
-        if (!admitted(event)) return;
+        if (!admitted(event, said, client)) return;
         try {
           await take(said, client);
         } catch {
@@ -351,7 +395,7 @@ export function preview() {
     on("ping", (said, client) => {
       if (said?.how) rendered(said);
       else screen.hear(said, Date.now());
-      client.send("preview:pong", {});
+      client.send("preview:pong", { sent });
     });
     on("error", async (said) => {
       const page = screen.hear(said, Date.now());
@@ -378,7 +422,10 @@ export function preview() {
     transform(code, id) {
       if (!/\/vite\/dist\/client\/client\.mjs/.test(id)) return undefined;
       const hmr = "typeof hmrClient === 'undefined' ? undefined : hmrClient";
-      return { code: `${code}\n;(${observe})(createHotContext("/@preview-sync"), ${hmr});\n`, map: null };
+      // Of Vite 5's client there is no way to connect again.
+      const connect = /transport\.connect\(createHMRHandler\(handleMessage\)\)/.exec(code)?.[0];
+      const again = connect && `{ reachable: waitForSuccessfulPing, connect: () => ${connect} }`;
+      return { code: `${code}\n;(${observe})(createHotContext("/@preview-sync"), ${hmr}, ${again});\n`, map: null };
     },
   };
 }

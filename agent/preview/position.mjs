@@ -1,6 +1,7 @@
 // Where an error is: a file, a line (from 1) and a column (from 1) of the project's own source.
 import fs from "node:fs";
 import { SourceMap } from "node:module";
+import path from "node:path";
 
 /**
  * The lines around a position.
@@ -34,13 +35,13 @@ export function locate(error, module) {
     /[╭┌]─+\[\s*([^\]]+?):(\d+):(\d+)\s*\]/.exec(`${message}\n${frame}`) ??
     /(?:^|\s)(\/[^\s:]+):(\d+):(\d+)/.exec(message) ??
     /()\((\d+):(\d+)\)/.exec(message);
-  const id = typeof error?.id === "string" ? error.id : undefined;
-  const file = String(error?.loc?.file ?? id ?? module ?? printed?.[1] ?? "").split("?")[0];
+  const files = [error?.loc?.file, error?.id, module, printed?.[1]].filter((each) => typeof each === "string" && each);
+  const file = (files.find((each) => path.isAbsolute(each)) ?? files[0])?.split("?")[0];
   const line = error?.loc?.line ?? (printed ? Number(printed[2]) : undefined);
   const column = error?.loc?.column ?? (printed ? Number(printed[3]) : undefined);
   return {
     message: message.split("\n").slice(0, 12).join("\n"),
-    file: file || undefined,
+    file,
     line,
     column: typeof column === "number" ? Math.max(1, column) : undefined,
     frame: frame || (line ? around(read(file), line) : undefined),
@@ -92,6 +93,6 @@ function point(source, index) {
 function served(server, url) {
   const at = new URL(url, "http://localhost");
   const base = server.config.base ?? "/";
-  const path = at.pathname.startsWith(base) ? `/${at.pathname.slice(base.length)}` : at.pathname;
-  return path + at.search.replace(/([?&])t=\d+&?/, "$1").replace(/[?&]$/, "");
+  const below = at.pathname.startsWith(base) ? `/${at.pathname.slice(base.length)}` : at.pathname;
+  return below + at.search.replace(/([?&])t=\d+&?/, "$1").replace(/[?&]$/, "");
 }

@@ -2,7 +2,10 @@
 // field is checked, cut and counted here, and a page can make nobody believe in a revision that was not committed.
 
 const MOST_PAGES = 50;
-const MOST_ERRORS = 100;
+const MOST_ERRORS = 500;
+/** Of one page, the newest, and of its console: one that floods leaves room for what others have. */
+const MOST_OF_A_PAGE = 10;
+const MOST_LINES = 50;
 /** A page that said goodbye, or nothing for so long, is gone; timers of hidden pages run once a minute. */
 const GONE = 10_000;
 const SILENT = { visible: 15_000, hidden: 150_000 };
@@ -11,10 +14,10 @@ const HOW = new Set(["update", "reload", "load"]);
 
 /**
  * @typedef {{ hidden: boolean, heard: number, gone: number | null, revision: number, at: number, how: string,
- *             blank: boolean, overlay: boolean, failed: number }} Page
+ *             blank: boolean, failed: number }} Page
  * @typedef {{ kind: string, message: string, file: string | null, line: number | null, column: number | null,
  *             frame: string | null, stack: string | null, level?: string, revision: number, first_at: number,
- *             count: number, pages: Set<string>, last: number }} Found
+ *             count: number, pages: Set<string>, last: number, key: string }} Found
  */
 
 /** @param {unknown} value @param {number} most */
@@ -43,23 +46,10 @@ export class Screen {
     if (!page) {
       if (this.pages.size >= MOST_PAGES) this.forget();
       if (this.pages.size >= MOST_PAGES) return undefined;
-      page = {
-        hidden: true,
-        heard: now,
-        gone: null,
-        revision: -1,
-        at: 0,
-        how: "load",
-        blank: false,
-        overlay: false,
-        failed: 0,
-      };
+      page = { hidden: true, heard: now, gone: null, revision: -1, at: 0, how: "load", blank: false, failed: 0 };
       this.pages.set(load, page);
     }
-    page.heard = now;
-    page.gone = null;
-    page.hidden = said.hidden === true;
-    return page;
+    return Object.assign(page, { heard: now, gone: null, hidden: said.hidden === true });
   }
 
   /** Drops the pages that were left. */
@@ -81,15 +71,12 @@ export class Screen {
     if (page.revision < 0) this.forget(); // one of them was loaded anew
     const later = revision > page.revision || said.how !== page.how;
     if (later) page.at = now;
-    page.revision = revision;
-    page.how = HOW.has(said.how) ? said.how : "load";
-    page.blank = said.blank === true;
-    page.overlay = said.overlay === true;
-    page.failed = whole(said.failed, 1000) ?? 0;
+    const how = HOW.has(said.how) ? said.how : "load";
+    Object.assign(page, { revision, how, blank: said.blank === true, failed: whole(said.failed, 1000) ?? 0 });
     // An error is open until a later revision is shown without it; a page that shows nothing has mended nothing.
-    if (later && !page.blank && !page.failed && !page.overlay)
-      for (const [key, each] of this.errors)
-        if (each.kind !== "build" && each.pages.has(said.load) && each.last < revision) this.leave(key, said.load);
+    if (later && !page.blank && !page.failed && !said.overlay)
+      for (const each of this.errors.values())
+        if (each.pages.has(said.load) && each.last < revision) this.leave(each, said.load);
     return page;
   }
 
@@ -100,32 +87,21 @@ export class Screen {
   failed(said, page, now) {
     const kind = said?.kind;
     const message = text(said?.message, 2000);
-    if (!KINDS.has(kind) || !message) return undefined;
+    if (!KINDS.has(kind) || !message || (page !== null && kind === "build")) return undefined;
     const revision = Math.min(whole(said.revision) || this.applied, this.applied);
-    const [file, line, column] = [text(said.file, 1024), whole(said.line), whole(said.column)];
-    const key = JSON.stringify([kind, message, file, line]);
+    const at = { kind, message, file: text(said.file, 1024), line: whole(said.line), column: whole(said.column) };
+    const key = JSON.stringify([kind, message, at.file, at.line]);
     let found = this.errors.get(key);
     if (!found) {
-      if (this.errors.size >= MOST_ERRORS) {
-        const [oldest] = [...this.errors].find(([, each]) => each.kind === "console") ?? [];
-        if (oldest === undefined) return undefined;
-        this.errors.delete(oldest);
-      }
-      found = {
-        kind,
-        message,
-        file,
-        line,
-        column,
-        frame: text(said.frame, 1000),
-        stack: text(said.stack, 4000),
-        revision,
-        first_at: now,
-        count: 0,
-        pages: new Set(),
-        last: revision,
-      }; // prettier-ignore
-      if (kind === "console") found.level = said.level === "warn" ? "warn" : "error";
+      const [sort, most] = kind === "console" ? [true, MOST_LINES] : [false, MOST_OF_A_PAGE];
+      const its = [...this.errors.values()].filter(
+        (each) => page !== null && each.pages.has(page) && (each.kind === "console") === sort,
+      );
+      if (page !== null && its.length >= most) this.leave(its[0], page);
+      if (this.errors.size >= MOST_ERRORS) return undefined;
+      const more = { frame: text(said.frame, 1000), stack: text(said.stack, 4000) };
+      found = { ...at, ...more, revision, first_at: now, count: 0, pages: new Set(), last: revision, key };
+      if (sort) found.level = said.level === "warn" ? "warn" : "error";
       this.errors.set(key, found);
     }
     found.count = Math.max(found.count + 1, whole(said.count) ?? 0);
@@ -141,7 +117,7 @@ export class Screen {
 
   /** @param {Found} found */
   mended(found) {
-    for (const [key, each] of this.errors) if (each === found) this.errors.delete(key);
+    this.errors.delete(found.key);
   }
 
   /** Forgets pages that are gone, with the errors that only they had. Returns whether there were any.  @param {number} now */
@@ -157,14 +133,13 @@ export class Screen {
   /** @param {string} load */
   drop(load) {
     this.pages.delete(load);
-    for (const [key, each] of this.errors) if (each.pages.has(load)) this.leave(key, load);
+    for (const each of this.errors.values()) if (each.pages.has(load)) this.leave(each, load);
   }
 
-  /** One page less has the error.  @param {string} key @param {string} load */
-  leave(key, load) {
-    const found = this.errors.get(key);
-    found?.pages.delete(load);
-    if (found && found.kind !== "build" && !found.pages.size) this.errors.delete(key);
+  /** One page less has the error.  @param {Found} found @param {string} load */
+  leave(found, load) {
+    found.pages.delete(load);
+    if (!found.pages.size) this.mended(found);
   }
 
   get visible() {
@@ -174,30 +149,21 @@ export class Screen {
   /** What goes to the agent. Times are Unix seconds. */
   report() {
     const visible = this.visible.sort((a, b) => b.revision - a.revision || b.at - a.at);
-    const newest = visible[0];
+    const [newest] = visible;
+    const hidden = [...this.pages.values()].filter((page) => page.hidden).length;
+    const behind = visible.filter((page) => page.revision < this.applied).length;
+    const pages = { visible: visible.length, hidden, behind };
     const errors = [...this.errors.values()].sort(
       (a, b) => Number(a.kind === "console") - Number(b.kind === "console") || b.first_at - a.first_at,
     );
     return {
       checked: this.checked,
       shown: newest
-        ? {
-            revision: newest.revision,
-            at: newest.at / 1000,
-            how: newest.how,
-            pages: {
-              visible: visible.length,
-              hidden: [...this.pages.values()].filter((page) => page.hidden).length,
-              behind: visible.filter((page) => page.revision < this.applied).length,
-            },
-            blank: newest.blank,
-          }
+        ? { revision: newest.revision, at: newest.at / 1000, how: newest.how, pages, blank: newest.blank }
         : null,
-      errors: errors.slice(0, 50).map(({ pages, last, ...each }) => ({
-        ...each,
-        first_at: each.first_at / 1000,
-        pages: pages.size,
-      })),
+      errors: errors.slice(0, 50).map(({ pages: its, last, key, ...each }) => {
+        return { ...each, first_at: each.first_at / 1000, pages: its.size };
+      }),
     };
   }
 }

@@ -41,9 +41,11 @@ class Point:
     bound: float | None
 
 
-def points(run: Mapping[str, Any]) -> Iterator[Point]:
-    """The run's rows that have a peer."""
-    for result in run["results"].values():
+def points(run: Mapping[str, Any], only: str | None = None) -> Iterator[Point]:
+    """The run's rows that have a peer; those of one measurement when it is named."""
+    for module, result in run["results"].items():
+        if only not in (None, module):
+            continue
         parent = ""
         for row in result.get("rows", ()):
             name = row["name"].strip()
@@ -61,9 +63,9 @@ def points(run: Mapping[str, Any]) -> Iterator[Point]:
             yield Point(name, row["peer"], Result(row["result"]), low, middle, high, bound)
 
 
-def picture(run: Mapping[str, Any]) -> str:
-    """The picture: rows with a bound above, the others below."""
-    shown = list(points(run))
+def picture(run: Mapping[str, Any], only: str | None = None) -> str:
+    """The picture: rows with a bound above, the others below; of one measurement when it is named."""
+    shown = list(points(run, only))
     bounded = [point for point in shown if point.bound is not None]
     free = [point for point in shown if point.bound is None]
     met, machine = sum(point.result == Result.MET for point in bounded), run["machine"]

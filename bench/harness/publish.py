@@ -10,12 +10,19 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.harness.table import FIRST, QUOTED, with_table
+from bench.harness.table import FIRST, QUOTED, SCREEN, rows_of, with_table
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "bench" / "results"
 JSON, SVG = RESULTS / "latest.json", RESULTS / "latest.svg"
-README, MEASURED = REPOSITORY / "README.md", REPOSITORY / "docs" / "measured.md"
+SCREEN_SVG = RESULTS / "screen.svg"
+README, MEASURED, SCREEN_PAGE = (
+    REPOSITORY / name for name in ("README.md", "docs/measured.md", "docs/screen.md")
+)
+PLOT = "![From a save to the pixels, as multiples of Vite's time alone](../bench/results/screen.svg)"
+
+PAGES = ((README, FIRST, ""), (MEASURED, QUOTED, ""), (SCREEN_PAGE, SCREEN, PLOT))
+"""Each page with its rows, and the picture below them."""
 
 
 def keep(run: Mapping[str, object]) -> list[str]:
@@ -31,9 +38,14 @@ def derive() -> list[Path]:
 
     run = json.loads(JSON.read_text())
     SVG.write_text(picture(run))
-    for page, rows in ((README, FIRST), (MEASURED, QUOTED)):
-        page.write_text(with_table(page.read_text(), run, rows))
-    return [SVG, README, MEASURED]
+    written = [SVG]
+    if rows_of(run, "screen"):
+        SCREEN_SVG.write_text(picture(run, "screen"))
+        written.append(SCREEN_SVG)
+    for page, rows, plot in PAGES:
+        page.write_text(with_table(page.read_text(), run, rows, plot))
+        written.append(page)
+    return written
 
 
 if __name__ == "__main__":

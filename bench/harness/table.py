@@ -74,9 +74,39 @@ QUOTED = (
            "Vite by hand", first=True),
     Quoted("a session's `sync`, nothing missing", "control", "sync answering `current`", "a bare route",
            "a bare route"),
+    Quoted("a save on the screen, from its rename", "screen", "screen: rename to painted, p50", "vite alone",
+           "Vite alone, from a direct write"),
+    Quoted("a turn of 40 files on the screen", "screen", "screen: turn of 40 files to painted", "vite, git checkout",
+           "Vite alone, from `git checkout`"),
     Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident", first=True),
     Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor", first=True),
 )  # fmt: skip
+SCREEN = (
+    Quoted("one file, rename to painted", "screen", "screen: rename to painted, p50", "vite alone",
+           "Vite alone, from a direct write"),
+    Quoted("one save, database to painted", "screen", "screen: database to painted, p50"),
+    Quoted("told by the session API, after the second frame", "screen", "screen: told after the second frame, p50"),
+    *(
+        each
+        for files in (40, 200)
+        for each in (
+            Quoted(f"a turn of {files} files, database to painted", "screen",
+                   f"screen: turn of {files} files to painted", "vite, git checkout",
+                   "Vite alone, from `git checkout`"),
+            Quoted("wrong states, refused requests and page errors in all of them", "screen",
+                   f"screen: turn of {files} files, what went wrong"),
+            Quoted("of them kept the page's state", "screen", f"screen: turn of {files} files, state kept"),
+        )
+    ),
+    Quoted("40 single saves, the page before its components: right within 2 s", "screen",
+           "screen: 40 single saves, page first, right within 2 s"),
+    Quoted("Vite's start with the hook", "screen", "screen: Vite's start with the hook", "vite alone"),
+    Quoted("the agent with an open page, processor", "screen", "screen: agent with an open page, processor"),
+    Quoted("growth under 2,000 forged errors a second", "screen",
+           "screen: growth under 2,000 forged errors a second"),
+)  # fmt: skip
+"""What docs/screen.md shows."""
+
 FIRST = tuple(quoted for quoted in QUOTED if quoted.first)
 
 
@@ -129,7 +159,7 @@ def _line(quoted: Quoted, row: Mapping[str, Any]) -> str:
     return f"| {quoted.what} | {against} | {ratio} | {_wanted(row)} |"
 
 
-def _lines(run: Mapping[str, Any], rows: Sequence[Quoted]) -> Iterator[str]:
+def _lines(run: Mapping[str, Any], rows: Sequence[Quoted], plot: str) -> Iterator[str]:
     machine = run["machine"]
     yield run.get("note") or (
         f"One run of `make bench-save` on {run['at'][:10]}: {machine['cpu']}, {machine['cores']} cores, "
@@ -148,17 +178,20 @@ def _lines(run: Mapping[str, Any], rows: Sequence[Quoted]) -> Iterator[str]:
         yield ""
         counted = ", ".join(f"{count} of `{module}`" for module, count in absent.items())
         yield f"Rows that this table has room for and this run does not have: {counted}."
+    if plot and len(rows) > sum(absent.values()):
+        yield ""
+        yield plot
 
 
-def table(run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED) -> str:
-    """The table with the sentence above it."""
-    return "\n".join(_lines(run, rows))
+def table(run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED, plot: str = "") -> str:
+    """The table with the sentence above it, and a picture below it, if any of the rows was measured."""
+    return "\n".join(_lines(run, rows, plot))
 
 
-def with_table(page: str, run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED) -> str:
+def with_table(page: str, run: Mapping[str, Any], rows: Sequence[Quoted] = QUOTED, plot: str = "") -> str:
     """A page with this run's table between the two marks. Raises `ValueError` when they are not there."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"there is no place for the table: put {BEGIN} and {END} into the page")
-    return f"{before}{BEGIN}\n{table(run, rows)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(run, rows, plot)}\n{END}{after}"

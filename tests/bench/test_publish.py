@@ -16,10 +16,10 @@ import bench.__main__ as command
 from bench.harness import publish
 from bench.harness.machine import Others
 from bench.harness.plot import MET, MISSED, picture, points
-from bench.harness.publish import JSON, MEASURED, README, SVG
+from bench.harness.publish import JSON, MEASURED, PAGES, README, SCREEN_SVG, SVG
 from bench.harness.results import Ratio, Result, Row
 from bench.harness.svg import FAINT
-from bench.harness.table import BEGIN, END, FIRST, QUOTED, Quoted, found, table, with_table
+from bench.harness.table import BEGIN, END, FIRST, QUOTED, SCREEN, Quoted, found, rows_of, table, with_table
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
@@ -63,10 +63,10 @@ def dots(drawn: str, colour: str) -> list[tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "rows"), [(README, FIRST), (MEASURED, QUOTED)], ids=["README", "measured"])
-def test_the_pages_say_what_the_kept_run_says(page: Path, rows: tuple[Quoted, ...]) -> None:
+@pytest.mark.parametrize(("page", "rows", "plot"), PAGES, ids=lambda given: getattr(given, "stem", ""))
+def test_the_pages_say_what_the_kept_run_says(page: Path, rows: tuple[Quoted, ...], plot: str) -> None:
     text = page.read_text()
-    assert with_table(text, KEPT, rows) == text, "run `make bench-readme`"
+    assert with_table(text, KEPT, rows, plot) == text, "run `make bench-readme`"
 
 
 def test_readme_has_a_few_of_the_rows_and_leads_to_all() -> None:
@@ -76,9 +76,25 @@ def test_readme_has_a_few_of_the_rows_and_leads_to_all() -> None:
     assert "(docs/measured.md)" in README.read_text()
 
 
-def test_the_picture_is_of_the_kept_run() -> None:
+def test_the_pictures_are_of_the_kept_run() -> None:
     assert SVG.read_text() == picture(KEPT), "run `make bench-readme`"
     assert "(../bench/results/latest.svg)" in MEASURED.read_text()
+    if rows_of(KEPT, "screen"):
+        assert SCREEN_SVG.read_text() == picture(KEPT, "screen"), "run `make bench-readme`"
+
+
+def test_the_page_of_the_screen_shows_its_picture_when_it_was_measured() -> None:
+    slow = Row(
+        "screen: rename to painted, p50", 30.0, "ms", "vite alone", 30.0, Ratio(1.0, 0.9, 1.1), at_most=1.2
+    )
+    page = f"{BEGIN}\n{END}"
+    assert "![a]" in with_table(page, run_of(slow, module="screen"), SCREEN, "![a](b)")
+    assert "![a]" not in with_table(page, run_of(slow), SCREEN, "![a](b)")
+    both = run_of(slow, module="screen")
+    both["results"] |= run_of(broadcasts())["results"]
+    assert [point.name for point in points(both, "screen")] == [slow.name]
+    assert len(list(points(both))) == 2
+    assert ElementTree.fromstring(picture(both, "screen")).tag == f"{NAMESPACE}svg"
 
 
 def test_the_picture_is_small_undated_and_on_white_paper() -> None:
@@ -204,12 +220,9 @@ def test_a_saved_run_is_json_plot_and_tables_at_once_and_a_failed_one_is_none(
     monkeypatch.setattr(publish, "REPOSITORY", tmp_path)
     monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
     pages = {"README": tmp_path / "README.md", "MEASURED": tmp_path / "measured.md"}
-    for name, path in {
-        "JSON": tmp_path / "results/it.json",
-        "SVG": tmp_path / "results/it.svg",
-        **pages,
-    }.items():
+    for name, path in {"JSON": tmp_path / "results/it.json", "SVG": tmp_path / "results/it.svg"}.items():
         monkeypatch.setattr(publish, name, path)
+    monkeypatch.setattr(publish, "PAGES", ((pages["README"], FIRST, ""), (pages["MEASURED"], QUOTED, "")))
     for path in pages.values():
         path.write_text(f"before\n{BEGIN}\n{END}\n")
     monkeypatch.setattr(command, "modules", lambda wanted: {"link": run})

@@ -83,3 +83,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running.start()
     finally:
         running.kill()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the example's packages are installed, once, for every `Served`."""
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    return tmp_path_factory.mktemp("modules")

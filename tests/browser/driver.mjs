@@ -9,12 +9,37 @@ const browser = await chromium.launch({
 /** @type {Map<string, any>} */
 const pages = new Map();
 
+const devtools = await browser.newBrowserCDPSession();
+
+/** @param {string} name @param {string} expression */
+async function evaluate(name, expression) {
+  const given = { expression, awaitPromise: true, returnByValue: true };
+  const { result, exceptionDetails } = await pages.get(name).protocol.send("Runtime.evaluate", given);
+  if (exceptionDetails) throw new Error(exceptionDetails.exception?.description ?? exceptionDetails.text);
+  return result.value;
+}
+
 const commands = {
+  /** Opens a tab that Playwright knows nothing of: it would keep each page visible. */
+  async tab({ url }) {
+    return { target: (await devtools.send("Target.createTarget", { url })).targetId };
+  },
+  /** Brings a tab to the front, so the others are hidden. */
+  async activate({ target }) {
+    await devtools.send("Target.activateTarget", { targetId: target });
+    return {};
+  },
+  async leave({ target }) {
+    await devtools.send("Target.closeTarget", { targetId: target });
+    return {};
+  },
   /** Opens a page and keeps every state that its body goes through, and every answer that is no success. */
   async open({ page: name, url, script }) {
     const page = await browser.newPage();
     const seen = { states: [], refused: [], failed: [], loads: 0 };
-    pages.set(name, { page, seen });
+    // Playwright's own way to evaluate needs a CSP that allows it.
+    const protocol = await page.context().newCDPSession(page);
+    pages.set(name, { page, seen, protocol });
     page.on("response", (answer) => answer.status() >= 400 && seen.refused.push(`${answer.status()} ${answer.url()}`));
     page.on("pageerror", (error) => seen.failed.push(error.message));
     page.on("domcontentloaded", () => seen.loads++);
@@ -24,14 +49,29 @@ const commands = {
     return {};
   },
   async run({ page, code }) {
-    return { value: await pages.get(page).page.evaluate(code) };
+    return { value: await evaluate(page, code) };
   },
-  async wait({ page, code }) {
-    await pages.get(page).page.waitForFunction(code, null, { timeout: 30_000, polling: 20 });
+  async wait({ page, code, seconds = 30 }) {
+    for (
+      const end = Date.now() + seconds * 1000;
+      Date.now() < end;
+      await new Promise((resolve) => setTimeout(resolve, 20))
+    )
+      if (await evaluate(page, `Boolean(${code})`).catch(() => false)) return {}; // it is being loaded anew
+    throw new Error(`not within ${seconds} s: ${code}`);
+  },
+  /** Waits until it has loaded all that it asks for. */
+  async idle({ page }) {
+    await pages.get(page).page.waitForLoadState("networkidle", { timeout: 60_000 });
     return {};
   },
   async seen({ page }) {
     return pages.get(page).seen;
+  },
+  async forget({ page }) {
+    const { seen } = pages.get(page);
+    Object.assign(seen, { states: [], refused: [], failed: [] });
+    return {};
   },
   async close({ page }) {
     await pages.get(page)?.page.close();

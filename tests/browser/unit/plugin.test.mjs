@@ -58,6 +58,8 @@ test("positions are read out of what compilers print", () => {
   assert.deepEqual([found.file, found.line, found.column, found.frame], [css, 2, 1, "a {}\nb {\n"]);
   const oxc = locate({ message: "Transform failed\n ╭─[ src/Leaf.tsx:2:30 ]\n │", id: "/app/src/Leaf.tsx?t=1" });
   assert.deepEqual([oxc.file, oxc.line, oxc.column], ["/app/src/Leaf.tsx", 2, 30]);
+  const svelte = locate({ message: "Expected }", id: "/app/src/+page.svelte", loc: { file: "+page.svelte", line: 1 } });
+  assert.deepEqual([svelte.file, svelte.line], ["/app/src/+page.svelte", 1]);
   for (const nonsense of [null, undefined, 7, {}, { loc: {} }, { message: 7, id: {} }])
     assert.ok(locate(nonsense).message);
   fs.rmSync(directory, { recursive: true });

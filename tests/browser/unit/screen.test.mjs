@@ -83,6 +83,14 @@ test("pages, errors and texts are bounded", () => {
   assert.ok(JSON.stringify(screen.report()).length < 400_000);
 });
 
+test("a page that floods hides no error of another, and cannot speak of what is built", () => {
+  const screen = opened();
+  screen.failed({ kind: "runtime", message: "real" }, "b", 1);
+  for (let n = 0; n < 1000; n++) screen.failed({ kind: "runtime", message: `forged ${n}` }, "a", 2 + n);
+  assert.deepEqual([screen.errors.size, screen.report().errors.at(-1)?.message], [11, "real"]);
+  assert.equal(screen.failed({ kind: "build", message: "forged" }, "a", 1), undefined);
+});
+
 test("what is not of the form is not heard", () => {
   const screen = opened(1);
   for (const said of [null, undefined, 7, "x", {}, { load: 7 }, { load: "" }]) {
