@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import signal
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -210,17 +209,20 @@ class Faults:
         return f"{fault.seconds:.1f} s, all machines"
 
     async def _jump(self, fault: Fault) -> str:
-        """The wall clock of this whole machine jumps, and comes back; only where SOAK_CLOCK=1 allows it."""
-        if os.environ.get("SOAK_CLOCK") != "1":
-            return "could not: the clock is everybody's; SOAK_CLOCK=1 lets it jump, on a machine of its own"
-        by = (fault.seconds + 5) * 60 * (1 if fault.wide else -1)
+        """The wall clock of one agent's machine, or of all, jumps by minutes and comes back (`soak.agent`)."""
+        by = (fault.seconds + 5) * 60 * self._dice.choice((1, -1))
+        whose = list(self._stack.sessions) if fault.wide else [fault.agent]
         async with self._locks["clock"]:
-            time.clock_settime(time.CLOCK_REALTIME, time.time() + by)
+            for number in whose:
+                self._stack.set_clock(number, by)
             try:
-                await asyncio.sleep(fault.seconds)
+                await asyncio.sleep(fault.seconds * 4)
             finally:
-                time.clock_settime(time.CLOCK_REALTIME, time.time() - by)
-        return f"{by:+.0f} s, for {fault.seconds:.1f} s"
+                for number in whose:
+                    self._stack.set_clock(number, 0)
+        return (
+            f"{'all' if fault.wide else f'agent {fault.agent}'}, {by:+.0f} s, for {fault.seconds * 4:.1f} s"
+        )
 
     def _agent(self, number: int) -> psutil.Process:
         process = self._stack.process(number)

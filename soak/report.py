@@ -103,8 +103,15 @@ def _summary(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
         f"{outcome.edits['commits']} commits, {len(outcome.faults)} faults, "
         f"{len(outcome.checks)} looks at equality"
     )
+    if missing := sorted(set(Kind) - struck(outcome)):
+        yield f"Did not strike: {', '.join(missing)}."
     for each in judged.wrong[:40]:
         yield f"- {each}"
+
+
+def struck(outcome: Outcome) -> set[Kind]:
+    """The kinds of fault that were really made."""
+    return {fault.kind for _, fault, said in outcome.faults if not said.startswith("could not")}
 
 
 def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """PURE: what a soak is made of, and which faults strike when. The same seed and settings give the same schedule.
 
-Kinds are dealt from a shuffled deck, each as often as its weight, so that even a short run meets most of them and a
-long one meets all of them in proportion. Times are seconds of *work*: the pauses in which equality is looked at do
-not count.
+Kinds are dealt from a deck, each as often as its weight: first every kind once, then the rest, both shuffled. So ten
+minutes meet all of them whatever the seed, and a longer run meets them in proportion. Times are seconds of *work*: the
+pauses in which equality is looked at do not count.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ DECK: dict[Kind, int] = {
     Kind.PROJECT_HOSTILE: 3,
     Kind.DISK_FULL: 2,
     Kind.NO_INODES: 2,
-    Kind.CLOCK_JUMPED: 1,
+    Kind.CLOCK_JUMPED: 2,
     Kind.HISTORY_REPLACED: 2,
     Kind.PROJECT_DELETED: 2,
     Kind.CONNECTIONS_KILLED: 2,
@@ -80,8 +80,13 @@ DECK: dict[Kind, int] = {
     Kind.ORCHESTRATOR_KILLED: 1,
     Kind.SUPABASE_KILLED: 1,
 }
-"""How many of each are in the deck of 80: small faults often, those that end a watched process seldom, so that its life
+"""How many of each are in the deck of 81: small faults often, those that end a watched process seldom, so that its life
 is long enough to see it grow."""
+
+ENDS_A_SERVER = frozenset({Kind.ORCHESTRATOR_RESTARTED, Kind.ORCHESTRATOR_KILLED, Kind.SUPABASE_KILLED})
+"""They are among the first `EARLY` of a deck: what follows in ten minutes is long enough to see the servers grow."""
+
+EARLY = 10
 
 ENDS_AN_AGENT = frozenset({Kind.AGENT_KILLED, Kind.MACHINE_REPLACED})
 """They meet agents of odd numbers only: half of the fleet lives from the start to the stop."""
@@ -97,7 +102,7 @@ class Settings:
     vite: int = 2
     """Agents whose project is the example, with a real Vite (140-250 MB each). The others serve with a small server."""
     fault_every: float = 7.0
-    """On average, of work."""
+    """On average, of work; no wait is longer than two of them."""
     longest: float = 6.0
     """Of what lasts a while; some kinds last a multiple of it."""
     check_every: float = 90.0
@@ -143,10 +148,9 @@ def draw(settings: Settings) -> Iterator[Fault]:
     deck: list[Kind] = []
     while True:
         if not deck:
-            deck = [kind for kind, times in DECK.items() for _ in range(times)]
-            dice.shuffle(deck)
-        at += dice.expovariate(1 / settings.fault_every)
-        kind = deck.pop()
+            deck = _shuffled(dice)
+        at += dice.uniform(0, 2 * settings.fault_every)
+        kind = deck.pop(0)
         yield Fault(
             at=at,
             kind=kind,
@@ -156,3 +160,14 @@ def draw(settings: Settings) -> Iterator[Fault]:
             count=dice.randrange(1, 9),
             wide=dice.random() < 0.3,
         )
+
+
+def _shuffled(dice: random.Random) -> list[Kind]:
+    """A deck: every kind once, then the others that its weight has."""
+    once = [kind for kind in DECK if kind not in ENDS_A_SERVER]
+    dice.shuffle(once)
+    for kind in sorted(ENDS_A_SERVER):
+        once.insert(dice.randrange(EARLY - 2), kind)
+    rest = [kind for kind, times in DECK.items() for _ in range(times - 1)]
+    dice.shuffle(rest)
+    return [*once, *rest]

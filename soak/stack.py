@@ -2,6 +2,7 @@
 
     STATE/postgres     STATE/storage     STATE/keys.json     STATE/*.log
     STATE/machines/{session}   as `orchestrator_stub.machines.local` has them
+    STATE/clocks/{session}     by how many seconds that machine's wall clock is wrong
     STATE/projects/{number}    the editors' directories
 
 Everything is asked for as the product asks: sessions by the control plane's HTTP API, saves by RPC, faults of the
@@ -102,6 +103,7 @@ class Stack:
         """Everything but the sessions. Raises `CannotRun`, `EmbeddedPostgresError`."""
         await self._clean()
         self.state.mkdir(parents=True)
+        self.clocks.mkdir()
         self.disk.mount()
         self.keyring = local_keyring(self.state / "keys.json")
         self.keys = ProjectKeys.of(self.keyring)
@@ -133,9 +135,11 @@ class Stack:
         )
         self.orchestrator = Program(
             "orchestrator",
-            (sys.executable, "-m", "orchestrator_stub", "serve"),
+            (sys.executable, "-m", "soak.orchestrator"),
             {
                 **common,
+                "SOAK_CLOCKS": str(self.clocks),
+                "PYTHONPATH": str(Path(__file__).parents[1]),
                 "SUPABASE_URL": self.url,
                 "SUPABASE_ANON_KEY": self.keys.anon_key,
                 "SUPABASE_SERVICE_ROLE_KEY": self.keys.service_key,
@@ -263,6 +267,18 @@ class Stack:
     def directory(self, number: int) -> Path:
         """An agent's machine."""
         return self.state / "machines" / str(self.sessions[number].id)
+
+    @property
+    def clocks(self) -> Path:
+        """Not on the machines' disk: a clock that jumped comes back while that is full."""
+        return self.state / "clocks"
+
+    def set_clock(self, number: int, by: float) -> None:
+        """Let the wall clock of an agent's machine be wrong by so many seconds."""
+        clock = self.clocks / str(self.sessions[number].id)
+        new = clock.with_suffix(".new")
+        new.write_text(str(by))
+        new.replace(clock)
 
     def tree(self, number: int) -> Path:
         """An agent's PROJECT_DIR."""

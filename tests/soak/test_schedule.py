@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-from soak.schedule import DECK, ENDS_AN_AGENT, Kind, Settings, draw, project_of, projects
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soak.schedule import (
+    DECK,
+    EARLY,
+    ENDS_A_SERVER,
+    ENDS_AN_AGENT,
+    Kind,
+    Settings,
+    draw,
+    project_of,
+    projects,
+)
 
 
 def test_a_seed_is_a_schedule() -> None:
@@ -17,6 +30,14 @@ def test_one_deck_holds_every_kind_by_its_weight() -> None:
     assert set(DECK) == set(Kind)
     size = sum(DECK.values())
     assert Counter(fault.kind for fault in islice(draw(Settings(7)), size)) == DECK
+
+
+@given(st.integers(0, 2**63))
+def test_seven_minutes_of_work_meet_every_kind_whatever_the_seed(seed: int) -> None:
+    faults = list(islice(draw(Settings(seed)), len(DECK)))
+    assert {fault.kind for fault in faults} == set(Kind)
+    assert faults[-1].at <= 7 * 60
+    assert {fault.kind for fault in faults[:EARLY]} >= ENDS_A_SERVER
 
 
 def test_faults_come_in_order_and_as_often_as_asked() -> None:

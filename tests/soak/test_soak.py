@@ -110,24 +110,21 @@ def test_ctrl_c_stops_it_and_there_is_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_ten_minutes_with_twenty_agents(tmp_path: Path) -> None:
-    """`make soak MINUTES=10`: no growth, nothing lost, no agent left behind.
-
-    With this seed every kind of fault strikes, and orchestrator and stand-in are last ended within two minutes: what
-    follows is long enough to see them grow.
-    """
+    """`make soak MINUTES=10`: no growth, nothing lost, no agent left behind, and every kind of fault struck."""
     code = main(
         [
             "--minutes",
             "10",
-            "--seed",
-            "20261178",
             "--state",
             str(tmp_path / "state"),
             "--out",
             str(tmp_path / "out"),
         ]
     )
-    assert code == 0, (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert code == 0, report
+    if os.geteuid() == 0:
+        assert "Did not strike" not in report
 
 
 def test_what_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
