@@ -237,8 +237,8 @@ class Follower:
                 self._unusable.pop(operation.path, None)
                 self._written.pop(operation.path, None)
                 self._written[operation.path] = now
-        for path in failed:
-            self._retry_later(path, plan.tree.entries[path], now)
+            else:
+                self._retry_later(operation.path, operation.entry, now)
         if self._unconfirmed:
             entries = self.tree.entries
             self._unconfirmed = {

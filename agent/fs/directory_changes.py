@@ -15,7 +15,7 @@ from functools import partial
 from typing import TypeAlias
 
 from agent.core.model import MAX_PATH_BYTES, MAX_SEGMENTS, PROTECTED, RelPath, parents
-from agent.fs.dirfd import ENVIRONMENT, Blocked, DirectoryCache, DirectoryPermissions
+from agent.fs.dirfd import SHARED, Blocked, DirectoryCache, DirectoryPermissions
 
 MOST_CLEARED = 64
 """Empty directories that one transaction removes to make way for files: as many as a path of ours has.
@@ -106,8 +106,8 @@ class DirectoryChanges:
     def prune(self, path: RelPath, *, must: bool = False) -> None:
         """Remove the directories above `path` that the agent made and that are empty now.
 
-        `must`: a write may need the place, so the environment's failure is the transaction's. Otherwise an empty
-        directory that stays is no reason to undo anything.
+        `must`: a failure that every path shares is the transaction's. Otherwise an empty directory that stays is no
+        reason to undo anything; a write that needs its place says so itself.
         """
         for each in reversed(list(parents(path))):
             if each not in self._made:
@@ -117,7 +117,7 @@ class DirectoryChanges:
             except Blocked:
                 return
             except OSError as error:
-                if must and error.errno in ENVIRONMENT:
+                if must and error.errno in SHARED:
                     raise
                 return
 

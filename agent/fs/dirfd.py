@@ -11,8 +11,9 @@ is asked for the directory's present path (one readlink, whatever the depth). Wh
 RACE: a directory can be moved between that question and the rename that follows. Worst case: the file lands in the
 directory that stood at the path a moment before, under its new name. No link is followed even then.
 
-A system error is one of two kinds. What makes one path unusable is that path's problem, and the rest of a transaction
-is applied (`PATH_RULES`). What the environment refuses undoes the transaction (`ENVIRONMENT`).
+What the system refuses while one path is changed is that path's problem, and the rest of a transaction is applied
+(`path_rule`). What the next path would meet too undoes the transaction: no space, no descriptors, and every error in
+staging (`environment_problem`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,14 @@ PATH_RULES = {
     errno.EEXIST: "directory_in_the_way",
     errno.EBUSY: "mount_point",
     errno.EXDEV: "other_file_system",
+    errno.EACCES: "not_permitted",
+    errno.EPERM: "not_permitted",
+    errno.EROFS: "read_only",
 }
-"""The rule that a path breaks, by the errors that concern this path alone. Every other error is the environment's."""
+"""The rule that a path breaks by an error; by any other it is `refused`."""
+
+SHARED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that the next path would meet too."""
 
 ENVIRONMENT: Mapping[int, ProblemKind] = {
     errno.ENOSPC: "disk_full",
@@ -59,6 +66,18 @@ MOST_LISTED = 10_000
 
 Make = Callable[[int, str, str], None]
 """Makes a directory: (descriptor of the one above, name, path)."""
+
+
+def path_rule(error: OSError, staging: int) -> str | None:
+    """The rule that a path breaks by an error met while it is changed; None when the next path would meet it too.
+
+    `staging` is a descriptor on the file system that is read-only as a whole, or not.
+    """
+    if error.errno in SHARED:
+        return None
+    if error.errno == errno.EROFS and os.fstatvfs(staging).f_flag & os.ST_RDONLY:
+        return None
+    return PATH_RULES.get(error.errno or 0, "refused")
 
 
 def environment_problem(error: OSError, path: RelPath | None, staging: int) -> Problem:

@@ -303,12 +303,15 @@ class DirectoryView:
     def obstacle(self, path: RelPath) -> object:
         """What stands at `path` or above it, to be compared with the same later; says nothing in itself."""
         try:
-            found = lstat(*self._directories.parent(path))
+            directory, name = self._directories.parent(path)
+            above, found = os.fstat(directory), lstat(directory, name)
         except Blocked as blocked:
             return blocked.path, blocked.rule
         except OSError as error:
             return error.errno
-        return found and (found.st_dev, found.st_ino, found.st_mode, found.st_mtime_ns, found.st_ctime_ns)
+        return (above.st_mode, above.st_uid), found and (
+            found.st_dev, found.st_ino, found.st_mode, found.st_mtime_ns, found.st_ctime_ns
+        )  # fmt: skip
 
     def scan(self) -> dict[RelPath, FileStat]:
         """Stat every regular file below the root that a project may have; links and protected directories are left out.

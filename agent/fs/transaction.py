@@ -32,12 +32,12 @@ from msgspec import Struct
 from agent.core.model import Entry, Operation, Problem, RelPath, Remove, Write, parents
 from agent.fs.directory_changes import DirectoryChanges, UndoLog
 from agent.fs.dirfd import (
-    PATH_RULES,
     Blocked,
     DirectoryCache,
     DirectoryPermissions,
     environment_problem,
     is_case_twin,
+    path_rule,
 )
 from agent.fs.inspect import Drift, FileStat, drift_steps, lstat
 from agent.fs.staging import StagedTree, Staging, TempFile
@@ -208,7 +208,8 @@ class Transaction:
                 self._waiting.setdefault(RelPath(path.rpartition("/")[0]), []).append(write)
 
     def _apply(self, operation: Operation, *, last: bool) -> None:
-        self._at = operation.path
+        self._at = path = operation.path
+        steps_before = len(self._undo)
         try:
             if isinstance(operation, Write):
                 self._write(operation, keep=not last)
@@ -217,19 +218,22 @@ class Transaction:
         except _LeftAlone:
             return
         except Blocked as blocked:
-            self._refuse(operation, blocked.path, blocked.rule)
+            self._refuse(operation, blocked.rule, f"{blocked.rule.replace('_', ' ')} at {blocked.path}")
+            if isinstance(operation, Remove):  # true nevertheless: no file of the agent's is there
+                self._done[path] = Done(operation, None)
         except OSError as error:
-            rule = PATH_RULES.get(error.errno or 0)
+            rule = path_rule(error, self._staging.descriptor)
             if rule is None:
                 raise
-            self._refuse(operation, operation.path, rule)
+            for step in [each for each in self._undo[steps_before:] if each[0] == path]:
+                self._undo.remove(step)
+                self._undone(*step)
+            self._refuse(operation, rule, f"{rule.replace('_', ' ')}, {error.strerror}")
 
-    def _refuse(self, operation: Operation, at: str, rule: str) -> None:
-        """Report that this path alone is unusable. A removal is nevertheless true: no file of the agent's is there."""
-        detail = f"cannot use {operation.path}: {rule.replace('_', ' ')} at {at}"
+    def _refuse(self, operation: Operation, rule: str, why: str) -> None:
+        """Report that this path alone is unusable."""
+        detail = f"cannot use {operation.path}: {why}"
         self._problems.append(Problem("path_unusable", detail, operation.path, rule, waiting=True))
-        if isinstance(operation, Remove):
-            self._done[operation.path] = Done(operation, None)
         self._changes.prune(operation.path)
 
     # --- writing
@@ -424,20 +428,24 @@ class Transaction:
     # --- undoing
 
     def _roll_back(self) -> None:
-        stuck: set[RelPath] = set()
-        for path, undo in reversed(self._undo):
-            try:
-                undo()
-            except (OSError, Blocked) as error:
-                if path is not None:
-                    detail = f"cannot undo the change of {path}: {error}"
-                    self._problems.append(Problem("undo_failed", detail, path))
-                    stuck.add(path)
+        stuck = {path for path, undo in reversed(self._undo) if not self._undone(path, undo)}
         self._done = {
             path: done
             for path, done in self._done.items()
             if path in stuck or not stuck.isdisjoint(parents(path))
         }
+
+    def _undone(self, path: RelPath | None, undo: Callable[[], None]) -> bool:
+        """Take one step back. False, and a problem, when `path` stays changed."""
+        try:
+            undo()
+        except (OSError, Blocked) as error:
+            if path is not None:
+                self._problems.append(
+                    Problem("undo_failed", f"cannot undo the change of {path}: {error}", path)
+                )
+                return False
+        return True
 
     def _undo_create(self, path: RelPath, temp: TempFile) -> None:
         """Move the new file back to staging, unless another process has put something in its place."""

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -32,6 +33,9 @@ MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
 MOST_AT_ONCE = 64
 """Connections. A prober and a scraper need two; a program may hold as many silent ones as it likes."""
+MOST_UNASKED = 1024
+"""Connections that the kernel keeps to itself until they ask something (Linux): a program that opens hundreds of silent
+ones at once does not push out a prober whose request is on its way."""
 AT_ONCE = 0.1
 """Seconds that every connection is given while there are no more than four times as many as that: a prober's may have
 come together with a hundred silent ones."""
@@ -92,7 +96,7 @@ async def serve(
             open_now.pop(task, None)
             writer.close()
 
-    server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES)
+    server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES, backlog=MOST_UNASKED)
     on_bound(listener.getsockname()[1])
     async with server:
         await server.serve_forever()
@@ -163,7 +167,10 @@ def _listen(wanted: str, port: int) -> socket.socket:
     both = name == "::" and socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
-        return socket.create_server((name, port), family=family, dualstack_ipv6=both, backlog=MOST_AT_ONCE)
+        listener = socket.create_server((name, port), family=family, dualstack_ipv6=both)
+        if sys.platform == "linux":
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(PATIENCE))
+        return listener
     except OSError as error:
         reason = error.strerror or str(error)
         raise SettingsError([f"HEALTH_PORT: cannot listen on {wanted} port {port}: {reason}"]) from None

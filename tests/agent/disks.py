@@ -114,6 +114,18 @@ def mounted(place: Path, *options: str, kind: str = "tmpfs", source: str = "tmpf
         pytest.skip(f"this machine cannot {' '.join(command)}: {run.stderr.strip()}")
 
 
+@contextmanager
+def attribute(flag: str, path: Path) -> Iterator[None]:
+    """`path` with a file attribute; skips where that cannot be."""
+    run = subprocess.run(["chattr", f"+{flag}", path], capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.skip(f"chattr +{flag} is not possible here: {run.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", f"-{flag}", path], check=True)
+
+
 def staged_files(snapshot: StagedSnapshot, directory: Path) -> dict[str, bytes]:
     """What is staged, by path."""
     places = {path: directory / "staging" / name for path, name in snapshot.staged.items()}

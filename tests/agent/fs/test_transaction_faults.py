@@ -349,7 +349,7 @@ def reachable(path: Path) -> None:
             above.chmod(above.stat().st_mode | 0o011)
 
 
-def test_a_directory_we_may_not_write_in_undoes_the_transaction(tmp_path: Path) -> None:
+def test_a_directory_we_may_not_write_in_holds_up_its_own_files_alone(tmp_path: Path) -> None:
     reachable(tmp_path)
     root, staging = tmp_path / "project", tmp_path / "staging"
     for path in (root, root / "locked", staging):
@@ -366,15 +366,17 @@ def test_a_directory_we_may_not_write_in_undoes_the_transaction(tmp_path: Path) 
         ]
 
         result = agent.apply(*operations)
-        assert result.rolled_back
-        assert kinds(result) == [("permission_denied", "locked/c", "EACCES")]
-        assert "cannot change locked/c: Permission denied" in result.problems[0].detail
-        assert seen(root) == {"a": "old", "b": "old", "locked/": ""}
+        assert not result.rolled_back
+        assert kinds(result) == [("path_unusable", "locked/c", "not_permitted")]
+        assert "cannot use locked/c: not permitted, Permission denied" in result.problems[0].detail
+        assert seen(root) == {"a": "new", "locked/": "", "made/x": "new"}
         assert in_staging(staging) == []
+        seen_before = agent.disk.obstacle(RelPath("locked/c"))
     (root / "locked").chmod(0o777)
     with as_nobody(), opened(root, staging) as agent:
+        assert agent.disk.obstacle(RelPath("locked/c")) != seen_before, "it is tried again at once"
         agent.apply(*operations)
-    assert seen(root) == {"a": "new", "b": "old", "locked/c": "new", "made/x": "new"}
+    assert seen(root) == {"a": "new", "locked/c": "new", "made/x": "new"}
 
 
 def test_a_file_we_may_not_read_is_replaced_nevertheless(tmp_path: Path) -> None:

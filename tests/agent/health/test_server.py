@@ -129,6 +129,18 @@ async def test_many_silent_connections_do_not_keep_a_prober_out_for_long() -> No
             writer.close()
 
 
+async def test_a_prober_that_is_slow_to_ask_is_answered_though_hundreds_came_after_it() -> None:
+    """On a busy machine it is connected, and others have the processor before it can ask."""
+    agent = Agent()
+    async with served(agent):
+        reader, writer = await asyncio.open_connection("127.0.0.1", agent.port)
+        silent = [await asyncio.open_connection("127.0.0.1", agent.port) for _ in range(450)]
+        writer.write(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        for _, each in [(reader, writer), *silent]:
+            each.close()
+
+
 async def test_it_listens_on_both_families() -> None:
     agent = Agent()
     async with served(agent, "::") as http:

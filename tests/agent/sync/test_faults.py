@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import structlog
 
-from agent.core.messages import Head
-from agent.core.model import Problem, RelPath, digest_of, tree_hash
+from agent.core.model import Problem, RelPath
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
 from agent.sync import engine
@@ -32,18 +31,13 @@ from tests.agent.sync.world import (
     refused,
     simulated,
     undone_disk,
+    whole_head,
 )
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
-
-
-def head(world: World) -> Head:
-    """What the orchestrator says of the database."""
-    digests = {RelPath(path): digest_of(content.encode()) for path, content in world.database.wanted.items()}
-    return Head(world.database.epoch, world.database.revision, tree_hash(digests))
 
 
 # --- a question that is too large
@@ -122,99 +116,6 @@ async def test_an_answer_that_cannot_be_read_twice_is_asked_for_as_a_snapshot(wo
     assert [question["epoch"] is None for question in world.orchestrator.asked] == [False, False, True]
 
 
-# --- a path that the disk cannot hold
-
-
-def a_directory(place: Path) -> Callable[[], None]:
-    place.mkdir(parents=True)
-    (place / "theirs").write_text("x")
-
-    def gone() -> None:
-        (place / "theirs").unlink()
-        place.rmdir()
-
-    return gone
-
-
-def a_link(place: Path) -> Callable[[], None]:
-    place.parent.symlink_to("/nowhere")
-    return place.parent.unlink
-
-
-def a_file_above(place: Path) -> Callable[[], None]:
-    place.parent.write_text("theirs")
-    return place.parent.unlink
-
-
-@pytest.mark.parametrize("obstacle", [a_directory, a_link, a_file_above])
-def test_a_path_is_written_by_itself_once_its_obstacle_is_gone(
-    world: World, obstacle: Callable[[Path], Callable[[], None]]
-) -> None:
-    @simulated
-    async def scenario() -> None:
-        async with world.run() as run:
-            remove = obstacle(world.root / "new" / "file")
-            run.send(world.database.commit({"new/file": "1", "a": "2"}))
-            await run.until(lambda: world.on_disk.get("a") == "2")
-            assert [(p.kind, p.path, p.waiting) for p in run.problems.open.values()] == [
-                ("path_unusable", "new/file", True)
-            ]
-            await asyncio.sleep(2)
-            remove()
-            gone = asyncio.get_running_loop().time()
-            await run.until(lambda: world.on_disk == world.database.wanted)
-            assert asyncio.get_running_loop().time() - gone < 2.5
-            assert run.kinds == []
-            assert run.source.suspected == []
-        assert world.orchestrator.fetched == 1, "the first snapshot was enough"
-
-    scenario()
-
-
-@simulated
-async def test_a_path_that_stays_impossible_makes_no_snapshots_whatever_is_saved(world: World) -> None:
-    async with world.run() as run:
-        a_directory(world.root / "new")
-        run.send(world.database.commit({"new": "1"}))
-        for n in range(20):
-            await asyncio.sleep(30)
-            run.send(world.database.commit({"a": str(n)}))
-            await run.until(lambda n=n: world.on_disk["a"] == str(n))
-            run.sync.hear(head(world), run.sync.tree.cursor)
-        assert run.kinds == ["path_unusable"]
-        assert set(run.sync.waiting_paths) == {"new"}
-    assert world.orchestrator.fetched == 1
-    assert len(world.orchestrator.asked) <= 8, "ten minutes of a growing wait"
-
-
-@simulated
-async def test_where_nobody_can_be_asked_it_is_remembered_until_a_snapshot_comes(world: World) -> None:
-    async with world.run(api=False) as run:
-        remove = a_directory(world.root / "new")
-        run.send(world.database.commit({"new": "1"}))
-        await run.until(lambda: run.kinds == ["path_unusable"])
-        await asyncio.sleep(600)
-        remove()
-        await asyncio.sleep(600)
-        assert (run.kinds, set(run.sync.waiting_paths)) == (["path_unusable"], {"new"})
-        run.catch_up.offered = f"{HOST}/offered.zip"
-        run.sync.hurry()
-        await run.until(lambda: world.on_disk == world.database.wanted)
-        await run.at_rest()
-        assert run.kinds == []
-
-
-@simulated
-async def test_one_that_is_deleted_is_no_problem_any_more(world: World) -> None:
-    async with world.run() as run:
-        a_directory(world.root / "new")
-        run.send(world.database.commit({"new": "1"}))
-        await run.until(lambda: run.kinds == ["path_unusable"])
-        run.send(world.database.commit({"new": None}))
-        await run.until(lambda: run.kinds == [])
-        assert set(run.sync.waiting_paths) == set()
-
-
 # --- a database that forgot commits
 
 
@@ -225,14 +126,14 @@ async def test_a_database_that_forgot_commits_is_followed_back_and_said(world: W
         await run.until(lambda: world.on_disk == {"a": "2", "c": "1"})
         world.database.forget(2)
         world.orchestrator.hang = asyncio.Event()
-        run.sync.hear(head(world), run.sync.tree.cursor)
+        run.sync.hear(whole_head(world), run.sync.tree.cursor)
         assert run.kinds == ["head_behind"]
         world.orchestrator.hang.set()
         await run.until(lambda: world.on_disk == {"a": "1", "src/b": "1"})
         await run.at_rest()
         assert (run.kinds, run.sync.tree.cursor.revision, run.sync.head_revision) == ([], 1, 1)
         for _ in range(5):
-            run.sync.hear(head(world), run.sync.tree.cursor)
+            run.sync.hear(whole_head(world), run.sync.tree.cursor)
             await asyncio.sleep(30)
         run.send(world.database.commit({"a": "of the new time"}))
         await run.until(lambda: world.on_disk["a"] == "of the new time")

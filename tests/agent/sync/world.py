@@ -21,7 +21,7 @@ import orjson
 
 from agent.config import SnapshotLimits
 from agent.core.messages import Head
-from agent.core.model import Problem, ProblemKind, RelPath, Tree
+from agent.core.model import Problem, ProblemKind, RelPath, Tree, digest_of, tree_hash
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
 from agent.link.source import Received, Resync, Signal
@@ -97,6 +97,12 @@ class Database:
         for _ in range(commits):
             self.files, self.versions, self.revisions = self.past.pop()
             self.revision -= 1
+
+    def begin_anew(self, files: Mapping[str, str]) -> None:
+        """Another history, whose first commit has these files."""
+        self.epoch, self.revision = f"{self.epoch}-again", 0
+        self.files, self.versions, self.revisions, self.past = {}, {}, {}, []
+        self.commit(files)
 
     def commit(self, changes: Mapping[str, str | None]) -> Received:
         """Commit (None deletes); the event that tells of it."""
@@ -405,6 +411,12 @@ def undone_disk(failures: int, kind: ProblemKind = "disk_full", done: Sequence[s
 def head(world: World, **other: Any) -> Head:
     """Where the database is, as the heartbeat's answer has it."""
     return Head(world.database.epoch, world.database.revision, **other)
+
+
+def whole_head(world: World) -> Head:
+    """The same with the tree's hash."""
+    files = world.database.wanted.items()
+    return head(world, tree_hash=tree_hash({RelPath(path): digest_of(text.encode()) for path, text in files}))
 
 
 def offered(world: World) -> Answer:
