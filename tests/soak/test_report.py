@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def test_a_bug_in_a_log_is_found_and_the_projects_own_output_is_not_one(tmp_path
         '{"event": "request.failed", "level": "error"}\nTask exception was never retrieved\n'
     )
     assert [each.partition(" said")[0] for each in read_logs(tmp_path).wrong] == ["orchestrator"] * 2
+
+
+def test_a_file_of_a_terabyte_is_another_file_and_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    os.truncate(tmp_path / "a", 2**40)
+    assert read_tree(tmp_path) == {"a": ("1099511627776 bytes", False)}
 
 
 def test_a_quantile_is_read_from_buckets() -> None:
