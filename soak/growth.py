@@ -49,9 +49,10 @@ session ends after eight hours (SESSION_TTL), in a machine of 256 MB."""
 SERVER_DESCRIPTORS = Bounds(life=30.0, role=12.0, step=25.0)
 """Of the orchestrator and the stand-in: one for each agent and each editor while they work, none in a pause."""
 
-DESCRIPTORS = Bounds(life=30.0, role=12.0, step=5.0)
+DESCRIPTORS = Bounds(life=30.0, role=12.0, step=12.0)
 """Of an agent, per hour: 5 and 2 in ten minutes, in which it makes some twenty new connections; one lost by each is
-120."""
+120. A transaction that is undone closes the dozen directories of a project that are kept open, and the saves after it
+open them again: that is the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ another thread costs three times as much as the write.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from agent.fs.dirfd import DirectoryPermissions
 from agent.fs.inspect import DirectoryView, FileStat
 from agent.fs.staging import StagedFileWriter, Staging
 from agent.fs.transaction import Transaction, TransactionResult
+from agent.fs.turns import Steps, at_once
+
+SWEEP, SWEEP_FOR_ROOM = 0.02, 0.1
+"""Seconds for which one call removes what nobody needs any more: 1,000 files and more."""
 
 _NOTHING: Mapping[RelPath, Entry] = {}
 
@@ -102,6 +107,22 @@ class ProjectDir(DirectoryView):
         """Remove everything that is staged; returns how many files and trees."""
         return self._staging.clear()
 
+    def drop_staged(self) -> None:
+        """Have `removal` remove everything that is staged."""
+        self._staging.drop()
+
+    def removal(self) -> Steps[None]:
+        """Remove what was dropped, and what transactions replaced that were applied with `sweep=False`."""
+        return self._staging.removal()
+
+    def sweep(self, seconds: float = SWEEP) -> bool:
+        """Do `removal` for so long. Returns False when something is left."""
+        over = time.monotonic() + seconds
+        for _ in self._staging.removal():
+            if time.monotonic() >= over:
+                break
+        return not self._staging.waste
+
     def apply(
         self,
         operations: Sequence[Operation],
@@ -113,15 +134,16 @@ class ProjectDir(DirectoryView):
     ) -> TransactionResult:
         """Apply all operations, or none, and say what is now true. A file that holds what a write wants is left.
 
-        Where there is no space, what earlier transactions replaced is removed and the transaction tried again.
+        Where there is no space, what earlier transactions replaced is removed, for a moment, and the transaction tried
+        again.
 
         Args:
             operations: of several on one path the last counts.
             known: the files that the agent wrote, and their stat then.
             tree: what they held, so that a file that was only touched is told from one that was changed.
             overwrite_drift: False to report a drifted path and leave it alone; it is not in `done` then.
-            sweep: False to leave what was replaced in staging until `sweep` is called, since removing a file takes as
-                long as making one.
+            sweep: False to leave what was replaced in staging until `removal`, since removing a file takes as long as
+                making one.
 
         Raises:
             ValueError: a write has no content. No error of the file system is raised.
@@ -140,21 +162,19 @@ class ProjectDir(DirectoryView):
                 overwrite_drift=overwrite_drift,
             ).run(operations)
 
+        waste = len(self._staging.waste)
         result = run()
-        if result.rolled_back and not result.done and self._staging.sweep():
+        if result.rolled_back and not result.done and waste:
+            self.sweep(SWEEP_FOR_ROOM)
             result = run()
         if sweep:
-            self._staging.sweep()
+            at_once(self._staging.removal())
         return result
 
     @property
     def staging_descriptor(self) -> int:
         """The open staging directory, to ask its file system what is wrong; -1 while it is closed."""
         return self._staging.descriptor
-
-    def sweep(self) -> None:
-        """Remove what transactions replaced that were applied with `sweep=False`."""
-        self._staging.sweep()
 
     def discard(self, paths: Iterable[RelPath]) -> TransactionResult:
         """Remove files that an earlier run may have left (`LedgerState.leftovers`), whatever they hold."""

@@ -30,9 +30,13 @@ from agent.fs.dirfd import DirectoryPermissions
 from agent.fs.inspect import FileStat
 from agent.fs.places import OPEN_DIRECTORY, open_directory
 from agent.fs.syscalls import CREATE_FILE, READ_FILE, write_all
+from agent.fs.turns import Steps, at_once
 
 COPY_CHUNK = 2**20
 """Bytes of a file that are in memory while it is copied."""
+
+MOST_EMPTIED = 100
+"""Names of a directory that are removed in one step: some milliseconds."""
 
 _OWN_NAME = re.compile(r"(file|tree)-[0-9a-f]{8}-[0-9a-f]+")
 
@@ -219,9 +223,9 @@ class Staging:
         self._set_mode = True
         self._set_owner = False
 
-        # The tree that is being filled, and the files that go with the next sweep.
+        # The tree that is being filled, and the files and directories that wait to be removed.
         self._tree: StagedTree | None = None
-        self._replaced: list[str] = []
+        self.waste: list[str] = []
 
     def open(self, root: int) -> None:
         """Make the directory, lock it, and prove that a rename from here reaches `root` (a descriptor).
@@ -360,68 +364,72 @@ class Staging:
             os.unlink(name, dir_fd=self.descriptor)
 
     def discard_later(self, names: Iterable[str]) -> None:
-        """Remove these files with the next `sweep`."""
-        self._replaced += names
-
-    def sweep(self) -> int:
-        """Remove what `discard_later` named; returns how many names."""
-        replaced, self._replaced = self._replaced, []
-        for name in replaced:
-            self.discard(name)
-        return len(replaced)
+        """Have these files and directories removed by `removal`."""
+        self.waste += names
 
     def drop_tree(self) -> None:
-        """Remove what is left of the tree that was promoted from; the next file begins another."""
+        """Have removed what is left of the tree that was promoted from; the next file begins another."""
         if self._tree is not None:
-            name = self._tree.name
+            self.discard_later([self._tree.name])
             self._close_tree()
-            self._remove(name)
+
+    def drop(self) -> int:
+        """Have everything removed that any run made here; returns how many files and trees."""
+        self._close_tree()
+        self.waste = [name for name in os.listdir(self.descriptor) if _OWN_NAME.fullmatch(name)]
+        return len(self.waste)
 
     def clear(self) -> int:
         """Remove everything that any run made here; returns how many files and trees."""
-        self._close_tree()
-        self._replaced.clear()
-        names = [name for name in os.listdir(self.descriptor) if _OWN_NAME.fullmatch(name)]
-        for name in names:
-            self._remove(name)
-        return len(names)
+        count = self.drop()
+        at_once(self.removal())
+        return count
 
-    def _remove(self, name: str) -> None:
-        """Remove the file or directory `name` with all that is in it, as far as that goes. Raises nothing.
+    def removal(self) -> Steps[None]:
+        """Remove what waits for it, with all that is in it, as far as that goes. Raises nothing.
 
-        A directory in it is first moved up into staging, so that neither the depth nor the number of open directories
+        A directory in one is first moved up into staging, so that neither the depth nor the number of open directories
         grows with what a program made, which may be deeper than any stack. What cannot be removed has a name of ours
         and is tried again at the next start.
         """
-        waiting = [name]
-        while waiting:
-            at = waiting.pop()
+        while self.waste:
+            at = self.waste.pop()
             with suppress(OSError):
                 try:
                     descriptor = os.open(at, OPEN_DIRECTORY, dir_fd=self.descriptor)
                 except NotADirectoryError:
                     os.unlink(at, dir_fd=self.descriptor)
-                    continue
-                try:
-                    for each in os.listdir(descriptor):
-                        waiting += self._remove_or_lift(each, descriptor)
-                finally:
-                    os.close(descriptor)
-                os.rmdir(at, dir_fd=self.descriptor)
+                else:
+                    self._empty(at, descriptor)
+            yield
 
-    def _remove_or_lift(self, name: str, directory: int) -> list[str]:
-        """Unlink `name` in `directory`; one that is a directory is moved up, and its new name returned."""
+    def _empty(self, at: str, descriptor: int) -> None:
+        """Remove the open directory `at`, or some of what is in it; then it waits again. Raises `OSError`."""
+        try:
+            with os.scandir(descriptor) as inside:
+                names = [each.name for each in itertools.islice(inside, MOST_EMPTIED)]
+            gone = [name for name in names if self._remove_or_lift(name, descriptor)]
+        finally:
+            os.close(descriptor)
+        if gone and len(names) == MOST_EMPTIED:
+            self.waste.append(at)
+        else:
+            os.rmdir(at, dir_fd=self.descriptor)
+
+    def _remove_or_lift(self, name: str, directory: int) -> bool:
+        """Unlink `name` in `directory`; one that is a directory is moved up, and waits. False when it stays."""
         with suppress(OSError):
             try:
                 os.unlink(name, dir_fd=directory)
             except (IsADirectoryError, PermissionError):
                 with suppress(OSError):
                     os.rmdir(name, dir_fd=directory)
-                    return []
+                    return True
                 lifted = self._new_name("tree")
                 os.rename(name, lifted, src_dir_fd=directory, dst_dir_fd=self.descriptor)
-                return [lifted]
-        return []
+                self.waste.append(lifted)
+            return True
+        return False
 
     # --- how files are made
 

@@ -429,11 +429,8 @@ class Transaction:
 
     def _roll_back(self) -> None:
         stuck = {path for path, undo in reversed(self._undo) if not self._undone(path, undo)}
-        self._done = {
-            path: done
-            for path, done in self._done.items()
-            if path in stuck or not stuck.isdisjoint(parents(path))
-        }
+        stays = {path for path in self._done if path in stuck or not stuck.isdisjoint(parents(path))}
+        self._done = {path: done for path, done in self._done.items() if path in stays}
 
     def _undone(self, path: RelPath | None, undo: Callable[[], None]) -> bool:
         """Take one step back. False, and a problem, when `path` stays changed."""
@@ -441,9 +438,8 @@ class Transaction:
             undo()
         except (OSError, Blocked) as error:
             if path is not None:
-                self._problems.append(
-                    Problem("undo_failed", f"cannot undo the change of {path}: {error}", path)
-                )
+                detail = f"cannot undo the change of {path}: {error}"
+                self._problems.append(Problem("undo_failed", detail, path))
                 return False
         return True
 

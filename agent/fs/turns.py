@@ -2,7 +2,7 @@
 
 Reading a project means reading files whose number and size others choose. So that work is a generator which yields
 where it may be interrupted. `in_turns` runs it on the event loop; `at_once` runs it in a thread, or where no other task
-may see it half done.
+may see it half done. `in_thread` is for what nothing else may touch meanwhile.
 """
 
 from __future__ import annotations
@@ -45,3 +45,13 @@ async def in_turns(steps: Steps[T], pause: Callable[[], None] = lambda: None) ->
         return result
     finally:
         steps.close()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread, and to its end even when cancelled: what it works on is closed only afterwards."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise

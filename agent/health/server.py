@@ -31,14 +31,14 @@ PATIENCE = 5.0
 """Seconds for a request to arrive and its answer to be sent."""
 MOST_BYTES = 16 * 1024
 """Of request line and headers; browsers send 1 KB."""
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 256
 """Connections. A prober and a scraper need two; a program may hold as many silent ones as it likes."""
+MOST_TAKEN = 64
+"""Connections that are taken in one turn of the loop. Whoever has asked is answered three turns later, when three times
+as many are newer at most: fewer than would make it the oldest of `MOST_AT_ONCE`."""
 MOST_UNASKED = 1024
 """Connections that the kernel keeps to itself until they ask something (Linux): a program that opens hundreds of silent
 ones at once does not push out a prober whose request is on its way."""
-AT_ONCE = 0.1
-"""Seconds that every connection is given while there are no more than four times as many as that: a prober's may have
-come together with a hundred silent ones."""
 REST = 20
 """How many times as long as it took a body is given again: asking for it all the time takes a twentieth of the loop."""
 
@@ -67,20 +67,18 @@ async def serve(
         SettingsError: the address cannot be listened on.
     """
     listener = _listen(settings.health_host, settings.health_port)
-    open_now: dict[asyncio.Task[object], float] = {}
+    open_now: dict[asyncio.Task[object], None] = {}
     recent = Recent()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # The oldest makes room: it is silent, or does not read, since the others are answered at once.
-        now = time.monotonic()
         if len(open_now) >= MOST_AT_ONCE:
-            oldest, since = next(iter(open_now.items()))
-            if now - since > AT_ONCE or len(open_now) >= 4 * MOST_AT_ONCE:
-                del open_now[oldest]
-                oldest.cancel()
+            oldest = next(iter(open_now))
+            del open_now[oldest]
+            oldest.cancel()
         task = asyncio.current_task()
         assert task is not None
-        open_now[task] = now
+        open_now[task] = None
         try:
             with contextlib.suppress(
                 OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
@@ -96,7 +94,8 @@ async def serve(
             open_now.pop(task, None)
             writer.close()
 
-    server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES, backlog=MOST_UNASKED)
+    server = await asyncio.start_server(connected, sock=listener, limit=MOST_BYTES, backlog=MOST_TAKEN)
+    listener.listen(MOST_UNASKED)
     on_bound(listener.getsockname()[1])
     async with server:
         await server.serve_forever()

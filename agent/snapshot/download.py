@@ -40,6 +40,7 @@ from agent.core.errors import (
 )
 from agent.core.model import Entry, RelPath
 from agent.fs.project_dir import ProjectDir
+from agent.fs.turns import in_turns
 from agent.net import coding, exchange, read_start
 from agent.retry import Backoff, retry_after, retrying, within
 from agent.snapshot.unpack import Progress as Progress
@@ -113,6 +114,7 @@ class Downloader:
         expires_at, now = expiry(url), self.wall()
         if expires_at is not None and expires_at + EXPIRY_LEEWAY < now:
             raise CredentialRejected(f"{WHAT}'s signed URL expired {now - expires_at:.0f} s ago")
+        await in_turns(self.disk.removal())  # what an earlier attempt left takes the room of this one
         unpacker = Unpacker(self.disk, self.limits, self.expected_project, self.progress, have or {})
         try:
             await self._download(url, unpacker)

@@ -192,7 +192,7 @@ class Unpacker:
         )
 
     def abandon(self) -> None:
-        """Wait for the thread to finish its pieces, and remove everything from staging."""
+        """Wait for the thread to finish its pieces, and drop everything that is staged."""
         self._abandoned = True
         with self._lock:
             if self._stage is not None:
@@ -202,7 +202,7 @@ class Unpacker:
             self._staged.clear()
             with suppress(OSError):
                 # Only this hydration's files are there: a transaction of the disk begins and ends in one call.
-                self._disk.clear_staging()
+                self._disk.drop_staged()
 
     def _take_whole(self, path: RelPath, content: bytes) -> None:
         """Take a file that came in one piece. It is verified before it is written."""

@@ -208,3 +208,10 @@ class CatchUp:
         self._problems.clear("snapshot_unavailable")
         if self.api is not None:
             self.api.forget_failure("sync")
+
+
+def revision_of(answer: Answer) -> int | None:
+    """Up to which revision an answer is good; None for a plain archive, which counts none."""
+    if isinstance(answer, StagedSnapshot):
+        return None if answer.plain else answer.manifest.revision
+    return answer.revision

@@ -24,7 +24,7 @@ from agent.retry import Backoff
 from agent.snapshot.download import StagedSnapshot
 from agent.snapshot.unpack import StagingFailed
 from agent.sync import obstacles
-from agent.sync.catchup import Answer, CatchUp
+from agent.sync.catchup import Answer, CatchUp, revision_of
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
@@ -123,7 +123,9 @@ class Sync:
             status=status,
             metrics=metrics,
             spans=spans,
-            apply=lambda staged: self._apply(self._plan_of_snapshot(staged)),
+            preview=self._preview,
+            plan=self._plan_of_snapshot,
+            settle=self._settle,
             drift_policy=drift_policy,
             clock=clock,
         )
@@ -205,6 +207,7 @@ class Sync:
     async def run(self) -> None:
         """Make the tree whole, then keep it equal to the database's."""
         await self._hydration.run(self._snapshot_url)
+        self._recording.soon()
         self._status.phase = SyncPhase.FOLLOWING
         self._on_hydrated()
         try:
@@ -359,13 +362,18 @@ class Sync:
 
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
-        started = self._clock()
-        for problem in plan.problems:
-            self._problems.add(problem)
-        before, applied = self.tree.entries, ApplyResult(undone=True)
+        started, before, applied = self._clock(), self.tree.entries, ApplyResult(undone=True)
         self._preview.begin([each.path for each in plan.operations])
         with self._errors.contained("apply"):
             applied = self._workspace.apply(plan.operations, before)
+        self._recording.soon()
+        return self._settle(plan, applied, started)
+
+    def _settle(self, plan: Plan, applied: ApplyResult, started: float) -> bool:
+        """Have the tree say what is now true on disk, and tell of it. Returns False when all was undone."""
+        before = self.tree.entries
+        for problem in plan.problems:
+            self._problems.add(problem)
         self._follower.settle(plan, self._clock(), failed=applied.failed, undone=applied.undone)
         self._workspace.confirmed(self._follower.unusable)
         if applied.undone and applied.done:
@@ -375,7 +383,6 @@ class Sync:
         if applied.undone:
             self._preview.undo()
         self._preview.commit(self.tree.cursor.revision, changes_of(plan.operations, applied.done, before))
-        self._recording.soon()
         if applied.done:
             self._problems.clear("content_unavailable", "drift", "hash_mismatch", paths=applied.done)
             self._metrics.apply.observe(self._clock() - started)
@@ -430,7 +437,7 @@ class Sync:
         self._lag.caught_up(self.tree.cursor)
         self._lag.tell()
         self._status.last_catch_up_at = time.time()
-        self._follower.answered(now, _revision_of(answer))
+        self._follower.answered(now, revision_of(answer))
         self._workspace.confirmed(self._follower.unusable)
         if Reason.DISK not in self._follower.needs:
             self._workspace.undone_is_over()
@@ -488,12 +495,6 @@ class Sync:
         self._asking = self._request = None
         wait = self._catch_up.wait(error, least_question=whole)
         log.warning(event, why=why, attempt=self._catch_up.attempts, wait=round(wait, 2))
-        self._workspace.disk.clear_staging()
+        self._workspace.disk.drop_staged()
+        self._recording.soon()
         self._follower.failed(now, wait, too_large=too_large)
-
-
-def _revision_of(answer: Answer) -> int | None:
-    """Up to which revision an answer is good; None for a plain archive, which counts none."""
-    if isinstance(answer, StagedSnapshot):
-        return None if answer.plain else answer.manifest.revision
-    return answer.revision

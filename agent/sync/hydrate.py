@@ -14,14 +14,16 @@ from dataclasses import dataclass
 
 from agent.core.errors import RootUnusable
 from agent.core.model import RelPath
-from agent.core.reconcile import Reason
+from agent.core.reconcile import Plan, Reason
 from agent.core.scheduler import Follower
+from agent.fs.turns import in_thread
 from agent.snapshot.download import StagedSnapshot
 from agent.sync.catchup import CatchUp
 from agent.sync.drift import DriftWatch
 from agent.sync.drift_policy import Policy
 from agent.sync.ledger import LedgerState
-from agent.sync.workspace import Workspace
+from agent.sync.preview import Preview
+from agent.sync.workspace import ApplyResult, Workspace
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans
@@ -35,7 +37,8 @@ class Hydration:
     """The parts of the loop that the first tree is made with.
 
     Attributes:
-        apply: makes disk and tree follow a snapshot; returns False when the disk could not.
+        plan: what a snapshot asks for.
+        settle: has the tree say what the disk did of a plan since a time; returns False when it could not.
         drift_policy: with `report` and `restore` the files that nobody knows are shown.
     """
 
@@ -46,7 +49,9 @@ class Hydration:
     status: SyncStatus
     metrics: Metrics
     spans: Spans | None
-    apply: Callable[[StagedSnapshot], bool]
+    preview: Preview
+    plan: Callable[[StagedSnapshot], Plan]
+    settle: Callable[[Plan, ApplyResult, float], bool]
     drift_policy: Policy
     clock: Callable[[], float]
 
@@ -58,7 +63,7 @@ class Hydration:
             HydrationImpossible, CredentialRejected: there is no snapshot to be had.
         """
         workspace = self.workspace
-        loaded = workspace.open()
+        loaded = await in_thread(workspace.open)  # with whatever an earlier run left
         if loaded is not None:
             await self._resume(loaded)
             return
@@ -67,19 +72,22 @@ class Hydration:
         self.status.phase = SyncPhase.HYDRATING
         started = self.clock()
         staged = await self.catch_up.first(url)
-        self._tell_ours(found, staged)
-        if not self.apply(staged):
+        await self._tell_ours(found, staged)
+        plan = self.plan(staged)
+        self.preview.begin([each.path for each in plan.operations])
+        applied = await workspace.apply_in_thread(plan.operations, self.follower.tree.entries)
+        if not self.settle(plan, applied, started):
             raise RootUnusable(f"the first snapshot could not be put in place: {workspace.failure}")
-        workspace.record_whole(self.follower.tree)
+        await workspace.record_in_thread(self.follower.tree)
         self._tell(staged, self.clock() - started)
 
-    def _tell_ours(self, found: set[RelPath], staged: StagedSnapshot) -> None:
+    async def _tell_ours(self, found: set[RelPath], staged: StagedSnapshot) -> None:
         """Remove what the database has deleted, and remember what it never had."""
         manifest = staged.manifest
         gone = found & manifest.deleted.keys() - manifest.files.keys()
         if gone:
             log.info("hydrate.discarded", files=len(gone), file_path=min(gone))
-            self.workspace.discard(sorted(gone))
+            await in_thread(lambda: self.workspace.discard(sorted(gone)))
         if self.drift_policy in ("report", "restore") and not staged.plain:
             self.drift.strangers = frozenset(found - gone - manifest.files.keys())
 

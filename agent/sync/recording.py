@@ -55,4 +55,6 @@ class Recording:
         self._failures = 0 if recorded else self._failures + 1
         if not recorded:
             self._wait(AGAIN.delay(self._failures))
+        elif not self._workspace.swept:
+            self.soon()
         self._then()

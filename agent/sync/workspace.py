@@ -19,13 +19,17 @@ from agent.core.model import ENVIRONMENT_PROBLEMS, Cursor, Entry, Operation, Pro
 from agent.fs.dirfd import environment_problem
 from agent.fs.inspect import Drift, FileStat
 from agent.fs.project_dir import ProjectDir
-from agent.fs.turns import in_turns
+from agent.fs.transaction import TransactionResult
+from agent.fs.turns import in_thread, in_turns
 from agent.sync.drift import Observed
 from agent.sync.ledger import Ledger, LedgerFailed, LedgerState
 from agent.telemetry.logging import get_logger
 from agent.telemetry.status import Problems
 
 log = get_logger("workspace")
+
+MOST_NAMED = 20
+"""Drifted files of one transaction that have a line of their own in the log, at 0.1 ms each; the rest is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Workspace:
         """Why the latest operations were undone."""
         self._unrecorded: Problem | None = None
         """Why the ledger lags behind the disk, while it does."""
+        self.swept = True
+        """Nothing that was replaced is left to be removed."""
         self.ledger_lost = False
         """The ledger's file was damaged and is gone: the whole tree must be recorded (`record_anew`)."""
 
@@ -105,19 +111,37 @@ class Workspace:
 
     def apply(self, operations: Sequence[Operation], entries: Map[RelPath, Entry]) -> ApplyResult:
         """Do operations, all or nothing. `entries`: what the disk is believed to hold now."""
-        if not operations:
-            return ApplyResult()
+        return self._applied(operations, self._write(operations, entries)) if operations else ApplyResult()
+
+    async def apply_in_thread(
+        self, operations: Sequence[Operation], entries: Map[RelPath, Entry]
+    ) -> ApplyResult:
+        """As `apply`, for a first tree, which has as many files as the project likes. Nothing else may be called."""
+        return self._applied(operations, await in_thread(lambda: self._write(operations, entries)))
+
+    def _write(
+        self, operations: Sequence[Operation], entries: Map[RelPath, Entry]
+    ) -> TransactionResult | LedgerFailed:
         new = [each.path for each in operations if isinstance(each, Write) and each.path not in self.stats]
         try:
             self._ledger.intend(new)
         except LedgerFailed as error:
-            self._ledger_failed(error)
+            return error
+        return self.disk.apply(operations, self.stats, tree=entries, sweep=False)
+
+    def _applied(
+        self, operations: Sequence[Operation], outcome: TransactionResult | LedgerFailed
+    ) -> ApplyResult:
+        if isinstance(outcome, LedgerFailed):
+            self._ledger_failed(outcome)
             return ApplyResult(undone=True)
-        outcome = self.disk.apply(operations, self.stats, tree=entries, sweep=False)
+        overwritten = [problem for problem in outcome.problems if problem.kind == "drift"]
+        for problem in overwritten[:MOST_NAMED]:
+            log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
+        if len(overwritten) > MOST_NAMED:
+            log.warning("drift.overwritten", more_files=len(overwritten) - MOST_NAMED)
         for problem in outcome.problems:
-            if problem.kind == "drift":
-                log.warning("drift.overwritten", file_path=problem.path, detail=problem.detail)
-            else:
+            if problem.kind != "drift":
                 self._problems.add(problem)
         for each in outcome.done:
             path = each.operation.path
@@ -154,24 +178,33 @@ class Workspace:
 
         What the ledger cannot take now goes with the next record. Returns False when there is something such.
         """
-        self.disk.sweep()
-        return self._written(partial(self._ledger.record, (), cursor))
-
-    def record_whole(self, tree: Tree) -> bool:
-        """Record the whole tree in place of everything recorded before, and drop what is left in staging."""
-        self.disk.clear_staging()
-        return self.record_anew(tree)
+        self.swept = self.disk.sweep()
+        return self._recorded(_failure_of(partial(self._ledger.record, (), cursor)))
 
     def record_anew(self, tree: Tree) -> bool:
         """Record the whole tree in place of everything recorded before. Returns False when it has to wait."""
-        written = self._written(partial(self._ledger.replace, tree, self.stats, self.disk.made))
+        return self._recorded_anew(
+            _failure_of(partial(self._ledger.replace, tree, self.stats, self.disk.made))
+        )
+
+    def record_whole(self, tree: Tree) -> bool:
+        """As `record_anew`; what is still staged goes with the next records."""
+        self.disk.drop_staged()
+        return self.record_anew(tree)
+
+    async def record_in_thread(self, tree: Tree) -> bool:
+        """As `record_whole`, for a first tree. Nothing else may be called meanwhile."""
+        self.disk.drop_staged()
+        write = partial(self._ledger.replace, tree, self.stats, self.disk.made)
+        return self._recorded_anew(await in_thread(lambda: _failure_of(write)))
+
+    def _recorded_anew(self, error: LedgerFailed | None) -> bool:
+        written = self._recorded(error)
         self.ledger_lost = self.ledger_lost and not written
         return written
 
-    def _written(self, write: Callable[[], None]) -> bool:
-        try:
-            write()
-        except LedgerFailed as error:
+    def _recorded(self, error: LedgerFailed | None) -> bool:
+        if error is not None:
             self._ledger_failed(error)
             return False
         if self._unrecorded is not None:
@@ -207,3 +240,11 @@ class Workspace:
     def expected(self, tree: Tree) -> tuple[Mapping[RelPath, Entry], Mapping[RelPath, FileStat]]:
         """What should be on disk, for the drift watch to compare with."""
         return tree.entries, self.stats
+
+
+def _failure_of(write: Callable[[], None]) -> LedgerFailed | None:
+    try:
+        write()
+    except LedgerFailed as error:
+        return error
+    return None

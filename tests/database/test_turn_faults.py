@@ -379,3 +379,24 @@ def test_a_turn_and_the_deletion_of_its_project_do_not_wait_in_a_circle(
         assert written.result(30) in (None, "PT410")
         deletion.result(30)
     assert one(db, "select count(*) from preview.turns") == 0
+
+
+def test_a_turn_that_is_begun_while_its_project_is_deleted_is_refused(
+    db: Db, database: str, project: Project
+) -> None:
+    """It waits for the head, and the head is gone."""
+
+    def start(writer: Db) -> str | None:
+        try:
+            begin(writer, project.id)
+        except psycopg.Error as error:
+            return error.sqlstate
+        return None
+
+    with connect(database) as writer, connect(database) as deleter, ThreadPoolExecutor(1) as threads:
+        with deleter.transaction():
+            deleter.execute("delete from public.projects where id = %s", [project.id])
+            begun = threads.submit(start, writer)
+            until_waiting(db, writer)
+        assert begun.result(30) == "PT410"
+    assert one(db, "select count(*) from preview.turns") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -138,6 +139,22 @@ async def test_a_prober_that_is_slow_to_ask_is_answered_though_hundreds_came_aft
         writer.write(b"GET /livez HTTP/1.1\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
         for _, each in [(reader, writer), *silent]:
+            each.close()
+
+
+async def test_a_prober_in_a_crowd_that_begins_to_ask_at_once_is_answered() -> None:
+    """All of it was there before the loop had a turn; the others never finish their question."""
+    agent = Agent()
+    async with served(agent):
+        crowd = []
+        for number in range(800):
+            each = socket.create_connection(("127.0.0.1", agent.port))
+            each.sendall(b"GET /livez HTTP/1.1\r\n\r\n" if number == 400 else b"G")
+            crowd.append(each)
+        reader, writer = await asyncio.open_connection(sock=crowd[400])
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        for each in crowd:
             each.close()
 
 
