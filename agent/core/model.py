@@ -93,7 +93,7 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "nothing_to_serve": "add what the sentence names, or say in DEV_ROOT or DEV_COMMAND what to preview",
     "path_refused": "rename the file in the project; its path is never written, the others are",
     "path_unusable": "rename the file, or remove what is in its way or forbids it; then it is written by itself",
-    "permission_denied": "let the agent's user write in PROJECT_DIR and STAGING_DIR",
+    "permission_denied": "let the agent's user write in STAGING_DIR and STATE_DIR",
     "preview_unobserved": "only what people see is unknown: see docs/screen.md for the servers that are observed",
     "port_taken": "stop what listens on the dev server's port, or set DEV_PORT",
     "preview_error": "the dev server is up and its page is not right; fix what the detail names, saving it shows it",

@@ -35,7 +35,7 @@ NOT_OURS = frozenset(
         # of the tests and the image
         "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "IMAGE_PLATFORM", "TEMPLATE",
         # of a document's own example
-        "SERVICE_KEY", "DEV_ENV_NAME", "NAME", "SOAK_CLOCK",
+        "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
         "API", "AUTH", "PROJECT", "SESSION", "PREVIEW", "PROMETHEUS",
         # the system's
         "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_SYS_RESOURCE", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
