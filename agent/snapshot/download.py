@@ -114,13 +114,13 @@ class Downloader:
         expires_at, now = expiry(url), self.wall()
         if expires_at is not None and expires_at + EXPIRY_LEEWAY < now:
             raise CredentialRejected(f"{WHAT}'s signed URL expired {now - expires_at:.0f} s ago")
-        await in_turns(self.disk.removal())  # what an earlier attempt left takes the room of this one
         unpacker = Unpacker(self.disk, self.limits, self.expected_project, self.progress, have or {})
         try:
             await self._download(url, unpacker)
             snapshot = unpacker.finish()
         except BaseException:
             unpacker.abandon()
+            await in_turns(self.disk.removal())
             raise
         # Free the buffers and the manifest's text before 20,000 files are promoted, which takes memory too.
         del unpacker
