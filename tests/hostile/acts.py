@@ -49,6 +49,13 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def overwrite(path: Path, text: str) -> None:
+    """Write it as an editor does, but wait for nobody: it may be a pipe by now that no one reads, or be leased."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+    with open(descriptor, "w") as file:
+        file.write(text)
+
+
 # --- files that are not what they were
 
 
@@ -63,7 +70,7 @@ def far_times() -> None:
 
 def changed() -> None:
     for _ in range(20):
-        a_file().write_text(f"theirs {DICE.random()}\n" * DICE.randrange(1, 2000))
+        overwrite(a_file(), f"theirs {DICE.random()}\n" * DICE.randrange(1, 2000))
 
 
 def written_on() -> None:
@@ -71,7 +78,7 @@ def written_on() -> None:
     path, until = a_file(), time.monotonic() + 0.5
     while time.monotonic() < until:
         with suppress(OSError):
-            path.write_text("theirs")
+            overwrite(path, "theirs")
 
 
 def removed() -> None:
@@ -94,7 +101,7 @@ def closed() -> None:
 
 
 def leased() -> None:
-    descriptor = os.open(a_file(), os.O_RDWR)
+    descriptor = os.open(a_file(), os.O_RDWR | os.O_NONBLOCK)
     fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     time.sleep(0.3)
     os.close(descriptor)
