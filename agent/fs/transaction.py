@@ -225,7 +225,7 @@ class Transaction:
             rule = path_rule(error, self._staging.descriptor)
             if rule is None:
                 raise
-            for step in [each for each in self._undo[steps_before:] if each[0] == path]:
+            for step in [each for each in reversed(self._undo[steps_before:]) if each[0] == path]:
                 self._undo.remove(step)
                 self._undone(*step)
             self._refuse(operation, rule, f"{rule.replace('_', ' ')}, {error.strerror}")

@@ -119,6 +119,7 @@ REVIEWED = {
     "devserver.process.__init__": "waits for the child; `wait` raises it",
     "devserver.supervisor._do_start": "the probe, contained",
     "devserver.supervisor._spawn": "contained; a bug is a failed install or an exit",
+    "fs.turns.in_thread": "the thread with the disk; awaited, also when it is given up",
     "link.loop.run": "the link's own group, kept running as a whole",
     "link.realtime.run": "the connection's own group, kept running with the link",
     "snapshot.download._hand_over": "the unpacking; the next batch raises it",
