@@ -65,7 +65,8 @@ def slope(per_hour: float) -> Trend:
 
 def test_one_more_connection_in_three_minutes_is_no_leak() -> None:
     assert not judge([Trend(40, 180, 20, 22)], DESCRIPTORS).grows
-    assert judge([Trend(40, 600, 20, 27)], DESCRIPTORS).grows
+    assert not judge([Trend(80, 255, 27, 37)], DESCRIPTORS).grows, "directories that are open again"
+    assert judge([Trend(80, 600, 20, 33)], DESCRIPTORS).grows
 
 
 def test_a_small_leak_of_all_and_a_large_one_of_one_are_both_found() -> None:
