@@ -111,8 +111,11 @@ class Run:
             assert time.monotonic() < deadline, self.agent.log()[-4000:]
             paths = self.dice.choices(sorted(FILES), k=self.dice.choice([1, 1, 1, 5]))
             text = f"export default {self.saves}\n" * self.dice.randrange(1, 200)
-            await self.project.bulk(dict.fromkeys(paths, text))
-            self.saves += 1
+            with contextlib.suppress(
+                httpx.TransportError
+            ):  # a connection that rested too long: the next save is one more
+                await self.project.bulk(dict.fromkeys(paths, text))
+                self.saves += 1
             await asyncio.sleep(self.dice.uniform(0, 0.2))
 
     async def put_right(self) -> None:
