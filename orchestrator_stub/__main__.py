@@ -1,6 +1,6 @@
 """The command line and how it fails.
 
-preview-orchestrator dev | serve | stand-in | secrets | migrate | doctor | machines | rollout | tail | log
+preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | rollout | tail | log
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="the control plane, by the environment's settings")
     serve.set_defaults(run=_serve)
+
+    door = commands.add_parser("door", help="the door alone: what browsers reach previews through")
+    door.set_defaults(run=_door)
 
     standing_in = commands.add_parser(
         "stand-in", help="the stand-in for Supabase alone, over a PostgreSQL: for a deployment on one machine"
@@ -228,6 +231,17 @@ def _serve(_: argparse.Namespace) -> int:
 
     try:
         return asyncio.run(run_serve(Settings.from_environment()))
+    except CannotServe as error:
+        sys.stderr.write(f"preview-orchestrator: {error}\n")
+        return EXIT_FAILED
+
+
+def _door(_: argparse.Namespace) -> int:
+    from orchestrator_stub.config import DoorSettings
+    from orchestrator_stub.server import CannotServe, run_door
+
+    try:
+        return asyncio.run(run_door(DoorSettings.from_environment()))
     except CannotServe as error:
         sys.stderr.write(f"preview-orchestrator: {error}\n")
         return EXIT_FAILED

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -37,6 +37,8 @@ class Timing:
     drain: float = 120.0
     """From `draining` to `gone` before the sweeper reports the machine driver as stuck."""
 
+
+Read = TypeVar("Read", bound=BaseSettings)
 
 _TIMING = Timing()
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "react-app"
@@ -70,6 +72,13 @@ def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     return origins
 
 
+def _checked_domain(domain: str | None) -> str | None:
+    """Refuses what a browser does not send as the end of a `Host`."""
+    if domain is not None and not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?", domain):
+        raise ValueError("is a host name in lower case, with its port where that is not the usual: no scheme")
+    return domain
+
+
 def dsn_problem(dsn: str) -> str | None:
     """What is wrong with a connection string, without a word of it; None when nothing is."""
     encode = "percent-encode @ : / and # in its password"
@@ -91,8 +100,8 @@ class SettingsError(Exception):
         super().__init__("\n".join(problems))
 
 
-class Settings(BaseSettings):
-    """What `preview-orchestrator serve` is told by its environment; `dev` fills in the local stack's values."""
+class DoorSettings(BaseSettings):
+    """What `preview-orchestrator door` is told by its environment: all of it, and no key of Supabase's."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
@@ -100,6 +109,60 @@ class Settings(BaseSettings):
     database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
     (the sweeper's advisory lock and LISTEN need the session)."""
+
+    # --- the door
+    preview_domain: Annotated[str | None, BeforeValidator(_unless_empty), AfterValidator(_checked_domain)] = (
+        None
+    )
+    """Previews are reached at `https://LABEL.PREVIEW_DOMAIN` ([door.md](door.md)): a domain of their own, apart from
+    the product's, with its port where that is not 443. `localhost` and what ends in `.localhost` is reached by http.
+    Unset: no door."""
+    door_keys: SecretStr | None = None
+    """What codes and cookies of the door are signed with: words `ID:KEY`, a key being 32 bytes in base64
+    (`openssl rand -base64 32`). The first signs, all verify. The same for every door and `serve`, for nothing else."""
+    door_host: str = "127.0.0.1"
+    """Where the door listens; `::` where what ends TLS is on another machine."""
+    door_port: int = Field(54380, ge=0, le=65535)
+    """Of the door, for what ends TLS in front of it."""
+    door_metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Where `preview-orchestrator door` serves its own metrics; unset: nowhere. Inside `serve` they are `serve`'s."""
+    door_replay: Annotated[str | None, BeforeValidator(_unless_empty)] = None
+    """The Fly app of the machines: has Fly's proxy send requests to them (`fly-replay`) instead of copying them. The
+    door's cookie reaches the project's code then, open sockets are not closed when access is taken back, and a body
+    has at most 1 MB."""
+
+    # --- being watched
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; machines are given the same."""
+    log_format: Literal["json", "console", "auto"] = "auto"
+    """`auto`: JSON unless on a terminal."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Settings from the environment. Raises `SettingsError` with every problem at once."""
+        settings = _checked(cls, {})
+        if problems := settings.missing():
+            raise SettingsError(problems)
+        return settings
+
+    def missing(self) -> list[str]:
+        """What is needed besides what is set, a sentence each."""
+        if self.preview_domain is None:
+            return ["PREVIEW_DOMAIN is needed: below it each preview has its name"]
+        return self._door_missing()
+
+    def _door_missing(self) -> list[str]:
+        if self.preview_domain is not None and self.door_keys is None:
+            return ["DOOR_KEYS is needed with PREVIEW_DOMAIN: they sign what lets a browser in"]
+        return []
+
+
+class Settings(DoorSettings):
+    """What `preview-orchestrator serve` is told by its environment; `dev` fills in the local stack's values."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    # --- the parts we stand on
     supabase_url: HttpUrl
     """`https://<ref>.supabase.co`; Realtime and Storage are found below it."""
     supabase_anon_key: SecretStr
@@ -226,12 +289,6 @@ class Settings(BaseSettings):
     body_limit: int = Field(65_536, ge=1024)
     """Bytes. The largest honest body of the session API, a status with its problems, is cut to 32 KB by the agent."""
 
-    # --- being watched
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged; machines are given the same."""
-    log_format: Literal["json", "console", "auto"] = "auto"
-    """`auto`: JSON unless on a terminal."""
-
     @property
     def timing(self) -> Timing:
         """What `sessions.judge` goes by.
@@ -275,21 +332,16 @@ class Settings(BaseSettings):
         """Settings from `values` alone, nothing read from the environment. Raises `SettingsError`."""
         return _checked(_Explicit, values)
 
-    @classmethod
-    def from_environment(cls) -> Settings:
-        """Settings from the environment. Raises `SettingsError` with every problem at once."""
-        settings = _checked(cls, {})
-        problems = []
-        if settings.supabase_jwt_secret is None and settings.jwt_keys_file is None:
+    def missing(self) -> list[str]:
+        problems = self._door_missing()
+        if self.supabase_jwt_secret is None and self.jwt_keys_file is None:
             problems.append(
                 "SUPABASE_JWT_SECRET or JWT_KEYS_FILE is needed: one of them signs session tokens"
             )
-        if settings.machine_driver == "fly":
-            missing = [n for n in ("fly_api_token", "fly_app") if getattr(settings, n) is None]
+        if self.machine_driver == "fly":
+            missing = [n for n in ("fly_api_token", "fly_app") if getattr(self, n) is None]
             problems.extend(f"{name.upper()} is needed with MACHINE_DRIVER=fly" for name in missing)
-        if problems:
-            raise SettingsError(problems)
-        return settings
+        return problems
 
     @staticmethod
     def database_url_from_environment() -> str:
@@ -348,10 +400,7 @@ class _Explicit(Settings):
         return (init_settings,)
 
 
-_S = TypeVar("_S", bound=BaseSettings)
-
-
-def _checked(kind: type[_S], values: Mapping[str, Any]) -> _S:
+def _checked(kind: type[Read], values: Mapping[str, Any]) -> Read:
     try:
         return kind(**values)
     except ValidationError as error:

@@ -25,15 +25,19 @@ import httpx
 import psycopg
 import structlog
 import uvicorn
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator_stub.config import Settings
+from orchestrator_stub.config import DoorSettings, Settings
+from orchestrator_stub.door.decision import Address
+from orchestrator_stub.door.passes import Passes, door_keys
+from orchestrator_stub.door.service import Door
+from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
+from orchestrator_stub.http.door_routes import DoorRoutes
 from orchestrator_stub.http.operations import Measured, Metrics
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -67,6 +71,9 @@ STOP_GRACE = 10
 CONNECT_TIMEOUT = 10
 """Seconds for the database to be reached at the start; whoever started us starts us again."""
 
+DOOR_POOL = 4
+"""Connections of a door to the database: one query a second, and one for each name that is new."""
+
 NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
 
 
@@ -88,6 +95,7 @@ class ControlPlane:
     metrics: Metrics
     pool: Pool
     installation: Installation
+    access: Access | None
 
 
 @asynccontextmanager
@@ -131,7 +139,8 @@ async def control_plane(
             )
         for sentence in differences(limits):
             log.warning("limits.differ", detail=sentence)
-        runs = RunSettings(pool, sealing_keys_of(settings))
+        access = access_of(settings, pool)
+        runs = RunSettings(pool, sealing_keys_of(settings), access)
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
             installation=installation, template=template, on_part=on_part, on_suspend=metrics.suspends.inc,
@@ -139,7 +148,7 @@ async def control_plane(
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = RunRoutes(
+        api = DoorRoutes(
             settings,
             controller,
             store,
@@ -148,6 +157,7 @@ async def control_plane(
             keys,
             runs,
             screens,
+            access=access,
             on_ready=metrics.ready_seconds.observe,
             on_wake=metrics.wakes_seconds.observe,
         )
@@ -158,7 +168,7 @@ async def control_plane(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
             )  # fmt: skip
-            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
+            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access)
         finally:
             waking.cancel()
             await asyncio.gather(waking, return_exceptions=True)
@@ -184,6 +194,34 @@ def sealing_keys_of(settings: Settings) -> SealingKeys:
         return SealingKeys.read(keys.get_secret_value() if keys else "")
     except ValueError as error:
         raise CannotServe(f"RUN_SETTINGS_KEYS: {error}") from None
+
+
+def door_keyring(settings: DoorSettings) -> Keyring:
+    """The keys that codes and cookies of the door are signed with. Raises `CannotServe`."""
+    keys = settings.door_keys
+    try:
+        return door_keys(keys.get_secret_value() if keys else "")
+    except ValueError as error:
+        raise CannotServe(f"DOOR_KEYS: {error}") from None
+
+
+def access_of(settings: Settings, pool: Pool) -> Access | None:
+    """What lets people in; None without a door. Raises `CannotServe`."""
+    if settings.preview_domain is None:
+        return None
+    passes = Passes(door_keyring(settings), time.time)
+    return Access(DoorStore(pool), passes, Address(settings.preview_domain))
+
+
+def door_of(
+    settings: DoorSettings, pool: Pool, metrics: CollectorRegistry, address: Address | None = None
+) -> Door:
+    """The door that the settings name. Raises `CannotServe`."""
+    assert settings.preview_domain is not None
+    return Door(
+        DoorStore(pool), settings.database_url.get_secret_value(), door_keyring(settings),
+        address or Address(settings.preview_domain), metrics=metrics, replay=settings.door_replay,
+    )  # fmt: skip
 
 
 def driver_of(settings: Settings) -> MachineDriver:
@@ -225,14 +263,9 @@ async def run_serve(settings: Settings) -> int:
         keys = keyring_of(settings)
     except (OSError, ValueError) as error:
         raise CannotServe(f"cannot read the JWT keys: {error}") from None
-    try:
-        listener = listen(settings.host, settings.port)
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
+    listener = _listen(settings.host, settings.port)
+    door_listener = _listen(settings.door_host, settings.door_port) if settings.preview_domain else None
+    stop = _stop_event()
     try:
         dsn = settings.database_url.get_secret_value()
         async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
@@ -254,13 +287,15 @@ async def run_serve(settings: Settings) -> int:
                 address="{}:{}".format(*listener.getsockname()[:2]),
                 template=str(settings.template_dir or NO_TEMPLATE),
             )
-            done, _ = await asyncio.wait(
-                [serving, sweeping, building, stopping], return_when=asyncio.FIRST_COMPLETED
-            )
+            tasks = [sweeping, building, stopping]
+            if door_listener is not None:
+                door = door_of(settings, service.pool, service.metrics.registry)
+                tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
+            done, _ = await asyncio.wait([serving, *tasks], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
-            for task in (sweeping, building, stopping):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(serving, sweeping, building, stopping, return_exceptions=True)
+            await asyncio.gather(serving, *tasks, return_exceptions=True)
             if stopping not in done:
                 log.error("ended", part=", ".join(task.get_name() for task in done))
                 return 1
@@ -270,7 +305,59 @@ async def run_serve(settings: Settings) -> int:
         raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
     finally:
         listener.close()
+        if door_listener is not None:
+            door_listener.close()
     return 0
+
+
+async def run_door(settings: DoorSettings) -> int:
+    """Serve the door alone until SIGTERM, SIGINT or SIGHUP, then end what is open. Raises `CannotServe`."""
+    secrets = (settings.database_url, settings.door_keys)
+    configure_logs(
+        settings.log_level, settings.log_format, Redactor([s.get_secret_value() for s in secrets if s])
+    )
+    listener = _listen(settings.door_host, settings.door_port)
+    stop = _stop_event()
+    dsn = settings.database_url.get_secret_value()
+    try:
+        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
+            pass
+        async with pool_of(dsn, size=DOOR_POOL) as pool:
+            registry = CollectorRegistry()
+            if settings.door_metrics_port is not None:
+                start_http_server(settings.door_metrics_port, settings.door_host, registry)
+            door = asyncio.create_task(door_of(settings, pool, registry).run(listener), name="door")
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            log.info("door.open", address="{}:{}".format(*listener.getsockname()[:2]))
+            done, _ = await asyncio.wait([door, stopping], return_when=asyncio.FIRST_COMPLETED)
+            for task in (door, stopping):
+                task.cancel()
+            ended = await asyncio.gather(door, stopping, return_exceptions=True)
+            if stopping not in done:
+                log.error("ended", part="door", reason=repr(ended[0]))
+                return 1
+    except psycopg.OperationalError as error:
+        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+    finally:
+        listener.close()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """As `listen`. Raises `CannotServe`."""
+    try:
+        return listen(host, port)
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _stop_event() -> asyncio.Event:
+    """Set when somebody asks the process to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    return stop
 
 
 async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
@@ -350,6 +437,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         config.app = Dated(config.app)
         config.date_header = False
+        # httptools is there for the door; it is not what uvicorn's behaviour here was tried with.
+        config.http = "h11"
         super().__init__(config)
 
     def capture_signals(self) -> Any:

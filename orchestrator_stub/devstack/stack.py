@@ -34,6 +34,7 @@ from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
+from orchestrator_stub.door.decision import Address
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
@@ -52,9 +53,11 @@ from orchestrator_stub.platform.migrations import (
 )
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane, listen
+from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane, door_of, listen
 
 HOST: Final = "127.0.0.1"
+
+DEV_PORT: Final = 5173
 
 NODE_NEEDED: Final = (20, 19)
 """Vite 8's `engines`: ^20.19 || >=22.12."""
@@ -126,7 +129,6 @@ class Stack:
             self._state.path / "machines",
             environment=os.environ,
             host=HOST,
-            dev_port=5173 if self._options.port else None,
             restarts=RESTARTS,
             tied=True,
             on_start=self._agent_started,
@@ -135,7 +137,9 @@ class Stack:
         project_keys = ProjectKeys.of(keys)
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
         self._stack.push_async_callback(self._retire_ours, driver)
-        settings = _settings(port, dsn, project_keys, self._state)
+        door_listener = self._door_listener()
+        door_port = door_listener.getsockname()[1]
+        settings = _settings(port, door_port, dsn, project_keys, self._state)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
         self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
@@ -156,6 +160,12 @@ class Stack:
             tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
+        assert service.access is not None
+        label = await service.access.label(project_id)
+        # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
+        address = Address(str(settings.preview_domain), home=label, open=True)
+        door = door_of(settings, service.pool, service.metrics.registry, address)
+        tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 
@@ -168,7 +178,7 @@ class Stack:
             project_id=str(project_id),
             session_id=str(session_id),
             project_dir=str(driver.project_dir(session_id)),
-            preview_url=str(machine.preview_url),
+            preview_url=f"http://{HOST}:{door_port}",
             health_url=str(machine.health_url),
             agent_pid=self._pid,
             user_email=email,
@@ -208,6 +218,15 @@ class Stack:
                 f"port {self._options.port} cannot be had ({error.strerror}); "
                 "give another --port, or --port 0 for a free one"
             ) from None
+        self._stack.callback(listener.close)
+        return listener
+
+    def _door_listener(self) -> socket.socket:
+        """Where browsers come: Vite's own port when it is free, for it is the one that people know."""
+        try:
+            listener = listen(HOST, DEV_PORT if self._options.port else 0)
+        except OSError:
+            listener = listen(HOST, 0)
         self._stack.callback(listener.close)
         return listener
 
@@ -461,7 +480,7 @@ def _identities(directory: Path) -> tuple[UUID, UUID]:
     )
 
 
-def _settings(port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> Settings:
+def _settings(port: int, door_port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> Settings:
     return Settings.of(
         {
             "database_url": dsn,
@@ -475,6 +494,10 @@ def _settings(port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> 
             "template_dir": None,
             "machines_dir": state.path / "machines",
             "run_settings_keys": state.run_settings_keys(),
+            "preview_domain": f"localhost:{door_port}",
+            "door_keys": state.door_keys(),
+            "door_host": HOST,
+            "door_port": door_port,
         }
     )
 

@@ -98,7 +98,14 @@ class StateDirectory:
 
     def run_settings_keys(self) -> str:
         """The key of this directory's run settings, made at the first start. Raises `CannotStart`."""
-        file = self.path / "run-settings.key"
+        return self._own_key("run-settings.key")
+
+    def door_keys(self) -> str:
+        """The key of this directory's door, made at the first start. Raises `CannotStart`."""
+        return self._own_key("door.key")
+
+    def _own_key(self, name: str) -> str:
+        file = self.path / name
         try:
             with (
                 suppress(FileExistsError),

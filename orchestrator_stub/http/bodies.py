@@ -42,6 +42,15 @@ class SnapshotBody(BaseModel):
     rebuild: Annotated[bool, Field(strict=True)] = False
 
 
+class DoorBody(BaseModel):
+    """`POST /v1/sessions/{id}/door`. `path`: where in the preview it leads."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: Annotated[
+        str, StringConstraints(max_length=2048, strict=True, pattern=r"^/(?![/\\])[!-\[\]-~]*$")
+    ] = "/"
+
+
 class SyncBody(BaseModel):
     """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
 

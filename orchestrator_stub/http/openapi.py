@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator_stub import __version__
-from orchestrator_stub.http.bodies import CreateBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.http.bodies import CreateBody, DoorBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.sessions.lifecycle import State
 from orchestrator_stub.sessions.run_settings import RunBody
 
@@ -57,6 +57,9 @@ RUN_FIELDS: Schema = {
     "dev_command": _or_null(TEXT),
     "dev_port": _or_null(WHOLE),
     "install_command": _or_null(TEXT),
+    "frame_ancestors": _or_null({"type": "array", "items": TEXT}),
+    "coep": _or_null(TEXT),
+    "corp": _or_null(TEXT),
     "allowed_hosts": _or_null({"type": "array", "items": TEXT}),
     "public": _or_null({"type": "boolean"}),
     "transport": _or_null({"enum": ["realtime", "nats"]}),
@@ -123,6 +126,8 @@ SCHEMAS: Schema = {
         env={"type": "object", "additionalProperties": TEXT},
         npmrc=_or_null(TEXT),
     ),
+    "Door": _object(url=URL, expires_at=TIME),
+    "Revoked": _object(revoked={"type": "boolean"}),
     "Token": _object(realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
         {
@@ -133,7 +138,10 @@ SCHEMAS: Schema = {
         revision=WHOLE,
         run_revision=WHOLE,
     ),
-    **{form.__name__: _schema_of(form) for form in (CreateBody, SnapshotBody, SyncBody, StatusBody, RunBody)},
+    **{
+        form.__name__: _schema_of(form)
+        for form in (CreateBody, DoorBody, SnapshotBody, SyncBody, StatusBody, RunBody)
+    },
 }
 
 SAID = {
@@ -195,7 +203,10 @@ def _operation(
     }
     if body:
         content = {"application/json": {"schema": _ref(body)}}
-        operation["requestBody"] = {"required": body not in ("SnapshotBody", "RunBody"), "content": content}
+        operation["requestBody"] = {
+            "required": body not in ("SnapshotBody", "RunBody", "DoorBody"),
+            "content": content,
+        }
     return operation
 
 
@@ -242,6 +253,14 @@ def openapi_document() -> Schema:
                 "get": _operation(
                     "Wait for a project's screen", product, "Shown", "project_path", *asked, also=(410, 429)
                 )
+            },
+            f"{one}/door": {
+                "post": _operation(
+                    "Let a browser in", product, "Door", "session", body="DoorBody", also=(410,)
+                )
+            },
+            f"{one}/door/revoke": {
+                "post": _operation("Let nobody in any more", product, "Revoked", "session")
             },
             f"{one}/sync": {
                 "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=(*live, 429))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
@@ -18,6 +18,7 @@ import structlog
 from psycopg.types.json import Jsonb
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from orchestrator_stub.door.store import Access
 from orchestrator_stub.platform.database import Pool, fetch_one
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.source_files import path_problem
@@ -63,6 +64,14 @@ Host = Annotated[
         max_length=253, strict=True, pattern=r"^\.?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$"
     ),
 ]  # fmt: skip
+Ancestor = Annotated[
+    str,
+    StringConstraints(
+        max_length=253, strict=True,
+        pattern=r"^('self'|'none'|https?://(\*\.)?[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?)$",
+    ),
+]  # fmt: skip
+"""Of `frame-ancestors`: a source as a policy has it."""
 Name = Annotated[str, Field(json_schema_extra={"pattern": ENV_NAME})]
 Secret = Annotated[str, StringConstraints(max_length=32_768, strict=True, pattern=NO_NUL)]
 
@@ -89,6 +98,9 @@ class RunBody(BaseModel):
     ) = None
     npmrc: Annotated[str, StringConstraints(max_length=16_384, strict=True, pattern=NO_NUL)] | None = None
     public: Annotated[bool, Field(strict=True)] | None = None
+    frame_ancestors: Annotated[list[Ancestor], Field(max_length=20)] | None = None
+    coep: Literal["unsafe-none", "require-corp", "credentialless"] | None = None
+    corp: Literal["same-origin", "same-site", "cross-origin"] | None = None
     transport: Literal["realtime", "nats"] | None = None
     write_back: Annotated[bool, Field(strict=True)] | None = None
 
@@ -98,8 +110,8 @@ class RunBody(BaseModel):
 
 
 SECRETS: Final = frozenset({"env", "npmrc"})
-OWNERS: Final = SECRETS | {"public", "write_back"}
-"""What only the project's owner and the service may set: it gives away secrets, or opens the preview."""
+OWNERS: Final = SECRETS | {"public", "write_back", "frame_ancestors", "coep", "corp"}
+"""What only the project's owner and the service may set: it gives away secrets, or says who may see the preview."""
 PLAIN: Final = tuple(name for name in RunBody.model_fields if name not in SECRETS)
 ENVIRONMENT: Final = {
     "root": "DEV_ROOT", "dev_command": "DEV_COMMAND", "dev_port": "DEV_SERVER_PORT",
@@ -156,9 +168,10 @@ class Stored:
 class RunSettings:
     """`preview.run_settings`, and the `run` of sessions, through `pool`."""
 
-    def __init__(self, pool: Pool, keys: SealingKeys) -> None:
+    def __init__(self, pool: Pool, keys: SealingKeys, door: Access | None = None) -> None:
         self._pool = pool
         self._keys = keys
+        self._door = door
 
     async def of_project(self, project_id: UUID) -> Stored:
         """Those of a project; empty when it has none."""
@@ -173,11 +186,19 @@ class RunSettings:
         """Those of a session: its project's, with its own on top."""
         row = await fetch_one(
             self._pool,
-            "select r.revision, r.plain, r.sealed, s.run from preview.sessions s"
+            "select r.revision, r.plain, r.sealed, s.run, s.project_id from preview.sessions s"
             " left join preview.run_settings r on r.project_id = s.project_id where s.id = %s",
             (session_id,),
         )
-        return Stored.of(*row[:3]).with_session(row[3]) if row else Stored()
+        if row is None:
+            return Stored()
+        stored = Stored.of(*row[:3]).with_session(row[3])
+        host = await self._door.host(row[4]) if self._door else None
+        if host is None:
+            return stored
+        # Whatever else is allowed, browsers come by the door.
+        hosts = [host, *(stored.plain.get("allowed_hosts") or ())]
+        return replace(stored, plain={**stored.plain, "allowed_hosts": hosts})
 
     async def change(self, project_id: UUID, body: RunBody) -> Stored | None:
         """Take a change of a project's. None: there is no such project.

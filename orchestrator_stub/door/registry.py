@@ -1,0 +1,218 @@
+"""Knows what stands behind each label that is in use, not older than a second, and ends what is no longer allowed.
+
+Every exchange that is open (a request under way, a socket after a 101) is held here under its label, with why it was
+let in. All labels in use are asked for again every second, and at once when the database says that something changed
+(`LISTEN`); whatever is not allowed any more is aborted then. What has not been heard of for `STALE_SECONDS` lets nobody
+in and is aborted too: a door that cannot ask fails closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import psycopg
+import structlog
+import tenacity
+
+from orchestrator_stub.door.decision import Grant, Standing
+from orchestrator_stub.door.store import CHANNEL, DoorStore
+
+log = structlog.get_logger("door")
+
+POLL_SECONDS: Final = 1.0
+STALE_SECONDS: Final = 5.0
+QUERY_SECONDS: Final = 2.0
+"""For one query: above a busy database's slowest, and two of them below `STALE_SECONDS`."""
+AT_ONCE: Final = 1_000
+"""Labels in one query."""
+KEPT_SECONDS: Final = 60.0
+"""A label is followed for so long after its last request."""
+MOST_HELD: Final = 500
+"""Exchanges of one label: some eighty browsers, six connections each."""
+GAP_SECONDS: Final = 0.05
+"""Between two polls, however much changes."""
+
+
+class Away(Exception):
+    """The database does not say what stands behind the label."""
+
+
+class TooMany(Exception):
+    """As many exchanges of the label are open as may be."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    standing: Standing | None
+    at: float
+    """When it was asked for (monotonic)."""
+    used: float
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """One open exchange: why it was let in, and how it is ended."""
+
+    grant: Grant
+    abort: Callable[[], None]
+
+
+class Registry:
+    """What stands behind labels. `run` until cancelled; `open` as `Address.open`.
+
+    `on_closed` is told of each exchange that is aborted because it is no longer allowed.
+    """
+
+    def __init__(
+        self,
+        store: DoorStore,
+        dsn: str,
+        *,
+        open: bool = False,
+        on_closed: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._dsn = dsn
+        self._open = open
+        self._on_closed = on_closed
+        self._clock = clock
+        self._now = now
+        self._entries: dict[str, _Entry] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._held: defaultdict[str, set[Held]] = defaultdict(set)
+        self._changed = asyncio.Event()
+        self._heard = 0.0
+        """When the database last answered."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the database has answered lately."""
+        return self._clock() - self._heard <= STALE_SECONDS
+
+    @property
+    def held(self) -> int:
+        """How many exchanges are open."""
+        return sum(map(len, self._held.values()))
+
+    async def of(self, label: str) -> Standing | None:
+        """What stands behind a label; None: it is nobody's. Raises `Away`."""
+        entry = self._entries.get(label)
+        if entry is None or self._stale(entry):
+            # Several that ask at once share the answer; one of them that leaves does not take it from the others.
+            task = self._asking.get(label)
+            if task is None:
+                if len(self._asking) >= AT_ONCE:
+                    raise Away
+                task = self._asking[label] = asyncio.create_task(self._ask([label]), name="door label")
+                task.add_done_callback(lambda _: self._asking.pop(label, None))
+            try:
+                await asyncio.shield(task)
+            except (psycopg.Error, OSError) as error:
+                raise Away from error
+            entry = self._entries.get(label)
+            if entry is None:
+                return None
+        entry.used = self._clock()
+        return entry.standing
+
+    @contextmanager
+    def hold(self, label: str, grant: Grant, abort: Callable[[], None]) -> Iterator[None]:
+        """Have `abort` called when the grant ends while the block runs. Raises `TooMany`."""
+        if len(self._held[label]) >= MOST_HELD:
+            raise TooMany
+        held = Held(grant, abort)
+        self._held[label].add(held)
+        try:
+            yield
+        finally:
+            self._held[label].discard(held)
+            if not self._held[label]:
+                del self._held[label]
+
+    async def run(self) -> None:
+        """Follow what changes, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._poll(), name="door poll")
+            tasks.create_task(self._listen(), name="door listen")
+            tasks.create_task(self._watch(), name="door watch")
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._changed.wait()
+                    await asyncio.sleep(GAP_SECONDS)
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            now = self._clock()
+            for label, entry in list(self._entries.items()):
+                if label not in self._held and entry.used + KEPT_SECONDS < now:
+                    del self._entries[label]
+            try:
+                labels = iter(list(self._entries))
+                await self._ask(
+                    list(islice(labels, AT_ONCE))
+                )  # also of none: it says that the database is there
+                while more := list(islice(labels, AT_ONCE)):
+                    await self._ask(more)
+            except (psycopg.Error, OSError) as error:
+                log.warning("door.database_lost", reason=type(error).__name__)
+
+    async def _ask(self, labels: Sequence[str]) -> None:
+        asked = self._clock()
+        async with asyncio.timeout(QUERY_SECONDS):
+            found = await self._store.standing(labels)
+        self._heard = asked
+        self._take(labels, found, asked)
+
+    def _take(self, labels: Sequence[str], found: Mapping[str, Standing], asked: float) -> None:
+        for label in labels:
+            known = self._entries.get(label)
+            if known is not None and known.at > asked:
+                continue  # answered by a later question
+            if label in found or label in self._held:
+                used = known.used if known else asked
+                self._entries[label] = _Entry(found.get(label), asked, used)
+            else:
+                self._entries.pop(label, None)  # nobody's: names that are guessed are not kept
+            for held in list(self._held.get(label, ())):
+                if not held.grant.holds(found.get(label) or (), self._now(), open=self._open):
+                    self._end(held)
+
+    async def _watch(self) -> None:
+        """End what has not been heard of for too long."""
+        while True:
+            await asyncio.sleep(STALE_SECONDS / 10)
+            for label, held in list(self._held.items()):
+                entry = self._entries.get(label)
+                if entry is None or self._stale(entry):
+                    for each in list(held):
+                        self._end(each)
+
+    async def _listen(self) -> None:
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((psycopg.Error, OSError)),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
+        ):
+            with attempt:
+                async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as listener:
+                    await listener.execute(f"listen {CHANNEL}".encode())
+                    async for _ in listener.notifies():
+                        self._changed.set()
+
+    def _stale(self, entry: _Entry) -> bool:
+        return self._clock() - entry.at > STALE_SECONDS
+
+    def _end(self, held: Held) -> None:
+        held.abort()
+        self._on_closed()
