@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -56,6 +57,8 @@ BODY_SECONDS: Final = 60.0
 """For the next piece of a request's body."""
 ANSWER_SECONDS: Final = 300.0
 """For the head of an answer: a dev server may be building for minutes."""
+LINGER_SECONDS: Final = 1.0
+"""After the last answer, for the client to end the connection."""
 REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """What is asked once more when a kept connection turns out to have ended."""
 
@@ -81,15 +84,28 @@ class Connection:
         try:
             while await self._one():
                 self.busy = False
+            await self._linger()
         except BadHead as bad:
             self._door.count("malformed")
             self._send(answers.plain(bad.status, str(bad)), close=True)
-        except (ConnectionError, TimeoutError, OSError):
+            await self._linger()
+        except OSError:
             pass  # it is gone, or too slow
         finally:
             if self._upstream is not None:
                 self._upstream.abort()
             self._writer.close()
+
+    async def _linger(self) -> None:
+        """Take what is still sent for a moment: a connection closed before that is reset, and its last answer lost."""
+        if self._writer.is_closing() or self._reader.at_eof():
+            return
+        with suppress(OSError):
+            await self._writer.drain()
+            self._writer.write_eof()
+            async with asyncio.timeout(LINGER_SECONDS):
+                while await self._reader.read(PIECE):
+                    pass
 
     def abort(self) -> None:
         """End it now, whatever it is doing."""

@@ -67,7 +67,7 @@ class RequestWire(_Wire):
         super().__init__()
         self.events: deque[RequestHead | bytes | End] = deque()
         self.rest: bytes | None = None
-        """What came after a request for an upgrade, once there was one: nothing is parsed any more."""
+        """What came with a request for an upgrade, once there was one: nothing may be fed any more."""
         self._target = b""
         self._fed = 0
         self._parser = httptools.HttpRequestParser(self)
@@ -79,11 +79,6 @@ class RequestWire(_Wire):
 
     def feed(self, data: bytes) -> None:
         """Take what came. Raises `BadHead` for what is no request, with `events` holding what came before it."""
-        if self.rest is not None:
-            self.rest += data
-            if len(self.rest) > MOST_HEAD:
-                raise BadHead(400, "too much was sent before the upgrade was answered")
-            return
         self._fed = self._fed + len(data) if self._within else 0
         try:
             self._parser.feed_data(data)

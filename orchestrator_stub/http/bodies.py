@@ -43,11 +43,11 @@ class SnapshotBody(BaseModel):
 
 
 class DoorBody(BaseModel):
-    """`POST /v1/sessions/{id}/door`. `path`: where in the preview it leads."""
+    """`POST /v1/sessions/{id}/door`. `path`: where in the preview it leads; not `//`, which is another host."""
 
     model_config = ConfigDict(extra="forbid")
     path: Annotated[
-        str, StringConstraints(max_length=2048, strict=True, pattern=r"^/(?![/\\])[!-\[\]-~]*$")
+        str, StringConstraints(max_length=2048, strict=True, pattern=r"^/([!-.0-\[\]-~][!-\[\]-~]*)?$")
     ] = "/"
 
 
