@@ -51,6 +51,12 @@ class DoorBody(BaseModel):
     ] = "/"
 
 
+class RevokeBody(BaseModel):
+    """`POST /v1/sessions/{id}/door/revoke`: nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 class SyncBody(BaseModel):
     """`POST …/sync`. Unknown fields are ignored: a newer agent may say more."""
 

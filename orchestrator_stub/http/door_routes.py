@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from orchestrator_stub.door.store import Access
-from orchestrator_stub.http.bodies import DoorBody
+from orchestrator_stub.http.bodies import DoorBody, RevokeBody
 from orchestrator_stub.http.forms import json_answer, rfc3339
 from orchestrator_stub.http.problems import Refusal
 from orchestrator_stub.http.routes import over
@@ -43,6 +43,7 @@ class DoorRoutes(RunRoutes):
     async def revoke_door(self, request: Request) -> Response:
         """Take back every address and cookie of the session, and close what is open by them."""
         session = await self._seen(request)
+        await self._body(request, RevokeBody)
         if not await self._may(await self._caller(request), session.project_id, "write"):
             raise Refusal(403, "not_allowed", "Only members who may write and the service may do that.")
         await self._door().revoke(session.id)

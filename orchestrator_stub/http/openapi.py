@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator_stub import __version__
-from orchestrator_stub.http.bodies import CreateBody, DoorBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.http.bodies import CreateBody, DoorBody, RevokeBody, SnapshotBody, StatusBody, SyncBody
 from orchestrator_stub.sessions.lifecycle import State
 from orchestrator_stub.sessions.run_settings import RunBody
 
@@ -140,7 +140,7 @@ SCHEMAS: Schema = {
     ),
     **{
         form.__name__: _schema_of(form)
-        for form in (CreateBody, DoorBody, SnapshotBody, SyncBody, StatusBody, RunBody)
+        for form in (CreateBody, DoorBody, RevokeBody, SnapshotBody, SyncBody, StatusBody, RunBody)
     },
 }
 
@@ -204,7 +204,7 @@ def _operation(
     if body:
         content = {"application/json": {"schema": _ref(body)}}
         operation["requestBody"] = {
-            "required": body not in ("SnapshotBody", "RunBody", "DoorBody"),
+            "required": body not in ("SnapshotBody", "RunBody", "DoorBody", "RevokeBody"),
             "content": content,
         }
     return operation
@@ -260,7 +260,7 @@ def openapi_document() -> Schema:
                 )
             },
             f"{one}/door/revoke": {
-                "post": _operation("Let nobody in any more", product, "Revoked", "session")
+                "post": _operation("Let nobody in any more", product, "Revoked", "session", body="RevokeBody")
             },
             f"{one}/sync": {
                 "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=(*live, 429))

@@ -60,7 +60,9 @@ def shown(session_id: UUID = A, version: int = 0, expires_at: float = NOW + 50) 
     return Pass(session_id, version, expires_at)
 
 
-def judged(request: Asked, *standing: Behind, code: Pass | None = None, cookie: Pass | None = None, **more: Any) -> Any:
+def judged(
+    request: Asked, *standing: Behind, code: Pass | None = None, cookie: Pass | None = None, **more: Any
+) -> Any:
     address = more.get("address", ADDRESS)
     return judge(request, standing, address=address, code=code, passes=[cookie] if cookie else [], now=NOW)
 
@@ -121,9 +123,7 @@ def test_nobody_is_let_in_without_a_reason(
     host = f"{LABEL}.localhost:1" if open else HOST
     if origin == f"https://{HOST}" and open:
         origin = f"http://{host}"
-    request = asked(
-        path, method, host=host, upgrade=upgrade, origin=origin, fetch_site=site, fetch_mode=mode
-    )
+    request = asked(path, method, host=host, upgrade=upgrade, origin=origin, fetch_site=site, fetch_mode=mode)
     action = judge(request, standing, address=address, code=code, passes=passes, now=NOW)
     own = f"{address.scheme}://{host}"
     if not isinstance(action, LETS_IN):
@@ -133,7 +133,7 @@ def test_nobody_is_let_in_without_a_reason(
     assert not (upgrade and origin != own)
     shown_here = [
         each
-        for each in (code and [code] or [] if isinstance(action, Enter) else passes)
+        for each in ((code and [code]) or [] if isinstance(action, Enter) else passes)
         if (each.session_id, each.version) == (session.session_id, session.version) and each.expires_at > NOW
     ]
     from_elsewhere = mode != "navigate" and (
@@ -178,7 +178,9 @@ TABLE: list[tuple[str, Asked, list[Behind], dict[str, Any], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("request_", "standing", "given_", "wanted"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE])
+@pytest.mark.parametrize(
+    ("request_", "standing", "given_", "wanted"), [row[1:] for row in TABLE], ids=[r[0] for r in TABLE]
+)
 def test_who_is_let_in(request_: Asked, standing: list[Behind], given_: dict[str, Any], wanted: Any) -> None:
     action = judged(request_, *standing, **given_)
     assert isinstance(action, wanted) if wanted is Refuse else action == wanted
@@ -217,7 +219,9 @@ def test_a_code_leads_to_a_path_of_this_host(to: str) -> None:
     assert not found.startswith(("//", "/\\", OWN))
 
 
-@pytest.mark.parametrize("to", ["//evil.test", "/\\evil.test", "https://evil.test", "/a\r\nSet-Cookie: x", "/\t/evil", ENTER, "é"])
+@pytest.mark.parametrize(
+    "to", ["//evil.test", "/\\evil.test", "https://evil.test", "/a\r\nSet-Cookie: x", "/\t/evil", ENTER, "é"]
+)
 def test_and_nowhere_else(to: str) -> None:
 
     assert landing(f"to={quote(to)}") == "/"

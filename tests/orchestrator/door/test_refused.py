@@ -69,7 +69,9 @@ async def test_an_answer_that_means_two_things_is_not_passed_on(world: World, an
     world.dev.answers["/"] = answer
     assert status(await world.ask(preview)) == 502
     # And what follows an answer is no answer to the next request.
-    world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+    world.dev.answers["/"] = (
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+    )
     both = await world.say(
         await preview.request("/"), await preview.request("/next", "GET", "Connection: close")
     )
@@ -112,7 +114,9 @@ async def test_heads_have_a_size(world: World) -> None:
     assert status(await world.ask(preview, "/", "GET", f"Cookie: {own}")) == 200
 
 
-async def test_who_sends_a_head_slowly_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_sends_a_head_slowly_is_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
     preview = await world.preview()
     reader, writer = await world.connect()
@@ -176,7 +180,9 @@ async def test_exchanges_of_one_preview_have_a_bound(world: World, monkeypatch: 
 UPGRADE = ("Connection: Upgrade", "Upgrade: websocket")
 
 
-async def upgraded(world: World, preview: Preview, **given: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def upgraded(
+    world: World, preview: Preview, **given: Any
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """An open socket."""
     reader, writer = await world.connect()
     writer.write(await preview.request("/ws", "GET", *UPGRADE, f"Origin: https://{preview.host}", **given))

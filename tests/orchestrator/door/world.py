@@ -26,7 +26,9 @@ KEYS = f"t:{b64encode(bytes(range(32))).decode()}"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-async def within(what: str, condition: Callable[[], Awaitable[object] | object], seconds: float = 10.0) -> Any:
+async def within(
+    what: str, condition: Callable[[], Awaitable[object] | object], seconds: float = 10.0
+) -> Any:
     """The condition's first true value. Fails with `what` after the deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -136,7 +138,9 @@ class Preview:
         """Change the session's row."""
         for name, value in changed.items():
             kept = Jsonb(value) if isinstance(value, dict) else value
-            await self.world.sql(f"update preview.sessions set {name} = %s where id = %s", kept, self.session_id)
+            await self.world.sql(
+                f"update preview.sessions set {name} = %s where id = %s", kept, self.session_id
+            )
 
 
 @dataclass
@@ -161,7 +165,9 @@ class World:
         if project_id is None:
             rows = await self.sql("insert into auth.users (id) values (gen_random_uuid()) returning id")
             await self.sql("insert into public.user_profiles (id) values (%s)", rows[0][0])
-            rows = await self.sql("insert into public.projects (owner_id) values (%s) returning id", rows[0][0])
+            rows = await self.sql(
+                "insert into public.projects (owner_id) values (%s) returning id", rows[0][0]
+            )
             project_id = rows[0][0]
         assert project_id is not None
         rows = await self.sql(
@@ -190,7 +196,9 @@ class World:
         finally:
             writer.close()
 
-    async def ask(self, preview: Preview, path: str = "/", method: str = "GET", *more: str, **given: Any) -> bytes:
+    async def ask(
+        self, preview: Preview, path: str = "/", method: str = "GET", *more: str, **given: Any
+    ) -> bytes:
         """The answer to one request."""
         return await self.say(await preview.request(path, method, "Connection: close", *more, **given))
 
@@ -243,5 +251,3 @@ async def door_world(
 def count(world: World, outcome: str) -> float:
     """How many requests ended so."""
     return world.door._requests.labels(outcome)._value.get()
-
-

@@ -14,8 +14,11 @@ from uuid import UUID, uuid4
 import httpx
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.door.decision import Address
+from orchestrator_stub.door.passes import Passes, door_keys
+from orchestrator_stub.door.store import Access, DoorStore
+from orchestrator_stub.http.door_routes import DoorRoutes
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.sealing import SealingKeys
@@ -199,6 +202,8 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
     )
 
 
+DOOR_KEYS = "d:" + "A" * 43 + "="
+
 SEALING = SealingKeys({"k1": bytes(32)})
 """What run settings are encrypted with in these tests."""
 
@@ -231,8 +236,19 @@ async def control_world(
         screens = Screens(dsn, store)
         waking = asyncio.create_task(screens.run())
         runs = RunSettings(pool, SEALING)
-        api = RunRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, screens, on_ready=on_ready
+        passes = Passes(door_keys(DOOR_KEYS), time.time)
+        access = Access(DoorStore(pool), passes, Address("preview.invalid"))
+        api = DoorRoutes(
+            settings,
+            controller,
+            store,
+            catchup,
+            snapshots,
+            keys,
+            runs,
+            screens,
+            on_ready=on_ready,
+            access=access,
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -266,6 +282,8 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/suspend"),
     ("POST", "/v1/sessions/{id}/wake"),
     ("GET", "/v1/sessions/{id}/shown"),
+    ("POST", "/v1/sessions/{id}/door"),
+    ("POST", "/v1/sessions/{id}/door/revoke"),
     ("GET", "/v1/sessions/{id}/run"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
