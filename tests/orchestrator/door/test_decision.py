@@ -97,7 +97,9 @@ def test_what_is_one_sessions_never_opens_another() -> None:
     publics=st.tuples(*[st.booleans()] * 2),
     versions=st.tuples(*[st.integers(0, 2)] * 2),
     passes=st.lists(
-        st.builds(Pass, st.sampled_from([A, B, UUID(int=3)]), st.integers(0, 2), st.sampled_from([NOW - 1, NOW, NOW + 9])),
+        st.builds(
+            Pass, st.sampled_from([A, B, UUID(int=3)]), st.integers(0, 2), st.sampled_from([NOW - 1, NOW, NOW + 9])
+        ),
         max_size=3,
     ),
     code=st.none() | st.builds(Pass, st.sampled_from([A, B]), st.integers(0, 2), st.sampled_from([NOW - 1, NOW + 9])),
@@ -171,7 +173,8 @@ TABLE: list[tuple[str, Asked, list[Behind], dict[str, Any], Any]] = [
     ("it did not", asked(CHECK, query="to=/b"), [behind()], {}, Check("/b", blocked=True)),
     ("how it goes", asked(EVENTS), [behind(state="provisioning")], {"cookie": shown()},
      Follow(behind(state="provisioning"), Grant(A, 0))),
-    ("again", asked(WAKE, "POST", origin=f"https://{HOST}"), [behind()], {"cookie": shown()}, Wake(behind(), Grant(A, 0))),
+    ("again", asked(WAKE, "POST", origin=f"https://{HOST}"), [behind()], {"cookie": shown()},
+     Wake(behind(), Grant(A, 0))),
     ("again, from elsewhere", asked(WAKE, "POST", origin="https://evil.test", fetch_mode="navigate"), [behind()],
      {"cookie": shown()}, Refuse),
     ("no such page", asked(OWN + "x"), [behind()], {"cookie": shown()}, Refuse),

@@ -34,7 +34,8 @@ SMUGGLED = {
     "another host in the address": b"GET http://evil.example/ HTTP/1.1\r\n{}\r\n",
     "a tunnel": b"CONNECT evil.example:443 HTTP/1.1\r\n{}\r\n",
     "an asterisk": b"OPTIONS * HTTP/1.1\r\n{}\r\n",
-    "a handshake with a body": b"GET /ws HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n\r\na",
+    "a handshake with a body":
+        b"GET /ws HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n\r\na",
 }  # fmt: skip
 
 
@@ -97,7 +98,8 @@ async def test_only_a_host_of_ours_and_only_one(world: World) -> None:
 async def test_heads_have_a_size(world: World) -> None:
     preview = await world.preview()
     for more in (
-        [f"X: {'x' * 40_000}"], [f"X-{n}: 1" for n in range(300)], [f"Cookie: {'a=b; ' * 8_000}"], [f"{'X' * 40_000}: 1"],
+        [f"X: {'x' * 40_000}"], [f"X-{n}: 1" for n in range(300)], [f"Cookie: {'a=b; ' * 8_000}"],
+        [f"{'X' * 40_000}: 1"],
     ):  # fmt: skip
         assert status(await world.ask(preview, "/", "GET", *more)) == 431
     assert status(await world.say(await preview.request("/" + "x" * 40_000))) in (414, 431)

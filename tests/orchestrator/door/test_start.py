@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -32,7 +33,7 @@ async def test_a_dev_server_that_is_away_is_waited_for(world: World) -> None:
     assert b"Starting your preview" in await world.ask(preview, "/", "GET", "Accept: text/html")
     for url in ("https://127.0.0.1", "ftp://x", "http://", "http://[", "http://a:99999", "x" * 300):
         await preview.set(preview_url=url)
-        await within("the door knows", lambda: _stands(world, preview.label, url))
+        await within("the door knows", partial(_stands, world, preview.label, url))
         assert status(await world.ask(preview)) == 503
 
 
