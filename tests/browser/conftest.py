@@ -40,9 +40,9 @@ class Browser:
         assert "error" not in answer, answer
         return answer
 
-    def run(self, code: str, page: str = "page") -> Any:
+    def run(self, code: str, page: str = "page", **given: object) -> Any:
         """What an expression is in the page."""
-        return self.do("run", page, code=code).get("value")
+        return self.do("run", page, code=code, **given).get("value")
 
     def close(self) -> None:
         """End Chromium."""

@@ -4,7 +4,8 @@ import { chromium } from "playwright-core";
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--disable-gpu"],
+  // Names of tests are on this machine, with certificates of their own making.
+  args: ["--no-sandbox", "--disable-gpu", "--ignore-certificate-errors", "--host-resolver-rules=MAP *.test 127.0.0.1"],
 });
 /** @type {Map<string, any>} */
 const pages = new Map();
@@ -17,6 +18,12 @@ async function evaluate(name, expression) {
   const { result, exceptionDetails } = await pages.get(name).protocol.send("Runtime.evaluate", given);
   if (exceptionDetails) throw new Error(exceptionDetails.exception?.description ?? exceptionDetails.text);
   return result.value;
+}
+
+/** In the frame inside a page, where there is one. @param {string} name @param {string} expression */
+async function evaluateInside(name, expression) {
+  const page = pages.get(name).page;
+  return (page.frames()[1] ?? page.mainFrame()).evaluate(expression);
 }
 
 const commands = {
@@ -48,16 +55,17 @@ const commands = {
     await page.goto(url, { timeout: 60_000 });
     return {};
   },
-  async run({ page, code }) {
-    return { value: await evaluate(page, code) };
+  async run({ page, code, inner }) {
+    return { value: await (inner ? evaluateInside : evaluate)(page, code) };
   },
-  async wait({ page, code, seconds = 30 }) {
+  async wait({ page, code, inner, seconds = 30 }) {
+    const ask = inner ? evaluateInside : evaluate;
     for (
       const end = Date.now() + seconds * 1000;
       Date.now() < end;
       await new Promise((resolve) => setTimeout(resolve, 20))
     )
-      if (await evaluate(page, `Boolean(${code})`).catch(() => false)) return {}; // it is being loaded anew
+      if (await ask(page, `Promise.resolve(${code}).then(Boolean)`).catch(() => false)) return {}; // it is being loaded anew
     throw new Error(`not within ${seconds} s: ${code}`);
   },
   /** Waits until it has loaded all that it asks for. */
