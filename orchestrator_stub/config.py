@@ -254,8 +254,8 @@ class Settings(DoorSettings):
     fly_region: str | None = None
     """Where machines are made; unset: Fly chooses."""
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
-    """Where a machine's preview is reached; `{machine_id}` and `{app}` are filled in. The default is Fly's private
-    network, for a proxy of the product's own that browsers talk to."""
+    """Where the door reaches a machine's preview; `{machine_id}` and `{app}` are filled in. The default is Fly's
+    private network."""
     fly_per_second: float = Field(1, gt=0)
     """Machines made, and changes to each, a second: what Fly allows everybody. It raises it for who asks."""
     fly_cpus: int = Field(1, ge=1)

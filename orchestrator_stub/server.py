@@ -249,6 +249,8 @@ def driver_of(settings: Settings) -> MachineDriver:
                 settings.fly_cpus,
                 settings.fly_memory_mb,
                 settings.fly_preview_url,
+                # Whoever names a public address of the machines has a proxy of their own in front of them.
+                services=settings.door_replay is not None or settings.fly_preview_url.startswith("https:"),
             )
             return FlyMachines(api, shape, http)
 

@@ -63,13 +63,18 @@ STATES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class FlyShape:
-    """What every machine is made of. `preview_url` may use `{machine_id}` and `{app}`; memory in megabytes."""
+    """What every machine is made of. `preview_url` may use `{machine_id}` and `{app}`; memory in megabytes.
+
+    `services`: Fly's own proxy reaches the dev server. Without, nothing does but the private network, so that nobody
+    walks past the door.
+    """
 
     app: str
     image: str
     cpus: int = 1
     memory_mb: int = 1024
     preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
+    services: bool = False
 
 
 class FlyMachines:
@@ -217,20 +222,21 @@ def machine_request(spec: MachineSpec, shape: FlyShape) -> dict[str, Any]:
                     "grace_period": duration(60),
                 }
             },
-            "services": [
-                {
-                    "protocol": "tcp",
-                    "internal_port": DEV_PORT,
-                    "autostart": False,
-                    "autostop": "off",
-                    "ports": [
-                        {"port": 80, "handlers": ["http"], "force_https": True},
-                        {"port": 443, "handlers": ["http", "tls"]},
-                    ],
-                }
-            ],
         },
     }
+    if shape.services:
+        request["config"]["services"] = [
+            {
+                "protocol": "tcp",
+                "internal_port": DEV_PORT,
+                "autostart": False,
+                "autostop": "off",
+                "ports": [
+                    {"port": 80, "handlers": ["http"], "force_https": True},
+                    {"port": 443, "handlers": ["http", "tls"]},
+                ],
+            }
+        ]
     if spec.region is not None:
         request["region"] = spec.region
     return request

@@ -1,4 +1,4 @@
-"""A real browser at the door: by TLS behind nginx, also inside another site's page, through a start, an edit, an end."""
+"""A real browser at the door: by TLS behind nginx, also inside another site, through a start, an edit, an end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ server {{
     server_name app.product.test;
     ssl_certificate {cert};
     ssl_certificate_key {key};
-    location / {{ default_type text/html; return 200 '<h1>Product</h1><iframe src="$arg_u" width="800" height="600">'; }}
+    default_type text/html;
+    location / {{ return 200 '<h1>Product</h1><iframe src="$arg_u" width="800" height="600"></iframe>'; }}
 }}
 """
 
@@ -52,8 +53,12 @@ class Doors:
         }  # fmt: skip
         with (self.place / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator_stub", "door"], env=environment, cwd=REPOSITORY, stdout=log, stderr=log
-            )  # fmt: skip
+                [sys.executable, "-m", "orchestrator_stub", "door"],
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=log,
+                stderr=log,
+            )
         url = f"http://127.0.0.1:{self.ports[name]}/.preview-door/livez"
 
         def open() -> bool:

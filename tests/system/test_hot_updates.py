@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Subprotocol
+from websockets.typing import Origin, Subprotocol
 
 from tests.system.stack import Stack, until
 
@@ -21,7 +21,8 @@ MODULES = ("src/main.tsx", "src/App.tsx", "src/Coast.tsx", "src/hours.ts")
 def browser(stack: Stack) -> Iterator[ClientConnection]:
     """A page with the app's modules loaded and its hot-update socket open."""
     address = stack.info["preview_url"].replace("http", "ws", 1)
-    with connect(f"{address}/", subprotocols=[Subprotocol("vite-hmr")], proxy=None) as socket:
+    origin = Origin(stack.info["preview_url"])
+    with connect(f"{address}/", origin=origin, subprotocols=[Subprotocol("vite-hmr")], proxy=None) as socket:
         assert json.loads(socket.recv(10))["type"] == "connected"
         for module in MODULES:
             until(f"{module} is served", lambda m=module: stack.fetch(m).status_code == 200)
