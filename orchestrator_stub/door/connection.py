@@ -76,8 +76,8 @@ class Connection:
         """The body of the request under way, on its way to the dev server."""
         self.busy = False
         """A request is being answered."""
-        self.spliced = False
-        """It was upgraded: bytes are copied, and nothing is judged but whether it may stay open."""
+        self.endless = False
+        """It was upgraded, or it follows a start: it does not end by itself, and its page comes back."""
 
     async def run(self) -> None:
         """Serve it to its end."""
@@ -115,7 +115,7 @@ class Connection:
 
     def gone(self) -> None:
         """The browser has left: whatever is asked of the dev server for it is not needed."""
-        if self._upstream is not None and self.busy and not self.spliced:
+        if self._upstream is not None and self.busy and not self.endless:
             self._upstream.abort()
 
     # --- what comes in
@@ -241,6 +241,7 @@ class Connection:
     async def _follow(self, head: RequestHead, label: str, session: Behind) -> bool:
         """Tell how the start goes on, until it is ready or the browser leaves."""
         self._writer.write(answers.EVENTS_HEAD)
+        self.endless = True
         async for line in self._door.progress(label, session):
             if self._writer.is_closing() or self._reader.at_eof():
                 break
@@ -395,7 +396,7 @@ class Connection:
         self._writer.write(to_browser(first, cookie=self._door.address.cookie, chunked=False, close=False))
         early, self._wire.rest = self._wire.rest, b""
         self._door.sockets.inc()
-        self.spliced = True
+        self.endless = True
         try:
             await splice((self._reader, self._writer), upstream, early, wire.rest)
         finally:

@@ -33,6 +33,13 @@ EVENT_SECONDS: Final = 1.0
 QUIET_SECONDS: Final = 15.0
 """After which a silent stream of events says that it lives: proxies close what is silent for a minute."""
 
+OUTCOMES: Final = (
+    "passed", "upgraded", "replayed", "entered", "checked", "blocked", "waiting", "woken", "followed", "probe",
+    "refused", "malformed", "too_many", "unreachable", "bad_answer", "closed", "revoked",
+)  # fmt: skip
+"""What becomes of requests, as they are counted. `closed`: the database does not say who may come in; `revoked`: an
+open exchange was ended because it was no longer allowed."""
+
 WakeSession = Callable[[Behind], Awaitable[None]]
 
 
@@ -78,6 +85,8 @@ class Door:
             "preview_orchestrator_door_requests", "Requests at the door, by what became of them.", ["outcome"],
             registry=metrics,
         )  # fmt: skip
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
         self.sockets = Gauge(
             "preview_orchestrator_door_sockets", "Sockets that are open after an upgrade.", registry=metrics
         )
@@ -104,7 +113,7 @@ class Door:
 
     async def _stop(self) -> None:
         for connection in list(self._connections):
-            if not connection.busy or connection.spliced:
+            if not connection.busy or connection.endless:
                 connection.abort()
         tasks = [task for task in self._connections.values() if task is not None]
         if tasks:
@@ -136,7 +145,7 @@ class Door:
             del self._connections[connection]
 
     async def progress(self, label: str, session: Behind) -> AsyncIterator[bytes]:
-        """How a start goes on, as lines of an event stream; ends when the preview answers or the session is over."""
+        """How a start goes on, as lines of an event stream, empty where there is nothing new; ends with the start."""
         told, quiet = "", 0.0
         while True:
             text = await self._told(label, session)
@@ -144,6 +153,8 @@ class Door:
             if text != told or quiet >= QUIET_SECONDS:
                 yield f"data: {text}\n\n".encode() if text != told else b": still here\n\n"
                 told, quiet = text, 0.0
+            else:
+                yield b""
             if json.loads(text)["ready"]:
                 return
             await asyncio.sleep(EVENT_SECONDS)

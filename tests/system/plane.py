@@ -36,7 +36,7 @@ from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import Server, control_plane
+from orchestrator_stub.server import Server, control_plane, door_of
 from orchestrator_stub.sessions.controller import SessionController
 
 
@@ -323,10 +323,13 @@ async def running_plane(
                 "template_dir": None,
                 "create_wait": 5,
                 "run_settings_keys": f"k1:{b64encode(bytes(32)).decode()}",
+                "preview_domain": "localhost:1",
+                "door_keys": f"d1:{b64encode(bytes(32)).decode()}",
                 **settings,
             }
         )
         async with control_plane(values, keys, machines or driver) as service:
+            door_of(values, service.pool, service.metrics.registry)  # it counts, and lets nobody in
             local = stand_in(dsn, project_keys, directory / "storage", faults=True)
             app = application([*service.routes, *local.routes], lifespan=local.lifespan)
             server = Server(

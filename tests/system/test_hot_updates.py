@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -22,7 +23,11 @@ def browser(stack: Stack) -> Iterator[ClientConnection]:
     """A page with the app's modules loaded and its hot-update socket open."""
     address = stack.info["preview_url"].replace("http", "ws", 1)
     origin = Origin(stack.info["preview_url"])
-    with connect(f"{address}/", origin=origin, subprotocols=[Subprotocol("vite-hmr")], proxy=None) as socket:
+    token = re.search(r'const wsToken = "([^"]+)"', stack.fetch("@vite/client").text)
+    assert token is not None, "Vite lets in pages that know its token"
+    with connect(
+        f"{address}/?token={token[1]}", origin=origin, subprotocols=[Subprotocol("vite-hmr")], proxy=None
+    ) as socket:
         assert json.loads(socket.recv(10))["type"] == "connected"
         for module in MODULES:
             until(f"{module} is served", lambda m=module: stack.fetch(m).status_code == 200)
