@@ -119,6 +119,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/orchestrator/test_stand_in.py::test_the_secrets_are_filled_in_and_fit_together"),
     ),
     (
+        r"preview-orchestrator door",
+        ByTest("tests/orchestrator/door/test_process.py::test_it_opens_and_stops_in_order"),
+    ),
+    (
         r"preview-orchestrator doctor",
         ByTest("tests/orchestrator/doctor/test_doctor.py::test_all_is_well"),
     ),

@@ -99,7 +99,9 @@ TABLES = {
     "agent": lambda: table(
         described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), defaults(AgentSettings)
     ),
-    "orchestrator": lambda: table(described((ORCHESTRATOR, "Settings")), defaults(OrchestratorSettings)),
+    "orchestrator": lambda: table(
+        described((ORCHESTRATOR, "DoorSettings"), (ORCHESTRATOR, "Settings")), defaults(OrchestratorSettings)
+    ),
     "stand-in": lambda: table(described((ORCHESTRATOR, "StandInSettings")), defaults(StandInSettings)),
 }
 
