@@ -163,7 +163,7 @@ class Stack:
         assert service.access is not None
         label = await service.access.label(project_id)
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
-        address = Address(str(settings.preview_domain), home=label, open=True)
+        address = Address(f"localhost:{door_port}", home=label, open=True)
         door = door_of(settings, service.pool, service.metrics.registry, address)
         tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
         watching = asyncio.create_task(self._watch(editor), name="watch")

@@ -42,7 +42,7 @@ from orchestrator_stub.door.heads import (
 )
 from orchestrator_stub.door.registry import Away, TooMany
 from orchestrator_stub.door.upstream import PIECE, Unreachable, Upstream, connect, drained, splice, target_of
-from orchestrator_stub.door.wire import END, End, RequestWire, ResponseWire
+from orchestrator_stub.door.wire import End, RequestWire, ResponseWire
 
 if TYPE_CHECKING:
     from orchestrator_stub.door.service import Door
@@ -232,7 +232,7 @@ class Connection:
         self._send(answer, close=not keep, bodiless=head.method == "HEAD")
         await drained(self._writer)
         if keep:
-            assert await self._piece() is END
+            await self._piece()  # the end of a body that is empty
         return keep
 
     def _send(self, answer: Answer, *, close: bool, bodiless: bool = False) -> None:
@@ -252,6 +252,15 @@ class Connection:
     # --- the project's own
 
     async def _proxy(self, head: RequestHead, asked: Asked, session: Behind, grant: Grant) -> bool:
+        try:
+            return await self._exchange(head, asked, session, grant)
+        finally:
+            if self._sending is not None:
+                self._sending.cancel()
+                await asyncio.gather(self._sending, return_exceptions=True)
+                self._sending = None
+
+    async def _exchange(self, head: RequestHead, asked: Asked, session: Behind, grant: Grant) -> bool:
         try:
             target = target_of(session.preview_url)
             upstream, kept = await self._upstream_for(target, head)
@@ -294,18 +303,17 @@ class Connection:
         address = self._door.address
         wire = ResponseWire(bodiless=head.method == "HEAD")
         upstream.writer.write(to_project(head, cookie=address.cookie, scheme=address.scheme))
-        sending = None
         if head.length != 0:
             if values(head.headers, b"expect"):
                 self._writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            sending = asyncio.create_task(self._send_body(upstream, chunked=head.length is None))
+            self._sending = asyncio.create_task(self._send_body(upstream, chunked=head.length is None))
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 return wire, await self._answer_head(upstream, wire)
         except ConnectionError:
             return wire, None
-        finally:
-            self._sending = sending
+        except TimeoutError:
+            raise Unreachable(f"no answer within {ANSWER_SECONDS:g} s") from None
 
     async def _answer_head(self, upstream: Upstream, wire: ResponseWire) -> ResponseHead | None:
         begun = False
@@ -372,17 +380,13 @@ class Connection:
             # Half an answer must not look like a whole one.
             self._writer.transport.abort()
             return False
-        finally:
-            if self._sending is not None:
-                self._sending.cancel()
-                await asyncio.gather(self._sending, return_exceptions=True)
         if wire.surplus or first.until_close or not first.keep_alive:
             upstream.abort()
             self._upstream = None
         if close:
             return False
         if head.length == 0:
-            assert await self._piece() is END
+            await self._piece()  # the end of a body that is empty
         return True
 
     async def _spliced(

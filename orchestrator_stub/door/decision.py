@@ -243,7 +243,8 @@ def judge(
 
 def own_origin(asked: Asked, address: Address) -> str:
     """The origin of the page that a request would come from if it is the preview's own."""
-    return f"{address.scheme}://{asked.host}"
+    standard = ":80" if address.plain else ":443"
+    return f"{address.scheme}://{asked.host.removesuffix(standard)}"
 
 
 def code_of(asked: Asked) -> str | None:

@@ -189,6 +189,15 @@ def test_who_is_let_in(request_: Asked, standing: list[Behind], given_: dict[str
     assert isinstance(action, wanted) if wanted is Refuse else action == wanted
 
 
+@pytest.mark.parametrize(
+    ("host", "origin"), [(HOST, HOST), (f"{HOST}:443", HOST), (f"{HOST}:444", f"{HOST}:444")]
+)
+def test_a_page_is_its_own_origin_however_the_port_is_said(host: str, origin: str) -> None:
+    request = asked("/ws", host=host, origin=f"https://{origin}", upgrade=True)
+    assert isinstance(judged(request, behind(public=True)), Proxy)
+    assert isinstance(judged(replace(request, origin=f"https://{HOST}:445"), behind(public=True)), Refuse)
+
+
 def test_nobody_stands_behind_a_name_of_nobodys() -> None:
     action = judge(asked(), None, address=ADDRESS, code=shown(), passes=[shown()], now=NOW)
     assert action == Refuse(404, "There is no preview of this name.")

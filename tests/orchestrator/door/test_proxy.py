@@ -151,6 +151,22 @@ async def test_an_answer_that_is_cut_off_does_not_look_whole(world: World) -> No
         writer.close()
 
 
+async def test_a_body_that_nobody_takes_is_no_trouble(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing answers where the preview should be, or it answers before it has read."""
+    away = await world.preview(preview_url="http://127.0.0.1:1")
+    for more in ("Content-Length: 500000", "Transfer-Encoding: chunked"):
+        answer = await world.say(await away.request("/", "POST", more), b"5\r\nhello\r\n")
+        assert status(answer) == 503
+    preview = await world.preview()
+    answer = await world.say(
+        await preview.request("/", "POST", "Content-Length: 9", "Connection: close"), b"123456789"
+    )
+    assert status(answer) == 200
+    assert "door.failed" not in capsys.readouterr().out
+
+
 async def test_a_browser_that_leaves_takes_its_question_back(world: World) -> None:
     preview = await world.preview()
     _, writer = await world.connect()
