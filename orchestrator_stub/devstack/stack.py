@@ -33,7 +33,7 @@ from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
-from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
+from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen, tail_of
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
@@ -161,9 +161,9 @@ class Stack:
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
         assert service.access is not None
-        label = await service.access.label(project_id)
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
-        address = Address(f"localhost:{door_port}", home=label, open=True)
+        home = await service.access.label(project_id)
+        address = Address(f"localhost:{door_port}", home=home, open=True)
         door = door_of(settings, service.pool, service.metrics.registry, address)
         tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
@@ -381,7 +381,7 @@ class Stack:
         except TimeoutError:
             log = driver.log_path(machine.id)
             raise CannotStart(
-                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{_tail(log)}"
+                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{tail_of(log)}"
             ) from None
 
     async def _until_ready(self, machine: Machine, driver: LocalMachines) -> None:
@@ -403,7 +403,7 @@ class Stack:
         now = await driver.inspect(machine.id)
         if now is None or now.state != "running":
             log = driver.log_path(machine.id)
-            raise CannotStart(f"the agent ended. Its last words:\n{_tail(log)}\nThe whole log: {log}")
+            raise CannotStart(f"the agent ended. Its last words:\n{tail_of(log)}\nThe whole log: {log}")
 
     async def _keep(
         self, info: DevInfo, machine: Machine, driver: LocalMachines, watching: asyncio.Task[None]
@@ -509,11 +509,3 @@ def _as_url(dsn: str) -> str:
     parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
     database = parts.pop("dbname", "postgres")
     return f"postgresql:///{quote(database)}?{urlencode(parts)}"
-
-
-def _tail(log: Path | None, lines: int = 8) -> str:
-    if log is None:
-        return ""
-    with suppress(OSError):
-        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-    return ""

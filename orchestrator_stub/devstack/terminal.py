@@ -142,3 +142,12 @@ def screen(options: DevOptions, info: DevInfo, log: Path | None, seconds: float)
         f"\n  The preview is served, {seconds:.1f} s after the start.\n\n{lines}\n"
         f"  {verb} and look at the preview. Ctrl-C stops everything and keeps the data.\n\n"
     )
+
+
+def tail_of(log: Path | None, lines: int = 8) -> str:
+    """The last lines of a log; empty where there is none."""
+    if log is None:
+        return ""
+    with suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return ""

@@ -32,34 +32,36 @@ async def test_the_doors_cookie_is_for_the_door_alone(world: World) -> None:
     assert b"Cookie: own=1; b=2\r\n" in head
 
 
-@pytest.mark.parametrize(
-    ("sent", "came"),
-    [
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", b"abcde"),
-        (b"HTTP/1.1 200 OK\r\n\r\nuntil the end", b"until the end"),
-        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"hi"),
-        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", b""),
-        (b"HTTP/1.1 204 No Content\r\nX-Content-Length: 0\r\n\r\n", b""),
-    ],
+FRAMED = (
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", b"abcde"),
+    (b"HTTP/1.1 200 OK\r\n\r\nuntil the end", b"until the end"),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"hi"),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", b""),
+    (b"HTTP/1.1 204 No Content\r\nX-Content-Length: 0\r\n\r\n", b""),
 )  # fmt: skip
-async def test_bodies_are_copied_by_their_framing(world: World, sent: bytes, came: bytes) -> None:
+
+
+def unframed(answer: bytes) -> bytes:
+    """An answer's body, taken out of its chunks."""
+    found, rest = b"", body(answer)
+    if not fields(answer, "transfer-encoding"):
+        return rest
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        if size == b"0":
+            return found
+        found, rest = found + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+
+
+async def test_bodies_are_copied_by_their_framing(world: World) -> None:
     preview = await world.preview()
-    world.dev.answers["/"] = sent
-    answer = await world.ask(preview)
-    found = body(answer)
-    if fields(answer, "transfer-encoding"):
-        pieces, rest = b"", found
-        while True:
-            size, _, rest = rest.partition(b"\r\n")
-            if size == b"0":
-                break
-            pieces, rest = pieces + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-        found = pieces
-    assert found == came
-    # The connection is still in step: what follows is answered for itself.
-    two = await preview.request("/x") + await preview.request("/y", "GET", "Connection: close")
-    assert (await world.say(two)).count(b"HTTP/1.1 200") == 2
+    for sent, came in FRAMED:
+        world.dev.answers["/"] = sent
+        assert (sent, unframed(await world.ask(preview))) == (sent, came)
+        # The connection is still in step: what follows is answered for itself.
+        two = await preview.request("/x"), await preview.request("/y", "GET", "Connection: close")
+        assert (await world.say(await preview.request("/"), *two)).count(b"HTTP/1.1 200 OK\r\n") >= 2
 
 
 async def test_an_answer_to_head_has_no_body_and_its_length(world: World) -> None:

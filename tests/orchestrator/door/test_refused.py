@@ -39,36 +39,36 @@ SMUGGLED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sent", SMUGGLED.values(), ids=SMUGGLED)
-async def test_a_request_that_means_two_things_is_refused(world: World, sent: bytes) -> None:
+async def test_a_request_that_means_two_things_is_refused(world: World) -> None:
     preview = await world.preview()
     who = f"Host: {preview.host}\r\nCookie: {await preview.cookie()}\r\n".encode()
     # A request that hides behind it must not be seen either.
     hidden = await preview.request("/hidden", "GET", "Connection: close")
-    answer = await world.say(sent.replace(b"{}", who) + hidden)
-    assert status(answer) in (400, 405, 414, 431)
-    assert answer.count(b"HTTP/1.1") == 1
-    assert "/hidden" not in world.dev.paths
-    # What was wrong with a body's chunk was seen when its head had passed already, and its connection ended.
-    assert world.dev.paths in ([], ["/"])
+    for name, sent in SMUGGLED.items():
+        world.dev.asked.clear()
+        answer = await world.say(sent.replace(b"{}", who) + hidden)
+        assert (name, status(answer)) in [(name, code) for code in (400, 405, 414, 431)]
+        assert (name, answer.count(b"HTTP/1.1")) == (name, 1)
+        # What is wrong with a body's chunk may be seen when its head has passed, and ends its connection.
+        assert (name, world.dev.paths) in ((name, []), (name, ["/"]))
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
-        b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
-        b"HTTP/1.1 200 OK\r\nX: 1\r\n folded\r\nContent-Length: 0\r\n\r\n",
-        b"hello\r\n",
-        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\nContent-Length: 0\r\n\r\n",
-    ],
+ANSWERS = (
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+    b"HTTP/1.1 200 OK\r\nX: 1\r\n folded\r\nContent-Length: 0\r\n\r\n",
+    b"hello\r\n",
+    b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\nContent-Length: 0\r\n\r\n",
 )
-async def test_an_answer_that_means_two_things_is_not_passed_on(world: World, answer: bytes) -> None:
+
+
+async def test_an_answer_that_means_two_things_is_not_passed_on(world: World) -> None:
     preview = await world.preview()
-    world.dev.answers["/"] = answer
-    assert status(await world.ask(preview)) == 502
+    for answer in ANSWERS:
+        world.dev.answers["/"] = answer
+        assert (answer[:80], status(await world.ask(preview))) == (answer[:80], 502)
     # And what follows an answer is no answer to the next request.
     world.dev.answers["/"] = (
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
@@ -214,17 +214,16 @@ async def test_what_comes_before_the_101_is_passed_on_behind_it(world: World) ->
     writer.close()
 
 
-@pytest.mark.parametrize(
-    "origin", [None, "https://evil.example", "null", "http://HOST", "https://HOST:444", "https://OTHER", "https://HOST.evil"]
-)  # fmt: skip
-async def test_only_pages_of_the_preview_open_its_sockets(world: World, origin: str | None) -> None:
+async def test_only_pages_of_the_preview_open_its_sockets(world: World) -> None:
     preview, other = await world.preview(), await world.preview()
-    more = []
-    if origin is not None:
-        more = [f"Origin: {origin.replace('HOST', preview.host).replace('OTHER', other.host)}"]
-    for path in ("/ws", "/.preview-door/events"):
-        answer = await world.say(await preview.request(path, "GET", *UPGRADE, *more))
-        assert status(answer) == 403
+    for origin in (
+        None, "https://evil.example", "null", f"http://{preview.host}", f"https://{preview.host}:444",
+        f"https://{other.host}", f"https://{preview.host}.evil",
+    ):  # fmt: skip
+        more = [] if origin is None else [f"Origin: {origin}"]
+        for path in ("/ws", "/.preview-door/events"):
+            answer = await world.say(await preview.request(path, "GET", *UPGRADE, *more))
+            assert (origin, status(answer)) == (origin, 403)
     assert world.dev.asked == []
 
 
