@@ -140,6 +140,7 @@ class Registry:
 
     async def run(self) -> None:
         """Follow what changes, for ever."""
+        self._changed.set()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._poll(), name="door poll")
             tasks.create_task(self._listen(), name="door listen")

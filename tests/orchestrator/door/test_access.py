@@ -10,10 +10,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator_stub.door import registry
+from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import CODE_SECONDS, Passes, door_keys
+from orchestrator_stub.door.store import Access, DoorStore
+from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
+from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
 from tests.orchestrator.door.test_refused import upgraded
 from tests.orchestrator.door.world import KEYS, Preview, World, count, door_world, fields, status, within
 
@@ -238,3 +243,45 @@ async def test_fly_is_asked_to_replay_where_that_is_wanted(dsn: str) -> None:
         assert fields(await world.ask(preview), "fly-replay") == ["app=previews;instance=d891"]
         assert fields(await world.ask(preview, cookie=False), "fly-replay") == []
         assert world.dev.asked == []
+
+
+async def test_the_dev_server_is_told_the_name_that_browsers_come_by(world: World) -> None:
+    preview = await world.preview()
+    runs = RunSettings(world.pool, SealingKeys(), world.access)
+    stored = await runs.of_session(preview.session_id)
+    assert stored.environment()["PREVIEW_HOST"] == preview.host
+    # Beside what the project says; people are shown that alone.
+    await runs.change(preview.project_id, RunBody(allowed_hosts=[".own.example"]))
+    told = await runs.for_agent(preview.session_id, preview.project_id)
+    assert told["allowed_hosts"] == [preview.host, ".own.example"]
+    assert (await runs.of_project(preview.project_id)).shown()["allowed_hosts"] == [".own.example"]
+    # On loopback a dev server lets in every name below localhost.
+    plain = Access(DoorStore(world.pool), world.door.passes, Address("localhost:5173"))
+    told = await RunSettings(world.pool, SealingKeys(), plain).for_agent(
+        preview.session_id, preview.project_id
+    )
+    assert told["allowed_hosts"] == [".own.example"]
+
+
+def test_who_may_frame_it_is_said_as_a_policy_has_it() -> None:
+    for good in (
+        "'self'",
+        "'none'",
+        "https://app.example",
+        "https://*.example:8443",
+        "http://localhost:3000",
+    ):
+        assert RunBody(frame_ancestors=[good]).frame_ancestors == [good]
+    for bad in (
+        "*",
+        "app.example",
+        "https://a.example; script-src *",
+        "https://a.example/x",
+        "https://a b",
+        "data:",
+        "",
+    ):
+        with pytest.raises(ValidationError):
+            RunBody(frame_ancestors=[bad])
+    for field in ("frame_ancestors", "coep", "corp", "public"):
+        assert field in OWNERS
