@@ -146,7 +146,8 @@ class Connection:
 
     async def _head(self) -> RequestHead | None:
         """The next request's; None when there is none."""
-        deadline: float | None = None
+        # It may have begun behind the one before.
+        deadline = time.monotonic() + HEAD_SECONDS if self._wire.in_head else None
         while not self._wire.events:
             rest = IDLE_SECONDS if deadline is None else deadline - time.monotonic()
             try:

@@ -98,11 +98,6 @@ class Registry:
         """Whether the database has answered lately."""
         return self._clock() - self._heard <= STALE_SECONDS
 
-    @property
-    def held(self) -> int:
-        """How many exchanges are open."""
-        return sum(map(len, self._held.values()))
-
     async def of(self, label: str) -> Standing | None:
         """What stands behind a label; None: it is nobody's. Raises `Away`."""
         entry = self._entries.get(label)

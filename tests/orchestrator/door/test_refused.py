@@ -132,6 +132,8 @@ async def test_who_sends_a_head_slowly_is_not_waited_for(
     assert status(await reader.read()) == 408
     dripping.cancel()
     writer.close()
+    # Nor one that began behind a request that was whole.
+    assert (await world.say(await preview.request("/") + b"GET / HTTP/1.1\r\n")).count(b"HTTP/1.1 408") == 1
     # Who has asked already may think for as long as a proxy in front keeps connections.
     reader, writer = await world.connect()
     writer.write(await preview.request("/"))
