@@ -19,13 +19,11 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlencode
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import httpx
 import psycopg
 import uvicorn
-from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent
@@ -33,7 +31,15 @@ from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
-from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen, tail_of
+from orchestrator_stub.devstack.terminal import (
+    CannotStart,
+    DevInfo,
+    DevOptions,
+    Terminal,
+    as_url,
+    screen,
+    tail_of,
+)  # fmt: skip
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
@@ -174,7 +180,7 @@ class Stack:
             orchestrator_url=url,
             anon_key=project_keys.anon_key,
             service_key=project_keys.service_key,
-            database_url=_as_url(dsn),
+            database_url=as_url(dsn),
             project_id=str(project_id),
             session_id=str(session_id),
             project_dir=str(driver.project_dir(session_id)),
@@ -496,16 +502,6 @@ def _settings(port: int, door_port: int, dsn: str, keys: ProjectKeys, state: Sta
             "run_settings_keys": state.run_settings_keys(),
             "preview_domain": f"localhost:{door_port}",
             "door_keys": state.door_keys(),
-            "door_host": HOST,
             "door_port": door_port,
         }
     )
-
-
-def _as_url(dsn: str) -> str:
-    """A connection string as a URL, which every client reads."""
-    if "://" in dsn:
-        return dsn
-    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
-    database = parts.pop("dbname", "postgres")
-    return f"postgresql:///{quote(database)}?{urlencode(parts)}"

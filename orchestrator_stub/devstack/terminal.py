@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, urlencode
+
+from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator_stub.platform.ignore_rules import NEVER
 
@@ -151,3 +154,12 @@ def tail_of(log: Path | None, lines: int = 8) -> str:
     with suppress(OSError):
         return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
     return ""
+
+
+def as_url(dsn: str) -> str:
+    """A connection string as a URL, which every client reads."""
+    if "://" in dsn:
+        return dsn
+    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    database = parts.pop("dbname", "postgres")
+    return f"postgresql:///{quote(database)}?{urlencode(parts)}"
