@@ -17,9 +17,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Final
-from uuid import NAMESPACE_URL, UUID, uuid5
+from uuid import UUID
 
 import httpx
 import psycopg
@@ -30,7 +29,7 @@ from orchestrator_stub.devstack.editor import Editor, Sent
 from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
-from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
+from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory, identities
 from orchestrator_stub.devstack.terminal import (
     CannotStart,
     DevInfo,
@@ -151,7 +150,7 @@ class Stack:
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
         url = f"http://{HOST}:{port}"
 
-        user_id, project_id = _identities(directory)
+        user_id, project_id = identities(directory)
         email, password = f"{user_id.hex[:12]}@local.invalid", secrets.token_urlsafe(12)
         await self._project(service, user_id, project_id, directory.resolve().name, email, password)
         editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
@@ -476,14 +475,6 @@ async def _node_version() -> str:
     if (int(found[1]), int(found[2])) < NODE_NEEDED:
         raise CannotStart(f"Node {version} is too old for Vite; install Node.js {needed} or newer")
     return version
-
-
-def _identities(directory: Path) -> tuple[UUID, UUID]:
-    """The local user and the project, the same at every start for the same directory."""
-    return (
-        uuid5(NAMESPACE_URL, "preview-sync:local-user"),
-        uuid5(NAMESPACE_URL, directory.resolve().as_uri()),
-    )
 
 
 def _settings(port: int, door_port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> Settings:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo
 from orchestrator_stub.platform.sealing import KEY_BYTES, SealingKeys
@@ -142,3 +142,11 @@ class StateDirectory:
     def withdraw(self) -> None:
         """Remove dev.json: nothing runs any more."""
         (self.path / "dev.json").unlink(missing_ok=True)
+
+
+def identities(directory: Path) -> tuple[UUID, UUID]:
+    """The local user and the project, the same at every start for the same directory."""
+    return (
+        uuid5(NAMESPACE_URL, "preview-sync:local-user"),
+        uuid5(NAMESPACE_URL, directory.resolve().as_uri()),
+    )
