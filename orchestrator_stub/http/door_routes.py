@@ -12,9 +12,9 @@ from orchestrator_stub.door.store import Access
 from orchestrator_stub.http.bodies import DoorBody, RevokeBody
 from orchestrator_stub.http.forms import json_answer, rfc3339
 from orchestrator_stub.http.problems import Refusal
-from orchestrator_stub.http.routes import over
+from orchestrator_stub.http.routes import session_over
 from orchestrator_stub.http.run_routes import RunRoutes
-from orchestrator_stub.sessions.lifecycle import LIVE
+from orchestrator_stub.sessions.lifecycle import KEPT
 
 
 class DoorRoutes(RunRoutes):
@@ -35,8 +35,8 @@ class DoorRoutes(RunRoutes):
         """An address that lets whoever follows it within a minute into the session's preview."""
         session = await self._seen(request)
         body = await self._body(request, DoorBody)
-        if session.state not in LIVE:
-            raise over(session)
+        if session.state not in KEPT:
+            raise session_over(session)
         url, expires_at = await self._door().open(session.project_id, session.id, body.path)
         return json_answer({"url": url, "expires_at": rfc3339(expires_at)})
 
