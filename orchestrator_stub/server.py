@@ -30,7 +30,7 @@ from starlette.routing import BaseRoute
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub.config import DoorSettings, Settings
-from orchestrator_stub.door.decision import Address
+from orchestrator_stub.door.decision import Address, Behind
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
@@ -214,13 +214,24 @@ def access_of(settings: Settings, pool: Pool) -> Access | None:
 
 
 def door_of(
-    settings: DoorSettings, pool: Pool, metrics: CollectorRegistry, address: Address | None = None
+    settings: DoorSettings,
+    pool: Pool,
+    metrics: CollectorRegistry,
+    address: Address | None = None,
+    *,
+    controller: SessionController | None = None,
 ) -> Door:
-    """The door that the settings name. Raises `CannotServe`."""
+    """The door that the settings name; `controller` wakes what sleeps behind it. Raises `CannotServe`."""
+
+    async def wake(session: Behind) -> None:
+        assert controller is not None
+        controller.wake_soon(session.session_id)
+
     assert settings.preview_domain is not None
     return Door(
         DoorStore(pool), settings.database_url.get_secret_value(), door_keyring(settings),
         address or Address(settings.preview_domain), metrics=metrics, replay=settings.door_replay,
+        wake=wake if controller else None,
     )  # fmt: skip
 
 
@@ -291,7 +302,9 @@ async def run_serve(settings: Settings) -> int:
             )
             tasks = [sweeping, building, stopping]
             if door_listener is not None:
-                door = door_of(settings, service.pool, service.metrics.registry)
+                door = door_of(
+                    settings, service.pool, service.metrics.registry, controller=service.controller
+                )
                 tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
             done, _ = await asyncio.wait([serving, *tasks], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True

@@ -169,7 +169,9 @@ class Stack:
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
         home = await service.access.label(project_id)
         address = Address(f"localhost:{door_port}", home=home, open=True)
-        door = door_of(settings, service.pool, service.metrics.registry, address)
+        door = door_of(
+            settings, service.pool, service.metrics.registry, address, controller=service.controller
+        )
         tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)

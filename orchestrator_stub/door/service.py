@@ -43,10 +43,6 @@ open exchange was ended because it was no longer allowed."""
 WakeSession = Callable[[Behind], Awaitable[None]]
 
 
-async def wake(session: Behind) -> None:
-    """Wake a session that sleeps. None does yet: one that is not ready is being started."""
-
-
 class Door:
     """One door. `run` serves `listener` until it is cancelled, then stops in order.
 
@@ -57,7 +53,7 @@ class Door:
         address: Under which names it is reached.
         metrics: Where it counts.
         replay: The Fly app whose proxy is asked to replay requests to its machines; None: the door proxies.
-        wake: Asked to wake a session that somebody wants to see and that is not ready.
+        wake: Asked to wake a session that sleeps and that somebody wants to see; None: it is noted in the database.
         now: Unix seconds.
     """
 
@@ -70,13 +66,13 @@ class Door:
         *,
         metrics: CollectorRegistry,
         replay: str | None = None,
-        wake: WakeSession = wake,
+        wake: WakeSession | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.address = address
         self.replay = replay
         self.now = now
-        self.wake = wake
+        self._wake = wake or (lambda session: store.want_awake(session.session_id))
         self.passes = Passes(keys, now)
         self._store = store
         self._connections: dict[Connection, asyncio.Task[None] | None] = {}
@@ -95,6 +91,15 @@ class Door:
         self.registry = Registry(
             store, dsn, open=address.open, on_closed=lambda: self.count("revoked"), now=now
         )
+
+    async def wake(self, session: Behind) -> None:
+        """Have a session woken if it sleeps; one that is not ready otherwise is being started."""
+        if session.state != "suspended":
+            return
+        try:
+            await self._wake(session)
+        except (psycopg.Error, OSError) as error:
+            log.warning("door.not_woken", session_id=str(session.session_id), reason=type(error).__name__)
 
     def count(self, outcome: str) -> None:
         """Count one request."""

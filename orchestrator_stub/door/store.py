@@ -56,6 +56,15 @@ class DoorStore:
                 "update preview.sessions set door_version = door_version + 1 where id = %s", (session_id,)
             )
 
+    async def want_awake(self, session_id: UUID) -> None:
+        """Note that somebody wants to see the session, if it sleeps: an orchestrator's next sweep wakes it."""
+        async with self._pool.connection() as connection:
+            await connection.execute(
+                "update preview.sessions set wake_wanted_at = now() where id = %s and state = 'suspended'"
+                " and (wake_wanted_at is null or wake_wanted_at < now() - interval '1 second')",
+                (session_id,),
+            )
+
     async def progress(self, session_id: UUID) -> Mapping[str, Any] | None:
         """How far the session's start is, as its agent said last; None: there is no such session."""
         query = (

@@ -239,6 +239,13 @@ class SessionController:
             self._start("renew", session_id, self.renew)
         return session
 
+    def wake_soon(self, session_id: UUID) -> None:
+        """Wake a sleeping session, without waiting for it."""
+        self._start("wake", session_id, self._wake)
+
+    async def _wake(self, session_id: UUID) -> None:
+        await self.wake(session_id)
+
     async def renew(self, session_id: UUID) -> None:
         """Give a session whose machine does not wake the next generation of one."""
         if await self._sleep.renew(session_id) is not None:
@@ -357,6 +364,7 @@ class SessionController:
         if self._settings.idle_suspend_seconds:
             idle = await self._sleep.idle(self._settings.idle_suspend_seconds)
             due.extend(partial(self.suspend, session_id) for session_id in idle)
+        due.extend(partial(self.wake, session_id) for session_id in await self._sleep.wanted())
         if self._settings.wake_on_save:
             due.extend(partial(self.wake, session_id) for session_id in await self._sleep.saved())
         return due

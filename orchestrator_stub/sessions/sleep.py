@@ -73,6 +73,9 @@ SAVED: Final[LiteralString] = """
 select s.id from preview.sessions s join public.project_heads h using (project_id)
 where s.state = 'suspended' and h.updated_at > s.state_since
 """
+WANTED: Final[LiteralString] = """
+select s.id from preview.sessions s where s.state = 'suspended' and s.wake_wanted_at > s.state_since
+"""
 
 
 class Sleep:
@@ -151,6 +154,10 @@ class Sleep:
     async def saved(self) -> list[UUID]:
         """The sleeping sessions whose project was saved meanwhile."""
         return await self._store.ids(SAVED, {})
+
+    async def wanted(self) -> list[UUID]:
+        """The sleeping sessions that a door had somebody for."""
+        return await self._store.ids(WANTED, {})
 
     async def _asleep(self, session: Session | None) -> bool:
         if session is None or session.machine_id is None:

@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import Passes, door_keys
-from orchestrator_stub.door.service import Door, wake
+from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.platform.database import pool_of
 from orchestrator_stub.server import listen
@@ -231,7 +231,7 @@ async def door_world(
 
     async def note(session: Any) -> None:
         woken.append(session.session_id)
-        await wake(session)
+        await store.want_awake(session.session_id)
 
     async with DevServer().running() as dev, pool_of(dsn, size=4, timeout=5) as pool:
         store = DoorStore(pool)
