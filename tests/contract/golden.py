@@ -22,7 +22,8 @@ def assert_same_form(
     """`actual` has the keys of `golden` and values of the same JSON types, all the way down.
 
     A null in the golden message stands for any type. Objects in lists are held against the golden list's items by their
-    keys, so that a list may be longer and its items of either form; what else is in a list, by its place. `optional` keys may be missing or extra.
+    keys, so that a list may be longer and its items of either form; what else is in a list, by its place. `optional`
+    keys may be missing or extra.
     """
     where = at or "message"
     if golden is None or actual is None:

@@ -1,4 +1,4 @@
-"""A project whose large file is typed in: the agent asks for nothing, and one from before splices follows it as ever."""
+"""A large file that is typed in: the agent asks for nothing, and one from before splices follows as ever."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def project(database: str, tmp_path: Path) -> AsyncIterator[Project]:
 
 
 async def follow(project: Project, *agents: Agent) -> list[str]:
-    """Twenty keys typed in the large file, and a bulk; the metrics of each agent then, all being equal."""
+    """Twenty keys typed in the large file, a bulk, and back to the start; each agent's metrics then, all being equal."""
     try:
         for agent in agents:
             agent.start()
@@ -46,6 +46,11 @@ async def follow(project: Project, *agents: Agent) -> list[str]:
             )
             await project.save("package-lock.json.txt", content)
         await project.bulk({"package-lock.json.txt": content + "// end\n", "src/a.ts": None})
+        for agent in agents:
+            await agent.equal()
+        # All of it undone by one commit, which is a bulk like any other.
+        await project.rpc("restore_project", revision=1)
+        assert (await project.files())["src/a.ts"] == b"a\n"
         found = []
         for agent in agents:
             report = await agent.equal()
@@ -83,7 +88,7 @@ def of_then(directory: Path) -> Path:
 
 def fetches_nothing(metrics: str) -> None:
     assert value(metrics, 'resyncs_total{reason="reference"}') == 0
-    assert value(metrics, 'patches_total{outcome="applied"}') == 21
+    assert value(metrics, 'patches_total{outcome="applied"}') == 22
     assert value(metrics, 'patches_total{outcome="mismatch"}') == 0
     assert value(metrics, "patches_saved_bytes_total") > 20 * len(LARGE)
 
