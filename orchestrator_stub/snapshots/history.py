@@ -105,10 +105,11 @@ class History:
     ) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         while len(found) < limit:
-            values = {"project": self.project, "limit": min(PAGE, limit - len(found)), "before": before}
+            most = min(PAGE, limit - len(found))
+            values = {"project": self.project, "limit": most, "before": before}
             page = db.execute(COMMITS.encode(), values).fetchall()
             found += map(_said, page)
-            if len(page) < values["limit"]:
+            if len(page) < most:
                 break
             before = found[-1]["revision"]
         return found

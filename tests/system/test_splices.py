@@ -33,7 +33,7 @@ async def project(database: str, tmp_path: Path) -> AsyncIterator[Project]:
 
 
 async def follow(project: Project, *agents: Agent) -> list[str]:
-    """Twenty keys typed in the large file, a bulk, and back to the start; each agent's metrics then, all being equal."""
+    """Twenty keys typed in the large file, a bulk, and back; each agent's metrics then, all being equal."""
     try:
         for agent in agents:
             agent.start()

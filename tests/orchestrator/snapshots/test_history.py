@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 from uuid import UUID as uuid_of
 from uuid import uuid4
@@ -110,6 +112,30 @@ def test_what_is_not_there_is_said_in_one_line(database: str) -> None:
         assert (done.returncode, done.stdout) == (code, ""), (command, done)
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_beside_a_running_dev_a_dash_is_its_project(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    with connect(database) as db:
+        project = str(make_project(db).id)
+        for n in range(15):
+            upsert(db, uuid_of(project), "a.ts", f"{n}\n")
+    state = tmp_path / ".preview-sync"
+    state.mkdir()
+    (state / "dev.json").write_text(json.dumps({"project_id": project, "database_url": database}))
+    with (state / "dev.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert len(run("log", "-").stdout.splitlines()) == 15
+        assert "-10\n+11\n" in run("show", "-", "12").stdout
+        assert "-11\n+14\n" in run("diff", "-", "12", "15").stdout
+        assert run("restore", "-", "12").stdout.startswith(
+            "revision 16 is as revision 12 was: 1 file changed\n"
+        )
+        assert len(run("log", project).stdout.splitlines()) == 16
+    assert run("log", "-").returncode == 64, "that dev has ended"
 
 
 @pytest.mark.parametrize("command", ["log", "show", "diff", "restore"])
