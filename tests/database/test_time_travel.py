@@ -311,7 +311,7 @@ def edited(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @given(pair=edited() | st.tuples(TEXTS, TEXTS))
-@examples(60, 5_000)
+@examples(60, 1_000)
 def test_a_difference_is_what_git_applies(kept: Db, repository: Path, pair: tuple[str, str]) -> None:
     before, after = pair
     patch = one(
