@@ -164,7 +164,7 @@ def _add_history(commands: Any) -> None:
     log.add_argument(
         "--limit", type=int, default=20, metavar="N", help="at most so many commits (default: 20)"
     )
-    log.add_argument("--json", action="store_true", help="one JSON object a line, with all paths")
+    log.add_argument("--json", action="store_true", help="one JSON object a line, with up to 100 paths")
     show = command("show", "print one commit and what it changed", "12")
     show.add_argument("revision", help="its number, or a checkpoint's name")
     diff = command(

@@ -536,18 +536,21 @@ begin
            coalesce(t.label, k.label),
            count(*)::integer, sum(h.size_bytes)::bigint,
            jsonb_agg(jsonb_build_object('action', h.action, 'file_path', h.file_path, 'version', h.version, 'size_bytes', h.size_bytes)
-                     order by h.file_path)
+                     order by h.file_path) filter (where h.n <= 100)
     from (select distinct f.revision from public.project_files f
           where f.project_id = project_uuid and f.revision < coalesce(p_before, 9223372036854775807)
           order by f.revision desc limit p_limit) page
-    join public.project_history h on h.project_id = project_uuid and h.revision = page.revision
+    cross join lateral (
+      select c.*, row_number() over (order by c.file_path) as n from public.project_history c
+      where c.project_id = project_uuid and c.revision = page.revision
+    ) h
     left join preview.turns t on t.project_id = project_uuid and t.revision = page.revision
     left join preview.checkpoints k on k.project_id = project_uuid and k.revision = page.revision and k.name is null
     group by h.revision, t.id, t.label, k.turn_id, k.label
     order by h.revision desc;
 end $$;
 comment on function public.list_commits is
-  'A project''s commits, newest first: who, when, in which turn, and what of it is kept. `p_before`: only those below that revision.';
+  'A project''s commits, newest first: who, when, in which turn, and what of it is kept; of `changes` the first 100. `p_before`: only those below that revision.';
 
 -- ------------------------------------------------------------------------------------------------ rights
 revoke all on preview.checkpoints, preview.history_gate from public;

@@ -6,6 +6,7 @@ import random
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,50 @@ def test_the_log_says_who_did_what_in_which_turn(db: Db, project: Project) -> No
     db.execute("delete from preview.turns")
     assert db.execute(query.encode(), [project.id, 1, 3]).fetchall()[0][2:4] == ("make it blue", turn)
     refused(db, "PT400", lambda: db.execute(query.encode(), [project.id, 0, None]), "p_limit")
+
+
+def test_a_large_commit_is_counted_and_its_first_hundred_files_named(db: Db, project: Project) -> None:
+    apply(db, project.id, [{"file_path": f"{n:03}", "content": "x"} for n in range(150)])
+    row = db.execute("select files, bytes, changes from public.list_commits(%s)", [project.id]).fetchone()
+    assert row is not None
+    assert row[:2] == (150, 150)
+    assert [each["file_path"] for each in row[2]] == [f"{n:03}" for n in range(100)]
+
+
+def test_writers_and_whoever_goes_back_forgets_or_keeps_wait_for_each_other_in_one_order(
+    database: str, db: Db, project: Project
+) -> None:
+    """Sixteen at once, each on a connection of its own: no circle, no hole in the revisions, one tree in the end."""
+    upsert(db, project.id, "a", "0")
+
+    def work(number: int) -> None:
+        with connect(database) as own:
+            for n in range(6):
+                match number % 4:
+                    case 0:
+                        upsert(own, project.id, f"{number % 3}", f"{number} {n}")
+                    case 1:
+                        try:
+                            restore(own, project.id, head(own, project.id)[1])
+                        except psycopg.Error as error:
+                            if (
+                                error.sqlstate != "PT410"
+                            ):  # somebody wrote, and somebody forgot what was before
+                                raise
+                    case 2:
+                        checkpoint(own, project.id, f"{number} {n}")
+                    case _:
+                        one(own, "select preview.forget(%s, '0', 0, 3)", [project.id])
+                        turn = begin(own, project.id)
+                        upsert(own, project.id, "b", f"{number} {n}", turn=turn)
+                        end(own, project.id, turn, force=True)
+
+    with ThreadPoolExecutor(16) as threads:
+        for done in [threads.submit(work, number) for number in range(16)]:
+            done.result()
+    revisions = {payload["revision"] for _, payload in messages(db, project.id)}
+    assert revisions == set(range(1, head(db, project.id)[1] + 1))
+    assert one(db, "select public.project_tree_hash(%s)", [project.id]) == hash_of(files(db, project.id))
 
 
 # --- rights
