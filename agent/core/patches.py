@@ -18,8 +18,9 @@ from agent.core.model import Change, Commit, Entry, RelPath, digest_of
 Read = Callable[[RelPath, int], bytes | None]
 """Gives what the file at a path holds if it has so many bytes, None when it cannot be had."""
 
-MOST_BYTES = 16 * 2**20
-"""Of a file that is made on the event loop: hashing the database's largest, 10 MB, is 6 ms. A larger one is fetched."""
+MOST_BYTES = 32 * 2**20
+"""Read from the disk for one commit or answer, on the event loop: what the database takes in one write. Past it changes
+stay by reference."""
 
 
 class PatchOutcome(StrEnum):
@@ -52,7 +53,14 @@ class Patches:
             waiting: the commits that are not applied yet, oldest first.
             read: the disk.
         """
-        return tuple([self._made(change, entries.get(change.path), waiting, read) for change in changes])
+        left = MOST_BYTES
+
+        def read_some(path: RelPath, size: int) -> bytes | None:
+            nonlocal left
+            left -= size
+            return read(path, size) if left >= 0 else None
+
+        return tuple([self._made(change, entries.get(change.path), waiting, read_some) for change in changes])
 
     def _made(self, change: Change, entry: Entry | None, waiting: Sequence[Commit], read: Read) -> Change:
         patch = change.patch
@@ -68,7 +76,7 @@ class Patches:
             ),
             None,
         )
-        if base is None and entry is not None and entry.digest == patch.base and entry.size <= MOST_BYTES:
+        if base is None and entry is not None and entry.digest == patch.base:
             base = read(change.path, entry.size)
         if base is None:
             self.outcomes[PatchOutcome.NO_BASE] += 1

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.model import Change, Commit, Cursor, Entry, Patch, RelPath, Tree, Write, digest_of
-from agent.core.patches import PatchOutcome
+from agent.core.patches import MOST_BYTES, Patches, PatchOutcome
 from agent.core.reconcile import Reason
 from agent.core.scheduler import SPACING, Follower
 from tests.agent.core.test_scheduler_machine import patch_of
@@ -97,6 +97,19 @@ def test_a_file_that_something_else_changed_is_fetched() -> None:
         assert agent.disk == disk
     assert agent.outcomes == {PatchOutcome.MISMATCH: 1, PatchOutcome.NO_BASE: 1}
     assert agent.follower.pending_paths == {PATH}
+
+
+def test_one_commit_reads_a_bounded_number_of_bytes() -> None:
+    """A bulk of splices is short; what they are of need not be."""
+    content = bytes(MOST_BYTES // 2 - 1)
+    entry = Entry(1, digest_of(content), len(content), revision=1)
+    paths = [RelPath(f"{n}.bin") for n in range(3)]
+    changes = [
+        Change(path, digest_of(content + b"!"), 2, patch=patch_of(content, content + b"!")) for path in paths
+    ]
+    patches = Patches()
+    made = patches.made(changes, dict.fromkeys(paths, entry), [], lambda path, size: content)
+    assert [change.by_reference for change in made] == [False, False, True]
 
 
 def test_a_repeat_is_not_counted_and_saved_bytes_are() -> None:
