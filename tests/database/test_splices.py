@@ -73,7 +73,7 @@ def kept(shared_database: str) -> Iterator[Db]:
 
 
 @given(pair=pairs() | st.tuples(st.text(CHARACTERS, max_size=12), st.text(CHARACTERS, max_size=12)))
-@examples(150, 20_000)
+@examples(150, 5_000)
 def test_splices_make_the_one_of_the_other(kept: Db, pair: tuple[str, str]) -> None:
     found = one(kept, "select preview.splices_of(%s, %s)", list(pair))
     if found is not None:
