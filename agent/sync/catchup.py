@@ -37,13 +37,6 @@ UNFIT_RETRY = 1.0
 """Seconds at least before what could not be used is asked for again: the same answer would come at once."""
 
 
-def revision_of(answer: Answer) -> int | None:
-    """Up to which revision an answer is good; None for a plain archive, which counts none."""
-    if isinstance(answer, StagedSnapshot):
-        return None if answer.plain else answer.manifest.revision
-    return answer.revision
-
-
 class _UrlRefused(Unavailable):
     """A snapshot's URL was refused: it is over, another may be good."""
 
