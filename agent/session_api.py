@@ -97,12 +97,22 @@ class SessionApi:
         return self._tokens.problem
 
     async def sync(
-        self, epoch: str | None, revision: int, reason: str, paths: Sequence[RelPath] | None = None
+        self,
+        epoch: str | None,
+        revision: int,
+        reason: str,
+        paths: Sequence[RelPath] | None = None,
+        accept: Sequence[str] = (),
     ) -> SyncAnswer:
-        """Ask what happened above (`epoch`, `revision`); `paths` asks for the content of these as well."""
+        """Ask what happened above (`epoch`, `revision`).
+
+        `paths` asks for the content of these as well; `accept` says what forms besides whole contents are understood.
+        """
         body: dict[str, object] = {"epoch": epoch, "revision": revision, "reason": reason}
         if paths is not None:
             body["paths"] = list(paths)
+        if accept:
+            body["accept"] = list(accept)
         with self._noting("sync"):
             return read_sync_answer(await self._call("POST", "sync", body))
 

@@ -1,15 +1,19 @@
 """The command line and how it fails.
 
-preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | rollout | tail | log
+preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | rollout | tail
+| log | show | diff | restore
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 
@@ -38,6 +42,11 @@ try:
     )
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
+
+HISTORY = """\
+A commit is one save, one bulk or one turn; each has the project's next revision. `log` shows them, `show` one of them,
+`diff` what lies between two, `restore` goes back to one. Nothing is lost by going back: it is a commit itself, and what
+was written since stays in the history. How long that is kept, and how checkpoints keep it, is in docs/history.md."""
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 64
@@ -133,15 +142,43 @@ def _parser() -> argparse.ArgumentParser:
     tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
     tail.set_defaults(run=_tail)
 
-    log = commands.add_parser("log", help="print a project's commits and turns, newest first")
-    log.add_argument("project", type=UUID, help="the project's id")
-    log.add_argument("--database-url", help="default: DATABASE_URL")
+    _add_history(commands)
+    return parser
+
+
+def _add_history(commands: Any) -> None:
+    """`log`, `show`, `diff` and `restore`: what happened to a project, and how to go back."""
+
+    def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example:\n  preview-orchestrator {name} - {example}\n\n{HISTORY}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("project", help="the project's id, or `-` for the one of --state")
+        parser.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
+        parser.add_argument("--database-url", help="default: DATABASE_URL, else that of a running `dev`")
+        parser.set_defaults(run=_history, command=name)
+        return parser
+
+    log = command("log", "print a project's commits and turns, newest first", "--limit 5")
     log.add_argument(
         "--limit", type=int, default=20, metavar="N", help="at most so many commits (default: 20)"
     )
-    log.add_argument("--json", action="store_true", help="one JSON object a line, with all paths")
-    log.set_defaults(run=_log)
-    return parser
+    log.add_argument("--json", action="store_true", help="one JSON object a line, with up to 100 paths")
+    show = command("show", "print one commit and what it changed", "12")
+    show.add_argument("revision", help="its number, or a checkpoint's name")
+    diff = command(
+        "diff", "print what changed between two revisions, as `git apply` reads it", "12 15 > changes.patch"
+    )
+    diff.add_argument(
+        "start", metavar="from", help="a revision's number, or a checkpoint's name; 0: from nothing"
+    )
+    diff.add_argument("upto", metavar="to", nargs="?", help="the same (default: now)")
+    restore = command("restore", "make a project as it was at a revision, in one new commit", "12")
+    restore.add_argument("revision", help="its number, or a checkpoint's name")
 
 
 def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -352,16 +389,55 @@ def _tail(arguments: argparse.Namespace) -> int:
     return asyncio.run(run_tail(arguments.project, arguments.state, as_json=arguments.json))
 
 
-def _log(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.snapshots.log import print_log
+def _history(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.snapshots.history import History
 
-    dsn = arguments.database_url or Settings.database_url_from_environment()
+    project, dsn = _project_and_database(arguments)
+    history = History(dsn, project, print, terminal=sys.stdout.isatty())
     try:
-        print_log(dsn, arguments.project, max(0, arguments.limit), print, as_json=arguments.json)
+        match arguments.command:
+            case "log":
+                history.log(max(0, arguments.limit), as_json=arguments.json)
+            case "show":
+                history.show(arguments.revision)
+            case "diff":
+                history.diff(arguments.start, arguments.upto)
+            case "restore":
+                history.restore(arguments.revision)
     except psycopg.Error as error:
-        sys.stderr.write(f"preview-orchestrator: cannot read the log: {' '.join(str(error).split())}\n")
+        refused = error.diag.message_primary
+        said = (
+            f"{refused} {error.diag.message_hint or ''}".strip() if refused else " ".join(str(error).split())
+        )
+        sys.stderr.write(f"preview-orchestrator: cannot {arguments.command}: {said}\n")
         return EXIT_FAILED
     return 0
+
+
+def _project_and_database(arguments: argparse.Namespace) -> tuple[UUID, str]:
+    """Which project is meant, and where its database is. Raises `SettingsError`."""
+    from orchestrator_stub.devstack.state_directory import running_dev
+
+    dev: dict[str, Any] = {}
+    dsn = arguments.database_url or os.environ.get("DATABASE_URL")
+    if arguments.project == "-" or not dsn:
+        with suppress(OSError, ValueError):
+            dev = running_dev(arguments.state)
+    try:
+        project = UUID(dev.get("project_id", "") if arguments.project == "-" else arguments.project)
+    except (ValueError, AttributeError):
+        where = (
+            f"no `preview-orchestrator dev` runs in {arguments.state}"
+            if arguments.project == "-"
+            else "it is no UUID"
+        )
+        raise SettingsError(
+            [f"PROJECT must be a project's id, or `-` beside a running dev: {where}"]
+        ) from None
+    if arguments.project == "-":
+        dsn = arguments.database_url or dev["database_url"]
+    dsn = dsn or dev.get("database_url")
+    return project, dsn or Settings.database_url_from_environment()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from agent.core.model import (
     Digest,
     Entry,
     Manifest,
+    Patch,
     Problem,
     RelPath,
     digest_of,
@@ -82,6 +83,8 @@ class _Item(Struct):
     encoding: Literal["utf-8", "base64"] | None = None
     size: Count | None = None
     executable: object = False
+    base_hash: Sha256 | None = None
+    splices: list[tuple[Count, Count, str]] | None = None
 
 
 class _Offer(Struct):
@@ -166,7 +169,7 @@ def _read_change(path: RelPath, item: Mapping[str, object], what: str) -> tuple[
     if told.content is None:
         if claimed is None:
             raise MalformedMessage(what, f"{path} has neither content nor content_hash")
-        return Change(path, claimed, told.version, None, told.size, executable), None
+        return Change(path, claimed, told.version, None, told.size, executable, _read_patch(told, what)), None
     try:
         coded = told.encoding == "base64"
         content = base64.b64decode(told.content, validate=True) if coded else told.content.encode()
@@ -177,6 +180,15 @@ def _read_change(path: RelPath, item: Mapping[str, object], what: str) -> tuple[
         return Change(path, actual, told.version, content, len(content), executable), None
     problem = Problem("hash_mismatch", "the content received is not what its hash says; fetching it", path)
     return Change(path, claimed, told.version, None, None, executable), problem
+
+
+def _read_patch(told: _Item, what: str) -> Patch | None:
+    if told.base_hash is None or told.splices is None:
+        return None
+    try:
+        return Patch(told.base_hash, tuple([(at, cut, insert.encode()) for at, cut, insert in told.splices]))
+    except UnicodeEncodeError as error:
+        raise MalformedMessage(what, f"a splice cannot be encoded: {error}") from None
 
 
 # --- manifests

@@ -284,11 +284,32 @@ def tree_hash(digests: Mapping[RelPath, Digest]) -> str:
     return whole.hexdigest()
 
 
+class Patch(Struct, frozen=True, gc=False):
+    """What makes a file's bytes of those whose digest is `base`.
+
+    `splices`: where in the base, how many bytes of it go, what comes there; in bytes, ascending, not overlapping.
+    """
+
+    base: Digest
+    splices: tuple[tuple[int, int, bytes], ...]
+
+    def applied_to(self, base: bytes) -> bytes | None:
+        """Return what the splices make of `base`; None when they do not fit."""
+        parts: list[bytes] = []
+        at = 0
+        for offset, removed, insert in self.splices:
+            if not at <= offset <= offset + removed <= len(base):
+                return None
+            parts += (base[at:offset], insert)
+            at = offset + removed
+        return b"".join((*parts, base[at:]))
+
+
 class Change(Struct, frozen=True, gc=False):
     """What the database says became of one path. `digest` None: deleted.
 
-    `content` None on an update: by reference, the bytes must be fetched. `version` None: the sender does not
-    count versions (the seed's plain form).
+    `content` None on an update: by reference, the bytes must be fetched, or made with `patch`. `version` None: the
+    sender does not count versions (the seed's plain form).
     """
 
     path: RelPath
@@ -297,6 +318,7 @@ class Change(Struct, frozen=True, gc=False):
     content: bytes | None = None
     size: int | None = None
     executable: bool = False
+    patch: Patch | None = None
 
     @property
     def is_delete(self) -> bool:

@@ -11,6 +11,7 @@ what arrives, does what it says, and tells it what became of that:
 - *order per path*: a commit that touches a path of a waiting commit waits behind it.
 - *stragglers*: a hole is given `grace` to close by itself before the database is asked.
 - *one at a time, coalesced*: needs that arise during a catch-up are met by the next one.
+- *splices are chained*: a change that came as a patch is made whole from what waits or is on disk (`core.patches`).
 - *no loop*: a catch-up that does not move the cursor makes the next one for the same reason wait longer.
 - *no hurry*: after one that failed nothing is asked before its wait is over, unless the link has joined anew.
 - *nothing is given up*: a path that the disk could not hold is asked for again when what stood there moved, and
@@ -26,7 +27,19 @@ from math import inf
 from msgspec import structs
 
 from agent.core.messages import Head
-from agent.core.model import Commit, Cursor, Entry, Operation, Problem, RelPath, TraceParent, Tree, tree_hash
+from agent.core.model import (
+    Change,
+    Commit,
+    Cursor,
+    Entry,
+    Operation,
+    Problem,
+    RelPath,
+    TraceParent,
+    Tree,
+    tree_hash,
+)
+from agent.core.patches import Patches, Read
 from agent.core.reconcile import Gap, Outcome, Plan, Reason, settle, step
 
 SPACING = 0.075
@@ -124,6 +137,7 @@ class Follower:
         self.tree = tree
         self.waiting: list[Commit] = []
         self._waiting_bytes = 0
+        self.patches = Patches()
         self.head_revision = tree.cursor.revision
         """The highest revision heard of."""
         self._written: dict[RelPath, float] = {}
@@ -159,8 +173,12 @@ class Follower:
 
     # --- events
 
+    def patched(self, changes: Iterable[Change], read: Read) -> tuple[Change, ...]:
+        """Make what came as splices whole. What cannot be stays by reference."""
+        return self.patches.made(changes, self.tree.entries, self.waiting, read)
+
     def receive(self, commit: Commit, now: float) -> None:
-        """Take a commit; it is applied by the next `ready` that finds its paths free."""
+        """Take a commit, patched; it is applied by the next `ready` that finds its paths free."""
         if commit.revision is not None and commit.epoch in (None, self.tree.cursor.epoch):
             self.head_revision = max(self.head_revision, commit.revision)
         size = _size(commit)
@@ -430,16 +448,20 @@ class Follower:
         self._futile = 0 if moved else self._futile + 1
         self._find_gaps(now)
 
-    def failed(self, now: float, wait: float, *, too_large: bool = False) -> None:
+    def failed(
+        self, now: float, wait: float, *, too_large: bool = False, missing: Set[RelPath] = frozenset()
+    ) -> None:
         """The catch-up could not be made. What it was for is due again in `wait` seconds, and nothing else sooner.
 
-        `too_large`: the question as it was cannot be answered; the next one asks for everything.
+        `too_large`: the next question asks for everything. `missing`: it names these, whose bytes did not come.
         """
         asked, self._asked = self._asked or {}, None
         self._ask_whole = self._ask_whole or too_large
         self._not_before = now + wait
         for reason, need in asked.items():
             self.need(reason, self._not_before, need.paths, need.revision)
+        if missing:
+            self.need(Reason.REFERENCE, self._not_before, missing)
 
     def _wait_after_futile(self, base: float) -> float:
         return float(min(base * 2**self._futile, FUTILE_MAX)) if self._futile < 16 else FUTILE_MAX

@@ -242,6 +242,18 @@ class DirectoryView:
             return None
         return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
 
+    def content(self, path: RelPath, size: int) -> bytes | None:
+        """Read the regular file at `path` if it has `size` bytes; None when it has not, or cannot be read."""
+        try:
+            directory, name = self._directories.parent(path)
+            with open(os.open(name, READ_FILE, dir_fd=directory), "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+                    return None
+                return file.read(size) if size else b""
+        except (OSError, Blocked):
+            return None
+
     def digest_steps(self, path: RelPath, size: int) -> Steps[tuple[Digest, FileStat] | None]:
         """Hash the file at `path`; see the function `digest_steps`."""
         try:

@@ -19,6 +19,7 @@ from agent import __version__
 from agent.config import Settings
 from agent.core.clock_skew import Bounds, ClockSkew, Moment
 from agent.core.model import Entry, Problem, ProblemKind, RelPath
+from agent.core.patches import PatchOutcome
 from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.health.status_body import MOST_BYTES, fitted, fitted_errors
@@ -225,6 +226,11 @@ class Report(Collector):
         for name, text, count in (
             ("clock_jumps", "Suspensions and clock steps noticed.", link["clock_jumps"]),
             (
+                "patches_saved_bytes",
+                "Bytes of content that were made from splices and did not travel.",
+                self.sync.patches.saved_bytes,
+            ),
+            (
                 "watch_renewals",
                 "Times the watch over the project was made again: a name that is not UTF-8, or too many at once.",
                 self.sync.watch_renewals,
@@ -249,7 +255,12 @@ class Report(Collector):
         )
         for reason, number in link["refusals"].items():
             refusals.add_metric([reason], number)
-        yield from (problems, state, refusals)
+        patches = CounterMetricFamily(
+            f"{_PREFIX}_patches", "Changes that came as splices, by what became of them.", labels=["outcome"]
+        )
+        for outcome in PatchOutcome:
+            patches.add_metric([outcome.value], self.sync.patches.outcomes[outcome])
+        yield from (problems, state, refusals, patches)
         if self.shadow is not None:
             yield from self.shadow.collect()
 

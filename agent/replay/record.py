@@ -141,7 +141,11 @@ class Recorder:
 
         Empty when the database has moved on; what it has moved on to is then written first.
         """
-        wanted = {change.path: change.digest for change in read.changes if change.by_reference}
+        wanted = {
+            change.path: change.digest
+            for change in read.changes
+            if change.by_reference and (change.patch is None or self._log.made(change) is None)
+        }
         if not wanted or read.epoch is None or read.revision is None:
             return {}
         found: Mapping[RelPath, bytes] = {}

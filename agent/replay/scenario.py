@@ -215,14 +215,22 @@ class Log:
         if change.version is None:
             change = structs.replace(change, version=(before.version or 0) + 1)
         if change.by_reference:
-            content = contents.get(change.path)
-            if content is None and before.digest == change.digest:
-                content = before.content
+            content = contents.get(change.path, self.made(change))
             if content is None or digest_of(content) != change.digest:
                 reason = f"the bytes of {change.path} are missing, or do not have the hash {change.digest}"
                 raise MalformedMessage(where, reason)
             change = structs.replace(change, content=content)
         self.rows[change.path] = Row(change, self.revision)
+
+    def made(self, change: Change) -> bytes | None:
+        """Return the content of a change by reference, when the log has it: the same as before, or splices of that."""
+        row = self.rows.get(change.path)
+        if row is None or row.change.content is None:
+            return None
+        if row.change.digest == change.digest:
+            return row.change.content
+        made = None if change.patch is None else change.patch.applied_to(row.change.content)
+        return made if made is not None and digest_of(made) == change.digest else None
 
     def files(self) -> dict[RelPath, bytes]:
         """Return the current tree."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from agent.core.errors import CredentialRejected, SnapshotRejected, TooLarge, Unavailable
 from agent.core.messages import Changes, Current, SnapshotOffer
-from agent.core.model import Entry, Problem, RelPath, Remove, Tree
+from agent.core.model import Change, Entry, Problem, RelPath, Remove, Tree
 from agent.core.reconcile import Plan, brake
 from agent.core.scheduler import Request
 from agent.retry import Backoff
@@ -22,6 +22,7 @@ from agent.snapshot.unpack import StagingFailed
 from agent.telemetry.status import OwnedProblems, Problems
 
 Answer = Current | Changes | StagedSnapshot
+Patched = Callable[[tuple[Change, ...]], tuple[Change, ...]]
 
 SNAPSHOT_REJECTED = "snapshot_rejected"
 """The reason that makes the orchestrator build the snapshot anew instead of offering the kept one."""
@@ -80,16 +81,23 @@ class CatchUp:
         """Whether there is anybody, or anything, to get an answer from."""
         return self.api is not None or self.offered is not None
 
-    async def ask(self, request: Request) -> Answer:
-        """Ask one question, once. Raises an `AgentError` when there is no answer, or none that can be used."""
+    async def ask(self, request: Request, patched: Patched = lambda changes: changes) -> Answer:
+        """Ask one question, once. Raises an `AgentError` when there is no answer, or none that can be used.
+
+        `patched` makes what came as splices whole, at once: the tree may have moved when the answer is taken.
+        """
         if self.api is None:
             if self.offered is None:
                 raise Unavailable("catch-up", "SESSION_API_URL is not set")
             return await self._fetch_offered(self.offered)
         anew = self._distrusted or request.rebuild
         reason = SNAPSHOT_REJECTED if anew else request.reason.value
-        answer = await self.api.sync(request.epoch, request.revision, reason, sorted(request.paths) or None)
-        if not isinstance(answer, SnapshotOffer):
+        answer = await self.api.sync(
+            request.epoch, request.revision, reason, sorted(request.paths) or None, accept=("splices",)
+        )
+        if isinstance(answer, Changes):
+            return replace(answer, changes=patched(answer.changes))
+        if isinstance(answer, Current):
             return answer
         staged = await self._fetch(self._url_of(answer))
         return replace(staged, ahead=answer.ahead)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
+from functools import partial
 
 from msgspec import structs
 
@@ -17,7 +18,7 @@ from agent.core.clock_skew import ClockSkew
 from agent.core.errors import AgentError, MalformedMessage, PathRefused, SessionGone, Superseded, TooLarge
 from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
 from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
-from agent.core.reconcile import Outcome, Plan, Reason, catch_up, reconcile
+from agent.core.reconcile import Gap, Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
 from agent.link.source import EventSource, Received, Resync, Signal
 from agent.retry import Backoff
@@ -100,6 +101,8 @@ class Sync:
         self._drift_policy = drift_policy
         self._clock = clock
         self._drift = DriftWatch(workspace.disk, lambda: workspace.expected(self.tree), self._observe_drift)
+        self.patches = follower.patches
+        self._patched = partial(follower.patched, read=workspace.disk.content)
         self._lag = LagMeter(metrics, status, skew or ClockSkew(), spans)
 
         self._errors = problems.errors
@@ -300,7 +303,7 @@ class Sync:
         elif commit is not None:
             for problem in commit.problems:
                 self._problems.add(problem)
-            self._follower.receive(commit, now)
+            self._follower.receive(structs.replace(commit, changes=self._patched(commit.changes)), now)
 
     def _read(self, received: Received) -> Commit | SnapshotOffer | None:
         try:
@@ -407,7 +410,7 @@ class Sync:
             self._source.caught_up()
             return
         self._request = request
-        self._asking = asyncio.create_task(self._catch_up.ask(request), name="catch-up")
+        self._asking = asyncio.create_task(self._catch_up.ask(request, self._patched), name="catch-up")
         self._asking.add_done_callback(lambda _: self._wake.set())
 
     def _finish_catch_up(self, asking: asyncio.Task[Answer]) -> None:
@@ -429,7 +432,7 @@ class Sync:
                 asyncio.get_running_loop().call_later(free_at - now, self._wake.set)
                 return
             if (refusal := self._accept(answer, plan)) is not None:
-                self._ask_again("sync.retry", refusal, now)
+                self._ask_again("sync.retry", refusal, now, gap=plan.gap)
                 return
         request, self._asking, self._request = self._request, None, None
         self._catch_up.succeeded()
@@ -484,8 +487,11 @@ class Sync:
             observe_build(self._metrics, snapshot)
         return None
 
-    def _ask_again(self, event: str, why: str, now: float, error: Exception | None = None) -> None:
-        """Let what was asked for be due again, after a wait. `error`: why there was no answer at all.
+    def _ask_again(
+        self, event: str, why: str, now: float, error: Exception | None = None, gap: Gap | None = None
+    ) -> None:
+        """Let what was asked for be due again, after a wait. `error`: why there was no answer at all. `gap`: what the
+        answer did not bring.
 
         What is too large, or cannot be read time and again, is not asked again as it was.
         """
@@ -497,4 +503,4 @@ class Sync:
         log.warning(event, why=why, attempt=self._catch_up.attempts, wait=round(wait, 2))
         self._workspace.disk.drop_staged()
         self._recording.soon()
-        self._follower.failed(now, wait, too_large=too_large)
+        self._follower.failed(now, wait, too_large=too_large, missing=gap.paths if gap else frozenset())

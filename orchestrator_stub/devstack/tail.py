@@ -89,7 +89,9 @@ def describe(event: str, payload: dict[str, Any]) -> str:
     if event == "file:update":
         detail = f"  ({size:,} bytes)" if isinstance(size, int) else "  (size unknown)"
         if content is None:
-            detail = f"{detail[:-1]}, by reference)"
+            splices = payload.get("splices")
+            form = f"{len(splices)} splices" if isinstance(splices, list) else "by reference"
+            detail = f"{detail[:-1]}, {form})"
     return f"{head} v{payload.get('version', '?')}  {_plain(payload['file_path'])}{detail}"
 
 

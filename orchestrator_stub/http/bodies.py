@@ -70,6 +70,8 @@ class SyncBody(BaseModel):
         ]
         | None
     ) = None
+    accept: Annotated[list[Text], Field(max_length=20)] | None = None
+    """What the agent reads besides whole contents: `splices`. What is not known here is passed over."""
 
 
 class StatusBody(BaseModel):

@@ -240,6 +240,7 @@ class SessionRoutes:
                 revision=body.revision,
                 reason=body.reason,
                 paths=body.paths or (),
+                accept=body.accept or (),
                 session_id=session.id,
             )
         )

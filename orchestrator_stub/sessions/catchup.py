@@ -102,9 +102,12 @@ class Catchup:
         revision: int,
         reason: str,
         paths: Sequence[str],
+        accept: Sequence[str] = (),
         session_id: UUID | None = None,
     ) -> dict[str, Any]:
         """The answer of `POST …/sync`, as it travels; an archive is built out of the session's allowance.
+
+        `accept` names what the agent reads besides whole contents (`splices`).
 
         Raises `ProjectGone`, `SnapshotUnavailable`, `AllowanceSpent`.
         """
@@ -119,8 +122,8 @@ class Catchup:
         try:
             row = await fetch_one(
                 self._pool,
-                "select public.changes_since(%s, %s, %s, %s, %s)",
-                (project_id, epoch, revision, list(paths) or None, self._inline_limit),
+                "select public.changes_since(%s, %s, %s, %s, %s, %s)",
+                (project_id, epoch, revision, list(paths) or None, self._inline_limit, list(accept) or None),
             )
         except psycopg.DatabaseError as error:
             if error.sqlstate == "PT404":
@@ -157,7 +160,8 @@ class Catchup:
     async def _complete(self, project_id: UUID, answer: dict[str, Any]) -> bool:
         """Give every binary file of the answer its bytes, or name it as unavailable. False: they are too many."""
         changes = answer["changes"]
-        binary = [c for c in changes if c.get("action") == "update" and c.get("content") is None]
+        # Not by a content of null: a text that is splices has none either.
+        binary = [c for c in changes if c.get("action") == "update" and c.get("encoding") == "base64"]
         if not binary:
             return True
         row = await fetch_one(

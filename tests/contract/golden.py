@@ -21,8 +21,9 @@ def assert_same_form(
 ) -> None:
     """`actual` has the keys of `golden` and values of the same JSON types, all the way down.
 
-    A null in the golden message stands for any type. Lists are held against the golden list's items by their keys, so
-    that a list may be longer and its items of either form. `optional` keys may be missing or extra.
+    A null in the golden message stands for any type. Objects in lists are held against the golden list's items by their
+    keys, so that a list may be longer and its items of either form; what else is in a list, by its place. `optional`
+    keys may be missing or extra.
     """
     where = at or "message"
     if golden is None or actual is None:
@@ -43,6 +44,9 @@ def assert_same_form(
         assert isinstance(actual, list), f"{where}: {actual!r} is no list"
         forms = {frozenset(item) - optional: item for item in golden if isinstance(item, dict)}
         for n, item in enumerate(actual):
+            if not isinstance(item, dict):
+                assert_same_form(item, golden[min(n, len(golden) - 1)], optional=optional, at=f"{where}[{n}]")
+                continue
             form = forms.get(frozenset(item) - optional)
             assert form is not None, f"{where}[{n}]: no golden item has the keys {sorted(item)}"
             assert_same_form(item, form, optional=optional, at=f"{where}[{n}]")

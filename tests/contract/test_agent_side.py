@@ -28,7 +28,7 @@ from agent.core.messages import (
     read_manifest,
     read_sync_answer,
 )
-from agent.core.model import Commit
+from agent.core.model import Commit, digest_of
 from agent.health.status_body import fitted
 from agent.link.run_settings import read_run_settings
 from agent.session_api import SessionApi
@@ -61,6 +61,31 @@ def test_an_update_carries_its_bytes_and_a_reference_does_not() -> None:
     assert update.changes[0].content == b"export default 1\n"
     assert not update.changes[0].by_reference
     assert reference.changes[0].by_reference
+
+
+def test_splices_are_a_reference_with_what_makes_the_bytes() -> None:
+    base = b"import React from 'react'\n" + "// é\n".encode() * 4
+    update, bulk = event("event.file_update.splices"), event("event.bulk_apply.splices")
+    answer = read_sync_answer(load("sync.answer.splices"))
+    assert isinstance(update, Commit)
+    assert isinstance(bulk, Commit)
+    assert isinstance(answer, Changes)
+    for change in (update.changes[0], bulk.changes[0], answer.changes[0]):
+        assert change.by_reference
+        assert change.patch is not None
+        assert change.patch.base == digest_of(base)
+        made = change.patch.applied_to(base)
+        assert made is not None
+        assert digest_of(made) == change.digest
+
+
+@pytest.mark.parametrize(
+    "splices", [[[0, -1, ""]], [[0, 1]], [["0", 1, ""]], [[0, 1, None]], "x", [[0, 1, "\ud800"]]]
+)
+def test_splices_of_another_form_are_malformed(splices: object) -> None:
+    message = load("event.file_update.splices")
+    with pytest.raises(MalformedMessage):
+        read_event(message["event"], {**message["payload"], "splices": splices})
 
 
 def test_a_traced_update_is_the_update_and_its_writer_s_span() -> None:
@@ -142,7 +167,11 @@ async def test_sync_is_asked_in_the_golden_form() -> None:
     await peer.api.sync(
         with_paths["epoch"], with_paths["revision"], with_paths["reason"], with_paths["paths"]
     )
-    assert [body for _, _, body in peer.asked] == [golden, with_paths]
+    accepting = load("sync.request.accept")
+    await peer.api.sync(
+        accepting["epoch"], accepting["revision"], accepting["reason"], accept=accepting["accept"]
+    )
+    assert [body for _, _, body in peer.asked] == [golden, with_paths, accepting]
     assert {(method, path.rpartition("/")[2]) for method, path, _ in peer.asked} == {("POST", "sync")}
 
 

@@ -85,6 +85,27 @@ async def test_the_database_s_events(project: Project) -> None:
     assert messages[-1][1]["traceparent"] == traceparent
 
 
+async def test_splices_in_events_and_answers(project: Project, agent: Agent) -> None:
+    large = "".join(f"export const n{n} = {n}\n" for n in range(2000))
+    await project.save("src/large.ts", large)
+    here = await project.rpc("changes_since", epoch="none", revision=0)
+    await project.save("src/large.ts", large.replace("n7 =", "seven ="))
+    await project.bulk({"src/large.ts": large, "src/App.tsx": None})
+    update, bulk = (await said(project))[-2:]
+    for (event, payload), name in ((update, "event.file_update.splices"), (bulk, "event.bulk_apply.splices")):
+        assert event == load(name)["event"]
+        assert_same_form(payload, load(name)["payload"], optional=frozenset({"id"}), at=name)
+    await project.save("src/large.ts", large.replace("n8 =", "eight ="))
+    request = {**load("sync.request.accept"), "epoch": here["epoch"], "revision": here["revision"]}
+    answer = (await call(agent, "POST", "sync", request)).json()
+    assert_same_form(
+        [change for change in answer["changes"] if change["action"] == "update"],
+        load("sync.answer.splices")["changes"],
+    )
+    plain = (await call(agent, "POST", "sync", {**request, "accept": ["of-tomorrow"]})).json()
+    assert all(change.get("content") for change in plain["changes"] if change["action"] == "update")
+
+
 async def test_the_session(project: Project, plane: Plane) -> None:
     answer = await plane.http.post("/v1/sessions", json={"project_id": str(project.id), "ttl_seconds": 3600})
     assert_same_form(answer.json(), load("session"), optional=frozenset({"region", "problem"}))

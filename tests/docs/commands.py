@@ -105,6 +105,12 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/system/test_rollout.py::test_there_and_back_and_stopped_by_a_bad_image"),
     ),
     (
+        r"preview-orchestrator (log -|show - \d+|diff - \d+ \d+|restore - \d+)",
+        ByTest(
+            "tests/orchestrator/snapshots/test_history.py::test_beside_a_running_dev_a_dash_is_its_project"
+        ),
+    ),
+    (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
     ),

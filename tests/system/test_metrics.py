@@ -31,6 +31,8 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     # faults.md, "what shows"
     "pending_files": ("gauge", ()),
     "coalesced": ("counter", ()),
+    "patches": ("counter", ("outcome",)),
+    "patches_saved_bytes": ("counter", ()),
     "drift_files": ("gauge", ()),
     "installs": ("counter", ("result",)),
     "link_refusals": ("counter", ("reason",)),

@@ -1,7 +1,8 @@
 """The promise, against a model: whatever is lost, doubled, reordered or broken, the tree ends equal to the database.
 
-`World` is a database that keeps a log and may forget the end of it, a channel that loses things, an orchestrator that
-reads no long question, a disk that fills up and holds what stands in the way, and a process that dies.
+`World` is a database that keeps a log and may forget the end of it, a channel that loses things and splices that make
+something else than they say, an orchestrator that reads no long question, a disk that fills up and holds what stands in
+the way, and a process that dies.
 The rules are edits and faults in any order; `quiesce` lets the clock run with everything back in order, and then
 disk, tree and database must be the same.
 """
@@ -23,6 +24,7 @@ from agent.core.model import (
     Entry,
     Manifest,
     Operation,
+    Patch,
     RelPath,
     Remove,
     Tree,
@@ -34,6 +36,8 @@ from agent.core.scheduler import Follower
 from tests.profiles import examples
 
 PATHS = [RelPath(p) for p in ("a.ts", "b.ts", "src/c.ts", "src/d.ts", "src/deep/e.ts", "bin.png")]
+
+FORMS = st.sampled_from(["content", "reference", "splices"])
 
 
 @dataclass
@@ -53,7 +57,9 @@ class Database:
     past: list[dict[RelPath, Row]] = field(default_factory=list)
     """The rows as they were at each revision below the present one of this epoch, oldest first."""
 
-    def commit(self, changes: dict[RelPath, bytes | None], *, by_reference: bool = False) -> Commit | None:
+    def commit(
+        self, changes: dict[RelPath, bytes | None], *, by_reference: bool = False, by_splices: bool = False
+    ) -> Commit | None:
         changes = {p: c for p, c in changes.items() if self.content(p) != c}
         if not changes:
             return None
@@ -62,20 +68,22 @@ class Database:
         made = []
         for path, content in changes.items():
             version = self.rows[path].version + 1 if path in self.rows else 1
+            before = self.content(path)
             self.rows[path] = Row(version, content, self.revision)
-            made.append(self._change(path, hide=by_reference))
+            made.append(self._change(path, hide=by_reference, before=before if by_splices else None))
         event = "bulk:apply" if len(made) > 1 else "file:update"
         return Commit(event, tuple(made), self.revision, self.epoch)
 
     def content(self, path: RelPath) -> bytes | None:
         return self.rows[path].content if path in self.rows else None
 
-    def _change(self, path: RelPath, *, hide: bool = False) -> Change:
+    def _change(self, path: RelPath, *, hide: bool = False, before: bytes | None = None) -> Change:
         row = self.rows.get(path)
         if row is None or row.content is None:
             return Change(path, None, row.version if row else 0)
-        content = None if hide else row.content
-        return Change(path, digest_of(row.content), row.version, content, len(row.content))
+        patch = None if before is None else patch_of(before, row.content)
+        content = None if hide or patch else row.content
+        return Change(path, digest_of(row.content), row.version, content, len(row.content), patch=patch)
 
     def files(self) -> dict[RelPath, bytes]:
         return {p: r.content for p, r in self.rows.items() if r.content is not None}
@@ -97,7 +105,12 @@ class Database:
         wanted = {p for p, r in self.rows.items() if r.revision > revision} | paths
         if not wanted:
             return Current(self.epoch, self.revision)
-        return Changes(self.epoch, self.revision, revision, tuple(self._change(p) for p in sorted(wanted)))
+        known = self.past[revision - self.revision] if 0 < self.revision - revision <= len(self.past) else {}
+        changes = tuple(
+            self._change(p, before=known[p].content if p in known and p not in paths else None)
+            for p in sorted(wanted)
+        )
+        return Changes(self.epoch, self.revision, revision, changes)
 
     def forget(self, commits: int) -> None:
         """A failover to a replica that was behind: the last commits never were, and the epoch is the same."""
@@ -109,6 +122,13 @@ class Database:
         self.rows, self.revision = rows, revision
         self.past.clear()
         self.epoch = f"e{int(self.epoch[1:]) + 1}"
+
+
+def patch_of(before: bytes, after: bytes) -> Patch:
+    """What makes the one of the other: the first byte that differs and all behind it."""
+    same = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), None)
+    at = min(len(before), len(after)) if same is None else same
+    return Patch(digest_of(before), ((at, len(before) - at, after[at:]),))
 
 
 class World(RuleBasedStateMachine):
@@ -135,6 +155,10 @@ class World(RuleBasedStateMachine):
         self.follower = Follower(self.saved, optimistic=self.optimistic)
 
     # --- the disk
+
+    def read(self, path: RelPath, size: int) -> bytes | None:
+        content = self.disk.get(path)
+        return content if content is not None and len(content) == size else None
 
     def apply(self, plan: Plan, operations: tuple[Operation, ...], bytes_of: dict[str, bytes]) -> bool:
         """All or nothing. True when it landed."""
@@ -179,6 +203,8 @@ class World(RuleBasedStateMachine):
 
     def take_answer(self) -> None:
         answer, ahead = self.pending.pop(0)
+        if isinstance(answer, Changes):
+            answer = replace(answer, changes=self.follower.patched(answer.changes, self.read))
         if isinstance(answer, Current):
             if answer.epoch != self.follower.tree.cursor.epoch:
                 self.follower.failed(self.now, 1.0)
@@ -202,7 +228,7 @@ class World(RuleBasedStateMachine):
             return
         by_digest = {str(digest_of(c)): c for c in self.answer_bytes.values()}
         if plan.gap is not None and not plan.operations and plan.tree is self.follower.tree:
-            self.follower.failed(self.now, 1.0)
+            self.follower.failed(self.now, 1.0, missing=plan.gap.paths)
         elif self.apply(plan, plan.operations, by_digest):
             self.follower.answered(self.now, revision)
         else:
@@ -210,17 +236,22 @@ class World(RuleBasedStateMachine):
 
     # --- edits
 
-    @rule(path=st.sampled_from(PATHS), content=st.binary(max_size=3), ref=st.booleans())
-    def edit(self, path: RelPath, content: bytes, ref: bool) -> None:
-        self.send(self.db.commit({path: content}, by_reference=ref))
+    @rule(path=st.sampled_from(PATHS), content=st.binary(max_size=3), form=FORMS)
+    def edit(self, path: RelPath, content: bytes, form: str) -> None:
+        self.send(
+            self.db.commit({path: content}, by_reference=form == "reference", by_splices=form == "splices")
+        )
 
     @rule(path=st.sampled_from(PATHS))
     def delete(self, path: RelPath) -> None:
         self.send(self.db.commit({path: None}))
 
-    @rule(changes=st.dictionaries(st.sampled_from(PATHS), st.none() | st.binary(max_size=3), min_size=2))
-    def bulk(self, changes: dict[RelPath, bytes | None]) -> None:
-        self.send(self.db.commit(changes))
+    @rule(
+        changes=st.dictionaries(st.sampled_from(PATHS), st.none() | st.binary(max_size=3), min_size=2),
+        by_splices=st.booleans(),
+    )
+    def bulk(self, changes: dict[RelPath, bytes | None], by_splices: bool) -> None:
+        self.send(self.db.commit(changes, by_splices=by_splices))
 
     @rule(source=st.sampled_from(PATHS), goal=st.sampled_from(PATHS))
     def rename(self, source: RelPath, goal: RelPath) -> None:
@@ -256,13 +287,27 @@ class World(RuleBasedStateMachine):
     @rule(n=st.integers(1, 4))
     def deliver(self, n: int) -> None:
         for _ in range(min(n, len(self.channel))):
-            self.follower.receive(self.channel.pop(0), self.now)
+            commit = self.channel.pop(0)
+            changes = self.follower.patched(commit.changes, self.read)
+            self.follower.receive(structs.replace(commit, changes=changes), self.now)
             self.work()
 
     @precondition(lambda self: self.channel)
     @rule()
     def lose(self) -> None:
         self.channel.pop(self.random.randrange(len(self.channel)))
+
+    @precondition(lambda self: self.channel)
+    @rule()
+    def spoil(self) -> None:
+        """A commit's splices make something else than its hash says, or do not fit."""
+        n = self.random.randrange(len(self.channel))
+        wrong = (((0, 0, b"?"),), ((0, 99, b""),), ((2, 0, b""), (1, 1, b"")))
+        changes = tuple(
+            structs.replace(c, patch=Patch(c.patch.base, self.random.choice(wrong))) if c.patch else c
+            for c in self.channel[n].changes
+        )
+        self.channel[n] = structs.replace(self.channel[n], changes=changes)
 
     @precondition(lambda self: self.channel)
     @rule()

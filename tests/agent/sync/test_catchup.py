@@ -74,6 +74,7 @@ async def test_the_question_is_the_schedulers_and_each_kind_of_answer_comes_back
         "revision": 1,
         "reason": "drift",
         "paths": ["a", "src/b"],
+        "accept": ["splices"],
     }
 
 

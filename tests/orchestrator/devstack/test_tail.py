@@ -38,6 +38,18 @@ TOPIC = f"project:{PROJECT}"
             "file:update   r2     v1  a.png  (120,000 bytes, by reference)",
         ),
         (
+            "file:update",
+            {
+                "file_path": "package-lock.json",
+                "version": 2,
+                "revision": 3,
+                "content": None,
+                "size": 400_000,
+                "splices": [[1, 2, "x"]],
+            },
+            "file:update   r3     v2  package-lock.json  (400,000 bytes, 1 splices)",
+        ),
+        (
             "file:delete",
             {"file_path": "old.ts", "version": 4, "revision": 13},
             "file:delete   r13    v4  old.ts",
