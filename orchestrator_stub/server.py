@@ -31,14 +31,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http import operations
+from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.operations import Measured, Metrics
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.modules.layers import ModuleLayers
+from orchestrator_stub.modules.upkeep import ModuleUpkeep, kept_of
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
@@ -132,14 +134,17 @@ async def control_plane(
         for sentence in differences(limits):
             log.warning("limits.differ", detail=sentence)
         runs = RunSettings(pool, sealing_keys_of(settings))
+        kept = kept_of(settings)
+        layers = ModuleLayers(pool, storage, kept, url_ttl=url_ttl)
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
-            installation=installation, template=template, on_part=on_part, on_suspend=metrics.suspends.inc,
+            installation=installation, template=template, layers=layers, on_part=on_part,
+            on_suspend=metrics.suspends.inc,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = RunRoutes(
+        api = ModuleRoutes(
             settings,
             controller,
             store,
@@ -148,6 +153,7 @@ async def control_plane(
             keys,
             runs,
             screens,
+            layers=layers,
             on_ready=metrics.ready_seconds.observe,
             on_wake=metrics.wakes_seconds.observe,
         )
@@ -157,6 +163,7 @@ async def control_plane(
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
+                also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
             )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation)
         finally:

@@ -34,6 +34,7 @@ from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions, Terminal, screen
+from orchestrator_stub.devstack.timeline import bars, start_of
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
@@ -192,6 +193,9 @@ class Stack:
         self._terminal.show(
             screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
         )
+        if self._options.timeline:
+            parts = await start_of(str(machine.health_url), self._terminal.seconds)
+            self._terminal.show(bars(parts), {"start": parts})
         if self._options.once:
             timings = await measure_save(self._options, info, http, self._terminal.seconds)
             self._terminal.show(timing_table(timings), timings)

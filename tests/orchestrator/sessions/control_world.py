@@ -8,17 +8,20 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import httpx
 
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.routes import application
-from orchestrator_stub.http.run_routes import RunRoutes
 from orchestrator_stub.machines.driver import Installation, machine_name
+from orchestrator_stub.modules.layers import ModuleLayers
+from orchestrator_stub.modules.upkeep import kept_of
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.sealing import SealingKeys
+from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
@@ -65,6 +68,16 @@ class PaperAssets:
 
     async def download(self, bucket: str, path: str) -> bytes:
         return self.objects[f"{bucket}/{path}"]
+
+
+class PaperStorage:
+    """Signs whatever it is asked to; nothing is ever stored."""
+
+    async def sign(self, bucket: str, path: str, expires_in: int) -> str:
+        return f"https://storage.invalid/{bucket}/{path}?token=t"
+
+    async def sign_upload(self, bucket: str, path: str) -> str:
+        return f"https://storage.invalid/upload/{bucket}/{path}?token=t"
 
 
 @dataclass
@@ -231,8 +244,18 @@ async def control_world(
         screens = Screens(dsn, store)
         waking = asyncio.create_task(screens.run())
         runs = RunSettings(pool, SEALING)
-        api = RunRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, screens, on_ready=on_ready
+        layers = ModuleLayers(pool, cast("StorageClient", PaperStorage()), kept_of(settings), url_ttl=600)
+        api = ModuleRoutes(
+            settings,
+            controller,
+            store,
+            catchup,
+            snapshots,
+            keys,
+            runs,
+            screens,
+            on_ready=on_ready,
+            layers=layers,
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -267,11 +290,13 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/wake"),
     ("GET", "/v1/sessions/{id}/shown"),
     ("GET", "/v1/sessions/{id}/run"),
+    ("POST", "/v1/sessions/{id}/modules"),
+    ("PUT", "/v1/sessions/{id}/modules"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
 ]
-AGENTS = ("run", "sync", "token", "status")
+AGENTS = ("run", "modules", "sync", "token", "status")
 """The last words of the routes that are the agent's; the others are the product's."""
 
 
