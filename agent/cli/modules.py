@@ -57,7 +57,7 @@ def pack(directory: Path, target: BinaryIO, environ: Mapping[str, str], say: Cal
         else None
     )
     npmrc = read_small(directory / ".npmrc", LARGEST_PACKAGE) or b""
-    if reasons := not_shareable(lock, npmrc, _registry()):
+    if reasons := not_shareable(lock, npmrc, _registries()):
         raise CannotPack("\n".join(reasons))
     with tempfile.TemporaryDirectory(prefix="preview-modules-") as made:
         clean = Path(made, "project")
@@ -94,13 +94,18 @@ def _key(wanted: reading.Dependencies, environ: Mapping[str, str]) -> str:
     return layer_key(wanted.key, platform)
 
 
-def _registry() -> str:
-    """Return the registry that npm uses outside of any project."""
+def _registries() -> list[str]:
+    """Return the registry that npm uses outside of any project, and its default."""
     npm = shutil.which("npm")
     if npm is None:
         raise CannotPack("npm is not installed here")
-    asked = subprocess.run(
-        [npm, "config", "get", "registry"], cwd="/", capture_output=True, text=True, timeout=REGISTRY_SECONDS,
-        check=False, env=dict(os.environ),
-    )  # fmt: skip
-    return asked.stdout.strip()
+    plain = {"PATH": os.environ.get("PATH", os.defpath)}
+    nothing = ("--userconfig=/nonexistent/user", "--globalconfig=/nonexistent/global")
+    found = []
+    for more, env in (((), dict(os.environ)), (nothing, plain)):
+        asked = subprocess.run(
+            [npm, "config", "get", "registry", *more], cwd="/", capture_output=True, text=True,
+            timeout=REGISTRY_SECONDS, check=False, env=env,
+        )  # fmt: skip
+        found.append(asked.stdout.strip())
+    return found

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-NPMS_OWN: Final = "https://npms-own.test.here/"
-"""What a lock file says of npm's default registry, whichever is used in its place (npm's `replace-registry-host`)."""
 _REGISTRY: Final = re.compile(rb"^\s*(?:@[^:=]+:)?registry\s*=", re.M)
 SHOWN: Final = 10
 """Reasons that are told of one project; more say nothing new."""
 
 
-def not_shareable(lock: bytes | None, npmrc: bytes, registry: str) -> list[str]:
+def not_shareable(lock: bytes | None, npmrc: bytes, registries: Sequence[str]) -> list[str]:
     """Return why an install may not be shared, a sentence each; none, when it may.
 
     Args:
         lock: The package-lock.json; None: there is none.
         npmrc: The project's .npmrc.
-        registry: The registry that npm uses here.
+        registries: The registry that npm uses here, and npm's default, which lock files name whichever is used in its
+            place (npm's `replace-registry-host`).
     """
     if lock is None:
         return ["there is no package-lock.json: what is installed is not said"]
@@ -36,10 +35,12 @@ def not_shareable(lock: bytes | None, npmrc: bytes, registry: str) -> list[str]:
     if not isinstance(packages, dict):
         return ["package-lock.json cannot be read, or is of a version before 2"]
     reasons = [".npmrc names a registry of its own"] if _REGISTRY.search(npmrc) else []
-    return [*reasons, *_reasons(packages, registry)][:SHOWN]
+    return [*reasons, *_reasons(packages, tuple(f"{each.rstrip('/')}/" for each in registries if each))][
+        :SHOWN
+    ]
 
 
-def _reasons(packages: Mapping[str, Any], registry: str) -> Iterator[str]:
+def _reasons(packages: Mapping[str, Any], registries: tuple[str, ...]) -> Iterator[str]:
     for place, package in packages.items():
         if place == "":
             continue
@@ -51,7 +52,7 @@ def _reasons(packages: Mapping[str, Any], registry: str) -> Iterator[str]:
         resolved, integrity = package.get("resolved"), package.get("integrity")
         if package.get("link") or (isinstance(resolved, str) and resolved.startswith("file:")):
             yield f"{place} is a directory of the project"
-        elif resolved is not None and not str(resolved).startswith((NPMS_OWN, registry.rstrip("/") + "/")):
+        elif resolved is not None and not str(resolved).startswith(registries):
             yield f"{place} is not from the public registry"
         elif not isinstance(integrity, str) or not integrity.startswith(
             ("sha512-", "sha384-", "sha256-", "sha1-")

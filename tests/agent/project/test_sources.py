@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.project.sources import NPMS_OWN, SHOWN, not_shareable
+from agent.project.sources import SHOWN, not_shareable
 
 HERE = "http://registry.here.test/npm"
+DEFAULT = "https://registry.everybodys.test/"
+BOTH = (HERE, DEFAULT)
 GOOD = {"version": "1.0.0", "integrity": "sha512-abc"}
 
 
@@ -20,10 +22,10 @@ def lock(**packages: Any) -> bytes:
     return json.dumps({"lockfileVersion": 3, "packages": {"": {"name": "p"}, **named}}).encode()
 
 
-@pytest.mark.parametrize("resolved", [None, f"{NPMS_OWN}a/-/a-1.0.0.tgz", f"{HERE}/a/-/a-1.0.0.tgz"])
+@pytest.mark.parametrize("resolved", [None, f"{DEFAULT}a/-/a-1.0.0.tgz", f"{HERE}/a/-/a-1.0.0.tgz"])
 def test_a_package_of_the_registry_may_be_shared(resolved: str | None) -> None:
     package = {**GOOD, **({"resolved": resolved} if resolved else {})}
-    assert not_shareable(lock(a=package, b={"inBundle": True}), b"legacy-peer-deps=true", HERE) == []
+    assert not_shareable(lock(a=package, b={"inBundle": True}), b"legacy-peer-deps=true", BOTH) == []
 
 
 @pytest.mark.parametrize(
@@ -41,29 +43,29 @@ def test_a_package_of_the_registry_may_be_shared(resolved: str | None) -> None:
     ],
 )
 def test_another_one_may_not(package: object, said: str) -> None:
-    [reason] = not_shareable(lock(a=package), b"", HERE)
+    [reason] = not_shareable(lock(a=package), b"", BOTH)
     assert reason.startswith("node_modules/a ")
     assert said in reason
 
 
 def test_a_workspaces_package_may_not() -> None:
     content = json.dumps({"packages": {"": {}, "packages/a": {"version": "1.0.0"}}}).encode()
-    assert not_shareable(content, b"", HERE) == ["packages/a is a directory of the project"]
+    assert not_shareable(content, b"", BOTH) == ["packages/a is a directory of the project"]
 
 
 @pytest.mark.parametrize(
     "npmrc", [b"registry=https://x.test/", b"fund=false\n@mine:registry = https://x.test/"]
 )
 def test_settings_that_name_a_registry_may_not(npmrc: bytes) -> None:
-    assert not_shareable(lock(a=GOOD), npmrc, HERE) == [".npmrc names a registry of its own"]
+    assert not_shareable(lock(a=GOOD), npmrc, BOTH) == [".npmrc names a registry of its own"]
 
 
 @given(
     st.none() | st.binary(max_size=50) | st.from_type(dict).map(lambda each: json.dumps(str(each)).encode())
 )
 def test_whatever_is_no_lock_file_may_not(content: bytes | None) -> None:
-    assert not_shareable(content, b"", HERE)
+    assert not_shareable(content, b"", BOTH)
 
 
 def test_the_reasons_are_bounded() -> None:
-    assert len(not_shareable(lock(**{f"p{number}": {} for number in range(99)}), b"", HERE)) == SHOWN
+    assert len(not_shareable(lock(**{f"p{number}": {} for number in range(99)}), b"", BOTH)) == SHOWN
