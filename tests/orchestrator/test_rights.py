@@ -53,27 +53,27 @@ ORDER = (
 """The routes as the table's columns; what ends the session comes last."""
 
 RIGHTS = {
-    # who                        create list  all   show  shown snap  sync  run   mod   send  tok   stat  susp  wake  delete
-    "nobody":                    "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "basic":                     "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "junk":                      "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "the service's key":         "ok    ok    ok    ok    ok    ok    401   401   401   401   401   401   409   ok    ok",
-    "the service's token":       "ok    ok    ok    ok    ok    ok    401   401   401   401   401   401   409   ok    ok",
-    "the owner":                 "ok    ok    403   ok    ok    ok    401   401   401   401   401   401   409   ok    ok",
-    "a stranger":                "404   404   403   404   404   404   401   401   401   401   401   401   404   404   404",
-    "anon":                      "403   403   403   403   403   403   401   401   401   401   401   401   403   403   403",
-    "nobody's user token":       "403   403   403   403   403   403   401   401   401   401   401   401   403   403   403",
-    "its machine":               "403   403   403   403   403   403   ok    ok    ok    422   ok    ok    403   403   403",
-    "its machine, other role":   "403   403   403   403   403   403   ok    ok    ok    422   ok    ok    403   403   403",
-    "the machine before":        "403   403   403   403   403   403   409   409   409   409   409   stop  403   403   403",
-    "a machine to come":         "403   403   403   403   403   403   409   409   409   409   409   stop  403   403   403",
-    "another session's":         "403   403   403   403   403   403   403   403   403   403   403   403   403   403   403",
-    "another project's":         "403   403   403   403   403   403   403   403   403   403   403   403   403   403   403",
-    "its machine, an hour late": "401   401   401   401   401   401   401   401   401   401   ok    401   401   401   401",
-    "its machine, two days late":"401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "another key":               "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "no signature":              "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
-    "a changed claim":           "401   401   401   401   401   401   401   401   401   401   401   401   401   401   401",
+    # who                        make list all  show shwn snap sync run  mod  send tok  stat susp wake delete
+    "nobody":                    "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "basic":                     "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "junk":                      "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "the service's key":         "ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "the service's token":       "ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "the owner":                 "ok   ok   403  ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "a stranger":                "404  404  403  404  404  404  401  401  401  401  401  401  404  404  404",
+    "anon":                      "403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
+    "nobody's user token":       "403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
+    "its machine":               "403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
+    "its machine, other role":   "403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
+    "the machine before":        "403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
+    "a machine to come":         "403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
+    "another session's":         "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
+    "another project's":         "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
+    "its machine, an hour late": "401  401  401  401  401  401  401  401  401  401  ok   401  401  401  401",
+    "its machine, two days late":"401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "another key":               "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "no signature":              "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "a changed claim":           "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
 }  # fmt: skip
 
 
