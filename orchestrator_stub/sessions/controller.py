@@ -397,8 +397,10 @@ class SessionController:
                 await self._template.apply(session.project_id)
         with self._part("snapshot"):
             snapshot = await self._snapshots.signed_snapshot(session.project_id)
-        with self._part("modules"):
-            modules = await self._layers.environment(session.project_id) if self._layers else {}
+        modules: Mapping[str, str] = {}
+        if self._layers is not None:
+            with self._part("modules"):
+                modules = await self._layers.environment(session.project_id)
         with self._part("token"):
             token, _ = self.token_for(session)
         run = await self._runs.of_session(session.id)
