@@ -134,13 +134,14 @@ class ProjectStart:
     In shadow mode there are no programs: the comparison is told instead.
     """
 
-    def __init__(self, supervisor: Supervisor, shadow: Shadow | None) -> None:
+    def __init__(self, supervisor: Supervisor, shadow: Shadow | None, metrics: Metrics) -> None:
         self.run_settings: RunSettingsFollower | None = None
         """Who calls `configure`; set before anything runs."""
         self.hydrated = asyncio.Event()
         """Set when the first tree is whole."""
         self._supervisor = supervisor
         self._shadow = shadow
+        self._metrics = metrics
 
     def tree_changed(self, paths: Collection[RelPath]) -> None:
         """Paths of the tree were written or removed."""
@@ -150,6 +151,7 @@ class ProjectStart:
     def tree_whole(self) -> None:
         """The first tree is whole."""
         self.hydrated.set()
+        self._metrics.start.mark("hydrated")
         if self._shadow is not None:
             self._shadow.hydrated()
         self._when_both_are_there()
@@ -215,7 +217,7 @@ def build(
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
-    start = ProjectStart(supervisor, shadow)
+    start = ProjectStart(supervisor, shadow, metrics)
     run_settings = start.run_settings = RunSettingsFollower(
         api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
     )

@@ -209,7 +209,6 @@ class Sync:
         await self._hydration.run(self._snapshot_url)
         self._recording.soon()
         self._status.phase = SyncPhase.FOLLOWING
-        self._metrics.start.mark("hydrated")
         self._on_hydrated()
         try:
             async with asyncio.TaskGroup() as tasks:
