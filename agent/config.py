@@ -229,6 +229,13 @@ class Settings(SnapshotLimits, BaseSettings):
     """Staged installs and the cache of finished ones; on the file system of `project_dir`, so that they are
     moved and hard-linked, not copied. Default `.preview-modules` beside it. Agents may share one, where
     their projects may trust each other."""
+    modules_key: str | None = None
+    """Names the layer of MODULES_PARTS, an archive of the node_modules that the project had last."""
+    modules_parts: SecretStr | None = None
+    """Its parts, as JSON: `[{"url", "sha256", "size"}]`. It is fetched beside the first snapshot."""
+    modules_wait_seconds: PositiveFloat = 10.0
+    """How long an install waits for a layer before it runs beside it. One of 250 MB is unpacked in 2 s, and in 8 while
+    a disk is busy."""
 
     # --- following the project
     heartbeat_seconds: Annotated[float, Field(ge=0.2)] = 30.0

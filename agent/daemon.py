@@ -39,6 +39,7 @@ from agent.health.report import Report
 from agent.link.realtime import realtime_link
 from agent.link.run_settings import RunSettings, RunSettingsFollower
 from agent.link.source import EventSource
+from agent.modules.layers import LayerStore, given_layer
 from agent.session_api import SessionApi
 from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
@@ -133,13 +134,14 @@ class ProjectStart:
     In shadow mode there are no programs: the comparison is told instead.
     """
 
-    def __init__(self, supervisor: Supervisor, shadow: Shadow | None) -> None:
+    def __init__(self, supervisor: Supervisor, shadow: Shadow | None, metrics: Metrics) -> None:
         self.run_settings: RunSettingsFollower | None = None
         """Who calls `configure`; set before anything runs."""
         self.hydrated = asyncio.Event()
         """Set when the first tree is whole."""
         self._supervisor = supervisor
         self._shadow = shadow
+        self._metrics = metrics
 
     def tree_changed(self, paths: Collection[RelPath]) -> None:
         """Paths of the tree were written or removed."""
@@ -149,6 +151,7 @@ class ProjectStart:
     def tree_whole(self) -> None:
         """The first tree is whole."""
         self.hydrated.set()
+        self._metrics.start.mark("hydrated")
         if self._shadow is not None:
             self._shadow.hydrated()
         self._when_both_are_there()
@@ -208,12 +211,13 @@ def build(
     reaper = Reaper()
     screen = Screen(settings.project_dir, metrics=metrics, last_applied=lambda: status.last_applied)
     supervisor = Supervisor(
-        settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen
-    )
+        settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen,
+        layers=layer_store(settings, api, http),
+    )  # fmt: skip
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
-    start = ProjectStart(supervisor, shadow)
+    start = ProjectStart(supervisor, shadow, metrics)
     run_settings = start.run_settings = RunSettingsFollower(
         api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
     )
@@ -294,6 +298,13 @@ def session_api(
     return None if url is None else SessionApi(url, settings.session_id, tokens, http, skew=skew)
 
 
+def layer_store(settings: Settings, api: SessionApi | None, http: httpx.AsyncClient) -> LayerStore:
+    """Make the store of dependency layers, with the one that the environment names."""
+    parts = settings.modules_parts
+    given = given_layer(settings.modules_key, parts.get_secret_value() if parts else None)
+    return LayerStore(api, http, given)
+
+
 def realtime(settings: Settings, tokens: TokenSource) -> EventSource:
     """Make the link to the project's channel; REALTIME_URL must be set."""
     assert settings.realtime_url is not None, "read_environment requires it"
@@ -328,11 +339,17 @@ async def run(settings: Settings, environ: Mapping[str, str]) -> int:
     async with httpx.AsyncClient(limits=limits, trust_env=False) as http:
         agent = build(settings, environ=environ, http=http, redactor=redactor, spans=spans)
         agent.report.lines = lines
+        if spans is not None:
+            agent.report.problems.metrics.start.on_part = partial(_start_span, spans)
         try:
             agent.reaper.adopt()
             return await _until_stopped(agent)
         finally:
             agent.close()
+
+
+def _start_span(spans: Spans, part: str, since: float, until: float) -> None:
+    spans.record(f"start {part}", since, until, {})
 
 
 async def _until_stopped(agent: Agent) -> int:

@@ -101,7 +101,7 @@ async def exchange(
     url: str,
     *,
     headers: Mapping[str, str] | None = None,
-    content: bytes | None = None,
+    content: bytes | AsyncIterator[bytes] | None = None,
     timeout: httpx.Timeout | float | None = None,
 ) -> AsyncIterator[httpx.Response]:
     """Send one request and yield the response, its body not yet read. Follows no redirect.

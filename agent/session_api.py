@@ -129,6 +129,14 @@ class SessionApi:
         """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""
         return await self._call("GET", "run", None)
 
+    async def find_modules(self, key: str) -> object:
+        """Ask for the layer of that key. The caller reads the answer and owns what goes wrong."""
+        return await self._call("POST", "modules", {"key": key})
+
+    async def add_modules(self, key: str, parts: Sequence[Mapping[str, object]]) -> object:
+        """Say that the parts of a layer are uploaded. The caller owns what goes wrong."""
+        return await self._call("PUT", "modules", {"key": key, "parts": parts})
+
     async def report_status(self, status: Mapping[str, object]) -> Head:
         """Say how we are; hear where the database is."""
         with self._noting("status"):

@@ -1,6 +1,6 @@
 """The command line and how it fails.
 
-preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | rollout | tail
+preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | modules | rollout | tail
 | log | show | diff | restore
 """
 
@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--include", action="append", default=[], metavar="PATTERN",
         help="send what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
     )  # fmt: skip
+    dev.add_argument(
+        "--timeline", action="store_true", help="print what each part of the start took, as bars"
+    )
     dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
     dev.add_argument("--faults", action="store_true", help="let the realtime server misbehave on request")
     dev.set_defaults(run=_dev)
@@ -133,6 +136,18 @@ def _parser() -> argparse.ArgumentParser:
     machines = commands.add_parser("machines", help="what machines there are, and whose each is")
     machines.add_argument("--json", action="store_true", help="one JSON object a line")
     machines.set_defaults(run=_machines)
+
+    modules = commands.add_parser("modules", help="dependency layers: build one for all projects, list, drop")
+    parts = modules.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    build = parts.add_parser(
+        "build", help="install from a lock file alone, without scripts, and share the result"
+    )
+    build.add_argument("source", help="a directory with a package.json, or a project's id")
+    listed = parts.add_parser("list", help="every layer, whose it is, and when it was used last")
+    listed.add_argument("--json", action="store_true", help="one JSON object a line")
+    dropped = parts.add_parser("drop", help="forget layers; their objects follow within hours")
+    dropped.add_argument("which", help="a key, or a project's id")
+    modules.set_defaults(run=_modules)
 
     _add_rollout(commands)
 
@@ -253,6 +268,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         database_url=arguments.database_url,
         include=tuple(arguments.include),
         faults=arguments.faults,
+        timeline=arguments.timeline,
     )
     try:
         return asyncio.run(run_dev(options))
@@ -380,6 +396,26 @@ def _rollout(arguments: argparse.Namespace) -> int:
             "\nNew sessions go on getting the image; the same command goes on with running ones.\n"
         )
         raise
+    return 0
+
+
+def _modules(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.modules import operator
+    from orchestrator_stub.platform.storage import StorageFailure
+
+    settings = Settings.from_environment()
+    try:
+        match arguments.what:
+            case "build":
+                asyncio.run(operator.build(settings, arguments.source, print))
+            case "list":
+                asyncio.run(operator.show(settings, print, as_json=arguments.json))
+            case _:
+                asyncio.run(operator.drop(settings, arguments.which, print))
+    except (operator.CannotBuild, StorageFailure, psycopg.Error, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        sys.stderr.write("".join(f"preview-orchestrator: {line}\n" for line in lines))
+        return EXIT_FAILED
     return 0
 
 

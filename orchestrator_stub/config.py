@@ -221,6 +221,16 @@ class Settings(DoorSettings):
     """`shadow`: agents follow beside the flow that the product has, compare and touch nothing (docs/rollout.md), and
     the silence of one ends no session: PROVISION_SECONDS and LEASE_SECONDS do not count."""
 
+    modules_layer_bytes: int = Field(180 * 2**20, ge=0, le=2**30)
+    """Bytes of one archive of node_modules, compressed, that a machine may send: some 1.2 GB unpacked. 0: none is taken
+    from machines, and only those of `modules build` are used."""
+    modules_project_bytes: int = Field(500 * 2**20, ge=0)
+    """Bytes of such archives that one project keeps; those used longest ago go first."""
+    modules_total_bytes: int = Field(100 * 2**30, ge=0)
+    """The same of all projects together, the shared ones apart: what the bucket may grow to."""
+    modules_keep_seconds: float = Field(30 * 24 * 3600, ge=3600)
+    """Since one was used last. A project that nobody opens for a month is installed once more."""
+
     run_settings_keys: SecretStr | None = None
     """What `env` and `npmrc` of run settings are encrypted with: words `ID:KEY`, a key being 32 bytes in base64
     (`openssl rand -base64 32`). The first encrypts, all decrypt. Unset: none of either are kept."""

@@ -35,7 +35,7 @@ from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
-from orchestrator_stub.http.door_routes import DoorRoutes
+from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.operations import Measured, Metrics
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.container import ContainerMachines
@@ -43,6 +43,8 @@ from orchestrator_stub.machines.driver import Installation, MachineDriver, Machi
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.local import LocalMachines
+from orchestrator_stub.modules.layers import ModuleLayers
+from orchestrator_stub.modules.upkeep import ModuleUpkeep, kept_of
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
@@ -141,14 +143,17 @@ async def control_plane(
             log.warning("limits.differ", detail=sentence)
         access = access_of(settings, pool)
         runs = RunSettings(pool, sealing_keys_of(settings), access)
+        kept = kept_of(settings)
+        layers = ModuleLayers(pool, storage, kept, url_ttl=url_ttl)
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
-            installation=installation, template=template, on_part=on_part, on_suspend=metrics.suspends.inc,
+            installation=installation, template=template, layers=layers, on_part=on_part,
+            on_suspend=metrics.suspends.inc,
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = DoorRoutes(
+        api = ModuleRoutes(
             settings,
             controller,
             store,
@@ -158,6 +163,7 @@ async def control_plane(
             runs,
             screens,
             access=access,
+            layers=layers,
             on_ready=metrics.ready_seconds.observe,
             on_wake=metrics.wakes_seconds.observe,
         )
@@ -167,6 +173,7 @@ async def control_plane(
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
+                also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
             )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access)
         finally:

@@ -45,6 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--url", help="of its health server (default: http://127.0.0.1:$HEALTH_PORT, or 9464)"
     )
+    modules = commands.add_parser("modules", help="dependency layers: a project's key, or a layer to share")
+    parts = modules.add_subparsers(dest="what", required=True, metavar="COMMAND")
+    key = parts.add_parser("key", help="print what names the layer of a project on this machine")
+    key.add_argument("directory", type=Path, help="of its package.json")
+    packed = parts.add_parser(
+        "pack", help="install from the lock file alone, without any script, and pack the result"
+    )
+    packed.add_argument("directory", type=Path, help="of its package.json")
+    packed.add_argument("file", type=Path, help="the archive to write; it must not be there yet")
     record = commands.add_parser("record", help="write a scenario from the live channel, until Ctrl-C")
     record.add_argument("scenario", type=Path, help="the file to write; its snapshot goes beside it as .zip")
     record.add_argument("--seconds", type=float, help="end by itself")
@@ -97,7 +106,8 @@ def _count(text: str) -> int:
 def command(words: Sequence[str]) -> int:
     """Run the command; return the exit code. Raises `SystemExit` for `--help` and bad usage."""
     arguments = _parser().parse_args(words)
-    commands = {"run": _run, "check": _check, "status": _status, "record": _record, "replay": _replay}
+    commands = {"run": _run, "check": _check, "status": _status, "record": _record, "replay": _replay,
+                "modules": _modules}  # fmt: skip
     try:
         return commands[arguments.command](arguments)
     except KeyboardInterrupt:
@@ -144,6 +154,24 @@ def _status(arguments: argparse.Namespace) -> int:
     return show(
         url, sys.stdout, sys.stderr, as_json=arguments.json, watch=arguments.watch, environ=os.environ
     )
+
+
+def _modules(arguments: argparse.Namespace) -> int:
+    from agent.cli import modules
+    from agent.core.errors import RootUnusable
+
+    directory = arguments.directory.resolve()
+    _log_nothing()
+    if arguments.what == "key":
+        return modules.print_key(directory, os.environ, print)
+    try:
+        with arguments.file.open("xb") as target:
+            return modules.pack(directory, target, os.environ, print)
+    except OSError as error:
+        raise RootUnusable(f"cannot write {arguments.file}: {error.strerror}") from None
+    except AgentError:
+        arguments.file.unlink()
+        raise
 
 
 def _log_nothing() -> None:

@@ -5,8 +5,8 @@ The guard is a process of its own under a bare interpreter: it imports the stand
 
 - becomes the subreaper of everything the program starts, so that a daemonised grandchild is still found;
 - starts the program with its rights, limits and signals (`SPEC`, JSON: `argv`, `cwd`, and optionally `uid`, `gid`,
-  `processes`, `files`, `stdin`), with a standard input that is empty, or a pipe that nothing comes from and that stays
-  open as long as the guard (`stdin`): some watchers end with it;
+  `processes`, `files`, `stdin`, `given`), with a standard input that is empty, or a descriptor (`given`), or a pipe
+  that nothing comes from and that stays open as long as the guard (`stdin`): some watchers end with it;
 - waits on its own standard input, the agent's lifeline: when that closes, because the agent asked for it or because
   the agent is dead, it kills everything below it, whatever session or signal mask that chose;
 - reads the program's environment there, as one line of JSON, and has none itself: the guard may be root, and the
@@ -214,7 +214,9 @@ def run_guarded(spec: Mapping[str, Any], env: Mapping[str, str]) -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
 
     # The pipe's other end stays open here until the guard ends; the program does not inherit it.
-    stdin = os.pipe()[0] if spec.get("stdin") else os.open(os.devnull, os.O_RDONLY)
+    stdin = spec.get("given")
+    if stdin is None:
+        stdin = os.pipe()[0] if spec.get("stdin") else os.open(os.devnull, os.O_RDONLY)
     program = os.fork()
     if program == 0:
         try:

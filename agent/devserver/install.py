@@ -2,6 +2,7 @@
 
     current    node_modules was installed for what the project wants now: nothing is done
     cached     an earlier install for the same key is hard-linked into place
+    layer      an archive of the same install, made by another machine, is unpacked and swapped in (`agent.modules`)
     installed  the package manager ran in a staging directory, and its result was swapped in
 
 An install that fails, hangs or is killed leaves the project's node_modules and whatever runs on them as they were, and
@@ -24,100 +25,49 @@ import asyncio
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 from uuid import UUID
 
 from agent.config import Settings
 from agent.core.errors import RootUnusable
 from agent.core.model import Problem
 from agent.devserver import process
-from agent.devserver.process import Finished
+from agent.devserver.process import Finished, node_platform
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
+from agent.modules.arrivals import Arrival, Layers, first
+from agent.modules.layers import LayerStore, Missing
+from agent.modules.steps import (
+    FETCH,
+    LINK,
+    PUT_BACK,
+    SEAL,
+    STAGE_ALL,
+    STAGE_SOME,
+    STAMP,
+    SWAP,
+    StepFailed,
+    failure,
+    is_left_over,
+    lock_line,
+    manifests,
+)
 from agent.project import reading
 from agent.project.choice import ProjectUnreadable
-from agent.project.managers import BESIDE, LOCK_AT_FAULT, PackageManager
-from agent.project.reading import PLACES, Dependencies
-
-_FIND_PLACES = "find . -name node_modules -prune -type d"
-_EXACT = """
-exact=-T; [ "$(uname)" = Linux ] || exact=
-"""
-"""`mv -T` fails where another process made a directory in the meantime; a plain `mv` moves *into* it."""
-
-STAGE_ALL = """
-mkdir -p "$2/tree" && printf %s "$1" >"$2/for" && cd "$1" &&
-tar --exclude=node_modules --exclude=.git -cf - . | tar -C "$2/tree" -xf -
-"""
-"""ROOT STAGE: copy the whole project without its node_modules."""
-
-STAGE_SOME = """
-root=$1; stage=$2; shift 2
-mkdir -p "$stage/tree" && printf %s "$root" >"$stage/for" && cp -p -- "$@" "$stage/tree"
-"""
-"""ROOT STAGE FILE...: copy those files of the project."""
-
-SEAL = f"""
-cd "$1" && mkdir -p node_modules && [ ! -L node_modules ] && printf '{{"key": "%s"}}\\n' "$2" >"node_modules/$3" &&
-{_FIND_PLACES} ! -path ./node_modules >node_modules/{PLACES} &&
-{{ [ -s node_modules/{PLACES} ] || rm node_modules/{PLACES}; }}
-"""
-"""TREE KEY RECORD: write into node_modules what it was installed for, and which places belong to the set."""
-
-LINK = f"""
-cd "$1" && {_FIND_PLACES} | while IFS= read -r place; do
-  mkdir -p "$2/${{place%/*}}" || exit 1
-  cp -al "$place" "$2/$place" 2>/dev/null || {{ rm -rf "$2/$place"; cp -Rp "$place" "$2/$place"; }} || exit 1
-done
-"""
-"""FROM TO: copy the set, as hard links where possible."""
-
-SWAP = f"""{_EXACT}
-root=$2; old=$3
-aside() {{
-  mkdir -p "$old/${{1%/*}}" || return 1
-  if [ -e "$root/$1" ] || [ -L "$root/$1" ]; then mv $exact "$root/$1" "$old/$1"; fi
-}}
-cd "$1" || exit 1
-{{ cat "$root/node_modules/{PLACES}" 2>/dev/null; {_FIND_PLACES} ! -path ./node_modules; }} | sort -u |
-while IFS= read -r place; do
-  [ -d "$root/${{place%/*}}" ] || continue
-  aside "$place" || exit 1
-  if [ -d "$place" ]; then mv $exact "$place" "$root/$place" || exit 1; fi
-done && aside ./node_modules && mv $exact ./node_modules "$root/node_modules" && mv $exact "$old" "${{old%/*}}/done"
-"""
-"""TREE ROOT OLD: rename the set into its places. The root's comes last, since it holds the record of what is there."""
-
-PUT_BACK = f"""{_EXACT}
-within=$1; shift
-for stage; do
-  [ -d "$stage/old" ] || continue
-  root=$(cat "$stage/for")
-  case "$root/" in "$within"/*) ;; *) continue ;; esac
-  (
-    cd "$stage/old" && find . -name node_modules -prune | while IFS= read -r place; do
-      if [ -d "$root/${{place%/*}}" ]; then rm -rf "$root/$place"; mv $exact "$place" "$root/$place"; fi
-    done
-  )
-done
-rm -rf -- "$@"
-"""
-"""PROJECT_DIR STAGE...: undo interrupted swaps of this project, and remove the staging directories."""
-
-FETCH = f"""{_EXACT}
-npm install --prefix "$2" --no-save --no-audit --no-fund --prefer-offline --ignore-scripts "$1" &&
-{{ [ "$4" != bun ] || (cd "$2/node_modules/bun" && node install.js); }} &&
-mkdir -p "${{3%/*}}" && {{ mv $exact "$2" "$3" || [ -d "$3" ]; }}
-"""
-"""PACKAGE STAGE DIRECTORY NAME: have npm fetch a package manager. Bun's package has its program from a script."""
+from agent.project.install_key import Platform, layer_key
+from agent.project.managers import LOCK_AT_FAULT, Manager, PackageManager
+from agent.project.reading import Dependencies
+from agent.telemetry.logging import get_logger
+from agent.telemetry.metrics import Metrics
 
 CACHED_INSTALLS = 4
 """Finished installs in the cache, at some 70 MB each: enough to go back and forth between a few lock files."""
@@ -125,14 +75,11 @@ SHELL_SECONDS = 120.0
 """For one of the scripts above. They take tens of milliseconds; on a full or a slow disk they must end too."""
 STAGES_AT_ONCE = 200
 """Staging directories that one shell is given. The guard gets them in one argument, of at most 128 KB on Linux."""
-PROBLEM_LINES = 15
-"""Lines of the package manager's output, the last ones, that a problem shows."""
-
-_STAGE = re.compile(r"stage-([1-9][0-9]{0,9})-[0-9]+")
-"""A staging directory's name: the pid of the agent that made it, and a number. Other names are left alone."""
-
 STEPS = {"stage": "stage the install", "seal": "finish the install", "swap": "put node_modules in place"}
 """What a problem says could not be done, by step."""
+
+
+log = get_logger("supervisor")
 
 
 class InstallOutcome(StrEnum):
@@ -140,6 +87,7 @@ class InstallOutcome(StrEnum):
 
     CURRENT = "current"
     CACHED = "cached"
+    LAYER = "layer"
     INSTALLED = "installed"
     FAILED = "failed"
 
@@ -158,14 +106,6 @@ class InstallResult:
     problem: Problem | None = None
 
 
-class _Failed(Exception):
-    """A step failed; `rule` names it, the message is for people."""
-
-    def __init__(self, rule: str, detail: str) -> None:
-        self.rule = rule
-        super().__init__(detail)
-
-
 class Installer:
     """Brings a project's node_modules up to date, one `install` at a time."""
 
@@ -177,6 +117,8 @@ class Installer:
         rights: Rights,
         on_line: Callable[[str], None],
         reaper: Reaper | None = None,
+        layers: LayerStore | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._directory = settings.modules
         self._project_dir = settings.project_dir
@@ -189,6 +131,20 @@ class Installer:
         self._reaper = reaper
         self._environ = environ
         self._names = itertools.count(1)
+        self._stages: list[Path] = []
+        """Staging directories of the install under way."""
+
+        self._metrics = metrics or Metrics()
+        # Layers: archives of whole installs, where there is somebody to ask for them.
+        self._layers = (
+            Layers(layers, self._program, self._layer_stage, self._metrics, settings.state_dir)
+            if layers
+            else None
+        )
+        self._wait = settings.modules_wait_seconds
+        self._platform: Platform | None = None
+        self._wanted_layer: tuple[Missing, Path] | None = None
+        """A layer that is not there, and the install that is to be sent for it."""
 
     def configure(self, command: tuple[str, ...] | None, npmrc: str | None) -> None:
         """Take the project's install command and its npmrc, which is a secret, from run settings."""
@@ -208,7 +164,7 @@ class Installer:
         self._chown(self._directory, only_from=None)
         with contextlib.suppress(FileNotFoundError):
             self._chown(self._project_dir, only_from=0)
-        left = [name for name in os.listdir(self._directory) if _is_left_over(name)]
+        left = [name for name in os.listdir(self._directory) if is_left_over(name)]
         for start in range(0, len(left), STAGES_AT_ONCE):
             await self._shell(PUT_BACK, self._project_dir, *left[start : start + STAGES_AT_ONCE])
 
@@ -239,32 +195,123 @@ class Installer:
         began = time.monotonic()
         problem: Problem | None = None
         outcome, swapped = InstallOutcome.CURRENT, False
-        stage = self._directory / f"stage-{os.getpid()}-{next(self._names)}"
+        stage = self._stage_directory()
         current = not wanted.exist or reading.installed_key(wanted.modules) == wanted.key
         try:
             cached = not current and await self._from_cache(wanted, stage)
-            if not (current or cached or self._command) or manager_runs:
+            if manager_runs:
                 await self._provide(wanted.manager, stage)
             if not current:
-                if not cached:
-                    problem = await self._run_manager(wanted, stage)
+                if cached:
+                    outcome = InstallOutcome.CACHED
+                else:
+                    outcome, stage, problem = await self._obtain(wanted)
                 await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
-                outcome = InstallOutcome.CACHED if cached else InstallOutcome.INSTALLED
                 swapped = True
-        except _Failed as failure:
+        except StepFailed as failure:
             outcome = InstallOutcome.FAILED
             problem = Problem("install_failed", str(failure), rule=failure.rule)
         finally:
-            await asyncio.shield(self._discard(stage))
+            await asyncio.shield(self._discard())
         usable = wanted.modules.is_dir() or not wanted.exist
-        return InstallResult(outcome, swapped, usable, time.monotonic() - began, problem)
+        seconds, rule = time.monotonic() - began, problem.rule if problem else None
+        self._metrics.installs.labels(outcome.value).inc()
+        self._metrics.start.mark("modules")
+        log.info("install.done", result=outcome.value, seconds=round(seconds, 3), problem=rule)
+        return InstallResult(outcome, swapped, usable, seconds, problem)
 
     def path(self, manager: PackageManager, path: str) -> str:
         """Return a PATH on which a shell finds this package manager first, if it was fetched; else `path`."""
         fetched = self._fetched(manager) / "node_modules" / ".bin"
         return f"{fetched}:{path}" if fetched.is_dir() and not manager.is_installed(path) else path
 
+    async def prefetch(self) -> None:
+        """Fetch the layer that was named when the machine was made, while the project's files are on their way."""
+        if self._layers is None or (layer := self._layers.given) is None or self._command:
+            return
+        recorded = reading.installed_key(self._project_dir / "node_modules")
+        if not recorded or await self._layer_key(recorded) != layer.key:
+            await self._layers.prefetch()
+
+    async def served(self) -> None:
+        """Note that the project runs on what was installed last, and send that as a layer, if one is wanted."""
+        self._metrics.start.mark("first_page")
+        if self._layers and self._wanted_layer:
+            (missing, directory), self._wanted_layer = self._wanted_layer, None
+            await self._layers.send(missing, directory, directory / STAMP)
+
+    # --- layers
+
+    async def _obtain(self, wanted: Dependencies) -> tuple[InstallOutcome, Path, Problem | None]:
+        """Get what is wanted from a layer or from the package manager. Returns also where it is staged."""
+        key = None if self._command or wanted.own_scripts else await self._layer_key(wanted.key)
+        near = wanted.manager.name is Manager.NPM
+        arrival = await self._layers.arrival(key, near=near) if self._layers else None
+        if arrival is None or self._layers is None:
+            return await self._managed(wanted)
+        await asyncio.wait({arrival.task}, timeout=self._wait)
+        if arrival.key == key and arrival.is_there:
+            return await self._unpacked(arrival, wanted)
+        if arrival.key == key and not arrival.task.done():
+            managed = await first(arrival, partial(self._managed, wanted))
+            return managed or await self._unpacked(arrival, wanted)
+        if arrival.is_there:
+            with contextlib.suppress(StepFailed):  # it is installed from nothing then
+                managed = await self._managed(wanted, ahead=arrival.stage)
+                self._layers.used(arrival, "head_start")
+                return managed
+        await arrival.cancel()
+        await self._shell('rm -rf "$1"', arrival.stage)  # the disk may be full of it
+        return await self._managed(wanted)
+
+    async def _unpacked(
+        self, arrival: Arrival, wanted: Dependencies
+    ) -> tuple[InstallOutcome, Path, Problem | None]:
+        there = f'[ -d "$2/tree/node_modules" ] && {STAGE_SOME.strip()}'
+        await self._do("stage", there, wanted.root, arrival.stage, wanted.root / "package.json")
+        await self._do("seal", SEAL, arrival.stage / "tree", wanted.key, reading.RECORD)
+        assert self._layers is not None
+        self._layers.used(arrival, "unpacked")
+        return InstallOutcome.LAYER, arrival.stage, None
+
+    async def _managed(
+        self, wanted: Dependencies, *, ahead: Path | None = None
+    ) -> tuple[InstallOutcome, Path, Problem | None]:
+        """Have the package manager install: in a stage of its own, or in `ahead`, which has a near node_modules."""
+        stage = ahead or self._stage_directory()
+        if not self._command:
+            await self._provide(wanted.manager, stage)
+        problem = await self._run_manager(wanted, stage, ahead=ahead is not None)
+        missing = self._layers.missing if self._layers else None
+        if missing is not None and missing.upload_urls and problem is None:
+            self._wanted_layer = (missing, self._directory / "cache" / wanted.key)
+        return InstallOutcome.INSTALLED, stage, problem
+
+    async def _layer_key(self, key: str) -> str | None:
+        """Return the key of the layer for an install; None where no Node says what it is built for."""
+        if self._platform is None:
+            env = environment(self._environ, user=self._rights.user, more={})
+            self._platform = await node_platform(env, self._rights, self._reaper)
+        return layer_key(key, self._platform) if self._platform else None
+
+    async def _program(self, argv: tuple[str, ...], given: int, seconds: float) -> Finished:
+        return await process.run(
+            argv, cwd=self._directory, env=self._environment(), rights=self._rights,
+            timeout=seconds, reaper=self._reaper, given=given,
+        )  # fmt: skip
+
     # --- the steps
+
+    def _stage_directory(self) -> Path:
+        """Name a staging directory of the install under way."""
+        self._stages.append(self._directory / f"stage-{os.getpid()}-{next(self._names)}")
+        return self._stages[-1]
+
+    async def _layer_stage(self) -> Path | None:
+        """Make a staging directory for a layer; the next install that ends removes it."""
+        stage = self._stage_directory()
+        done = await self._shell('mkdir -p "$1/tree"', stage)
+        return stage if done.ok else None
 
     async def _from_cache(self, wanted: Dependencies, stage: Path) -> bool:
         cached = self._directory / "cache" / wanted.key
@@ -273,7 +320,7 @@ class Installer:
         await self._do("stage", STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
         done = await self._shell(f'({LINK}) && touch "$1"', cached, stage / "tree")
         if not done.ok:
-            await self._discard(stage)
+            await self._shell('rm -rf "$1"', stage)
         return done.ok
 
     def _fetched(self, manager: PackageManager) -> Path:
@@ -286,20 +333,25 @@ class Installer:
             return
         if not shutil.which("npm", path=path):
             remedy = f"use an image with Node and npm, add {manager.package} to it, or set INSTALL_COMMAND"
-            raise _Failed(
+            raise StepFailed(
                 "missing", f"{manager.package} is not installed here, nor is npm to fetch it; {remedy}"
             )
         self._on_line(f"npm fetches {manager.package}")
         fetched = (manager.package, stage / "manager", self._fetched(manager), manager.name)
         done = await self._shell(FETCH, *fetched, seconds=self._seconds)
         if not done.ok:
-            raise _failure(("npm", "install", manager.package), done, self._seconds)
+            self._refuse(("npm", "install", manager.package), done)
 
-    async def _run_manager(self, wanted: Dependencies, stage: Path) -> Problem | None:
-        """Install in the stage, as the lock file says or else without it. Returns a problem if it was without."""
+    async def _run_manager(self, wanted: Dependencies, stage: Path, *, ahead: bool) -> Problem | None:
+        """Install in the stage, as the lock file says or else without it. Returns a problem if it was without.
+
+        `ahead`: there is a near node_modules, which the strict command (`npm ci`) would delete.
+        """
         staged = await self._stage(wanted, stage)
         manager, problem = staged.manager, None
         commands = [self._command] if self._command else manager.commands(scripts=self._scripts)
+        if ahead:
+            commands = commands[-1:]
         env = self._environment()
         env["PATH"] = self.path(manager, env.get("PATH", os.defpath))
         if self._npmrc is not None:
@@ -307,7 +359,7 @@ class Installer:
         fault = None if self._command else reading.lock_fault(staged)
         for command in () if fault else commands:
             done, at_lock = await self._run(command, staged.root, env)
-            fault = _lock_line(done) if at_lock and not self._command else None
+            fault = lock_line(done.tail, done.last) if at_lock and not self._command else None
             if fault is None:
                 break
             self._on_line(f"{manager.lock} does not match package.json")
@@ -319,10 +371,13 @@ class Installer:
             commands = replace(manager, lock=None).commands(scripts=self._scripts)
             done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
-            raise _failure(commands[0], done, self._seconds)
+            self._refuse(commands[0], done)
         await self._do("seal", SEAL, staged.root, staged.key, reading.RECORD)
         await self._cache(staged, stage)
         return problem
+
+    def _refuse(self, command: Sequence[str], done: Finished) -> NoReturn:
+        raise failure(command, done.code, done.tail, self._seconds, done.timed_out)
 
     async def _run(
         self, command: Sequence[str], directory: Path, env: Mapping[str, str]
@@ -344,17 +399,17 @@ class Installer:
     async def _stage(self, wanted: Dependencies, stage: Path) -> Dependencies:
         """Copy what the install needs. Returns what is wanted of the copy, which may be a save later than `wanted`."""
         whole = wanted.whole_tree or self._command
-        script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, _manifests(wanted))
+        script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, manifests(wanted))
         await self._do("stage", script, wanted.root, stage, *files)
         try:
             staged = await asyncio.to_thread(reading.dependencies, stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
-            raise _Failed("package_json", str(error)) from None
+            raise StepFailed("package_json", str(error)) from None
         if self._npmrc is not None:
             secrets = {"npmrc": self._npmrc}
             await self._do("stage", 'umask 077; printf %s "$npmrc" >"$1"', stage / "npmrc", secrets=secrets)
         if not staged.exist:
-            raise _Failed(
+            raise StepFailed(
                 "stage", "package.json changed while it was read; it is read again on its next change"
             )
         return staged
@@ -363,30 +418,35 @@ class Installer:
         """Copy the install into the cache. Where that fails, only a line of output says so."""
         cached = self._directory / "cache" / staged.key
         done = await self._shell(
-            f'mkdir -p "$2" "$3" && ({LINK}) && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
+            f'mkdir -p "$2" "$3" && ({LINK}) && touch "$2/{STAMP}" && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
             staged.root,
             stage / "cached",
             cached.parent,
             cached,
         )
         if not done.ok:
-            self._on_line(f"the install is not cached: {_last(done)}")
+            self._on_line(f"the install is not cached: {done.last}")
             return
         with contextlib.suppress(OSError):
             by_age = sorted(cached.parent.iterdir(), key=lambda install: install.stat().st_mtime)
             if old := by_age[:-CACHED_INSTALLS]:
                 await self._shell('rm -rf -- "$@"', *old)
 
-    async def _discard(self, stage: Path) -> None:
-        await self._shell(PUT_BACK, self._project_dir, stage)
+    async def _discard(self) -> None:
+        """Undo what the install under way left half-done, and remove its staging directories."""
+        if self._layers and (early := self._layers.take_early()):
+            await early.cancel()
+            self._stages.append(early.stage)
+        stages, self._stages = self._stages, []
+        await self._shell(PUT_BACK, self._project_dir, *stages)
 
     async def _do(
         self, rule: str, script: str, *arguments: str | Path, secrets: Mapping[str, str] | None = None
     ) -> None:
-        """Run one of the scripts above. Raises `_Failed`."""
+        """Run one of the scripts above. Raises `StepFailed`."""
         done = await self._shell(script, *arguments, secrets=secrets)
         if not done.ok:
-            raise _Failed(rule, f"cannot {STEPS[rule]}: {_last(done)}")
+            raise StepFailed(rule, f"cannot {STEPS[rule]}: {done.last}")
 
     async def _shell(
         self,
@@ -416,47 +476,6 @@ class Installer:
         if not os.path.isdir(env["HOME"]):
             env["HOME"] = str(self._directory)
         return env
-
-
-def _manifests(wanted: Dependencies) -> list[str]:
-    names = [n for n in ("package.json", wanted.manager.lock, *BESIDE) if n]
-    return [str(wanted.root / n) for n in names if os.path.lexists(wanted.root / n)]
-
-
-def _failure(command: Sequence[str], done: Finished, seconds: float) -> _Failed:
-    said = "\n".join(done.tail[-PROBLEM_LINES:])
-    if done.timed_out:
-        return _Failed("timeout", f"{command[0]} did not end within {seconds:g} s\n{said}".rstrip())
-    if done.code == 126 and f"cannot run {command[0]}" in said:
-        return _Failed(
-            "missing", f"{command[0]} is not installed here; add it to the image, or set INSTALL_COMMAND"
-        )
-    return _Failed("exit", f"{' '.join(command[:2])} ended with {done.code}\n{said}".rstrip())
-
-
-def _lock_line(done: Finished) -> str:
-    return next((line for line in reversed(done.tail) if LOCK_AT_FAULT.search(line)), _last(done))
-
-
-def _last(done: Finished) -> str:
-    return done.tail[-1] if done.tail else f"exit {done.code}"
-
-
-def _is_left_over(name: str) -> bool:
-    """Return whether this is a staging directory of an agent that has ended."""
-    stage = _STAGE.fullmatch(name)
-    if stage is None:
-        return False
-    pid = int(stage[1])
-    if pid == os.getpid():
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 async def bake(directory: Path) -> InstallResult:

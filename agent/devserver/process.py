@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,7 @@ from pathlib import Path
 from agent.devserver.guard import CANNOT_RUN
 from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Launch, Rights
+from agent.project.install_key import Platform
 
 LONGEST_LINE = 4096
 """Characters kept of one line: a minified bundle printed in one line must not fill the log."""
@@ -152,6 +155,7 @@ class Child:
                     lambda: output, *launch.command(),
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                     cwd="/", env={}, start_new_session=True,
+                    pass_fds=() if launch.given is None else (launch.given,),
                 )  # fmt: skip
             except (OSError, ValueError) as error:
                 on_line(f"cannot run {printable(launch.argv[0].encode(errors='replace'))}: {error}")
@@ -221,6 +225,11 @@ class Finished:
     def ok(self) -> bool:
         return self.code == 0 and not self.timed_out
 
+    @property
+    def last(self) -> str:
+        """What it said last."""
+        return self.tail[-1] if self.tail else f"exit {self.code}"
+
 
 async def run(
     argv: Sequence[str],
@@ -231,8 +240,12 @@ async def run(
     timeout: float,
     on_line: Callable[[str], None] | None = None,
     reaper: Reaper | None = None,
+    given: int | None = None,
 ) -> Finished:
-    """Run a program to its end, at most `timeout` seconds. When this is cancelled, nothing is left running."""
+    """Run a program to its end, at most `timeout` seconds. When this is cancelled, nothing is left running.
+
+    `given`: a descriptor that is its standard input.
+    """
     tail: deque[str] = deque(maxlen=40)
 
     def on_output(line: str) -> None:
@@ -240,7 +253,7 @@ async def run(
         if on_line:
             on_line(line)
 
-    launch = Launch(tuple(argv), str(cwd), env, rights)
+    launch = Launch(tuple(argv), str(cwd), env, rights, given=given)
     child = await Child.start(launch, on_line=on_output, reaper=reaper)
     timed_out = False
     try:
@@ -261,3 +274,15 @@ async def node_version(env: Mapping[str, str], rights: Rights, reaper: Reaper | 
         ("node", "--version"), cwd=Path("/"), env=env, rights=rights, timeout=NODE_SECONDS, reaper=reaper
     )
     return done.tail[-1] if done.ok and done.tail else None
+
+
+async def node_platform(
+    env: Mapping[str, str], rights: Rights, reaper: Reaper | None = None
+) -> Platform | None:
+    """Return what native packages are built against here; None: Node cannot be run."""
+    ask = ("node", "-p", "process.versions.modules")
+    done = await run(ask, cwd=Path("/"), env=env, rights=rights, timeout=NODE_SECONDS, reaper=reaper)
+    if not done.ok or not done.tail:
+        return None
+    libc = platform.libc_ver()[0] or "musl"
+    return Platform(done.tail[-1], sys.platform, os.uname().machine, libc)

@@ -56,6 +56,8 @@ class Launch:
     rights: Rights
     stdin: bool = False
     """Whether its standard input stays open; else it is empty."""
+    given: int | None = None
+    """A descriptor of the agent's that is its standard input instead. It stays the agent's to close."""
 
     def command(self) -> list[str]:
         """Return the guard's command line.
@@ -66,7 +68,7 @@ class Launch:
         rights = self.rights
         spec: dict[str, object] = {
             "argv": self.argv, "cwd": self.cwd, "processes": rights.processes, "files": rights.files,
-            "stdin": self.stdin,
+            "stdin": self.stdin, "given": self.given,
         }  # fmt: skip
         if rights.user is not None:
             spec |= {"uid": rights.user.uid, "gid": rights.user.gid}

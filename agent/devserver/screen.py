@@ -298,6 +298,7 @@ class Screen:
         errors = [structs.replace(each, revision=min(each.revision, most)) for each in said.errors]
         before, self._said = self._said, _Reported(min(said.checked, most), shown, errors)
         if shown is not None and (before.shown is None or shown.revision > before.shown.revision):
+            self._metrics.start.mark("shown")
             self._measure(shown)
         self._show_errors()
         self.changed.set()

@@ -41,6 +41,7 @@ from agent.devserver.state import (
     Tick,
 )
 from agent.link.run_settings import RunSettings, merged
+from agent.modules.layers import LayerStore
 from agent.project import reading
 from agent.project.choice import NothingToServe, ProjectUnreadable, choose
 from agent.project.reading import Project
@@ -70,6 +71,7 @@ class Supervisor:
         metrics: Metrics | None = None,
         errors: Errors | None = None,
         screen: Screen | None = None,
+        layers: LayerStore | None = None,
         policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
@@ -83,6 +85,7 @@ class Supervisor:
             metrics: Where starts, installs and the state are counted.
             errors: Where bugs are counted.
             screen: Who knows what is shown; None: nobody.
+            layers: Where dependency layers are; None: everything is installed.
             policy: The bounds on starts and restarts.
             clock: Monotonic, seconds.
             chance: Random numbers in [0, 1), for the backoff.
@@ -105,8 +108,9 @@ class Supervisor:
         self._host = net.listening_host(settings.dev_host)
         self._rights, self._isolation = project_rights(settings)
         self._installer = Installer(
-            settings, environ=self._environ, rights=self._rights, on_line=self._output.add, reaper=reaper
-        )
+            settings, environ=self._environ, rights=self._rights, on_line=self._output.add, reaper=reaper,
+            layers=layers, metrics=self._metrics,
+        )  # fmt: skip
 
         # The state and what is under way.
         self._state = DevServerState()
@@ -247,6 +251,7 @@ class Supervisor:
         self._show_state()
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self._spawn(self._installer.prefetch(), "modules-ahead")
             try:
                 while True:
                     given, bugs = await self._next(), self._errors.counts.get("dev-server", 0)
@@ -282,6 +287,8 @@ class Supervisor:
         )
         if self.state is not before.phase:
             self._show_state()
+            if self.ready:
+                self._spawn(self._installer.served(), "modules-send")
             log.info(
                 "dev_server.state", state=self.state.value, previous=before.phase.value, reason=self._state.reason
             )  # fmt: skip
@@ -346,11 +353,6 @@ class Supervisor:
             self._install = result = await self._installer.install(
                 wanted.dependencies, manager_runs=wanted.needs_manager
             )
-            self._metrics.installs.labels(result.outcome.value).inc()
-            log.info(
-                "install.done", result=result.outcome.value, seconds=round(result.seconds, 3),
-                problem=result.problem.rule if result.problem else None,
-            )  # fmt: skip
         failed = result is not None and result.outcome is InstallOutcome.FAILED
         self._install_problem = problem = result.problem if result else None
         if problem and failed and (hint := await self._node_hint(wanted)):
@@ -388,6 +390,7 @@ class Supervisor:
             return
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
+        self._metrics.start.mark("dev_server")
         probing = asyncio.create_task(
             self._contained(self._probe(generation), None), name=f"probe-{generation}"
         )

@@ -22,8 +22,8 @@ from agent.session_api import SessionApi
 from agent.sync.catchup import BACKOFF
 from agent.sync.engine import Sync
 from agent.telemetry.logging import get_logger
-from agent.telemetry.metrics import process_age
 from agent.telemetry.status import AgentState
+from agent.telemetry.timeline import process_age
 from agent.tokens import spread
 
 log = get_logger("heartbeat")
@@ -119,7 +119,7 @@ class Heartbeat:
             self._was_ready = True
             age = process_age()
             self.report.problems.metrics.session_start.set(age)
-            log.info("agent.ready", seconds=round(age, 3))
+            log.info("agent.ready", seconds=round(age, 3), **self.report.problems.metrics.start.report())
 
     async def _beat(self, api: SessionApi, *, whole: bool) -> None:
         """Send one report; act on the answer, or plan the next try.

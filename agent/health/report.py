@@ -153,6 +153,7 @@ class Report(Collector):
             "last_event_at": self.sync_status.last_event_at,
             "last_catch_up_at": self.sync_status.last_catch_up_at,
             "hydrate": {"mode": self.sync_status.mode, **self.catch_up.snapshots.progress.report()},
+            "start": self.problems.metrics.start.report(),
             "link": self.link.report(),
             "dev_server": self.dev.report(),
             **self.screen.report(),

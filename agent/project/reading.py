@@ -21,6 +21,7 @@ from typing import Any
 
 from agent.project import choice, managers, scripts
 from agent.project.choice import LARGEST_PACKAGE, Candidate, ProjectUnreadable, choose, read_small
+from agent.project.install_key import install_key
 from agent.project.managers import BESIDE, LOCKS
 
 LARGEST_LOCK = 64 * 2**20
@@ -66,6 +67,8 @@ class Dependencies:
     """Names the node_modules that is wanted: two projects with the same key can share one."""
     whole_tree: bool
     """The install needs more of the project than its manifests."""
+    own_scripts: bool = False
+    """The install runs scripts of the project itself, which may read any of its files: no layer can stand for it."""
 
     @property
     def modules(self) -> Path:
@@ -215,7 +218,7 @@ def dependencies(root: Path, *, scripts: bool = False) -> Dependencies:
         key = _key(root, package, manager, scripts, whole_tree) if package else NO_DEPENDENCIES
     except RecursionError:  # it was read, and cannot be written again for the key
         raise ProjectUnreadable("cannot read package.json: it is nested too deep") from None
-    return Dependencies(root, manager, key, whole_tree)
+    return Dependencies(root, manager, key, whole_tree, scripts and bool(_lifecycle(package)))
 
 
 def lock_fault(wanted: Dependencies) -> str | None:
@@ -246,11 +249,11 @@ def _workspace(top: Path, place: str) -> str:
 def _needs_tree(root: Path, package: Mapping[str, Any], install_scripts: bool) -> bool:
     if any(os.path.lexists(root / name) for name in ("pnpm-workspace.yaml", ".yarn")):
         return True
-    pnpm, declared = package.get("pnpm"), package.get("scripts")
+    pnpm = package.get("pnpm")
     patched = pnpm.get("patchedDependencies") if isinstance(pnpm, dict) else None
     if package.get("workspaces") or package.get("patchedDependencies") or patched:
         return True
-    if install_scripts and isinstance(declared, dict) and any(name in declared for name in LIFECYCLE):
+    if install_scripts and _lifecycle(package):
         return True
     for name in DEPENDENCY_FIELDS[:3]:
         specs = package.get(name)
@@ -270,19 +273,26 @@ def _key(
     wanted = any(fields.get(name) for name in (*DEPENDENCY_FIELDS[:3], "workspaces"))
     if not (wanted or manager.lock or os.path.lexists(root / "pnpm-workspace.yaml")):
         return NO_DEPENDENCIES
-    lifecycle = {}
-    if install_scripts and isinstance(declared := package.get("scripts"), dict):
-        lifecycle = {name: declared[name] for name in LIFECYCLE if name in declared}
-    what = [2, manager.package, sys.platform, os.uname().machine, install_scripts, fields, lifecycle]
-    whole = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    lifecycle = _lifecycle(package) if install_scripts else {}
+    what = {
+        "manager": manager.package,
+        "machine": [sys.platform, os.uname().machine],
+        "scripts": install_scripts,
+        "fields": fields,
+        "lifecycle": lifecycle,
+    }
     patches = [f"{PATCHES}/{name}" for name in _patches(root)] if whole_tree else []
-    for name in (*((manager.lock,) if manager.lock else ()), *BESIDE, *patches):
-        if (content := read_small(root / name, LARGEST_LOCK)) is not None:
-            whole.update(f"\0{name}\0{len(content)}\0".encode())
-            whole.update(content)
-    if whole_tree:
-        whole.update(json.dumps(_packages(root), sort_keys=True).encode())
-    return whole.hexdigest()[:40]
+    names = (*((manager.lock,) if manager.lock else ()), *BESIDE, *patches)
+    contents = ((name, read_small(root / name, LARGEST_LOCK)) for name in names)
+    files = ((name, content) for name, content in contents if content is not None)
+    return install_key(what, files, _packages(root) if whole_tree else None)
+
+
+def _lifecycle(package: Mapping[str, Any]) -> dict[str, Any]:
+    declared = package.get("scripts")
+    return (
+        {name: declared[name] for name in LIFECYCLE if name in declared} if isinstance(declared, dict) else {}
+    )
 
 
 def _patches(root: Path) -> list[str]:

@@ -96,7 +96,12 @@ def _without_jwt(run: re.Match[str]) -> str:
 
 def redactor_for(settings: Settings) -> Redactor:
     """Make a redactor that knows the secrets of the settings."""
-    given = (settings.snapshot_url, settings.realtime_token, settings.realtime_api_key)
+    given = (
+        settings.snapshot_url,
+        settings.realtime_token,
+        settings.realtime_api_key,
+        settings.modules_parts,
+    )
     return Redactor(secret.get_secret_value() for secret in given if secret is not None)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,6 +12,8 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+
+from agent.telemetry.timeline import StartTimeline
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Bounds of the histograms, in seconds: from one rename to a machine that slept through five minutes."""
@@ -27,6 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.start = StartTimeline()
         ProcessCollector(registry=self.registry, namespace=_PREFIX)
         PlatformCollector(registry=self.registry)
 
@@ -52,6 +52,8 @@ class Metrics:
         self.resyncs = counter("resyncs_total", "Catch-ups by what made them necessary.", "reason")
         self.coalesced = counter("coalesced_total", "Writes that a newer one of the same path made needless.")
         self.installs = counter("installs_total", "Dependency installs.", "result")
+        self.modules = counter("modules_total", "Dependency layers by what became of them.", "outcome")
+        self.modules_seconds = histogram("modules_seconds", "From asking for a layer to its files in place.")
         self.dev_server_restarts = counter("dev_server_restarts_total", "Dev server restarts.", "reason")
         self.problems_opened = counter(
             "problems_opened_total", "Problems opened, also those that closed between two scrapes.", "kind"
@@ -67,13 +69,3 @@ def show_state(gauge: Gauge, states: Iterable[str], current: str) -> None:
     """Set a state gauge: 1 for `current`, 0 for every other of `states`."""
     for state in states:
         gauge.labels(state).set(1.0 if state == current else 0.0)
-
-
-def process_age() -> float:
-    """Return the seconds since the system started this process; where it does not say, processor seconds used."""
-    try:
-        stat = Path("/proc/self/stat").read_text()
-        ticks = int(stat.rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError):
-        return time.process_time()

@@ -27,7 +27,7 @@ import psutil
 from agent.devserver.screen import PREVIEW
 from bench.cases.idle import _processor_seconds as processor_seconds
 from bench.cases.start import _by_hand as start_by_hand
-from bench.cases.start import _first_page, _free_port
+from bench.cases.start import first_page, free_port
 from bench.harness.many_components import COMPONENTS, MARKED, PAGES, app, changes, plain, root, write
 from bench.harness.results import Row, Unmeasurable, in_turn, ratio_of
 from tests.browser.conftest import Browser, missing
@@ -368,7 +368,7 @@ class Alone:
     """Vite as by hand."""
 
     def __init__(self, place: Path) -> None:
-        self.place, self.port = place, _free_port()
+        self.place, self.port = place, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.starts = 0
         self._vite: subprocess.Popen[bytes] | None = None
@@ -381,7 +381,7 @@ class Alone:
             [self.place / "node_modules" / ".bin" / "vite", *flags], cwd=self.place, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        _first_page(self.port, lambda: vite.poll() is not None)
+        first_page(self.port, lambda: vite.poll() is not None)
         self.starts += 1
 
     def stop(self) -> None:
@@ -460,7 +460,7 @@ def start_row(alone: Path, rounds: int) -> Row:
     """Vite's start with the hook and without; no agent listens, as for a moment at each start."""
     hook = {
         "NODE_OPTIONS": f"--import={(PREVIEW / 'hook.mjs').as_uri()}",
-        "PREVIEW_SYNC_AGENT": f"127.0.0.1 {_free_port()}", "PREVIEW_SYNC_SECRET": "x",
+        "PREVIEW_SYNC_AGENT": f"127.0.0.1 {free_port()}", "PREVIEW_SYNC_SECRET": "x",
     }  # fmt: skip
     taken = in_turn(
         {"hook": lambda: start_by_hand(alone, hook), "vite": lambda: start_by_hand(alone)}, rounds

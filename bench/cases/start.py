@@ -45,10 +45,10 @@ LOOK = 0.004
 """Seconds between two looks of the one who waits from outside; the same for all contestants."""
 
 
-def _first_page(port: int, failed: Callable[[], bool]) -> float:
-    """The moment when `/` first answers 200. Raises `RuntimeError` when it never will."""
+def first_page(port: int, failed: Callable[[], bool], seconds: float = 60.0) -> float:
+    """The moment when `/` first answers 200, within so many seconds. Raises `RuntimeError` when it never will."""
     request = f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nAccept: text/html\r\n\r\n".encode()
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while time.monotonic() < end and not failed():
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as asked:
             asked.sendall(request)
@@ -58,14 +58,14 @@ def _first_page(port: int, failed: Callable[[], bool]) -> float:
     raise RuntimeError("no page")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
 def _by_hand(project: Path, environ: Mapping[str, str] | None = None) -> float:
     """Seconds from starting Vite in a shell's way to its first page, with more in its environment."""
-    port = _free_port()
+    port = free_port()
     flags = ["--host", "127.0.0.1", "--port", str(port), "--strictPort"]
     began = time.monotonic()
     vite = subprocess.Popen(
@@ -73,7 +73,7 @@ def _by_hand(project: Path, environ: Mapping[str, str] | None = None) -> float:
         stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **(environ or {})},
     )  # fmt: skip
     try:
-        return _first_page(port, lambda: vite.poll() is not None) - began
+        return first_page(port, lambda: vite.poll() is not None) - began
     finally:
         os.killpg(vite.pid, signal.SIGKILL)
         vite.wait()
@@ -86,7 +86,7 @@ async def _supervised(project: Path) -> float:
         session_id=UUID(int=1),
         project_dir=project,
         dev_host="127.0.0.1",
-        dev_port=_free_port(),
+        dev_port=free_port(),
     )
     supervisor = Supervisor(settings)
     running = asyncio.create_task(supervisor.run())
@@ -94,7 +94,7 @@ async def _supervised(project: Path) -> float:
     began = time.monotonic()
     supervisor.project_ready()
     try:
-        return await asyncio.to_thread(_first_page, settings.dev_port, running.done) - began
+        return await asyncio.to_thread(first_page, settings.dev_port, running.done) - began
     finally:
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -113,7 +113,7 @@ def log_moments(log: str) -> list[tuple[str, float]]:
 
 
 @contextlib.asynccontextmanager
-async def _plane(directory: Path) -> AsyncIterator[Plane]:
+async def plane(directory: Path) -> AsyncIterator[Plane]:
     from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
     from orchestrator_stub.platform.migrations import bootstrap, migrate
 
@@ -170,7 +170,7 @@ async def _hydrated(rounds: int, directory: Path, plane: Plane) -> list[Row]:
         began = time.time()
         agent.start()
         try:
-            await eventually("hydrated", partial(_said, agent, '"hydrate.done"'), 60)
+            await eventually("hydrated", partial(said, agent, '"hydrate.done"'), 60)
         finally:
             await agent.stop()
         moments = dict(reversed(log_moments(agent.log())))
@@ -210,7 +210,7 @@ async def _stops(rounds: int, directory: Path, plane: Plane) -> list[Row]:
     ]
 
 
-async def _said(agent: Agent, text: str) -> bool:
+async def said(agent: Agent, text: str) -> bool:
     """Whether the agent's log has it. The loop also serves the agent: looking must cost nothing."""
     await asyncio.sleep(0.02)
     return text in agent.log()
@@ -246,10 +246,10 @@ async def _measure(quick: bool) -> list[Row]:
     rounds = 5 if quick else 15
     with tempfile.TemporaryDirectory(prefix="preview-bench-") as name:
         directory = Path(name)
-        async with _plane(directory) as plane:
+        async with plane(directory) as running:
             rows = await _first_pages(rounds, directory)
-            rows += await _hydrated(3 if quick else 9, directory, plane)
-            rows += await _stops(5 if quick else 100, directory, plane)
+            rows += await _hydrated(3 if quick else 9, directory, running)
+            rows += await _stops(5 if quick else 100, directory, running)
     return [*rows, *_image()]
 
 

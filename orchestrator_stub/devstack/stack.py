@@ -39,6 +39,7 @@ from orchestrator_stub.devstack.terminal import (
     screen,
     tail_of,
 )  # fmt: skip
+from orchestrator_stub.devstack.timeline import bars, start_of
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.http.routes import application
@@ -209,6 +210,9 @@ class Stack:
         self._terminal.show(
             screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
         )
+        if self._options.timeline:
+            parts = await start_of(str(machine.health_url), self._terminal.seconds)
+            self._terminal.show(bars(parts), {"start": parts})
         if self._options.once:
             timings = await measure_save(self._options, info, http, self._terminal.seconds)
             self._terminal.show(timing_table(timings), timings)

@@ -35,6 +35,8 @@ class DevOptions:
     """Patterns, as git writes them, of what is sent although the ignore rules leave it out."""
     editor: bool = True
     """Serve the editor page, and build it where it is not."""
+    timeline: bool = False
+    """Print how long each part of the start took."""
     faults: bool = False
     """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
 

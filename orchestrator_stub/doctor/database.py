@@ -13,6 +13,9 @@ from orchestrator_stub.platform.database import POOL_SIZE, pool_of
 from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.migrations import MigrationError, MigrationRefused, check
 
+BUCKETS: Final = ("project-snapshots", "project-assets", "preview-modules")
+"""Where projects' files are: private, all of them."""
+
 CONNECT_SECONDS: Final = 8
 VERSION: Final = 150000
 """PostgreSQL 15: `security_invoker` on views, which the migrations use."""
@@ -171,7 +174,7 @@ async def _rights(dsn: str, report: Report) -> None:
         )
         buckets = await (
             await connection.execute(
-                b"select id, public from storage.buckets where id in ('project-snapshots', 'project-assets')"
+                "select id, public from storage.buckets where id = any(%s)", [[*BUCKETS]]
             )
         ).fetchall()
     found: dict[str, bool] = {row[0]: row[1] for row in buckets}
@@ -182,7 +185,7 @@ async def _rights(dsn: str, report: Report) -> None:
             "Realtime may not take the role preview_agent",
             "grant preview_agent to authenticator; or TOKEN_ROLE=authenticated",
         )
-    for wanted in ("project-snapshots", "project-assets"):
+    for wanted in BUCKETS:
         public = found.get(wanted)
         if public is None:
             report.bad(f"there is no bucket {wanted}", "insert it again as the migration does, private")

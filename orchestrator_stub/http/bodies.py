@@ -84,3 +84,29 @@ class StatusBody(BaseModel):
     revision: Revision
     epoch: Text | None = None
     tree_hash: Text | None = None
+
+
+Key = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{40}$")]
+
+
+class ModulesBody(BaseModel):
+    """`POST …/modules`."""
+
+    model_config = ConfigDict(extra="forbid")
+    key: Key
+
+
+class ModulesPart(BaseModel):
+    """One object of a layer."""
+
+    model_config = ConfigDict(extra="forbid")
+    sha256: Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
+    size: Annotated[int, Field(strict=True, ge=1, le=2**30), WHOLE]
+
+
+class ModulesSentBody(BaseModel):
+    """`PUT …/modules`. No path and no project is in it: both follow from who asks."""
+
+    model_config = ConfigDict(extra="forbid")
+    key: Key
+    parts: Annotated[list[ModulesPart], Field(min_length=1, max_length=24)]

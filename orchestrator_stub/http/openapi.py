@@ -11,7 +11,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator_stub import __version__
-from orchestrator_stub.http.bodies import CreateBody, DoorBody, RevokeBody, SnapshotBody, StatusBody, SyncBody
+from orchestrator_stub.http.bodies import (
+    CreateBody,
+    DoorBody,
+    ModulesBody,
+    ModulesPart,
+    ModulesSentBody,
+    RevokeBody,
+    SnapshotBody,
+    StatusBody,
+    SyncBody,
+)
 from orchestrator_stub.sessions.lifecycle import State
 from orchestrator_stub.sessions.run_settings import RunBody
 
@@ -128,6 +138,23 @@ SCHEMAS: Schema = {
     ),
     "Door": _object(url=URL, expires_at=TIME),
     "Revoked": _object(revoked={"type": "boolean"}),
+    "Modules": {
+        "oneOf": [
+            _object(
+                kind={"const": "layer"},
+                parts={
+                    "type": "array",
+                    "items": _object(
+                        url=URL, sha256={"type": "string", "pattern": "^[0-9a-f]{64}$"}, size=WHOLE
+                    ),
+                },
+            ),
+            _object(
+                {"upload_urls": {"type": "array", "items": URL}}, kind={"const": "missing"}, max_bytes=WHOLE
+            ),
+        ]
+    },
+    "ModulesTaken": _object(kind={"const": "layer"}),
     "Token": _object(realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
         {
@@ -140,7 +167,18 @@ SCHEMAS: Schema = {
     ),
     **{
         form.__name__: _schema_of(form)
-        for form in (CreateBody, DoorBody, RevokeBody, SnapshotBody, SyncBody, StatusBody, RunBody)
+        for form in (
+            CreateBody,
+            DoorBody,
+            RevokeBody,
+            SnapshotBody,
+            SyncBody,
+            StatusBody,
+            RunBody,
+            ModulesBody,
+            ModulesPart,
+            ModulesSentBody,
+        )
     },
 }
 
@@ -156,6 +194,7 @@ SAID = {
     409: "Another generation's machine has the session.",
     410: "The session is over, or its project does not exist any more.",
     413: "The body is too large.",
+    422: "What was told is not what is stored.",
     429: "As many sessions, stored bytes or waiting requests as are allowed; Retry-After says when to ask again.",
     503: "A part of the service does not answer now; Retry-After says when to ask again.",
 }
@@ -273,6 +312,19 @@ def openapi_document() -> Schema:
                 "get": _operation(
                     "Read the session's run settings", agent, "RunWithSecrets", "session", also=live
                 )
+            },
+            f"{one}/modules": {
+                "post": _operation(
+                    "Find a dependency layer", agent, "Modules", "session", body="ModulesBody", also=live
+                ),
+                "put": _operation(
+                    "Say that a dependency layer is sent",
+                    agent,
+                    "ModulesTaken",
+                    "session",
+                    body="ModulesSentBody",
+                    also=(*live, 422),
+                ),
             },
             f"{one}/token": {"post": _operation("Renew the token", agent, "Token", "session", also=live)},
             f"{one}/status": {

@@ -164,6 +164,16 @@ class StorageClient:
             raise StorageFailure(what, "the answer has no signedURL", transient=False)
         return self._public + url
 
+    async def sign_upload(self, bucket: str, path: str) -> str:
+        """A URL at which this object can be stored with a PUT, for two hours, unless it is there already."""
+        what = f"sign the upload of {path}"
+        headers = {"content-type": "application/json"}
+        answer = await self._call("POST", f"object/upload/sign/{_at(bucket, path)}", what, b"{}", headers)
+        url = answer.get("url") if isinstance(answer, dict) else None
+        if not isinstance(url, str) or not url.startswith("/"):
+            raise StorageFailure(what, "the answer has no url", transient=False)
+        return self._public + url
+
     async def download(self, bucket: str, path: str) -> bytes:
         """The whole object."""
         async with self.stream(bucket, path) as chunks:

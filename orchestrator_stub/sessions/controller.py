@@ -35,6 +35,7 @@ from orchestrator_stub.machines.driver import (
     machine_name,
     owner_of,
 )
+from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
 from orchestrator_stub.sessions.inventory import awake, lost, unmarked, wanted
@@ -72,7 +73,8 @@ class SessionController:
     Args:
         clock: Gives Unix seconds.
         name: Signs this orchestrator's claims; unique among those of one database.
-        on_part: Told the seconds of each part of making a machine: replace, template, snapshot, token, machine.
+        on_part: Told the seconds of each part of making a machine: replace, template, snapshot, modules, token,
+            machine.
         on_suspend: Told of each machine that was put to sleep.
     """
 
@@ -87,6 +89,7 @@ class SessionController:
         runs: RunSettings,
         installation: Installation,
         template: ProjectTemplate | None = None,
+        layers: ModuleLayers | None = None,
         clock: Callable[[], float] = time.time,
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
@@ -100,6 +103,7 @@ class SessionController:
         self._installation = installation
         self._runs = runs
         self._template = template
+        self._layers = layers
         self._clock = clock
         self._on_part = on_part
         self._on_suspend = on_suspend
@@ -401,6 +405,10 @@ class SessionController:
                 await self._template.apply(session.project_id)
         with self._part("snapshot"):
             snapshot = await self._snapshots.signed_snapshot(session.project_id)
+        modules: Mapping[str, str] = {}
+        if self._layers is not None:
+            with self._part("modules"):
+                modules = await self._layers.environment(session.project_id)
         with self._part("token"):
             token, _ = self.token_for(session)
         run = await self._runs.of_session(session.id)
@@ -427,6 +435,7 @@ class SessionController:
                 **limits,
                 # What is no secret. `env` and `npmrc` never: a platform shows this to whoever holds its token.
                 **run.environment(),
+                **modules,
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )

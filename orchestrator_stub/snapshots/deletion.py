@@ -21,7 +21,7 @@ log = structlog.get_logger("deleted_projects")
 
 CHANNEL: Final = "deleted_projects"
 
-BUCKETS: Final = (ASSETS, "project-snapshots", "preview-bundles")
+BUCKETS: Final = (ASSETS, "project-snapshots", "preview-bundles", "preview-modules")
 """Where a project has a directory named by its id."""
 
 BATCH: Final = 200

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Protocol
 from uuid import UUID
 
 import psycopg
@@ -86,11 +86,20 @@ select distinct project_id from (
 """
 
 
+class BackgroundWork(Protocol):
+    """What else is done in the background."""
+
+    async def step(self) -> bool:
+        """Take one bounded step. False: there is nothing to do now. Raises `psycopg.OperationalError`."""
+        ...
+
+
 class SnapshotWorker:
     """Does one orchestrator's share of the work.
 
     Args:
         dsn: For LISTEN, which needs a connection with a session of its own.
+        also: Other work, a step at a time.
         url_ttl: Seconds that the URL in `snapshot:ready` lives.
         clock: Gives Unix seconds.
     """
@@ -105,6 +114,7 @@ class SnapshotWorker:
         url_ttl: int,
         turns: Turns | None = None,
         upkeep: Upkeep | None = None,
+        also: Sequence[BackgroundWork] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._dsn = dsn
@@ -114,6 +124,7 @@ class SnapshotWorker:
         self._deleted = DeletedProjects(pool, storage)
         self._turns = turns
         self._upkeep = upkeep
+        self._also = also
         self._url_ttl = url_ttl
         self._clock = clock
 
@@ -194,6 +205,8 @@ class SnapshotWorker:
                 if self._upkeep is not None:
                     is_more = is_more or await self._upkeep.step()
                     await self._upkeep.measure()
+                for work in self._also:
+                    is_more = await work.step() or is_more
                 if self._turns is not None:
                     await self._turns.look_after()
                 if self._clock() - cleared_at > CLEAR_SECONDS:

@@ -31,12 +31,20 @@ from agent.core.messages import (
 from agent.core.model import Commit, digest_of
 from agent.health.status_body import fitted
 from agent.link.run_settings import read_run_settings
+from agent.modules.layers import Layer, LayerFailed, LayerStore, Missing, given_layer, read_answer
 from agent.session_api import SessionApi
 from agent.tokens import Tokens, read_token
 from tests.contract.golden import DIRECTORY, assert_same_form, load
 
 EVENTS = sorted(path.stem for path in DIRECTORY.glob("event.*.json"))
 TOKEN = load("token.answer")["realtime_token"]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def event(name: str) -> Commit | SnapshotOffer | None:
@@ -195,6 +203,40 @@ async def test_run_settings_are_read_whole() -> None:
     assert (method, path.rpartition("/")[2]) == ("GET", "run")
 
 
+@pytest.mark.parametrize("name", ["answer", "answer.missing", "answer.not_wanted"])
+async def test_a_layer_is_asked_for_and_its_answer_read(name: str) -> None:
+    golden, key = load(f"modules.{name}"), load("modules.request")["key"]
+    peer = Peer(200, golden)
+    async with httpx.AsyncClient() as http:
+        found = await LayerStore(peer.api, http).find(key)
+    if isinstance(found, Layer):
+        assert [(part.url, part.sha256, part.size) for part in found.parts] == [
+            (part["url"], part["sha256"], part["size"]) for part in golden["parts"]
+        ]
+        assert given_layer(key, json.dumps(golden["parts"])) == found, "MODULES_PARTS has the same form"
+    else:
+        assert found == Missing(key, tuple(golden.get("upload_urls", ())), golden["max_bytes"])
+    ((method, path, body),) = peer.asked
+    assert (method, path.rpartition("/")[2], body) == ("POST", "modules", load("modules.request"))
+
+
+async def test_a_layer_that_is_sent_is_told() -> None:
+    golden = load("modules.sent.request")
+    peer = Peer(200, load("modules.sent.answer"))
+    await peer.api.add_modules(golden["key"], golden["parts"])
+    ((method, path, body),) = peer.asked
+    assert (method, path.rpartition("/")[2], body) == ("PUT", "modules", golden)
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(["kind", "parts", "upload_urls", "max_bytes"], JUNK))
+    | JUNK
+)
+def test_whatever_is_answered_is_a_layer_or_none(answer: object) -> None:
+    with contextlib.suppress(LayerFailed):
+        assert read_answer("0" * 40, answer).key == "0" * 40
+
+
 @pytest.mark.parametrize("name", LIMITS["env"]["refused"])
 def test_a_variable_that_is_not_the_projects_is_malformed(name: str) -> None:
     with pytest.raises(MalformedMessage):
@@ -204,13 +246,6 @@ def test_a_variable_that_is_not_the_projects_is_malformed(name: str) -> None:
 @pytest.mark.parametrize("name", LIMITS["env"]["taken"])
 def test_a_variable_of_the_project_is_taken(name: str) -> None:
     assert read_run_settings({**load("run.answer"), "env": {name: "x"}}).env == {name: "x"}
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(load("run.answer"), JUNK)) | JUNK)

@@ -173,6 +173,22 @@ async def test_token_and_status(agent: Agent) -> None:
     assert_same_form(answer.json(), load("status.answer"), optional=frozenset({"action"}))
 
 
+async def test_layers(agent: Agent) -> None:
+    missing = (await call(agent, "POST", "modules", load("modules.request"))).json()
+    assert all(isinstance(url, str) for url in missing["upload_urls"])
+    assert_same_form(
+        {**missing, "upload_urls": []}, load("modules.answer.missing"), optional=frozenset({"upload_urls"})
+    )
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.put(missing["upload_urls"][0], content=b"12345")).is_success
+    assert (await call(agent, "PUT", "modules", load("modules.sent.request"))).json() == load(
+        "modules.sent.answer"
+    )
+    assert_same_form(
+        (await call(agent, "POST", "modules", load("modules.request"))).json(), load("modules.answer")
+    )
+
+
 async def test_run_settings(agent: Agent, plane: Plane, project: Project) -> None:
     path = f"/v1/projects/{project.id}/run"
     answer = await plane.http.put(path, json=load("run.change.request"))

@@ -297,7 +297,8 @@ def test_assets_belong_to_their_project_and_snapshots_to_the_service(db: Db, pro
             seen = db.execute("select name from storage.objects").fetchall()
             assert seen == ([(name,)] if someone == project.owner else [])
     buckets = db.execute("select id, public from storage.buckets order by id").fetchall()
-    assert buckets == [("preview-bundles", False), ("project-assets", False), ("project-snapshots", False)]
+    names = ("preview-bundles", "preview-modules", "project-assets", "project-snapshots")
+    assert buckets == [(name, False) for name in names]
 
 
 # --------------------------------------------------------------------------------------------------- the whole catalog

@@ -91,6 +91,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"preview-agent status --json", Run(says='"revision"')),
     (r"preview-agent status", Run(says="revision")),
     (r"env -u SUPABASE_SERVICE_ROLE_KEY preview-agent run", Run(until="shadow.begun")),
+    (
+        r"preview-agent modules (key DIR|pack DIR FILE)",
+        ByTest("tests/agent/cli/test_modules.py::test_the_key_follows_from_the_files"),
+    ),
     (r"preview-agent record \S+", Run(until="recording into")),
     (r"preview-agent replay \S+\.jsonl( .*)?", Run(says="^ok")),
     # --- the orchestrator
@@ -136,10 +140,18 @@ WAYS: tuple[tuple[str, Way], ...] = (
         r"preview-orchestrator machines",
         ByTest("tests/orchestrator/sessions/test_inventory.py::test_it_says_whose_every_machine_is"),
     ),
+    (
+        r"preview-orchestrator modules (build DIR|list|drop KEY)",
+        ByTest("tests/orchestrator/modules/test_operator.py::test_a_layer_is_built_listed_and_dropped"),
+    ),
     (r"(\.venv/bin/)?preview-orchestrator tail -", Run(until="file:update")),
     (
         r"\.venv/bin/preview-orchestrator dev DIR --once",
         ByTest("tests/system/test_dev_command.py::test_once_edits_measures_and_stops"),
+    ),
+    (
+        r"preview-orchestrator dev DIR --timeline",
+        ByTest("tests/system/test_modules.py::test_dev_opens_a_project_again_from_its_layer"),
     ),
     (
         r"preview-orchestrator dev --faults",

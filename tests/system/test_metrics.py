@@ -36,6 +36,9 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "drift_files": ("gauge", ()),
     "installs": ("counter", ("result",)),
     "link_refusals": ("counter", ("reason",)),
+    # docs/start.md
+    "modules": ("counter", ("outcome",)),
+    "modules_seconds": ("histogram", ()),
     # ours
     "problems_opened": ("counter", ("kind",)),
     "shown_seconds": ("histogram", ()),
@@ -74,6 +77,8 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "turns_open": ("gauge", ()),
     "turns_oldest_seconds": ("gauge", ()),
     "forgotten": ("counter", ("what",)),
+    "modules_dropped": ("counter", ()),
+    "modules_bytes": ("gauge", ("owner",)),
     "upkeep_overdue_seconds": ("gauge", ()),
     "deleted_projects": ("gauge", ()),
     "deleted_projects_oldest_seconds": ("gauge", ()),

@@ -25,8 +25,8 @@ select is((select reloptions::text from pg_class where oid = 'public.project_fil
   '{security_invoker=true}', 'the view reads with its reader''s rights');
 select is((select bool_and(relrowsecurity) from pg_class where relnamespace = 'public'::regnamespace and relkind = 'r'),
   true, 'row level security is on for every table');
-select results_eq($$ select id, public from storage.buckets where id in ('project-snapshots', 'project-assets', 'preview-bundles') order by id $$,
-  $$ values ('preview-bundles', false), ('project-assets', false), ('project-snapshots', false) $$, 'the buckets are there, private');
+select results_eq($$ select id, public from storage.buckets where id in ('project-snapshots', 'project-assets', 'preview-bundles', 'preview-modules') order by id $$,
+  $$ values ('preview-bundles', false), ('preview-modules', false), ('project-assets', false), ('project-snapshots', false) $$, 'the buckets are there, private');
 select is((select rolcanlogin or rolbypassrls or rolsuper from pg_roles where rolname = 'preview_agent'), false,
   'the container''s role is nobody');
 select is(preview.path_problem('src/../../etc/passwd'), 'dot_segment', 'hostile paths have a name');

@@ -210,7 +210,7 @@ async def test_a_swap_that_is_cut_short_at_any_of_its_renames_is_undone(
     assert good.leftovers == []
 
 
-async def _nothing(stage: Path) -> None:
+async def _nothing() -> None:
     """What an agent that is killed does about its stage."""
 
 

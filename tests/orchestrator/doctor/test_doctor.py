@@ -162,6 +162,8 @@ BROKEN = [
            sql="alter database {database} set statement_timeout = '8s'"),
     Broken("a bucket is missing", "no bucket project-snapshots",
            sql="delete from storage.objects; delete from storage.buckets where id = 'project-snapshots'"),
+    Broken("the bucket of layers is missing", "no bucket preview-modules",
+           sql="delete from storage.buckets where id = 'preview-modules'"),
     Broken("a bucket is public", "project-assets is public",
            sql="update storage.buckets set public = true where id = 'project-assets'"),
     Broken("no policy lets agents read", "cannot join its channel",

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -17,11 +17,14 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.store import Access, DoorStore
-from orchestrator_stub.http.door_routes import DoorRoutes
+from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.driver import Installation, machine_name
+from orchestrator_stub.modules.layers import ModuleLayers
+from orchestrator_stub.modules.upkeep import kept_of
 from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.sealing import SealingKeys
+from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
@@ -68,6 +71,16 @@ class PaperAssets:
 
     async def download(self, bucket: str, path: str) -> bytes:
         return self.objects[f"{bucket}/{path}"]
+
+
+class PaperStorage:
+    """Signs whatever it is asked to; nothing is ever stored."""
+
+    async def sign(self, bucket: str, path: str, expires_in: int) -> str:
+        return f"https://storage.invalid/{bucket}/{path}?token=t"
+
+    async def sign_upload(self, bucket: str, path: str) -> str:
+        return f"https://storage.invalid/upload/{bucket}/{path}?token=t"
 
 
 @dataclass
@@ -238,7 +251,8 @@ async def control_world(
         runs = RunSettings(pool, SEALING)
         passes = Passes(door_keys(DOOR_KEYS), time.time)
         access = Access(DoorStore(pool), passes, Address("preview.invalid"))
-        api = DoorRoutes(
+        layers = ModuleLayers(pool, cast("StorageClient", PaperStorage()), kept_of(settings), url_ttl=600)
+        api = ModuleRoutes(
             settings,
             controller,
             store,
@@ -249,6 +263,7 @@ async def control_world(
             screens,
             on_ready=on_ready,
             access=access,
+            layers=layers,
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -285,11 +300,13 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/door"),
     ("POST", "/v1/sessions/{id}/door/revoke"),
     ("GET", "/v1/sessions/{id}/run"),
+    ("POST", "/v1/sessions/{id}/modules"),
+    ("PUT", "/v1/sessions/{id}/modules"),
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
 ]
-AGENTS = ("run", "sync", "token", "status")
+AGENTS = ("run", "modules", "sync", "token", "status")
 """The last words of the routes that are the agent's; the others are the product's."""
 
 

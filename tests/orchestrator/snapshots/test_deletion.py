@@ -87,6 +87,7 @@ class Works:
         ).status_code == 200
         assert await self.worker().take_one()
         await self.storage.upload("preview-bundles", f"{project_id}/a/b/bundle.js", b"x", 1)
+        await self.storage.upload("preview-modules", f"{project_id}/{'a' * 40}/{uuid4()}.0", b"x", 1)
 
     async def objects(self, project_id: UUID) -> list[str]:
         rows = await self.local.sql(

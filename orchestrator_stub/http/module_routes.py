@@ -1,0 +1,50 @@
+"""Serves dependency layers: a session's agent asks for one by its key, and says that it has sent one.
+
+Both ask with the current token of the session's current machine; the project is the session's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from orchestrator_stub.http.bodies import ModulesBody, ModulesSentBody
+from orchestrator_stub.http.door_routes import DoorRoutes
+from orchestrator_stub.http.forms import json_answer
+from orchestrator_stub.http.problems import Refusal
+from orchestrator_stub.http.routes import check_current
+from orchestrator_stub.modules.layers import ModuleLayers, NotSent
+
+
+class ModuleRoutes(DoorRoutes):
+    """The routes of `DoorRoutes`, and those of layers."""
+
+    def __init__(self, *parts: Any, layers: ModuleLayers, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self._layers = layers
+
+    def routes(self) -> list[BaseRoute]:
+        path = "/v1/sessions/{session_id}/modules"
+        return [*super().routes(), self._route(path, POST=self.find_modules, PUT=self.add_modules)]
+
+    async def find_modules(self, request: Request) -> Response:
+        """The layer of a key, or where to send it."""
+        claims, session, _ = await self._own(request)
+        check_current(session, claims)
+        body = await self._body(request, ModulesBody)
+        return json_answer(await self._layers.find(session.project_id, session.id, body.key))
+
+    async def add_modules(self, request: Request) -> Response:
+        """A layer that has been sent. The first of a key stays; another one is no error."""
+        claims, session, _ = await self._own(request)
+        check_current(session, claims)
+        body = await self._body(request, ModulesSentBody)
+        parts = [part.model_dump() for part in body.parts]
+        try:
+            await self._layers.add(session.project_id, session.id, body.key, parts)
+        except NotSent as error:
+            raise Refusal(422, "modules_not_sent", f"The layer is not taken: {error}.") from None
+        return json_answer({"kind": "layer"})

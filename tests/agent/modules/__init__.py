@@ -1,0 +1,1 @@
+"""Layers: packed, unpacked, fetched, sent."""

@@ -1,0 +1,366 @@
+"""An install that a layer stands for, from key to swap: over HTTP, by the program, as the machine does it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import signal
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from agent.devserver.install import Installer, InstallOutcome, InstallResult
+from agent.devserver.sandbox import Rights, User
+from agent.modules import arrivals
+from agent.modules.layers import given_layer
+from agent.project.install_key import Platform, layer_key
+from agent.project.reading import Dependencies, dependencies, installed_key
+from agent.telemetry.metrics import Metrics
+from tests.agent.devserver.installs import Bench, needs_npm, with_dependency, write
+from tests.agent.modules.archives import Service, link, listing, made_of, packed, serving, tree
+from tests.agent.processes import running, until
+
+pytestmark = needs_npm
+ABSENT = {"left-pad-that-nobody-has": "1.0.0"}
+"""Only a layer can bring this: no registry has it."""
+
+
+NPM = """#!/bin/sh
+if grep -q that-nobody-has package.json; then echo "no such package"; exit 1; fi
+mkdir -p node_modules/dep && echo "module.exports = 1" >node_modules/dep/index.js
+"""
+"""A package manager that installs in no time, and does not have what only a layer has."""
+
+
+class World:
+    """Machines of one project, each with an installer of its own, and the service they share."""
+
+    def __init__(self, tmp_path: Path, service: Service, http: httpx.AsyncClient) -> None:
+        self.tmp_path = tmp_path
+        self.service = service
+        self.http = http
+        self.metrics = Metrics()
+        self.npm = tmp_path / "bin"
+        self.npm.mkdir()
+        (self.npm / "npm").write_text(NPM)
+        (self.npm / "npm").chmod(0o755)
+
+    def machine(
+        self,
+        name: str,
+        *,
+        given: str | None = None,
+        rights: Rights | None = None,
+        real_npm: bool = False,
+        **settings: object,
+    ) -> Bench:
+        """A machine. Its npm is a line of shell, unless it is to be the real one."""
+        bench = Bench(self.tmp_path / name, rights, None, state_dir=self.tmp_path, **settings)
+        bench.installer = Installer(
+            bench.settings,
+            environ={**os.environ, "PATH": ("" if real_npm else f"{self.npm}:") + os.environ["PATH"]},
+            rights=rights or Rights(),
+            on_line=bench.lines.append,
+            layers=self.service.store(self.http, given),
+            metrics=self.metrics,
+        )
+        return bench
+
+    def count(self, outcome: str) -> float:
+        return float(self.metrics.modules.labels(outcome)._value.get())
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with serving() as it:
+        yield it
+
+
+@pytest.fixture
+async def world(tmp_path: Path, service: Service) -> AsyncIterator[World]:
+    async with httpx.AsyncClient() as http:
+        yield World(tmp_path, service, http)
+
+
+async def key_of(bench: Bench, wanted: Dependencies) -> str:
+    key = await bench.installer._layer_key(wanted.key)
+    assert key is not None
+    return key
+
+
+MODULES: Mapping[str, str | bytes | tuple[str]] = {
+    "node_modules/left-pad-that-nobody-has/index.js": "module.exports = 1",
+    "node_modules/.bin/pad": ("../left-pad-that-nobody-has/index.js",),
+}
+
+
+def layer(tmp_path: Path) -> bytes:
+    return packed(tree(tmp_path / "packed", MODULES))
+
+
+async def test_what_one_machine_installed_the_next_one_unpacks(world: World) -> None:
+    first, second = world.machine("first", real_npm=True), world.machine("second", real_npm=True)
+    wanted = with_dependency(first.root)
+    assert (await first.install(wanted)).outcome is InstallOutcome.INSTALLED
+    await first.installer.served()
+    assert (world.count("missing"), world.count("sent")) == (1, 1)
+    await first.installer.served()
+    assert world.count("sent") == 1, "once a key"
+
+    again = with_dependency(second.root)
+    result = await second.install(again)
+    assert (result.outcome, result.swapped, result.usable, result.problem) == (
+        InstallOutcome.LAYER, True, True, None,
+    )  # fmt: skip
+    assert installed_key(again.modules) == again.key
+    assert listing(again.modules) == listing(wanted.modules)
+    assert (second.leftovers, first.leftovers) == ([], [])
+    assert (await second.install(again)).outcome is InstallOutcome.CURRENT
+
+
+async def test_a_layer_that_was_named_at_creation_comes_before_the_project(world: World) -> None:
+    bench = world.machine("first")
+    root = tree(world.tmp_path / "like", {})
+    key = await key_of(bench, write(root, dependencies=ABSENT))
+    world.service.keep(key, layer(world.tmp_path), size=200)
+    machine = world.machine("second", given=key)
+    await machine.installer.open()
+    await machine.installer.prefetch()
+    assert len(machine.leftovers) == 1, "it waits in its stage"
+    wanted = write(machine.root, dependencies=ABSENT)
+    assert (await machine.installer.install(wanted)).outcome is InstallOutcome.LAYER
+    assert world.service.asked == [], "nobody needs to ask"
+    assert (wanted.modules / ".bin/pad").read_text() == "module.exports = 1"
+    assert machine.leftovers == []
+
+
+async def test_a_layer_of_another_key_is_a_start_for_npm(world: World) -> None:
+    first = world.machine("first", real_npm=True)
+    wanted = with_dependency(first.root, description="one")
+    await first.install(wanted)
+    await first.installer.served()
+    (key,) = world.service.layers
+    second = world.machine("second", given=key, real_npm=True)
+    again = with_dependency(second.root)
+    (second.root / "more").mkdir()
+    (second.root / "more/package.json").write_text('{"name": "more", "version": "1.0.0"}')
+    again = write(second.root, dependencies={"dep": "file:./dep", "more": "file:./more"})
+    await second.installer.open()
+    await second.installer.prefetch()
+    assert (await second.installer.install(again)).outcome is InstallOutcome.INSTALLED
+    assert world.count("head_start") == 1
+    assert (again.modules / "more").exists()
+    assert installed_key(again.modules) == again.key
+    await second.installer.served()
+    assert len(world.service.layers) == 2, "what came of it is a layer of its own"
+    assert second.leftovers == []
+
+
+@pytest.mark.parametrize("fault", ["cut", "damaged", "another hash", "hostile", "gone", "down"])
+async def test_a_layer_that_is_no_good_is_an_install(world: World, fault: str) -> None:
+    bench = world.machine("first")
+    wanted = with_dependency(bench.root)
+    key = await key_of(bench, wanted)
+    good = layer(world.tmp_path)
+    bad = {
+        "damaged": good[:200] + b"x" + good[201:],
+        "hostile": made_of(link("node_modules/x", "/etc")) + os.urandom(2**20),
+    }
+    world.service.keep(key, bad.get(fault, good), size=2**22)
+    (part,) = world.service.layers[key]
+    where = f"/objects/{key}.0"
+    match fault:
+        case "cut":
+            world.service.objects[where] = good[:-10]
+        case "another hash":
+            part["sha256"] = "0" * 64
+        case "gone":
+            del world.service.objects[where]
+        case "down":
+            world.service.faults["storage"] = "down"
+    machine = world.machine("second", given=key if fault in ("cut", "gone") else None)
+    wanted = with_dependency(machine.root)
+    await machine.installer.open()
+    await machine.installer.prefetch()
+    with capture_logs() as lines:
+        result = await machine.installer.install(wanted)
+    assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
+    assert not (wanted.modules / "left-pad-that-nobody-has").exists()
+    assert world.count("refused") + world.count("unavailable") == (2 if fault in ("cut", "gone") else 1)
+    assert world.service.url not in str(lines), "its URL is a credential"
+    assert machine.leftovers == []
+
+
+async def test_an_early_layer_whose_url_is_old_is_asked_for(world: World) -> None:
+    """A machine that starts again has the environment it was made with."""
+    machine = world.machine("first")
+    wanted = write(machine.root, dependencies=ABSENT)
+    key = await key_of(machine, wanted)
+    world.service.keep(key, layer(world.tmp_path))
+    again = world.machine("second", given=key)
+    world.service.objects["/objects/new"] = world.service.objects.pop(f"/objects/{key}.0")
+    world.service.layers[key][0]["url"] = f"{world.service.url}/objects/new"
+    await again.installer.open()
+    await again.installer.prefetch()
+    wanted = write(again.root, dependencies=ABSENT)
+    assert (await again.installer.install(wanted)).outcome is InstallOutcome.LAYER
+    assert world.service.asked == [key]
+
+
+async def test_without_the_orchestrator_it_is_installed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.service.faults["api"] = "down"
+    machine = world.machine("first")
+    assert (await machine.install(with_dependency(machine.root))).outcome is InstallOutcome.INSTALLED
+    await machine.installer.served()
+    assert world.service.layers == {}
+
+
+async def test_while_storage_is_slow_the_install_is_first(world: World) -> None:
+    machine = world.machine("first", modules_wait_seconds=0.01)
+    wanted = with_dependency(machine.root)
+    world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
+    world.service.faults["storage"] = "slow"
+    result = await machine.install(wanted)
+    assert result.outcome is InstallOutcome.INSTALLED
+    assert running("agent.modules.archive") == [], "and nobody waits for the layer"
+    assert machine.leftovers == []
+
+
+async def test_a_slow_layer_is_first_where_the_registry_is_slower(world: World) -> None:
+    machine = world.machine("first", modules_wait_seconds=0.01)
+    (world.npm / "npm").write_text(f"#!/bin/sh\n: >{world.npm}/runs\nsleep 61\n")
+    wanted = write(machine.root, dependencies=ABSENT)
+    world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
+    world.service.faults["storage"] = "slow"
+    installing = asyncio.create_task(machine.install(wanted))
+    await until((world.npm / "runs").exists, 20)
+    world.service.release.set()
+    assert (await installing).outcome is InstallOutcome.LAYER
+    assert machine.leftovers == []
+
+
+async def test_an_agent_that_is_killed_in_the_middle_leaves_nothing(world: World) -> None:
+    machine = world.machine("first")
+    wanted = write(machine.root, dependencies=ABSENT)
+    key = await key_of(machine, wanted)
+    world.service.keep(key, layer(world.tmp_path))
+    world.service.faults["storage"] = "slow"
+    await machine.installer.open()
+    installing = asyncio.create_task(machine.installer.install(wanted))
+    await until(lambda: running("agent.modules.archive"), 20)
+    (program,) = running("agent.modules.archive")[-1:]
+    os.kill(program, signal.SIGKILL)
+    world.service.release.set()
+    assert (await installing).outcome is not InstallOutcome.LAYER
+    assert not wanted.modules.exists()
+    assert machine.leftovers == []
+
+
+async def test_a_cancelled_install_ends_the_program(world: World) -> None:
+    machine = world.machine("first")
+    wanted = write(machine.root, dependencies=ABSENT)
+    world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
+    world.service.faults["storage"] = "slow"
+    installing = asyncio.create_task(machine.install(wanted))
+    await until(lambda: running("agent.modules.archive"), 20)
+    installing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await installing
+    await until(lambda: not running("agent.modules.archive"), 5)
+
+
+async def test_a_lock_that_changes_while_the_layer_streams_is_another_key(world: World) -> None:
+    first = world.machine("first")
+    old = await key_of(first, write(first.root, dependencies=ABSENT))
+    world.service.keep(old, layer(world.tmp_path))
+    world.service.faults["storage"] = "slow"
+    machine = world.machine("second", given=old, modules_wait_seconds=0.05)
+    await machine.installer.open()
+    ahead = asyncio.create_task(machine.installer.prefetch())
+    await until(lambda: running("agent.modules.archive"), 20)
+    wanted = with_dependency(machine.root)
+    assert (await machine.installer.install(wanted)).outcome is InstallOutcome.INSTALLED
+    assert not (wanted.modules / "left-pad-that-nobody-has").exists()
+    await ahead
+    assert running("agent.modules.archive") == []
+    assert machine.leftovers == []
+
+
+async def test_a_project_whose_own_scripts_run_is_installed(world: World) -> None:
+    """They may read any file of the project, which no key covers."""
+    machine = world.machine("first", install_scripts=True)
+    with_dependency(machine.root, scripts={"postinstall": "echo >node_modules/made"})
+    wanted = dependencies(machine.root, scripts=True)
+    assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
+    await machine.installer.served()
+    assert (world.service.asked, world.service.layers) == ([], {})
+
+
+async def test_a_project_with_a_command_of_its_own_is_installed(world: World) -> None:
+    machine = world.machine(
+        "first", install_command=("sh", "-c", "mkdir -p node_modules/x; touch node_modules/x/y")
+    )
+    assert (
+        await machine.install(write(machine.root, dependencies=ABSENT))
+    ).outcome is InstallOutcome.INSTALLED
+    assert world.service.asked == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+async def test_the_projects_user_packs_and_unpacks(world: World) -> None:
+    """What root holds open is all that the program has of root: the files are the user's."""
+    nobody = pwd.getpwnam("nobody")
+    user = User("nobody", nobody.pw_uid, nobody.pw_gid, "/nonexistent")
+    for path in (world.tmp_path, *world.tmp_path.parents):
+        if path != Path("/tmp"):
+            if path == Path("/"):
+                break
+            path.chmod(0o755)
+    first = world.machine("first", rights=Rights(user))
+    wanted = with_dependency(first.root)
+    for path in (first.root, *first.root.rglob("*")):
+        os.chown(path, user.uid, user.gid)
+    result: InstallResult = await first.install(wanted)
+    assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
+    await first.installer.served()
+    assert world.count("sent") == 1
+    second = world.machine("second", rights=Rights(user))
+    again = with_dependency(second.root)
+    for path in (second.root, *second.root.rglob("*")):
+        os.chown(path, user.uid, user.gid)
+    assert (await second.install(again)).outcome is InstallOutcome.LAYER
+    assert {path.lstat().st_uid for path in again.modules.rglob("*")} == {user.uid}
+
+
+async def test_a_disk_that_is_full_is_an_install(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = world.machine("first")
+    wanted = with_dependency(machine.root)
+    world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
+    # The program's own limit on the size of a file is how a disk says that it is full, to one program alone.
+    monkeypatch.setattr(arrivals, "command", lambda *given: ("sh", "-c", "cat >/dev/full", *given))
+    with capture_logs() as lines:
+        assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
+    assert "No space left on device" in str(lines)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", "{}", "[]", '[{"url": 1}]', '[{"url":"x","sha256":"y","size":1}]']
+)
+def test_parts_that_cannot_be_read_are_none(text: str) -> None:
+    assert given_layer("0" * 40, text) is None
+    part = '[{"url":"http://x","sha256":"%s","size":1}]' % ("0" * 64)
+    assert given_layer("0" * 40, part) is not None
+    assert given_layer("not a key", part) is None
+
+
+def test_the_layer_key_is_what_the_orchestrator_takes() -> None:
+    key = layer_key("x", Platform("1", "linux", "x86_64", "glibc"))
+    assert len(key) == 40

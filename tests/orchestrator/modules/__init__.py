@@ -1,0 +1,1 @@
+"""Dependency layers: who reads and who writes which, and how long they are kept."""
