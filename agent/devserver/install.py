@@ -157,10 +157,12 @@ class Installer:
         is in it stays as it is.
 
         Raises:
-            OSError: The directory cannot be made.
-            RootUnusable: There is a symbolic link in its place.
+            RootUnusable: It cannot be made, or there is a symbolic link in its place.
         """
-        self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise RootUnusable(f"cannot make {self._directory} for installs: {error.strerror}") from error
         self._chown(self._directory, only_from=None)
         with contextlib.suppress(FileNotFoundError):
             self._chown(self._project_dir, only_from=0)
@@ -418,7 +420,7 @@ class Installer:
         """Copy the install into the cache. Where that fails, only a line of output says so."""
         cached = self._directory / "cache" / staged.key
         done = await self._shell(
-            f'mkdir -p "$2" "$3" && ({LINK}) && touch "$2/{STAMP}" && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
+            f'mkdir -p "$2" "$3" && ({LINK}) && : >"$2/{STAMP}" && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
             staged.root,
             stage / "cached",
             cached.parent,

@@ -245,7 +245,7 @@ class Supervisor:
 
         Raises:
             DevServerFailed: The server failed for good, and the settings call it essential.
-            OSError: The directory for installs cannot be made.
+            RootUnusable: The directory for installs cannot be made.
         """
         await self._installer.open()
         self._show_state()

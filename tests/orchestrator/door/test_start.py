@@ -12,7 +12,7 @@ from tests.orchestrator.door.world import World, body, fields, status, within
 
 
 async def test_a_person_gets_a_page_and_a_program_503(world: World) -> None:
-    preview = await world.preview(state="provisioning", preview_url=None)
+    preview = await world.preview(state="suspended", preview_url=None)
     page = await world.ask(preview, "/", "GET", "Sec-Fetch-Mode: navigate")
     assert status(page) == 503
     assert b"Starting your preview" in page
@@ -24,7 +24,7 @@ async def test_a_person_gets_a_page_and_a_program_503(world: World) -> None:
     answer = await world.ask(preview, "/src/App.tsx", "GET", "Sec-Fetch-Mode: cors", "Accept: */*")
     assert (status(answer), fields(answer, "retry-after")) == (503, ["2"])
     assert b"<" not in body(answer)
-    # Whoever looks wants it awake.
+    # Whoever looks wants it awake, and the next sweep hears of that.
     assert world.woken == [preview.session_id, preview.session_id]
 
 
@@ -104,7 +104,7 @@ def test_what_a_project_says_is_no_markup() -> None:
 
 
 async def test_somebody_may_have_it_tried_again(world: World) -> None:
-    preview = await world.preview(state="provisioning", preview_url=None)
+    preview = await world.preview(state="suspended", preview_url=None)
     own = f"Origin: https://{preview.host}"
     assert status(await world.ask(preview, "/.preview-door/wake", "POST", own, "Content-Length: 0")) == 204
     assert world.woken == [preview.session_id]

@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 
 from orchestrator_stub.config import Timing
+from orchestrator_stub.door.store import DoorStore
 from orchestrator_stub.machines.driver import MachineRefused, MachineState, MachineUnavailable
 from orchestrator_stub.sessions.rollout import Rollout
 from tests.fakes.machines import FakeMachines
@@ -273,6 +274,22 @@ async def test_a_save_wakes_where_that_is_set(database: str, on_save: bool) -> N
         await world.controller.sweep()
         assert (await state(world, one))[0] == ("provisioning" if on_save else "suspended")
         assert (await state(world, other))[0] == "suspended"
+
+
+async def test_a_door_that_runs_alone_has_it_woken_by_the_next_sweep(world: World) -> None:
+    one, other = await asleep(world), await asleep(world)
+    door = DoorStore(world.pool)
+    await door.want_awake(UUID(one["session_id"]))
+    await world.controller.sweep()
+    assert (await state(world, one))[0] == "provisioning"
+    assert (await state(world, other))[0] == "suspended"
+    await report(world, one, world.token(one), **await head(world, one))
+    # What was wanted then is done: it may sleep again.
+    await ask(world, one, "suspend")
+    await door.want_awake(UUID(other["session_id"]))
+    await world.controller.sweep()
+    assert (await state(world, one))[0] == "suspended"
+    assert (await state(world, other))[0] == "provisioning"
 
 
 async def test_what_was_rolled_out_while_it_slept_it_has_when_it_wakes(world: World) -> None:
