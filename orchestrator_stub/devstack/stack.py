@@ -36,6 +36,7 @@ from orchestrator_stub.devstack.terminal import (
     DevOptions,
     Terminal,
     as_url,
+    progress,
     screen,
     tail_of,
 )  # fmt: skip
@@ -396,17 +397,20 @@ class Stack:
             ) from None
 
     async def _until_ready(self, machine: Machine, driver: LocalMachines) -> None:
-        """Poll until `/readyz` answers 200, and print each state that the agent reports on the way."""
-        last = ""
+        """Poll until `/readyz` answers 200, and print each state and problem that the agent reports on the way."""
+        told: list[str] = []
         async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
             while True:
                 with suppress(httpx.HTTPError):
                     if (await http.get(f"{machine.health_url}/readyz")).status_code == 200:
                         return
-                    report = (await http.get(f"{machine.health_url}/status")).json()
-                    if isinstance(report, dict) and report.get("state", "") != last:
-                        last = str(report["state"])
-                        self._terminal.step(f"the agent is {last}")
+                    lines = progress((await http.get(f"{machine.health_url}/status")).json())
+                    for line in lines:
+                        if line not in told:
+                            self._terminal.step(line)
+                    if len(lines) > 1 >= len(told):
+                        self._terminal.step(f"the agent's log is {driver.log_path(machine.id)}")
+                    told = lines
                 await self._still_there(machine, driver)
                 await asyncio.sleep(0.05)
 

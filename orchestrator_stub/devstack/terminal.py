@@ -158,6 +158,18 @@ def tail_of(log: Path | None, lines: int = 8) -> str:
     return ""
 
 
+def progress(report: object) -> list[str]:
+    """Say what an agent's `/status` says of its state and of each problem, one line each; nothing of a bad report."""
+    if not isinstance(report, dict):
+        return []
+    lines = [f"the agent is {report['state']}"] if report.get("state") else []
+    for problem in report.get("problems") or []:
+        # Of an install's log the last line has the reason; of a sentence there is one.
+        detail = str(problem.get("detail") or "").strip().splitlines() or [""]
+        lines.append(": ".join(filter(None, (problem["kind"], problem.get("file_path"), detail[-1].strip()))))
+    return lines
+
+
 def as_url(dsn: str) -> str:
     """A connection string as a URL, which every client reads."""
     if "://" in dsn:
