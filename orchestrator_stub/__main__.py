@@ -1,8 +1,4 @@
-"""The command line and how it fails.
-
-preview-orchestrator dev | serve | door | stand-in | secrets | migrate | doctor | machines | modules | rollout | tail
-| log | show | diff | restore
-"""
+"""The command line and how it fails."""
 
 from __future__ import annotations
 
@@ -32,6 +28,7 @@ try:
     import httpx
     import psycopg
 
+    from orchestrator_stub import help_texts
     from orchestrator_stub.config import Settings, SettingsError, StandInSettings
     from orchestrator_stub.platform.migrations import (
         MigrationError,
@@ -42,11 +39,6 @@ try:
     )
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
-
-HISTORY = """\
-A commit is one save, one bulk or one turn; each has the project's next revision. `log` shows them, `show` one of them,
-`diff` what lies between two, `restore` goes back to one. Nothing is lost by going back: it is a commit itself, and what
-was written since stays in the history. How long that is kept, and how checkpoints keep it, is in docs/history.md."""
 
 EXIT_FAILED = 1
 EXIT_SETTINGS = 64
@@ -68,76 +60,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Keeps the lines of a description; its subcommands' parsers are of this class too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="preview-orchestrator", description=__doc__)
+    parser = _Parser(prog="preview-orchestrator", description=help_texts.ABOUT, epilog=help_texts.EXIT_CODES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    dev = commands.add_parser("dev", help="the whole loop on this machine: database, agent, preview")
-    dev.add_argument("dir", nargs="?", type=Path, default=Path(), help="a Vite project (default: here)")
-    dev.add_argument("--port", type=_port, default=54321, help="of everything but the preview; 0 picks one")
-    dev.add_argument(
-        "--state",
-        type=Path,
-        default=Path(".preview-sync"),
-        help="where all of it is kept, apart from DIR's files",
-    )
-    dev.add_argument("--json", action="store_true", help="JSON lines on standard output, progress on error")
-    dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
-    dev.add_argument("--no-watch", action="store_true", help="import DIR, but do not follow its saves")
-    dev.add_argument("--no-editor", action="store_true", help="neither build nor serve the editor page")
-    dev.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN",
-        help="send what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
-    )  # fmt: skip
-    dev.add_argument(
-        "--timeline", action="store_true", help="print what each part of the start took, as bars"
-    )
-    dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
-    dev.add_argument("--faults", action="store_true", help="let the realtime server misbehave on request")
-    dev.set_defaults(run=_dev)
-
-    serve = commands.add_parser("serve", help="the control plane, by the environment's settings")
+    _add_dev(commands)
+    serve = commands.add_parser("serve", help="run the control plane", description=help_texts.SERVE)
     serve.set_defaults(run=_serve)
 
-    door = commands.add_parser("door", help="the door alone: what browsers reach previews through")
+    door = commands.add_parser(
+        "door", help="run the proxy that browsers reach previews through", description=help_texts.DOOR
+    )
     door.set_defaults(run=_door)
 
     standing_in = commands.add_parser(
-        "stand-in", help="the stand-in for Supabase alone, over a PostgreSQL: for a deployment on one machine"
+        "stand-in", help="serve Supabase's URLs over a PostgreSQL of yours", description=help_texts.STAND_IN
     )
     standing_in.set_defaults(run=_stand_in)
 
     secrets = commands.add_parser(
-        "secrets", help="fill in the empty secrets of an environment file: secrets < .env.example > .env"
+        "secrets", help="fill in the empty secrets of an environment file", description=help_texts.SECRETS
     )
     secrets.set_defaults(run=_secrets)
 
-    migration = commands.add_parser("migrate", help="apply supabase/migrations to a database")
-    migration.add_argument("--database-url", help="default: DATABASE_URL")
-    migration.add_argument(
-        "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
-    )
-    migration.add_argument(
-        "--check", action="store_true", help="change nothing; say everything that is in the way"
-    )
-    migration.add_argument(
-        "--adopt-files",
-        action="store_true",
-        help="take a table public.project_files over: moved to the schema preview, its rows adopted, itself kept",
-    )
-    migration.set_defaults(run=_migrate)
-
+    _add_migrate(commands)
     doctor = commands.add_parser(
-        "doctor", help="with the settings of `serve`: what is right and what is not, from here"
+        "doctor", help="try each part that previews need", description=help_texts.DOCTOR
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object a line")
     doctor.set_defaults(run=_doctor)
 
-    machines = commands.add_parser("machines", help="what machines there are, and whose each is")
+    machines = commands.add_parser("machines", help="list the machines, and whose session each has")
     machines.add_argument("--json", action="store_true", help="one JSON object a line")
     machines.set_defaults(run=_machines)
 
-    modules = commands.add_parser("modules", help="dependency layers: build one for all projects, list, drop")
+    modules = commands.add_parser(
+        "modules", help="build, list and drop dependency layers", description=help_texts.MODULES
+    )
     parts = modules.add_subparsers(dest="what", required=True, metavar="COMMAND")
     build = parts.add_parser(
         "build", help="install from a lock file alone, without scripts, and share the result"
@@ -161,6 +127,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_dev(commands: Any) -> None:
+    dev = commands.add_parser("dev", help="run it all on this machine", description=help_texts.DEV)
+    dev.add_argument(
+        "dir", nargs="?", type=Path, default=Path(),
+        help="a project with a dev server, as Vite's, or a page alone (default: the current directory)",
+    )  # fmt: skip
+    dev.add_argument(
+        "--port", type=_port, default=54321, metavar="N",
+        help="of the editor page and the Supabase URL (default: 54321). 0: any that is free, for the preview too",
+    )  # fmt: skip
+    dev.add_argument(
+        "--state", type=Path, default=Path(".preview-sync"),
+        help="the directory of database, logs and copies of the project (default: .preview-sync)",
+    )  # fmt: skip
+    dev.add_argument(
+        "--json", action="store_true", help="JSON lines on standard output, progress on standard error"
+    )
+    dev.add_argument("--once", action="store_true", help="start, time one edit, stop: a smoke test")
+    dev.add_argument(
+        "--no-watch", action="store_true", help="read DIR once, and do not follow what is saved in it"
+    )
+    dev.add_argument("--no-editor", action="store_true", help="neither build nor serve the editor page")
+    dev.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN",
+        help="save to the project what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
+    )  # fmt: skip
+    dev.add_argument(
+        "--timeline", action="store_true", help="print what each part of the start took, as bars"
+    )
+    dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
+    dev.add_argument("--faults", action="store_true", help="let tests break Realtime on request")
+    dev.set_defaults(run=_dev)
+
+
+def _add_migrate(commands: Any) -> None:
+    migration = commands.add_parser("migrate", help="apply supabase/migrations to a database")
+    migration.add_argument("--database-url", help="default: DATABASE_URL")
+    migration.add_argument(
+        "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
+    )
+    migration.add_argument(
+        "--check", action="store_true", help="change nothing; say everything that is in the way"
+    )
+    migration.add_argument(
+        "--adopt-files",
+        action="store_true",
+        help="take a table public.project_files over: moved to the schema preview, its rows adopted, itself kept",
+    )
+    migration.set_defaults(run=_migrate)
+
+
 def _add_history(commands: Any) -> None:
     """`log`, `show`, `diff` and `restore`: what happened to a project, and how to go back."""
 
@@ -169,8 +186,7 @@ def _add_history(commands: Any) -> None:
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
-            epilog=f"example:\n  preview-orchestrator {name} - {example}\n\n{HISTORY}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example:\n  preview-orchestrator {name} - {example}\n\n{help_texts.HISTORY}",
         )
         parser.add_argument("project", help="the project's id, or `-` for the one of --state")
         parser.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
@@ -196,30 +212,12 @@ def _add_history(commands: Any) -> None:
     restore.add_argument("revision", help="its number, or a checkpoint's name")
 
 
-def _add_rollout(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_rollout(commands: Any) -> None:
     rollout = commands.add_parser(
         "rollout",
         help="give sessions a new agent image, or the former one again",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="""Give sessions a new agent image, or the former one again.
-
-First a session of its own tries the image, beside a project that is being previewed. If that becomes ready, new
-sessions get the image, and running ones are given a new machine as soon as nobody has their page open and nothing
-was saved for a while, a few at a time. The first that does not become ready stops it: that session gets its former
-image back, nobody is given the new one any more, and this says which session it was and why.
-
-Without IMAGE it says what is rolled out, and how many sessions have which image.""",
-        epilog="""examples:
-  preview-orchestrator rollout registry.fly.io/previews:v42 --share 10%    a tenth of the sessions
-  preview-orchestrator rollout registry.fly.io/previews:v42                then all of them
-  preview-orchestrator rollout registry.fly.io/previews:v41                and back again: without a trial
-  preview-orchestrator rollout                                             where it stands
-
-All of it is in the database. Ctrl-C ends this command and not the rollout: new sessions go on getting the image, and
-the same command goes on with the running ones. Give each build a name of its own (a tag that is never used again, or a
-digest): a session whose image has the same name is taken to be up to date.
-
-exit codes: 0 all of the share have the image, 1 it stopped, 64 bad settings, 130 Ctrl-C""",
+        description=help_texts.ROLLOUT,
+        epilog=help_texts.ROLLOUT_EXAMPLES,
     )
     rollout.add_argument("image", nargs="?", help="as AGENT_IMAGE names one (local driver: a directory)")
     rollout.add_argument(

@@ -29,6 +29,8 @@ COMMITS: Final = "select * from public.list_commits(%(project)s, %(limit)s, %(be
 
 CHECKPOINTS: Final = "select name, revision from public.list_checkpoints(%(project)s) where not automatic"
 
+HEAD: Final = "select revision from public.project_heads where project_id = %(project)s"
+
 OPEN: Final = """
 select id as turn, label, begun_by as author, begun_at as at, files, bytes, expires_at < clock_timestamp() as lapsed
 from preview.turns where project_id = %(project)s and state = 'open' order by begun_at desc
@@ -39,8 +41,8 @@ from preview.turns where project_id = %(project)s and state = 'open' order by be
 class History:
     """One project of the database at `dsn`. Lines go to `write`; `terminal`: somebody reads them at one.
 
-    Methods raise `psycopg.Error` when the database does not answer or refuses, `SettingsError` for a checkpoint that is
-    not there.
+    Methods raise `psycopg.Error` when the database does not answer or refuses, `SettingsError` for a checkpoint or a
+    commit that is not there.
     """
 
     dsn: str
@@ -66,7 +68,10 @@ class History:
         """One commit: its line, and what it changed."""
         with self._connected() as db:
             revision = self._revision(db, wanted)
-            for commit in self._commits(db, 1, before=revision + 1):
+            commits, head = self._commits(db, 1, before=revision + 1), self._head(db)
+            if not 0 < revision <= head:
+                raise SettingsError([f"there is no revision {revision}: the project is at revision {head}"])
+            for commit in commits:
                 if commit["revision"] == revision:
                     self.write(_commit({**commit, "checkpoints": []}))
             self._print_diff(db, revision - 1, revision)
@@ -117,6 +122,10 @@ class History:
     def _checkpoints(self, db: psycopg.Connection[dict[str, Any]]) -> Mapping[str, int]:
         rows = db.execute(CHECKPOINTS.encode(), {"project": self.project}).fetchall()
         return {row["name"]: row["revision"] for row in rows}
+
+    def _head(self, db: psycopg.Connection[dict[str, Any]]) -> int:
+        row = db.execute(HEAD.encode(), {"project": self.project}).fetchone()
+        return row["revision"] if row is not None else 0
 
     def _revision(self, db: psycopg.Connection[dict[str, Any]], wanted: str) -> int:
         """The revision that a person means: its number, or a checkpoint's name."""

@@ -100,7 +100,9 @@ def test_what_is_not_there_is_said_in_one_line(database: str) -> None:
         project = str(make_project(db).id)
         upsert(db, uuid_of(project), "a.ts", "1")
     for command, arguments, code, said in (
-        ("show", [project, "9"], 1, "the project is at revision 1"),
+        ("show", [project, "9"], 64, "there is no revision 9: the project is at revision 1"),
+        ("show", [str(uuid4()), "1"], 1, "no such project"),
+        ("show", [project, "0"], 64, "there is no revision 0: the project is at revision 1"),
         ("diff", [project, "0", "nowhere"], 64, "'nowhere' is neither"),
         ("restore", [project, "0"], 1, "revision must be 1 or more"),
         ("restore", [str(uuid4()), "1"], 1, "no such project"),
