@@ -65,7 +65,7 @@ ELSEWHERE = r"(make|apt-get|systemctl) .*"
 
 WAYS: tuple[tuple[str, Way], ...] = (
     # --- make
-    (r"make dev( DIR=\S+)?", Make("tests/system/test_spine.py, which starts what it starts")),
+    (r"make dev( DIR=\S+)?( OPTIONS=.+)?", Make("tests/system/test_spine.py, which starts what it starts")),
     (r"make help", Run(says="make check")),
     (r"make rooms", Run(says="imports between rooms")),
     (
