@@ -99,19 +99,23 @@ const scenarios = {
     await write("src/App.tsx", before);
   },
 
-  /** An error is named with file and line, and leads there. */
+  /** An error is named with file and line, and leads there; the timeline marks the save that made it, and no other. */
   async error() {
     const page = await open();
     const before = await current("src/Coast.tsx");
     await frame(page).locator("main").waitFor();
+    const fine = (await write("src/Coast.tsx", `${before}\n// fine\n`)).revision;
+    await page.getByText(`revision ${fine} is on the screen`).waitFor();
     await write("src/Coast.tsx", `${before}\nexport const broken = (\n`);
     await page
       .locator(".errors button", { hasText: /^src\/Coast\.tsx:\d+:\d+$/ })
       .first()
       .click();
     await page.locator('.cm-content[aria-label="src/Coast.tsx"]:focus').waitFor();
+    assert.deepEqual(await page.locator("tr.failed td:first-child").allTextContents(), [`${fine + 1}`]);
     await write("src/Coast.tsx", before);
     await page.locator(".errors").waitFor({ state: "detached" });
+    assert.deepEqual(await page.locator("tr.failed td:first-child").allTextContents(), [`${fine + 1}`]);
     assert.deepEqual(page.failed, []);
   },
 

@@ -6,7 +6,7 @@ export function Preview({ url }: { url: string }) {
   const frame = useRef<HTMLIFrameElement>(null)
   const [loads, setLoads] = useState(0)
   const { errors, shown, applied, playing, takeBack, files } = useStore()
-  const state = errors.length ? `${errors.length} ${errors.length === 1 ? 'error' : 'errors'}` : shown === null ? 'nobody looks' : shown >= applied ? `revision ${shown} is on the screen` : `revision ${applied} is on its way`
+  const state = errors.length ? `${errors.length} ${errors.length === 1 ? 'error' : 'errors'}` : shown === null ? 'no page is open' : shown >= applied ? `revision ${shown} is on the screen` : `revision ${applied} is on its way`
   return (
     <>
       <div className="bar">

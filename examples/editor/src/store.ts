@@ -336,13 +336,16 @@ function note(one: Revision): void {
   set({ revisions: revisions.slice(0, KEPT_REVISIONS) })
 }
 
+/** Notes how far the preview is. What the screen says now is said of its newest revision, and of older ones that were never shown. */
 function arrived(applied: number, shown: number | null, outcome: Shown['outcome'] | null = null): void {
   const now = performance.now()
+  const newest = Math.max(applied, shown ?? 0)
   const revisions = get().revisions.map((each) => {
     const next = { ...each }
     if (next.applied === null && each.revision <= applied) next.applied = now - each.since
     if (next.shown === null && shown !== null && each.revision <= shown) next.shown = now - each.since
-    if (outcome && each.revision <= Math.max(applied, shown ?? 0)) next.outcome = outcome
+    const open = each.shown === null && each.outcome !== 'error'
+    if (outcome && (each.revision === newest || (each.revision < newest && open))) next.outcome = outcome
     return next
   })
   set({ revisions, applied: Math.max(applied, get().applied), shown: shown ?? get().shown })
