@@ -117,9 +117,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_rollout(commands)
 
-    tail = commands.add_parser("tail", help="print a project's channel as it happens")
-    tail.add_argument("project", help="the project's id, or `-` for the one of --state")
-    tail.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
+    tail = commands.add_parser("tail", help="print a project's events as they happen")
+    tail.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
+    tail.add_argument(
+        "--state",
+        type=Path,
+        default=Path(".preview-sync"),
+        help="state directory of a running `dev` (default: .preview-sync)",
+    )
     tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
     tail.set_defaults(run=_tail)
 
@@ -188,8 +193,13 @@ def _add_history(commands: Any) -> None:
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  preview-orchestrator {name} - {example}\n\n{help_texts.HISTORY}",
         )
-        parser.add_argument("project", help="the project's id, or `-` for the one of --state")
-        parser.add_argument("--state", type=Path, default=Path(".preview-sync"), help="of a running `dev`")
+        parser.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
+        parser.add_argument(
+            "--state",
+            type=Path,
+            default=Path(".preview-sync"),
+            help="state directory of a running `dev` (default: .preview-sync)",
+        )
         parser.add_argument("--database-url", help="default: DATABASE_URL, else that of a running `dev`")
         parser.set_defaults(run=_history, command=name)
         return parser
