@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from orchestrator_stub.door import pages
 from orchestrator_stub.door.decision import CHECK, Behind, Grant
-from orchestrator_stub.door.heads import Asked
+from orchestrator_stub.door.heads import Asked, Headers, kept_private
 
 if TYPE_CHECKING:
     from orchestrator_stub.door.service import Door
@@ -99,9 +99,9 @@ def replayed(app: str, session: Behind) -> Answer:
     return Answer(200, more=((b"fly-replay", f"app={app};instance={session.machine_id}".encode()),))
 
 
-def embedding(session: Behind, grant: Grant) -> tuple[tuple[bytes, bytes], ...]:
+def embedding(session: Behind, grant: Grant, headers: Headers) -> tuple[tuple[bytes, bytes], ...]:
     """What the door adds to an answer of the project's: who may frame it, and that no proxy may keep it."""
-    private = () if grant.version is None else ((b"Cache-Control", b"private"),)
+    private = () if grant.version is None else ((b"Cache-Control", kept_private(headers)),)
     return (*_embedding(session.run), *private)
 
 

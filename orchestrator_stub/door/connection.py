@@ -283,7 +283,7 @@ class Connection:
         if first.status == 101:
             return await self._spliced(head, upstream, wire, first)
         self._door.count("passed")
-        return await self._copy(head, upstream, wire, first, answers.embedding(session, grant))
+        return await self._copy(head, upstream, wire, first, answers.embedding(session, grant, first.headers))
 
     async def _upstream_for(
         self, target: tuple[str, int], head: RequestHead, *, fresh: bool = False

@@ -33,6 +33,9 @@ TO_PROXIES: Final = re.compile(rb"(fly-|x-accel-|x-sendfile|x-lighttpd-|alt-svc$
 """Fields of an answer that a proxy in front of the door obeys: `fly-replay` would send a request on to any app of the
 organization, `X-Accel-Redirect` has nginx serve a file of its own. The project's code has no say there."""
 
+DIRECTIVE: Final = re.compile(rb'(?:[^,"]|"[^"]*"?)+')
+FOR_SHARED_CACHES: Final = frozenset({b"public", b"private", b"s-maxage"})
+
 HOST: Final = re.compile(rb"([a-z0-9-]+(?:\.[a-z0-9-]+)*|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?", re.IGNORECASE)
 
 MOST_COOKIES: Final = 4
@@ -143,6 +146,16 @@ def read(head: RequestHead, cookie: bytes) -> Asked:
 def _one(headers: Headers, name: bytes) -> str | None:
     found = values(headers, name)
     return found[0].decode("latin-1").lower() if found else None
+
+
+def kept_private(headers: Headers) -> bytes:
+    """What `Cache-Control` of these fields says, and that no proxy may keep the answer.
+
+    Without the project's own words a browser would show from its cache what a dev server has it ask for each time.
+    """
+    words = [word.strip() for value in values(headers, b"cache-control") for word in DIRECTIVE.findall(value)]
+    kept = [word for word in words if word and word.partition(b"=")[0].lower() not in FOR_SHARED_CACHES]
+    return b", ".join([*kept, b"private"])
 
 
 def asks_for_websocket(method: str, headers: Headers) -> bool:

@@ -2,7 +2,7 @@
 
 llhttp is strict: a bare LF, a folded line, a second Content-Length, Content-Length beside Transfer-Encoding, a coding
 that does not end in `chunked` and a character that has no place in a field are errors of its own. What it does not
-bound (the size of a head, of trailers, what follows an upgrade) is bounded here.
+bound (the size of a head, of trailers, what follows an upgrade, codings before `chunked`) is bounded here.
 
 `events` holds, in order, a head, its body's pieces and `END`, and so on.
 """
@@ -60,6 +60,15 @@ class _Wire:
         return fields
 
 
+    def _is_chunked(self, headers: Headers, status: int) -> bool:
+        """Whether the body comes in chunks. Any other coding would be lost on the way; what has one is refused."""
+        codings = [value.strip().lower() for value in values(headers, b"transfer-encoding")]
+        if codings not in ([], [b"chunked"]):
+            self._refused = BadHead(status, "the only transfer coding is chunked")
+            raise self._refused
+        return bool(codings)
+
+
 class RequestWire(_Wire):
     """The requests of one connection."""
 
@@ -104,9 +113,10 @@ class RequestWire(_Wire):
         headers = self._headers()
         method = self._parser.get_method().decode()
         lengths = values(headers, b"content-length")
-        chunked = bool(values(headers, b"transfer-encoding"))
+        chunked = self._is_chunked(headers, 400)
         upgrade = asks_for_websocket(method, headers)
-        if (chunked or (lengths and int(lengths[0]))) and upgrade:
+        # At any upgrade the parser stops behind the head, so a body would be lost.
+        if (chunked or (lengths and int(lengths[0]))) and self._parser.should_upgrade():
             self._refused = BadHead(400, "a handshake has no body")
             raise self._refused
         self.events.append(
@@ -181,7 +191,7 @@ class ResponseWire(_Wire):
             return
         status = self._parser.get_status_code()
         lengths = values(headers, b"content-length")
-        chunked = bool(values(headers, b"transfer-encoding"))
+        chunked = self._is_chunked(headers, 502)
         without = self._bodiless or status < 200 or status in (204, 304)
         self._head = ResponseHead(
             status, self._reason, headers,

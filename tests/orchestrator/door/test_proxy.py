@@ -97,6 +97,21 @@ async def test_nothing_of_an_answer_speaks_to_the_proxies_in_front(world: World)
         assert fields(answer, name) == []
 
 
+async def test_what_a_project_says_of_caches_holds_and_is_private(world: World) -> None:
+    preview = await world.preview()
+    for said, wanted in {
+        "no-cache": "no-cache, private", "no-store": "no-store, private", "": "private",
+        "max-age=31536000,immutable": "max-age=31536000, immutable, private",
+        "public, max-age=5, S-MaxAge=60, private": "max-age=5, private",
+    }.items():  # fmt: skip
+        field = f"Cache-Control: {said}\r\n" if said else ""
+        world.dev.answers["/"] = f"HTTP/1.1 200 OK\r\n{field}Content-Length: 2\r\n\r\nok".encode()
+        assert fields(await world.ask(preview), "Cache-Control") == [wanted]
+    two = b"Cache-Control: no-cache\r\ncache-control: public, x=\"a, public\"\r\n"
+    world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\n" + two + b"Content-Length: 2\r\n\r\nok"
+    assert fields(await world.ask(preview), "Cache-Control") == ['no-cache, x="a, public", private']
+
+
 async def test_a_client_cannot_claim_to_come_from_elsewhere(world: World) -> None:
     preview = await world.preview()
     await world.ask(preview, "/", "GET", "X-Forwarded-Host: bank.example", "X-Forwarded-Proto: http",

@@ -20,6 +20,8 @@ SMUGGLED = {
     "a length too long": b"POST / HTTP/1.1\r\n{}Content-Length: 99999999999999999999\r\n\r\na",
     "a coding behind chunked": b"POST / HTTP/1.1\r\n{}Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
     "a coding that looks like it": b"POST / HTTP/1.1\r\n{}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "two codings": b"POST / HTTP/1.1\r\n{}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "a coding of nothing and chunked": b"POST / HTTP/1.1\r\n{}Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n",
     "chunked twice": b"POST / HTTP/1.1\r\n{}Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a blank before the colon": b"POST / HTTP/1.1\r\n{}Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
     "a bare LF in the head": b"GET / HTTP/1.1\n{}\r\n",
@@ -36,6 +38,11 @@ SMUGGLED = {
     "an asterisk": b"OPTIONS * HTTP/1.1\r\n{}\r\n",
     "a handshake with a body":
         b"GET /ws HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 1\r\n\r\na",
+    # A parser stops at its head, and the body would be lost.
+    "another upgrade with a body":
+        b"POST / HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc",
+    "another upgrade with chunks":
+        b"POST / HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
 }  # fmt: skip
 
 
@@ -56,6 +63,8 @@ async def test_a_request_that_means_two_things_is_refused(world: World) -> None:
 ANSWERS = (
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\nConnection: close\r\n\r\na",
     b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
     b"HTTP/1.1 200 OK\r\nX: 1\r\n folded\r\nContent-Length: 0\r\n\r\n",
     b"hello\r\n",
