@@ -41,7 +41,7 @@ from orchestrator_stub.door.heads import (
     values,
 )
 from orchestrator_stub.door.registry import Away, TooMany
-from orchestrator_stub.door.upstream import PIECE, Unreachable, Upstream, connect, drained, splice, target_of
+from orchestrator_stub.door.upstream import PIECE, Unreachable, Upstream, closed, connect, drained, splice, target_of
 from orchestrator_stub.door.wire import End, RequestWire, ResponseWire
 
 if TYPE_CHECKING:
@@ -82,26 +82,28 @@ class Connection:
     async def run(self) -> None:
         """Serve it to its end."""
         try:
-            while await self._one():
-                self.busy = False
+            try:
+                while await self._one():
+                    self.busy = False
+            except BadHead as bad:
+                self._door.count("malformed")
+                self._send(answers.plain(bad.status, str(bad)), close=True)
             await self._linger()
-        except BadHead as bad:
-            self._door.count("malformed")
-            self._send(answers.plain(bad.status, str(bad)), close=True)
-            await self._linger()
+            await closed(self._writer)
         except OSError:
             pass  # it is gone, or too slow
         finally:
             if self._upstream is not None:
                 self._upstream.abort()
-            self._writer.close()
+            # What is not sent yet would keep a socket open that nobody counts.
+            self._writer.transport.abort()
 
     async def _linger(self) -> None:
         """Take what is still sent for a moment: a connection closed before that is reset, and its last answer lost."""
         if self._writer.is_closing() or self._reader.at_eof():
             return
+        await drained(self._writer)
         with suppress(OSError):
-            await self._writer.drain()
             self._writer.write_eof()
             async with asyncio.timeout(LINGER_SECONDS):
                 while await self._reader.read(PIECE):

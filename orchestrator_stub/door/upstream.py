@@ -80,6 +80,13 @@ async def drained(writer: asyncio.StreamWriter) -> None:
             await writer.drain()
 
 
+async def closed(writer: asyncio.StreamWriter) -> None:
+    """Close it once what was written is sent. Raises `ConnectionError`, `TimeoutError`."""
+    writer.close()
+    async with asyncio.timeout(DRAIN_SECONDS):
+        await writer.wait_closed()
+
+
 async def splice(
     client: tuple[asyncio.StreamReader, asyncio.StreamWriter], upstream: Upstream, early: bytes, first: bytes
 ) -> None:
@@ -96,12 +103,18 @@ async def splice(
         upstream.writer.write(early)
     if first:
         writer.write(first)
-    up = asyncio.create_task(_copy(reader, upstream.writer), name="door up")
+    both = {
+        asyncio.create_task(_copy(reader, upstream.writer), name="door up"),
+        asyncio.create_task(_copy(upstream.reader, writer), name="door down"),
+    }
     try:
-        await _copy(upstream.reader, writer)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        # The other one ends when what was written is sent, which a side that reads nothing never lets happen.
+        await asyncio.wait(both, timeout=DRAIN_SECONDS)
     finally:
-        up.cancel()
-        await asyncio.gather(up, return_exceptions=True)
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from orchestrator_stub.door import connection, registry, service
+from orchestrator_stub.door import connection, registry, service, upstream
 from tests.orchestrator.door.world import Preview, World, count, status, within
 
 SMUGGLED = {
@@ -266,3 +268,41 @@ async def test_a_page_of_another_site_asks_in_vain(world: World) -> None:
     }.items():
         assert (more, status(await world.ask(preview, "/", "GET", *more))) == (more, code)
     assert count(world, "refused") == 3
+
+
+@pytest.mark.parametrize("asked", ["an answer", "refusals", "a socket"])
+async def test_who_takes_nothing_leaves_no_socket_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """What a closed connection has not sent yet keeps it open: it is given up after a while."""
+    monkeypatch.setattr(upstream, "DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.2)
+    preview = await world.preview()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", world.port))
+    try:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await within("it is accepted", lambda: world.door._connections)
+        [served] = [each._writer.get_extra_info("socket") for each in world.door._connections]
+        if asked == "an answer":
+            world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(20_000_000)
+            await loop.sock_sendall(client, await preview.request("/"))
+        elif asked == "refusals":
+            many = b"GET / HTTP/1.1\r\nHost: nobody\r\n\r\n" * 2000
+            with suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(3):
+                    for _ in range(1000):
+                        await loop.sock_sendall(client, many)
+        else:
+            more = (*UPGRADE, f"Origin: https://{preview.host}")
+            await loop.sock_sendall(client, await preview.request("/ws", "GET", *more))
+            with suppress(TimeoutError, ConnectionError):
+                async with asyncio.timeout(2):
+                    for _ in range(1000):
+                        await loop.sock_sendall(client, bytes(65536))
+        await within("the door is done with it", lambda: not world.door._connections)
+        await within("its socket is closed", lambda: served.fileno() == -1, 3)
+    finally:
+        client.close()
