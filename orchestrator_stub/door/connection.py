@@ -41,7 +41,16 @@ from orchestrator_stub.door.heads import (
     values,
 )
 from orchestrator_stub.door.registry import Away, TooMany
-from orchestrator_stub.door.upstream import PIECE, Unreachable, Upstream, closed, connect, drained, splice, target_of
+from orchestrator_stub.door.upstream import (
+    PIECE,
+    Unreachable,
+    Upstream,
+    closed,
+    connect,
+    drained,
+    splice,
+    target_of,
+)
 from orchestrator_stub.door.wire import End, RequestWire, ResponseWire
 
 if TYPE_CHECKING:

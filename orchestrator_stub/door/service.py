@@ -53,7 +53,7 @@ class Door:
         address: Under which names it is reached.
         metrics: Where it counts.
         replay: The Fly app whose proxy is asked to replay requests to its machines; None: the door proxies.
-        wake: Asked to wake a session that sleeps and that somebody wants to see; None: it is noted in the database.
+        wake: Told of a session that sleeps and that somebody wants to see, beside the note of it in the database.
         now: Unix seconds.
     """
 
@@ -72,7 +72,7 @@ class Door:
         self.address = address
         self.replay = replay
         self.now = now
-        self._wake = wake or (lambda session: store.want_awake(session.session_id))
+        self._wake = wake
         self.passes = Passes(keys, now)
         self._store = store
         self._connections: dict[Connection, asyncio.Task[None] | None] = {}
@@ -93,11 +93,16 @@ class Door:
         )
 
     async def wake(self, session: Behind) -> None:
-        """Have a session woken if it sleeps; one that is not ready otherwise is being started."""
+        """Have a session woken if it sleeps; one that is not ready otherwise is being started.
+
+        The note outlives a wake that fails, or whoever was at it: the page asks once, and a sweep goes on.
+        """
         if session.state != "suspended":
             return
         try:
-            await self._wake(session)
+            await self._store.want_awake(session.session_id)
+            if self._wake is not None:
+                await self._wake(session)
         except (psycopg.Error, OSError) as error:
             log.warning("door.not_woken", session_id=str(session.session_id), reason=type(error).__name__)
 

@@ -14,9 +14,12 @@ from orchestrator_stub.platform.database import Pool, fetch_one
 CHANNEL: Final = "preview_door"
 
 STANDING: Final[LiteralString] = (
-    "select label, session_id, state, preview_url, door_version, expires_at, machine_driver, machine_id, run"
+    "select label, (select session_id where not exists"
+    " (select from preview.sessions t where t.id = session_id and t.trial)),"
+    " state, preview_url, door_version, expires_at, machine_driver, machine_id, run"
     " from preview.door_standing(%s)"
 )
+"""Without the sessions by which a rollout tries an image: they are nobody's."""
 
 
 class DoorStore:

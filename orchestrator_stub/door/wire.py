@@ -59,7 +59,6 @@ class _Wire:
         self._within = False
         return fields
 
-
     def _is_chunked(self, headers: Headers, status: int) -> bool:
         """Whether the body comes in chunks. Any other coding would be lost on the way; what has one is refused."""
         codings = [value.strip().lower() for value in values(headers, b"transfer-encoding")]

@@ -20,7 +20,19 @@ from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, new_hs256
 from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
 from tests.orchestrator.door.test_refused import upgraded
-from tests.orchestrator.door.world import KEYS, Preview, World, count, door_world, fields, status, within
+from tests.orchestrator.door.world import (
+    KEYS,
+    OK,
+    DevServer,
+    Preview,
+    World,
+    body,
+    count,
+    door_world,
+    fields,
+    status,
+    within,
+)
 
 
 async def entered(world: World, preview: Preview, code: str, *more: str, to: str = "/a?b=1") -> bytes:
@@ -200,6 +212,29 @@ async def test_a_public_project_is_open_to_everybody(world: World) -> None:
     assert fields(await world.ask(preview), "cache-control") == ["private"]
     # Another site's page may read nothing of it by the person's cookie, which is not needed anyway.
     assert status(await world.ask(preview, "/", "GET", "Origin: https://x.test")) == 200
+
+
+async def test_nobody_is_let_in_to_what_a_rollout_tries(world: World) -> None:
+    """The session that tries an image is the newest, and nobody's."""
+    old = await world.preview()
+    await world.sql(
+        "insert into preview.run_settings (project_id, plain) values (%s, '{\"public\": true}')",
+        old.project_id,
+    )
+    async with DevServer(answers={"/": OK.replace(b"ok", b"no")}).running() as untried:
+        trial = await world.preview(
+            old.project_id, trial=True, preview_url=f"http://127.0.0.1:{untried.port}"
+        )
+        assert body(await world.ask(old, cookie=False)) == b"ok"
+        # And when it is the only one, there is none.
+        await old.set(state="gone")
+        await within("it is over", lambda: _is(world, old, 401))
+        assert status(await world.ask(trial)) == 401
+        assert untried.asked == []
+
+
+async def _is(world: World, preview: Preview, wanted: int) -> bool:
+    return status(await world.ask(preview, cookie=False)) == wanted
 
 
 async def test_who_may_frame_it_is_the_projects_to_say(world: World) -> None:

@@ -107,7 +107,7 @@ async def test_what_a_project_says_of_caches_holds_and_is_private(world: World) 
         field = f"Cache-Control: {said}\r\n" if said else ""
         world.dev.answers["/"] = f"HTTP/1.1 200 OK\r\n{field}Content-Length: 2\r\n\r\nok".encode()
         assert fields(await world.ask(preview), "Cache-Control") == [wanted]
-    two = b"Cache-Control: no-cache\r\ncache-control: public, x=\"a, public\"\r\n"
+    two = b'Cache-Control: no-cache\r\ncache-control: public, x="a, public"\r\n'
     world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\n" + two + b"Content-Length: 2\r\n\r\nok"
     assert fields(await world.ask(preview), "Cache-Control") == ['no-cache, x="a, public", private']
 

@@ -44,7 +44,7 @@ SMUGGLED = {
     "another upgrade with a body":
         b"POST / HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 3\r\n\r\nabc",
     "another upgrade with chunks":
-        b"POST / HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\n{}Connection: Upgrade\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
 }  # fmt: skip
 
 
@@ -287,7 +287,9 @@ async def test_who_takes_nothing_leaves_no_socket_behind(
         await within("it is accepted", lambda: world.door._connections)
         [served] = [each._writer.get_extra_info("socket") for each in world.door._connections]
         if asked == "an answer":
-            world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(20_000_000)
+            world.dev.answers["/"] = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + bytes(
+                20_000_000
+            )
             await loop.sock_sendall(client, await preview.request("/"))
         elif asked == "refusals":
             many = b"GET / HTTP/1.1\r\nHost: nobody\r\n\r\n" * 2000

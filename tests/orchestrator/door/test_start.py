@@ -26,6 +26,9 @@ async def test_a_person_gets_a_page_and_a_program_503(world: World) -> None:
     assert b"<" not in body(answer)
     # Whoever looks wants it awake, and the next sweep hears of that.
     assert world.woken == [preview.session_id, preview.session_id]
+    # Who was told may fail, or be killed at it: a sweep of any orchestrator finds the note.
+    query = "select wake_wanted_at > state_since from preview.sessions where id = %s"
+    assert await world.sql(query, preview.session_id) == [(True,)]
 
 
 async def test_a_dev_server_that_is_away_is_waited_for(world: World) -> None:

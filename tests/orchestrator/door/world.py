@@ -231,7 +231,6 @@ async def door_world(
 
     async def note(session: Any) -> None:
         woken.append(session.session_id)
-        await store.want_awake(session.session_id)
 
     async with DevServer().running() as dev, pool_of(dsn, size=4, timeout=5) as pool:
         store = DoorStore(pool)
