@@ -6,7 +6,7 @@ its own layers and nobody else's.
 
     asked for     a row that is whole: its parts are signed; else a row without parts, and signed URLs to upload to
     told          every part is there in the size that was told: the row becomes whole, unless another one was first
-    dropped       the row goes; objects that no row names follow (`modules.upkeep`)
+    dropped       the row goes, or is whole no more; objects that no row names follow (`modules.upkeep`)
 
 Storage takes nothing twice at a signed upload URL, and the name of each object has the row's id in it: what is whole is
 never written again.
@@ -38,7 +38,8 @@ PART_BYTES: Final = 45 * 2**20
 SENDING: Final = 3
 """Layers of one project that may be on their way at a time; their URLs are good for two hours."""
 A_DAY: Final = 50
-"""Layers that one project may have sent in a day: more than anybody changes dependencies, and each is an upload."""
+"""Layers that one project may have sent in a day: more than anybody changes dependencies, and each is an upload. What
+did not become whole, or made room, counts for as long as its objects are kept."""
 SIGN_SECONDS: Final = 2.0
 """For the layer of a new machine to be signed; without, the machine asks itself."""
 
@@ -62,14 +63,21 @@ on conflict (project_id) do update set module_id = excluded.module_id
 where project_modules.module_id <> excluded.module_id
 """
 
-AGAIN: Final = (
-    "delete from preview.modules where session_id = %(session)s and key = %(key)s and parts is null"
+AGAIN: Final = """
+update preview.modules set session_id = null
+where session_id = %(session)s and key = %(key)s and parts is null
+"""
+"""What was begun before is nobody's to tell any more, and counts: its URLs are good, and its objects there."""
+
+ONE_BY_ONE: Final = (
+    "select pg_advisory_xact_lock(hashtextextended('preview.modules ' || %(project)s::text, 0))"
 )
 
 SEND: Final = """
 insert into preview.modules (project_id, key, session_id)
 select %(project)s, %(key)s, %(session)s from (
-  select count(*) filter (where parts is null and created_at > now() - interval '2 hours') as sending,
+  select count(*) filter (where parts is null and session_id is not null and created_at > now() - interval '2 hours')
+           as sending,
          count(*) filter (where created_at > now() - interval '1 day') as a_day
   from preview.modules where project_id = %(project)s
 ) past
@@ -95,12 +103,13 @@ where id = %(id)s and parts is null returning id
 FORGET: Final = "delete from preview.modules where id = %(id)s returning id"
 
 SHRINK: Final = """
-delete from preview.modules where id in (
+update preview.modules set parts = null, session_id = null, size_bytes = 0 where id in (
   select id from (
     select id, sum(size_bytes) over (order by used_at desc, id) as total
     from preview.modules where project_id = %(project)s and parts is not null
-  ) kept where total > %(most)s) returning id
+  ) kept where total > %(most)s)
 """
+"""They count for the day, as their objects are there for hours: upkeep drops what is not whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +148,11 @@ class ModuleLayers:
         answer: dict[str, Any] = {"kind": "missing", "max_bytes": self._limits.layer}
         if not self._limits.layer:
             return answer
-        await self._run(AGAIN, given)
-        row = await fetch_one(self._pool, SEND, {**given, "most": SENDING, "a_day": A_DAY})
+        async with self._pool.connection() as connection, connection.transaction():
+            await connection.execute(ONE_BY_ONE, given)
+            await connection.execute(AGAIN, given)
+            made = await connection.execute(SEND, {**given, "most": SENDING, "a_day": A_DAY})
+            row = await made.fetchone()
         if row is not None:
             count = -(-self._limits.layer // PART_BYTES)
             names = [_name(project_id, key, row[0], number) for number in range(count)]

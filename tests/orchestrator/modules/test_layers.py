@@ -346,7 +346,9 @@ async def test_one_project_keeps_so_much(database: str, tmp_path: Path) -> None:
         await machine.send(b"123456")
         await world.sql("update preview.modules set used_at = used_at - interval '1 minute'")
         await machine.send(b"1234567", OTHER)
-        kept = await world.sql("select project_id, key from preview.modules where parts is not null order by key")
+        kept = await world.sql(
+            "select project_id, key from preview.modules where parts is not null order by key"
+        )
         assert kept == [(other.project.id, KEY), (machine.project.id, OTHER)]
 
 
