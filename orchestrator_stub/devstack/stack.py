@@ -179,6 +179,7 @@ class Stack:
         tasks.append(watching)
 
         await self._until_served(machine, driver)
+        await door.until_ready(home, session_id)
         info = DevInfo(
             orchestrator_url=url,
             anon_key=project_keys.anon_key,

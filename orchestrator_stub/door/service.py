@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Final
+from uuid import UUID
 
 import psycopg
 import structlog
@@ -18,7 +19,7 @@ from orchestrator_stub.door import pages
 from orchestrator_stub.door.connection import Connection
 from orchestrator_stub.door.decision import Address, Behind
 from orchestrator_stub.door.passes import Passes
-from orchestrator_stub.door.registry import Away, Registry
+from orchestrator_stub.door.registry import GAP_SECONDS, Away, Registry
 from orchestrator_stub.door.store import DoorStore
 from orchestrator_stub.door.upstream import PIECE, Unreachable, connect, keep_alive, target_of
 from orchestrator_stub.platform.tokens import Keyring
@@ -29,6 +30,8 @@ MOST_CONNECTIONS: Final = 10_000
 """Of one door. Each takes two descriptors at most; more doors take more."""
 STOP_SECONDS: Final = 5.0
 """For requests under way at a stop. Sockets are ended at once: their pages come back by themselves."""
+READY_SECONDS: Final = 10.0
+"""From an agent that serves to a door that knows: a report, a row and a notification."""
 EVENT_SECONDS: Final = 1.0
 QUIET_SECONDS: Final = 15.0
 """After which a silent stream of events says that it lives: proxies close what is silent for a minute."""
@@ -105,6 +108,16 @@ class Door:
                 await self._wake(session)
         except (psycopg.Error, OSError) as error:
             log.warning("door.not_woken", session_id=str(session.session_id), reason=type(error).__name__)
+
+    async def until_ready(self, label: str, session_id: UUID) -> None:
+        """Wait until a session's preview is shown instead of the waiting page, for `READY_SECONDS` at most."""
+        with suppress(TimeoutError, Away):
+            async with asyncio.timeout(READY_SECONDS):
+                while True:
+                    standing = await self.registry.of(label) or ()
+                    if any(each.ready and each.session_id == session_id for each in standing):
+                        return
+                    await asyncio.sleep(GAP_SECONDS)
 
     def count(self, outcome: str) -> None:
         """Count one request."""
