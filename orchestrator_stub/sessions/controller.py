@@ -263,8 +263,9 @@ class SessionController:
     async def unload(self, session_id: UUID) -> None:
         """Destroy the machine of a session that slept too long; the session sleeps on."""
         if await self._sleep.claim_to_unload(session_id):
-            for machine in await self._find(session_id):
-                await self._driver.destroy(machine.id)
+            async with asyncio.timeout(self._settings.claim_seconds):  # later it may have been woken
+                for machine in await self._find(session_id):
+                    await self._driver.destroy(machine.id)
             await self._sleep.unloaded(session_id)
 
     async def end(self, session_id: UUID, *, problem: str | None = None) -> Session | None:

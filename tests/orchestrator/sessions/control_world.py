@@ -137,10 +137,10 @@ class World:
     def runs(self) -> RunSettings:
         return RunSettings(self.pool, SEALING)
 
-    def controller_of(self, driver: Any = None, store: Any = None) -> SessionController:
-        """Another orchestrator on the same database and platform."""
+    def controller_of(self, driver: Any = None, store: Any = None, **settings: Any) -> SessionController:
+        """Another orchestrator on the same database and platform, with other settings."""
         return SessionController(
-            self.settings,
+            self.settings.model_copy(update=settings),
             store or self.store,
             self.snapshots,
             driver or FakeMachines(self.platform),

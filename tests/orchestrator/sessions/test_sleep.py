@@ -143,6 +143,28 @@ async def test_one_that_slept_for_twenty_hours_has_no_machine_and_wakes_with_ano
     assert await state(world, session) == ("provisioning", 2, MachineState.RUNNING)
 
 
+async def test_an_unloading_that_outlasts_its_claim_does_not_end_a_machine_that_was_woken(world: World) -> None:
+    session = await asleep(world)
+    session_id = UUID(session["session_id"])
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(FakeMachines):
+        async def destroy(self, machine_id: str) -> None:
+            begun.set()
+            await go_on.wait()
+            await super().destroy(machine_id)
+
+    other = world.controller_of(Slow(world.platform), claim_seconds=0.3)
+    unloading = asyncio.create_task(other.unload(session_id))
+    await begun.wait()
+    woken = await world.controller.wake(session_id)
+    assert woken is not None
+    assert woken.state == "provisioning"
+    go_on.set()
+    await asyncio.gather(unloading, return_exceptions=True)
+    assert await state(world, session) == ("provisioning", 1, MachineState.RUNNING)
+
+
 async def test_its_own_end_comes_in_its_sleep(world: World) -> None:
     session = await asleep(world)
     await world.pass_time(world.settings.session_ttl + 1)
