@@ -50,11 +50,12 @@ def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None) -> in
     """
     made = {b""}
     links: list[Link] = []
+    bounds = bounds or Bounds()
     root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     count = 0
     try:
         pending: tuple[int, int] | None = None
-        for found in members(_inflated(source), bounds or Bounds()):
+        for found in members(_inflated(source), bounds):
             if isinstance(found, memoryview):
                 assert pending is not None
                 descriptor, left = pending
@@ -65,6 +66,8 @@ def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None) -> in
                 os.close(pending[0])
                 pending = None
             count += 1
+            if len(made) > bounds.entries:
+                raise LayerRefused("entries", f"more than {bounds.entries} directories")
             if isinstance(found, Link):
                 _make_parent(found.path, made, root)
                 links.append(found)

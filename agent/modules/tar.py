@@ -18,6 +18,8 @@ BLOCK: Final = 512
 LONGEST_PATH: Final = 4096
 """Linux's PATH_MAX."""
 LONGEST_NAME: Final = 255
+DEEPEST: Final = 100
+"""Directories, one in the other: npm's deepest nesting is a handful of packages, three each."""
 MODULES: Final = b"node_modules"
 _LONG: Final = {b"L": "name", b"K": "target"}
 
@@ -35,6 +37,7 @@ class Bounds:
     """What a layer may come to, unpacked. The largest template measured has 110,000 files and 1.1 GB."""
 
     entries: int = 400_000
+    """Files and links, and as many directories."""
     bytes: int = 3 * 2**30
     file_bytes: int = 512 * 2**20
     """Native binaries (esbuild, swc, Next's compiler) have up to 150 MB."""
@@ -94,7 +97,12 @@ def shown(path: bytes) -> str:
 
 def _check_path(path: bytes) -> None:
     parts = path.split(b"/")
-    if b"\0" in path or len(path) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in parts):
+    if (
+        b"\0" in path
+        or len(path) > LONGEST_PATH
+        or len(parts) > DEEPEST
+        or any(len(part) > LONGEST_NAME for part in parts)
+    ):
         raise LayerRefused("path", shown(path))
     if any(part in (b"", b".", b"..") for part in parts) or MODULES not in parts[:-1]:
         raise LayerRefused("path", f"{shown(path)} is not below a node_modules")

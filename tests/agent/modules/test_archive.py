@@ -68,6 +68,11 @@ HOSTILE = {
     "node_modules itself": ("path", made_of(entry("node_modules", b"x"))),
     "a link for node_modules": ("path", made_of(link("node_modules", "src"))),
     "an empty segment": ("path", made_of(entry("node_modules//x", b"x"))),
+    "a thousand directories deep": ("path", made_of(entry("node_modules/" + "d/" * 1000 + "x", b"x"))),
+    "more directories than entries": (
+        "entries",
+        made_of(*(entry(f"node_modules/{n}/{'d/' * 90}x", b"") for n in range(9))),
+    ),
     "a file below a file": (
         "duplicate",
         made_of(entry("node_modules/x", b"x"), entry("node_modules/x/y", b"y")),
@@ -116,7 +121,7 @@ HOSTILE = {
 def test_a_hostile_layer_is_refused(tmp_path: Path, rule: str, content: bytes) -> None:
     target = tmp_path / "within" / "tree"
     with pytest.raises(LayerRefused) as refused:
-        unpack(content, target)
+        unpack(content, target, Bounds(entries=500))
     assert refused.value.rule == rule
     outside = [path for path in tmp_path.rglob("*") if "node_modules" not in path.parts]
     assert outside == [tmp_path / "within", target], "nothing but its own directory"

@@ -143,7 +143,9 @@ async def test_one_that_slept_for_twenty_hours_has_no_machine_and_wakes_with_ano
     assert await state(world, session) == ("provisioning", 2, MachineState.RUNNING)
 
 
-async def test_an_unloading_that_outlasts_its_claim_does_not_end_a_machine_that_was_woken(world: World) -> None:
+async def test_an_unloading_that_outlasts_its_claim_does_not_end_a_machine_that_was_woken(
+    world: World,
+) -> None:
     session = await asleep(world)
     session_id = UUID(session["session_id"])
     begun, go_on = asyncio.Event(), asyncio.Event()
