@@ -20,7 +20,17 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
-from agent.modules.tar import MODULES, Bounds, File, LayerRefused, Link, members, shown
+from agent.modules.tar import (
+    MODULES,
+    Bounds,
+    File,
+    LayerRefused,
+    Link,
+    check_path,
+    check_target,
+    members,
+    shown,
+)
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -152,6 +162,11 @@ def pack(directory: str, target: BinaryIO, not_after: int | None = None) -> int:
         OSError: It cannot be read or written.
     """
     files, links = _found(os.fsencode(directory))
+    # A layer that is refused where it is read would be fetched, and refused, at each start.
+    for path, _ in [*files, *links]:
+        check_path(path)
+    for path, to in links:
+        check_target(path, to)
     with zstd.ZstdFile(target, "w", level=LEVEL) as packed:
         for path, info in files:
             _pack_file(os.fsencode(directory), path, info, packed, not_after)

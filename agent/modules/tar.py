@@ -74,10 +74,10 @@ def members(chunks: Iterable[bytes], bounds: Bounds) -> Iterator[File | Link | m
         if entries > bounds.entries:
             raise LayerRefused("entries", f"more than {bounds.entries}")
         kind, path, target, size, mode = header
-        _check_path(path)
+        check_path(path)
         if kind == b"2":
             linked = True
-            _check_target(path, target)
+            check_target(path, target)
             yield Link(path, target)
             continue
         if linked:
@@ -95,7 +95,8 @@ def shown(path: bytes) -> str:
     return ascii(path[:200].decode(errors="replace"))
 
 
-def _check_path(path: bytes) -> None:
+def check_path(path: bytes) -> None:
+    """Raise `LayerRefused` for a path that no entry may have."""
     parts = path.split(b"/")
     if (
         b"\0" in path
@@ -108,7 +109,8 @@ def _check_path(path: bytes) -> None:
         raise LayerRefused("path", f"{shown(path)} is not below a node_modules")
 
 
-def _check_target(path: bytes, target: bytes) -> None:
+def check_target(path: bytes, target: bytes) -> None:
+    """Raise `LayerRefused` for where no link may lead."""
     parts = target.split(b"/")
     ups = 0
     while ups < len(parts) and parts[ups] == b"..":

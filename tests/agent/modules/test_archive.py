@@ -178,11 +178,20 @@ def test_what_changed_after_the_install_is_not_packed(tmp_path: Path) -> None:
         archive.pack(str(tmp_path), io.BytesIO(), stamp.stat().st_ctime_ns)
 
 
-@pytest.mark.parametrize("what", ["pipe", "setuid"])
+@pytest.mark.parametrize(
+    "what", ["pipe", "setuid", "a link out", "an absolute link", "a link up again", "too deep"]
+)
 def test_what_no_layer_may_have_is_not_packed(tmp_path: Path, what: str) -> None:
     tree(tmp_path, SMALL)
     if what == "pipe":
         os.mkfifo(tmp_path / "node_modules/pipe")
+    elif "link" in what:
+        to = {"a link out": "../../x", "an absolute link": "/usr/lib/x", "a link up again": "a/../../x"}[what]
+        (tmp_path / "node_modules/linked").symlink_to(to)
+    elif what == "too deep":
+        deep = tmp_path / "node_modules" / "/".join("d" * 120)
+        deep.mkdir(parents=True)
+        (deep / "x").touch()
     else:
         (tmp_path / "node_modules/a/cli.js").chmod(0o4755)
     with pytest.raises(LayerRefused):
