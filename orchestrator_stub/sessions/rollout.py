@@ -76,9 +76,11 @@ update preview.sessions set generation = generation + 1,
   image = image_next, image_next = null, rolled_at = now(), state = 'provisioning', state_since = now(),
   machine_id = null, machine_driver = null, machine_region = null, preview_url = null, health_url = null,
   lease_until = null, claimed_until = null, problem = null
-where id = %(id)s and image_next is not null and state = 'ready'
+where id = %(id)s and state = 'ready'
+and image_next = (select r.image from preview.rollout r where r.state in ('rolling', 'done'))
 """
-"""Begins the generation that a rollout wants. `standard`: to fall back to, where nobody knows what it was made of."""
+"""Begins the generation that a rollout wants, if it still does: marks may come after those of before were taken.
+`standard`: to fall back to, where nobody knows what it was made of."""
 
 MARK_ASLEEP: Final[LiteralString] = """
 update preview.sessions set image_next = %(image)s

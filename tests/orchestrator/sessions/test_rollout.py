@@ -273,3 +273,19 @@ async def test_another_rollout_takes_its_place(world: World) -> None:
     await (await Told(world, "preview-agent:3").begin()).to_the_end()
     with pytest.raises(Stopped, match="preview-agent:3 has taken this one's place"):
         await told.step()
+
+
+@pytest.mark.parametrize("what", ["is another", "is being tried", "has stopped", "is not there"])
+async def test_a_mark_that_came_late_replaces_nothing(world: World, what: str) -> None:
+    """A command that is on its way while another begins, or its own stops, marks sessions after the marks were taken."""
+    session = await ready_session(world)
+    await (await Told(world).begin()).to_the_end()
+    if what == "is not there":
+        await world.sql("delete from preview.rollout")
+    else:
+        state = {"is being tried": "trying", "has stopped": "stopped"}.get(what, "rolling")
+        image = "preview-agent:4" if what == "is another" else "preview-agent:3"
+        await world.sql("update preview.rollout set image = %s, state = %s", image, state)
+    await world.sql("update preview.sessions set image_next = 'preview-agent:3'")
+    await world.controller.sweep()
+    assert await row(world, session) == ("ready", 2, NEW)
