@@ -29,6 +29,7 @@ from orchestrator_stub.door.decision import (
     Wake,
     code_of,
     judge,
+    known,
 )
 from orchestrator_stub.door.heads import (
     Asked,
@@ -196,11 +197,19 @@ class Connection:
         label = door.address.label(asked.host)
         standing = await door.registry.of(label) if label is not None else None
         code = code_of(asked)
+        found_code = door.passes.read("code", code) if code else None
+        if (
+            label is not None
+            and standing is not None
+            and found_code is not None
+            and not known(found_code, standing)
+        ):
+            standing = await door.registry.anew(label)
         action = judge(
             asked,
             standing,
             address=door.address,
-            code=door.passes.read("code", code) if code else None,
+            code=found_code,
             passes=[found for text in asked.cookies if (found := door.passes.read("cookie", text))],
             now=door.now(),
         )

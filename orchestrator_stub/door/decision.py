@@ -252,6 +252,11 @@ def code_of(asked: Asked) -> str | None:
     return _query(asked.query, "code") if asked.path in (ENTER, CHECK) else None
 
 
+def known(code: Pass, standing: Standing) -> bool:
+    """Whether what a good code was signed for is among these, or older: else they are older than the code."""
+    return any(each.session_id == code.session_id and each.version >= code.version for each in standing)
+
+
 def landing(query: str) -> str:
     """The path that a code leads to: one of this host, whatever was asked."""
     to = _query(query, "to") or "/"

@@ -119,6 +119,15 @@ class Registry:
         entry.used = self._clock()
         return entry.standing
 
+    async def anew(self, label: str) -> Standing | None:
+        """The same, asked for now: for who shows something newer than what is known. Raises `Away`."""
+        try:
+            await self._ask([label])
+        except (psycopg.Error, OSError) as error:
+            raise Away from error
+        entry = self._entries.get(label)
+        return entry.standing if entry else None
+
     @contextmanager
     def hold(self, label: str, grant: Grant, abort: Callable[[], None]) -> Iterator[None]:
         """Have `abort` called when the grant ends while the block runs. Raises `TooMany`."""

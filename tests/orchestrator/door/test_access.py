@@ -64,6 +64,21 @@ async def test_a_code_becomes_a_cookie_that_opens_the_preview(world: World) -> N
     assert world.dev.paths == ["/a"]
 
 
+@pytest.mark.parametrize("what", ["a session", "a version"])
+async def test_a_code_of_what_the_door_has_not_heard_of_is_good(
+    world: World, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What it goes by may be a second old, and a product sends its person here at once."""
+    monkeypatch.setattr(registry, "GAP_SECONDS", 60.0)
+    preview = await world.preview()
+    assert status(await world.ask(preview)) == 200
+    if what == "a session":
+        preview = await world.preview(preview.project_id)
+    else:
+        await world.access.revoke(preview.session_id)
+    assert status(await entered(world, preview, await preview.code())) == 302
+
+
 async def test_on_loopback_the_cookie_is_one_that_http_allows(dsn: str) -> None:
     async with door_world(dsn, domain="localhost:PORT") as world:
         preview = await world.preview()

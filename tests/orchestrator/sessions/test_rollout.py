@@ -277,7 +277,7 @@ async def test_another_rollout_takes_its_place(world: World) -> None:
 
 @pytest.mark.parametrize("what", ["is another", "is being tried", "has stopped", "is not there"])
 async def test_a_mark_that_came_late_replaces_nothing(world: World, what: str) -> None:
-    """A command that is on its way while another begins, or its own stops, marks sessions after the marks were taken."""
+    """A command on its way while another begins, or its own stops, marks sessions after the marks were taken."""
     session = await ready_session(world)
     await (await Told(world).begin()).to_the_end()
     if what == "is not there":
