@@ -26,6 +26,8 @@ from starlette.routing import Route
 BUILT: Final = Path(__file__).parents[1] / "editor_page"
 """The page as browsers load it; in no commit."""
 SOURCES: Final = Path(__file__).parents[2] / "examples" / "editor"
+NAME_BYTES: Final = 255
+"""Of a file's name, on every file system in use; a longer one is an error and not a miss."""
 LAST_LINES: Final = 12
 """Of a failed build's output, shown."""
 
@@ -110,7 +112,7 @@ class EditorPage:
     async def _asset(self, request: Request) -> Response:
         # One segment of a route: it has no slash in it, and ".." is no file.
         path = self._built / "assets" / request.path_params["name"]
-        if not await asyncio.to_thread(path.is_file):
+        if len(path.name.encode()) > NAME_BYTES or not await asyncio.to_thread(path.is_file):
             return Response(status_code=404)
         return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 

@@ -63,3 +63,4 @@ def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
     assert page(stack, "/").headers["x-frame-options"] == "DENY"
     assert page(stack, "/assets/..%2fstack.py").status_code == 404
     assert page(stack, "/assets/nothing.js").status_code == 404
+    assert page(stack, f"/assets/{'x' * 300}.js").status_code == 404
