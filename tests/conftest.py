@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import structlog
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
@@ -28,6 +29,15 @@ examples(100, 1_000).load_profile("project")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script, where shells ignore Ctrl-C. What is started here would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def log_configuration_of_before() -> Iterator[None]:
+    """What a command that a test runs in this process says of logging ends with the test."""
+    before = dict(structlog.get_config())
+    yield
+    if structlog.get_config() != before:
+        structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

@@ -432,7 +432,7 @@ def test_writers_and_whoever_goes_back_forgets_or_keeps_wait_for_each_other_in_o
                     case 2:
                         checkpoint(own, project.id, f"{number} {n}")
                     case _:
-                        one(own, "select preview.forget(%s, '0', 0, 3)", [project.id])
+                        one(own, "select public.prune_project_history(%s, '0', 0)", [project.id])
                         turn = begin(own, project.id)
                         upsert(own, project.id, "b", f"{number} {n}", turn=turn)
                         end(own, project.id, turn, force=True)

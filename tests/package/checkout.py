@@ -28,10 +28,10 @@ def copy_checkout(to: Path) -> Path:
     return to
 
 
-def with_built_page(checkout: Path) -> Path:
-    """Put the editor page there, if it is built here: building it is what the browser's tests test."""
-    built = ROOT / "orchestrator_stub" / "editor_page"
-    if EditorPage().current:
+def with_built_page(checkout: Path, place: Path = ROOT) -> Path:
+    """Put the editor page of `place` there, if it is built: building it is what the browser's tests test."""
+    built = place / "orchestrator_stub" / "editor_page"
+    if EditorPage(built, place / "examples" / "editor").current:
         shutil.copytree(built, checkout / "orchestrator_stub" / "editor_page")
     return checkout
 

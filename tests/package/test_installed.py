@@ -83,7 +83,7 @@ def test_the_wheel_and_the_one_made_from_the_sdist_carry_the_same(
     checkout: Path, wheel: Path, tmp_path: Path
 ) -> None:
     build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    source = with_built_page(copy_checkout(tmp_path / "source"))
+    source = with_built_page(copy_checkout(tmp_path / "source"), checkout)
     subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, check=True, timeout=120
     )
