@@ -58,16 +58,14 @@ def test_a_credential_does_not_count(line: str, secret: str) -> None:
     assert secret.encode() not in without_secrets(line.format(secret).encode())
 
 
-@pytest.mark.parametrize(
-    "line", ["legacy-peer-deps=true", "registry=https://one.test/", "@a:registry=https://two.test/"]
-)
+@pytest.mark.parametrize("line", ["legacy-peer-deps=true", "registry=one", "@a:registry=two"])
 def test_any_other_line_of_the_same_file_counts(line: str) -> None:
     keys = {install_key({}, [(".npmrc", content.encode())]) for content in ("", line, line + "x")}
     assert len(keys) == 3
 
 
 def test_a_password_in_a_url_does_not_count() -> None:
-    assert without_secrets(b"registry=https://me:secret@one.test/") == b"registry=https://one.test/"
+    assert without_secrets(b"proxy=https://me:secret@one.test/") == b"proxy=https://one.test/"
 
 
 @given(st.sampled_from(["node_abi", "system", "machine", "libc"]), st.text(min_size=1, max_size=5))
