@@ -334,6 +334,7 @@ class PhoenixChannel:
         return Refused(reason)
 
     def _drop(self, cause: str, reason: str) -> Dropped:
+        reason = reason or f"{cause}, without a word from the server"
         self.close()
         self.machine.move(Cause.LOST, reason)
         return Dropped(cause, reason)

@@ -264,6 +264,19 @@ def test_junk_never_raises_and_the_machine_stays_whole(frames: list[bytes]) -> N
         assert (link.machine.state in WITH_SOCKET) == (link.next_deadline() is not None)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'[null,null,"realtime:project:p1","system",{}]',
+        b'[null,null,"realtime:project:p1","system",{"message":""}]',
+    ],
+)
+def test_an_error_without_a_word_is_a_loss_with_a_reason(raw: bytes) -> None:
+    dropped = live().receive(raw, 1.0)
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason
+
+
 @pytest.mark.parametrize("field", ["reason", "response", "message", "event", "extension"])
 def test_what_is_nested_as_deep_as_json_is_read_never_raises(field: str) -> None:
     deep = "[" * 1000 + "]" * 1000
