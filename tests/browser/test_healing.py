@@ -77,8 +77,9 @@ def opened(browser: Browser, served: Served, url: str | None = None) -> None:
     """A page that shows the project, with state that a reload would lose."""
     browser.do("open", url=url or served.url)
     browser.do("wait", code="document.querySelector('[data-leaf]')")
+    served.shown()  # by then a page that came in the middle of an update was loaded anew
+    browser.do("wait", code="document.querySelector('#kept')")
     browser.run("void (document.querySelector('#kept').value = 'typed', window.kept = true)")
-    served.shown()
 
 
 def test_a_changed_config_of_postcss_is_in_the_page(browser: Browser, served: Served) -> None:
