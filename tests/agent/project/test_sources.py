@@ -13,6 +13,7 @@ from agent.project.sources import SHOWN, not_shareable
 
 HERE = "http://registry.here.test/npm"
 DEFAULT = "https://registry.everybodys.test/"
+ELSEWHERE = "https://elsewhere.test"
 BOTH = (HERE, DEFAULT)
 GOOD = {"version": "1.0.0", "integrity": "sha512-abc"}
 
@@ -32,7 +33,7 @@ def test_a_package_of_the_registry_may_be_shared(resolved: str | None) -> None:
     ("package", "said"),
     [
         ({**GOOD, "resolved": "git+ssh://git@host.test/a.git#abc"}, "not from the public registry"),
-        ({**GOOD, "resolved": "https://elsewhere.test/a.tgz"}, "not from the public registry"),
+        ({**GOOD, "resolved": f"{ELSEWHERE}/a.tgz"}, "not from the public registry"),
         ({**GOOD, "resolved": f"{HERE}.elsewhere.test/a.tgz"}, "not from the public registry"),
         ({**GOOD, "resolved": "file:../a.tgz"}, "directory of the project"),
         ({"resolved": "packages/a", "link": True}, "directory of the project"),
