@@ -24,14 +24,17 @@ async def until(true: Callable[[], object], seconds: float = 30.0) -> None:
             await asyncio.sleep(0.01)
 
 
-def running(word: str) -> list[int]:
-    """Living processes with `word` in their command line, this one left out."""
+def running(*words: str) -> list[int]:
+    """Living processes with all the words in their command line, this one left out.
+
+    Other tests run beside this one: a program that they start too wants a second word, its test's directory.
+    """
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):
                 said = Path(f"/proc/{name}/cmdline").read_bytes()
-                if word.encode() in said:
+                if all(word.encode() in said for word in words):
                     found.append(int(name))
     return found
 

@@ -70,6 +70,10 @@ class World:
         )
         return bench
 
+    def programs(self) -> list[int]:
+        """The programs that pack or unpack a layer of these machines now."""
+        return running("agent.modules.archive", str(self.tmp_path))
+
     def count(self, outcome: str) -> float:
         return float(self.metrics.modules.labels(outcome)._value.get())
 
@@ -228,7 +232,7 @@ async def test_while_storage_is_slow_the_install_is_first(world: World) -> None:
     world.service.faults["storage"] = "slow"
     result = await machine.install(wanted)
     assert result.outcome is InstallOutcome.INSTALLED
-    assert running("agent.modules.archive") == [], "and nobody waits for the layer"
+    assert world.programs() == [], "and nobody waits for the layer"
     assert machine.leftovers == []
 
 
@@ -253,8 +257,8 @@ async def test_an_agent_that_is_killed_in_the_middle_leaves_nothing(world: World
     world.service.faults["storage"] = "slow"
     await machine.installer.open()
     installing = asyncio.create_task(machine.installer.install(wanted))
-    await until(lambda: running("agent.modules.archive"), 20)
-    (program,) = running("agent.modules.archive")[-1:]
+    await until(lambda: world.programs(), 20)
+    (program,) = world.programs()[-1:]
     os.kill(program, signal.SIGKILL)
     world.service.release.set()
     assert (await installing).outcome is not InstallOutcome.LAYER
@@ -268,11 +272,11 @@ async def test_a_cancelled_install_ends_the_program(world: World) -> None:
     world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
     world.service.faults["storage"] = "slow"
     installing = asyncio.create_task(machine.install(wanted))
-    await until(lambda: running("agent.modules.archive"), 20)
+    await until(lambda: world.programs(), 20)
     installing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await installing
-    await until(lambda: not running("agent.modules.archive"), 5)
+    await until(lambda: not world.programs(), 5)
 
 
 async def test_a_lock_that_changes_while_the_layer_streams_is_another_key(world: World) -> None:
@@ -283,12 +287,12 @@ async def test_a_lock_that_changes_while_the_layer_streams_is_another_key(world:
     machine = world.machine("second", given=old, modules_wait_seconds=0.05)
     await machine.installer.open()
     ahead = asyncio.create_task(machine.installer.prefetch())
-    await until(lambda: running("agent.modules.archive"), 20)
+    await until(lambda: world.programs(), 20)
     wanted = with_dependency(machine.root)
     assert (await machine.installer.install(wanted)).outcome is InstallOutcome.INSTALLED
     assert not (wanted.modules / "left-pad-that-nobody-has").exists()
     await ahead
-    assert running("agent.modules.archive") == []
+    assert world.programs() == []
     assert machine.leftovers == []
 
 
