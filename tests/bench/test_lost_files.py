@@ -81,6 +81,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
         return [*mirror.latency(contest, 1), *mirror.burst(contest, 2)]
 
 
+@pytest.mark.nightly
 def test_it_is_a_row_that_says_so_and_the_others_go_on(
     rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

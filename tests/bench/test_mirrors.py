@@ -117,6 +117,7 @@ def test_nothing_of_a_peer_runs_once_it_is_stopped(tmp_path: Path, monkeypatch: 
     assert not left
 
 
+@pytest.mark.nightly
 def test_both_of_ours_land_and_every_row_names_its_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,11 +15,19 @@ from immutables import Map
 
 from agent.core.model import RelPath
 from agent.fs.project_dir import ProjectDir
+from agent.sync import drift
 from agent.sync.drift import DriftWatch, Observed
 from tests.agent.disks import Agent, remove, write
 
 DEADLINE = 60.0
 """Seconds until a condition counts as never coming; far above the 0.2 s that seeing takes."""
+
+
+@pytest.fixture(autouse=True)
+def no_burst_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst ends sooner: each test waits for several."""
+    monkeypatch.setattr(drift, "STEP_MS", 20)
+    monkeypatch.setattr(drift, "LONGEST_MS", 50)
 
 
 class Watched:
