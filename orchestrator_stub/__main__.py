@@ -118,13 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rollout(commands)
 
     tail = commands.add_parser("tail", help="print a project's events as they happen")
-    tail.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
-    tail.add_argument(
-        "--state",
-        type=Path,
-        default=Path(".preview-sync"),
-        help="state directory of a running `dev` (default: .preview-sync)",
-    )
+    _add_project(tail)
     tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
     tail.set_defaults(run=_tail)
 
@@ -183,6 +177,17 @@ def _add_migrate(commands: Any) -> None:
     migration.set_defaults(run=_migrate)
 
 
+def _add_project(parser: argparse.ArgumentParser) -> None:
+    """Which project a command is about, by its id or by a `dev` that runs."""
+    parser.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path(".preview-sync"),
+        help="state directory of a running `dev` (default: .preview-sync)",
+    )
+
+
 def _add_history(commands: Any) -> None:
     """`log`, `show`, `diff` and `restore`: what happened to a project, and how to go back."""
 
@@ -193,13 +198,7 @@ def _add_history(commands: Any) -> None:
             description=f"{text[0].upper()}{text[1:]}.",
             epilog=f"example:\n  preview-orchestrator {name} - {example}\n\n{help_texts.HISTORY}",
         )
-        parser.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
-        parser.add_argument(
-            "--state",
-            type=Path,
-            default=Path(".preview-sync"),
-            help="state directory of a running `dev` (default: .preview-sync)",
-        )
+        _add_project(parser)
         parser.add_argument("--database-url", help="default: DATABASE_URL, else that of a running `dev`")
         parser.set_defaults(run=_history, command=name)
         return parser
