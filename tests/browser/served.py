@@ -22,7 +22,7 @@ from agent.core.model import RelPath
 from agent.devserver.screen import Screen, What
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
-from tests.agent.processes import free_port
+from tests.ports import free_port
 from tests.system.stack import EXAMPLE
 
 T = TypeVar("T")

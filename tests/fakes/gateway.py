@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 NODE = Path(__file__).with_name("storage.mjs")
 
 NGINX = """
@@ -53,8 +55,7 @@ async def nginx(behind: int) -> AsyncIterator[int]:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         place.chmod(0o755)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         (place / "nginx.conf").write_text(NGINX.format(place=place, port=port, behind=behind))
         server = await asyncio.create_subprocess_exec("nginx", "-p", place, "-c", place / "nginx.conf")
         try:

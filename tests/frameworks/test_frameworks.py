@@ -17,6 +17,7 @@ import pytest
 
 from agent.devserver.sandbox import FOR_INSTALLS
 from tests.frameworks.app import ADDED, App, read_all
+from tests.ports import free_port
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 INSTALL_SECONDS = 300.0
@@ -126,8 +127,7 @@ def parameters() -> list[object]:
 async def test_it_is_installed_started_and_follows_every_change(
     app: App, database: str, tmp_path: Path, modules: Path, seen: dict[str, object]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     anywhere = "::" if socket.has_dualstack_ipv6() else "127.0.0.1"
     environ = {
         "DEV_PORT": str(port),

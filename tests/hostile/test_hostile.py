@@ -27,8 +27,9 @@ import psutil
 import pytest
 
 from agent.core.model import RelPath, parents
-from tests.agent.processes import free_port, of_user, until
+from tests.agent.processes import of_user, until
 from tests.agent.processes import running as named
+from tests.ports import free_port
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 HERE = Path(__file__).parent

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import pytest
 from tests.docs.reading import ROOT
 from tests.image.engine import TAG, Engine
 from tests.image.following import Step, follow, steps
+from tests.ports import free_port
 
 pytestmark = pytest.mark.image
 
@@ -34,12 +34,6 @@ NEEDED = {"podman-compose": "podman-compose", "prometheus": "prometheus", "promt
 DNSNAME = "golang-github-containernetworking-plugin-dnsname"
 NETWORKS = ("preview-machines", "preview-alone")
 VOLUMES = ("preview-database", "preview-database-socket", "preview-storage")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def resolves_names(engine: Engine) -> str:

@@ -21,9 +21,9 @@ import pytest
 
 from agent.project import reading
 from tests.agent.conftest import EXAMPLE
-from tests.agent.processes import free_port
 from tests.image.engine import TAG, Engine
 from tests.package.checkout import copy_checkout, make_wheel
+from tests.ports import free_port
 from tests.system.plane import Project, eventually, running_plane
 
 pytestmark = pytest.mark.image

@@ -23,6 +23,7 @@ from orchestrator_stub.http.openapi import openapi_document
 from orchestrator_stub.platform.migrations import read_migrations
 from orchestrator_stub.platform.tokens import Keyring
 from tests.orchestrator.sessions.control_world import SERVICE_KEY, bearer
+from tests.ports import free_port
 
 SECRET = "a secret of at least thirty-two bytes, for the tests"
 
@@ -62,8 +63,7 @@ def user_token(key: str) -> dict[str, str]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 @pytest.fixture

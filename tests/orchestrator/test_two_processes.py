@@ -28,6 +28,7 @@ from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.server import Server
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.orchestrator.sessions.control_world import bearer
+from tests.ports import free_port
 from tests.system.plane import Plane, eventually, running_plane
 
 SESSIONS = 24
@@ -106,10 +107,7 @@ async def test_killed_by_the_system_in_turn_they_lose_and_double_nothing(
         httpx.AsyncClient(headers=bearer(plane.keys.service_key), timeout=10, trust_env=False) as http,
     ):
         projects = [(await plane.project({"a.ts": "a"})).id for _ in range(3)]
-        ports = []
-        for _ in range(2):
-            with socket.create_server(("127.0.0.1", 0)) as probe:
-                ports.append(probe.getsockname()[1])
+        ports = [free_port(), free_port()]
         environ = settings_of(plane, fly_url)
         both = [Orchestrator(port, environ, tmp_path / f"{port}.log") for port in ports]
         stop = asyncio.Event()

@@ -38,6 +38,7 @@ from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.server import Server, control_plane, door_of
 from orchestrator_stub.sessions.controller import SessionController
+from tests.ports import free_port
 
 
 async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> Any:
@@ -198,8 +199,7 @@ class Agent:
 
     def start(self) -> None:
         """Start it; the ports are free ones."""
-        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
-            self.port, dev_port = free.getsockname()[1], other.getsockname()[1]
+        self.port, dev_port = free_port(), free_port()
         environ = {
             "PATH": os.environ["PATH"],
             **ALLOCATOR,

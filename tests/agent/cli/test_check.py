@@ -18,7 +18,7 @@ import pytest
 import websockets
 
 from agent.cli.check import check
-from tests.agent.processes import free_port
+from tests.ports import free_port
 
 
 def jwt(expires_in: float) -> str:

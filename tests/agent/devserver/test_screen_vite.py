@@ -23,7 +23,8 @@ from agent.devserver.screen import Screen
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
 from tests.agent.conftest import EXAMPLE
-from tests.agent.processes import free_port, until
+from tests.agent.processes import until
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
 

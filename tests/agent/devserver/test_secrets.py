@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.agent.conftest import EXAMPLE
-from tests.agent.processes import free_port, until
+from tests.agent.processes import until
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 needs_root = pytest.mark.skipif(

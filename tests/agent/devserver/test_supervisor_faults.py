@@ -27,7 +27,8 @@ from agent.devserver.output import LOGGED_LINES
 from agent.devserver.state import Phase, RestartPolicy
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
-from tests.agent.processes import free_port, running, until
+from tests.agent.processes import running, until
+from tests.ports import free_port
 
 SERVER = Path(__file__).with_name("dev_server.py")
 QUICK = RestartPolicy(start_timeout=5.0, backoff_first=0.02, backoff_most=0.1, debounce=0.05)

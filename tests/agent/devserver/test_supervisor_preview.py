@@ -22,7 +22,8 @@ from agent.devserver import forward
 from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from tests.agent.devserver.test_supervisor_faults import QUICK
-from tests.agent.processes import free_port, until
+from tests.agent.processes import until
+from tests.ports import free_port
 
 ECHO = """
 import http.server, os, sys

@@ -23,7 +23,8 @@ from agent.devserver.state import Phase
 from agent.devserver.supervisor import Supervisor
 from agent.telemetry.metrics import Metrics
 from tests.agent.conftest import EXAMPLE
-from tests.agent.processes import free_port, running, until
+from tests.agent.processes import running, until
+from tests.ports import free_port
 
 ANY_ID = UUID(int=1)
 

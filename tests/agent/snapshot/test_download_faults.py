@@ -31,6 +31,7 @@ from agent.snapshot.download import Downloader
 from tests.agent.disks import in_staging
 from tests.fakes.origin import Answer, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot
+from tests.ports import free_port
 from tests.profiles import NIGHTLY
 
 CUTS = 500 if NIGHTLY else 8
@@ -199,8 +200,7 @@ http {{
 
 @contextmanager
 def nginx(place: Path) -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     (place / "nginx.conf").write_text(NGINX.format(place=place, port=port))
     server = subprocess.Popen(["nginx", "-p", str(place), "-c", str(place / "nginx.conf")])
     try:

@@ -17,10 +17,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from tests.agent.processes import free_port
 from tests.agent.test_tokens import jwt
 from tests.fakes.origin import Answer, Origin, origin
 from tests.fakes.zips import PROJECT, manifest, snapshot
+from tests.ports import free_port
 
 FILES = {f"src/file{number}.bin": Random(number).randbytes(20_000) for number in range(20)}
 LAST = list(FILES)[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 from base64 import urlsafe_b64encode
@@ -27,6 +26,7 @@ from orchestrator_stub.platform.tokens import Keyring, new_es256
 from tests.conftest import fresh
 from tests.fakes.fly import APP, TOKEN
 from tests.fakes.serving import SECRET, Local, serve_local
+from tests.ports import free_port
 
 PUBLIC_URL = "http://orchestrator.example"
 """Reached through a proxy, as the environment says: an address of this machine would be refused."""
@@ -117,11 +117,6 @@ class Broken:
     settings: Callable[[Local, str, Path], dict[str, Any]] = lambda local, peers, tmp: {}
 
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def changed_dsn(local: Local, **parts: Any) -> dict[str, Any]:
     return {"database_url": make_conninfo(local.dsn, **parts)}
 
@@ -142,7 +137,7 @@ def public_half(key: dict[str, Any]) -> dict[str, Any]:
 
 BROKEN = [
     Broken("the database is elsewhere", "cannot be reached",
-           settings=lambda local, peers, tmp: changed_dsn(local, host="127.0.0.1", port=unused_port())),
+           settings=lambda local, peers, tmp: changed_dsn(local, host="127.0.0.1", port=free_port())),
     Broken("no such database", "does not exist",
            settings=lambda local, peers, tmp: changed_dsn(local, dbname="nobody_s")),
     Broken("no such user", "nobody_at_all",
@@ -177,7 +172,7 @@ BROKEN = [
            settings=lambda local, peers, tmp: {"supabase_service_role_key": Keyring.from_secret("z" * 40).sign(
                {"role": "service_role", "exp": 4_000_000_000})}),
     Broken("Supabase is elsewhere", "Realtime cannot be reached",
-           settings=lambda local, peers, tmp: {"supabase_url": f"http://127.0.0.1:{unused_port()}"}),
+           settings=lambda local, peers, tmp: {"supabase_url": f"http://127.0.0.1:{free_port()}"}),
     Broken("a key set that only verifies", "nothing can be signed",
            settings=lambda local, peers, tmp: key_file(tmp, public_half(new_es256("one")))),
     Broken("a key that cannot be used", "keys of the set cannot be used", Mark.WARN,
@@ -197,7 +192,7 @@ BROKEN = [
     Broken("something else answers there", "is no orchestrator",
            settings=lambda local, peers, tmp: {"public_url": f"{PUBLIC_URL}/elsewhere"}),
     Broken("Redis is away", "does not answer", Mark.WARN,
-           settings=lambda local, peers, tmp: {"redis_url": f"redis://127.0.0.1:{unused_port()}"}),
+           settings=lambda local, peers, tmp: {"redis_url": f"redis://127.0.0.1:{free_port()}"}),
     Broken("no engine", "is not on the PATH",
            settings=lambda local, peers, tmp: {"machine_driver": "container", "container_cli": "no-engine-at-all"}),
 ]  # fmt: skip
@@ -265,7 +260,7 @@ needs_pgbouncer = pytest.mark.skipif(
 async def test_a_pooler_by_the_transaction_is_told_from_one_by_the_session(
     mode: str, mark: Mark, database: str, tmp_path: Path, peers: str
 ) -> None:
-    parts, port = conninfo_to_dict(database), unused_port()
+    parts, port = conninfo_to_dict(database), free_port()
     (tmp_path / "pgbouncer.ini").write_text(
         f"[databases]\n{parts['dbname']} = host={parts['host']} port={parts.get('port', 5432)} user={parts['user']}\n"
         f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,14 +15,9 @@ import pytest
 
 from tests.orchestrator.door.test_refused import UPGRADE
 from tests.orchestrator.door.world import World, body, fields, status, within
+from tests.ports import free_port
 
 DOCS = Path(__file__).parents[3] / "docs" / "door"
-
-
-def free() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def certificate(directory: Path, domain: str = "preview.test") -> tuple[Path, Path]:
@@ -99,7 +93,7 @@ async def running(command: list[str], port: int, directory: Path) -> AsyncIterat
 
 @pytest.mark.parametrize("front", [nginx, caddy])
 async def test_what_passes_passes_by_tls_too(world: World, tmp_path: Path, front: object) -> None:
-    port = free()
+    port = free_port()
     preview, other = await world.preview(), await world.preview()
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

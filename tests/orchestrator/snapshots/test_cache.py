@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from orchestrator_stub.snapshots.cache import (
 )
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from tests.orchestrator.sessions.control_world import World, control_world
+from tests.ports import free_port
 
 TTL = 600
 
@@ -32,8 +32,7 @@ class RedisServer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process: asyncio.subprocess.Process | None = None
 
     @property
