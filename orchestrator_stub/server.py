@@ -123,7 +123,7 @@ async def control_plane(
         )
         snapshots = SnapshotCache(
             pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry,
-            allowance=Allowance(pool, settings.session_stored_bytes),
+            allowance=Allowance(pool, settings.session_stored_bytes), since_bytes=settings.inline_limit // 4,
         )  # fmt: skip
         store = SessionStore(pool)
         screens = Screens(dsn, store)

@@ -405,7 +405,7 @@ class SessionController:
             with self._part("template"):
                 await self._template.apply(session.project_id)
         with self._part("snapshot"):
-            snapshot = await self._snapshots.signed_snapshot(session.project_id)
+            snapshot = await self._snapshots.signed_snapshot(session.project_id, earlier=True)
         modules: Mapping[str, str] = {}
         if self._layers is not None:
             with self._part("modules"):

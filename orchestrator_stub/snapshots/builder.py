@@ -31,6 +31,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.platform.limits import TOMBSTONE_BYTES
 from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
+from orchestrator_stub.snapshots import newest
 from orchestrator_stub.snapshots.availability import READ_AGAIN, Reason, forget, make_room, note
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
 from orchestrator_stub.snapshots.zip_writer import ArchiveTooLarge, ZipWriter
@@ -165,6 +166,7 @@ class SnapshotBuilder:
             raise SnapshotUnavailable("cannot build a snapshot: the database does not answer") from error
         seconds = time.perf_counter() - started
         self._seconds.observe(seconds)
+        await newest.note(self._pool, project_id, manifest, path)
         log.info(
             "snapshot.built",
             project_id=str(project_id),

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry, Counter
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.platform.database import Pool, fetch_one, head_of
+from orchestrator_stub.snapshots import newest
 from orchestrator_stub.snapshots.allowance import Allowance, AllowanceSpent
 from orchestrator_stub.snapshots.builder import StoredSnapshot
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
@@ -188,6 +189,7 @@ class SnapshotCache:
     Args:
         url_ttl: Seconds that a URL lives.
         allowance: What may be stored for one session; None: anything.
+        since_bytes: Saved since an earlier archive, at most, for a session to begin with that one.
         scope: Where the URLs lead. Entries of another storage, or of this one under another address, do not count.
         clock: Gives Unix seconds.
     """
@@ -201,11 +203,13 @@ class SnapshotCache:
         url_ttl: int,
         scope: str = "",
         allowance: Allowance | None = None,
+        since_bytes: int = 500_000,
         registry: CollectorRegistry | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pool = pool
         self._allowance = allowance
+        self._since_bytes = since_bytes
         self._builder = builder
         self._cache = cache
         self._url_ttl = url_ttl
@@ -214,7 +218,8 @@ class SnapshotCache:
         self._locks: WeakValueDictionary[tuple[UUID, str], asyncio.Lock] = WeakValueDictionary()
         self._given = Counter(
             "preview_orchestrator_snapshot_offers",
-            "Signed snapshots given out: kept (from the cache), signed (a new URL), built. Or refused to a session.",
+            "Signed snapshots given out: kept (from the cache), signed (a new URL), earlier (of a revision before),"
+            " built. Or refused to a session.",
             ["how"],
             registry=registry,
         )
@@ -227,6 +232,7 @@ class SnapshotCache:
         rebuild: bool = False,
         resign: bool = False,
         payer: UUID | None = None,
+        earlier: bool = False,
     ) -> SignedSnapshot:
         """A snapshot of the project's head, from the cache or built. Args and Raises: as in `SnapshotSource`."""
         stamp = await self._stamp(project_id, base_revision)
@@ -252,6 +258,8 @@ class SnapshotCache:
                         project_id=str(project_id),
                         object_path=entry.object_path,
                     )
+            if earlier and not rebuild and (found := await self._earlier(project_id)):
+                return found
             built = await self._build(project_id, base_revision, rebuild, payer)
             # A save may have come between: the entry is named by the revision that the archive holds.
             stamp = self._stamp_of(built.manifest["epoch"], built.manifest["revision"], base_revision)
@@ -260,6 +268,18 @@ class SnapshotCache:
                 built.object_path, built.manifest, url="", url_until=0.0, rebuilt_at=rebuilt_at
             )
             return await self._signed(project_id, stamp, fresh, "built")
+
+    async def _earlier(self, project_id: UUID) -> SignedSnapshot | None:
+        archive = await newest.find(self._pool, project_id, self._since_bytes)
+        if archive is None:
+            return None
+        try:
+            url = await self._builder.signed_url(archive.object_path, self._url_ttl)
+        except SnapshotUnavailable:
+            await newest.drop(self._pool, project_id, archive.object_path)
+            return None
+        self._given.labels("earlier").inc()
+        return SignedSnapshot(url, {"revision": archive.revision})
 
     async def _build(
         self, project_id: UUID, base_revision: int | None, anew: bool, payer: UUID | None

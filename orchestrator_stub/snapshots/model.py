@@ -33,6 +33,7 @@ class SnapshotSource(Protocol):
         rebuild: bool = False,
         resign: bool = False,
         payer: UUID | None = None,
+        earlier: bool = False,
     ) -> SignedSnapshot:
         """A snapshot of the project's head.
 
@@ -40,6 +41,8 @@ class SnapshotSource(Protocol):
             base_revision: Leave out what is not newer than this revision.
             rebuild: Don't use a cached archive: it was found broken.
             resign: Don't use a cached URL: it was tried in vain.
+            earlier: An archive of an earlier revision will do, where one is kept and little was saved since. Its
+                manifest is then `{"revision": …}`.
             payer: The session that an archive is built for, out of its allowance; None: nobody's.
 
         Raises:

@@ -1,8 +1,9 @@
-"""Keeps projects up: forgets history that nobody keeps, collects objects of `project-assets` that nothing names.
+"""Keeps projects up: forgets history that nobody keeps, and collects assets, archives, ended sessions and old requests.
 
 The database finds what is due and decides under the project's lock, one project and a bounded number of rows a step
 (`preview.keep_up`). What it found unused cannot be named again until it is gone, so the bytes are deleted here, through
-the Storage API, without holding anything. Any number of orchestrators may; being killed between any two lines leaves
+the Storage API, without holding anything. Superseded contents become splices in steps of their own (`preview.compact`),
+which hold nothing that a save waits for. Any number of orchestrators may; being killed between any two lines leaves
 work for the next.
 """
 
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from orchestrator_stub.platform.database import Pool, fetch_one
 from orchestrator_stub.platform.storage import ASSETS, StorageClient, StorageFailure
+from orchestrator_stub.snapshots.builder import BUCKET as ARCHIVES
 
 log = structlog.get_logger("upkeep")
 
@@ -34,6 +36,8 @@ EVERY_SECONDS: Final = 15.0
 """Between two measurements: as often as a scrape may ask."""
 
 KEEP_UP: Final = "select preview.keep_up(%s)"
+
+COMPACT: Final = "select preview.compact(%s)"
 
 UNUSED: Final = """
 select project_id, array_agg(content_hash order by content_hash) from (
@@ -69,7 +73,7 @@ cross join preview.settings s
 left join (select kept_up_at from public.project_heads order by kept_up_at limit 1) h on true
 """
 
-FORGOTTEN: Final = ("versions", "tombstones", "assets")
+FORGOTTEN: Final = ("versions", "tombstones", "contents", "sessions", "requests", "assets", "archives")
 
 
 class Upkeep:
@@ -90,7 +94,8 @@ class Upkeep:
         prefix = "preview_orchestrator_"
         self._forgotten = Counter(
             prefix + "forgotten",
-            "What upkeep removed: superseded versions, tombstones, objects that nothing named.",
+            "What upkeep removed: superseded versions, tombstones, contents that became splices, ended sessions,"
+            " old requests for archives; assets and archives that nothing needed.",
             ["what"],
             registry=registry,
         )
@@ -115,7 +120,7 @@ class Upkeep:
         if self._clock() < self._rests_until:
             return False
         try:
-            return await self._delete_unused() or await self._keep_up()
+            return await self._delete_unused() or await self._keep_up() or await self._compact()
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
@@ -141,11 +146,30 @@ class Upkeep:
         if row is None or row[0] is None:
             return False
         done = row[0]
-        self._forgotten.labels("versions").inc(done["versions"])
-        self._forgotten.labels("tombstones").inc(done["tombstones"])
-        if done["versions"] or done["tombstones"] or done["unused"]:
+        archives = done.pop("archives")
+        for what in ("versions", "tombstones", "sessions", "requests"):
+            self._forgotten.labels(what).inc(done[what])
+        if any(number for what, number in done.items() if what != "project_id"):
             log.info("project.kept_up", **done)
+        if archives:
+            await self._delete_archives(done["project_id"], archives)
         return True
+
+    async def _compact(self) -> bool:
+        row = await fetch_one(self._pool, COMPACT, (AT_ONCE,))
+        if row is None or row[0] is None:
+            return False
+        self._forgotten.labels("contents").inc(row[0]["contents"])
+        return True
+
+    async def _delete_archives(self, project_id: str, names: list[str]) -> None:
+        """What Storage refuses is found again when the project is next kept up."""
+        try:
+            await self._storage.delete(ARCHIVES, names)
+        except StorageFailure as failure:
+            log.warning("archives.postponed", project_id=project_id, reason=str(failure))
+            return
+        self._forgotten.labels("archives").inc(len(names))
 
     async def _delete_unused(self) -> bool:
         row = await fetch_one(self._pool, UNUSED, (OBJECTS_AT_ONCE,))

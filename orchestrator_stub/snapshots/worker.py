@@ -44,7 +44,8 @@ KEEP_SECONDS: Final = 24 * 3600.0
 """How long an archive stays: no session that was given its URL lives longer."""
 
 KEEP_DELTA_SECONDS: Final = 2 * 3600.0
-"""How long a delta stays: its URL is good for an hour at most, and it is of use to who asked for it alone."""
+"""How long a delta stays: its URL is good for an hour at most, and it is of use to who asked for it alone. As long
+stays an archive that was replaced."""
 
 CLEAR_SECONDS: Final = 3600.0
 """Between two deletions of old archives."""
@@ -182,13 +183,15 @@ class SnapshotWorker:
     async def _clear_project(self, project_id: UUID) -> int:
         found = await self._storage.list(BUCKET, f"{project_id}/")
         dated = sorted((_moment(item.get("created_at")), str(item.get("name"))) for item in found)
-        # The newest that is whole: a delta alone opens no project.
-        newest = next((name for _, name in reversed(dated) if not is_delta(name)), None)
+        # The newest that is whole (a delta alone opens no project), and what it replaced so lately that a session which
+        # was given the URL of that may still be reading it.
+        whole = [made for made, name in dated if not is_delta(name)]
+        settled = max((made for made in whole if made < self._clock() - KEEP_DELTA_SECONDS), default=0.0)
         old = [
             f"{project_id}/{name}"
             for made, name in dated
             if made
-            and name != newest
+            and (is_delta(name) or made < settled)
             and made < self._clock() - (KEEP_DELTA_SECONDS if is_delta(name) else KEEP_SECONDS)
         ]
         if old:

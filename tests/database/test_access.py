@@ -42,6 +42,7 @@ RPCS = {
     "list_checkpoints": "select * from public.list_checkpoints('{id}')",
     "diff_project": "select public.diff_project('{id}', 1)",
     "list_commits": "select * from public.list_commits('{id}')",
+    "file_version": "select public.file_version('{id}', 'a', 1)",
     "begin_turn": "select public.begin_turn('{id}')",
     "end_turn": "select public.end_turn('{id}', '{id}')",
     "abandon_turn": "select public.abandon_turn('{id}', '{id}')",

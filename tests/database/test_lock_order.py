@@ -56,7 +56,7 @@ def test_forgetting_holds_nothing_that_a_writer_needs_while_it_waits(
 def test_sixteen_writers_while_history_is_forgotten_and_projects_are_deleted(db: Db, database: str) -> None:
     projects = [make_project(db).id for _ in range(4)]
     refused: Counter[str] = Counter()
-    writing = threading.Barrier(WRITERS + 3)
+    writing = threading.Barrier(WRITERS + 4)
     done = threading.Event()
 
     def attempt(step: Callable[[], object]) -> None:
@@ -79,7 +79,7 @@ def test_sixteen_writers_while_history_is_forgotten_and_projects_are_deleted(db:
                 if dice.random() < 0.1:
                     attempt(partial(in_turn, connection, project, path))
                 else:
-                    attempt(partial(upsert, connection, project, path, name, correlation=name))
+                    attempt(partial(upsert, connection, project, path, name + "long " * 50, correlation=name))
 
     def repeat(query: str, choose: Callable[[random.Random], list[object]]) -> None:
         dice = random.Random(query)
@@ -89,8 +89,9 @@ def test_sixteen_writers_while_history_is_forgotten_and_projects_are_deleted(db:
                 attempt(lambda: connection.execute(query.encode(), choose(dice)))
 
     db.execute("update preview.settings set upkeep_every = '1 minute', turns_per_minute = 10000")
+    db.execute("update preview.settings set compact_after = '0', history_kept = '1 hour', versions_kept = 0")
     db.execute("update project_heads set kept_up_at = '-infinity'")
-    with ThreadPoolExecutor(WRITERS + 3) as threads:
+    with ThreadPoolExecutor(WRITERS + 4) as threads:
         writers = [threads.submit(write, number) for number in range(WRITERS)]
         others = [
             threads.submit(
@@ -105,6 +106,12 @@ def test_sixteen_writers_while_history_is_forgotten_and_projects_are_deleted(db:
             ),
             threads.submit(
                 repeat,
+                "with again as (update preview.compactions set due_at = now() where project_id in"
+                " (select project_id from preview.compactions for update skip locked)) select preview.compact(%s)",
+                lambda dice: [dice.choice([1, 3, 50])],
+            ),
+            threads.submit(
+                repeat,
                 "delete from projects where id = %s",
                 lambda dice: [projects.pop() if len(projects) > 1 and dice.random() < 0.05 else None],
             ),
@@ -115,6 +122,8 @@ def test_sixteen_writers_while_history_is_forgotten_and_projects_are_deleted(db:
         for other in others:
             other.result(60)
     assert refused["40P01"] == 0, refused
+    # Each version that is left can be read: none was forgotten that another is made of.
+    assert one(db, "select count(preview.content_of(id)) = count(*) from project_files where not is_deleted")
     # P0002: a turn was begun at the very moment of the deletion.
     assert set(refused) <= {"PT404", "PT410", "P0002"}, refused
 

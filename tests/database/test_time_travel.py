@@ -90,7 +90,8 @@ def edit_at_random(db: Db, project: uuid.UUID, dice: random.Random, now: Tree) -
             del after[path]
             changes.append({"action": "delete", "file_path": path})
         elif other not in after:
-            after[path] = (f"{dice.randrange(30)}\n" * dice.choice([0, 1, 4]), dice.random() < 0.2)
+            text = f"{dice.randrange(30)}\n" * dice.choice([0, 1, 4]) + "a line\n" * dice.choice([0, 40])
+            after[path] = (text, dice.random() < 0.2)
             changes.append({"file_path": path, "content": after[path][0], "executable": after[path][1]})
     apply(db, project, changes)
     return after
@@ -102,9 +103,15 @@ def test_any_revision_is_brought_back(db: Db, project: Project) -> None:
     db.execute("update preview.settings set writes_per_minute = 1000000")
     model: dict[int, Tree] = {}
     now: Tree = {}
-    for _ in range(1200 if NIGHTLY else 150):
+    db.execute("update preview.settings set compact_after = '0'")
+    db.execute("insert into preview.compactions (project_id) values (%s)", [project.id])
+    for n in range(1200 if NIGHTLY else 150):
         now = edit_at_random(db, project.id, dice, now)
         model[head(db, project.id)[1]] = now
+        if n % 60 == 59:  # most of what is brought back is kept as splices by then
+            db.execute("update preview.compactions set due_at = now()")
+            one(db, "select preview.compact()")
+    assert one(db, "select count(*) from project_files where splices is not null") > n / 10
     for _ in range(1000 if NIGHTLY else 60):
         revision = dice.choice(sorted(model))
         answer = restore(db, project.id, revision)

@@ -40,7 +40,8 @@ def rows(db: Db) -> list[Any]:
     return [
         db.execute(query.encode()).fetchall()
         for query in (
-            "select to_jsonb(f) - 'renamed_from' from public.project_files f order by revision",
+            "select to_jsonb(f) - '{renamed_from,origin,contributors,session_id,splices}'::text[]"
+            " from public.project_files f order by revision",
             "select project_id, epoch, revision, pruned_revision, window_start, window_writes, updated_at"
             " from public.project_heads",
             "select * from realtime.messages order by inserted_at",

@@ -55,7 +55,8 @@ def test_history_goes_by_the_settings_and_a_project_is_kept_up_once_a_day(db: Db
     assert keep_up(db) is None, "a new project is not due"
     due(db)
     assert keep_up(db) == {
-        "project_id": str(project.id), "versions": 6, "tombstones": 1, "unused": 0
+        "project_id": str(project.id), "versions": 6, "tombstones": 1, "unused": 0, "sessions": 0, "requests": 0,
+        "archives": [],
     }  # fmt: skip
     assert keep_up(db) is None
     assert set(files(db, project.id)) == {"b"}

@@ -4,7 +4,7 @@ import { EditorView } from 'codemirror'
 import { useEffect, useRef, useState } from 'react'
 
 import type { Version } from './project.ts'
-import { restore } from './store.ts'
+import { contentOf, restore } from './store.ts'
 import { look } from './theme.ts'
 
 const read = [look, EditorState.readOnly.of(true), EditorView.lineWrapping]
@@ -16,15 +16,32 @@ export default function History({ path, versions }: { path: string; versions: Ve
   const [newest] = versions
   const old = versions[Math.min(chosen, versions.length - 1)]
 
+  const [failed, setFailed] = useState('')
+
   useEffect(() => {
-    const view = new MergeView({
-      a: { doc: old?.content ?? '', extensions: read },
-      b: { doc: newest?.content ?? '', extensions: read },
-      collapseUnchanged: { margin: 3 },
-      parent: place.current!,
-    })
-    return () => view.destroy()
-  }, [old, newest])
+    if (!old || !newest) return
+    let over = false
+    let view: MergeView | undefined
+    Promise.all([old, newest].map((each) => contentOf(path, each.version))).then(
+      ([before, now]) => {
+        if (over) return
+        setFailed('')
+        view = new MergeView({
+          a: { doc: before, extensions: read },
+          b: { doc: now, extensions: read },
+          collapseUnchanged: { margin: 3 },
+          parent: place.current!,
+        })
+      },
+      (error: Error) => {
+        if (!over) setFailed(error.message)
+      },
+    )
+    return () => {
+      over = true
+      view?.destroy()
+    }
+  }, [path, old, newest])
 
   if (!newest || !old) return <p className="alone">{path} has no history.</p>
   return (
@@ -43,6 +60,7 @@ export default function History({ path, versions }: { path: string; versions: Ve
         </label>
         <button disabled={old.is_deleted || old === newest} onClick={() => restore(path, old.version)}>Restore it</button>
       </div>
+      {failed && <p className="alone">The version could not be read: {failed}</p>}
       <div className="code" ref={place} />
     </div>
   )

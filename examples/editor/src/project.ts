@@ -27,7 +27,7 @@ export type Shown = {
   errors: ScreenError[]
 }
 
-export type Version = { version: number; revision: number; created_at: string; is_deleted: boolean; size_bytes: number; content: string | null; encoding: string }
+export type Version = { version: number; revision: number; created_at: string; is_deleted: boolean; size_bytes: number; encoding: string }
 
 /** An RPC that was refused. `code` is PT409 and its like; `details` is JSON where there are any. */
 export class Refused extends Error {
@@ -103,12 +103,18 @@ export class Project {
   async history(path: string): Promise<Version[]> {
     const { data, error } = await this.supabase
       .from('project_files')
-      .select('version, revision, created_at, is_deleted, size_bytes, content, encoding')
+      .select('version, revision, created_at, is_deleted, size_bytes, encoding')
       .match({ project_id: this.config.project_id, file_path: path })
       .order('version', { ascending: false })
       .limit(100)
     if (error) throw new Unreachable(error.message)
     return data
+  }
+
+  /** What a version holds; of the older ones the table has splices alone. Nothing of a deletion, or of what is no text. */
+  async content(path: string, version: number): Promise<string> {
+    const found = await this.call<{ content: string | null }>('file_version', { p_file_path: path, p_version: version })
+    return found.content ?? ''
   }
 
   // --- writing. `expected`: the version that was edited; 0 for a new file.

@@ -272,6 +272,10 @@ export async function showHistory(path: string): Promise<void> {
   await attempt('The history could not be read', async () => set({ history: { path, versions: await project.history(path) } }))
 }
 
+export async function contentOf(path: string, version: number): Promise<string> {
+  return await project.content(path, version)
+}
+
 export async function restore(path: string, version: number): Promise<void> {
   const [newest] = get().history?.versions ?? []
   if (!newest) return

@@ -9,7 +9,7 @@ select is(
   (select string_agg(attname, ' ' order by attnum) from pg_attribute
    where attrelid = 'public.project_files'::regclass and attnum > 0 and not attisdropped),
   'id project_id file_path file_type content content_hash version parent_version_id is_current_version created_by '
-  'last_modified_by created_at updated_at revision is_deleted size_bytes encoding executable renamed_from',
+  'last_modified_by created_at updated_at revision is_deleted size_bytes encoding executable renamed_from origin contributors session_id splices',
   'the seed''s columns, then ours');
 
 select is((select count(*)::int from pg_constraint where conrelid = 'public.project_files'::regclass and contype = 'u'

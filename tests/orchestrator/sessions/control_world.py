@@ -53,6 +53,7 @@ class PaperSnapshots:
         rebuild: bool = False,
         resign: bool = False,
         payer: UUID | None = None,
+        earlier: bool = False,
     ) -> SignedSnapshot:
         if self.broken:
             raise SnapshotUnavailable("the storage is away")

@@ -20,7 +20,7 @@ import pytest
 from psycopg_pool import AsyncConnectionPool
 
 from orchestrator_stub.platform.storage import StorageClient, StorageFailure
-from orchestrator_stub.snapshots import builder
+from orchestrator_stub.snapshots import builder, newest
 from orchestrator_stub.snapshots.builder import BUCKET, SPOOL_BYTES, SnapshotBuilder, StoredSnapshot
 from orchestrator_stub.snapshots.cache import PostgresCacheStore, SnapshotCache
 from orchestrator_stub.snapshots.model import SnapshotUnavailable
@@ -233,6 +233,49 @@ async def test_an_offer_is_built_once_and_signed_again(world: World) -> None:
     # The machine's agent finds that its URL leads nowhere, and asks for one that it has not tried.
     again = await kept.signed_snapshot(world.project_id, resign=True)
     assert (await world.http.get(again.url)).status_code == 200
+
+
+async def test_a_session_begins_with_an_earlier_archive_where_little_was_saved_since(world: World) -> None:
+    cache = SnapshotCache(
+        world.pool, world.snapshots, PostgresCacheStore(world.pool), url_ttl=600, since_bytes=1000
+    )
+
+    async def begins_with() -> int:
+        offer = await cache.signed_snapshot(world.project_id, earlier=True)
+        assert (await world.http.get(offer.url)).status_code == 200
+        return int(offer.manifest["revision"])
+
+    await world.put({"a": "1"})
+    assert await begins_with() == 1, "there is none: it is built"
+    for number in range(20):
+        await world.put({"a": f"{number}"})
+    assert await begins_with() == 1
+    assert (await cache.signed_snapshot(world.project_id)).manifest["revision"] == 21, "others get the head's"
+    assert await begins_with() == 21
+    await world.put({"a": "x" * 1001})
+    assert await begins_with() == 22, "too much was saved"
+    await world.put({f"f{number}": "" for number in range(newest.FILES_SINCE + 1)})
+    assert await begins_with() == 23, "too many files were"
+    await world.put({"a": "24"})
+    await world.local.sql("update public.project_heads set pruned_revision = 24")
+    assert await begins_with() == 24, "history is forgotten since"
+    await world.put({"a": "25"})
+    await world.snapshots.build(world.project_id, base_revision=24)
+    assert await begins_with() == 24, "a delta is no beginning"
+    await world.local.sql("select public.new_project_epoch()")
+    assert await begins_with() == 25, "it is of another history"
+    await world.put({"a": "26"})
+    names = [
+        f"{world.project_id}/{o['name']}" for o in await world.storage.list(BUCKET, f"{world.project_id}/")
+    ]
+    await world.storage.delete(BUCKET, names)
+    assert await begins_with() == 26, "it is gone"
+    lost = await world.asset(b"picture")
+    await world.write({"file_path": "a.png", "content_hash": lost, "encoding": "base64"})
+    await world.storage.delete("project-assets", [f"{world.project_id}/{lost}"])
+    assert "unavailable" in (await cache.signed_snapshot(world.project_id)).manifest
+    await world.put({"a": "28"})
+    assert await begins_with() == 26, "one that lacks files is not for others"
 
 
 async def test_a_url_expires(world: World) -> None:

@@ -145,10 +145,10 @@ async def test_a_storage_that_refuses_is_left_alone_for_a_while(
         raise StorageFailure("delete", "HTTP 503", transient=True)
 
     monkeypatch.setattr(works.storage, "delete", refuse)
-    assert await works.keep_up() == 1
+    assert await works.keep_up() == 2
     assert calls == 1
     await works.days_pass()
-    assert await works.keep_up() == 1, "history is forgotten meanwhile"
+    assert await works.keep_up() == 2, "history is forgotten meanwhile, and becomes splices"
     assert calls == 1
     monkeypatch.undo()
     works.now += REST
@@ -181,7 +181,75 @@ async def test_many_orchestrators_do_each_project_once(works: Works) -> None:
             steps += 1
         return steps
 
-    assert sum(await asyncio.gather(*map(work, orchestrators))) == len(projects)
+    # Each is kept up, and looked through for what becomes splices.
+    assert sum(await asyncio.gather(*map(work, orchestrators))) == 2 * len(projects)
+
+
+async def archive(works: Works, project: UUID, name: str, *, hours: float) -> None:
+    """An archive of so long ago."""
+    await works.storage.upload("project-snapshots", f"{project}/{name}.zip", b"zip", 3)
+    await works.local.sql(
+        "update storage.objects set created_at = now() - %s * interval '1 hour' where name = %s",
+        hours,
+        f"{project}/{name}.zip",
+    )
+
+
+async def test_archives_sessions_and_requests_that_nobody_needs_are_collected(works: Works) -> None:
+    project, lately = await works.project(), await works.project()
+    for each in (project, lately):
+        await works.local.sql("select public.upsert_project_file(%s, 'a', '1')", each)
+    for name, hours in (("1-a", 80), ("2-b", 60), ("2-from-1-c", 30), ("3-d", 20)):
+        await archive(works, project, name, hours=hours)
+    # One that was replaced a moment ago may be on its way to a machine; one of forgotten history is of no use.
+    await archive(works, lately, "5-a", hours=60)
+    await archive(works, lately, "6-b", hours=1)
+    for state, days in (("gone", 31), ("failed", 31), ("gone", 29), ("ready", 31)):
+        await works.local.sql(
+            "insert into preview.sessions (project_id, state, state_since, expires_at)"
+            " values (%s, %s, now() - %s * interval '1 day', now())",
+            project, state, days,
+        )  # fmt: skip
+    for state, days in (("ready", 8), ("failed", 8), ("ready", 6), ("building", 8)):
+        await works.local.sql(
+            "insert into public.project_snapshots (project_id, state, created_at, finished_at)"
+            " values (%s, %s, now() - %s * interval '1 day', now() - %s * interval '1 day')",
+            project, state, days, days,
+        )  # fmt: skip
+    await works.local.sql("update public.project_heads set kept_up_at = '-infinity'")
+    await works.keep_up()
+
+    async def left(of: UUID) -> set[str]:
+        return {str(item["name"]) for item in await works.storage.list("project-snapshots", f"{of}/")}
+
+    assert await left(project) == {"3-d.zip"}
+    assert await left(lately) == {"5-a.zip", "6-b.zip"}
+    states = "select state from preview.sessions order by state"
+    assert await works.local.sql(states) == [("gone",), ("ready",)]
+    states = "select state from public.project_snapshots order by state"
+    assert await works.local.sql(states) == [("building",), ("ready",)]
+    collected = {
+        what: works.value("forgotten_total", what=what) for what in ("archives", "sessions", "requests")
+    }
+    assert collected == {"archives": 3, "sessions": 2, "requests": 2}
+    await works.local.sql(
+        "update public.project_heads set kept_up_at = '-infinity', pruned_revision = 6, revision = 6"
+    )
+    await works.local.sql("update storage.objects set created_at = created_at - interval '3 days'")
+    await works.keep_up()
+    assert await left(project) == set(), "history is forgotten beyond the last"
+    assert await left(lately) == {"6-b.zip"}
+    for setting in ("sessions_kept", "snapshot_requests_kept", "archives_kept"):
+        await works.local.sql(f"update preview.settings set {setting} = null")
+    await works.local.sql("update preview.sessions set state = 'gone', state_since = '-infinity'")
+    await works.local.sql(
+        "update public.project_heads set kept_up_at = '-infinity', pruned_revision = 9, revision = 9"
+    )
+    await works.keep_up()
+    assert await works.local.sql("select count(*) from preview.sessions") == [(2,)], (
+        "nothing is ever collected"
+    )
+    assert await left(lately) == {"6-b.zip"}
 
 
 async def test_what_waits_is_measured(works: Works) -> None:
