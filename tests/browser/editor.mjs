@@ -206,6 +206,69 @@ const scenarios = {
     assert.deepEqual(page.failed, []);
   },
 
+  /** A revision is kept by name, compared with now, and brought back. */
+  async checkpoints() {
+    const page = await open();
+    page.on("dialog", (dialog) => dialog.accept());
+    const before = await current("src/hours.ts");
+    await page.getByRole("button", { name: "Checkpoints" }).click();
+    await page.getByRole("textbox", { name: /^Keep the project/ }).fill("before");
+    await page.getByRole("button", { name: "Keep", exact: true }).click();
+    const row = page.locator(".panel tbody tr", { hasText: "before" });
+    await row.waitFor();
+    await write("src/hours.ts", `${before}// an AI broke it\n`);
+    await row.getByRole("button", { name: "Compare with now" }).click();
+    await page.getByText("+// an AI broke it").waitFor();
+    await row.getByRole("button", { name: "Go back to it" }).click();
+    await page.getByText(/^back at revision \d+$/).waitFor();
+    assert.equal(await current("src/hours.ts"), before);
+    await row.getByRole("button", { name: "Go back to it" }).click();
+    await page.getByText(/^Nothing has changed since revision \d+\./).waitFor();
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** How the start went, and how agent and dev server are. */
+  async session() {
+    const page = await open();
+    await page.getByRole("button", { name: "Session" }).click();
+    const panel = page.getByRole("region", { name: "Session" });
+    await panel.getByText("The session is ready, its agent serving, the dev server ready.").waitFor();
+    for (const part of ["files on the disk", "node_modules in place", "dev server started", "first page"])
+      assert.match((await panel.getByRole("row", { name: part }).textContent()) ?? "", /\d+\.\d\d s$/);
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** Without the stack the page opens with what was open; what is typed is saved when the stack is there again. */
+  async offline() {
+    const page = await open();
+    const before = await current("src/hours.ts");
+    await show(page, "src/hours.ts");
+    const keeps = () =>
+      page.evaluate(async () => {
+        const cached = await (await caches.match("/kept.json"))?.json();
+        const page = await caches.match("/");
+        return cached?.active === "src/hours.ts" && !("password" in cached.config) && page !== undefined;
+      });
+    while (!(await keeps())) await page.waitForTimeout(100);
+    await context.setOffline(true);
+    await page.reload();
+    await page.getByText(/^nobody answers: this is what was open here/).waitFor();
+    await page.locator('.cm-content[aria-label="src/hours.ts"]').waitFor();
+    assert.equal(await page.getByRole("treeitem", { name: "App.tsx" }).count(), 1);
+    await page.locator(".cm-content").click();
+    await page.keyboard.press("Control+Home");
+    await page.keyboard.insertText("// typed offline\n");
+    await page.keyboard.press("Control+s");
+    await page.getByText(/^src\/hours.ts was not saved, and is kept here/).waitFor();
+    await context.setOffline(false);
+    await page.getByText("connected", { exact: true }).waitFor();
+    await page.getByText("// typed offline").waitFor();
+    await page.keyboard.press("Control+s");
+    await page.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    assert.equal(await current("src/hours.ts"), `// typed offline\n${before}`);
+    await write("src/hours.ts", before);
+  },
+
   /** A turn of forty files appears at once, and is taken back. */
   async turn() {
     const page = await open();

@@ -36,7 +36,21 @@ def page(stack: Stack, path: str = "/", **headers: str) -> httpx.Response:
     return httpx.get(f"{stack.info['orchestrator_url']}{path}", headers=headers, timeout=10)
 
 
-@pytest.mark.parametrize("scenario", ["save", "error", "conflict", "crash", "files", "turn", "accessible"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "save",
+        "error",
+        "conflict",
+        "crash",
+        "files",
+        "checkpoints",
+        "session",
+        "offline",
+        "turn",
+        "accessible",
+    ],
+)
 def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> None:
     environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / f"{scenario}.png")}
     done = subprocess.run(
