@@ -112,7 +112,7 @@ class EditorPage:
         )
 
     async def _worker(self, request: Request) -> Response:
-        """The script that keeps the page for a start without the stack. At the top: its scope is where it comes from."""
+        """What keeps the page for a start without the stack. At the top: its scope is where it comes from."""
         path = self._built / "worker.js"
         if not await asyncio.to_thread(path.is_file):
             return Response(status_code=404)

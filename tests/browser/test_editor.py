@@ -60,6 +60,17 @@ def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> 
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.nightly
+def test_a_large_project(stack: Stack) -> None:
+    """Five thousand files, and one of 5 MB."""
+    environ = os.environ | {"STACK": json.dumps(stack.info)}
+    done = subprocess.run(
+        ["node", str(HERE / "editor.mjs"), "large"],
+        env=environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
     port = stack.info["orchestrator_url"].rpartition(":")[2]
     given = page(stack, "/editor.json", **{"sec-fetch-site": "same-origin"})

@@ -1,4 +1,5 @@
 import { Component, lazy, type ReactNode, Suspense, useEffect, useState } from 'react'
+import { useShallow } from 'zustand/react/shallow'
 
 import { Code } from './Code.tsx'
 import { Preview } from './Preview.tsx'
@@ -26,7 +27,7 @@ class Contained extends Component<{ children: ReactNode }, { error: Error | null
 }
 
 export function App() {
-  const { config, failed, active, history, conflict, checkpoints, session, offline } = useStore()
+  const { config, failed, active, history, conflict, checkpoints, session, offline } = useStore(useShallow((state) => ({ config: state.config, failed: state.failed, active: state.active, history: state.history, conflict: state.conflict, checkpoints: state.checkpoints, session: state.session, offline: state.offline })))
 
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
@@ -74,7 +75,8 @@ export function App() {
 }
 
 function Connection() {
-  const { connected, offline } = useStore()
+  const connected = useStore((state) => state.connected)
+  const offline = useStore((state) => state.offline)
   const [waited, setWaited] = useState(false)
   useEffect(() => {
     const timer = setTimeout(() => setWaited(true), 3000)

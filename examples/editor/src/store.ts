@@ -52,6 +52,7 @@ type State = {
 }
 
 const KEPT_REVISIONS = 200
+const SOON = 200_000 // characters: as much is kept at each key
 
 export const useProjectEditorStore = create<State>(() => ({
   config: null,
@@ -82,6 +83,7 @@ let drafts: Drafts
 let heard = 0 // the highest revision that the channel told of
 let waiting: AbortController | null = null
 let waitsFor = 0
+let later: ReturnType<typeof setTimeout> | undefined
 
 // --- opening
 
@@ -186,7 +188,9 @@ export function edit(path: string, text: string): void {
   const doc = get().docs.get(path)
   if (!doc || doc.text === text) return
   patchDoc(path, { text })
-  keepDraft(path)
+  if (text.length < SOON) return keepDraft(path)
+  clearTimeout(later)
+  later = setTimeout(keepDraft, 500, path) // a file of megabytes takes longer to write than a key to press
 }
 
 function keepDraft(path: string): void {
