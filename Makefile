@@ -10,7 +10,7 @@ SCRIPTS := tests/browser/node_modules/.package-lock.json
 EDITOR := examples/editor/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms page dev test test-browser test-frameworks test-nightly frameworks test-image image image-orchestrator wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms page pictures dev test test-browser test-frameworks test-nightly frameworks test-image image image-orchestrator wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ check: $(READY) $(SCRIPTS) $(EDITOR) ## format, lint, types, layers
 	$(BIN)/lint-imports
 	npm --prefix tests/browser run --silent check
 	npm --prefix examples/editor run --silent check
+
+pictures: $(READY) $(SCRIPTS) page ## take the pictures of README and docs from the real page, in Debian's Chromium
+	$(BIN)/python -m tests.browser.pictures
 
 rooms: $(READY) ## the rooms of both packages: modules, lines, imports between them
 	@$(BIN)/python -m tests.docs.rooms

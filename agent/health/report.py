@@ -124,6 +124,7 @@ class Report(Collector):
             "dev_server": self.dev.state.value,
             "agent_version": __version__,
             "run_revision": self.run_settings.revision,
+            "start": self.problems.metrics.start.report(),
             **screen,
             **errors,
         }

@@ -90,6 +90,7 @@ class EditorPage:
             Route("/", self._index, methods=["GET"]),
             Route("/editor.json", self._config, methods=["GET"]),
             Route("/assets/{name}", self._asset, methods=["GET"]),
+            Route("/worker.js", self._worker, methods=["GET"]),
         ]
 
     async def _index(self, request: Request) -> Response:
@@ -106,8 +107,16 @@ class EditorPage:
             refresh = '<meta http-equiv="refresh" content="1">'
             return HTMLResponse(WAITING.format(title="Starting …", text=text, refresh=refresh))
         return FileResponse(
-            self._built / "index.html", headers={"Cache-Control": "no-store", "X-Frame-Options": "DENY"}
+            self._built / "index.html",
+            headers={"Cache-Control": "no-store", "X-Frame-Options": "DENY", "X-Editor-Page": "built"},
         )
+
+    async def _worker(self, request: Request) -> Response:
+        """What keeps the page for a start without the stack. At the top: its scope is where it comes from."""
+        path = self._built / "worker.js"
+        if not await asyncio.to_thread(path.is_file):
+            return Response(status_code=404)
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
 
     async def _asset(self, request: Request) -> Response:
         # One segment of a route: it has no slash in it, and ".." is no file.
@@ -145,7 +154,7 @@ def digest(sources: Path) -> str:
         sources / name
         for name in ("index.html", "package-lock.json", "package.json", "tsconfig.json", "vite.config.ts")
     ]
-    for path in sorted([*top, *(sources / "src").rglob("*")]):
+    for path in sorted([*top, *(sources / "src").rglob("*"), *(sources / "public").rglob("*")]):
         if path.is_file():
             found.update(f"{path.relative_to(sources)}\0".encode())
             found.update(hashlib.sha256(path.read_bytes()).digest())

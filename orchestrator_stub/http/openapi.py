@@ -62,6 +62,13 @@ SCREEN: Schema = {
     "errors": {"type": "array", "items": {"type": "object"}},
 }
 """As the agent said it last; docs/screen.md has the fields."""
+AGENT: Schema = _object(
+    state=_or_null(TEXT),
+    dev_server=_or_null(TEXT),
+    start={"type": "object", "additionalProperties": {"type": "number"}},
+    problems={"type": "array", "items": {"type": "object"}},
+)
+"""As the agent said it last. `start`: seconds from the start of its process to the end of each part."""
 RUN_FIELDS: Schema = {
     "root": _or_null(TEXT),
     "dev_command": _or_null(TEXT),
@@ -79,7 +86,7 @@ RUN_FIELDS: Schema = {
 SCHEMAS: Schema = {
     "Problem": _object(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
     "Session": _object(
-        {"problem": TEXT, **SCREEN},
+        {"problem": TEXT, **SCREEN, "agent": AGENT},
         session_id=UUID,
         project_id=UUID,
         state={"type": "string", "enum": [state.value for state in State]},

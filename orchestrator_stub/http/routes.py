@@ -184,7 +184,9 @@ class SessionRoutes:
         """One session, and what is on its screen."""
         session = await self._seen(request)
         found = await self._screens.now(session.id)
-        return json_answer(session_form(session) | (found[1].form() if found else {}))
+        return json_answer(
+            session_form(session) | ({**found[1].form(), "agent": found[1].agent} if found else {})
+        )
 
     async def delete(self, request: Request) -> Response:
         """End the session. Deleting it again is no error; the answer shows how far the end has come."""

@@ -49,6 +49,8 @@ class Screen:
     checked: int
     shown: Mapping[str, Any] | None
     errors: tuple[Mapping[str, Any], ...]
+    agent: Mapping[str, object]
+    """Its state, the dev server's, its problems, and when which part of its start was done."""
     age: float
 
     @property
@@ -76,8 +78,24 @@ def read_screen(status: Mapping[str, Any] | None, age: float) -> Screen:
         _whole(said.get("checked")) or 0,
         shown,
         kept,
+        _agent(said),
         age,
     )
+
+
+def _agent(said: Mapping[str, Any]) -> Mapping[str, object]:
+    state, dev_server, start, problems = (
+        said.get(key) for key in ("state", "dev_server", "start", "problems")
+    )
+    ends = start.items() if isinstance(start, dict) else ()
+    return {
+        "state": state if isinstance(state, str) else None,
+        "dev_server": dev_server if isinstance(dev_server, str) else None,
+        "start": {part: end for part, end in ends if isinstance(end, int | float)},
+        "problems": [each for each in problems if isinstance(each, dict)]
+        if isinstance(problems, list)
+        else [],
+    }
 
 
 def _whole(value: object) -> int | None:

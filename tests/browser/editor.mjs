@@ -206,6 +206,145 @@ const scenarios = {
     assert.deepEqual(page.failed, []);
   },
 
+  /** A revision is kept by name, compared with now, and brought back. */
+  async checkpoints() {
+    const page = await open();
+    page.on("dialog", (dialog) => dialog.accept());
+    const before = await current("src/hours.ts");
+    await page.getByRole("button", { name: "Checkpoints" }).click();
+    await page.getByRole("textbox", { name: /^Keep the project/ }).fill("before");
+    await page.getByRole("button", { name: "Keep", exact: true }).click();
+    const row = page.locator(".panel tbody tr", { hasText: "before" });
+    await row.waitFor();
+    await write("src/hours.ts", `${before}// an AI broke it\n`);
+    await row.getByRole("button", { name: "Compare with now" }).click();
+    await page.getByText("+// an AI broke it").waitFor();
+    await row.getByRole("button", { name: "Go back to it" }).click();
+    await page.getByText(/^back at revision \d+$/).waitFor();
+    assert.equal(await current("src/hours.ts"), before);
+    await row.getByRole("button", { name: "Go back to it" }).click();
+    await page.getByText(/^Nothing has changed since revision \d+\./).waitFor();
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** How the start went, and how agent and dev server are. */
+  async session() {
+    const page = await open();
+    await page.getByRole("button", { name: "Session" }).click();
+    const panel = page.getByRole("region", { name: "Session" });
+    await panel.getByText("The session is ready, its agent serving, the dev server ready.").waitFor();
+    for (const part of ["files on the disk", "node_modules in place", "dev server started", "first page"])
+      assert.match((await panel.getByRole("row", { name: part }).textContent()) ?? "", /\d+\.\d\d s$/);
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** Without the stack the page opens with what was open; what is typed is saved when the stack is there again. */
+  async offline() {
+    const page = await open();
+    const before = await current("src/hours.ts");
+    await show(page, "src/hours.ts");
+    const keeps = () =>
+      page.evaluate(async () => {
+        const cached = await (await caches.match("/kept.json"))?.json();
+        const page = await caches.match("/");
+        return cached?.active === "src/hours.ts" && !("password" in cached.config) && page !== undefined;
+      });
+    while (!(await keeps())) await page.waitForTimeout(100);
+    await context.setOffline(true);
+    await page.reload();
+    await page.getByText(/^nobody answers: this is what was open here/).waitFor();
+    await page.locator('.cm-content[aria-label="src/hours.ts"]').waitFor();
+    assert.equal(await page.getByRole("treeitem", { name: "App.tsx" }).count(), 1);
+    await page.locator(".cm-content").click();
+    await page.keyboard.press("Control+Home");
+    await page.keyboard.insertText("// typed offline\n");
+    await page.keyboard.press("Control+s");
+    await page.getByText(/^src\/hours.ts was not saved, and is kept here/).waitFor();
+    await context.setOffline(false);
+    await page.getByText("connected", { exact: true }).waitFor();
+    await page.getByText("// typed offline").waitFor();
+    await page.keyboard.press("Control+s");
+    await page.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    assert.equal(await current("src/hours.ts"), `// typed offline\n${before}`);
+    await write("src/hours.ts", before);
+  },
+
+  /** Five thousand files and one of 5 MB: the tree shows what is in sight, and the file is typed in and saved. */
+  async large() {
+    for (let from = 0; from < 5000; from += 500) {
+      const changes = Array.from({ length: 500 }, (_, index) => ({
+        file_path: `many/${String(from + index).padStart(4, "0")}.ts`,
+        content: `export const n = ${from + index}\n`,
+      }));
+      await other("apply_project_files", { changes });
+    }
+    const line = `${"x".repeat(79)}\n`;
+    await write("large.txt", line.repeat(65536));
+    const page = await open();
+    await page.getByRole("treeitem", { name: "0000.ts" }).waitFor();
+    const drawn = await page.getByRole("treeitem").count();
+    assert.ok(drawn < 200, `${drawn} rows are in the page`);
+    await page.getByRole("tree").focus();
+    await page.keyboard.press("End");
+    await page.getByRole("treeitem", { name: "vite.config.ts" }).waitFor();
+    await show(page, "large.txt");
+    await page.locator(".cm-content").click();
+    await page.keyboard.press("Control+Home");
+    await page.keyboard.type("typed at its top: ", { delay: 100 });
+    await page.keyboard.press("Control+s");
+    await page.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    assert.equal(await current("large.txt"), `typed at its top: ${line.repeat(65536)}`);
+    assert.deepEqual(page.failed, []);
+  },
+
+  /** How long what a person waits for takes, as JSON: milliseconds. */
+  async speed() {
+    const page = await open();
+    const paint = await page.evaluate(
+      () => performance.getEntriesByName("first-contentful-paint")[0]?.startTime ?? null,
+    );
+    const code = Array.from({ length: 640 }, (_, n) => `export const value${n} = "text"; //`).join("\n");
+    await write("src/typed.ts", code);
+    await page.getByRole("treeitem", { name: "typed.ts" }).waitFor();
+    await show(page, "src/typed.ts");
+    await page.evaluate(() => {
+      const tasks = /** @type {any} */ (window);
+      tasks.long = [];
+      new PerformanceObserver((list) => tasks.long.push(...list.getEntries().map((each) => each.duration))).observe({
+        type: "longtask",
+      });
+    });
+    await page.locator(".cm-content").click();
+    await page.keyboard.press("Control+End");
+    await page.keyboard.type(" ten keys a second for ten seconds, and none is late ".repeat(2), { delay: 100 });
+    const long = await page.evaluate(() => /** @type {any} */ (window).long);
+    const before = await current("src/hours.ts");
+    await show(page, "src/hours.ts");
+    const shown = [];
+    for (let round = 0; round < 20; round += 1) {
+      await page.locator(".cm-content").click();
+      await page.keyboard.press("Control+Home");
+      await page.keyboard.insertText(`// ${round}\n`);
+      await page.keyboard.press("Control+s");
+      await page.waitForFunction(
+        (round) =>
+          document.querySelectorAll(".timeline tbody tr").length > round &&
+          /\d (ms|s)$/.test(document.querySelector(".timeline tbody tr td:last-child")?.textContent ?? ""),
+        round,
+      );
+      const said = await page.locator(".timeline tbody tr td:last-child").first().textContent();
+      shown.push(Number.parseFloat(said ?? "") * (said?.endsWith(" ms") ? 1 : 1000));
+    }
+    await write("src/hours.ts", before);
+    const sent = await page.evaluate(() =>
+      performance.getEntriesByType("resource").reduce((sum, each) => {
+        const one = /** @type {PerformanceResourceTiming} */ (each);
+        return /assets/.test(one.name) ? sum + one.encodedBodySize : sum;
+      }, 0),
+    );
+    console.log(JSON.stringify({ paint, long, shown, sent }));
+  },
+
   /** A turn of forty files appears at once, and is taken back. */
   async turn() {
     const page = await open();

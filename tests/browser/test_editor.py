@@ -36,12 +36,37 @@ def page(stack: Stack, path: str = "/", **headers: str) -> httpx.Response:
     return httpx.get(f"{stack.info['orchestrator_url']}{path}", headers=headers, timeout=10)
 
 
-@pytest.mark.parametrize("scenario", ["save", "error", "conflict", "crash", "files", "turn", "accessible"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "save",
+        "error",
+        "conflict",
+        "crash",
+        "files",
+        "checkpoints",
+        "session",
+        "offline",
+        "turn",
+        "accessible",
+    ],
+)
 def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> None:
     environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / f"{scenario}.png")}
     done = subprocess.run(
         ["node", str(HERE / "editor.mjs"), scenario],
         env=environ, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.nightly
+def test_a_large_project(stack: Stack) -> None:
+    """Five thousand files, and one of 5 MB."""
+    environ = os.environ | {"STACK": json.dumps(stack.info)}
+    done = subprocess.run(
+        ["node", str(HERE / "editor.mjs"), "large"],
+        env=environ, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

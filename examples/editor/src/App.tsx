@@ -1,8 +1,9 @@
 import { Component, lazy, type ReactNode, Suspense, useEffect, useState } from 'react'
+import { useShallow } from 'zustand/react/shallow'
 
 import { Code } from './Code.tsx'
 import { Preview } from './Preview.tsx'
-import { save, showHistory, useProjectEditorStore as useStore } from './store.ts'
+import { save, showCheckpoints, showHistory, showSession, useProjectEditorStore as useStore } from './store.ts'
 import { Tabs } from './Tabs.tsx'
 import { Timeline } from './Timeline.tsx'
 import { Tree } from './Tree.tsx'
@@ -10,6 +11,8 @@ import { Tree } from './Tree.tsx'
 // What compares two texts is a third of the page, and needed later or never.
 const History = lazy(() => import('./History.tsx'))
 const ConflictDialog = lazy(() => import('./ConflictDialog.tsx'))
+const Checkpoints = lazy(() => import('./Checkpoints.tsx'))
+const Session = lazy(() => import('./Session.tsx'))
 
 /** A part that fails takes itself off the page; what was typed is kept, and the page is told. */
 class Contained extends Component<{ children: ReactNode }, { error: Error | null }> {
@@ -24,7 +27,7 @@ class Contained extends Component<{ children: ReactNode }, { error: Error | null
 }
 
 export function App() {
-  const { config, failed, active, history, conflict } = useStore()
+  const { config, failed, active, history, conflict, checkpoints, session, offline } = useStore(useShallow((state) => ({ config: state.config, failed: state.failed, active: state.active, history: state.history, conflict: state.conflict, checkpoints: state.checkpoints, session: state.session, offline: state.offline })))
 
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
@@ -45,10 +48,14 @@ export function App() {
       <header>
         <h1>{config.project_name}</h1>
         <Connection />
+        <button aria-pressed={checkpoints !== null} disabled={offline !== null} onClick={() => (checkpoints ? useStore.setState({ checkpoints: null }) : showCheckpoints())}>Checkpoints</button>
+        <button aria-pressed={session !== null} disabled={offline !== null} onClick={() => (session ? useStore.setState({ session: null }) : showSession())}>Session</button>
         <Notice />
       </header>
       <nav aria-label="Files"><Tree /></nav>
       <main>
+        {checkpoints && <Contained><Suspense><Checkpoints /></Suspense></Contained>}
+        {session && <Contained><Suspense><Session /></Suspense></Contained>}
         <Tabs />
         {active ? history ? <Contained><Suspense><History {...history} /></Suspense></Contained> : <Code path={active} /> : <p className="alone">Open a file from the tree.</p>}
         {active && (
@@ -59,7 +66,7 @@ export function App() {
         )}
       </main>
       <section className="right" aria-label="Preview">
-        <Preview url={config.preview_url} />
+        {offline ? <p className="alone">The preview comes from the stack.</p> : <Preview url={config.preview_url} />}
         <Timeline />
       </section>
       {conflict && <Contained><Suspense><ConflictDialog conflict={conflict} /></Suspense></Contained>}
@@ -69,11 +76,13 @@ export function App() {
 
 function Connection() {
   const connected = useStore((state) => state.connected)
+  const offline = useStore((state) => state.offline)
   const [waited, setWaited] = useState(false)
   useEffect(() => {
     const timer = setTimeout(() => setWaited(true), 3000)
     return () => clearTimeout(timer)
   }, [])
+  if (offline) return <span className="state bad" role="status">nobody answers: this is what was open here at {new Date(offline).toLocaleTimeString()}. What you type is kept, and can be saved when the stack runs again</span>
   if (connected || !waited) return <span className="state ok">{connected ? 'connected' : 'connecting …'}</span>
   return <span className="state bad" role="status">not connected: you can read and type, and saving is tried when you save</span>
 }

@@ -1,11 +1,12 @@
 import { useRef, useState } from 'react'
+import { useShallow } from 'zustand/react/shallow'
 
 import { goTo, playTurn, takeBackTurn, useProjectEditorStore as useStore } from './store.ts'
 
 export function Preview({ url }: { url: string }) {
   const frame = useRef<HTMLIFrameElement>(null)
   const [loads, setLoads] = useState(0)
-  const { errors, shown, applied, playing, takeBack, files } = useStore()
+  const { errors, shown, applied, playing, takeBack, files } = useStore(useShallow((state) => ({ errors: state.errors, shown: state.shown, applied: state.applied, playing: state.playing, takeBack: state.takeBack, files: state.files })))
   const state = errors.length ? `${errors.length} ${errors.length === 1 ? 'error' : 'errors'}` : shown === null ? 'no page is open' : shown >= applied ? `revision ${shown} is on the screen` : `revision ${applied} is on its way`
   return (
     <>

@@ -1,7 +1,9 @@
+import { useShallow } from 'zustand/react/shallow'
+
 import { closeFile, openFile, useProjectEditorStore as useStore } from './store.ts'
 
 export function Tabs() {
-  const { docs, active } = useStore()
+  const { docs, active } = useStore(useShallow((state) => ({ docs: state.docs, active: state.active })))
   return (
     <div className="tabs" role="group" aria-label="Open files">
       {[...docs.values()].map((doc) => {

@@ -1,5 +1,6 @@
 import { useVirtualizer } from '@tanstack/react-virtual'
 import { type DragEvent, type KeyboardEvent, useMemo, useRef, useState } from 'react'
+import { useShallow } from 'zustand/react/shallow'
 
 import { addFiles, createFile, openFile, removeFile, renameFile, useProjectEditorStore as useStore } from './store.ts'
 
@@ -31,7 +32,7 @@ function rows(paths: string[], closed: Set<string>): Node[] {
 }
 
 export function Tree() {
-  const { files, active, errors } = useStore()
+  const { files, active, errors } = useStore(useShallow((state) => ({ files: state.files, active: state.active, errors: state.errors })))
   const [closed, setClosed] = useState(new Set<string>())
   const [selected, setSelected] = useState<string | null>(null)
   const scroller = useRef<HTMLDivElement>(null)

@@ -3,7 +3,8 @@ import { createRoot } from 'react-dom/client'
 
 import { App } from './App.tsx'
 import { readConfig } from './config.ts'
-import { open, useProjectEditorStore } from './store.ts'
+import { again, kept } from './offline.ts'
+import { open, openKept, useProjectEditorStore } from './store.ts'
 import './style.css'
 
 createRoot(document.getElementById('root')!).render(
@@ -14,4 +15,12 @@ createRoot(document.getElementById('root')!).render(
 
 readConfig()
   .then(open)
-  .catch((error: Error) => useProjectEditorStore.setState({ failed: error.message }))
+  .catch(async (error: Error) => {
+    const shown = await kept()
+    if (!shown) return useProjectEditorStore.setState({ failed: error.message })
+    openKept(shown)
+    await again()
+    location.reload() // what was typed is among the drafts
+  })
+
+if ('serviceWorker' in navigator && import.meta.env.PROD) void navigator.serviceWorker.register('worker.js')

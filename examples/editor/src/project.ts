@@ -29,6 +29,15 @@ export type Shown = {
 
 export type Version = { version: number; revision: number; created_at: string; is_deleted: boolean; size_bytes: number; encoding: string }
 
+/** A revision that is kept. `name` is null for the end of a turn, which has the turn's `label`. */
+export type Checkpoint = { name: string | null; label: string | null; revision: number; created_at: string }
+
+/** A session as its agent said last. `start`: seconds from the start of its process to the end of each part. */
+export type Session = {
+  state: string
+  agent?: { state: string | null; dev_server: string | null; start: Record<string, number>; problems: { kind: string; detail?: string; file_path?: string }[] }
+}
+
 /** An RPC that was refused. `code` is PT409 and its like; `details` is JSON where there are any. */
 export class Refused extends Error {
   code: string
@@ -117,6 +126,16 @@ export class Project {
     return found.content ?? ''
   }
 
+  /** Newest first. */
+  async checkpoints(): Promise<Checkpoint[]> {
+    return await this.call('list_checkpoints', {})
+  }
+
+  /** All that changed from one revision to now, as `git diff` prints it. */
+  async diff(from: number): Promise<string> {
+    return await this.call('diff_project', { p_from: from })
+  }
+
   // --- writing. `expected`: the version that was edited; 0 for a new file.
 
   async save(path: string, content: string, expected: number): Promise<{ version: number; revision: number }> {
@@ -133,6 +152,16 @@ export class Project {
 
   async restore(path: string, version: number, expected: number): Promise<{ revision: number }> {
     return await this.call('restore_project_file', { p_file_path: path, p_version: version, expected_version: expected })
+  }
+
+  /** Name the revision of now: it can be brought back for as long as the name is there. */
+  async keep(name: string): Promise<void> {
+    await this.call('create_checkpoint', { p_name: name })
+  }
+
+  /** Make the whole project as it was at a revision, in one new commit. */
+  async restoreProject(revision: number): Promise<{ revision: number; changed: number }> {
+    return await this.call('restore_project', { revision, p_correlation_id: crypto.randomUUID() })
   }
 
   /** All of them or none, in one revision. Asked again after a lost answer it gives the first one. */
@@ -191,10 +220,18 @@ export class Project {
 
   /** What became of a revision on the screen; waits until that is known. */
   async shown(revision: number, wait: number, signal: AbortSignal): Promise<Shown> {
+    return await this.ask(`/shown?revision=${revision}&wait=${wait}&quiet=0.05`, signal)
+  }
+
+  async session(): Promise<Session> {
+    return await this.ask('')
+  }
+
+  private async ask<T>(what: string, signal?: AbortSignal): Promise<T> {
     const { data } = await this.supabase.auth.getSession()
-    const answer = await fetch(`${this.config.supabase_url}/v1/sessions/${this.config.session_id}/shown?revision=${revision}&wait=${wait}&quiet=0.05`, {
+    const answer = await fetch(`${this.config.supabase_url}/v1/sessions/${this.config.session_id}${what}`, {
       headers: { Authorization: `Bearer ${data.session?.access_token}` },
-      signal,
+      signal: signal ?? null,
     })
     if (!answer.ok) throw new Unreachable(`the session API answered ${answer.status}`)
     return await answer.json()

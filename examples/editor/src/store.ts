@@ -5,7 +5,8 @@ import type { Config } from './config.ts'
 import * as demo from './demo.ts'
 import { Drafts } from './drafts.ts'
 import { merge } from './merge.ts'
-import { type Change, type Commit, type FileEntry, Project, Refused, type ScreenError, type Shown, Unreachable, type Version } from './project.ts'
+import * as offline from './offline.ts'
+import { type Change, type Checkpoint, type Commit, type FileEntry, Project, Refused, type ScreenError, type Session, type Shown, Unreachable, type Version } from './project.ts'
 
 /** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. */
 export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; gone: boolean }
@@ -30,6 +31,8 @@ export type Revision = {
 type State = {
   config: Config | null
   failed: string | null
+  /** Set while nobody answers and the page shows what it kept: since when it is of. */
+  offline: string | null
   connected: boolean
   files: Map<string, FileEntry>
   docs: Map<string, Doc>
@@ -37,6 +40,8 @@ type State = {
   goTo: { path: string; line: number; column: number; nonce: number } | null
   conflict: Conflict | null
   history: { path: string; versions: Version[] } | null
+  checkpoints: { kept: Checkpoint[]; compared: { revision: number; diff: string } | null } | null
+  session: Session | null
   revisions: Revision[]
   errors: ScreenError[]
   applied: number
@@ -47,10 +52,12 @@ type State = {
 }
 
 const KEPT_REVISIONS = 200
+const SOON = 200_000 // characters: as much is kept at each key
 
 export const useProjectEditorStore = create<State>(() => ({
   config: null,
   failed: null,
+  offline: null,
   connected: false,
   files: new Map(),
   docs: new Map(),
@@ -58,6 +65,8 @@ export const useProjectEditorStore = create<State>(() => ({
   goTo: null,
   conflict: null,
   history: null,
+  checkpoints: null,
+  session: null,
   revisions: [],
   errors: [],
   applied: 0,
@@ -74,6 +83,7 @@ let drafts: Drafts
 let heard = 0 // the highest revision that the channel told of
 let waiting: AbortController | null = null
 let waitsFor = 0
+let later: ReturnType<typeof setTimeout> | undefined
 
 // --- opening
 
@@ -95,6 +105,29 @@ export async function open(config: Config): Promise<void> {
     void watchScreen(Math.max(applied, waitsFor))
   })
   void watchScreen(0)
+  keepForOffline()
+}
+
+/** The page without its stack: what was open is there to be read, what is typed is kept, nothing can be saved. */
+export function openKept(kept: offline.Kept): void {
+  project = new Project({ ...kept.config, password: '' })
+  drafts = new Drafts(kept.config.project_id)
+  const docs = new Map(kept.docs.map((doc): [string, Doc] => [doc.path, { ...doc, text: drafts.read(doc.path)?.text ?? doc.base, saving: false, gone: false }]))
+  set({ config: { ...kept.config, password: '' }, offline: kept.since, files: new Map(kept.files.map((file) => [file.path, file])), docs, active: kept.active })
+}
+
+/** Keep what the page shows, some seconds after it changed: a start without the stack shows it. */
+function keepForOffline(): void {
+  let timer: ReturnType<typeof setTimeout> | undefined
+  const keep = () => {
+    timer = undefined
+    const { config, files, docs, active } = get()
+    if (config) void offline.keep({ config, files: [...files.values()], docs: [...docs.values()].map(({ path, base, version }) => ({ path, base, version })), active, since: new Date().toISOString() })
+  }
+  useProjectEditorStore.subscribe((now, before) => {
+    if (now.files !== before.files || now.docs !== before.docs || now.active !== before.active) timer ??= setTimeout(keep, 2000)
+  })
+  keep()
 }
 
 /** Read the list anew, and what is open and unchanged here. */
@@ -155,7 +188,9 @@ export function edit(path: string, text: string): void {
   const doc = get().docs.get(path)
   if (!doc || doc.text === text) return
   patchDoc(path, { text })
-  keepDraft(path)
+  if (text.length < SOON) return keepDraft(path)
+  clearTimeout(later)
+  later = setTimeout(keepDraft, 500, path) // a file of megabytes takes longer to write than a key to press
 }
 
 function keepDraft(path: string): void {
@@ -281,6 +316,41 @@ export async function restore(path: string, version: number): Promise<void> {
   if (!newest) return
   await commit(`${path} was not restored`, `${path} back at version ${version}`, [path], () => project.restore(path, version, newest.version))
   await showHistory(path)
+}
+
+// --- checkpoints, and the session
+
+export async function showCheckpoints(): Promise<void> {
+  await attempt('The checkpoints could not be read', async () => set({ checkpoints: { kept: await project.checkpoints(), compared: null }, history: null }))
+}
+
+export async function compare(revision: number): Promise<void> {
+  await attempt(`Revision ${revision} could not be compared`, async () => {
+    const diff = await project.diff(revision)
+    const checkpoints = get().checkpoints
+    if (checkpoints) set({ checkpoints: { ...checkpoints, compared: { revision, diff } } })
+  })
+}
+
+export async function keepRevision(name: string): Promise<void> {
+  await attempt(`${name} was not kept`, async () => {
+    await project.keep(name)
+    await showCheckpoints()
+  })
+}
+
+export async function restoreProject(revision: number): Promise<void> {
+  if (!confirm(`Make the whole project as it was at revision ${revision}? What was written since stays in the history.`)) return
+  await commit(`Revision ${revision} was not restored`, `back at revision ${revision}`, [], async () => {
+    const done = await project.restoreProject(revision)
+    if (done.changed === 0) say(`Nothing has changed since revision ${revision}.`)
+    return done
+  })
+  await showCheckpoints()
+}
+
+export async function showSession(): Promise<void> {
+  await attempt('The session could not be read', async () => set({ session: await project.session() }))
 }
 
 // --- what others do
