@@ -45,7 +45,7 @@ const rendering = {
 }
 export default { plugins: [react(), failing, rendering] }
 """
-"""Once it is told to, it answers as Vite does when it bundles dependencies anew; and it renders a page on the server."""
+"""Once it is told to, it answers as Vite does when it bundles dependencies anew; and it renders a page."""
 HYDRATED = """import { word } from './word.ts'
 const said = document.querySelector('[data-said]')!
 said.setAttribute('data-said', 'by the page')
@@ -240,7 +240,9 @@ def test_a_rendered_page_that_is_saved_before_it_is_hydrated_is_loaded_anew(
 
     def both() -> bool:
         shown = served.report()["shown"]
-        return shown["revision"] >= revision and shown["pages"]["visible"] == 2 and not shown["pages"]["behind"]
+        return (
+            shown["revision"] >= revision and shown["pages"]["visible"] == 2 and not shown["pages"]["behind"]
+        )
 
     served.until("both show it", both)
     assert [browser.run(said, name) for name in ("other", "page")] == [word, word]
