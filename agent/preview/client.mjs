@@ -9,7 +9,7 @@
  */
 export function observe(hot, hmr, again) {
   const MOST = 50; // errors reported between two revisions
-  const SETTLED = 10_000; // ms after a page was loaded in which it becomes its own: hydrated, its parts loaded
+  const SETTLED = 10_000; // ms after a page was loaded within which what the server rendered is hydrated
   const load = Math.random().toString(36).slice(2);
   let revision = 0;
   let sent = 0; // how much of what changes a page was heard
@@ -118,13 +118,14 @@ export function observe(hot, hmr, again) {
     busy++;
     const { loadEventEnd } = navigation();
     const young = !loadEventEnd || performance.now() - loadEventEnd < SETTLED;
-    for (const { type, path, acceptedPath } of payload.updates) {
+    for (const { type, path, acceptedPath, rendered } of payload.updates) {
       for (const each of [path, acceptedPath]) {
         failed.delete(each);
         stale ||= thrown.has(each);
       }
       // What was rendered on the server, or is on its way, is older than the update, and what should take it is not there.
-      stale ||= young && type === "js-update" && hmr?.hotModulesMap?.has(path) === false;
+      const absent = type === "js-update" && hmr?.hotModulesMap?.has(path) === false;
+      stale ||= absent && (rendered ? young : !loadEventEnd);
     }
   });
   hot.on("vite:afterUpdate", () => busy--);

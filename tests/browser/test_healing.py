@@ -41,7 +41,9 @@ const failing = {
 }
 const rendering = {
   name: 'rendering',
-  transformIndexHtml: (html) => html.replace('WORD', /'(.*)'/.exec(fs.readFileSync('src/word.ts', 'utf8'))[1]),
+  async transformIndexHtml(html, { server }) {
+    return html.includes('WORD') ? html.replace('WORD', (await server.ssrLoadModule('/src/word.ts')).word) : html
+  },
 }
 export default { plugins: [react(), failing, rendering] }
 """
