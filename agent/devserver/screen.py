@@ -52,6 +52,10 @@ Kind = Literal["build", "runtime", "rejection", "module", "resource", "console"]
 COUNTED: Final[tuple[Kind, ...]] = ("build", "runtime", "rejection", "module", "resource", "console")
 
 
+News = tuple[int, object, object, object]
+"""What is told at once when it changes; the first is the revision on the disk."""
+
+
 class PreviewError(Struct, frozen=True, omit_defaults=False):
     """An open error. `file` is relative to the project; `line` and `column` count from 1; `frame` is source around it.
 
@@ -218,11 +222,15 @@ class Screen:
         return tuple(self._said.errors)
 
     @property
-    def news(self) -> tuple[object, ...]:
-        """What is told at once when it changes: the revisions, whether the page is blank, and which errors are open."""
+    def news(self) -> News:
+        """What is told at once when it changes: the revision on the disk, and what is known of the screen.
+
+        What was checked is the answer where nobody looks, or where something cannot be built.
+        """
         shown = self.shown
         errors = frozenset((each.kind, each.message, each.file, each.line) for each in self.errors)
-        return self._revision, self._said.checked, shown and (shown.revision, shown.blank), errors
+        asked = shown is None or any(each.kind == "build" for each in self.errors)
+        return self._revision, asked and self._said.checked, shown and (shown.revision, shown.blank), errors
 
     def report(self) -> dict[str, object]:
         """Return `observed`, `checked`, `shown` and `errors` as they travel; not redacted."""

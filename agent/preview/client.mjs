@@ -9,6 +9,7 @@
  */
 export function observe(hot, hmr, again) {
   const MOST = 50; // errors reported between two revisions
+  const SETTLED = 10_000; // ms after a page was loaded within which what the server rendered is hydrated
   const load = Math.random().toString(36).slice(2);
   let revision = 0;
   let sent = 0; // how much of what changes a page was heard
@@ -22,13 +23,15 @@ export function observe(hot, hmr, again) {
   const failed = new Set();
   /** @type {Set<string>} those that threw: they have left Vite's callbacks, and their next update would change nothing */
   const thrown = new Set();
-  let stale = false; // such an update came
+  let stale = false; // an update came that changed nothing
   /** @type {Map<string, number>} what was reported since the last revision */
   const reported = new Map();
 
   /** @param {string} event @param {object} data */
   const say = (event, data = {}) =>
     left || hot.send(`preview:${event}`, { load, revision, hidden: document.hidden, ...data });
+  /** How the page was loaded.  @returns {Partial<PerformanceNavigationTiming>} */
+  const navigation = () => performance.getEntriesByType("navigation")[0] ?? {};
   /** @param {number} ms */
   const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
   /** Resolves when the next frame is painted; at once where none is.  @returns {Promise<unknown>} */
@@ -113,9 +116,16 @@ export function observe(hot, hmr, again) {
 
   hot.on("vite:beforeUpdate", (/** @type {any} */ payload) => {
     busy++;
-    for (const path of payload.updates.flatMap((/** @type {any} */ each) => [each.path, each.acceptedPath])) {
-      failed.delete(path);
-      stale ||= thrown.has(path);
+    const { loadEventEnd } = navigation();
+    const young = !loadEventEnd || performance.now() - loadEventEnd < SETTLED;
+    for (const { type, path, acceptedPath, rendered } of payload.updates) {
+      for (const each of [path, acceptedPath]) {
+        failed.delete(each);
+        stale ||= thrown.has(each);
+      }
+      // What was rendered on the server, or is on its way, is older than the update, and what should take it is not there.
+      const absent = type === "js-update" && hmr?.hotModulesMap?.has(path) === false;
+      stale ||= absent && (rendered ? young : !loadEventEnd);
     }
   });
   hot.on("vite:afterUpdate", () => busy--);
@@ -137,7 +147,7 @@ export function observe(hot, hmr, again) {
     // An update whose callback throws is never told to be over.
     for (const end = performance.now() + 5000; (busy > 0 || leaving) && performance.now() < end; ) await pause(2);
     if (current === revision) busy = 0;
-    if (stale) return location.reload();
+    if (stale) return document.readyState === "complete" && location.reload();
     if (how === "update") await pause(17); // React's own wait before it renders an update
     await frame();
     await frame();
@@ -152,8 +162,7 @@ export function observe(hot, hmr, again) {
     sent = now.sent;
     if (!now.load) void shown("update");
     else {
-      const [navigation] = /** @type {PerformanceNavigationTiming[]} */ (performance.getEntriesByType("navigation"));
-      const how = navigation?.type === "reload" ? "reload" : "load";
+      const how = navigation().type === "reload" ? "reload" : "load";
       if (document.readyState === "complete") void shown(how);
       else addEventListener("load", () => void shown(how));
     }

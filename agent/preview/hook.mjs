@@ -24,19 +24,15 @@ export function patched(url, source) {
   return `export * from ${real};\nimport { createServer as make } from ${real};\nexport const createServer = ${OURS}.observed(make);\n`;
 }
 
+/** @param {string} url @param {any} loaded  What Node would run. */
+const standIn = (url, loaded) => {
+  const source = loaded.source && patched(url, String(loaded.source));
+  return source ? { ...loaded, source } : loaded;
+};
 /** @type {import("node:module").LoadHook} */
-export async function load(url, context, next) {
-  const loaded = await next(url, context);
-  const source = loaded.source && patched(url, String(loaded.source));
-  return source ? { ...loaded, source } : loaded;
-}
-
+export const load = async (url, context, next) => standIn(url, await next(url, context));
 /** @type {import("node:module").LoadHookSync} */
-function loadSync(url, context, next) {
-  const loaded = next(url, context);
-  const source = loaded.source && patched(url, String(loaded.source));
-  return source ? { ...loaded, source } : loaded;
-}
+const loadSync = (url, context, next) => standIn(url, next(url, context));
 
 if (isMainThread && process.env.PREVIEW_SYNC_AGENT) {
   try {

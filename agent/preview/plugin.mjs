@@ -338,8 +338,15 @@ export function preview() {
     [server, closed, sent] = [given, false, Date.now()];
     const hot = /** @type {any} */ (given.environments?.client?.hot ?? given.hot);
     const send = hot.send.bind(hot);
+    // A page needs to know what may stand in it as the server rendered it.
+    const onServer = (/** @type {string} */ url) => {
+      const { client, ...others } = given.environments ?? {};
+      const file = client?.moduleGraph?.urlToModuleMap.get(url)?.file ?? "";
+      return Object.values(others).some((each) => each.moduleGraph?.getModulesByFile(file)?.size);
+    };
     feed = (payload) => {
       if (payload.type !== "custom") sent++;
+      for (const each of payload.updates ?? []) each.rendered = onServer(each.acceptedPath);
       send(payload);
     };
     hot.send = (/** @type {any} */ first, /** @type {any} */ data) => {

@@ -21,7 +21,7 @@ const HOW = new Set(["update", "reload", "load"]);
  */
 
 /** @param {unknown} value @param {number} most */
-export const text = (value, most) => (typeof value === "string" && value ? value.slice(0, most) : null);
+const text = (value, most) => (typeof value === "string" && value ? value.slice(0, most) : null);
 /** @param {unknown} value @param {number} most */
 const whole = (value, most = 1e9) =>
   Number.isInteger(value) && Number(value) >= 0 ? Math.min(Number(value), most) : null;

@@ -83,6 +83,10 @@ QUOTED = (
            "Vite alone, from a direct write"),
     Quoted("a turn of 40 files on the screen", "screen", "screen: turn of 40 files to painted", "vite, git checkout",
            "Vite alone, from `git checkout`"),
+    Quoted("a page of 230 modules through the door", "door", "door: a page of 230 modules", "directly", "directly"),
+    Quoted("what the door adds to a hot update's round trip", "door", "door: round trip of a hot update, added"),
+    Quoted("an open socket at the door, memory", "door", "door: an open socket"),
+    Quoted("a sleeping session's page of now, from the wake", "door", "door: wake to the page of now"),
     Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident", first=True),
     Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor", first=True),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from orchestrator_stub.config import Settings, SettingsError
 from orchestrator_stub.doctor.database import examine_database
+from orchestrator_stub.doctor.door import examine_door
 from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
 from orchestrator_stub.doctor.machines import examine_machines, examine_public_url
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
@@ -57,6 +58,7 @@ async def examine_all(settings: Settings) -> list[Finding]:
                 ("redis", lambda report: _redis(settings, report)),
                 ("machines", lambda report: examine_machines(settings, http, report)),
                 ("address", lambda report: examine_public_url(settings, http, report)),
+                ("door", lambda report: examine_door(settings, report)),
             ]
         )
 

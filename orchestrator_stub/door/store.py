@@ -68,6 +68,13 @@ class DoorStore:
                 (session_id,),
             )
 
+    async def viewed(self, session_ids: Sequence[UUID]) -> None:
+        """Note that somebody looks at the sessions: none of them is idle."""
+        async with self._pool.connection() as connection:
+            await connection.execute(
+                "update preview.sessions set viewed_at = now() where id = any(%s)", (list(session_ids),)
+            )
+
     async def progress(self, session_id: UUID) -> Mapping[str, Any] | None:
         """How far the session's start is, as its agent said last; None: there is no such session."""
         query = (

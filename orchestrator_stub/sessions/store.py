@@ -416,10 +416,6 @@ class SessionStore:
             row = await cursor.fetchone()
             return bool(row and row[0])
 
-    async def viewed(self, session_id: UUID) -> None:
-        """Somebody has the preview open, as whoever passes pages on knows."""
-        await self._run("update preview.sessions set viewed_at = now() where id = %(id)s", {"id": session_id})
-
     async def change(self, statement: LiteralString, values: Mapping[str, object]) -> Session | None:
         """The row that an update of `preview.sessions` wrote, or None."""
         return await self._one(statement, values)

@@ -162,12 +162,13 @@ def test_a_start_is_seen_to_its_end_and_access_to_its(browser: Browser, doors: D
     doors.api("DELETE", f"/v1/sessions/{session}")
 
 
-def test_a_page_comes_back_by_itself_when_its_door_does(browser: Browser, doors: Doors) -> None:
+def comes_back(browser: Browser, doors: Doors, restarts: int, open_seconds: float) -> None:
+    """One page while its door is started anew, its socket open for so long in between."""
     stack = doors.stack
     words(stack, "before")
     browser.do("open", url=doors.url(stack.info["session_id"]))
     browser.do("wait", code=shows("before"))
-    for n in range(5):
+    for n in range(restarts):
         browser.run("void (window.kept = true)")
         doors.stop("tls")
         words(stack, f"after {n}")
@@ -176,8 +177,22 @@ def test_a_page_comes_back_by_itself_when_its_door_does(browser: Browser, doors:
         # And hot updates pass again, with nothing loaded anew.
         browser.do("wait", code="!window.kept")
         browser.run("void (window.again = true)")
+        until_then = time.monotonic() + open_seconds
+        while time.monotonic() < until_then:
+            assert browser.run("window.again === true"), "the page was loaded anew though nothing happened"
+            time.sleep(min(5.0, open_seconds))
         words(stack, f"hot {n}")
         browser.do("wait", code=f"window.again && {shows(f'hot {n}')}")
+
+
+def test_a_page_comes_back_by_itself_when_its_door_does(browser: Browser, doors: Doors) -> None:
+    comes_back(browser, doors, 5, 0)
+
+
+@pytest.mark.nightly
+def test_a_page_comes_back_over_half_an_hour_of_restarts(browser: Browser, doors: Doors) -> None:
+    """DOOR_MINUTES of it: half an hour is above every time after which something on the way forgets a silent socket."""
+    comes_back(browser, doors, 5, float(os.environ.get("DOOR_MINUTES", "30")) * 60 / 5)
 
 
 def test_a_browser_that_blocks_the_cookie_is_told_and_has_a_way(browser: Browser, doors: Doors) -> None:

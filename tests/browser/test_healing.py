@@ -39,9 +39,22 @@ const failing = {
     })
   },
 }
-export default { plugins: [react(), failing] }
+const rendering = {
+  name: 'rendering',
+  async transformIndexHtml(html, { server }) {
+    return html.includes('WORD') ? html.replace('WORD', (await server.ssrLoadModule('/src/word.ts')).word) : html
+  },
+}
+export default { plugins: [react(), failing, rendering] }
 """
-"""Once it is told to, it answers as Vite does when it bundles dependencies anew."""
+"""Once it is told to, it answers as Vite does when it bundles dependencies anew; and it renders a page."""
+HYDRATED = """import { word } from './word.ts'
+const said = document.querySelector('[data-said]')!
+said.setAttribute('data-said', 'by the page')
+console.log(word)
+import.meta.hot?.accept('./word.ts', (next) => (said.textContent = next!.word))
+"""
+"""Takes over what was rendered as it stands, as frameworks do, when it is told to."""
 
 FILES: dict[str, str | None] = {
     "src/Leaf.tsx": LEAF,
@@ -53,6 +66,12 @@ FILES: dict[str, str | None] = {
     "public/picture.svg": PICTURE % 10,
     "postcss.config.mjs": PLUGIN % "one",
     "vite.config.ts": CONFIG,
+    "rendered.html": (
+        '<body><p data-said>WORD</p><script type="module">'
+        "window.hydrate = () => import('/src/hydrated.ts').then(() => 0)</script></body>\n"
+    ),
+    "src/hydrated.ts": HYDRATED,
+    "src/word.ts": "export const word = 'first'\n",
 }
 MARK = "getComputedStyle(document.querySelector('main')).getPropertyValue('--mark').trim()"
 STATE = "window.kept === true && document.querySelector('#kept').value === 'typed'"
@@ -201,3 +220,34 @@ def test_a_page_whose_callback_threw_at_an_update_is_followed_on(browser: Browse
     served.apply({"src/Leaf.tsx": LEAF.replace("good", "on")})
     browser.do("wait", code="document.querySelector('[data-leaf]')?.dataset.leaf === 'on'")
     served.shown()
+
+
+@pytest.mark.parametrize("loaded", ["before its modules are asked for", "while they are on their way"])
+def test_a_rendered_page_that_is_saved_before_it_is_hydrated_is_loaded_anew(
+    browser: Browser, served: Served, loaded: str
+) -> None:
+    url = f"{served.url}/rendered.html"
+    said = "document.querySelector('[data-said]')?.textContent"
+    browser.do("open", "other", url=url)
+    browser.do("wait", "other", code="window.hydrate")
+    browser.run("window.hydrate()", "other")  # from now on Vite knows its modules, and sends their updates
+    browser.do("open", url=url)
+    browser.do("wait", code=f"window.hydrate && {said} === 'first'")
+    served.shown()
+    if loaded.startswith("while"):
+        browser.run("void window.hydrate()")
+    word = f"second {loaded}"
+    served.apply({"src/word.ts": f"export const word = '{word}'\n"})
+    revision = served.revision
+
+    def both() -> bool:
+        shown = served.report()["shown"]
+        return (
+            shown["revision"] >= revision and shown["pages"]["visible"] == 2 and not shown["pages"]["behind"]
+        )
+
+    served.until("both show it", both)
+    assert [browser.run(said, name) for name in ("other", "page")] == [word, word]
+    assert (browser.do("seen", "other")["loads"], browser.run("Boolean(window.hydrate)")) == (1, True)
+    served.apply({"src/word.ts": "export const word = 'third'\n"})
+    browser.do("wait", "other", code=f"{said} === 'third'")

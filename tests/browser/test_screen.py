@@ -202,8 +202,10 @@ def test_an_error_is_told_with_its_place_and_is_gone_when_it_is_mended(
     path, bad, kinds, line = ERRORS[case]
     opened(browser, preview)
     revision = preview.apply({path: bad})
+    saved = time.monotonic()
     answer = preview.shown()
     assert answer["outcome"] == "error", answer
+    print(f"{case}: told {(time.monotonic() - saved) * 1e3:.0f} ms after it was saved")
 
     def placed(answer: dict[str, Any]) -> bool:
         return any(
@@ -216,6 +218,7 @@ def test_an_error_is_told_with_its_place_and_is_gone_when_it_is_mended(
         )
 
     preview.until(placed)
+    print(f"{case}: with its place {(time.monotonic() - saved) * 1e3:.0f} ms after it was saved")
     good = "main { --mark: 2 }\n" if path.endswith(".css") else LEAF.replace("good", "mended")
     preview.apply({path: good})
     answer = preview.until(lambda answer: answer["outcome"] == "shown")

@@ -93,7 +93,6 @@ def test_a_framework_is_observed(browser: Browser, tmp_path: Path, app: App) -> 
         browser.do("open", url=f"{served.url}{app.page}")
         heading = "document.querySelector('h1')?.textContent"
         browser.do("wait", code=f"{heading} === 'One'")
-        browser.do("idle")  # what the server rendered is taken over by then
         served.shown()
         good = app.files[app.save.path]
         for name in ("Two", "Three"):

@@ -17,9 +17,11 @@ import httpx
 import psycopg
 import pytest
 
+from orchestrator_stub.door.store import DoorStore
 from orchestrator_stub.machines.container import ContainerMachines
 from tests.agent.conftest import EXAMPLE
 from tests.image.engine import TAG, Engine
+from tests.orchestrator.door.world import Preview, door_world, status
 from tests.orchestrator.machines.driver_contract import spec_for
 from tests.orchestrator.machines.test_container import LIMITS
 from tests.system.plane import Plane, Project, eventually, running_plane
@@ -93,6 +95,12 @@ async def test_a_session_lives_its_whole_life_in_containers(
     form = await ready(plane, session_id)
     async with httpx.AsyncClient(trust_env=False) as browser:
         assert "<!doctype html>" in (await browser.get(form["preview_url"])).text.lower()
+    async with door_world(plane.dsn, domain="localhost:PORT") as world:
+        label = await DoorStore(world.pool).label(edited.id)
+        preview = Preview(world, edited.id, UUID(session_id), label)
+        page = await world.ask(preview, "/", "GET", "Accept: text/html")
+        assert (status(page), b"<!doctype html>" in page.lower()) == (200, True), "through a door as well"
+        assert status(await world.ask(preview, cookie=False)) == 401
 
     # The same request is the same container, and so it is for an orchestrator that never heard of it: the one before
     # was killed after the engine had made it and before the row said so.

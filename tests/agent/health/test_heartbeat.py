@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import orjson
 import pytest
 
@@ -17,6 +18,7 @@ from agent.core.errors import AgentError, SessionGone, Superseded
 from agent.core.model import Cursor, Problem, Tree
 from agent.core.reconcile import Reason
 from agent.daemon import Agent
+from agent.devserver.screen import _Reported
 from agent.devserver.state import Phase
 from agent.replay.simulated_clock import simulate
 from agent.telemetry.status import SyncPhase
@@ -350,5 +352,50 @@ def test_what_is_on_the_disk_is_told_at_once_at_most_four_times_a_second_and_the
         sent = len(orchestrator.at) - begun
         assert 6 <= sent <= 13, sent
         assert orchestrator.told[-1]["revision"] == 201, "the last word always"
+
+    play(tmp_path, script, orchestrator)
+
+
+def test_what_is_shown_is_told_at_once_however_fast_saves_come(tmp_path: Path) -> None:
+    orchestrator = Orchestrator()
+
+    async def script(world: World) -> None:
+        world.serve()
+        screen = world.agent.screen
+        clock = asyncio.get_running_loop().time
+        await asyncio.sleep(2)
+
+        async def reports(revision: int, **other: object) -> int:
+            """How many go out in the next 50 ms, once the plugin has said this."""
+            before = len(orchestrator.at)
+            said = {"checked": revision, "shown": None, "errors": [], **other}
+            screen._take(msgspec.convert(said, _Reported))
+            await asyncio.sleep(0.05)
+            return len(orchestrator.at) - before
+
+        def page(revision: int) -> dict[str, object]:
+            pages = {"visible": 1, "hidden": 0, "behind": 0}
+            return {"revision": revision, "at": 0.0, "how": "update", "pages": pages, "blank": False}
+
+        assert await reports(0, shown=page(0)) == 1
+        await asyncio.sleep(1)
+        waits = []
+        for revision in range(1, 12):
+            screen.commit(revision, {})
+            await asyncio.sleep(0.05)
+            assert await reports(revision, shown=page(revision - 1)) == 0, "checked, which no waiter asks"
+            now = clock()
+            assert await reports(revision, shown=page(revision)) == 1
+            waits.append(orchestrator.at[-1] - now)
+            await asyncio.sleep(0.3)
+        assert max(waits) < 0.001, "a save is two reports at most, and that of what is shown waits for none"
+        screen.commit(12, {})
+        await asyncio.sleep(1)
+        assert await reports(12) == 1
+        screen.commit(13, {})
+        await asyncio.sleep(1)
+        assert await reports(13) == 1, "with no page open, what was checked is the answer"
+        gaps = [after - before for before, after in zip(orchestrator.at, orchestrator.at[4:], strict=False)]
+        assert min(gaps) >= 1.0 - 1e-6
 
     play(tmp_path, script, orchestrator)

@@ -26,6 +26,7 @@ from orchestrator_stub.platform.tokens import Keyring, new_es256
 from tests.conftest import fresh
 from tests.fakes.fly import APP, TOKEN
 from tests.fakes.serving import SECRET, Local, serve_local
+from tests.orchestrator.door.world import KEYS
 from tests.ports import free_port
 
 PUBLIC_URL = "http://orchestrator.example"
@@ -191,6 +192,8 @@ BROKEN = [
            settings=lambda local, peers, tmp: {"public_url": "http://localhost:8080"}),
     Broken("something else answers there", "is no orchestrator",
            settings=lambda local, peers, tmp: {"public_url": f"{PUBLIC_URL}/elsewhere"}),
+    Broken("previews are every browser's own machine", "every browser's own machine",
+           settings=lambda local, peers, tmp: {"preview_domain": "localhost:54380", "door_keys": KEYS}),
     Broken("Redis is away", "does not answer", Mark.WARN,
            settings=lambda local, peers, tmp: {"redis_url": f"redis://127.0.0.1:{free_port()}"}),
     Broken("no engine", "is not on the PATH",
@@ -204,7 +207,7 @@ async def test_all_is_well(database: str, tmp_path: Path, peers: str) -> None:
         objects = await local.sql("select name from storage.objects")
     assert not marked(found, Mark.BAD) + marked(found, Mark.WARN) + marked(found, Mark.SKIP)
     assert {each.part for each in found} == {
-        "settings", "database", "keys", "realtime", "storage", "redis", "machines", "address",
+        "settings", "database", "keys", "realtime", "storage", "redis", "machines", "address", "door",
     }  # fmt: skip
     assert not objects
     assert healthy(found)

@@ -20,11 +20,12 @@ from tests.ports import free_port
 DOCS = Path(__file__).parents[3] / "docs" / "door"
 
 
-def certificate(directory: Path, domain: str = "preview.test") -> tuple[Path, Path]:
+def certificate(directory: Path, domain: str = "preview.test", days: int = 2) -> tuple[Path, Path]:
     """A certificate of its own making for everything below `domain`."""
     cert, key = directory / "cert.pem", directory / "key.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+         "-days", str(days),
          "-subj", f"/CN={domain}", "-addext", f"subjectAltName=DNS:*.{domain}", "-keyout", key, "-out", cert],
         check=True, capture_output=True,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from orchestrator_stub.door import pages, service
-from tests.orchestrator.door.world import World, body, fields, status, within
+from tests.orchestrator.door.world import World, body, count, fields, status, within
 
 
 async def test_a_person_gets_a_page_and_a_program_503(world: World) -> None:
@@ -34,6 +34,13 @@ async def test_a_person_gets_a_page_and_a_program_503(world: World) -> None:
 async def test_a_dev_server_that_is_away_is_waited_for(world: World) -> None:
     preview = await world.preview(preview_url="http://127.0.0.1:1")
     assert b"Starting your preview" in await world.ask(preview, "/", "GET", "Accept: text/html")
+    # Neither a way to the machines' private network nor such a name.
+    for url in ("http://[fdaa::1]:3000", "http://nowhere.invalid:3000"):
+        await preview.set(preview_url=url)
+        await within("the door knows", partial(_stands, world, preview.label, url))
+        page = await world.ask(preview, "/", "GET", "Accept: text/html")
+        assert (status(page), b"Starting your preview" in page) == (503, True)
+    assert count(world, "unreachable") == 3
     for url in ("https://127.0.0.1", "ftp://x", "http://", "http://[", "http://a:99999", "x" * 300):
         await preview.set(preview_url=url)
         await within("the door knows", partial(_stands, world, preview.label, url))
