@@ -41,13 +41,16 @@ ARG NODE_EXTRA_CA_CERTS
 WORKDIR /app/project
 COPY ${TEMPLATE}/package.json ${TEMPLATE}/package-lock.json ./
 RUN /opt/preview-agent/bin/python -m agent.devserver.install /app/project \
- && rm package.json package-lock.json
+ && rm package.json package-lock.json \
+ && find /app/project -exec touch --no-dereference --date=@0 {} +
+# Made at the same moment each time: its layer is the same bytes, and does not move when a new agent installs it again.
 
 # --- what is deployed
 FROM ${BASE}
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
+    /usr/lib/python3*/pydoc_data /usr/lib/python3*/test /usr/lib/python3*/lib2to3 \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin preview \
  && install -d -m 0755 /app \
  && install -d -m 0700 /var/lib/preview-agent
