@@ -56,8 +56,8 @@ RUN apt-get update \
  && install -d -m 0700 /var/lib/preview-agent
 # In the order of how seldom they change: a new agent is a new layer of its own, on the same template.
 COPY --from=template --chown=10001:10001 /app/project /app/project
-COPY --from=agent /opt/preview-agent /opt/preview-agent
 COPY --chmod=755 entrypoint.sh /usr/local/bin/entrypoint.sh
+COPY --from=agent /opt/preview-agent /opt/preview-agent
 ENV PATH=/opt/preview-agent/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PROJECT_DIR=/app/project \
     STATE_DIR=/var/lib/preview-agent \
