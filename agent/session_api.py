@@ -129,15 +129,19 @@ class SessionApi:
         """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""
         return await self._call("GET", "run", None)
 
-    async def find_modules(self, key: str, *, refused: str | None = None, ahead: bool = True) -> object:
+    async def find_modules(
+        self, key: str, *, refused: str | None = None, ahead: bool = True, send: bool = True
+    ) -> object:
         """Ask for the layer of that key. The caller reads the answer and owns what goes wrong.
 
         Args:
             key: Of the layer.
             refused: The hash of the first part of the one that was answered before, and is no good.
             ahead: Whether the project's next machine is to be told of it when it is made.
+            send: Whether the answer is to say where to send one that is missing.
         """
-        more = {**({"refused": refused} if refused else {}), **({} if ahead else {"ahead": False})}
+        more: dict[str, object] = {"refused": refused} if refused else {}
+        more |= {name: False for name, value in (("ahead", ahead), ("send", send)) if not value}
         return await self._call("POST", "modules", {"key": key, **more})
 
     async def add_modules(

@@ -154,12 +154,12 @@ class Layers:
         return found
 
     async def find(
-        self, key: str, *, refused: Layer | None = None, ahead: bool = True
+        self, key: str, *, refused: Layer | None = None, ahead: bool = True, send: bool = True
     ) -> Layer | Missing | None:
         """Ask for the layer of a key, as `LayerStore.find` does. None: nobody answered in time."""
         try:
             async with asyncio.timeout(FIND_SECONDS):
-                return await self._store.find(key, refused=refused, ahead=ahead)
+                return await self._store.find(key, refused=refused, ahead=ahead, send=send)
         except (LayerFailed, TimeoutError) as error:
             self._failed("unavailable", str(error) or f"no answer within {FIND_SECONDS:g} s")
             return None
@@ -181,7 +181,7 @@ class Layers:
         except LayerFailed as failure:
             self._failed(failure.outcome, str(failure))
             if failure.its_fault:
-                found = await self.find(layer.key, refused=layer, ahead=not bundle)
+                found = await self.find(layer.key, refused=layer, ahead=not bundle, send=not bundle)
                 if isinstance(found, Missing) and layer.key == self._wanted:
                     self.missing = found
             return str(failure)

@@ -64,6 +64,7 @@ class Bundles:
         self._stages = stages
         self._known: _Known | None = None
         self._keeping = False
+        self._sent = 0
         self._installed: tuple[Path, LayerKey] | None = None
         """The directory that was installed last."""
 
@@ -75,7 +76,7 @@ class Bundles:
         """Return the stage that has the bundle of a project; None: there is none that could be used."""
         try:
             key = await _key(root, layer_key)
-            found = await self._layers.find(key, ahead=False) if key else None
+            found = await self._layers.find(key, ahead=False, send=False) if key else None
             if not isinstance(found, Layer):
                 return None
             arrival = await self._layers.begin(found, bundle=True)
@@ -106,12 +107,11 @@ class Bundles:
         if self._keeping:
             return
         self._keeping = True
-        sent = 0
         done: tuple[object, ...] | None = None
         try:
-            while sent < MOST_SENT:
+            while self._sent < MOST_SENT:
                 root, layer_key, done = await self._quiet(done)
-                sent += await self._send_if_new(root, layer_key)
+                self._sent += await self._send_if_new(root, layer_key)
         finally:
             self._keeping = False
 
@@ -139,7 +139,7 @@ class Bundles:
         if not isinstance(found, Missing) or not found.upload_urls:
             return False
         if await self._layers.send(found, root, None):
-            sent = await self._layers.find(key, ahead=False)
+            sent = await self._layers.find(key, ahead=False, send=False)
             self._known = _Known(key, sent if isinstance(sent, Layer) else None, metadata)
         return True
 

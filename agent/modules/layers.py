@@ -135,19 +135,24 @@ class LayerStore:
         self._http = http
         self.given = given
 
-    async def find(self, key: str, *, refused: Layer | None = None, ahead: bool = True) -> Layer | Missing:
+    async def find(
+        self, key: str, *, refused: Layer | None = None, ahead: bool = True, send: bool = True
+    ) -> Layer | Missing:
         """Return the layer of that key. Raises `LayerFailed`.
 
         Args:
             key: Of the layer.
             refused: What was found before and is no good: the orchestrator drops it, if it is this project's own.
             ahead: Whether the project's next machine is to be told of it when it is made.
+            send: Whether one that is missing may be sent.
         """
         if self._api is None:
             return Missing(key, (), 0)
         sha256 = refused.parts[0].sha256 if refused else None
         try:
-            found = read_answer(key, await self._api.find_modules(key, refused=sha256, ahead=ahead))
+            found = read_answer(
+                key, await self._api.find_modules(key, refused=sha256, ahead=ahead, send=send)
+            )
         except AgentError as error:
             raise LayerFailed("unavailable", str(error)) from None
         return replace(found, ahead=ahead) if isinstance(found, Missing) else found

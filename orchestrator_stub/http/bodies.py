@@ -96,13 +96,14 @@ class ModulesBody(BaseModel):
     """`POST …/modules`.
 
     `refused`: the hash of the first part of what was answered before, and is no good. `ahead`: whether the project's
-    next machine is told of this layer when it is made.
+    next machine is told of this layer when it is made. `send`: whether it is to be said where to send one.
     """
 
     model_config = ConfigDict(extra="forbid")
     key: Key
     refused: Sha256 | None = None
     ahead: Annotated[bool, Field(strict=True)] = True
+    send: Annotated[bool, Field(strict=True)] = True
 
 
 class ModulesPart(BaseModel):

@@ -37,9 +37,10 @@ class ModuleRoutes(DoorRoutes):
         body = await self._body(request, ModulesBody)
         if body.refused is not None:
             await self._layers.refuse(session.project_id, session.id, body.key, body.refused)
-        return json_answer(
-            await self._layers.find(session.project_id, session.id, body.key, ahead=body.ahead)
+        found = await self._layers.find(
+            session.project_id, session.id, body.key, ahead=body.ahead, send=body.send
         )
+        return json_answer(found)
 
     async def add_modules(self, request: Request) -> Response:
         """A layer that has been sent. The first of a key stays; another one is no error."""

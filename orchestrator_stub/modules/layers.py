@@ -146,11 +146,11 @@ class ModuleLayers:
         self._url_ttl = url_ttl
 
     async def find(
-        self, project_id: UUID, session_id: UUID, key: str, *, ahead: bool = True
+        self, project_id: UUID, session_id: UUID, key: str, *, ahead: bool = True, send: bool = True
     ) -> dict[str, Any]:
         """Answer `POST …/modules`: the layer, or where to send it.
 
-        `ahead`: the project's next machine is told of it when it is made.
+        `ahead`: the project's next machine is told of it when it is made. `send`: one that is missing may be sent.
 
         Raises `StorageFailure`, `psycopg.OperationalError`.
         """
@@ -160,7 +160,7 @@ class ModuleLayers:
             await self._used(found[0], project_id, ahead=ahead)
             return {"kind": "layer", "parts": parts}
         answer: dict[str, Any] = {"kind": "missing", "max_bytes": self._limits.layer}
-        if not self._limits.layer:
+        if not self._limits.layer or not send:
             return answer
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(ONE_BY_ONE, given)

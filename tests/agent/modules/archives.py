@@ -183,7 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"kind": "layer", "parts": service.layers[key]}).encode())
         else:
             urls = [f"{service.url}/objects/{key}.{number}" for number in range(4)]
-            missing = {"kind": "missing", "upload_urls": urls, "max_bytes": 2**30}
+            missing = {
+                "kind": "missing",
+                "upload_urls": urls if asked.get("send", True) else [],
+                "max_bytes": 2**30,
+            }
             self._answer(200, json.dumps(missing).encode())
 
     def do_PUT(self) -> None:

@@ -164,6 +164,9 @@ async def test_a_session_sends_a_bounded_number(world: World, monkeypatch: pytes
         bundle(bench, json.dumps({"browserHash": number}))
         await until(lambda number=number: world.count("bundle_sent") == number + 1, 20)  # type: ignore[misc]
     await until(task.done, 20)
+    bundle(bench, "{}")
+    await asyncio.wait_for(bench.installer.served(), 20)
+    assert world.count("bundle_sent") == 2, "however often its dev server starts"
 
 
 HOSTILE = {

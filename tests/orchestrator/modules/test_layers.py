@@ -307,6 +307,16 @@ async def test_refusing_is_bounded_by_the_day(world: World, monkeypatch: pytest.
     assert made == 3
 
 
+async def test_asking_without_sending_takes_none_of_the_days(world: World) -> None:
+    """Each start of a project asks for what Vite bundles ahead, which many never have."""
+    machine = await world.machine()
+    for _ in range(module_layers.SENDING + 1):
+        answer = await machine.ask("POST", {"key": OTHER, "ahead": False, "send": False})
+        assert answer.json() == {"kind": "missing", "max_bytes": 2**20}
+    assert await world.sql("select * from preview.modules") == []
+    assert (await machine.send(b"a layer")).is_success
+
+
 async def test_what_is_not_needed_ahead_is_not_named_to_the_next_machine(world: World) -> None:
     machine = await world.machine()
     await machine.send(b"a layer")
