@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from agent.devserver.install import InstallOutcome
 from agent.modules import archive, bundles
 from agent.modules.tar import BUNDLE, LayerRefused
-from agent.project.imports import MOST_FILES, imported, imports
+from agent.project.imports import MOST_FILE_BYTES, MOST_FILES, imported, imports
 from agent.project.install_key import bundle_key
 from tests.agent.devserver.installs import Bench, needs_npm, write
 from tests.agent.modules.archives import Service, entry, link, listing, made_of, serving, tree
@@ -229,6 +229,17 @@ def test_only_the_bundle_is_packed(tmp_path: Path) -> None:
 )
 def test_what_a_source_imports(source: str, names: set[str]) -> None:
     assert imported(source.encode()) == {name.encode() for name in names}
+
+
+@pytest.mark.parametrize("what", [b"from", b"import(", b'from "', b"from ", b"import '@"])
+def test_no_source_takes_long_to_read(what: bytes) -> None:
+    """A search that went back over each space would take hours."""
+    for content in (
+        what + b" " * MOST_FILE_BYTES,
+        what * (MOST_FILE_BYTES // len(what)),
+        what + b"a" * MOST_FILE_BYTES,
+    ):
+        assert len(imported(content)) <= 1
 
 
 @given(st.binary(max_size=2000))
