@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -82,6 +83,11 @@ def far_network() -> Iterator[Far]:
         _call("iptables", "-t", "nat", "-A", *nat)
         yield Far(here, there, within, what)
     finally:
+        # Whoever still waits for an answer there would wait for minutes.
+        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+        for pid in left.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         for command in (
             ("iptables", "-t", "nat", "-D", *nat),
             ("ip", "netns", "del", name),
