@@ -41,20 +41,23 @@ ARG NODE_EXTRA_CA_CERTS
 WORKDIR /app/project
 COPY ${TEMPLATE}/package.json ${TEMPLATE}/package-lock.json ./
 RUN /opt/preview-agent/bin/python -m agent.devserver.install /app/project \
- && rm package.json package-lock.json
+ && rm package.json package-lock.json \
+ && find /app/project -exec touch --no-dereference --date=@0 {} +
+# Made at the same moment each time: its layer is the same bytes, and does not move when a new agent installs it again.
 
 # --- what is deployed
 FROM ${BASE}
 RUN apt-get update \
  && apt-get install -y --no-install-recommends ca-certificates python3 \
- && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
+    /usr/lib/python3*/pydoc_data /usr/lib/python3*/test /usr/lib/python3*/lib2to3 \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin preview \
  && install -d -m 0755 /app \
  && install -d -m 0700 /var/lib/preview-agent
 # In the order of how seldom they change: a new agent is a new layer of its own, on the same template.
 COPY --from=template --chown=10001:10001 /app/project /app/project
-COPY --from=agent /opt/preview-agent /opt/preview-agent
 COPY --chmod=755 entrypoint.sh /usr/local/bin/entrypoint.sh
+COPY --from=agent /opt/preview-agent /opt/preview-agent
 ENV PATH=/opt/preview-agent/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PROJECT_DIR=/app/project \
     STATE_DIR=/var/lib/preview-agent \

@@ -53,11 +53,11 @@ test-frameworks: $(READY) ## install and start the five frameworks used most, an
 frameworks: $(READY) ## all of them, and the table in docs/dev-server.md from what was seen
 	$(BIN)/python -m tests.frameworks
 
-image: $(READY) ## build the agent's image (IMAGE_ENGINE=podman|docker IMAGE_PLATFORM=linux/amd64 IMAGE_BASE=...)
-	$(BIN)/python -m tests.image.engine preview-agent
+image: $(READY) ## build the agent's image (TAG=... IMAGE_ENGINE=podman|docker IMAGE_PLATFORM=linux/amd64 IMAGE_BASE=...)
+	$(BIN)/python -m tests.image.engine $(or $(TAG),preview-agent)
 
 image-orchestrator: $(READY) ## build the orchestrator's image (the same variables)
-	$(BIN)/python -m tests.image.engine preview-orchestrator deploy/Dockerfile
+	$(BIN)/python -m tests.image.engine $(or $(TAG),preview-orchestrator) deploy/Dockerfile
 
 wheel: $(READY) page ## build the package into dist/: an installation of it needs no checkout
 	@rm -rf build dist

@@ -129,13 +129,27 @@ class SessionApi:
         """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""
         return await self._call("GET", "run", None)
 
-    async def find_modules(self, key: str) -> object:
-        """Ask for the layer of that key. The caller reads the answer and owns what goes wrong."""
-        return await self._call("POST", "modules", {"key": key})
+    async def find_modules(
+        self, key: str, *, refused: str | None = None, ahead: bool = True, send: bool = True
+    ) -> object:
+        """Ask for the layer of that key. The caller reads the answer and owns what goes wrong.
 
-    async def add_modules(self, key: str, parts: Sequence[Mapping[str, object]]) -> object:
-        """Say that the parts of a layer are uploaded. The caller owns what goes wrong."""
-        return await self._call("PUT", "modules", {"key": key, "parts": parts})
+        Args:
+            key: Of the layer.
+            refused: The hash of the first part of the one that was answered before, and is no good.
+            ahead: Whether the project's next machine is to be told of it when it is made.
+            send: Whether the answer is to say where to send one that is missing.
+        """
+        more: dict[str, object] = {"refused": refused} if refused else {}
+        more |= {name: False for name, value in (("ahead", ahead), ("send", send)) if not value}
+        return await self._call("POST", "modules", {"key": key, **more})
+
+    async def add_modules(
+        self, key: str, parts: Sequence[Mapping[str, object]], *, ahead: bool = True
+    ) -> object:
+        """Say that the parts of a layer are uploaded. The caller owns what goes wrong. `ahead`: as above."""
+        more = {} if ahead else {"ahead": False}
+        return await self._call("PUT", "modules", {"key": key, "parts": parts, **more})
 
     async def report_status(self, status: Mapping[str, object]) -> Head:
         """Say how we are; hear where the database is."""

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -261,7 +262,13 @@ def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--patience", type=float, default=120, metavar="SECONDS",
         help="wait so long for a quiet machine before each measurement, then refuse it (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--only", action="append", metavar="PART",
+        help="of a measurement that has parts (`cold`), only this one; may be given more than once",
+    )  # fmt: skip
     chosen = parser.parse_args(arguments)
+    if chosen.only and chosen.names != ["cold"]:
+        parser.error("--only is for `python -m bench cold`")
     if chosen.save and (chosen.quick or chosen.names):
         parser.error("--save keeps one whole run: not with --quick, not with names")
     return chosen
@@ -287,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with swept() as family, hushed():
             for number, (name, run) in enumerate(runs.items(), 1):
                 print(f"\n[{number}/{len(runs)}] {name}", flush=True)
+                if chosen.only:
+                    run = partial(run, only=chosen.only)  # type: ignore[call-arg]  # one that has parts takes it
                 results[name] = measure(name, run, chosen.quick, chosen.patience, family)
     except KeyboardInterrupt:
         print("\ninterrupted: everything it started is stopped, nothing is written")

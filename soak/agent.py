@@ -9,6 +9,7 @@ the log stay true, so that one can be held against the others.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +29,8 @@ def shifted(clock: Path, now: Callable[[], float]) -> Callable[[], float]:
 
 
 def main(clocks: str, *words: str) -> int:
-    """Run the agent's command line `words` in a machine's directory, which has its session's name."""
-    time.time = shifted(Path(clocks) / Path.cwd().name, time.time)
+    """Run the agent's command line `words`, as a machine of the session in SESSION_ID."""
+    time.time = shifted(Path(clocks, os.environ["SESSION_ID"]), time.time)
     time.time_ns = lambda: int(time.time() * 1e9)
     from agent.__main__ import main as agent
 

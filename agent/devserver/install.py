@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import shutil
 import sys
@@ -45,11 +44,12 @@ from agent.devserver.reaper import Reaper
 from agent.devserver.sandbox import Rights, environment
 from agent.fs.places import open_directory
 from agent.modules.arrivals import Arrival, Layers, first
+from agent.modules.bundles import DEPS, WAIT_SECONDS, Bundles
 from agent.modules.layers import LayerStore, Missing
+from agent.modules.stages import Stages
 from agent.modules.steps import (
     FETCH,
     LINK,
-    PUT_BACK,
     SEAL,
     STAGE_ALL,
     STAGE_SOME,
@@ -57,7 +57,6 @@ from agent.modules.steps import (
     SWAP,
     StepFailed,
     failure,
-    is_left_over,
     lock_line,
     manifests,
 )
@@ -71,13 +70,6 @@ from agent.telemetry.metrics import Metrics
 
 CACHED_INSTALLS = 4
 """Finished installs in the cache, at some 70 MB each: enough to go back and forth between a few lock files."""
-SHELL_SECONDS = 120.0
-"""For one of the scripts above. They take tens of milliseconds; on a full or a slow disk they must end too."""
-STAGES_AT_ONCE = 200
-"""Staging directories that one shell is given. The guard gets them in one argument, of at most 128 KB on Linux."""
-STEPS = {"stage": "stage the install", "seal": "finish the install", "swap": "put node_modules in place"}
-"""What a problem says could not be done, by step."""
-
 
 log = get_logger("supervisor")
 
@@ -130,17 +122,15 @@ class Installer:
         self._on_line = on_line
         self._reaper = reaper
         self._environ = environ
-        self._names = itertools.count(1)
-        self._stages: list[Path] = []
-        """Staging directories of the install under way."""
-
+        self._stages = Stages(self._directory, self._project_dir, self._program)
         self._metrics = metrics or Metrics()
         # Layers: archives of whole installs, where there is somebody to ask for them.
         self._layers = (
-            Layers(layers, self._program, self._layer_stage, self._metrics, settings.state_dir)
+            Layers(layers, self._program, self._stages.with_tree, self._metrics, settings.state_dir)
             if layers
             else None
         )
+        self._bundles = Bundles(self._layers, self._stages) if self._layers else None
         self._wait = settings.modules_wait_seconds
         self._platform: Platform | None = None
         self._wanted_layer: tuple[Missing, Path] | None = None
@@ -166,9 +156,7 @@ class Installer:
         self._chown(self._directory, only_from=None)
         with contextlib.suppress(FileNotFoundError):
             self._chown(self._project_dir, only_from=0)
-        left = [name for name in os.listdir(self._directory) if is_left_over(name)]
-        for start in range(0, len(left), STAGES_AT_ONCE):
-            await self._shell(PUT_BACK, self._project_dir, *left[start : start + STAGES_AT_ONCE])
+        await self._stages.recover()
 
     def _chown(self, directory: Path, *, only_from: int | None) -> None:
         """Give a directory to the project's user, if it belongs to the user `only_from`; None: to any user."""
@@ -197,8 +185,9 @@ class Installer:
         began = time.monotonic()
         problem: Problem | None = None
         outcome, swapped = InstallOutcome.CURRENT, False
-        stage = self._stage_directory()
+        stage = self._stages.new()
         current = not wanted.exist or reading.installed_key(wanted.modules) == wanted.key
+        bundle = self._fetch_bundle(wanted, current=current)
         try:
             cached = not current and await self._from_cache(wanted, stage)
             if manager_runs:
@@ -208,12 +197,16 @@ class Installer:
                     outcome = InstallOutcome.CACHED
                 else:
                     outcome, stage, problem = await self._obtain(wanted)
-                await self._do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
+                await self._place_bundle(bundle, stage / "tree")
+                await self._stages.do("swap", SWAP, stage / "tree", wanted.root, stage / "old")
                 swapped = True
+            else:
+                await self._place_bundle(bundle, wanted.root)
         except StepFailed as failure:
             outcome = InstallOutcome.FAILED
             problem = Problem("install_failed", str(failure), rule=failure.rule)
         finally:
+            await _ended(bundle)
             await asyncio.shield(self._discard())
         usable = wanted.modules.is_dir() or not wanted.exist
         seconds, rule = time.monotonic() - began, problem.rule if problem else None
@@ -229,10 +222,14 @@ class Installer:
 
     async def prefetch(self) -> None:
         """Fetch the layer that was named when the machine was made, while the project's files are on their way."""
-        if self._layers is None or (layer := self._layers.given) is None or self._command:
+        if self._layers is None or self._command:
             return
+        given = self._layers.given
         recorded = reading.installed_key(self._project_dir / "node_modules")
-        if not recorded or await self._layer_key(recorded) != layer.key:
+        if given is not None and not recorded:
+            # What the key needs to know of Node takes a tenth of a second, which passes meanwhile.
+            await asyncio.gather(self._layers.prefetch(), self._layer_key(""))
+        elif await self._layer_key(recorded or "") != (given and given.key) and given is not None:
             await self._layers.prefetch()
 
     async def served(self) -> None:
@@ -241,12 +238,31 @@ class Installer:
         if self._layers and self._wanted_layer:
             (missing, directory), self._wanted_layer = self._wanted_layer, None
             await self._layers.send(missing, directory, directory / STAMP)
+        if self._bundles:
+            await self._bundles.keep()
 
     # --- layers
 
+    def _fetch_bundle(self, wanted: Dependencies, *, current: bool) -> asyncio.Task[Path | None] | None:
+        """Begin to fetch what Vite bundled ahead, where it is not there."""
+        if self._bundles is None or not wanted.exist:
+            return None
+        key = partial(self._key_of, wanted)
+        self._bundles.installed(wanted.root, key)
+        if current and os.path.lexists(wanted.root / DEPS):
+            return None
+        return asyncio.create_task(self._bundles.fetch(wanted.root, key), name="modules-bundle")
+
+    async def _place_bundle(self, bundle: asyncio.Task[Path | None] | None, directory: Path) -> None:
+        if bundle is None or self._bundles is None:
+            return
+        await asyncio.wait({bundle}, timeout=WAIT_SECONDS)
+        if bundle.done() and not bundle.cancelled() and (stage := bundle.result()) is not None:
+            await self._bundles.place(stage, directory)
+
     async def _obtain(self, wanted: Dependencies) -> tuple[InstallOutcome, Path, Problem | None]:
         """Get what is wanted from a layer or from the package manager. Returns also where it is staged."""
-        key = None if self._command or wanted.own_scripts else await self._layer_key(wanted.key)
+        key = await self._key_of(wanted)
         near = wanted.manager.name is Manager.NPM
         arrival = await self._layers.arrival(key, near=near) if self._layers else None
         if arrival is None or self._layers is None:
@@ -263,15 +279,15 @@ class Installer:
                 self._layers.used(arrival, "head_start")
                 return managed
         await arrival.cancel()
-        await self._shell('rm -rf "$1"', arrival.stage)  # the disk may be full of it
+        await self._stages.shell('rm -rf "$1"', arrival.stage)  # the disk may be full of it
         return await self._managed(wanted)
 
     async def _unpacked(
         self, arrival: Arrival, wanted: Dependencies
     ) -> tuple[InstallOutcome, Path, Problem | None]:
         there = f'[ -d "$2/tree/node_modules" ] && {STAGE_SOME.strip()}'
-        await self._do("stage", there, wanted.root, arrival.stage, wanted.root / "package.json")
-        await self._do("seal", SEAL, arrival.stage / "tree", wanted.key, reading.RECORD)
+        await self._stages.do("stage", there, wanted.root, arrival.stage, wanted.root / "package.json")
+        await self._stages.do("seal", SEAL, arrival.stage / "tree", wanted.key, reading.RECORD)
         assert self._layers is not None
         self._layers.used(arrival, "unpacked")
         return InstallOutcome.LAYER, arrival.stage, None
@@ -280,7 +296,7 @@ class Installer:
         self, wanted: Dependencies, *, ahead: Path | None = None
     ) -> tuple[InstallOutcome, Path, Problem | None]:
         """Have the package manager install: in a stage of its own, or in `ahead`, which has a near node_modules."""
-        stage = ahead or self._stage_directory()
+        stage = ahead or self._stages.new()
         if not self._command:
             await self._provide(wanted.manager, stage)
         problem = await self._run_manager(wanted, stage, ahead=ahead is not None)
@@ -289,6 +305,10 @@ class Installer:
             self._wanted_layer = (missing, self._directory / "cache" / wanted.key)
         return InstallOutcome.INSTALLED, stage, problem
 
+    async def _key_of(self, wanted: Dependencies) -> str | None:
+        """Return the key of the layer for what is wanted; None: no key says what its install brings about."""
+        return None if self._command or wanted.own_scripts else await self._layer_key(wanted.key)
+
     async def _layer_key(self, key: str) -> str | None:
         """Return the key of the layer for an install; None where no Node says what it is built for."""
         if self._platform is None:
@@ -296,33 +316,24 @@ class Installer:
             self._platform = await node_platform(env, self._rights, self._reaper)
         return layer_key(key, self._platform) if self._platform else None
 
-    async def _program(self, argv: tuple[str, ...], given: int, seconds: float) -> Finished:
+    async def _program(
+        self, argv: tuple[str, ...], given: int | None, seconds: float, more: Mapping[str, str] | None = None
+    ) -> Finished:
         return await process.run(
-            argv, cwd=self._directory, env=self._environment(), rights=self._rights,
+            argv, cwd=self._directory, env=self._environment() | dict(more or {}), rights=self._rights,
             timeout=seconds, reaper=self._reaper, given=given,
         )  # fmt: skip
 
     # --- the steps
 
-    def _stage_directory(self) -> Path:
-        """Name a staging directory of the install under way."""
-        self._stages.append(self._directory / f"stage-{os.getpid()}-{next(self._names)}")
-        return self._stages[-1]
-
-    async def _layer_stage(self) -> Path | None:
-        """Make a staging directory for a layer; the next install that ends removes it."""
-        stage = self._stage_directory()
-        done = await self._shell('mkdir -p "$1/tree"', stage)
-        return stage if done.ok else None
-
     async def _from_cache(self, wanted: Dependencies, stage: Path) -> bool:
         cached = self._directory / "cache" / wanted.key
         if not (cached / "node_modules").is_dir():
             return False
-        await self._do("stage", STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
-        done = await self._shell(f'({LINK}) && touch "$1"', cached, stage / "tree")
+        await self._stages.do("stage", STAGE_SOME, wanted.root, stage, wanted.root / "package.json")
+        done = await self._stages.shell(f'({LINK}) && touch "$1"', cached, stage / "tree")
         if not done.ok:
-            await self._shell('rm -rf "$1"', stage)
+            await self._stages.shell('rm -rf "$1"', stage)
         return done.ok
 
     def _fetched(self, manager: PackageManager) -> Path:
@@ -340,7 +351,7 @@ class Installer:
             )
         self._on_line(f"npm fetches {manager.package}")
         fetched = (manager.package, stage / "manager", self._fetched(manager), manager.name)
-        done = await self._shell(FETCH, *fetched, seconds=self._seconds)
+        done = await self._stages.shell(FETCH, *fetched, seconds=self._seconds)
         if not done.ok:
             self._refuse(("npm", "install", manager.package), done)
 
@@ -369,12 +380,12 @@ class Installer:
             self._on_line(f"{manager.lock} cannot be used; installing without it")
             detail = f"installed without {manager.lock}, which {manager.package} cannot use: {fault}"
             problem = Problem("lock_unusable", detail, path=manager.lock)
-            await self._shell('rm -f -- "$1"', staged.root / str(manager.lock))
+            await self._stages.shell('rm -f -- "$1"', staged.root / str(manager.lock))
             commands = replace(manager, lock=None).commands(scripts=self._scripts)
             done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
             self._refuse(commands[0], done)
-        await self._do("seal", SEAL, staged.root, staged.key, reading.RECORD)
+        await self._stages.do("seal", SEAL, staged.root, staged.key, reading.RECORD)
         await self._cache(staged, stage)
         return problem
 
@@ -402,14 +413,16 @@ class Installer:
         """Copy what the install needs. Returns what is wanted of the copy, which may be a save later than `wanted`."""
         whole = wanted.whole_tree or self._command
         script, files = (STAGE_ALL, ()) if whole else (STAGE_SOME, manifests(wanted))
-        await self._do("stage", script, wanted.root, stage, *files)
+        await self._stages.do("stage", script, wanted.root, stage, *files)
         try:
             staged = await asyncio.to_thread(reading.dependencies, stage / "tree", scripts=self._scripts)
         except ProjectUnreadable as error:
             raise StepFailed("package_json", str(error)) from None
         if self._npmrc is not None:
             secrets = {"npmrc": self._npmrc}
-            await self._do("stage", 'umask 077; printf %s "$npmrc" >"$1"', stage / "npmrc", secrets=secrets)
+            await self._stages.do(
+                "stage", 'umask 077; printf %s "$npmrc" >"$1"', stage / "npmrc", secrets=secrets
+            )
         if not staged.exist:
             raise StepFailed(
                 "stage", "package.json changed while it was read; it is read again on its next change"
@@ -419,7 +432,7 @@ class Installer:
     async def _cache(self, staged: Dependencies, stage: Path) -> None:
         """Copy the install into the cache. Where that fails, only a line of output says so."""
         cached = self._directory / "cache" / staged.key
-        done = await self._shell(
+        done = await self._stages.shell(
             f'mkdir -p "$2" "$3" && ({LINK}) && : >"$2/{STAMP}" && {{ mv "$2" "$4" 2>/dev/null || [ -d "$4" ]; }}',
             staged.root,
             stage / "cached",
@@ -432,36 +445,14 @@ class Installer:
         with contextlib.suppress(OSError):
             by_age = sorted(cached.parent.iterdir(), key=lambda install: install.stat().st_mtime)
             if old := by_age[:-CACHED_INSTALLS]:
-                await self._shell('rm -rf -- "$@"', *old)
+                await self._stages.shell('rm -rf -- "$@"', *old)
 
     async def _discard(self) -> None:
         """Undo what the install under way left half-done, and remove its staging directories."""
-        if self._layers and (early := self._layers.take_early()):
+        early = self._layers.take_early() if self._layers else None
+        if early:
             await early.cancel()
-            self._stages.append(early.stage)
-        stages, self._stages = self._stages, []
-        await self._shell(PUT_BACK, self._project_dir, *stages)
-
-    async def _do(
-        self, rule: str, script: str, *arguments: str | Path, secrets: Mapping[str, str] | None = None
-    ) -> None:
-        """Run one of the scripts above. Raises `StepFailed`."""
-        done = await self._shell(script, *arguments, secrets=secrets)
-        if not done.ok:
-            raise StepFailed(rule, f"cannot {STEPS[rule]}: {done.last}")
-
-    async def _shell(
-        self,
-        script: str,
-        *arguments: str | Path,
-        seconds: float = SHELL_SECONDS,
-        secrets: Mapping[str, str] | None = None,
-    ) -> Finished:
-        return await process.run(
-            ("sh", "-c", script, "install", *map(str, arguments)), cwd=self._directory,
-            env=self._environment() | dict(secrets or {}),
-            rights=self._rights, timeout=seconds, reaper=self._reaper,
-        )  # fmt: skip
+        await self._stages.discard(*([early.stage] if early else []))
 
     def _environment(self) -> dict[str, str]:
         more = {
@@ -478,6 +469,12 @@ class Installer:
         if not os.path.isdir(env["HOME"]):
             env["HOME"] = str(self._directory)
         return env
+
+
+async def _ended(task: asyncio.Task[Path | None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 async def bake(directory: Path) -> InstallResult:

@@ -1,14 +1,15 @@
 """Packs node_modules into a layer and unpacks one: a program that is run as the project's user.
 
-    unpack DIRECTORY         from its standard input into a directory that is empty
-    pack DIRECTORY STAMP     a directory's node_modules into what its standard input is, at the lowest priority
+    unpack DIRECTORY [bundle]  from its standard input into a directory that is empty
+    pack DIRECTORY STAMP       a directory's node_modules into what its standard input is, at the lowest priority
+    pack DIRECTORY bundle      what Vite bundled ahead in it, likewise
 
 The agent, which may be root, writes nothing itself into what that user owns, and reads nothing there by name: it gives
 the program a descriptor. That ends with 0, or with 1 and one line that says why. A layer is a tar in zstd.
 
 A packed file must not have changed after STAMP, a file made when the install was complete: the project's node_modules
 are hard links to what is packed, and what the project wrote into one is no part of a layer. The kernel keeps the time
-of the last change (ctime), which no program can set.
+of the last change (ctime), which no program can set. What Vite bundled ahead must not change while it is packed.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import os
 import stat
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
 from agent.modules.tar import (
+    BUNDLE,
     MODULES,
     Bounds,
     File,
@@ -49,10 +52,14 @@ RATIO_FLOOR: Final = 32 * 2**20
 MODES: Final = {False: 0o644, True: 0o755}
 PRUNED: Final = (".cache", ".vite")
 """Directories of a node_modules that a dev server fills, and an install does not."""
+BUNDLED: Final = b"node_modules/.vite/deps"
+"""Where Vite has what it bundled ahead."""
 
 
-def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None) -> int:
+def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None, *, bundle: bool = False) -> int:
     """Unpack a layer into a directory that is empty. Returns the number of its files and links.
+
+    `bundle`: it is what Vite bundled ahead: files in its directory and nothing else.
 
     Raises:
         LayerRefused: The archive broke a rule; the directory has a part of it and is to be removed.
@@ -60,7 +67,7 @@ def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None) -> in
     """
     made = {b""}
     links: list[Link] = []
-    bounds = bounds or Bounds()
+    bounds = bounds or (BUNDLE if bundle else Bounds())
     root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     count = 0
     try:
@@ -76,6 +83,8 @@ def unpack(source: BinaryIO, directory: str, bounds: Bounds | None = None) -> in
                 os.close(pending[0])
                 pending = None
             count += 1
+            if bundle and (isinstance(found, Link) or not found.path.startswith(BUNDLED + b"/")):
+                raise LayerRefused("bundle", f"{shown(found.path)} is no file of a bundle")
             if len(made) > bounds.entries:
                 raise LayerRefused("entries", f"more than {bounds.entries} directories")
             if isinstance(found, Link):
@@ -149,19 +158,29 @@ def _inflated(source: BinaryIO) -> Iterator[bytes]:
         raise LayerRefused("trailing", "something follows the archive")
 
 
-def pack(directory: str, target: BinaryIO, not_after: int | None = None) -> int:
+def pack(directory: str, target: BinaryIO, not_after: int | None = None, *, bundle: bool = False) -> int:
     """Pack the node_modules of a directory, its packages' own included. Returns how many files and links they have.
 
     Args:
         directory: Of the package.json; whatever of it is not in a node_modules is left out.
         target: Where the archive goes.
         not_after: The `st_ctime_ns` that no file's may be above; None: any.
+        bundle: Pack what Vite bundled ahead, and nothing else: the project's code has written it, so it is bounded.
 
     Raises:
         LayerRefused: There is what no layer may have.
         OSError: It cannot be read or written.
     """
-    files, links = _found(os.fsencode(directory))
+    files, links = _found(os.fsencode(directory), BUNDLED if bundle else b"")
+    if bundle:
+        sizes = [info.st_size for _, info in files]
+        if (
+            links
+            or len(files) > BUNDLE.entries
+            or sum(sizes) > BUNDLE.bytes
+            or max(sizes, default=0) > BUNDLE.file_bytes
+        ):
+            raise LayerRefused("bytes", f"{len(files)} files of {sum(sizes)} bytes, {len(links)} links")
     # A layer that is refused where it is read would be fetched, and refused, at each start.
     for path, _ in [*files, *links]:
         check_path(path)
@@ -182,7 +201,7 @@ def _pack_file(
     if info.st_mode & 0o7000:
         raise LayerRefused("rights", f"{shown(path)} has special bits")
     with open(os.open(b"%s/%s" % (directory, path), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        content = file.read() if info.st_size <= READ else None
+        content = file.read(READ + 1) if info.st_size <= READ else None
         size = info.st_size if content is None else len(content)
         packed.write(_header(path, tarfile.REGTYPE, MODES[bool(info.st_mode & 0o100)], size))
         if content is not None:
@@ -206,11 +225,16 @@ def _header(path: bytes, kind: bytes, mode: int, size: int, target: bytes = b"")
     return entry.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-def _found(directory: bytes) -> tuple[list[tuple[bytes, os.stat_result]], list[tuple[bytes, bytes]]]:
-    """Return the files and the links of every node_modules below a directory, in the order of their names."""
+def _found(
+    directory: bytes, within: bytes
+) -> tuple[list[tuple[bytes, os.stat_result]], list[tuple[bytes, bytes]]]:
+    """Return the files and the links of every node_modules below a directory, in the order of their names.
+
+    `within`: a directory in a node_modules; those in it alone.
+    """
     files: list[tuple[bytes, os.stat_result]] = []
     links: list[tuple[bytes, bytes]] = []
-    ahead = [(b"", False)]
+    ahead = [(within, bool(within))]
     while ahead:
         place, inside = ahead.pop()
         for entry in os.scandir(os.path.join(directory, place) if place else directory):
@@ -236,14 +260,16 @@ def main(argv: list[str]) -> int:
     try:
         if argv[0] == "unpack":
             with open(0, "rb", buffering=0, closefd=False) as source:
-                unpack(source, argv[1])
+                unpack(source, argv[1], bundle=argv[2:] == ["bundle"])
         else:
             os.nice(19)
             if hasattr(os, "sched_setscheduler"):
                 # The kernel gives the disk to this class, too, when nobody else wants it.
                 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
             with open(0, "wb", closefd=False) as target:
-                pack(argv[1], target, os.lstat(argv[2]).st_ctime_ns)
+                is_bundle = argv[2] == "bundle"
+                not_after = time.time_ns() if is_bundle else os.lstat(argv[2]).st_ctime_ns
+                pack(argv[1], target, not_after, bundle=is_bundle)
     except LayerRefused as refused:
         print(f"refused: {refused}")  # noqa: T201 - the agent reads it
     except (OSError, MemoryError) as error:

@@ -11,13 +11,14 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from agent.modules.layers import FETCH_SECONDS, Layer, LayerFailed, LayerStore, Missing, command
+from agent.modules.stages import Ended, Run
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics
 
@@ -31,18 +32,7 @@ log = get_logger("modules")
 T = TypeVar("T")
 
 
-class Ended(Protocol):
-    """How a program ended, and its last lines."""
-
-    @property
-    def ok(self) -> bool: ...
-    @property
-    def tail(self) -> Sequence[str]: ...
-
-
 NewStage = Callable[[], Awaitable[Path | None]]
-Run = Callable[[tuple[str, ...], int, float], Awaitable[Ended]]
-"""Runs a program as the project's user, with a descriptor as its standard input, for at most some seconds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +77,9 @@ async def first(arrival: Arrival, install: Callable[[], Coroutine[None, None, T]
 class Layers:
     """The layers of one session: what arrives, and what may be sent."""
 
-    def __init__(self, store: LayerStore, run: Run, stage: NewStage, metrics: Metrics, spool: Path) -> None:
+    def __init__(
+        self, store: LayerStore, run: Run[Ended], stage: NewStage, metrics: Metrics, spool: Path
+    ) -> None:
         """Make it.
 
         Args:
@@ -106,6 +98,8 @@ class Layers:
         """The layer that was named when the machine was made, while nobody has taken it."""
         self._asked = False
         """Whether an install has asked for a layer: one that is fetched ahead of it would come too late."""
+        self._wanted: str | None = None
+        """The key that an install has asked for last."""
         self.missing: Missing | None = None
         """The layer that was asked for last and is not there."""
 
@@ -116,7 +110,7 @@ class Layers:
 
     async def prefetch(self) -> None:
         """Fetch the layer that was named when the machine was made, and stay until it is there."""
-        if self._asked or self.given is None or (arrival := await self._begin(self.given)) is None:
+        if self._asked or self.given is None or (arrival := await self.begin(self.given)) is None:
             return
         self._early = arrival
         try:
@@ -138,14 +132,14 @@ class Layers:
             key: Of the layer; None: no layer can be used.
             near: Whether one of another key, that is on its way already, is better than none.
         """
-        self.missing = None
+        self.missing, self._wanted = None, key
         early = self.take_early()
         if early is not None and early.key == key and (early.is_there or not early.task.done()):
             return early
         found = await self._find(key) if key else None
         if isinstance(found, Missing):
             self.missing = found
-        elif found is not None and (arrival := await self._begin(found)) is not None:
+        elif found is not None and (arrival := await self.begin(found)) is not None:
             await _cancelled(early)
             return arrival
         if key and near:
@@ -154,28 +148,42 @@ class Layers:
         return None
 
     async def _find(self, key: str) -> Layer | Missing | None:
-        try:
-            async with asyncio.timeout(FIND_SECONDS):
-                found = await self._store.find(key)
-        except (LayerFailed, TimeoutError) as error:
-            self._failed("unavailable", str(error) or f"no answer within {FIND_SECONDS:g} s")
-            return None
+        found = await self.find(key)
         if isinstance(found, Missing):
             self.count("missing")
         return found
 
-    async def _begin(self, layer: Layer) -> Arrival | None:
-        asked, stage = self._asked, await self._stage()
-        if stage is None or asked is not self._asked:  # an install has begun without it
+    async def find(
+        self, key: str, *, refused: Layer | None = None, ahead: bool = True, send: bool = True
+    ) -> Layer | Missing | None:
+        """Ask for the layer of a key, as `LayerStore.find` does. None: nobody answered in time."""
+        try:
+            async with asyncio.timeout(FIND_SECONDS):
+                return await self._store.find(key, refused=refused, ahead=ahead, send=send)
+        except (LayerFailed, TimeoutError) as error:
+            self._failed("unavailable", str(error) or f"no answer within {FIND_SECONDS:g} s")
             return None
-        task = asyncio.create_task(self._arrive(layer, stage / "tree"), name="modules")
+
+    async def begin(self, layer: Layer, *, bundle: bool = False) -> Arrival | None:
+        """Have a layer fetched and unpacked. None: there is no place for it, or an install has begun without it.
+
+        `bundle`: it is the archive of what Vite bundled ahead.
+        """
+        asked, stage = self._asked, await self._stage()
+        if stage is None or (asked is not self._asked and not bundle):  # an install has begun without it
+            return None
+        task = asyncio.create_task(self._arrive(layer, stage / "tree", bundle), name="modules")
         return Arrival(layer.key, stage, task)
 
-    async def _arrive(self, layer: Layer, tree: Path) -> str | None:
+    async def _arrive(self, layer: Layer, tree: Path, bundle: bool) -> str | None:
         try:
-            await self._unpack(layer, tree)
+            await self._unpack(layer, tree, bundle)
         except LayerFailed as failure:
             self._failed(failure.outcome, str(failure))
+            if failure.its_fault:
+                found = await self.find(layer.key, refused=layer, ahead=not bundle, send=not bundle)
+                if isinstance(found, Missing) and layer.key == self._wanted:
+                    self.missing = found
             return str(failure)
         except Exception as bug:
             log.error("modules.bug", exc_info=bug)
@@ -183,9 +191,10 @@ class Layers:
             return "the agent failed"
         return None
 
-    async def _unpack(self, layer: Layer, tree: Path) -> None:
+    async def _unpack(self, layer: Layer, tree: Path, bundle: bool) -> None:
         read, write = os.pipe()
-        program = asyncio.ensure_future(self._run(command("unpack", str(tree)), read, FETCH_SECONDS))
+        argv = command("unpack", str(tree), *(["bundle"] if bundle else []))
+        program = asyncio.ensure_future(self._run(argv, read, FETCH_SECONDS))
         feeding = asyncio.ensure_future(self._feed(layer, write))
         try:
             # A program that ends early does not break the pipe: its other end is open here, too.
@@ -199,7 +208,10 @@ class Layers:
             await asyncio.wait({program, feeding})
             os.close(read)
         if not ended.ok:
-            raise LayerFailed("refused", ended.tail[-1] if ended.tail else "the program was killed")
+            said = ended.tail[-1] if ended.tail else "the program was killed"
+            # A full disk or a stream that was cut says nothing of what is stored.
+            damaged = said.startswith("refused: ") and not said.startswith("refused: truncated")
+            raise LayerFailed("refused", said, its_fault=damaged)
 
     async def _feed(self, layer: Layer, write: int) -> None:
         loop = asyncio.get_running_loop()
@@ -220,30 +232,31 @@ class Layers:
         with suppress(BrokenPipeError, ConnectionResetError):
             await writer.wait_closed()
 
-    async def send(self, missing: Missing, directory: Path, stamp: Path) -> None:
-        """Pack the node_modules of a directory and send them. What goes wrong is a line of the log.
+    async def send(self, missing: Missing, directory: Path, stamp: Path | None) -> bool:
+        """Pack the node_modules of a directory and send them. What goes wrong is a line of the log, and False.
 
         Args:
             missing: Where they are wanted.
             directory: Of the install, in which nothing of the project has run.
-            stamp: A file as old as the install: what changed later is no part of a layer.
+            stamp: A file as old as the install: what changed later is no part of a layer. None: what Vite has bundled
+                ahead in there is packed instead.
         """
         began = time.monotonic()
+        argv = command("pack", str(directory), str(stamp or "bundle"))
         try:
             # Unlinked from the start, and never opened by its name: the project's user writes into it.
             with tempfile.TemporaryFile(dir=self._spool) as file:
-                await self._pack(file, directory, stamp)
+                ended = await self._run(argv, file.fileno(), PACK_SECONDS)
+                if not ended.ok:
+                    raise LayerFailed("refused", ended.tail[-1] if ended.tail else "the program was killed")
                 size = await self._store.send(missing, file)
         except (LayerFailed, OSError) as failure:
             self._failed("not_sent", str(failure))
-            return
-        self.count("sent")
-        log.info("modules.sent", bytes=size, seconds=round(time.monotonic() - began, 3))
-
-    async def _pack(self, file: BinaryIO, directory: Path, stamp: Path) -> None:
-        ended = await self._run(command("pack", str(directory), str(stamp)), file.fileno(), PACK_SECONDS)
-        if not ended.ok:
-            raise LayerFailed("refused", ended.tail[-1] if ended.tail else "the program was killed")
+            return False
+        outcome = "sent" if stamp else "bundle_sent"
+        self.count(outcome)
+        log.info(f"modules.{outcome}", bytes=size, seconds=round(time.monotonic() - began, 3))
+        return True
 
     def used(self, arrival: Arrival, outcome: str) -> None:
         """Note that an arrival was used, as it is (`unpacked`) or as a start (`head_start`)."""

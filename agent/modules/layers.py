@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Final, Literal
 
@@ -78,13 +78,20 @@ class Missing:
     key: str
     upload_urls: tuple[str, ...]
     max_bytes: int
+    ahead: bool = True
 
 
 class LayerFailed(Exception):
-    """A layer could not be had or sent. `outcome`: `unavailable`, or `refused` when it is no good."""
+    """A layer could not be had or sent. `outcome`: `unavailable`, or `refused` when nothing of it was used.
 
-    def __init__(self, outcome: Literal["unavailable", "refused"], reason: str) -> None:
+    `its_fault`: what is stored is no good, and will be no good for the next machine.
+    """
+
+    def __init__(
+        self, outcome: Literal["unavailable", "refused"], reason: str, *, its_fault: bool = False
+    ) -> None:
         self.outcome = outcome
+        self.its_fault = its_fault
         super().__init__(reason)
 
 
@@ -128,15 +135,27 @@ class LayerStore:
         self._http = http
         self.given = given
 
-    async def find(self, key: str) -> Layer | Missing:
-        """Return the layer of that key. Raises `LayerFailed`."""
+    async def find(
+        self, key: str, *, refused: Layer | None = None, ahead: bool = True, send: bool = True
+    ) -> Layer | Missing:
+        """Return the layer of that key. Raises `LayerFailed`.
+
+        Args:
+            key: Of the layer.
+            refused: What was found before and is no good: the orchestrator drops it, if it is this project's own.
+            ahead: Whether the project's next machine is to be told of it when it is made.
+            send: Whether one that is missing may be sent.
+        """
         if self._api is None:
             return Missing(key, (), 0)
+        sha256 = refused.parts[0].sha256 if refused else None
         try:
-            answer = await self._api.find_modules(key)
+            found = read_answer(
+                key, await self._api.find_modules(key, refused=sha256, ahead=ahead, send=send)
+            )
         except AgentError as error:
             raise LayerFailed("unavailable", str(error)) from None
-        return read_answer(key, answer)
+        return replace(found, ahead=ahead) if isinstance(found, Missing) else found
 
     async def fetch(self, layer: Layer, write: Write) -> None:
         """Write the bytes of a layer as they arrive, and check each part's size and hash. Raises `LayerFailed`."""
@@ -156,7 +175,8 @@ class LayerStore:
                 async for piece in response.aiter_raw(READ):
                     left -= len(piece)
                     if left < 0:
-                        raise LayerFailed("refused", f"{what} is longer than its {part.size} bytes")
+                        longer = f"{what} is longer than its {part.size} bytes"
+                        raise LayerFailed("refused", longer, its_fault=True)
                     digest.update(piece)
                     await write(piece)
         except httpx.HTTPError as error:
@@ -166,7 +186,7 @@ class LayerStore:
         if left:
             raise LayerFailed("unavailable", f"{what} stopped {left} bytes before its end")
         if digest.hexdigest() != part.sha256:
-            raise LayerFailed("refused", f"{what} has another hash")
+            raise LayerFailed("refused", f"{what} has another hash", its_fault=True)
 
     async def send(self, missing: Missing, file: BinaryIO) -> int:
         """Send an archive and have it made visible. Returns its bytes. Raises `LayerFailed`."""
@@ -181,7 +201,7 @@ class LayerStore:
                     for url, offset in zip(missing.upload_urls, offsets, strict=False)
                 ]
                 assert self._api is not None, "whoever has no API was given no upload URL"
-                await self._api.add_modules(missing.key, parts)
+                await self._api.add_modules(missing.key, parts, ahead=missing.ahead)
         except TimeoutError:
             raise LayerFailed("unavailable", f"it was not sent within {SEND_SECONDS:g} s") from None
         except httpx.HTTPError as error:

@@ -80,6 +80,13 @@ rm -rf -- "$@"
 """
 """PROJECT_DIR STAGE...: undo interrupted swaps of this project, and remove the staging directories."""
 
+BUNDLE = f"""{_EXACT}
+from=$1/$3; to=$2/$3
+[ -d "$from" ] && [ ! -L "$from" ] && [ ! -e "$to" ] && [ -d "$2/node_modules" ] && [ ! -L "$2/node_modules" ] &&
+mkdir -p "${{to%/*}}" && mv $exact "$from" "$to"
+"""
+"""FROM TO PLACE: move one directory below node_modules to where there is none."""
+
 FETCH = f"""{_EXACT}
 npm install --prefix "$2" --no-save --no-audit --no-fund --prefer-offline --ignore-scripts "$1" &&
 {{ [ "$4" != bun ] || (cd "$2/node_modules/bun" && node install.js); }} &&

@@ -17,6 +17,8 @@ KEY_FORM: Final = 3
 """Raised when the same project is to be another install: 3 leaves out what is secret in an .npmrc."""
 LAYER_FORM: Final = 1
 """Raised when an archive of one agent cannot be read by the next."""
+BUNDLE_FORM: Final = 1
+"""The same for the archive of what Vite bundles ahead."""
 _KEY_LENGTH: Final = 40
 _SECRET: Final = re.compile(
     rb"^[^\S\n]*[^\n=:#;]*(?:[^\n=]*:)?[\"']?(?:_auth|_authToken|_password|username|email|certfile|keyfile|cert|key|otp|token"
@@ -66,3 +68,19 @@ def layer_key(install: str, platform: Platform) -> str:
     """Return the key of the layer for an install key on a platform."""
     whole = json.dumps([LAYER_FORM, install, *astuple(platform)]).encode()
     return hashlib.sha256(whole).hexdigest()[:_KEY_LENGTH]
+
+
+def bundle_key(layer: str, root: str, imports: Iterable[str], configs: Iterable[tuple[str, bytes]]) -> str:
+    """Return the key of what Vite bundles ahead.
+
+    Args:
+        layer: The key of the layer it is made of.
+        root: The project's directory: Vite takes it into a hash of its own, and bundles anew in another one.
+        imports: The packages that the sources import.
+        configs: Names and contents of the settings files at the top.
+    """
+    whole = hashlib.sha256(json.dumps([BUNDLE_FORM, layer, root, list(imports)]).encode())
+    for name, content in configs:
+        whole.update(f"\0{name}\0{len(content)}\0".encode(errors="surrogateescape"))
+        whole.update(content)
+    return whole.hexdigest()[:_KEY_LENGTH]

@@ -45,12 +45,14 @@ LOOK = 0.004
 """Seconds between two looks of the one who waits from outside; the same for all contestants."""
 
 
-def first_page(port: int, failed: Callable[[], bool], seconds: float = 60.0) -> float:
+def first_page(
+    port: int, failed: Callable[[], bool], seconds: float = 60.0, host: str = "127.0.0.1"
+) -> float:
     """The moment when `/` first answers 200, within so many seconds. Raises `RuntimeError` when it never will."""
-    request = f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\nAccept: text/html\r\n\r\n".encode()
+    request = f"GET / HTTP/1.0\r\nHost: {host}:{port}\r\nAccept: text/html\r\n\r\n".encode()
     end = time.monotonic() + seconds
     while time.monotonic() < end and not failed():
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5) as asked:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5) as asked:
             asked.sendall(request)
             if b" 200 " in asked.recv(64):
                 return time.monotonic()
@@ -113,7 +115,7 @@ def log_moments(log: str) -> list[tuple[str, float]]:
 
 
 @contextlib.asynccontextmanager
-async def plane(directory: Path) -> AsyncIterator[Plane]:
+async def plane(directory: Path, host: str = "127.0.0.1") -> AsyncIterator[Plane]:
     from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
     from orchestrator_stub.platform.migrations import bootstrap, migrate
 
@@ -122,7 +124,7 @@ async def plane(directory: Path) -> AsyncIterator[Plane]:
     try:
         await bootstrap(dsn)
         await migrate(dsn)
-        async with running_plane(dsn, directory / "plane") as plane:
+        async with running_plane(dsn, directory / "plane", host=host) as plane:
             yield plane
     finally:
         await server.stop()

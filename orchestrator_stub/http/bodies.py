@@ -89,18 +89,28 @@ class StatusBody(BaseModel):
 Key = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{40}$")]
 
 
+Sha256 = Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
+
+
 class ModulesBody(BaseModel):
-    """`POST …/modules`."""
+    """`POST …/modules`.
+
+    `refused`: the hash of the first part of what was answered before, and is no good. `ahead`: whether the project's
+    next machine is told of this layer when it is made. `send`: whether it is to be said where to send one.
+    """
 
     model_config = ConfigDict(extra="forbid")
     key: Key
+    refused: Sha256 | None = None
+    ahead: Annotated[bool, Field(strict=True)] = True
+    send: Annotated[bool, Field(strict=True)] = True
 
 
 class ModulesPart(BaseModel):
     """One object of a layer."""
 
     model_config = ConfigDict(extra="forbid")
-    sha256: Annotated[str, StringConstraints(strict=True, pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     size: Annotated[int, Field(strict=True, ge=1, le=2**30), WHOLE]
 
 
@@ -110,3 +120,4 @@ class ModulesSentBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     key: Key
     parts: Annotated[list[ModulesPart], Field(min_length=1, max_length=24)]
+    ahead: Annotated[bool, Field(strict=True)] = True

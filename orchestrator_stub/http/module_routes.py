@@ -31,11 +31,16 @@ class ModuleRoutes(DoorRoutes):
         return [*super().routes(), self._route(path, POST=self.find_modules, PUT=self.add_modules)]
 
     async def find_modules(self, request: Request) -> Response:
-        """The layer of a key, or where to send it."""
+        """The layer of a key, or where to send it. One that the session's machine has refused is dropped first."""
         claims, session, _ = await self._own(request)
         check_current(session, claims)
         body = await self._body(request, ModulesBody)
-        return json_answer(await self._layers.find(session.project_id, session.id, body.key))
+        if body.refused is not None:
+            await self._layers.refuse(session.project_id, session.id, body.key, body.refused)
+        found = await self._layers.find(
+            session.project_id, session.id, body.key, ahead=body.ahead, send=body.send
+        )
+        return json_answer(found)
 
     async def add_modules(self, request: Request) -> Response:
         """A layer that has been sent. The first of a key stays; another one is no error."""
@@ -44,7 +49,7 @@ class ModuleRoutes(DoorRoutes):
         body = await self._body(request, ModulesSentBody)
         parts = [part.model_dump() for part in body.parts]
         try:
-            await self._layers.add(session.project_id, session.id, body.key, parts)
+            await self._layers.add(session.project_id, session.id, body.key, parts, ahead=body.ahead)
         except NotSent as error:
             raise Refusal(422, "modules_not_sent", f"The layer is not taken: {error}.") from None
         return json_answer({"kind": "layer"})

@@ -1,5 +1,6 @@
 """The `local` driver: a machine is a process, `preview-agent run`, with a directory of its own.
 
+    ROOT/{session}                  a link to ROOT/of-projects/{project}.{number}, the first that no session has
     ROOT/{session}/machine.json     which process this is: name, pid, its start time, its ports
     ROOT/{session}/project          PROJECT_DIR
     ROOT/{session}/state            STATE_DIR: the ledger, which the session's next machine goes on from
@@ -7,10 +8,11 @@
     ROOT/{session}/agent.log        what the agent and the dev server said
 
 The directory is the session's, like a volume on Fly: one machine of the session has it at a time, so making a
-newer generation stops the older. Like Fly with `restart: on-failure`, an agent that ends with an error is started
-again with the environment it was born with, at most ten times. A process is known by pid *and* start time, so a
-pid that was given to somebody else is never signalled; and because all is on disk, another orchestrator, or this
-one after a crash, finds and ends the machines of the first.
+newer generation stops the older. Its path is what the project's last session had, as in a container: Vite bundles
+dependencies anew where a project is in another directory. Like Fly with `restart: on-failure`, an agent that ends with
+an error is started again with the environment it was born with, at most ten times. A process is known by pid *and*
+start time, so a pid that was given to somebody else is never signalled; and because all is on disk, another
+orchestrator, or this one after a crash, finds and ends the machines of the first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -66,6 +69,11 @@ RESTART_DELAY: Final = 0.5
 """Seconds, doubled at each restart up to 8 s."""
 
 PR_SET_PDEATHSIG: Final = 1
+
+PLACES: Final = "of-projects"
+"""Where the sessions' directories are, each by its project."""
+SLOTS: Final = 1_000
+"""Directories of one project; a session for which none is left has one of its own."""
 
 PORT_TRIES: Final = 1_000
 """Each is a port at random out of some 14,000 on Linux: all of them another machine's means that none is left."""
@@ -128,6 +136,7 @@ class LocalMachines:
             if record is not None:
                 await self._end(record, directory)
             try:
+                directory = self._make(spec)
                 (directory / "project").mkdir(parents=True, exist_ok=True)
                 (directory / "state").mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
@@ -165,6 +174,9 @@ class LocalMachines:
             record = _read(directory)
             if record is not None and record.name == machine_id:
                 await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+                self._link(owner[0]).unlink(missing_ok=True)
+                with suppress(OSError):  # others have theirs there
+                    (self._root / PLACES).rmdir()
             if record is None or record.name == machine_id:
                 self._given.pop(owner[0], None)
 
@@ -222,7 +234,26 @@ class LocalMachines:
         return [record for directory in directories if (record := _read(directory)) is not None]
 
     def _directory(self, session_id: UUID) -> Path:
+        """Where the session's directory is: agents take no path that has a link in it."""
+        link = self._link(session_id)
+        return link.resolve() if link.is_symlink() else link
+
+    def _link(self, session_id: UUID) -> Path:
         return self._root / str(session_id)
+
+    def _make(self, spec: MachineSpec) -> Path:
+        """Make the session's directory, if it has none: the project's first that is nobody's. Raises `OSError`."""
+        link = self._link(spec.session_id)
+        for number in range(SLOTS):
+            if os.path.lexists(link):
+                break
+            place = self._root / PLACES / f"{spec.project_id}.{number}"
+            try:
+                place.mkdir(parents=True)
+            except FileExistsError:
+                continue  # another session's, or what one left that ended in between
+            link.symlink_to(place.relative_to(self._root))
+        return self._directory(spec.session_id)
 
     def _lock(self, session_id: UUID) -> asyncio.Lock:
         return self._locks.setdefault(session_id, asyncio.Lock())

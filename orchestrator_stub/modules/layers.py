@@ -6,6 +6,7 @@ its own layers and nobody else's.
 
     asked for     a row that is whole: its parts are signed; else a row without parts, and signed URLs to upload to
     told          every part is there in the size that was told: the row becomes whole, unless another one was first
+    refused       a machine of the project found it no good: the project's own is whole no more, a shared one stays
     dropped       the row goes, or is whole no more; objects that no row names follow (`modules.upkeep`)
 
 Storage takes nothing twice at a signed upload URL, and the name of each object has the row's id in it: what is whole is
@@ -56,7 +57,10 @@ where l.project_id = %(project)s and m.parts is not null
 """
 
 USED: Final = """
-with used as (update preview.modules set used_at = now() where id = %(id)s and used_at < now() - interval '1 hour')
+update preview.modules set used_at = now() where id = %(id)s and used_at < now() - interval '1 hour'
+"""
+
+AHEAD: Final = """
 insert into preview.project_modules (project_id, module_id)
 select %(project)s, m.id from preview.modules m where m.id = %(id)s
 on conflict (project_id) do update set module_id = excluded.module_id
@@ -100,6 +104,12 @@ update preview.modules set parts = %(parts)s, size_bytes = %(size)s, used_at = n
 where id = %(id)s and parts is null returning id
 """
 
+REFUSE: Final = """
+update preview.modules set parts = null, session_id = null, size_bytes = 0
+where project_id = %(project)s and key = %(key)s and parts -> 0 ->> 'sha256' = %(sha256)s returning id
+"""
+"""As in SHRINK, it counts for the day: that bounds how often a project may have one made again."""
+
 FORGET: Final = "delete from preview.modules where id = %(id)s returning id"
 
 SHRINK: Final = """
@@ -135,18 +145,22 @@ class ModuleLayers:
         self._limits = limits
         self._url_ttl = url_ttl
 
-    async def find(self, project_id: UUID, session_id: UUID, key: str) -> dict[str, Any]:
+    async def find(
+        self, project_id: UUID, session_id: UUID, key: str, *, ahead: bool = True, send: bool = True
+    ) -> dict[str, Any]:
         """Answer `POST …/modules`: the layer, or where to send it.
+
+        `ahead`: the project's next machine is told of it when it is made. `send`: one that is missing may be sent.
 
         Raises `StorageFailure`, `psycopg.OperationalError`.
         """
         given = {"project": project_id, "session": session_id, "key": key}
         found = await fetch_one(self._pool, FIND, given)
         if found is not None and (parts := await self._signed(found[0], found[1], key, found[2])) is not None:
-            await self._run(USED, {"id": found[0], "project": project_id})
+            await self._used(found[0], project_id, ahead=ahead)
             return {"kind": "layer", "parts": parts}
         answer: dict[str, Any] = {"kind": "missing", "max_bytes": self._limits.layer}
-        if not self._limits.layer:
+        if not self._limits.layer or not send:
             return answer
         async with self._pool.connection() as connection, connection.transaction():
             await connection.execute(ONE_BY_ONE, given)
@@ -161,8 +175,25 @@ class ModuleLayers:
             )
         return answer
 
+    async def refuse(self, project_id: UUID, session_id: UUID, key: str, sha256: str) -> None:
+        """Drop the project's own layer of a key, whose first part has that hash: one of its machines refused it.
+
+        A shared layer stays, whatever one machine says of it: the log has who said it, and the operator drops it.
+
+        Raises `psycopg.OperationalError`.
+        """
+        row = await fetch_one(self._pool, REFUSE, {"project": project_id, "key": key, "sha256": sha256})
+        said = {"project_id": str(project_id), "session_id": str(session_id), "key": key}
+        log.warning("modules.refused", dropped=row is not None, **said)
+
     async def add(
-        self, project_id: UUID, session_id: UUID, key: str, parts: Sequence[Mapping[str, Any]]
+        self,
+        project_id: UUID,
+        session_id: UUID,
+        key: str,
+        parts: Sequence[Mapping[str, Any]],
+        *,
+        ahead: bool = True,
     ) -> None:
         """Take in what a session has sent. One that is there already stays as it is.
 
@@ -191,7 +222,7 @@ class ModuleLayers:
         except psycopg.errors.UniqueViolation:  # another machine of the project was first
             await self._run(FORGET, {"id": module})
             return
-        await self._run(USED, {"id": module, "project": project_id})
+        await self._used(module, project_id, ahead=ahead)
         await self._run(SHRINK, {"project": project_id, "most": self._limits.project})
         log.info("modules.added", project_id=str(project_id), bytes=size)
 
@@ -224,6 +255,10 @@ class ModuleLayers:
             await self._run(FORGET, {"id": module})
             return None
         return [{"url": url, **part} for url, part in zip(urls, parts, strict=True)]
+
+    async def _used(self, module: UUID, project_id: UUID, *, ahead: bool) -> None:
+        for query in (USED, AHEAD) if ahead else (USED,):
+            await self._run(query, {"id": module, "project": project_id})
 
     async def _run(self, query: str, values: Mapping[str, object]) -> None:
         async with self._pool.connection() as connection:

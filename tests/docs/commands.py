@@ -73,7 +73,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/package/test_installed.py::test_uvx_serves_a_project_without_a_checkout"),
     ),
     (
-        r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( (WORKERS|IMAGE_\w+)=\S+)*",
+        r"make (setup|check|test|test-browser|test-frameworks|test-image|image)( (WORKERS|TAG|IMAGE_\w+)=\S+)*",
         Make(".ci/run"),
     ),
     (r"make image-orchestrator", Make("make test-image, with a tag of its own")),

@@ -58,8 +58,8 @@ class Engine:
     def has(self, image: str) -> bool:
         return self.call("image", "inspect", image, check=False).returncode == 0
 
-    def build(self, tag: str, dockerfile: str = "Dockerfile") -> float:
-        """Build the image of `dockerfile` as `tag`; seconds it took. Progress goes to standard error."""
+    def build(self, tag: str, dockerfile: str = "Dockerfile", context: Path = ROOT) -> float:
+        """Build the image of `dockerfile` in a checkout as `tag`; seconds it took. Progress goes to standard error."""
         arguments = ["--build-arg", f"BASE={base}"] if (base := self.base()) else []
         if platform := os.environ.get("IMAGE_PLATFORM"):
             arguments += ["--platform", platform]
@@ -71,7 +71,7 @@ class Engine:
         began = time.monotonic()
         subprocess.run(
             [*self.command, "build", *self.build_flags, *arguments, "--file", dockerfile, "--tag", tag, "."],
-            check=True, cwd=ROOT, stdout=sys.stderr, timeout=1800,
+            check=True, cwd=context, stdout=sys.stderr, timeout=1800,
         )  # fmt: skip
         return time.monotonic() - began
 

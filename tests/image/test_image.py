@@ -27,6 +27,7 @@ from tests.ports import free_port
 from tests.system.plane import Project, eventually, running_plane
 
 pytestmark = pytest.mark.image
+UPDATED = "localhost/preview-agent:updated"
 
 
 @dataclass
@@ -122,6 +123,31 @@ def test_what_is_in_it(engine: Engine) -> None:
     assert said[:-1] == [
         "10001", "root 700", "preview 755", "preview 755", f'{{"key": "{wanted.key}"}}', "node_modules",
     ]  # fmt: skip
+
+
+def test_an_update_of_the_agent_moves_neither_node_nor_the_template(engine: Engine, tmp_path: Path) -> None:
+    """A machine that has the image already fetches the layers of the agent, of 30 MB, and nothing else."""
+
+    def layers(tag: str) -> list[str]:
+        (told,) = json.loads(engine.call("image", "inspect", tag).stdout)
+        return list(told["RootFS"]["Layers"])
+
+    checkout = copy_checkout(tmp_path / "checkout")
+    with (checkout / "agent/__init__.py").open("a") as file:
+        file.write(f"UPDATE = {str(uuid4())!r}\n")
+    engine.build(UPDATED, context=checkout)
+    try:
+        before, after = layers(TAG), layers(UPDATED)
+    finally:
+        engine.call("rmi", UPDATED, check=False)
+    assert len(before) == len(after)
+    assert before[:-1] == after[:-1], "Debian, Node and Python, the template, the entry point"
+    assert before[-1] != after[-1]
+
+
+def test_how_large_it_is(engine: Engine) -> None:
+    """Fetched by each machine that has none: 378 MB, of which Debian and Node are 247."""
+    assert int(engine.call("image", "inspect", "--format", "{{.Size}}", TAG).stdout) <= 450e6
 
 
 def test_the_agent_is_the_wheel_and_the_control_plane_is_not_there(engine: Engine, tmp_path: Path) -> None:

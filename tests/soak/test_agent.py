@@ -14,13 +14,12 @@ from soak.agent import main
 def test_the_agents_clock_follows_its_file_and_nobody_elses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, machine = tmp_path / "clocks" / "s1", tmp_path / "machines" / "s1"
+    clock = tmp_path / "clocks" / "s1"
     clock.parent.mkdir()
-    machine.mkdir(parents=True)
+    monkeypatch.setenv("SESSION_ID", "s1")
     true, true_ns = time.time, time.time_ns
     monkeypatch.setattr(time, "time", true)
     monkeypatch.setattr(time, "time_ns", true_ns)
-    monkeypatch.chdir(machine)
     off: list[float] = []
 
     def run(words: tuple[str, ...]) -> int:

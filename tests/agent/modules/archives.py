@@ -98,8 +98,17 @@ class Service:
         self.layers: dict[str, list[dict[str, object]]] = {}
         self.objects: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.refused: list[str] = []
+        self.slow: set[str] = set()
+        """Objects that come half, then wait for `release`."""
+        self.behind: set[str] = set()
+        """Keys that the next machine is not told of when it is made."""
         self.faults: dict[str, object] = {}
         self.release = threading.Event()
+
+    def asked_for_layers(self) -> list[str]:
+        """The keys that were asked for, but for those of what Vite bundles ahead."""
+        return [key for key in self.asked if key not in self.behind]
 
     def keep(self, key: str, content: bytes, size: int = 2**20) -> None:
         """Have a layer, in parts."""
@@ -148,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None or service.faults.get("storage") == "down":
             self._answer(503 if content is not None else 400, b"{}")
             return
-        if service.faults.get("storage") == "slow":
+        if service.faults.get("storage") == "slow" or self.path in service.slow:
             self.send_response(200)
             self.send_header("content-length", str(len(content)))
             self.end_headers()
@@ -160,16 +169,25 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, content, "application/octet-stream")
 
     def do_POST(self) -> None:
-        key = json.loads(self._body())["key"]
-        service = self.service
+        asked = json.loads(self._body())
+        key, service = asked["key"], self.service
         service.asked.append(key)
+        if not asked.get("ahead", True):
+            service.behind.add(key)
+        if key in service.layers and asked.get("refused") == service.layers[key][0]["sha256"]:
+            service.refused.append(key)
+            del service.layers[key]
         if service.faults.get("api") == "down":
             self._answer(503, b"{}")
         elif key in service.layers:
             self._answer(200, json.dumps({"kind": "layer", "parts": service.layers[key]}).encode())
         else:
             urls = [f"{service.url}/objects/{key}.{number}" for number in range(4)]
-            missing = {"kind": "missing", "upload_urls": urls, "max_bytes": 2**30}
+            missing = {
+                "kind": "missing",
+                "upload_urls": urls if asked.get("send", True) else [],
+                "max_bytes": 2**30,
+            }
             self._answer(200, json.dumps(missing).encode())
 
     def do_PUT(self) -> None:

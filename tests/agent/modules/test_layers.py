@@ -7,6 +7,7 @@ import os
 import pwd
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -96,6 +97,15 @@ async def key_of(bench: Bench, wanted: Dependencies) -> str:
     return key
 
 
+async def served(bench: Bench) -> None:
+    """The first page of a machine is there, and what it has to send is sent: then it watches what Vite bundles."""
+    bundles = bench.installer._bundles
+    assert bundles is not None
+    task = asyncio.create_task(bench.installer.served())
+    await until(lambda: task.done() or bundles._keeping, 60)
+    await ended(task)
+
+
 MODULES: Mapping[str, str | bytes | tuple[str]] = {
     "node_modules/left-pad-that-nobody-has/index.js": "module.exports = 1",
     "node_modules/.bin/pad": ("../left-pad-that-nobody-has/index.js",),
@@ -110,9 +120,9 @@ async def test_what_one_machine_installed_the_next_one_unpacks(world: World) -> 
     first, second = world.machine("first", real_npm=True), world.machine("second", real_npm=True)
     wanted = with_dependency(first.root)
     assert (await first.install(wanted)).outcome is InstallOutcome.INSTALLED
-    await first.installer.served()
+    await served(first)
     assert (world.count("missing"), world.count("sent")) == (1, 1)
-    await first.installer.served()
+    await served(first)
     assert world.count("sent") == 1, "once a key"
 
     again = with_dependency(second.root)
@@ -137,7 +147,7 @@ async def test_a_layer_that_was_named_at_creation_comes_before_the_project(world
     assert len(machine.leftovers) == 1, "it waits in its stage"
     wanted = write(machine.root, dependencies=ABSENT)
     assert (await machine.installer.install(wanted)).outcome is InstallOutcome.LAYER
-    assert world.service.asked == [], "nobody needs to ask"
+    assert world.service.asked_for_layers() == [], "nobody needs to ask"
     assert (wanted.modules / ".bin/pad").read_text() == "module.exports = 1"
     assert machine.leftovers == []
 
@@ -146,7 +156,7 @@ async def test_a_layer_of_another_key_is_a_start_for_npm(world: World) -> None:
     first = world.machine("first", real_npm=True)
     wanted = with_dependency(first.root, description="one")
     await first.install(wanted)
-    await first.installer.served()
+    await served(first)
     (key,) = world.service.layers
     second = world.machine("second", given=key, real_npm=True)
     again = with_dependency(second.root)
@@ -159,7 +169,7 @@ async def test_a_layer_of_another_key_is_a_start_for_npm(world: World) -> None:
     assert world.count("head_start") == 1
     assert (again.modules / "more").exists()
     assert installed_key(again.modules) == again.key
-    await second.installer.served()
+    await served(second)
     assert len(world.service.layers) == 2, "what came of it is a layer of its own"
     assert second.leftovers == []
 
@@ -199,6 +209,42 @@ async def test_a_layer_that_is_no_good_is_an_install(world: World, fault: str) -
     assert machine.leftovers == []
 
 
+@pytest.mark.parametrize("fault", ["another hash", "hostile", "cut", "disk"])
+async def test_a_layer_that_is_no_good_is_made_anew_by_who_found_it(
+    world: World, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong with the layer is told, and what is wrong with the way or the disk is not."""
+    machine = world.machine("first")
+    wanted = with_dependency(machine.root)
+    key = await key_of(machine, wanted)
+    good = packed(tree(world.tmp_path / "packed", MODULES))
+    hostile = made_of(link("node_modules/x", "/etc"))
+    world.service.keep(key, hostile if fault == "hostile" else good, size=2**22)
+    if fault == "another hash":
+        world.service.layers[key][0]["sha256"] = "0" * 64
+    if fault == "cut":
+        world.service.objects[f"/objects/{key}.0"] = good[:-10]
+    if fault == "disk":
+        full = ("sh", "-c", "cat >/dev/null; echo 'failed: No space left on device'; exit 1")
+        monkeypatch.setattr(arrivals, "command", lambda *_: full)
+    assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
+    monkeypatch.undo()
+    is_its_fault = fault in ("another hash", "hostile")
+    assert world.service.refused == ([key] if is_its_fault else [])
+    served = asyncio.create_task(machine.installer.served())
+    if is_its_fault:
+        await until(lambda: world.count("sent") == 1, 30)
+        second = world.machine("second")
+        assert (await second.install(with_dependency(second.root))).outcome is InstallOutcome.LAYER
+    await ended(served)
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
 async def test_an_early_layer_whose_url_is_old_is_asked_for(world: World) -> None:
     """A machine that starts again has the environment it was made with."""
     machine = world.machine("first")
@@ -212,7 +258,7 @@ async def test_an_early_layer_whose_url_is_old_is_asked_for(world: World) -> Non
     await again.installer.prefetch()
     wanted = write(again.root, dependencies=ABSENT)
     assert (await again.installer.install(wanted)).outcome is InstallOutcome.LAYER
-    assert world.service.asked == [key]
+    assert world.service.asked_for_layers() == [key]
 
 
 async def test_without_the_orchestrator_it_is_installed(
@@ -221,7 +267,7 @@ async def test_without_the_orchestrator_it_is_installed(
     world.service.faults["api"] = "down"
     machine = world.machine("first")
     assert (await machine.install(with_dependency(machine.root))).outcome is InstallOutcome.INSTALLED
-    await machine.installer.served()
+    await served(machine)
     assert world.service.layers == {}
 
 
@@ -302,7 +348,7 @@ async def test_a_project_whose_own_scripts_run_is_installed(world: World) -> Non
     with_dependency(machine.root, scripts={"postinstall": "echo >node_modules/made"})
     wanted = dependencies(machine.root, scripts=True)
     assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
-    await machine.installer.served()
+    await served(machine)
     assert (world.service.asked, world.service.layers) == ([], {})
 
 
@@ -332,7 +378,7 @@ async def test_the_projects_user_packs_and_unpacks(world: World) -> None:
         os.chown(path, user.uid, user.gid)
     result: InstallResult = await first.install(wanted)
     assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
-    await first.installer.served()
+    await served(first)
     assert world.count("sent") == 1
     second = world.machine("second", rights=Rights(user))
     again = with_dependency(second.root)

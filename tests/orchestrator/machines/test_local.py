@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -69,7 +70,7 @@ class Place:
 
     def directory(self, machine: Machine) -> Path:
         [directory] = [p for p in self.root.iterdir() if p.name.replace("-", "") in machine.name]
-        return directory
+        return directory.resolve()
 
     async def pids(self, machine: Machine) -> list[int]:
         """The agent's and its child's, once they are up."""
@@ -121,6 +122,25 @@ async def test_an_agent_sees_the_protocol_s_environment_and_nothing_of_ours(
         "DEV_PORT", "HEALTH_HOST", "HEALTH_PORT", "LOG_FORMAT", *ALLOCATOR,
     }  # fmt: skip
     assert os.stat(env["PROJECT_DIR"]).st_dev == os.stat(Path(env["STAGING_DIR"]).parent).st_dev
+
+
+async def test_a_project_is_in_the_same_directory_again(place: Place, driver: LocalMachines) -> None:
+    """As in a container: Vite throws away what it has bundled in another one. Two sessions at once have two."""
+    project = uuid4()
+    first, second, third = (replace(spec_for(), project_id=project) for _ in range(3))
+    machine = await driver.create(first)
+    await driver.create(second)
+    one, other = driver.project_dir(first.session_id), driver.project_dir(second.session_id)
+    assert one != other
+    assert not any(path.is_symlink() for path in (one, *one.parents) if path.is_relative_to(place.root))
+    (one / "file").write_text("the first's")
+    await driver.destroy(machine.id)
+    assert not one.exists()
+    await driver.create(third)
+    assert driver.project_dir(third.session_id) == one
+    assert list(one.iterdir()) == []
+    assert driver.project_dir(second.session_id) == other
+    assert {machine.name for machine in await driver.list()} == {second.name, third.name}
 
 
 async def test_a_port_is_given_to_one_machine_though_nobody_listens_on_it_yet(
@@ -277,7 +297,7 @@ async def test_an_agent_whose_orchestrator_was_killed_before_it_wrote_the_pid_is
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert await parent.wait() == -signal.SIGKILL
-    [directory] = place.root.iterdir()
+    [directory] = [path for path in place.root.iterdir() if path.is_symlink()]
     agent, child = map(int, (directory / "up").read_text().split())
     assert not gone(agent)
     second = place.driver()

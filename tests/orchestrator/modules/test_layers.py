@@ -247,18 +247,85 @@ async def test_a_project_cannot_make_another_ones_layer(world: World, way: str) 
 async def test_a_shared_layer_is_read_by_all(world: World) -> None:
     first, second = await world.machine(), await world.machine()
     await first.send(b"my own")
-    [(module,)] = await world.sql(
-        "insert into preview.modules (key, parts, size_bytes) values (%s, %s, 6) returning id",
-        KEY, json.dumps([part(b"shared")]),
-    )  # fmt: skip
-    answer = await world.plane.http.post(
-        f"/storage/v1/object/preview-modules/shared/{KEY}/{module}.0", content=b"shared"
-    )
-    assert answer.is_success, answer.text
+    await share(world, b"shared")
     for machine in (first, second):
         [only] = (await machine.find())["parts"]
         assert (await read(only["url"])).content == b"shared"
     assert world.environment(await world.machine(second.project))["MODULES_KEY"] == KEY
+
+
+async def share(world: World, content: bytes) -> None:
+    """What `modules build` does."""
+    [(module,)] = await world.sql(
+        "insert into preview.modules (key, parts, size_bytes) values (%s, %s, %s) returning id",
+        KEY, json.dumps([part(content)]), len(content),
+    )  # fmt: skip
+    answer = await world.plane.http.post(
+        f"/storage/v1/object/preview-modules/shared/{KEY}/{module}.0", content=content
+    )
+    assert answer.is_success, answer.text
+
+
+async def refused(machine: Machine, content: bytes) -> dict[str, Any]:
+    answer = await machine.ask("POST", {"key": KEY, "refused": part(content)["sha256"]})
+    assert answer.is_success, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def test_a_layer_that_a_machine_refuses_is_its_keys_no_more(world: World) -> None:
+    """Its own project's, if it is still the one that was refused: whoever comes late drops nothing."""
+    first, other = await world.machine(), await world.machine()
+    for machine in (first, other):
+        await machine.send(b"damaged")
+    assert (await refused(first, b"another"))["kind"] == "layer"
+    answer = await refused(first, b"damaged")
+    assert answer["kind"] == "missing"
+    assert "MODULES_KEY" not in world.environment(await world.machine(first.project))
+    assert (await first.send(b"right", urls=answer["upload_urls"])).is_success
+    assert (await refused(first, b"damaged"))["kind"] == "layer"
+    [only] = (await first.find())["parts"]
+    assert (await read(only["url"])).content == b"right"
+    [hers] = (await other.find())["parts"]
+    assert (await read(hers["url"])).content == b"damaged", "nobody else's"
+
+
+async def test_a_shared_layer_stays_whatever_a_machine_says(world: World) -> None:
+    machine = await world.machine()
+    await share(world, b"shared")
+    for _ in range(3):
+        assert (await refused(machine, b"shared"))["kind"] == "layer"
+
+
+async def test_refusing_is_bounded_by_the_day(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_layers, "A_DAY", 3)
+    machine = await world.machine()
+    answer, made = await machine.find(), 0
+    while "upload_urls" in answer:
+        assert (await machine.send(b"a layer", urls=answer["upload_urls"])).is_success
+        answer, made = await refused(machine, b"a layer"), made + 1
+    assert made == 3
+
+
+async def test_asking_without_sending_takes_none_of_the_days(world: World) -> None:
+    """Each start of a project asks for what Vite bundles ahead, which many never have."""
+    machine = await world.machine()
+    for _ in range(module_layers.SENDING + 1):
+        answer = await machine.ask("POST", {"key": OTHER, "ahead": False, "send": False})
+        assert answer.json() == {"kind": "missing", "max_bytes": 2**20}
+    assert await world.sql("select * from preview.modules") == []
+    assert (await machine.send(b"a layer")).is_success
+
+
+async def test_what_is_not_needed_ahead_is_not_named_to_the_next_machine(world: World) -> None:
+    machine = await world.machine()
+    await machine.send(b"a layer")
+    missing = (await machine.ask("POST", {"key": OTHER, "ahead": False})).json()
+    await put(missing["upload_urls"][0], b"bundled")
+    answer = await machine.ask("PUT", {"key": OTHER, "parts": [part(b"bundled")], "ahead": False})
+    assert answer.is_success, answer.text
+    assert (await machine.ask("POST", {"key": OTHER, "ahead": False})).json()["kind"] == "layer"
+    assert world.environment(await world.machine(machine.project))["MODULES_KEY"] == KEY
 
 
 async def test_uploads_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
