@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from tests.browser.conftest import Browser, missing
-from tests.orchestrator.door.test_in_front import certificate, free, nginx
+from tests.orchestrator.door.test_in_front import certificate, nginx
+from tests.ports import free_port
 from tests.system.stack import REPOSITORY, Stack, until
 
 pytestmark = pytest.mark.browser
@@ -40,7 +41,7 @@ class Doors:
     stack: Stack
     place: Path
     tls: int = field(default_factory=free)
-    ports: dict[str, int] = field(default_factory=lambda: {"tls": free(), "plain": free()})
+    ports: dict[str, int] = field(default_factory=lambda: {"tls": free_port(), "plain": free_port()})
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator_stub.config import DoorSettings, SettingsError
 from orchestrator_stub.server import CannotServe, door_keyring
-from tests.orchestrator.door.test_in_front import free
+from tests.ports import free_port
 from tests.orchestrator.door.world import KEYS
 from tests.orchestrator.test_serve import settings
 
@@ -55,7 +55,7 @@ def label_of(dsn: str) -> str:
 
 @pytest.mark.parametrize("command", ["door", "serve"])
 def test_it_opens_and_stops_in_order(dsn: str, command: str) -> None:
-    port, metrics = free(), free()
+    port, metrics = free_port(), free_port()
     environ = door_environ(dsn, port) | {"LOG_FORMAT": "json"}
     if command == "serve":
         environ = settings(dsn, **environ, PORT=str(metrics), MACHINE_DRIVER="local", TEMPLATE_DIR="")
