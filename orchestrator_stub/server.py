@@ -232,7 +232,7 @@ def door_of(
 
     async def wake(session: Behind) -> None:
         assert controller is not None
-        controller.wake_soon(session.session_id)
+        controller.sleep.wake_soon(session.session_id)
 
     assert settings.preview_domain is not None
     return Door(

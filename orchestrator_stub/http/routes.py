@@ -278,7 +278,7 @@ class SessionRoutes:
             return json_answer({**answer, "action": "stop"})
         self._screens.heard(session.id, body.model_dump())
         if session.waking and body.state in BEGINNING:
-            self._controller.woke_cold(session)
+            self._controller.sleep.woke_cold(session)
             return json_answer({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             (self._on_wake if session.waking else self._on_ready)(kept.state_since - session.state_since)
