@@ -38,8 +38,8 @@ from orchestrator_stub.machines.driver import (
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions.inventory import awake, lost, unmarked, wanted
-from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
+from orchestrator_stub.sessions.due import Due
+from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Judgement, Session, State
 from orchestrator_stub.sessions.rollout import ROLL
 from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.sleep import Sleep, Step
@@ -108,6 +108,7 @@ class SessionController:
             store, driver, settings, by=self._name, start=self._start, provision=self.provision,
             destroy=self._destroy, on_suspend=on_suspend,
         )  # fmt: skip
+        self._due = Due(store, settings.timing, installation.mark)
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.swept_at = 0.0
@@ -277,43 +278,53 @@ class SessionController:
 
         Gives the number of steps it took. Safe at any time, in any number of orchestrators.
         """
-        # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
-        # among those read *afterwards* is an orphan.
-        machines = [machine for machine in await self._driver.list() if self._ours(machine)]
         async with self._store.sweeping() as mine:
             if not mine:
                 return 0
-            sessions, now = await self._store.unended()
-            ours = await self._store.known(unmarked(machines))
-        known = {session.id: session for session in sessions}
-        due: list[Step] = []
-        for session in sessions:
-            if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
+            # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
+            # among those read *afterwards* is an orphan.
+            async with asyncio.timeout(self._settings.claim_seconds):
+                machines = await self._driver.list()
+            wrong = await self._due.machines(machines)
+            sessions = await self._due.sessions()
+        steps: list[Step] = []
+        for session, judgement, stuck in sessions:
+            if stuck:
                 log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
-            judgement = judge(session, now, self._settings.timing)
-            match judgement.action:
-                case Action.PROVISION:
-                    due.append(partial(self.provision, session.id))
-                case Action.ROLL:
-                    due.append(partial(self.roll, session.id))
-                case Action.UNLOAD:
-                    due.append(partial(self.sleep.unload, session.id))
-                case Action.RENEW:
-                    due.append(partial(self.sleep.renew, session.id))
-                case Action.DRAIN:
-                    due.append(partial(self.end, session.id, problem=judgement.problem))
-                case Action.DESTROY:
-                    due.append(partial(self.finish, session.id))
-                case Action.LEAVE if lost(session, machines):
-                    due.append(partial(self._end_if_gone, session))
-                case Action.LEAVE if awake(session, machines):
-                    due.append(partial(self.sleep.suspend_again, session.id))
-        due.extend(await self.sleep.due())
-        unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
-        due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
-        await asyncio.gather(*(self._guarded(step) for step in due))
+            steps.extend(self._steps(session.id, judgement))
+        for found in wrong:
+            match found.what:
+                case "lost":
+                    steps.append(partial(self._end_if_gone, found.id, found.machine))
+                case "awake":
+                    steps.append(partial(self.sleep.suspend_again, found.id))
+                case "unwanted":
+                    steps.append(partial(self._driver.destroy, found.machine))
+        steps.extend(await self.sleep.due())
+        todo = iter(steps)
+
+        async def work() -> None:
+            for step in todo:
+                await self._guarded(step)
+
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
         self.swept_at = self._clock()
-        return len(due)
+        return len(steps)
+
+    def _steps(self, session_id: UUID, judgement: Judgement) -> Iterator[Step]:
+        match judgement.action:
+            case Action.PROVISION:
+                yield partial(self.provision, session_id)
+            case Action.ROLL:
+                yield partial(self.roll, session_id)
+            case Action.UNLOAD:
+                yield partial(self.sleep.unload, session_id)
+            case Action.RENEW:
+                yield partial(self.sleep.renew, session_id)
+            case Action.DRAIN:
+                yield partial(self.end, session_id, problem=judgement.problem)
+            case Action.DESTROY:
+                yield partial(self.finish, session_id)
 
     async def run(self) -> None:
         """Sweep for ever."""
@@ -418,11 +429,10 @@ class SessionController:
             if owner is not None and owner.generation < session.generation:
                 await self._driver.retire(machine.id)
 
-    async def _end_if_gone(self, session: Session) -> None:
-        assert session.machine_id is not None
-        machine = await self._driver.inspect(session.machine_id)
+    async def _end_if_gone(self, session_id: UUID, machine_id: str) -> None:
+        machine = await self._driver.inspect(machine_id)
         if machine is None or machine.state is MachineState.GONE:
-            await self.end(session.id, problem="machine_gone: the machine is not there any more")
+            await self.end(session_id, problem="machine_gone: the machine is not there any more")
 
     async def _guarded(self, step: Step) -> None:
         async with self._slots:

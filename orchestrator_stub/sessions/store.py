@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, LiteralString
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row, dict_row
+from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.machines.driver import Installation, Machine
@@ -59,6 +59,8 @@ SWEEP_LOCK: Final = 0x70726576  # "prev"
 QUESTIONS_AT_ONCE: Final = 500
 """Sessions looked up in one query."""
 
+ROWS_AT_ONCE: Final = 200
+"""Rows of a large answer read without a pause: some 5 ms."""
 
 Right = Literal["read", "write", "own"]
 
@@ -198,7 +200,7 @@ class SessionStore:
         found = {}
         for row in rows:
             head = Head(row.pop("epoch"), row.pop("revision"))
-            session = _Row(**row).session
+            session = session_of(row)
             found[session.id] = (session, head)
         return found
 
@@ -211,20 +213,16 @@ class SessionStore:
             {"project": project_id, "ended": ended, "over": _names(ENDED), "limit": limit},
         )
 
-    async def unended(self) -> tuple[Sequence[Session], float]:
-        """Every session that is not over, and the database's now, to judge them by."""
+    async def found(self, query: LiteralString, values: Mapping[str, object]) -> list[dict[str, Any]]:
+        """The rows that a query finds, however many: the loop is not held while they are read."""
+        found: list[dict[str, Any]] = []
         async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=class_row(_Row))
-            await cursor.execute(
-                SELECT + "where state <> all(%(over)s)",
-                {"over": _names(ENDED)},
-            )
-            rows = [row.session for row in await cursor.fetchall()]
-            moment = await (
-                await connection.execute("select extract(epoch from now())::float8 as now")
-            ).fetchone()
-            assert moment is not None
-            return rows, float(moment[0])
+            cursor = connection.cursor(row_factory=dict_row)
+            await cursor.execute(query, values)
+            while rows := await cursor.fetchmany(ROWS_AT_ONCE):
+                found.extend(rows)
+                await asyncio.sleep(0)
+        return found
 
     async def known(self, session_ids: Collection[UUID]) -> Mapping[UUID, Session]:
         """Those of `session_ids` that are sessions here, over or not."""
@@ -329,7 +327,7 @@ class SessionStore:
         if row is None:
             return None
         status, since = row.pop("status"), row.pop("status_age")
-        return _Row(**row).session, status, since
+        return session_of(row), status, since
 
     async def tell_shown(self, session_id: UUID) -> float:
         """Tell members what is shown, if it is news. Returns in how many seconds to ask again; 0: it is done."""
@@ -465,10 +463,10 @@ class SessionStore:
             ):
                 if number >= limit:
                     raise TooManySessions(of, limit)
-            cursor = connection.cursor(row_factory=class_row(_Row))
+            cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(change + RETURNING, values)
             made = await cursor.fetchone()
-            return made.session if made else None
+            return session_of(made) if made else None
 
     async def _first(self, where: LiteralString, values: Mapping[str, object]) -> Session | None:
         rows = await self._rows(SELECT + where, values)
@@ -476,20 +474,18 @@ class SessionStore:
 
     async def _rows(self, query: LiteralString, values: Mapping[str, object]) -> Sequence[Session]:
         async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=class_row(_Row))
+            cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(query, values)
-            return [row.session for row in await cursor.fetchall()]
+            return [session_of(row) for row in await cursor.fetchall()]
 
     async def _run(self, query: LiteralString, values: Mapping[str, object]) -> None:
         async with self._pool.connection() as connection:
             await connection.execute(query, values)
 
 
-class _Row:
-    """A row of `COLUMNS` on its way to a `Session`."""
-
-    def __init__(self, *, state: str, **columns: Any) -> None:
-        self.session = Session(state=State(state), **columns)
+def session_of(row: Mapping[str, Any]) -> Session:
+    """A row of `COLUMNS` as a session."""
+    return Session(**{**row, "state": State(row["state"])})
 
 
 def _moves(event: Event) -> Jsonb:
