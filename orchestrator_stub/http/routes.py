@@ -274,7 +274,9 @@ class SessionRoutes:
                 viewed=bool(viewers(said)),
                 lease=self._settings.timing.lease,
                 status=body.model_dump_json(),
-            )
+            ),
+            # What says that it is ready, or what is shown, is news to somebody who waits.
+            patient="tree_hash" in answer and session.state is State.READY,
         )
         if kept is None:
             # Another generation's machine has the session, or it has ended.

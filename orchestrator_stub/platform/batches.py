@@ -1,17 +1,22 @@
 """Answers questions together that come while others are being answered: one query for a hundred agents.
 
-Nobody waits for company: a question that comes when nothing is asked is asked at once, and what comes meanwhile is
-asked in the next round. So rounds grow with the load, and each answer is of a moment after its question.
+A question that comes when nothing is asked is asked at once, and what comes meanwhile is asked in the next round: so
+rounds grow with the load, and each answer is of a moment after its question. A patient one waits until `PACE` after the
+last round began, unless another cannot: on a quiet day it waits for nothing either.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 MOST: Final = 500
 """Questions of one round."""
+
+PACE: Final = 0.05
+"""Seconds: of 130 heartbeats a second, those of 4,000 agents, six or seven are one commit."""
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -38,9 +43,13 @@ class Batches(Generic[Question, Answer]):
         self._alone = alone
         self._waiting: list[tuple[Question, asyncio.Future[Answer | None]]] = []
         self._answering: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        self._began = float("-inf")
 
-    async def ask(self, question: Question) -> Answer | None:
+    async def ask(self, question: Question, *, patient: bool = False) -> Answer | None:
         """The answer to one question. Raises what answering it raises."""
+        if not patient:
+            self._hurry.set()
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if self._answering is None:
@@ -48,8 +57,16 @@ class Batches(Generic[Question, Answer]):
         return await answer
 
     async def _go_on(self) -> None:
+        clock = asyncio.get_running_loop().time
         while self._waiting:
-            await self._round(self._taken())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._began + PACE):
+                    await self._hurry.wait()
+            self._began = clock()
+            taken = self._taken()
+            if not self._waiting:
+                self._hurry.clear()
+            await self._round(taken)
         self._answering = None
 
     def _taken(self) -> Mapping[Hashable, tuple[Question, asyncio.Future[Answer | None]]]:

@@ -305,9 +305,9 @@ class SessionStore:
             "update preview.sessions set claimed_until = null where claimed_by = %(by)s", {"by": by}
         )
 
-    async def report(self, report: Report) -> Reported | None:
-        """Keep a heartbeat. None: the session or the generation is over."""
-        return await self._heard.ask(report)
+    async def report(self, report: Report, *, patient: bool = False) -> Reported | None:
+        """Keep a heartbeat; a `patient` one may wait for others. None: the session or the generation is over."""
+        return await self._heard.ask(report, patient=patient)
 
     async def _reports(self, reports: Sequence[Report]) -> dict[Hashable, Reported]:
         columns = {name: [getattr(each, name) for each in reports] for name in Report.__slots__}

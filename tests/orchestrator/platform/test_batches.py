@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator_stub.platform.batches import MOST, Batches
+from agent.replay.simulated_clock import simulate
+from orchestrator_stub.platform.batches import MOST, PACE, Batches
 
 
 class Answers:
@@ -82,3 +83,28 @@ async def test_an_error_of_all_is_told_to_all_and_the_next_are_asked() -> None:
     with pytest.raises(ValueError, match="wrong"):
         await batches.ask((1, 1))
     assert await batches.ask((2, 2)) == (2, 2)
+
+
+def test_the_patient_wait_for_company_and_nobody_else_does() -> None:
+    """In simulated time: rounds of patient ones begin `PACE` apart, one that is not takes all along at once."""
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        answers = Answers()
+        answers.go.set()
+        batches = Batches(answers, lambda question: question[0])
+
+        async def after(seconds: float, key: int, *, patient: bool) -> float:
+            await asyncio.sleep(seconds)
+            asked = clock()
+            assert await batches.ask((key, key), patient=patient) == (key, key)
+            return clock() - asked
+
+        waits = await asyncio.gather(
+            after(0.0, 0, patient=True), after(0.01, 1, patient=True), after(0.02, 2, patient=True),
+            after(0.06, 3, patient=True), after(0.07, 4, patient=False), after(1.0, 5, patient=True),
+        )  # fmt: skip
+        assert waits == pytest.approx([0.0, PACE - 0.01, PACE - 0.02, 0.01, 0.0, 0.0])
+        assert [[key for key, _ in each] for each in answers.rounds] == [[0], [1, 2], [3, 4], [5]]
+
+    simulate(main())
