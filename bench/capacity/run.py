@@ -36,6 +36,9 @@ from bench.harness.machine import Others
 ONE_THREAD: Final = ("orchestrator", "realtime")
 """Processes that wait for themselves when they are busy; PostgreSQL has as many as it has connections."""
 
+FOLLOWS: Final = 0.3
+"""Seconds after the last request for what follows from it: a save is delivered, and reported twice."""
+
 LOST: Final = 3
 """Every so-manieth session loses its socket in a storm: a node of three."""
 
@@ -57,7 +60,7 @@ class Profile:
 
 
 WHOLE: Final = Profile()
-QUICK: Final = Profile((100, 200, 300, 400), settle=2.0, window=5.0, windows=4, each=25, blocks=4)
+QUICK: Final = Profile((100, 200, 300, 400), settle=2.0, window=4.0, windows=4, each=25, blocks=3)
 
 
 @dataclass
@@ -95,12 +98,13 @@ class Run:
         try:
             for size in self._profile.sizes:
                 await self._size(size)
+            self._crowd.beating.clear()
+            self.measured.failures = {k: n for k, n in self._crowd.done.items() if k.startswith("failed")}
             await self._kinds()
             await self._storms()
         finally:
             await self._crowd.close()
             self._admin.close()
-        self.measured.failures = {k: n for k, n in self._crowd.done.items() if k.startswith("failed")}
         return self.measured
 
     async def _size(self, size: int) -> None:
@@ -141,6 +145,7 @@ class Run:
     async def _kinds(self) -> None:
         """Each kind of request by itself, one after the other on a few connections, and what the rest takes off."""
         sessions = self._crowd.sessions
+        await _one_by_one(sessions, LightSession.beat)  # of everybody is remembered what can be
         async with await editor(self._stack) as connection:
 
             def project() -> Any:
@@ -156,11 +161,10 @@ class Run:
             }
             for kind, ask in kinds.items():
                 self._say(f"each by itself: {kind}")
-                for number in range(self._profile.blocks + 1):
+                for _ in range(self._profile.blocks):
                     some = random.choices(sessions, k=self._profile.each)
                     used = await self._used(partial(_one_by_one, some, ask))
-                    if number:  # the first finds nothing remembered
-                        self.measured.kinds.setdefault(kind, []).append(_each(used, len(some)))
+                    self.measured.kinds.setdefault(kind, []).append(_each(used, len(some)))
 
     async def _storms(self) -> None:
         """Sockets that are lost at once, and an orchestrator that begins anew; what each session of them takes."""
@@ -202,6 +206,7 @@ async def _one_by_one(
             await ask(session)
 
     await asyncio.gather(*(work() for _ in range(connections)))
+    await asyncio.sleep(FOLLOWS)
 
 
 def _each(used: Used, count: int) -> Used:

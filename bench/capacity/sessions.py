@@ -54,13 +54,16 @@ LINES: Final = "".join(
 class LightSession:
     """One of them. `done` counts what all of them did, by kind."""
 
-    def __init__(self, stack: Stack, row: Row, http: httpx.AsyncClient, done: Counter[str]) -> None:
+    def __init__(
+        self, stack: Stack, row: Row, http: httpx.AsyncClient, done: Counter[str], beating: asyncio.Event
+    ) -> None:
         self.api = SessionApi(stack.control_url, row.id, Tokens(stack.token(row)), http)
         url = stack.url.replace("http", "ws", 1) + "/realtime/v1"
         self.link = realtime_link(url, stack.keys.anon_key, f"realtime:project:{row.project_id}", self.api)
         self._epoch: str | None = None
         self._revision = 1
         self._done = done
+        self._beating = beating
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -97,6 +100,7 @@ class LightSession:
     async def _beat(self) -> None:
         await asyncio.sleep(random.uniform(0, HEARTBEAT))
         while True:
+            await self._beating.wait()
             await self._try(self.beat())
             await asyncio.sleep(HEARTBEAT * random.uniform(0.8, 1.2))
 
@@ -143,6 +147,9 @@ class Crowd:
     def __init__(self, stack: Stack) -> None:
         self.sessions: list[LightSession] = []
         self.done: Counter[str] = Counter()
+        self.beating = asyncio.Event()
+        """Cleared, no session beats by itself."""
+        self.beating.set()
         self._stack = stack
         # An agent keeps a connection for five seconds and asks every thirty: each request makes its own.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -154,7 +161,8 @@ class Crowd:
         rows = await self._stack.grow_to(count)
         for place in range(0, len(rows), at_once):
             some = [
-                LightSession(self._stack, row, self.http, self.done) for row in rows[place : place + at_once]
+                LightSession(self._stack, row, self.http, self.done, self.beating)
+                for row in rows[place : place + at_once]
             ]
             for session in some:
                 session.start()

@@ -48,7 +48,7 @@ files as (
   select made.id, 'src/file' || n || '.ts', 'typescript', text, encode(sha256(text::bytea), 'hex'), 1, owner.id, 1, 2000
   from made, owner, generate_series(0, %(files)s - 1) n, lateral (select rpad(made.id::text || n, 2000, 'x') as text) t)
 insert into preview.sessions (project_id, state, expires_at, lease_until, machine_id, machine_driver)
-select made.id, 'ready', now() + interval '8 h', now() + interval '2 min', 'm' || made.id, 'fly' from made
+select made.id, 'ready', now() + interval '8 h', now() + interval '1 h', 'm' || made.id, 'fly' from made
 returning id, project_id
 """
 
@@ -113,6 +113,8 @@ class Stack:
                 **common, "SUPABASE_URL": self.url, "SUPABASE_ANON_KEY": self.keys.anon_key, "PORT": str(there),
                 "SUPABASE_SERVICE_ROLE_KEY": self.keys.service_key, "TEMPLATE_DIR": "",
                 "MACHINE_DRIVER": "fly", "FLY_API_URL": fly_url, "FLY_API_TOKEN": TOKEN, "FLY_APP": APP,
+                # For a while sessions say only what they are asked for.
+                "LEASE_SECONDS": "3600",
             },
             self._place / "orchestrator.log", lambda: _answers(f"{self.control_url}/readyz"),
         )  # fmt: skip
