@@ -140,6 +140,19 @@ async def test_one_of_many_orchestrators_lists_the_machines(world: World) -> Non
     assert listings == 1
 
 
+async def test_a_platform_that_never_answers_keeps_the_lock_from_nobody(world: World) -> None:
+    class Silent(FakeMachines):
+        async def list(self) -> list[Machine]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    with pytest.raises(TimeoutError):
+        await world.controller_of(Silent(world.platform), claim_seconds=0.05).sweep()
+    other = world.controller_of()
+    await other.sweep()
+    assert other.swept_at > 0
+
+
 MANY = 100_000
 
 FILL = """
