@@ -10,11 +10,16 @@ from __future__ import annotations
 import asyncio
 import builtins
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Final
 from uuid import UUID
 
 from orchestrator_stub.machines.driver import Machine, MachineSpec
 from orchestrator_stub.machines.fly import FlyMachines
+
+REMEMBERED: Final = 250_000
+"""Machines whose app is known; of another one all apps are asked."""
 
 
 def app_of(session_id: UUID, apps: Sequence[str]) -> str:
@@ -29,13 +34,13 @@ class FlyApps:
 
     def __init__(self, apps: Mapping[str, FlyMachines]) -> None:
         self._apps = apps
-        self._seen: dict[str, set[str]] = {name: set() for name in apps}
-        """Ids by app, as of its last listing, and of those made since."""
+        self._seen: OrderedDict[str, str] = OrderedDict()
+        """In which app a machine was seen last, by its id."""
 
     async def create(self, spec: MachineSpec) -> Machine:
         name = app_of(spec.session_id, [*self._apps])
         machine = await self._apps[name].create(spec)
-        self._seen[name].add(machine.id)
+        self._note(machine.id, name)
         return machine
 
     async def inspect(self, machine_id: str) -> Machine | None:
@@ -49,7 +54,9 @@ class FlyApps:
         # All or nothing: what is not listed is taken for gone.
         listed = await asyncio.gather(*(app.list() for app in self._apps.values()))
         for name, machines in zip(self._apps, listed, strict=True):
-            self._seen[name] = {machine.id for machine in machines}
+            for machine in machines:
+                self._note(machine.id, name)
+            await asyncio.sleep(0)
         return [machine for machines in listed for machine in machines]
 
     async def suspend(self, machine_id: str) -> None:
@@ -70,12 +77,17 @@ class FlyApps:
 
     async def _with(self, machine_id: str) -> FlyMachines:
         """The app that has a machine; any of them when none has."""
-        for name, ids in self._seen.items():
-            if machine_id in ids:
-                return self._apps[name]
+        if (seen := self._seen.get(machine_id)) is not None:
+            return self._apps[seen]
         found = await asyncio.gather(*(app.inspect(machine_id) for app in self._apps.values()))
         for (name, app), machine in zip(self._apps.items(), found, strict=True):
             if machine is not None:
-                self._seen[name].add(machine_id)
+                self._note(machine_id, name)
                 return app
         return next(iter(self._apps.values()))
+
+    def _note(self, machine_id: str, name: str) -> None:
+        self._seen[machine_id] = name
+        self._seen.move_to_end(machine_id)
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
