@@ -283,7 +283,7 @@ class SessionController:
                 return 0
             # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
             # among those read *afterwards* is an orphan.
-            async with asyncio.timeout(self._settings.claim_seconds):
+            async with asyncio.timeout(self._settings.lease_seconds):
                 machines = await self._driver.list()
             wrong = await self._due.machines(machines)
             sessions = await self._due.sessions()

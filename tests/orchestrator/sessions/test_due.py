@@ -147,7 +147,7 @@ async def test_a_platform_that_never_answers_keeps_the_lock_from_nobody(world: W
             raise AssertionError
 
     with pytest.raises(TimeoutError):
-        await world.controller_of(Silent(world.platform), claim_seconds=0.05).sweep()
+        await world.controller_of(Silent(world.platform), lease_seconds=0.05).sweep()
     other = world.controller_of()
     await other.sweep()
     assert other.swept_at > 0
