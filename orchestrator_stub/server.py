@@ -266,14 +266,10 @@ def _fly_app(settings: Settings, app: str, http: httpx.AsyncClient) -> FlyMachin
     token = settings.fly_api_token.get_secret_value()
     writes = Rate(settings.fly_per_second, WRITES.burst)
     shape = FlyShape(
-        app,
-        settings.agent_image,
-        settings.fly_cpus,
-        settings.fly_memory_mb,
-        settings.fly_preview_url,
+        app, settings.agent_image, settings.fly_cpus, settings.fly_memory_mb, settings.fly_preview_url,
         # Whoever names a public address of the machines has a proxy of their own in front of them.
         services=settings.door_replay is not None or settings.fly_preview_url.startswith("https:"),
-    )
+    )  # fmt: skip
     return FlyMachines(FlyApi(str(settings.fly_api_url), app, token, http, writes=writes), shape, http)
 
 
