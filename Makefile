@@ -10,7 +10,7 @@ SCRIPTS := tests/browser/node_modules/.package-lock.json
 EDITOR := examples/editor/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup rooms page pictures dev test test-browser test-frameworks test-nightly frameworks test-image image image-orchestrator wheel check fmt fuzz soak bench bench-save bench-readme bench-peers lock clean
+.PHONY: help setup rooms page pictures dev test test-browser test-frameworks test-nightly frameworks test-image image image-orchestrator wheel check fmt fuzz soak bench bench-save capacity bench-readme bench-peers lock clean
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ bench: $(READY) ## side-by-side measurements, ratios first (`python -m bench --h
 
 bench-save: $(READY) ## the same, kept: bench/results/latest.json, its plot, the tables in README and docs/measured.md
 	$(BIN)/python -m bench --save
+
+capacity: $(READY) ## what so many sessions cost, measured and carried on into docs/scale (SESSIONS=100000 QUICK=1)
+	@exec $(BIN)/python -m bench.capacity --sessions $(or $(SESSIONS),100000) $(if $(QUICK),--quick,--save)
 
 bench-readme: $(READY) ## plots and tables again, from the runs that are kept (the soak's plots too)
 	$(BIN)/python -m bench.harness.publish

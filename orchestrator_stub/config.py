@@ -258,9 +258,11 @@ class Settings(DoorSettings):
     fly_api_url: HttpUrl = HttpUrl("https://api.machines.dev/v1")
     """Of the Machines API; `http://_api.internal:4280/v1` from inside Fly's network."""
     fly_api_token: SecretStr | None = None
-    """Required with `fly`: `fly tokens create deploy` makes one that reaches one app."""
-    fly_app: str | None = None
-    """Required with `fly`: the app whose machines are the previews. Orchestrators of several databases may share it."""
+    """Required with `fly`: `fly tokens create deploy` makes one that reaches one app, `fly tokens create org` one for
+    several."""
+    fly_app: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
+    """Required with `fly`: the app whose machines are the previews. Orchestrators of several databases may share it.
+    Several are separated by blanks: sessions are spread over them, and FLY_PER_SECOND is each one's."""
     fly_region: str | None = None
     """Where machines are made; unset: Fly chooses."""
     fly_preview_url: str = "http://{machine_id}.vm.{app}.internal:5173"
@@ -349,7 +351,7 @@ class Settings(DoorSettings):
                 "SUPABASE_JWT_SECRET or JWT_KEYS_FILE is needed: one of them signs session tokens"
             )
         if self.machine_driver == "fly":
-            missing = [n for n in ("fly_api_token", "fly_app") if getattr(self, n) is None]
+            missing = [n for n in ("fly_api_token", "fly_app") if not getattr(self, n)]
             problems.extend(f"{name.upper()} is needed with MACHINE_DRIVER=fly" for name in missing)
         return problems
 

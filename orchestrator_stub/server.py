@@ -42,6 +42,7 @@ from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
+from orchestrator_stub.machines.fly_apps import FlyApps
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.modules.upkeep import ModuleUpkeep, kept_of
@@ -232,7 +233,7 @@ def door_of(
 
     async def wake(session: Behind) -> None:
         assert controller is not None
-        controller.wake_soon(session.session_id)
+        controller.sleep.wake_soon(session.session_id)
 
     assert settings.preview_domain is not None
     return Door(
@@ -255,22 +256,21 @@ def driver_of(settings: Settings) -> MachineDriver:
             except MachineRefused as error:
                 raise CannotServe(str(error)) from None
         case "fly":
-            assert settings.fly_app is not None
-            assert settings.fly_api_token is not None
             http = httpx.AsyncClient()
-            token = settings.fly_api_token.get_secret_value()
-            writes = Rate(settings.fly_per_second, WRITES.burst)
-            api = FlyApi(str(settings.fly_api_url), settings.fly_app, token, http, writes=writes)
-            shape = FlyShape(
-                settings.fly_app,
-                settings.agent_image,
-                settings.fly_cpus,
-                settings.fly_memory_mb,
-                settings.fly_preview_url,
-                # Whoever names a public address of the machines has a proxy of their own in front of them.
-                services=settings.door_replay is not None or settings.fly_preview_url.startswith("https:"),
-            )
-            return FlyMachines(api, shape, http)
+            apps = {app: _fly_app(settings, app, http) for app in settings.fly_app}
+            return FlyApps(apps) if len(apps) > 1 else next(iter(apps.values()))
+
+
+def _fly_app(settings: Settings, app: str, http: httpx.AsyncClient) -> FlyMachines:
+    assert settings.fly_api_token is not None
+    token = settings.fly_api_token.get_secret_value()
+    writes = Rate(settings.fly_per_second, WRITES.burst)
+    shape = FlyShape(
+        app, settings.agent_image, settings.fly_cpus, settings.fly_memory_mb, settings.fly_preview_url,
+        # Whoever names a public address of the machines has a proxy of their own in front of them.
+        services=settings.door_replay is not None or settings.fly_preview_url.startswith("https:"),
+    )  # fmt: skip
+    return FlyMachines(FlyApi(str(settings.fly_api_url), app, token, http, writes=writes), shape, http)
 
 
 # --- the commands

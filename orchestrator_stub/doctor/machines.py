@@ -62,38 +62,38 @@ async def examine_public_url(settings: Settings, http: httpx.AsyncClient, report
 
 
 async def _fly(settings: Settings, http: httpx.AsyncClient, report: Report) -> None:
-    assert settings.fly_app is not None
     assert settings.fly_api_token is not None
     token = settings.fly_api_token.get_secret_value()
     headers = {"authorization": f"Bearer {token}"}
     api = str(settings.fly_api_url).rstrip("/")
+    there = [await _app(app, api, headers, http, report) for app in settings.fly_app]
+    if not all(there):
+        return
+    if settings.fly_region is not None:
+        await _region(settings.fly_region, api, headers, http, report)
+    await _image(settings.agent_image, token, http, report)
+
+
+async def _app(app: str, api: str, headers: dict[str, str], http: httpx.AsyncClient, report: Report) -> bool:
+    """Whether the app is there and the token reaches it."""
     try:
-        machines = await http.get(f"{api}/apps/{settings.fly_app}/machines", headers=headers, timeout=SECONDS)
+        machines = await http.get(f"{api}/apps/{app}/machines", headers=headers, timeout=SECONDS)
     except httpx.HTTPError as error:
         report.bad(
             f"{api} cannot be reached: {type(error).__name__}", "see FLY_API_URL, and the network from here"
         )
-        return
+        return False
     match machines.status_code:
         case 200:
-            report.ok(f"the app {settings.fly_app} is there, with {len(_listed(machines))} machines")
+            report.ok(f"the app {app} is there, with {len(_listed(machines))} machines")
+            return True
         case 401 | 403:
-            report.bad(
-                "Fly refuses the token", f"FLY_API_TOKEN: fly tokens create deploy -a {settings.fly_app}"
-            )
-            return
+            report.bad("Fly refuses the token", f"FLY_API_TOKEN: fly tokens create deploy -a {app}")
         case 404:
-            report.bad(
-                f"there is no app {settings.fly_app}",
-                "see FLY_APP, or fly apps create; the token must be its own",
-            )
-            return
+            report.bad(f"there is no app {app}", "see FLY_APP, or fly apps create; the token must be its own")
         case status:
             report.bad(f"Fly answers HTTP {status}", "see status.flyio.net, then try again")
-            return
-    if settings.fly_region is not None:
-        await _region(settings.fly_region, api, headers, http, report)
-    await _image(settings.agent_image, token, http, report)
+    return False
 
 
 async def _region(

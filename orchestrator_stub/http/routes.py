@@ -47,7 +47,7 @@ from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import ENDED, KEPT, LIVE, Session, State
 from orchestrator_stub.sessions.run_settings import OWNERS, RunBody, RunSettings
 from orchestrator_stub.sessions.shown import Screens, viewers
-from orchestrator_stub.sessions.store import ProjectUnknown, Right, SessionStore
+from orchestrator_stub.sessions.store import ProjectUnknown, Report, Right, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("app")
@@ -258,6 +258,7 @@ class SessionRoutes:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
         claims, session, head = await self._own(request)
         body = await self._body(request, StatusBody)
+        said = body.model_dump()
         tree_hash = None
         answer: dict[str, Any] = {}
         # An agent that only says what is shown, as often as four times a second, says that it has no hash now.
@@ -267,20 +268,24 @@ class SessionRoutes:
         answer |= {"epoch": head.epoch, "revision": head.revision, "run_revision": session.run_revision}
         asleep = session.state is State.SUSPENDED  # or woken since this was read
         kept = await self._store.report(
-            session.id,
-            claims.generation,
-            # What was woken has to have what was saved meanwhile first.
-            ready=body.state in UP and (_stands_at(body, head) or not (session.waking or asleep)),
-            viewed=bool(viewers(body.model_dump())),
-            lease=self._settings.timing.lease,
-            status=body.model_dump_json(),
+            Report(
+                session.id,
+                claims.generation,
+                # What was woken has to have what was saved meanwhile first.
+                ready=body.state in UP and (_stands_at(body, head) or not (session.waking or asleep)),
+                viewed=bool(viewers(said)),
+                lease=self._settings.timing.lease,
+                status=body.model_dump_json(),
+            ),
+            # What says that it is ready, or what is shown, is news to somebody who waits.
+            patient="tree_hash" in answer and session.state is State.READY,
         )
         if kept is None:
             # Another generation's machine has the session, or it has ended.
             return json_answer({**answer, "action": "stop"})
-        self._screens.heard(session.id, body.model_dump())
+        self._screens.heard(session.id, said)
         if session.waking and body.state in BEGINNING:
-            self._controller.woke_cold(session)
+            self._controller.sleep.woke_cold(session)
             return json_answer({**answer, "action": "stop"})
         if session.state is not State.READY and kept.state is State.READY:
             (self._on_wake if session.waking else self._on_ready)(kept.state_since - session.state_since)

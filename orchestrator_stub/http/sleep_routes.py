@@ -29,7 +29,7 @@ class SleepRoutes(SessionRoutes):
         """Put the session's machine to sleep. One that sleeps already is no error."""
         seen = await self._seen(request)
         try:
-            session = await self._controller.suspend(seen.id) or seen
+            session = await self._controller.sleep.suspend(seen.id) or seen
         except MachineRefused as error:
             raise Refusal(409, "cannot_sleep", f"The machine cannot sleep: {error}") from None
         if session.state in ENDED or session.state is State.DRAINING:
@@ -43,7 +43,7 @@ class SleepRoutes(SessionRoutes):
     async def wake(self, request: Request) -> Response:
         """Wake the session. 202: it is on its way; one that is awake is no error."""
         seen = await self._seen(request)
-        session = await self._controller.wake(seen.id) or seen
+        session = await self._controller.sleep.wake(seen.id) or seen
         if session.state not in LIVE:
             raise session_over(session)
         return json_answer(session_form(session), 200 if session.state is State.READY else 202)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -35,6 +35,9 @@ STOP_TIMEOUT: Final = 5.0
 
 SUSPEND_SECONDS: Final = 10
 """For a machine that is on its way to sleep to get there: it writes its memory down."""
+
+SLICE: Final = 500
+"""Machines of a listing that are read without a pause: some 5 ms."""
 
 METADATA: Final = "preview_session"
 INSTALLATION: Final = "preview_installation"
@@ -77,6 +80,14 @@ class FlyShape:
     services: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """An app's machines that a control plane made and that are not gone, and the same by session."""
+
+    machines: list[Machine] = field(default_factory=list)
+    of: dict[UUID, list[Machine]] = field(default_factory=dict)
+
+
 class FlyMachines:
     """Runs machines in one Fly app."""
 
@@ -86,8 +97,8 @@ class FlyMachines:
         self._api = api
         self._shape = shape
         self._http = http
-        self._listing: asyncio.Task[builtins.list[dict[str, Any]]] | None = None
-        self._next_listing: asyncio.Task[builtins.list[dict[str, Any]]] | None = None
+        self._listing: asyncio.Task[Listing] | None = None
+        self._next_listing: asyncio.Task[Listing] | None = None
 
     async def create(self, spec: MachineSpec) -> Machine:
         try:
@@ -103,11 +114,10 @@ class FlyMachines:
         return None if machine is None or machine.state is MachineState.GONE else machine
 
     async def find(self, session_id: UUID) -> builtins.list[Machine]:
-        return [m for m in await self.list() if (owner_of(m.name) or (None,))[0] == session_id]
+        return [*(await self._shared_listing()).of.get(session_id, ())]
 
     async def list(self) -> builtins.list[Machine]:
-        machines = [self._machine(found) for found in await self._shared_listing()]
-        return [m for m in machines if m.state is not MachineState.GONE and owner_of(m.name) is not None]
+        return (await self._shared_listing()).machines
 
     async def suspend(self, machine_id: str) -> None:
         machine = await self.inspect(machine_id)
@@ -154,17 +164,15 @@ class FlyMachines:
 
     async def _adopt(self, spec: MachineSpec, conflict: Conflict) -> Machine:
         """The machine that has this name already; started, should it stand still."""
-        for found in await self._shared_listing():
-            if found.get("name") == spec.name:
-                machine = self._machine(found)
+        for machine in await self.find(spec.session_id):
+            if machine.name == spec.name:
                 if machine.state in (MachineState.STOPPED, MachineState.SUSPENDED):
                     await self._api.start(machine.id)
-                if machine.state is not MachineState.GONE:
-                    return machine
+                return machine
         # The name is held by a machine that is on its way out.
         raise MachineUnavailable(f"{conflict}; the machine of that name is not to be seen yet")
 
-    async def _shared_listing(self) -> builtins.list[dict[str, Any]]:
+    async def _shared_listing(self) -> Listing:
         """A listing that began after this call did. Those who ask while one is under way share the next."""
         if self._listing is None:
             self._listing = asyncio.create_task(self._list_once(), name="fly list")
@@ -173,13 +181,22 @@ class FlyMachines:
             self._next_listing = asyncio.create_task(self._list_after(self._listing), name="fly list")
         return await asyncio.shield(self._next_listing)
 
-    async def _list_once(self) -> builtins.list[dict[str, Any]]:
+    async def _list_once(self) -> Listing:
         try:
-            return await self._api.list()
+            listing = Listing()
+            for place, found in enumerate(await self._api.list(), 1):
+                machine = self._machine(found)
+                owner = owner_of(machine.name)
+                if owner is not None and machine.state is not MachineState.GONE:
+                    listing.machines.append(machine)
+                    listing.of.setdefault(owner.session_id, []).append(machine)
+                if place % SLICE == 0:
+                    await asyncio.sleep(0)
+            return listing
         finally:
             self._listing = None
 
-    async def _list_after(self, before: asyncio.Task[Any]) -> builtins.list[dict[str, Any]]:
+    async def _list_after(self, before: asyncio.Task[Any]) -> Listing:
         await asyncio.wait([before])
         self._listing, self._next_listing = self._next_listing, None
         return await self._list_once()

@@ -35,6 +35,9 @@ RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 NO_ROOM: Final = ("insufficient", "no capacity", "could not reserve", "not enough")
 """What the API says, among other words, when a host or a region is full."""
 
+LONG_REST: Final = 5.0
+"""Seconds. Where an app asks for more, its creations are given up, so that they keep no other app from its turn."""
+
 MAX_BUCKETS: Final = 10_000
 """Buckets kept; a full bucket is the same as none, so the oldest can be forgotten."""
 
@@ -71,6 +74,7 @@ class Buckets:
         self._clock = clock
         self._sleep = sleep
         self._free_at: dict[tuple[str, str], float] = {}
+        self._rests: dict[tuple[str, str], float] = {}
 
     async def take(self, action: str, of: str, rate: Rate) -> None:
         """Wait for one's turn. Turns are given in the order of asking.
@@ -87,6 +91,20 @@ class Buckets:
         wait = full - now - rate.burst * step
         if wait > 0:
             await self._sleep(wait)
+
+    def rest(self, action: str, of: str, seconds: float) -> None:
+        """Note that the platform wants none of an action for so many seconds."""
+        if seconds > 0:
+            self._rests[action, of] = max(self._rests.get((action, of), 0.0), self._clock() + seconds)
+        if len(self._rests) > MAX_BUCKETS:
+            del self._rests[next(iter(self._rests))]
+
+    def resting(self, action: str, of: str) -> float:
+        """For how many more seconds it wants none."""
+        left = self._rests.get((action, of), 0.0) - self._clock()
+        if left <= 0:
+            self._rests.pop((action, of), None)
+        return max(left, 0.0)
 
 
 class _Again(Exception):
@@ -143,8 +161,9 @@ class FlyApi:
         return _machine(await self._call("create", "POST", "", of=self._app, json=request))
 
     async def list(self) -> list[dict[str, Any]]:
-        """The app's machines."""
-        answer = await self._call("list", "GET", "", of=self._app, rate=READS)
+        """The app's machines, without their configuration."""
+        # In full each has its configuration and its events: ten times as much to read, before anything else can run.
+        answer = await self._call("list", "GET", "", of=self._app, rate=READS, params={"summary": "true"})
         if not isinstance(answer, list):
             raise MachineUnavailable("the Machines API answered a listing without a list")
         return [_machine(item) for item in answer]
@@ -230,6 +249,8 @@ class FlyApi:
         **content: Any,
     ) -> Any:
         """One call, tried again while that can help. Raises `Conflict`, `NotThere`, `MachineError`."""
+        if (rest := self._buckets.resting(action, of)) > LONG_REST:
+            raise MachineUnavailable(f"cannot {action} on Fly: it asked for a rest of {rest:.0f} s", rest)
         try:
             async for attempt in tenacity.AsyncRetrying(
                 stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -240,7 +261,11 @@ class FlyApi:
             ):
                 with attempt:
                     await self._buckets.take(action, of, rate or self._writes)
-                    return await self._once(action, method, path, headers, content)
+                    try:
+                        return await self._once(action, method, path, headers, content)
+                    except _Again as error:
+                        self._buckets.rest(action, of, error.retry_after or 0.0)
+                        raise
         except _Again as error:
             raise MachineUnavailable(f"cannot {action} on Fly: {error}", error.retry_after) from None
         raise AssertionError("unreachable: the loop returns or raises")

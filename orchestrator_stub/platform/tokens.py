@@ -34,6 +34,8 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
+from orchestrator_stub.platform.recent import Recent
+
 log = structlog.get_logger("tokens")
 
 AUDIENCE: Final = "preview-agent"
@@ -375,11 +377,10 @@ class SessionReader:
     A machine shows the same token hundreds of times; the signature's mathematics is most of what one answer costs.
     """
 
-    def __init__(self, keys: Keyring, clock: Callable[[], float], *, remember: int = 10_000) -> None:
+    def __init__(self, keys: Keyring, clock: Callable[[], float]) -> None:
         self._keys = keys
         self._clock = clock
-        self._remember = remember
-        self._known: dict[str, SessionClaims] = {}
+        self._known: Recent[str, SessionClaims] = Recent()
         self._by: object = None
 
     def read(self, token: str, *, grace: float = 0.0) -> SessionClaims:
@@ -391,9 +392,7 @@ class SessionReader:
         if known is not None and self._clock() < known.expires_at + LEEWAY + grace:
             return known
         claims = read_session(self._keys, token, grace=grace)
-        if len(self._known) >= self._remember:
-            del self._known[next(iter(self._known))]
-        self._known[token] = claims
+        self._known.put(token, claims)
         return claims
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 from uuid import UUID
@@ -17,6 +16,7 @@ from uuid import UUID
 import psycopg
 
 from orchestrator_stub.platform.database import Head, Pool, fetch_one
+from orchestrator_stub.platform.recent import Recent
 from orchestrator_stub.platform.storage import ASSETS, StorageFailure
 from orchestrator_stub.snapshots.availability import Reason, any_unavailable, note
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotSource
@@ -35,9 +35,6 @@ ASSET_DOWNLOADS: Final = 4
 
 MANIFEST_INLINE: Final = 1000
 """Files of a manifest that an answer repeats; a longer one is read from the zip, where it is the first entry."""
-
-REMEMBERED_HASHES: Final = 10_000
-"""Tree hashes kept, one a project; each is a few hundred bytes."""
 
 
 class ProjectGone(Exception):
@@ -67,7 +64,7 @@ class Catchup:
         self._snapshots = snapshots
         self._assets = assets
         self._inline_limit = inline_limit
-        self._hashes: OrderedDict[UUID, tuple[Head, str]] = OrderedDict()
+        self._hashes: Recent[UUID, tuple[Head, str]] = Recent()
 
     async def tree_hash(self, project_id: UUID, head: Head) -> tuple[Head, str | None]:
         """A head, this one or a later, and the hash of exactly that tree, computed once for each revision.
@@ -88,10 +85,7 @@ class Catchup:
             kept = Head(row[0], row[1]), row[2]
             if await any_unavailable(self._pool, project_id):
                 return kept[0], None
-            self._hashes[project_id] = kept
-            while len(self._hashes) > REMEMBERED_HASHES:
-                self._hashes.popitem(last=False)
-        self._hashes.move_to_end(project_id)
+            self._hashes.put(project_id, kept)
         return kept
 
     async def sync(

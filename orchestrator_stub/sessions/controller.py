@@ -38,18 +38,15 @@ from orchestrator_stub.machines.driver import (
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
-from orchestrator_stub.sessions.inventory import awake, lost, unmarked, wanted
-from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
+from orchestrator_stub.sessions.due import Due
+from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Judgement, Session, State
 from orchestrator_stub.sessions.rollout import ROLL
 from orchestrator_stub.sessions.run_settings import RunSettings
-from orchestrator_stub.sessions.sleep import Sleep
+from orchestrator_stub.sessions.sleep import Sleep, Step
 from orchestrator_stub.sessions.store import Asker, SessionStore
 from orchestrator_stub.snapshots.model import SnapshotSource, SnapshotUnavailable
 
 log = structlog.get_logger("session_controller")
-
-Step = Callable[[], Awaitable[object]]
-"""One thing to do about one session or machine, begun when a slot is free."""
 
 AT_ONCE: Final = 16
 """Machines made or ended at the same time by one orchestrator; the platform's own rate limit is the driver's."""
@@ -106,9 +103,12 @@ class SessionController:
         self._layers = layers
         self._clock = clock
         self._on_part = on_part
-        self._on_suspend = on_suspend
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
-        self._sleep = Sleep(store, driver, by=self._name, seconds=settings.claim_seconds)
+        self.sleep = Sleep(
+            store, driver, settings, by=self._name, start=self._start, provision=self.provision,
+            destroy=self._destroy, on_suspend=on_suspend,
+        )  # fmt: skip
+        self._due = Due(store, settings.timing, installation.mark)
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self.swept_at = 0.0
@@ -222,52 +222,6 @@ class SessionController:
             )
             await self.provision(session_id)
 
-    async def suspend(self, session_id: UUID) -> Session | None:
-        """Put a ready session's machine to sleep; the session as it is then. Raises `MachineError`."""
-        if await self._sleep.suspend(session_id):
-            self._on_suspend()
-        return await self._store.get(session_id)
-
-    async def wake(self, session_id: UUID) -> Session | None:
-        """Wake a sleeping session; in any other state, and for any number of callers at once, this changes nothing.
-
-        Returns:
-            The session as it is then: `provisioning` until its agent says that it serves what the database has, with
-            the machine it had or another that is being made. None: there is no such session.
-
-        Raises:
-            MachineUnavailable: It is still being put to sleep; ask again.
-        """
-        session, renew = await self._sleep.wake(session_id)
-        if renew:
-            self._start("renew", session_id, self.renew)
-        return session
-
-    def wake_soon(self, session_id: UUID) -> None:
-        """Wake a sleeping session, without waiting for it."""
-        self._start("wake", session_id, self._wake)
-
-    async def _wake(self, session_id: UUID) -> None:
-        await self.wake(session_id)
-
-    async def renew(self, session_id: UUID) -> None:
-        """Give a session whose machine does not wake the next generation of one."""
-        if await self._sleep.renew(session_id) is not None:
-            log.warning("session.woken_anew", session_id=str(session_id))
-            await self.provision(session_id)
-
-    def woke_cold(self, session: Session) -> None:
-        """Its machine says that it began anew instead of going on."""
-        self._start("renew", session.id, self.renew)
-
-    async def unload(self, session_id: UUID) -> None:
-        """Destroy the machine of a session that slept too long; the session sleeps on."""
-        if await self._sleep.claim_to_unload(session_id):
-            async with asyncio.timeout(self._settings.claim_seconds):  # later it may have been woken
-                for machine in await self._find(session_id):
-                    await self._driver.destroy(machine.id)
-            await self._sleep.unloaded(session_id)
-
     async def end(self, session_id: UUID, *, problem: str | None = None) -> Session | None:
         """No more machine is wanted: the session drains. None: there is no such session.
 
@@ -291,8 +245,7 @@ class SessionController:
             return
         try:
             async with asyncio.timeout(self._settings.claim_seconds):
-                for machine in await self._find(session_id):
-                    await self._driver.destroy(machine.id)
+                await self._destroy(session_id)
         except (MachineError, TimeoutError, OSError) as error:
             log.warning("session.not_ended_yet", session_id=str(session_id), reason=str(error))
             await self._store.release(session_id, by=self._name, problem=None)
@@ -325,54 +278,53 @@ class SessionController:
 
         Gives the number of steps it took. Safe at any time, in any number of orchestrators.
         """
-        # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
-        # among those read *afterwards* is an orphan.
-        machines = [machine for machine in await self._driver.list() if self._ours(machine)]
         async with self._store.sweeping() as mine:
             if not mine:
                 return 0
-            sessions, now = await self._store.unended()
-            ours = await self._store.known(unmarked(machines))
-        known = {session.id: session for session in sessions}
-        due: list[Step] = []
-        for session in sessions:
-            if session.state is State.DRAINING and session.state_since + self._settings.drain_seconds < now:
+            # Machines first: a machine is only ever made for a row that exists already, so one whose row is not
+            # among those read *afterwards* is an orphan.
+            async with asyncio.timeout(self._settings.lease_seconds):
+                machines = await self._driver.list()
+            wrong = await self._due.machines(machines)
+            sessions = await self._due.sessions()
+        steps: list[Step] = []
+        for session, judgement, stuck in sessions:
+            if stuck:
                 log.error("session.stuck", session_id=str(session.id), machine=session.machine_id)
-            judgement = judge(session, now, self._settings.timing)
-            match judgement.action:
-                case Action.PROVISION:
-                    due.append(partial(self.provision, session.id))
-                case Action.ROLL:
-                    due.append(partial(self.roll, session.id))
-                case Action.UNLOAD:
-                    due.append(partial(self.unload, session.id))
-                case Action.RENEW:
-                    due.append(partial(self.renew, session.id))
-                case Action.DRAIN:
-                    due.append(partial(self.end, session.id, problem=judgement.problem))
-                case Action.DESTROY:
-                    due.append(partial(self.finish, session.id))
-                case Action.LEAVE if lost(session, machines):
-                    due.append(partial(self._end_if_gone, session))
-                case Action.LEAVE if awake(session, machines):
-                    due.append(partial(self._sleep.suspend_again, session.id))
-        due.extend(await self._sleepers())
-        unwanted = [machine for machine in machines if not wanted(machine, known, ours)]
-        due.extend(partial(self._driver.destroy, machine.id) for machine in unwanted)
-        await asyncio.gather(*(self._guarded(step) for step in due))
-        self.swept_at = self._clock()
-        return len(due)
+            steps.extend(self._steps(session.id, judgement))
+        for found in wrong:
+            match found.what:
+                case "lost":
+                    steps.append(partial(self._end_if_gone, found.id, found.machine))
+                case "awake":
+                    steps.append(partial(self.sleep.suspend_again, found.id))
+                case "unwanted":
+                    steps.append(partial(self._driver.destroy, found.machine))
+        steps.extend(await self.sleep.due())
+        todo = iter(steps)
 
-    async def _sleepers(self) -> list[Step]:
-        """Who is to sleep, and who to wake."""
-        due: list[Step] = []
-        if self._settings.idle_suspend_seconds:
-            idle = await self._sleep.idle(self._settings.idle_suspend_seconds)
-            due.extend(partial(self.suspend, session_id) for session_id in idle)
-        due.extend(partial(self.wake, session_id) for session_id in await self._sleep.wanted())
-        if self._settings.wake_on_save:
-            due.extend(partial(self.wake, session_id) for session_id in await self._sleep.saved())
-        return due
+        async def work() -> None:
+            for step in todo:
+                await self._guarded(step)
+
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+        self.swept_at = self._clock()
+        return len(steps)
+
+    def _steps(self, session_id: UUID, judgement: Judgement) -> Iterator[Step]:
+        match judgement.action:
+            case Action.PROVISION:
+                yield partial(self.provision, session_id)
+            case Action.ROLL:
+                yield partial(self.roll, session_id)
+            case Action.UNLOAD:
+                yield partial(self.sleep.unload, session_id)
+            case Action.RENEW:
+                yield partial(self.sleep.renew, session_id)
+            case Action.DRAIN:
+                yield partial(self.end, session_id, problem=judgement.problem)
+            case Action.DESTROY:
+                yield partial(self.finish, session_id)
 
     async def run(self) -> None:
         """Sweep for ever."""
@@ -467,17 +419,20 @@ class SessionController:
         """The machines of a session of ours; one without a mark is ours because the session is."""
         return [machine for machine in await self._driver.find(session_id) if self._ours(machine)]
 
+    async def _destroy(self, session_id: UUID) -> None:
+        for machine in await self._find(session_id):
+            await self._driver.destroy(machine.id)
+
     async def _destroy_older(self, session: Session) -> None:
         for machine in await self._find(session.id):
             owner = owner_of(machine.name)
             if owner is not None and owner.generation < session.generation:
                 await self._driver.retire(machine.id)
 
-    async def _end_if_gone(self, session: Session) -> None:
-        assert session.machine_id is not None
-        machine = await self._driver.inspect(session.machine_id)
+    async def _end_if_gone(self, session_id: UUID, machine_id: str) -> None:
+        machine = await self._driver.inspect(machine_id)
         if machine is None or machine.state is MachineState.GONE:
-            await self.end(session.id, problem="machine_gone: the machine is not there any more")
+            await self.end(session_id, problem="machine_gone: the machine is not there any more")
 
     async def _guarded(self, step: Step) -> None:
         async with self._slots:
@@ -490,7 +445,7 @@ class SessionController:
                 # A bug, over one session: it must not keep the others from their machines.
                 log.error("step.failed", exc_info=True)
 
-    def _start(self, what: str, session_id: UUID, step: Callable[[UUID], Awaitable[None]]) -> None:
+    def _start(self, what: str, session_id: UUID, step: Callable[[UUID], Awaitable[object]]) -> None:
         key = (what, session_id)
         running = self._tasks.get(key)
         if running is not None and not running.done():

@@ -14,8 +14,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
-from orchestrator_stub.machines.driver import Installation, Machine, MachineState, owner_of
-from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Session, State
+from orchestrator_stub.machines.driver import Installation, Machine, owner_of
+from orchestrator_stub.sessions.lifecycle import ENDED, Session, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,6 @@ def _whose(
     return "ours", f"{said} (project {session.project_id})" if session else said
 
 
-def unmarked(machines: list[Machine]) -> set[UUID]:
-    """The sessions of machines from before machines carried a mark."""
-    owners = [owner_of(machine.name) for machine in machines]
-    return {owner.session_id for owner in owners if owner is not None and owner.mark is None}
-
-
 def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UUID]) -> bool:
     """Whether to keep this machine: a session that is not over has it, or it is not ours to destroy.
 
@@ -108,20 +102,3 @@ def wanted(machine: Machine, unended: Mapping[UUID, Session], ours: Container[UU
         return session.machine_id in (None, machine.id)
     # A newer generation than the row's is left alone: the row was read a moment ago, and may have moved on since.
     return owner.generation > session.generation
-
-
-def lost(session: Session, machines: list[Machine]) -> bool:
-    """Whether its machine is not among those of the platform; one that wakes has its own deadline."""
-    return (
-        session.state in LIVE
-        and not session.waking
-        and session.machine_id is not None
-        and all(machine.id != session.machine_id for machine in machines)
-    )
-
-
-def awake(session: Session, machines: list[Machine]) -> bool:
-    """Whether it should sleep, and its machine runs: whoever was to freeze it was killed before."""
-    return session.state is State.SUSPENDED and any(
-        machine.id == session.machine_id and machine.state is MachineState.RUNNING for machine in machines
-    )

@@ -19,6 +19,7 @@ import psycopg
 import structlog
 import tenacity
 
+from orchestrator_stub.platform.recent import Recent
 from orchestrator_stub.sessions.lifecycle import ENDED, Session
 from orchestrator_stub.sessions.store import SessionStore
 
@@ -29,8 +30,6 @@ REREAD_SECONDS: Final = 2.0
 """For a wake that was lost, and a session that ended meanwhile."""
 MOST_WAITERS: Final = 4
 """Of one session, in this process."""
-REMEMBERED: Final = 10_000
-"""Sessions whose last news are known here; the database knows the others'."""
 
 Outcome = Literal["shown", "error", "no_viewer", "applied", "behind"]
 
@@ -147,7 +146,7 @@ class Screens:
         self._store = store
         self._clock = clock
         self._waiting: defaultdict[UUID, set[asyncio.Event]] = defaultdict(set)
-        self._told: dict[UUID, object] = {}
+        self._told: Recent[UUID, object] = Recent()
         self._telling: dict[UUID, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -181,10 +180,7 @@ class Screens:
         news = (screen.applied, screen.shown and screen.shown["revision"], failed)
         if self._told.get(session_id) == news:
             return
-        self._told.pop(session_id, None)
-        self._told[session_id] = news
-        while len(self._told) > REMEMBERED:
-            del self._told[next(iter(self._told))]
+        self._told.put(session_id, news)
         if session_id not in self._telling:
             task = asyncio.create_task(self._tell(session_id), name=f"tell-{session_id}")
             self._telling[session_id] = task
@@ -200,7 +196,7 @@ class Screens:
                     wait = await self._store.tell_shown(session_id)
                     await asyncio.sleep(wait)
         except (psycopg.Error, OSError) as error:
-            self._told.pop(session_id, None)
+            self._told.pop(session_id)
             log.warning("shown.not_told", session_id=str(session_id), reason=type(error).__name__)
 
     async def now(self, session_id: UUID) -> tuple[Session, Screen] | None:

@@ -10,12 +10,15 @@ A claim keeps a wake from overtaking the suspension that is under way.
 from __future__ import annotations
 
 import asyncio
-from typing import Final, LiteralString
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, LiteralString, Protocol
 from uuid import UUID
 
 import structlog
 from psycopg.types.json import Jsonb
 
+from orchestrator_stub.config import Settings
 from orchestrator_stub.machines.driver import MachineDriver, MachineError, MachineRefused, MachineUnavailable
 from orchestrator_stub.sessions.lifecycle import Event, Session, State, moves
 from orchestrator_stub.sessions.store import SessionStore
@@ -78,17 +81,51 @@ select s.id from preview.sessions s where s.state = 'suspended' and s.wake_wante
 """
 
 
-class Sleep:
-    """The steps of one orchestrator, whose claims are signed `by` and last `seconds`."""
+Step = Callable[[], Awaitable[object]]
+"""One thing to do about one session or machine, begun when a slot is free."""
 
-    def __init__(self, store: SessionStore, driver: MachineDriver, *, by: str, seconds: float) -> None:
+
+class Start(Protocol):
+    """Begins a step of a session in the background, unless that very step is under way."""
+
+    def __call__(self, what: str, session_id: UUID, step: Callable[[UUID], Awaitable[object]]) -> None: ...
+
+
+class Sleep:
+    """The steps of one orchestrator.
+
+    Args:
+        by: Signs its claims, which last `Settings.claim_seconds`.
+        start: Begins a step in the background.
+        provision: Makes a session's machine.
+        destroy: Ends all machines of a session. Raises `MachineError`.
+        on_suspend: Told of each machine that was put to sleep.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        driver: MachineDriver,
+        settings: Settings,
+        *,
+        by: str,
+        start: Start,
+        provision: Callable[[UUID], Awaitable[None]],
+        destroy: Callable[[UUID], Awaitable[None]],
+        on_suspend: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store = store
         self._driver = driver
+        self._settings = settings
         self._by = by
-        self._seconds = seconds
+        self._seconds = settings.claim_seconds
+        self._start = start
+        self._provision = provision
+        self._destroy = destroy
+        self._on_suspend = on_suspend
 
-    async def suspend(self, session_id: UUID) -> bool:
-        """Put a ready session's machine to sleep; whether this was what did it.
+    async def suspend(self, session_id: UUID) -> Session | None:
+        """Put a ready session's machine to sleep; the session as it is then.
 
         Raises `MachineRefused`: it cannot sleep and is ready as before; another `MachineError`: a sweep tries again.
         """
@@ -99,13 +136,61 @@ class Sleep:
             raise
         if slept:
             log.info("session.suspended", session_id=str(session_id))
-        return slept
+            self._on_suspend()
+        return await self._store.get(session_id)
 
     async def suspend_again(self, session_id: UUID) -> None:
         """Freeze the machine of a session that sleeps already. Raises `MachineError`."""
         await self._asleep(await self._change(CLAIM_ASLEEP, session_id))
 
-    async def wake(self, session_id: UUID) -> tuple[Session | None, bool]:
+    async def wake(self, session_id: UUID) -> Session | None:
+        """Wake a sleeping session; in any other state, and for any number of callers at once, this changes nothing.
+
+        Returns:
+            The session as it is then: `provisioning` until its agent says that it serves what the database has, with
+            the machine it had or another that is being made. None: there is no such session.
+
+        Raises:
+            MachineUnavailable: It is still being put to sleep; ask again.
+        """
+        session, renew = await self._woken(session_id)
+        if renew:
+            self._start("renew", session_id, self.renew)
+        return session
+
+    def wake_soon(self, session_id: UUID) -> None:
+        """Wake a sleeping session, without waiting for it."""
+        self._start("wake", session_id, self.wake)
+
+    async def renew(self, session_id: UUID) -> None:
+        """Give a session whose machine does not wake the next generation of one."""
+        if await self._change(RENEW, session_id) is not None:
+            log.warning("session.woken_anew", session_id=str(session_id))
+            await self._provision(session_id)
+
+    def woke_cold(self, session: Session) -> None:
+        """Its machine says that it began anew instead of going on."""
+        self._start("renew", session.id, self.renew)
+
+    async def unload(self, session_id: UUID) -> None:
+        """Destroy the machine of a session that slept too long; the session sleeps on, and its wake makes another."""
+        if await self._change(CLAIM_ASLEEP, session_id) is not None:
+            async with asyncio.timeout(self._seconds):  # later it may have been woken
+                await self._destroy(session_id)
+            await self._change(UNLOADED, session_id)
+
+    async def due(self) -> list[Step]:
+        """Who is to sleep, and who to wake."""
+        due: list[Step] = []
+        if seconds := self._settings.idle_suspend_seconds:
+            idle = await self._store.ids(IDLE, {"seconds": seconds})
+            due.extend(partial(self.suspend, session_id) for session_id in idle)
+        due.extend(partial(self.wake, session_id) for session_id in await self._store.ids(WANTED, {}))
+        if self._settings.wake_on_save:
+            due.extend(partial(self.wake, session_id) for session_id in await self._store.ids(SAVED, {}))
+        return due
+
+    async def _woken(self, session_id: UUID) -> tuple[Session | None, bool]:
         """Wake a session's machine.
 
         Returns:
@@ -134,30 +219,6 @@ class Sleep:
         if runs:
             await self._store.release(session_id, by=self._by, problem=None)
         return woken, not runs
-
-    async def renew(self, session_id: UUID) -> Session | None:
-        """Begin the next generation of a session whose machine does not wake. None: it is not waking any more."""
-        return await self._change(RENEW, session_id)
-
-    async def claim_to_unload(self, session_id: UUID) -> bool:
-        """Claim a session whose machine slept too long, to destroy that."""
-        return await self._change(CLAIM_ASLEEP, session_id) is not None
-
-    async def unloaded(self, session_id: UUID) -> None:
-        """Note that a sleeping session has no machine any more: its wake makes another."""
-        await self._change(UNLOADED, session_id)
-
-    async def idle(self, seconds: float) -> list[UUID]:
-        """The ready sessions that nobody looked at and nobody saved to for so long."""
-        return await self._store.ids(IDLE, {"seconds": seconds})
-
-    async def saved(self) -> list[UUID]:
-        """The sleeping sessions whose project was saved meanwhile."""
-        return await self._store.ids(SAVED, {})
-
-    async def wanted(self) -> list[UUID]:
-        """The sleeping sessions that a door had somebody for."""
-        return await self._store.ids(WANTED, {})
 
     async def _asleep(self, session: Session | None) -> bool:
         if session is None or session.machine_id is None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, LiteralString
+from typing import Any, Final, Literal, LiteralString, NamedTuple
 from uuid import UUID
 
 import psycopg
-from psycopg.rows import class_row, dict_row
+from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from orchestrator_stub.machines.driver import Installation, Machine
+from orchestrator_stub.platform.batches import Batches
 from orchestrator_stub.platform.database import Head, Pool
 from orchestrator_stub.platform.limits import environment_of
 from orchestrator_stub.sessions.lifecycle import ENDED, LIVE, Event, Session, State, moves
@@ -56,11 +57,58 @@ SWEEP_LOCK: Final = 0x70726576  # "prev"
 """The advisory lock of the one sweeper at work."""
 
 
-QUESTIONS_AT_ONCE: Final = 500
-"""Sessions looked up in one query."""
-
+ROWS_AT_ONCE: Final = 200
+"""Rows of a large answer read without a pause: some 5 ms."""
 
 Right = Literal["read", "write", "own"]
+
+
+REPORT: Final[LiteralString] = """
+with heard as (
+  select h.*, s.status is distinct from h.said::jsonb as news
+  from unnest(%(id)s::uuid[], %(generation)s::int[], %(ready)s::boolean[], %(viewed)s::boolean[],
+    %(lease)s::float8[], %(status)s::text[]) as h (id, generation, ready, viewed, lease, said)
+  join preview.sessions s on s.id = h.id and s.generation = h.generation and %(moves)s ? s.state
+  order by s.id for no key update of s)
+update preview.sessions s set
+  state = case when h.ready then %(moves)s ->> s.state else s.state end,
+  state_since = case when h.ready and %(moves)s ->> s.state <> s.state then now() else s.state_since end,
+  image_before = case when h.ready then null else s.image_before end,
+  rolled_at = case when h.ready then null else s.rolled_at end,
+  woken_at = case when h.ready then null else s.woken_at end,
+  viewed_at = case when h.viewed then now() else s.viewed_at end,
+  lease_until = case when s.state <> 'suspended' then now() + h.lease * interval '1 second' end,
+  status = case when h.news then h.said::jsonb else s.status end, status_at = now()
+from heard h where s.id = h.id and s.generation = h.generation and %(moves)s ? s.state
+returning s.id, s.state, extract(epoch from s.state_since)::float8
+"""
+"""Many heartbeats in one commit. Rows are locked in one order: two orchestrators may hear of the same ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A heartbeat of the machine of `generation`. `status` is JSON; `lease` in seconds from now.
+
+    `viewed`: somebody has the preview open.
+    """
+
+    id: UUID
+    generation: int
+    ready: bool
+    lease: float
+    status: str
+    viewed: bool = False
+
+    def __post_init__(self) -> None:
+        # jsonb holds every character but NUL, and an agent repeats what other programs said.
+        object.__setattr__(self, "status", self.status.replace("\\u0000", "\\ufffd"))
+
+
+class Reported(NamedTuple):
+    """Where a session is after a heartbeat; `state_since` in Unix seconds."""
+
+    state: State
+    state_since: float
 
 
 class ProjectUnknown(Exception):
@@ -94,8 +142,14 @@ class SessionStore:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._questions: list[tuple[UUID, asyncio.Future[tuple[Session, Head] | None]]] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._asked: Batches[UUID, tuple[Session, Head]] = Batches(
+            self._standings, lambda session_id: session_id
+        )
+        self._heard: Batches[Report, Reported] = Batches(
+            self._reports,
+            lambda report: report.id,
+            alone=(psycopg.DataError, psycopg.errors.DeadlockDetected),
+        )
 
     async def installation(self) -> Installation:
         """Which installation this database is. One that was copied without its rows becomes a new one.
@@ -161,44 +215,18 @@ class SessionStore:
         return await self._first("where id = %(id)s", {"id": session_id})
 
     async def standing(self, session_id: UUID) -> tuple[Session, Head] | None:
-        """A session, and where its project stands.
+        """A session, and where its project stands; a thousand agents that ask at once cost a handful of queries."""
+        return await self._asked.ask(session_id)
 
-        Questions that come while one is being answered are asked together in the next query: each answer is of a
-        moment after its question, and a thousand agents that ask at once cost a handful of queries.
-        """
-        answer: asyncio.Future[tuple[Session, Head] | None] = asyncio.get_running_loop().create_future()
-        self._questions.append((session_id, answer))
-        if self._answering is None:
-            self._answering = asyncio.create_task(self._answer(), name="standing")
-        return await answer
-
-    async def _answer(self) -> None:
-        while self._questions:
-            questions, self._questions = (
-                self._questions[:QUESTIONS_AT_ONCE],
-                self._questions[QUESTIONS_AT_ONCE:],
-            )
-            try:
-                found = await self._standings([session_id for session_id, _ in questions])
-            except Exception as error:  # whoever asked is told, and this goes on with the next
-                for _, answer in questions:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            for session_id, answer in questions:
-                if not answer.done():
-                    answer.set_result(found.get(session_id))
-        self._answering = None
-
-    async def _standings(self, session_ids: Sequence[UUID]) -> dict[UUID, tuple[Session, Head]]:
+    async def _standings(self, session_ids: Sequence[UUID]) -> dict[Hashable, tuple[Session, Head]]:
         async with self._pool.connection() as connection:
             cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(STANDING, {"ids": list(session_ids)})
             rows = await cursor.fetchall()
-        found = {}
+        found: dict[Hashable, tuple[Session, Head]] = {}
         for row in rows:
             head = Head(row.pop("epoch"), row.pop("revision"))
-            session = _Row(**row).session
+            session = session_of(row)
             found[session.id] = (session, head)
         return found
 
@@ -211,20 +239,16 @@ class SessionStore:
             {"project": project_id, "ended": ended, "over": _names(ENDED), "limit": limit},
         )
 
-    async def unended(self) -> tuple[Sequence[Session], float]:
-        """Every session that is not over, and the database's now, to judge them by."""
+    async def found(self, query: LiteralString, values: Mapping[str, object]) -> list[dict[str, Any]]:
+        """The rows that a query finds, however many: the loop is not held while they are read."""
+        found: list[dict[str, Any]] = []
         async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=class_row(_Row))
-            await cursor.execute(
-                SELECT + "where state <> all(%(over)s)",
-                {"over": _names(ENDED)},
-            )
-            rows = [row.session for row in await cursor.fetchall()]
-            moment = await (
-                await connection.execute("select extract(epoch from now())::float8 as now")
-            ).fetchone()
-            assert moment is not None
-            return rows, float(moment[0])
+            cursor = connection.cursor(row_factory=dict_row)
+            await cursor.execute(query, values)
+            while rows := await cursor.fetchmany(ROWS_AT_ONCE):
+                found.extend(rows)
+                await asyncio.sleep(0)
+        return found
 
     async def known(self, session_ids: Collection[UUID]) -> Mapping[UUID, Session]:
         """Those of `session_ids` that are sessions here, over or not."""
@@ -281,42 +305,15 @@ class SessionStore:
             "update preview.sessions set claimed_until = null where claimed_by = %(by)s", {"by": by}
         )
 
-    async def report(
-        self,
-        session_id: UUID,
-        generation: int,
-        *,
-        ready: bool,
-        lease: float,
-        status: str,
-        viewed: bool = False,
-    ) -> Session | None:
-        """A heartbeat of the machine of `generation`; `status` is JSON. None: the session or the generation is over.
+    async def report(self, report: Report, *, patient: bool = False) -> Reported | None:
+        """Keep a heartbeat; a `patient` one may wait for others. None: the session or the generation is over."""
+        return await self._heard.ask(report, patient=patient)
 
-        `viewed`: somebody has the preview open.
-        """
-        return await self._one(
-            "update preview.sessions set"
-            " state = case when %(ready)s then %(moves)s ->> state else state end,"
-            " state_since = case when %(ready)s and %(moves)s ->> state <> state then now() else state_since end,"
-            " image_before = case when %(ready)s then null else image_before end,"
-            " rolled_at = case when %(ready)s then null else rolled_at end,"
-            " woken_at = case when %(ready)s then null else woken_at end,"
-            " viewed_at = case when %(viewed)s then now() else viewed_at end,"
-            " lease_until = case when state <> 'suspended' then now() + %(lease)s * interval '1 second' end,"
-            " status = %(status)s::jsonb, status_at = now()"
-            " where id = %(id)s and generation = %(generation)s and %(moves)s ? state",
-            {
-                "id": session_id,
-                "generation": generation,
-                "ready": ready,
-                "viewed": viewed,
-                "lease": lease,
-                # jsonb holds every character but NUL, and an agent repeats what other programs said.
-                "status": status.replace("\\u0000", "\\ufffd"),
-                "moves": _moves(Event.REPORT),
-            },
-        )
+    async def _reports(self, reports: Sequence[Report]) -> dict[Hashable, Reported]:
+        columns = {name: [getattr(each, name) for each in reports] for name in Report.__slots__}
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(REPORT, {**columns, "moves": _moves(Event.REPORT)})
+            return {row[0]: Reported(State(row[1]), row[2]) for row in await cursor.fetchall()}
 
     async def screen(self, session_id: UUID) -> tuple[Session, Mapping[str, Any] | None, float] | None:
         """The session, its agent's last status, and how many seconds ago that came."""
@@ -329,7 +326,7 @@ class SessionStore:
         if row is None:
             return None
         status, since = row.pop("status"), row.pop("status_age")
-        return _Row(**row).session, status, since
+        return session_of(row), status, since
 
     async def tell_shown(self, session_id: UUID) -> float:
         """Tell members what is shown, if it is news. Returns in how many seconds to ask again; 0: it is done."""
@@ -461,10 +458,10 @@ class SessionStore:
             ):
                 if number >= limit:
                     raise TooManySessions(of, limit)
-            cursor = connection.cursor(row_factory=class_row(_Row))
+            cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(change + RETURNING, values)
             made = await cursor.fetchone()
-            return made.session if made else None
+            return session_of(made) if made else None
 
     async def _first(self, where: LiteralString, values: Mapping[str, object]) -> Session | None:
         rows = await self._rows(SELECT + where, values)
@@ -472,20 +469,18 @@ class SessionStore:
 
     async def _rows(self, query: LiteralString, values: Mapping[str, object]) -> Sequence[Session]:
         async with self._pool.connection() as connection:
-            cursor = connection.cursor(row_factory=class_row(_Row))
+            cursor = connection.cursor(row_factory=dict_row)
             await cursor.execute(query, values)
-            return [row.session for row in await cursor.fetchall()]
+            return [session_of(row) for row in await cursor.fetchall()]
 
     async def _run(self, query: LiteralString, values: Mapping[str, object]) -> None:
         async with self._pool.connection() as connection:
             await connection.execute(query, values)
 
 
-class _Row:
-    """A row of `COLUMNS` on its way to a `Session`."""
-
-    def __init__(self, *, state: str, **columns: Any) -> None:
-        self.session = Session(state=State(state), **columns)
+def session_of(row: Mapping[str, Any]) -> Session:
+    """A row of `COLUMNS` as a session."""
+    return Session(**{**row, "state": State(row["state"])})
 
 
 def _moves(event: Event) -> Jsonb:

@@ -81,7 +81,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"make page", Make("tests/browser/test_editor.py")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (
-        r"make (test-nightly|frameworks|soak|bench|bench-\w+|fuzz)( (SECONDS|MINUTES)=\S+)?",
+        r"make (test-nightly|frameworks|soak|capacity|bench|bench-\w+|fuzz)( (SECONDS|MINUTES|SESSIONS|QUICK)=\S+)?",
         Make("nightly, by hand"),
     ),
     # --- the agent

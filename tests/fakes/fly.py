@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class Fly:
     start_seconds: float = 0.0
     per_second: float = 1.0
     burst: int = 3
+    name: str = APP
+    """The app's."""
     full_is: int = 422
     """The status of a creation for which there is no room."""
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -62,7 +65,7 @@ class Fly:
         return self._openapi is not None
 
     def app(self) -> Starlette:
-        base = f"/v1/apps/{APP}/machines"
+        base = f"/v1/apps/{self.name}/machines"
         one = base + "/{id}"
         routes = {
             ("create", "POST", base): self._create,
@@ -114,7 +117,7 @@ class Fly:
         if self._openapi is not None:
             path = request.url.path.removeprefix("/v1")
             self.invalid += self._openapi.problems(request.method, path, body, dict(request.query_params))
-        machine_id = request.path_params.get("id", APP)
+        machine_id = request.path_params.get("id", self.name)
         self.asked.append((action, machine_id))
         if self._too_often(action, machine_id):
             return _error(429, "rate limit exceeded")
@@ -149,7 +152,8 @@ class Fly:
                 409, f"unique machine name violation, machine ID … already exists with name {body['name']!r}"
             )
         self._made += 1
-        machine_id = f"{self._made:014x}"
+        # Ids are unique in all of Fly.
+        machine_id = f"{zlib.crc32(self.name.encode()):08x}{self._made:06x}"
         machine = {
             "id": machine_id,
             "name": body["name"],
@@ -163,7 +167,9 @@ class Fly:
         return 200, self._aged(machine)
 
     async def _list(self, request: Request, _: Any) -> tuple[int, Any]:
-        return 200, [self._aged(machine) for machine in self.live()]
+        left_out = ("config",) if request.query_params.get("summary") == "true" else ()
+        listed = [self._aged(machine) for machine in self.live()]
+        return 200, [{k: v for k, v in machine.items() if k not in left_out} for machine in listed]
 
     async def _get(self, request: Request, _: Any) -> tuple[int, Any]:
         machine = self.machines.get(request.path_params["id"])

@@ -6,15 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 import respx
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.replay.simulated_clock import simulate
-from orchestrator_stub.machines.driver import MachineRefused, MachineState, MachineUnavailable
+from orchestrator_stub.machines.driver import (
+    Machine,
+    MachineRefused,
+    MachineState,
+    MachineUnavailable,
+    machine_name,
+    mark_of,
+)
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape, machine_request
 from orchestrator_stub.machines.fly_api import Buckets, Conflict, FlyApi, Rate
+from orchestrator_stub.machines.fly_apps import FlyApps, app_of
+from tests.agent.loops import STALL, longest_turn
 from tests.fakes.fly import APP, DOCUMENT, TOKEN, Fly
 from tests.fakes.openapi import OpenApi
 from tests.orchestrator.machines.driver_contract import DriverContract, spec_for
@@ -328,3 +340,143 @@ def test_retry_after_is_obeyed() -> None:
 
     asyncio.run(main())
     assert waits[0] >= 20
+
+
+class Apps(httpx.AsyncBaseTransport):
+    """Several apps behind one address."""
+
+    def __init__(self, *apps: Fly) -> None:
+        self.apps = {app.name: app for app in apps}
+        self._ways = {name: app.transport() for name, app in self.apps.items()}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._ways[request.url.path.split("/")[3]].handle_async_request(request)
+
+
+def driver_for_apps(apps: Apps, *names: str) -> FlyApps:
+    http = httpx.AsyncClient(transport=apps)
+
+    def one(name: str) -> FlyMachines:
+        fly = apps.apps[name]
+        buckets = Buckets(clock=fly.clock, sleep=fly.sleep)
+        api = FlyApi(URL, name, TOKEN, http, buckets=buckets, sleep=fly.sleep)
+        return FlyMachines(api, replace(SHAPE, app=name))
+
+    return FlyApps({name: one(name) for name in names or apps.apps})
+
+
+class TestFlyApps(DriverContract):
+    @pytest.fixture
+    async def driver(self) -> AsyncIterator[FlyApps]:
+        apps = Apps(*(Fly(per_second=1000, burst=1000, name=name) for name in ("a", "b", "c")))
+        made = driver_for_apps(apps)
+        yield made
+        assert all(fly.invalid == [] for fly in apps.apps.values())
+        await made.close()
+
+
+@given(
+    st.lists(st.uuids(), min_size=1, max_size=50),
+    st.lists(st.text("abcdef", min_size=1), min_size=1, unique=True),
+)
+def test_an_app_more_takes_sessions_from_the_others_and_moves_no_other(
+    sessions: list[UUID], apps: list[str]
+) -> None:
+    for session in sessions:
+        before, after = app_of(session, apps), app_of(session, [*reversed(apps), "new"])
+        assert before in apps
+        assert after in (before, "new")
+
+
+def test_three_apps_make_machines_three_times_as_fast_each_within_its_own_limit() -> None:
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        apps = Apps(*(Fly(clock=clock, latency=0.05, name=name) for name in ("a", "b", "c")))
+        driver = driver_for_apps(apps)
+        specs = [spec_for() for _ in range(60)]
+        started = clock()
+        machines = await asyncio.gather(*map(driver.create, specs))
+        shares = [len(fly.live()) for fly in apps.apps.values()]
+        assert sum(shares) == 60
+        assert min(shares) > 8, shares
+        assert clock() - started < max(shares)
+        assert all(fly.answers[429] == 0 for fly in apps.apps.values())
+        again = await asyncio.gather(*map(driver.create, specs))
+        assert [m.id for m in again] == [m.id for m in machines], "adopted where they are"
+        assert {m.id for m in await driver.list()} == {m.id for m in machines}
+        # An orchestrator that starts now, with an app more and in another order, finds each of them.
+        apps.apps["d"] = Fly(clock=clock, name="d")
+        apps = Apps(*apps.apps.values())
+        other = driver_for_apps(apps, "d", "c", "b", "a")
+        for spec, machine in list(zip(specs, machines, strict=True))[::10]:
+            assert await other.inspect(machine.id) is not None
+            assert [m.id for m in await other.find(spec.session_id)] == [machine.id]
+            await other.destroy(machine.id)
+            assert await other.inspect(machine.id) is None
+        await other.destroy("nowhere")
+        assert sum(len(fly.live()) for fly in apps.apps.values()) == 54
+        apps.apps["b"].script = [500] * 20
+        with pytest.raises(MachineUnavailable):
+            await other.list()  # what is not listed would be taken for gone
+
+    simulate(main())
+
+
+def test_an_app_that_asks_for_a_rest_keeps_no_turn_of_the_others() -> None:
+    """One creation waits for it; the others of that app are told at once when to come again."""
+
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        limited = httpx.Response(429, headers={"retry-after": "30"})
+        with respx.mock:
+            respx.post(f"{URL}/apps/full/machines").side_effect = [
+                limited,
+                httpx.Response(200, json={"id": "m"}),
+            ]
+            respx.post(f"{URL}/apps/free/machines").respond(json={"id": "n"})
+            async with httpx.AsyncClient() as http:
+                full, free = (
+                    FlyApi(URL, app, TOKEN, http, buckets=Buckets(clock=clock)) for app in ("full", "free")
+                )
+                first = asyncio.create_task(full.create({"name": "x"}))
+                await asyncio.sleep(1)
+                with pytest.raises(MachineUnavailable, match="rest") as refused:
+                    await full.create({"name": "y"})
+                assert 25 < (refused.value.retry_after or 0) <= 30
+                assert (await free.create({"name": "z"}))["id"] == "n"
+                assert clock() < 2
+                assert (await first)["id"] == "m"
+                assert clock() >= 30
+
+    simulate(main())
+
+
+async def test_ten_thousand_machines_of_an_app_are_listed_in_pieces() -> None:
+    fly = Fly(per_second=1000, burst=1000)
+    spec = spec_for()
+    for n in range(10_000):
+        name = machine_name(mark_of(spec.installation), UUID(int=n), 1)
+        fly.machines[f"{n:014x}"] = {
+            "id": f"{n:014x}", "name": name, "state": "started", "region": "ams", "config": {"env": {"A": "x" * 500}},
+            "created_at": "2026-11-30T00:00:00Z",
+        }  # fmt: skip
+    async with httpx.AsyncClient(transport=fly.transport()) as http:
+        answer = await http.get(
+            f"{URL}/apps/{APP}/machines?summary=true", headers={"authorization": f"Bearer {TOKEN}"}
+        )
+    found: list[Machine] = []
+    kept = httpx.AsyncClient(
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=answer.content))
+    )
+    driver = FlyMachines(FlyApi(URL, APP, TOKEN, kept), SHAPE, kept)
+
+    async def listing() -> None:
+        found.extend(await driver.list())
+        found.extend(await driver.find(UUID(int=77)))
+        await driver.close()
+
+    held = await asyncio.to_thread(longest_turn, listing)
+    print(f"loop held for {held * 1000:.1f} ms at most, {len(answer.content) / 1e6:.1f} MB")
+    assert len(found) == 10_001
+    assert len(answer.content) < 3_000_000
+    assert held < STALL

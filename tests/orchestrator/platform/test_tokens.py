@@ -163,7 +163,7 @@ def test_a_remembered_token_is_forgotten_when_it_expires_and_when_the_keys_chang
     path.write_text(json.dumps({"keys": [new_hs256("one")]}))
     keys = Keyring.open(path)
     clock = [now]
-    reader = SessionReader(keys, lambda: clock[0], remember=2)
+    reader = SessionReader(keys, lambda: clock[0])
     tokens = [mint(keys, generation=n, now=now - 500, ttl=502) for n in (1, 2, 3)]
     assert [reader.read(token).generation for token in tokens + tokens] == [1, 2, 3, 1, 2, 3]
     clock[0] = now + 100

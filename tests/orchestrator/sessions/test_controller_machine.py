@@ -216,7 +216,7 @@ class ControlMachine(RuleBasedStateMachine):
 
         async def act(controller: SessionController) -> None:
             with suppress(MachineError):
-                await (controller.wake(session_id) if wake else controller.suspend(session_id))
+                await (controller.sleep.wake(session_id) if wake else controller.sleep.suspend(session_id))
 
         self.run(self.by_somebody(self.worlds[which], fuse, act))
 

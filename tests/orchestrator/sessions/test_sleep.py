@@ -157,9 +157,9 @@ async def test_an_unloading_that_outlasts_its_claim_does_not_end_a_machine_that_
             await super().destroy(machine_id)
 
     other = world.controller_of(Slow(world.platform), claim_seconds=0.3)
-    unloading = asyncio.create_task(other.unload(session_id))
+    unloading = asyncio.create_task(other.sleep.unload(session_id))
     await begun.wait()
-    woken = await world.controller.wake(session_id)
+    woken = await world.controller.sleep.wake(session_id)
     assert woken is not None
     assert woken.state == "provisioning"
     go_on.set()
@@ -186,7 +186,7 @@ async def test_one_whose_orchestrator_was_killed_before_it_froze_the_machine_is_
             raise MachineUnavailable("killed")
 
     with pytest.raises(MachineUnavailable):
-        await world.controller_of(Killed(world.platform)).suspend(UUID(session["session_id"]))
+        await world.controller_of(Killed(world.platform)).sleep.suspend(UUID(session["session_id"]))
     assert await state(world, session) == ("suspended", 1, MachineState.RUNNING)
     await world.controller.sweep()
     assert await state(world, session) == ("suspended", 1, MachineState.SUSPENDED)
@@ -209,10 +209,11 @@ async def test_of_many_wakes_one_resumes_and_none_overtakes_the_suspension(world
             order.append("resume")
             return await super().resume(machine_id)
 
-    sleeping = asyncio.create_task(world.controller_of(Slow(world.platform)).suspend(session_id))
+    sleeping = asyncio.create_task(world.controller_of(Slow(world.platform)).sleep.suspend(session_id))
     await frozen.wait()
     wakes = [
-        asyncio.create_task(world.controller_of(Slow(world.platform)).wake(session_id)) for _ in range(4)
+        asyncio.create_task(world.controller_of(Slow(world.platform)).sleep.wake(session_id))
+        for _ in range(4)
     ]
     await asyncio.wait(wakes, timeout=0.2)
     go_on.set()
@@ -240,7 +241,7 @@ async def test_one_whose_platform_refuses_is_ready_as_before(world: World) -> No
             raise MachineRefused("only machines of 2 GB and less can be suspended")
 
     with pytest.raises(MachineRefused):
-        await world.controller_of(Refuses(world.platform)).suspend(session_id)
+        await world.controller_of(Refuses(world.platform)).sleep.suspend(session_id)
     await world.controller.sweep()
     assert await state(world, session) == ("ready", 1, MachineState.RUNNING)
     assert (await ask(world, session, "suspend")).status_code == 200, "nobody holds it"
