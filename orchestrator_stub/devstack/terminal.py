@@ -87,6 +87,18 @@ class DevInfo:
     user_token: str
     """The same user's access token, for a program that does not sign in. Good for 30 days, as the session is."""
 
+    def for_page(self, project_name: str) -> dict[str, str]:
+        """What the editor page is told: where everything is, and who signs in."""
+        return {
+            "anon_key": self.anon_key,
+            "email": self.user_email,
+            "password": self.user_password,
+            "project_id": self.project_id,
+            "project_name": project_name,
+            "session_id": self.session_id,
+            "preview_url": self.preview_url,
+        }
+
 
 def _below(path: Path, directory: Path) -> str | None:
     """Where `path` is below `directory`, "." for itself; None: elsewhere. It need not exist yet.
