@@ -1,0 +1,123 @@
+"""Runs the relay: the database's outbox, emptied into NATS, inside `serve` or as `preview-orchestrator relay`.
+
+Where the setting says `realtime` it only asks once a second whether that has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import Final
+
+import psycopg
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from orchestrator_stub.relay.outbox import Outbox
+from orchestrator_stub.relay.publisher import Lanes, Stream
+
+log = structlog.get_logger("relay")
+
+POLL_SECONDS: Final = 0.003
+"""Between two looks into the outbox: half of it is added to each save's way, and it costs a tenth of a core. NOTIFY
+would cost nothing here and a lock of the whole database at every commit."""
+
+STANDBY_SECONDS: Final = 1.0
+"""The same while events take the other way."""
+
+BALANCE_SECONDS: Final = 0.5
+"""How long the buckets of a relay that died lie idle at most."""
+
+MEASURE_SECONDS: Final = 5.0
+
+AGAIN_SECONDS: Final = 0.5
+"""After the database was lost."""
+
+OUTCOMES: Final = ("new", "duplicate", "retry", "dropped")
+
+PREFIX: Final = "preview_orchestrator_"
+
+
+class Relay:
+    """One relay; any number of them share the work of one database."""
+
+    def __init__(self, dsn: str, stream: Stream, *, registry: CollectorRegistry | None = None) -> None:
+        """`dsn`: a direct or session-mode connection."""
+        self._dsn = dsn
+        self._stream = stream
+        self._published = Counter(
+            PREFIX + "relay_published",
+            "Publications to NATS, by what came of them.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in OUTCOMES:
+            self._published.labels(outcome)
+        self._rows = Gauge(
+            PREFIX + "outbox_rows", "Events on their way to NATS, of all relays.", registry=registry
+        )
+        self._age = Gauge(
+            PREFIX + "outbox_age_seconds", "Since the oldest of them was saved.", registry=registry
+        )
+        self._buckets = Gauge(
+            PREFIX + "relay_buckets",
+            "Of 16, how many this relay owns; all relays together own 16.",
+            registry=registry,
+        )
+
+    async def run(self) -> None:
+        """Relay until cancelled, over any loss of the database or of NATS."""
+        lost = False
+        while True:
+            try:
+                outbox = await Outbox.open(self._dsn)
+            except (psycopg.Error, OSError) as error:
+                if not lost:
+                    lost = True
+                    log.warning("relay.database_lost", reason=_line(error))
+                await asyncio.sleep(AGAIN_SECONDS)
+                continue
+            lost = False
+            lanes = Lanes(
+                self._stream,
+                may_publish=lambda outbox=outbox: outbox.certain,  # type: ignore[misc]
+                done=outbox.done,
+                count=lambda outcome: self._published.labels(outcome).inc(),
+            )
+            try:
+                await self._relay(outbox, lanes)
+            except (psycopg.Error, OSError) as error:
+                log.warning("relay.database_lost", reason=_line(error))
+            finally:
+                # Before the locks go: what is on its way is the next owner's to publish, and the stream's to know.
+                await lanes.close()
+                self._buckets.set(0)
+                with suppress(psycopg.Error, OSError):
+                    await outbox.close()
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _relay(self, outbox: Outbox, lanes: Lanes) -> None:
+        balance_at = measure_at = 0.0
+        pause = STANDBY_SECONDS
+        while True:
+            now = time.monotonic()
+            if now >= balance_at:
+                balance_at = now + BALANCE_SECONDS
+                await outbox.balance()
+                self._buckets.set(len(outbox.owned))
+                pause = STANDBY_SECONDS if await outbox.transport() == "realtime" else POLL_SECONDS
+            if now >= measure_at:
+                measure_at = now + MEASURE_SECONDS
+                rows, age = await outbox.waiting()
+                self._rows.set(rows)
+                self._age.set(age)
+            await outbox.delete_done()
+            events = await outbox.read()
+            for event in events:
+                lanes.put(event)
+            await asyncio.sleep(POLL_SECONDS if events or outbox.busy else pause)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
