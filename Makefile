@@ -34,8 +34,8 @@ $(EDITOR): examples/editor/package-lock.json
 page: $(READY) ## build the editor page, if its sources have changed (`make dev` does so by itself)
 	@$(BIN)/python -m orchestrator_stub.devstack.editor_page
 
-dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app OPTIONS="--port 0")
-	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app) $(OPTIONS)
+dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app TRANSPORT=nats OPTIONS="--port 0")
+	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app) $(if $(TRANSPORT),--transport $(TRANSPORT)) $(OPTIONS)
 
 test: $(READY) $(SCRIPTS) page ## unit, contract, database and system tests
 	npm --prefix tests/browser test --silent

@@ -65,7 +65,10 @@ from orchestrator_stub.platform.migrations import (
 )
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane, door_of, listen
+from orchestrator_stub.process import Server, configure_logs, listen
+from orchestrator_stub.relay.embedded import EmbeddedNats, NatsServerError
+from orchestrator_stub.relay.service import relay_of
+from orchestrator_stub.server import ControlPlane, control_plane, door_of, nats_keys_of
 
 DEV_PORT: Final = 5173
 
@@ -149,7 +152,8 @@ class Stack:
         self._stack.push_async_callback(self._retire_ours, driver)
         door_listener = self._door_listener()
         door_port = door_listener.getsockname()[1]
-        settings = self._state.settings(port, door_port, dsn, project_keys, ttl=LONG)
+        nats_url = await self._nats()
+        settings = self._state.settings(port, door_port, dsn, project_keys, ttl=LONG, nats_url=nats_url)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
         self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
@@ -170,6 +174,8 @@ class Stack:
             tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
+        if (relay := relay_of(settings, nats_keys_of(settings), service.metrics.registry)) is not None:
+            tasks.append(asyncio.create_task(relay.run(), name="relay"))
         assert service.access is not None
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
         home = await service.access.label(project_id)
@@ -197,6 +203,7 @@ class Stack:
             user_email=email,
             user_password=password,
             user_token=user_token(keys, user_id, time.time(), LONG),
+            nats_url=nats_url,
         )
         published = self._stack.enter_context(Publication(self._state, info))
         if self._page is not None:
@@ -260,6 +267,20 @@ class Stack:
         self._terminal.step(f"{kind} is up" + (", its schema brought up to date" if applied else ""))
         return dsn
 
+    async def _nats(self) -> str | None:
+        """Start a NATS server, with keys of this start, when it is asked for; where it is."""
+        if self._options.transport != "nats":
+            return None
+        server = EmbeddedNats(self._state.path / "nats")
+        try:
+            await server.start()
+            self._stack.push_async_callback(server.stop)
+            server.operator.write(self._state.nats_keys.parent)
+        except (NatsServerError, OSError) as error:
+            raise CannotStart(str(error)) from None
+        self._terminal.step(f"NATS is up ({server.url})")
+        return server.url
+
     @asynccontextmanager
     async def _serve(
         self, listener: socket.socket, service: ControlPlane, dsn: str, keys: ProjectKeys
@@ -306,6 +327,8 @@ class Stack:
                 "insert into public.projects (id, owner_id, name) values (%s, %s, %s) on conflict do nothing",
                 (project_id, user_id, name),
             )
+            way = "both" if self._options.transport == "nats" else "realtime"
+            await connection.execute("update preview.settings set transport = %s", (way,))
 
     async def _editor(
         self, url: str, keys: ProjectKeys, keyring: Keyring, user_id: UUID, project_id: UUID

@@ -135,10 +135,26 @@ class StateDirectory:
         form = {"key": session.key, "generation": session.generation, "project_id": str(project_id)}
         (self.path / "session.json").write_text(json.dumps(form))
 
-    def settings(self, port: int, door_port: int, dsn: str, keys: ProjectKeys, *, ttl: float) -> Settings:
+    @property
+    def nats_keys(self) -> Path:
+        """Of the NATS server that runs, where one does."""
+        return self.path / "nats" / "keys" / "nats-keys.json"
+
+    def settings(
+        self,
+        port: int,
+        door_port: int,
+        dsn: str,
+        keys: ProjectKeys,
+        *,
+        ttl: float,
+        nats_url: str | None = None,
+    ) -> Settings:
         """What the control plane of this directory is told; `ttl`: seconds that a session lives at most."""
+        nats = {"nats_url": nats_url, "nats_keys_file": self.nats_keys, "agent_transport": "nats"}
         return Settings.of(
             {
+                **(nats if nats_url else {}),
                 "database_url": dsn,
                 "supabase_url": f"http://{HOST}:{port}",
                 "supabase_anon_key": keys.anon_key,

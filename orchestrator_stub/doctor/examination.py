@@ -15,7 +15,8 @@ from orchestrator_stub.doctor.machines import examine_machines, examine_public_u
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import configure_logs, keyring_of
+from orchestrator_stub.process import configure_logs
+from orchestrator_stub.server import keyring_of
 
 
 async def run_doctor(say: Callable[[str], None], *, as_json: bool) -> bool:

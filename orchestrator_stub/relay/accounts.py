@@ -106,6 +106,25 @@ class NatsKeys:
         return cls(*accounts)
 
 
+@dataclass(frozen=True, slots=True)
+class MachineNats:
+    """How machines reach NATS, and which of them do."""
+
+    keys: NatsKeys
+    url: str
+    transport: str
+    """Of projects whose run settings do not say."""
+
+    def environment(
+        self, project_id: UUID, session_id: UUID, wanted: object, expires_at: float
+    ) -> dict[str, str]:
+        """What a new machine is told beside the rest; `wanted`: the run setting `transport`."""
+        if (wanted or self.transport) != "nats":
+            return {}
+        token = self.keys.machine_token(project_id, session_id, expires_at)
+        return {"REALTIME_URL": self.url, "NATS_JWT": token}
+
+
 class Operator:
     """Who signs the accounts; a deployment has one, and needs it again only to change them."""
 

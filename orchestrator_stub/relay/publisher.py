@@ -67,6 +67,9 @@ class Stream(Protocol):
     async def publish(self, event: Event) -> bool:
         """Store one event; False: it was stored before. Raises `Refused`, and `OSError` for what may pass."""
 
+    async def close(self) -> None:
+        """End what is open."""
+
 
 class NatsStream:
     """The stream in NATS, over a connection that is made again whenever it ended.

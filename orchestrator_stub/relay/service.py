@@ -14,8 +14,10 @@ import psycopg
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from orchestrator_stub.config import RelaySettings
+from orchestrator_stub.relay.accounts import NatsKeys
 from orchestrator_stub.relay.outbox import Outbox
-from orchestrator_stub.relay.publisher import Lanes, Stream
+from orchestrator_stub.relay.publisher import Lanes, NatsStream, Stream
 
 log = structlog.get_logger("relay")
 
@@ -68,6 +70,12 @@ class Relay:
 
     async def run(self) -> None:
         """Relay until cancelled, over any loss of the database or of NATS."""
+        try:
+            await self._forever()
+        finally:
+            await self._stream.close()
+
+    async def _forever(self) -> None:
         lost = False
         while True:
             try:
@@ -121,3 +129,11 @@ class Relay:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def relay_of(settings: RelaySettings, keys: NatsKeys | None, registry: CollectorRegistry) -> Relay | None:
+    """The relay that the settings name; None without NATS."""
+    if settings.nats_url is None or keys is None:
+        return None
+    stream = NatsStream(settings.nats_url, keys, replicas=settings.nats_replicas)
+    return Relay(settings.database_url.get_secret_value(), stream, registry=registry)

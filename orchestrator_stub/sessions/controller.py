@@ -38,6 +38,7 @@ from orchestrator_stub.machines.driver import (
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
+from orchestrator_stub.relay.accounts import MachineNats
 from orchestrator_stub.sessions.inventory import awake, lost, unmarked, wanted
 from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Session, State, judge
 from orchestrator_stub.sessions.rollout import ROLL
@@ -94,6 +95,7 @@ class SessionController:
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
         on_suspend: Callable[[], None] = lambda: None,
+        nats: MachineNats | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -107,6 +109,8 @@ class SessionController:
         self._clock = clock
         self._on_part = on_part
         self._on_suspend = on_suspend
+        self.nats = nats
+        """How machines reach NATS; None: they do not."""
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
         self._sleep = Sleep(store, driver, by=self._name, seconds=settings.claim_seconds)
         self._tasks: dict[tuple[str, UUID], asyncio.Task[None]] = {}
@@ -411,9 +415,9 @@ class SessionController:
             with self._part("modules"):
                 modules = await self._layers.environment(session.project_id)
         with self._part("token"):
-            token, _ = self.token_for(session)
+            token, until = self.token_for(session)
         run = await self._runs.of_session(session.id)
-        settings = self._settings
+        settings, nats = self._settings, self.nats
         limits = await self._store.machine_limits(session.project_id, settings.storage_object_limit)
         image = await self._store.image(session.id, settings.agent_image)
         return MachineSpec(
@@ -437,6 +441,11 @@ class SessionController:
                 # What is no secret. `env` and `npmrc` never: a platform shows this to whoever holds its token.
                 **run.environment(),
                 **modules,
+                **(
+                    nats.environment(session.project_id, session.id, run.plain.get("transport"), until)
+                    if nats
+                    else {}
+                ),
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )
