@@ -46,7 +46,7 @@ from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server, configure_logs, listen, stop_event
 from orchestrator_stub.relay.accounts import MachineNats, NatsKeys
-from orchestrator_stub.relay.service import relay_of
+from orchestrator_stub.relay.service import Relay, relay_of
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import age_of, describe
@@ -94,13 +94,14 @@ class ControlPlane:
     pool: Pool
     installation: Installation
     access: Access | None
+    relay: Relay | None
 
 
 @asynccontextmanager
 async def control_plane(
     settings: Settings, keys: Keyring, driver: MachineDriver
 ) -> AsyncIterator[ControlPlane]:
-    """Everything but the socket and the background tasks (`controller.run`, `worker.run`), which are the caller's.
+    """Everything but the socket and the background tasks (`controller`, `worker`, `relay`), which are the caller's.
 
     Raises `psycopg.OperationalError` without a database, `Unmigrated`, `CannotServe`.
     """
@@ -171,7 +172,8 @@ async def control_plane(
                 upkeep=Upkeep(pool, storage, registry=registry),
                 also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
             )  # fmt: skip
-            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access)
+            relay = relay_of(settings, nats_keys_of(settings), registry)
+            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access, relay)
         finally:
             waking.cancel()
             await asyncio.gather(waking, return_exceptions=True)
@@ -325,8 +327,8 @@ async def run_serve(settings: Settings) -> int:
                     settings, service.pool, service.metrics.registry, controller=service.controller
                 )
                 tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
-            if (relay := relay_of(settings, nats_keys_of(settings), service.metrics.registry)) is not None:
-                tasks.append(asyncio.create_task(relay.run(), name="relay"))
+            if service.relay is not None:
+                tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
             done, _ = await asyncio.wait([serving, *tasks], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             for task in tasks:

@@ -67,8 +67,7 @@ from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server, configure_logs, listen
 from orchestrator_stub.relay.embedded import EmbeddedNats, NatsServerError
-from orchestrator_stub.relay.service import relay_of
-from orchestrator_stub.server import ControlPlane, control_plane, door_of, nats_keys_of
+from orchestrator_stub.server import ControlPlane, control_plane, door_of
 
 DEV_PORT: Final = 5173
 
@@ -174,8 +173,8 @@ class Stack:
             tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
-        if (relay := relay_of(settings, nats_keys_of(settings), service.metrics.registry)) is not None:
-            tasks.append(asyncio.create_task(relay.run(), name="relay"))
+        if service.relay is not None:
+            tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
         assert service.access is not None
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
         home = await service.access.label(project_id)

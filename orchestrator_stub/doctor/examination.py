@@ -12,6 +12,7 @@ from orchestrator_stub.config import Settings, SettingsError
 from orchestrator_stub.doctor.database import examine_database
 from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
 from orchestrator_stub.doctor.machines import examine_machines, examine_public_url
+from orchestrator_stub.doctor.nats import examine_nats
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
@@ -54,6 +55,7 @@ async def examine_all(settings: Settings) -> list[Finding]:
                 ),
                 ("keys", lambda report: _keys(settings, http, report)),
                 ("realtime", lambda report: _realtime(settings, report)),
+                ("nats", lambda report: examine_nats(settings, report)),
                 ("storage", lambda report: examine_storage(settings, http, report)),
                 ("redis", lambda report: _redis(settings, report)),
                 ("machines", lambda report: examine_machines(settings, http, report)),

@@ -73,11 +73,11 @@ class EmbeddedNats:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         config = self._directory / "nats.conf"
         config.write_text(self._configuration())
-        self._process = await asyncio.create_subprocess_exec(
-            binary, "-c", str(config),
-            stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True,
-            preexec_fn=_end_with_parent(),
-        )  # fmt: skip
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                binary, "-c", str(config),
+                stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent(),
+            )  # fmt: skip
         try:
             async with asyncio.timeout(START_WITHIN):
                 while not await self._answers():
@@ -109,7 +109,7 @@ class EmbeddedNats:
 
     def _configuration(self) -> str:
         return (
-            f'server_name: "preview-{self.port}"\nlisten: "127.0.0.1:{self.port}"\nlog_file: "{self.log}"\n'
+            f'server_name: "preview-{self.port}"\nlisten: "127.0.0.1:{self.port}"\n'
             f'jetstream {{ store_dir: "{self._directory / "store"}" }}\n{self.operator.accounts_conf()}{self._more}\n'
         )
 

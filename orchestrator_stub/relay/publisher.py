@@ -106,6 +106,15 @@ class NatsStream:
             raise OSError(str(error) or type(error).__name__) from None
         return not acknowledged.duplicate
 
+    async def prepare(self) -> None:
+        """Connect, and make the stream where it is not. Raises `OSError`."""
+        try:
+            await self._connected()
+        except APIError as error:
+            raise OSError(f"JetStream: {error.description}") from None
+        except (NatsError, TimeoutError) as error:
+            raise OSError(str(error) or type(error).__name__) from None
+
     async def close(self) -> None:
         client, self._client, self._stream = self._client, None, None
         if client is not None:

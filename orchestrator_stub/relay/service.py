@@ -41,32 +41,39 @@ OUTCOMES: Final = ("new", "duplicate", "retry", "dropped")
 PREFIX: Final = "preview_orchestrator_"
 
 
-class Relay:
-    """One relay; any number of them share the work of one database."""
+class RelayMetrics:
+    """One process's numbers of the relay; all of them 0 where none runs."""
 
-    def __init__(self, dsn: str, stream: Stream, *, registry: CollectorRegistry | None = None) -> None:
-        """`dsn`: a direct or session-mode connection."""
-        self._dsn = dsn
-        self._stream = stream
-        self._published = Counter(
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.published = Counter(
             PREFIX + "relay_published",
             "Publications to NATS, by what came of them.",
             ["outcome"],
             registry=registry,
         )
         for outcome in OUTCOMES:
-            self._published.labels(outcome)
-        self._rows = Gauge(
+            self.published.labels(outcome)
+        self.rows = Gauge(
             PREFIX + "outbox_rows", "Events on their way to NATS, of all relays.", registry=registry
         )
-        self._age = Gauge(
+        self.age = Gauge(
             PREFIX + "outbox_age_seconds", "Since the oldest of them was saved.", registry=registry
         )
-        self._buckets = Gauge(
+        self.buckets = Gauge(
             PREFIX + "relay_buckets",
             "Of 16, how many this relay owns; all relays together own 16.",
             registry=registry,
         )
+
+
+class Relay:
+    """One relay; any number of them share the work of one database."""
+
+    def __init__(self, dsn: str, stream: Stream, metrics: RelayMetrics) -> None:
+        """`dsn`: a direct or session-mode connection."""
+        self._dsn = dsn
+        self._stream = stream
+        self._metrics = metrics
 
     async def run(self) -> None:
         """Relay until cancelled, over any loss of the database or of NATS."""
@@ -91,7 +98,7 @@ class Relay:
                 self._stream,
                 may_publish=lambda outbox=outbox: outbox.certain,  # type: ignore[misc]
                 done=outbox.done,
-                count=lambda outcome: self._published.labels(outcome).inc(),
+                count=lambda outcome: self._metrics.published.labels(outcome).inc(),
             )
             try:
                 await self._relay(outbox, lanes)
@@ -100,7 +107,7 @@ class Relay:
             finally:
                 # Before the locks go: what is on its way is the next owner's to publish, and the stream's to know.
                 await lanes.close()
-                self._buckets.set(0)
+                self._metrics.buckets.set(0)
                 with suppress(psycopg.Error, OSError):
                     await outbox.close()
             await asyncio.sleep(AGAIN_SECONDS)
@@ -113,13 +120,13 @@ class Relay:
             if now >= balance_at:
                 balance_at = now + BALANCE_SECONDS
                 await outbox.balance()
-                self._buckets.set(len(outbox.owned))
+                self._metrics.buckets.set(len(outbox.owned))
                 pause = STANDBY_SECONDS if await outbox.transport() == "realtime" else POLL_SECONDS
             if now >= measure_at:
                 measure_at = now + MEASURE_SECONDS
                 rows, age = await outbox.waiting()
-                self._rows.set(rows)
-                self._age.set(age)
+                self._metrics.rows.set(rows)
+                self._metrics.age.set(age)
             await outbox.delete_done()
             events = await outbox.read()
             for event in events:
@@ -132,8 +139,9 @@ def _line(error: BaseException) -> str:
 
 
 def relay_of(settings: RelaySettings, keys: NatsKeys | None, registry: CollectorRegistry) -> Relay | None:
-    """The relay that the settings name; None without NATS."""
+    """The relay that the settings name; None without NATS, and its numbers are there all the same."""
+    metrics = RelayMetrics(registry)
     if settings.nats_url is None or keys is None:
         return None
     stream = NatsStream(settings.nats_url, keys, replicas=settings.nats_replicas)
-    return Relay(settings.database_url.get_secret_value(), stream, registry=registry)
+    return Relay(settings.database_url.get_secret_value(), stream, metrics)

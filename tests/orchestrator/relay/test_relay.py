@@ -17,7 +17,7 @@ from orchestrator_stub.relay.accounts import OUT
 from orchestrator_stub.relay.embedded import EmbeddedNats
 from orchestrator_stub.relay.outbox import BUCKETS
 from orchestrator_stub.relay.publisher import Event, Lanes, Refused
-from orchestrator_stub.relay.service import Relay
+from orchestrator_stub.relay.service import Relay, RelayMetrics
 from tests.database.db import Project, acting_as, connect, make_project, upsert
 from tests.orchestrator.relay.nats_world import Heard, client, settled, stream_of, stream_owner, until
 
@@ -55,7 +55,7 @@ class Running:
     def __init__(self, dsn: str, server: EmbeddedNats) -> None:
         self.registry = CollectorRegistry()
         self.stream = stream_of(server)
-        self.relay = Relay(dsn, self.stream, registry=self.registry)
+        self.relay = Relay(dsn, self.stream, RelayMetrics(self.registry))
 
     def number(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"preview_orchestrator_{name}", labels) or 0.0
@@ -164,6 +164,7 @@ async def test_with_realtime_alone_the_relay_stands_by_and_empties_what_is_left(
     try:
         async with relaying(module_database, server):
             await until(lambda: len(heard.by_project[str(project.id)]) == 3, "what was left")
+            await until(lambda: empty(db), "the outbox to be empty")
             assert save(db, project, 1)
             assert empty(db)
     finally:
