@@ -147,8 +147,8 @@ class RelaySettings(ProcessSettings):
     """Where the relay publishes events ([transports.md](transports.md)): `nats://` or `tls://`, several servers of one
     cluster separated by commas. Unset: no relay, and machines hear Realtime."""
     nats_keys_file: Path | None = None
-    """The `nats-keys.json` of `preview-orchestrator nats-keys`: it signs what machines and the relay connect with.
-    Required with `NATS_URL`."""
+    """The `nats-keys.json` of `preview-orchestrator nats-keys DIRECTORY`: it signs what machines and the relay connect
+    with. Required with `NATS_URL`."""
     nats_replicas: int = Field(1, ge=1, le=5)
     """Servers that store each event before it counts as published: 3 in a cluster, which survives the loss of one."""
     relay_metrics_port: int | None = Field(None, ge=1, le=65535)

@@ -136,7 +136,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/orchestrator/door/test_process.py::test_it_opens_and_stops_in_order"),
     ),
     (
-        r"preview-orchestrator (relay|nats-keys DIRECTORY|nats-keys)",
+        r"preview-orchestrator (relay|nats-keys DIRECTORY)",
         ByTest(
             "tests/orchestrator/relay/test_process.py::test_a_relay_is_started_with_keys_of_the_command_and_stopped"
         ),
