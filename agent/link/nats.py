@@ -121,6 +121,8 @@ class _Connection:
         """What the client reported last."""
         self._bug: Exception | None = None
         self._end: ConnectionEnd | None = None
+        self._over = asyncio.Event()
+        """The client has closed the connection."""
 
     async def connect(self, url: str, token: Token) -> ConnectionEnd | None:
         """Connect and present the token; return why that failed, if it did."""
@@ -148,7 +150,7 @@ class _Connection:
                 )
         except TimeoutError:
             return ConnectionEnd("unreachable", "no connection in time")
-        except (NatsError, OSError, ValueError) as error:
+        except Exception as error:  # the client trusts a greeting, and raises whatever a wrong one leads to
             return self._why(self._said if self._said is not None else error)
         return None
 
@@ -180,10 +182,22 @@ class _Connection:
         return self.end()
 
     async def _settle(self) -> None:
-        """Wait until the server has read all that was written, and we what it sent before.
+        """Wait until the server has read all that was written, and we what it sent before; or until it is closed.
 
-        Twice, because the client's `flush` writes its PING past what still waits to be written.
+        The client goes on waiting for the answer of a server that closed the connection.
         """
+        waits = [asyncio.create_task(self._flush()), asyncio.create_task(self._over.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[0].done():
+                waits[0].result()
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _flush(self) -> None:
+        """Twice, because the client's `flush` writes its PING past what still waits to be written."""
         for _ in range(2):
             await self._client.flush(int(self._settings.timing.join_within) + 1)
 
@@ -191,7 +205,10 @@ class _Connection:
         """Return why the connection ended; None: it has not. Raises what went wrong in our own code."""
         if self._bug is not None:
             raise self._bug
-        if self._end is None and (self._client.is_closed or not self._client.is_connected):
+        # Its reader ends at what it cannot parse, and the client says it is connected until two pings go unanswered.
+        reader = self._client._reading_task
+        deaf = reader is not None and reader.done()
+        if self._end is None and (deaf or self._client.is_closed or not self._client.is_connected):
             error = self._client.last_error or self._said
             self._end = ConnectionEnd("reset", "the connection broke") if error is None else self._why(error)
         return self._end
@@ -255,6 +272,7 @@ class _Connection:
         self._link.interrupt()
 
     async def _closed(self) -> None:
+        self._over.set()
         self._link.interrupt()
 
     def _why(self, error: BaseException) -> ConnectionEnd:
@@ -274,7 +292,7 @@ class _Connection:
             return ConnectionEnd("refused", text, refused=True, refusal="authorization")
         if "maximum" in said and "connections" in said:
             return ConnectionEnd("rate_limited", text)
-        return ConnectionEnd("server_error", text)
+        return ConnectionEnd("server_error", text if isinstance(error, NatsError) else type(error).__name__)
 
 
 def _now() -> float:

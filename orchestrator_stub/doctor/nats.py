@@ -31,10 +31,11 @@ async def examine_nats(settings: Settings, report: Report) -> None:
         return
     if machines is None or settings.nats_url is None:
         report.ok("not used; machines hear Realtime")
+        await _transport(settings, report, used=False)
         return
     await _stream(settings.nats_url, machines.keys, settings.nats_replicas, report)
     await _machine(machines, report)
-    await _transport(settings, report)
+    await _transport(settings, report, used=True)
 
 
 async def _stream(url: str, keys: NatsKeys, replicas: int, report: Report) -> None:
@@ -89,20 +90,24 @@ async def _machine(machines: MachineNats, report: Report) -> None:
         report.warn("machines connect without TLS", "take tls:// in NATS_AGENT_URL across any open network")
 
 
-async def _transport(settings: Settings, report: Report) -> None:
+async def _transport(settings: Settings, report: Report, *, used: bool) -> None:
     try:
         async with await psycopg.AsyncConnection.connect(
             settings.database_url.get_secret_value(), connect_timeout=SECONDS
         ) as connection:
             row = await (await connection.execute("select transport from preview.settings")).fetchone()
     except psycopg.Error:
-        report.skip("which way events go: the database does not answer")
-        return
+        return  # which the part of the database says
     transport = row[0] if row else "realtime"
     if settings.agent_transport == "nats" and transport == "realtime":
         report.bad(
             "machines hear NATS, and the database sends events to Realtime alone",
             "update preview.settings set transport = 'both'",
         )
-    else:
+    elif not used and transport != "realtime":
+        report.bad(
+            "the database keeps events for NATS, and there is no NATS_URL: nobody takes them",
+            "set NATS_URL, or update preview.settings set transport = 'realtime'",
+        )
+    elif used:
         report.ok(f"the database sends events by: {transport}")

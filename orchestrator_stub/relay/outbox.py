@@ -30,6 +30,11 @@ that is stopped, and not dead, keeps its connection else."""
 SURE_SECONDS: Final = 5.0
 """Since the last answer of the database a relay takes its buckets for its own. Below `SILENCE_SECONDS`."""
 
+_NOTICED: Final[dict[str, Any]] = {
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 1000 * SILENCE_SECONDS
+}  # fmt: skip
+"""A database that is gone without a word is given up as soon as it would give us up."""
+
 AT_ONCE: Final = 1000
 """Rows of one query, and on their way to NATS."""
 
@@ -65,7 +70,7 @@ class Outbox:
     async def open(cls, dsn: str) -> Self:
         """Connect, and be counted as a relay. Raises `psycopg.Error`."""
         connection = await psycopg.AsyncConnection.connect(
-            dsn, autocommit=True, connect_timeout=10, application_name="preview-sync relay"
+            dsn, autocommit=True, connect_timeout=10, application_name="preview-sync relay", **_NOTICED
         )
         try:
             await connection.execute(f"set idle_session_timeout = '{SILENCE_SECONDS}s'".encode())

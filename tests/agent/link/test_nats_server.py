@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -200,6 +201,36 @@ async def test_tls_that_is_none_gets_no_token() -> None:
             await until(lambda: proxy.accepted >= 2, "two attempts")
             assert "TLS" in str(link.stream.report()["why"])
         assert plain.requests == []
+
+
+GREETINGS = [
+    b"", b"INFO []\r\n", b"INFO 5\r\n", b"INFO {\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff\xfe\r\n",
+    b"x" * 2_000_000,
+    b'INFO {"max_payload":"x","client_id":[],"headers":7,"nonce":5}\r\nPONG\r\n', b"INFO null\r\n",
+    b'INFO {"nonce":"n"}\r\nPONG\r\nHMSG a 1 99 5\r\n\r\nINFO 7\r\n', b'INFO {"nonce":"n"}\r\n-ERR\r\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("greeting", GREETINGS, ids=lambda greeting: repr(greeting[:14]))
+async def test_a_server_that_is_none_ends_no_link(greeting: bytes) -> None:
+    """Something else listens there, or something hostile: tried again for ever, and the agent lives."""
+    met = 0
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal met
+        met += 1
+        with contextlib.suppress(ConnectionError):
+            writer.write(greeting)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as listening:
+        tokens = Tokens(jwt(time.time() + 600), nats_jwt=jwt(time.time() + 600))
+        url = f"nats://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        async with running(nats_link(url, str(uuid4()), tokens, settings=SETTINGS)) as link:
+            await until(lambda: met >= 3, "three attempts")
+            assert link.events == []
 
 
 async def test_a_bug_in_reading_ends_the_link_loudly(

@@ -233,6 +233,8 @@ BROKEN = [
                "nats_url": "nats://127.0.0.1:1", "nats_keys_file": tmp / "none.json"}),
     Broken("machines hear what nobody sends", "the database sends events to Realtime alone",
            settings=lambda local, peers, tmp: {**nats(tmp, "nats://127.0.0.1:1"), "agent_transport": "nats"}),
+    Broken("events that nobody takes", "there is no NATS_URL",
+           sql="update preview.settings set transport = 'nats'"),
     Broken("no engine", "is not on the PATH",
            settings=lambda local, peers, tmp: {"machine_driver": "container", "container_cli": "no-engine-at-all"}),
 ]  # fmt: skip
