@@ -96,16 +96,16 @@ class NatsStream:
         newer = _Connection(link, self._project, self._settings)
         try:
             failed = await newer.connect(self._url, token) or await newer.subscribe()
+            if failed is None:
+                link.replaced()
+                await held.drain()
+                return newer
         except BaseException:
             await newer.close()
             raise
-        if failed is not None:
-            await newer.close()
-            link.token_not_taken(failed)
-            return held
-        link.replaced()
-        await held.drain()
-        return newer
+        await newer.close()
+        link.token_not_taken(failed)
+        return held
 
 
 class _Connection:

@@ -36,7 +36,10 @@ _NOTICED: Final[dict[str, Any]] = {
 """A database that is gone without a word is given up as soon as it would give us up."""
 
 AT_ONCE: Final = 1000
-"""Rows of one query, and on their way to NATS."""
+"""Rows on their way to NATS."""
+
+AT_ONCE_BYTES: Final = 32 * 2**20
+"""The same in bytes, give or take one row."""
 
 _COUNT: Final = """
 select count(*) from pg_locks where locktype = 'advisory' and granted and classid = %s and objid = %s and objsubid = 2
@@ -44,8 +47,10 @@ select count(*) from pg_locks where locktype = 'advisory' and granted and classi
 """
 
 _READ: Final = """
-select id, bucket, project_id::text, event, message_id, payload from preview.outbox
-where bucket = any(%s) and id <> all(%s) order by id limit %s
+select id, bucket, project_id::text, event, message_id, payload from (
+  select o.*, sum(octet_length(o.payload)) over (order by o.id) - octet_length(o.payload) as before from (
+    select * from preview.outbox where bucket = any(%s) and id <> all(%s) order by id limit %s) o
+) each where before < %s order by id
 """
 
 _WAITING: Final = """
@@ -59,8 +64,9 @@ class Outbox:
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
         self._answered_at = time.monotonic()
-        self._away: dict[int, int] = {}
-        """Rows that were given out and not deleted yet, with their buckets."""
+        self._away: dict[int, Event] = {}
+        """Rows that were given out and not deleted yet."""
+        self._away_bytes = 0
         self._done: list[int] = []
         self._share = BUCKETS
         self.owned: set[int] = set()
@@ -109,7 +115,7 @@ class Outbox:
         relays = (await self._rows(_COUNT, (_CLASS, _PRESENT)))[0][0]
         self._share = -(-BUCKETS // max(1, relays))
         for bucket in self._leaving():
-            if bucket not in self._away.values():
+            if all(event.bucket != bucket for event in self._away.values()):
                 await self._rows("select pg_advisory_unlock(%s, %s)", (_CLASS, bucket))
                 self.owned.discard(bucket)
         for bucket in range(BUCKETS):
@@ -125,13 +131,14 @@ class Outbox:
 
     async def read(self) -> list[Event]:
         """Give out rows that were not given out before, each project's in order."""
-        room = AT_ONCE - len(self._away)
+        room, room_bytes = AT_ONCE - len(self._away), AT_ONCE_BYTES - self._away_bytes
         buckets = sorted(self.owned.difference(self._leaving()))
-        if room <= 0 or not buckets:
+        if room <= 0 or room_bytes <= 0 or not buckets:
             return []
-        rows = await self._rows(_READ, (buckets, list(self._away), room))
+        rows = await self._rows(_READ, (buckets, list(self._away), room, room_bytes))
         events = [Event(*row) for row in rows]
-        self._away.update((event.id, event.bucket) for event in events)
+        self._away.update((event.id, event) for event in events)
+        self._away_bytes += sum(len(event.payload) for event in events)
         return events
 
     def done(self, event: Event) -> None:
@@ -145,7 +152,7 @@ class Outbox:
             await self._connection.execute("delete from preview.outbox where id = any(%s)", (ids,))
             self._answered_at = time.monotonic()
             for each in ids:
-                del self._away[each]
+                self._away_bytes -= len(self._away.pop(each).payload)
 
     async def _rows(self, query: str, values: Iterable[object]) -> list[tuple[Any, ...]]:
         cursor = await self._connection.execute(query.encode(), tuple(values), prepare=True)

@@ -102,7 +102,7 @@ class NatsStream:
             if error.err_code == TOO_LARGE:
                 raise Refused("it is larger than the stream takes") from None
             raise OSError(f"JetStream: {error.description}") from None
-        except (NatsError, TimeoutError) as error:
+        except Exception as error:  # the client raises whatever a connection that ends under it leads to
             raise OSError(str(error) or type(error).__name__) from None
         return not acknowledged.duplicate
 
@@ -131,7 +131,7 @@ class NatsStream:
             try:
                 async with asyncio.timeout(CONNECT_WITHIN * 2):
                     self._client, self._stream = await self._connect()
-            except (NatsError, OSError, TimeoutError):
+            except Exception:
                 self._failed_at = time.monotonic()
                 raise
             return self._stream

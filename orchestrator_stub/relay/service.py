@@ -21,7 +21,7 @@ from orchestrator_stub.relay.publisher import Lanes, NatsStream, Stream
 
 log = structlog.get_logger("relay")
 
-POLL_SECONDS: Final = 0.003
+POLL_SECONDS: Final = 0.002
 """Between two looks into the outbox: half of it is added to each save's way, and it costs a tenth of a core. NOTIFY
 would cost nothing here and a lock of the whole database at every commit."""
 

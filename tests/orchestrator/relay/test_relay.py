@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from orchestrator_stub.relay.accounts import OUT
 from orchestrator_stub.relay.embedded import EmbeddedNats
-from orchestrator_stub.relay.outbox import BUCKETS
+from orchestrator_stub.relay.outbox import BUCKETS, Outbox
 from orchestrator_stub.relay.publisher import Event, Lanes, Refused
 from orchestrator_stub.relay.service import Relay, RelayMetrics
 from tests.database.db import Project, acting_as, connect, make_project, upsert
@@ -170,6 +170,37 @@ async def test_with_realtime_alone_the_relay_stands_by_and_empties_what_is_left(
     finally:
         db.execute("update preview.settings set transport = 'nats'")
     assert heard.by_project[str(project.id)] == wanted
+
+
+async def test_what_is_on_its_way_is_bounded_in_rows_and_bytes(db: Db, module_database: str) -> None:
+    row = "insert into preview.outbox (project_id, event, message_id, payload) values (%s, '', '', repeat('x', %s))"
+    project = uuid4()
+    outbox = await Outbox.open(module_database)
+    try:
+        await outbox.balance()
+        for _ in range(40):
+            db.execute(row, [project, 2**20])
+        first = await outbox.read()
+        assert len(first) == 32, "bytes"
+        assert await outbox.read() == []
+        outbox.done(first[0])
+        await outbox.delete_done()
+        second = await outbox.read()
+        assert [event.id for event in second] == [first[-1].id + 1], (
+            "the next, and one more byte than there was room"
+        )
+        db.execute("delete from preview.outbox")
+        for event in [*first[1:], *second]:
+            outbox.done(event)
+        await outbox.delete_done()
+        db.execute(
+            "insert into preview.outbox (project_id, event, message_id, payload)"
+            " select gen_random_uuid(), '', '', 'x' from generate_series(1, 1100)"
+        )
+        assert len(await outbox.read()) == 1000, "rows"
+    finally:
+        await outbox.close()
+        db.execute("delete from preview.outbox")
 
 
 class Stubborn:
