@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final
 
 import orjson
@@ -133,21 +133,21 @@ class _Connection:
         self.jwt = token.nats_jwt
         within = self._settings.open_within
         try:
-            async with asyncio.timeout(within):
-                await self._client.connect(
-                    [url],
-                    name="preview-agent",
-                    error_cb=self._hear,
-                    closed_cb=self._closed,
-                    user_jwt_cb=lambda: self._present(url),
-                    signature_cb=lambda _: b"",  # a bearer's: whoever has the token is the user
-                    allow_reconnect=False,
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,
-                    connect_timeout=within,  # type: ignore[arg-type]
-                    ping_interval=self._settings.timing.heartbeat_within,  # type: ignore[arg-type]
-                    max_outstanding_pings=1,
-                )
+            connecting = self._client.connect(
+                [url],
+                name="preview-agent",
+                error_cb=self._hear,
+                closed_cb=self._closed,
+                user_jwt_cb=lambda: self._present(url),
+                signature_cb=lambda _: b"",  # a bearer's: whoever has the token is the user
+                allow_reconnect=False,
+                max_reconnect_attempts=1,
+                reconnect_time_wait=0,
+                connect_timeout=within,  # type: ignore[arg-type]
+                ping_interval=self._settings.timing.heartbeat_within,  # type: ignore[arg-type]
+                max_outstanding_pings=1,
+            )
+            await self._apart(connecting, within)
         except TimeoutError:
             return ConnectionEnd("unreachable", "no connection in time")
         except Exception as error:  # the client trusts a greeting, and raises whatever a wrong one leads to
@@ -165,14 +165,7 @@ class _Connection:
     async def subscribe(self) -> ConnectionEnd | None:
         """Subscribe, and wait until the server has done so; return why it did not, if it did not."""
         try:
-            async with asyncio.timeout(self._settings.timing.join_within):
-                await self._client.subscribe(
-                    HEARD + self._project,
-                    cb=self._take,
-                    pending_msgs_limit=self._settings.queue_events,
-                    pending_bytes_limit=self._settings.queue_bytes,
-                )
-                await self._settle()
+            await self._apart(self._subscribe(), self._settings.timing.join_within)
         except TimeoutError:
             return ConnectionEnd("join_timeout", "the subscription was not answered in time")
         except (NatsError, OSError) as error:
@@ -181,25 +174,40 @@ class _Connection:
             return self._why(self._said)
         return self.end()
 
-    async def _settle(self) -> None:
-        """Wait until the server has read all that was written, and we what it sent before; or until it is closed.
-
-        The client goes on waiting for the answer of a server that closed the connection.
-        """
-        waits = [asyncio.create_task(self._flush()), asyncio.create_task(self._over.wait())]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if waits[0].done():
-                waits[0].result()
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
-
-    async def _flush(self) -> None:
-        """Twice, because the client's `flush` writes its PING past what still waits to be written."""
-        for _ in range(2):
+    async def _subscribe(self) -> None:
+        """Subscribe, and wait until the server has read that and we what it sent before."""
+        await self._client.subscribe(
+            HEARD + self._project,
+            cb=self._take,
+            pending_msgs_limit=self._settings.queue_events,
+            pending_bytes_limit=self._settings.queue_bytes,
+        )
+        for _ in range(2):  # the client's `flush` writes its PING past what still waits to be written
             await self._client.flush(int(self._settings.timing.join_within) + 1)
+
+    async def _apart(self, work: Coroutine[object, object, None], within: float) -> None:
+        """Have the client do something, until it is done or the connection is closed.
+
+        In a task of its own, because the client swallows cancellations: `asyncio.wait_for`, before Python 3.12, those
+        that come just as it is done. And it goes on waiting for the answer of a server that closed the connection.
+
+        Raises:
+            TimeoutError: It was not done in time.
+        """
+        doing, over = asyncio.create_task(work), asyncio.create_task(self._over.wait())
+        doing.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # also when nobody waits any more
+        try:
+            await asyncio.wait([doing, over], timeout=within, return_when=asyncio.FIRST_COMPLETED)
+            if doing.done() and not doing.cancelled():
+                doing.result()
+            elif not over.done():
+                raise TimeoutError
+        finally:
+            for task in (doing, over):
+                task.cancel()
+            await asyncio.wait([doing, over], timeout=self._settings.close_within)
 
     def end(self) -> ConnectionEnd | None:
         """Return why the connection ended; None: it has not. Raises what went wrong in our own code."""
@@ -215,20 +223,20 @@ class _Connection:
 
     async def drain(self) -> None:
         """Take what is still under way on this connection, then close it."""
-        with contextlib.suppress(NatsError, OSError, TimeoutError):
-            async with asyncio.timeout(self._settings.close_within):
-                await self._client.drain()
+        with contextlib.suppress(Exception):
+            await self._apart(self._client.drain(), self._settings.close_within)
         await self.close()
 
     async def close(self) -> None:
         """Close the connection, within a bound: a dead peer must not hold up the drain."""
         writer = getattr(self._client._transport, "_io_writer", None)
-        with contextlib.suppress(NatsError, OSError, TimeoutError):
-            async with asyncio.timeout(self._settings.close_within):
-                await self._client.close()
-        if writer is not None:
-            # The client closes politely: what a dead peer does not take would keep the socket.
-            writer.transport.abort()
+        try:
+            with contextlib.suppress(Exception):
+                await self._apart(self._client.close(), self._settings.close_within)
+        finally:
+            if writer is not None:
+                # The client closes politely: what a dead peer does not take would keep the socket.
+                writer.transport.abort()
 
     # --- what the client calls
 

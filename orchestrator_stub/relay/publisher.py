@@ -222,6 +222,7 @@ class Lanes:
         self._count = count
         self._lanes: dict[str, deque[Event]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def put(self, event: Event) -> None:
         """Add the next event of its project."""
@@ -235,7 +236,11 @@ class Lanes:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Publish no more. What was under way may have arrived or not."""
+        """Publish no more. What was under way may have arrived or not.
+
+        A lane ends by itself, too: nats-py may swallow a cancellation, as `asyncio.wait_for` does before Python 3.12.
+        """
+        self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -243,26 +248,26 @@ class Lanes:
 
     async def _run(self, project: str) -> None:
         lane = self._lanes[project]
-        while lane:
-            await self._publish(lane[0])
+        while lane and await self._publish(lane[0]):
             self._done(lane.popleft())
         del self._lanes[project]
 
-    async def _publish(self, event: Event) -> None:
-        """Publish one event, however long it takes."""
+    async def _publish(self, event: Event) -> bool:
+        """Publish one event, however long it takes; False: the lanes were closed meanwhile."""
         complained = False
-        while True:
+        while not self._closed:
             try:
                 if self._may_publish():
                     self._count("new" if await self._stream.publish(event) else "duplicate")
-                    return
+                    return True
             except Refused as error:
                 self._count("dropped")
                 log.error("relay.dropped", reason=str(error), bytes=len(event.payload))
-                return
+                return True
             except OSError as error:
                 self._count("retry")
                 if not complained:
                     complained = True
                     log.warning("relay.retry", reason=str(error))
             await asyncio.sleep(RETRY_SECONDS)
+        return False
