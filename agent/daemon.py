@@ -20,7 +20,7 @@ from typing import Literal, TextIO, cast
 import httpx
 
 from agent import __version__, memory
-from agent.config import Settings
+from agent.config import NATS_SCHEMES, Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
 from agent.core.errors import AgentError, RootUnusable, Superseded
@@ -287,7 +287,11 @@ def tokens_of(settings: Settings, on_token: Callable[[str], None] = lambda token
     """Hold the session's token: the environment's, or that of REALTIME_TOKEN_FILE. `on_token` hears of later ones."""
     first = settings.realtime_token
     given = first.get_secret_value() if first else None
-    return Tokens(given, settings.realtime_token_file, on_token=on_token)
+    nats = settings.nats_jwt
+    return Tokens(
+        given, settings.realtime_token_file, on_token=on_token,
+        nats_jwt=nats.get_secret_value() if nats else None,
+    )  # fmt: skip
 
 
 def session_api(
@@ -306,8 +310,13 @@ def layer_store(settings: Settings, api: SessionApi | None, http: httpx.AsyncCli
 
 
 def realtime(settings: Settings, tokens: TokenSource) -> EventSource:
-    """Make the link to the project's channel; REALTIME_URL must be set."""
+    """Make the link to the project's events, over what REALTIME_URL names; it must be set."""
     assert settings.realtime_url is not None, "read_environment requires it"
+    if settings.realtime_url.partition(":")[0] in NATS_SCHEMES:
+        # Its library is an extra.
+        from agent.link.nats import nats_link
+
+        return nats_link(settings.realtime_url, str(settings.project_id), tokens)
     key, topic = settings.realtime_api_key, f"realtime:project:{settings.project_id}"
     return realtime_link(settings.realtime_url, key.get_secret_value() if key else None, topic, tokens)
 

@@ -120,10 +120,13 @@ class SessionApi:
         """Ask for the next token and put it in force."""
         with self._noting("token"):
             answer = await self._call("POST", "token", {})
-            value = answer.get("realtime_token") if isinstance(answer, dict) else None
+            form = answer if isinstance(answer, dict) else {}
+            value, nats_jwt = form.get("realtime_token"), form.get("nats_jwt")
             if not isinstance(value, str):
                 raise MalformedMessage("token answer", "realtime_token is missing or not text")
-            return self._tokens.accept(value)
+            if nats_jwt is not None and not isinstance(nats_jwt, str):
+                raise MalformedMessage("token answer", "nats_jwt is not text")
+            return self._tokens.accept(value, nats_jwt)
 
     async def run_settings(self) -> object:
         """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""

@@ -13,7 +13,7 @@ import random
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -45,6 +45,8 @@ class Token:
     expires_at: float | None = None
     issued_at: float | None = None
     role: str | None = None
+    nats_jwt: str | None = field(default=None, repr=False)
+    """What NATS is shown, where events come over it; it is issued with this one and ends with it."""
 
     def expired(self, now: float) -> bool:
         """Return whether its claims say that it is over at `now` (Unix seconds)."""
@@ -116,28 +118,37 @@ class Tokens:
         file: Path | None = None,
         wall: Callable[[], float] = time.time,
         on_token: Callable[[str], None] = lambda token: None,
+        nats_jwt: str | None = None,
     ) -> None:
-        """Hold `first`. `on_token` is called with every other token before anything else is done with it."""
+        """Hold `first` and its `nats_jwt`. `on_token` is called with every other before anything is done with it."""
         self._file = file
         self._file_seen: tuple[int, int, int] | None = None
         self.problem: str | None = None
         """Why the file could not be read, when it could not."""
         self._wall = wall
         self._on_token = on_token
-        self._held = read_token(first) if first else None
+        self._held = replace(read_token(first), nats_jwt=nats_jwt) if first else None
 
     def current(self) -> Token | None:
         """Return the token in force; reads the file again when it has changed."""
         self._reread()
         return self._held
 
-    def accept(self, value: str) -> Token:
-        """Hold a newer token. Raises `MalformedMessage`, and keeps the old one, when it cannot be read."""
+    def accept(self, value: str, nats_jwt: str | None = None) -> Token:
+        """Hold a newer token; one that brings no `nats_jwt` goes on with the last.
+
+        Raises `MalformedMessage`, and keeps the old one, when it cannot be read.
+        """
         self._on_token(value.strip())
-        token = read_token(value)
-        if self._held is None or token.value != self._held.value:
+        if nats_jwt is None:
+            nats_jwt = self._held.nats_jwt if self._held else None
+        else:
+            self._on_token(nats_jwt)
+            read_token(nats_jwt)
+        token = replace(read_token(value), nats_jwt=nats_jwt)
+        if token != self._held:
             self._held = token
-        return self._held
+        return self._held or token
 
     async def renew_token(self) -> Token:
         """Return the file's token while it is good: there is nobody to ask. Raises `CredentialRejected` otherwise."""

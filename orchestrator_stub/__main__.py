@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
         "door", help="run the proxy that browsers reach previews through", description=help_texts.DOOR
     )
     door.set_defaults(run=_door)
+
+    relay = commands.add_parser(
+        "relay", help="take events from the database to NATS", description=help_texts.RELAY
+    )
+    relay.set_defaults(run=_relay)
+    nats_keys = commands.add_parser(
+        "nats-keys", help="make the keys and accounts of a NATS deployment", description=help_texts.NATS_KEYS
+    )
+    nats_keys.add_argument("directory", type=Path, help="where the three files are written")
+    nats_keys.set_defaults(run=_nats_keys)
 
     standing_in = commands.add_parser(
         "stand-in", help="serve Supabase's URLs over a PostgreSQL of yours", description=help_texts.STAND_IN
@@ -156,6 +166,10 @@ def _add_dev(commands: Any) -> None:
         "--timeline", action="store_true", help="print what each part of the start took, as bars"
     )
     dev.add_argument("--database-url", help="a PostgreSQL to use instead of the embedded one (superuser)")
+    dev.add_argument(
+        "--transport", choices=("realtime", "nats"), default="realtime",
+        help="by which way the agent hears events; nats starts a server of its own (default: realtime)",
+    )  # fmt: skip
     dev.add_argument("--faults", action="store_true", help="let tests break Realtime on request")
     dev.set_defaults(run=_dev)
 
@@ -275,6 +289,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         database_url=arguments.database_url,
         include=tuple(arguments.include),
         faults=arguments.faults,
+        transport=arguments.transport,
         timeline=arguments.timeline,
     )
     try:
@@ -287,35 +302,51 @@ def _dev(arguments: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    from orchestrator_stub.server import CannotServe, run_serve
+    from orchestrator_stub.server import run_serve
 
-    try:
-        return asyncio.run(run_serve(Settings.from_environment()))
-    except CannotServe as error:
-        sys.stderr.write(f"preview-orchestrator: {error}\n")
-        return EXIT_FAILED
+    return _until_stopped(run_serve(Settings.from_environment()))
 
 
 def _door(_: argparse.Namespace) -> int:
     from orchestrator_stub.config import DoorSettings
-    from orchestrator_stub.server import CannotServe, run_door
+    from orchestrator_stub.server import run_door
 
-    try:
-        return asyncio.run(run_door(DoorSettings.from_environment()))
-    except CannotServe as error:
-        sys.stderr.write(f"preview-orchestrator: {error}\n")
-        return EXIT_FAILED
+    return _until_stopped(run_door(DoorSettings.from_environment()))
+
+
+def _relay(_: argparse.Namespace) -> int:
+    from orchestrator_stub.config import RelaySettings
+    from orchestrator_stub.server import run_relay
+
+    return _until_stopped(run_relay(RelaySettings.from_environment()))
 
 
 def _stand_in(_: argparse.Namespace) -> int:
     from orchestrator_stub.devstack.stand_in import run_stand_in
+
+    return _until_stopped(run_stand_in(StandInSettings.from_environment()))
+
+
+def _until_stopped(serving: Coroutine[Any, Any, int]) -> int:
+    """Run a process that serves; what keeps it from its start is one line."""
     from orchestrator_stub.server import CannotServe
 
     try:
-        return asyncio.run(run_stand_in(StandInSettings.from_environment()))
+        return asyncio.run(serving)
     except CannotServe as error:
         sys.stderr.write(f"preview-orchestrator: {error}\n")
         return EXIT_FAILED
+
+
+def _nats_keys(arguments: argparse.Namespace) -> int:
+    from orchestrator_stub.relay.accounts import Operator
+
+    try:
+        sys.stdout.write("".join(f"{file}\n" for file in Operator().write(arguments.directory)))
+    except OSError as error:
+        sys.stderr.write(f"preview-orchestrator: cannot write {error.filename}: {error.strerror}\n")
+        return EXIT_FAILED
+    return 0
 
 
 def _secrets(_: argparse.Namespace) -> int:

@@ -72,6 +72,14 @@ def _checked_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     return origins
 
 
+def _checked_nats(servers: str | None) -> str | None:
+    """Refuses what no NATS client would connect to, and a password, which tokens take the place of."""
+    for server in servers.split(",") if servers else []:
+        if not re.fullmatch(r"(nats|tls)://[A-Za-z0-9.\-\[\]:]+", server.strip()):
+            raise ValueError("is nats://HOST:PORT or tls://HOST:PORT, or several of them separated by commas")
+    return servers
+
+
 def _checked_domain(domain: str | None) -> str | None:
     """Refuses what a browser does not send as the end of a `Host`."""
     if domain is not None and not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d{1,5})?", domain):
@@ -100,15 +108,68 @@ class SettingsError(Exception):
         super().__init__("\n".join(problems))
 
 
-class DoorSettings(BaseSettings):
-    """What `preview-orchestrator door` is told by its environment: all of it, and no key of Supabase's."""
+class ProcessSettings(BaseSettings):
+    """What every process of ours is told by its environment."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     # --- the parts we stand on
     database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
-    (the sweeper's advisory lock and LISTEN need the session)."""
+    (advisory locks and LISTEN need the session)."""
+
+    # --- being watched
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; machines are given the same."""
+    log_format: Literal["json", "console", "auto"] = "auto"
+    """`auto`: JSON unless on a terminal."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Settings from the environment. Raises `SettingsError` with every problem at once."""
+        settings = _checked(cls, {})
+        if problems := settings.missing():
+            raise SettingsError(problems)
+        return settings
+
+    def missing(self) -> list[str]:
+        """What is needed besides what is set, a sentence each."""
+        return []
+
+
+class RelaySettings(ProcessSettings):
+    """What `preview-orchestrator relay` is told by its environment."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    # --- events over NATS
+    nats_url: Annotated[str | None, BeforeValidator(_unless_empty), AfterValidator(_checked_nats)] = None
+    """Where the relay publishes events ([transports.md](transports.md)): `nats://` or `tls://`, several servers of one
+    cluster separated by commas. Unset: no relay, and machines hear Realtime."""
+    nats_keys_file: Path | None = None
+    """The `nats-keys.json` of `preview-orchestrator nats-keys DIRECTORY`: it signs what machines and the relay connect
+    with. Required with `NATS_URL`."""
+    nats_replicas: int = Field(1, ge=1, le=5)
+    """Servers that store each event before it counts as published: 3 in a cluster, which survives the loss of one."""
+    relay_metrics_port: int | None = Field(None, ge=1, le=65535)
+    """Where `preview-orchestrator relay` serves its metrics, on loopback; unset: nowhere. Inside `serve` they are
+    `serve`'s."""
+
+    def missing(self) -> list[str]:
+        return (
+            ["NATS_URL is needed: it is where events go"] if self.nats_url is None else self._nats_missing()
+        )
+
+    def _nats_missing(self) -> list[str]:
+        if self.nats_url is not None and self.nats_keys_file is None:
+            return ["NATS_KEYS_FILE is needed with NATS_URL: it signs what machines connect with"]
+        return []
+
+
+class DoorSettings(ProcessSettings):
+    """What `preview-orchestrator door` is told by its environment: all of it, and no key of Supabase's."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     # --- the door
     preview_domain: Annotated[str | None, BeforeValidator(_unless_empty), AfterValidator(_checked_domain)] = (
@@ -131,20 +192,6 @@ class DoorSettings(BaseSettings):
     door's cookie reaches the project's code then, open sockets are not closed when access is taken back, and a body
     has at most 1 MB."""
 
-    # --- being watched
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged; machines are given the same."""
-    log_format: Literal["json", "console", "auto"] = "auto"
-    """`auto`: JSON unless on a terminal."""
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        """Settings from the environment. Raises `SettingsError` with every problem at once."""
-        settings = _checked(cls, {})
-        if problems := settings.missing():
-            raise SettingsError(problems)
-        return settings
-
     def missing(self) -> list[str]:
         """What is needed besides what is set, a sentence each."""
         if self.preview_domain is None:
@@ -157,7 +204,7 @@ class DoorSettings(BaseSettings):
         return []
 
 
-class Settings(DoorSettings):
+class Settings(DoorSettings, RelaySettings):
     """What `preview-orchestrator serve` is told by its environment; `dev` fills in the local stack's values."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
@@ -202,6 +249,14 @@ class Settings(DoorSettings):
     """Seconds after its expiry for which a token can still be exchanged for a new one, by the current machine of a
     live session and for nothing else. A machine that restarts has only the token it was born with (Fly does not
     refresh the environment), so this is the longest a session lives."""
+    agent_transport: Literal["realtime", "nats"] = "realtime"
+    """By which way new machines hear events, where a project's run settings do not say (`transport`). The database must
+    send them that way: `update preview.settings set transport = 'both'` first ([transports.md](transports.md))."""
+    nats_agent_url: Annotated[str | None, BeforeValidator(_unless_empty), AfterValidator(_checked_nats)] = (
+        None
+    )
+    """Where machines reach NATS: one address, `tls://` across any network that is not private. Unset: the first of
+    `NATS_URL`."""
     snapshot_url_ttl: float = Field(600, ge=60, le=3600)
     """Seconds. Above the slowest cold start of a machine, so that the first download still finds it good."""
     session_ttl: float = Field(8 * 3600, ge=60)
@@ -331,6 +386,11 @@ class Settings(DoorSettings):
         return "ws" + str(self.supabase_url).rstrip("/").removeprefix("http") + "/realtime/v1"
 
     @property
+    def nats_url_of_agents(self) -> str | None:
+        """Where machines are told that NATS is; None: there is none."""
+        return self.nats_agent_url or (self.nats_url.split(",")[0].strip() if self.nats_url else None)
+
+    @property
     def storage_url(self) -> str:
         return str(self.supabase_url).rstrip("/") + "/storage/v1"
 
@@ -345,7 +405,9 @@ class Settings(DoorSettings):
         return _checked(_Explicit, values)
 
     def missing(self) -> list[str]:
-        problems = self._door_missing()
+        problems = [*self._door_missing(), *self._nats_missing()]
+        if self.agent_transport == "nats" and self.nats_url is None:
+            problems.append("NATS_URL is needed with AGENT_TRANSPORT=nats: it is where events go")
         if self.supabase_jwt_secret is None and self.jwt_keys_file is None:
             problems.append(
                 "SUPABASE_JWT_SECRET or JWT_KEYS_FILE is needed: one of them signs session tokens"

@@ -32,6 +32,17 @@ Run a door by itself: the proxy through which browsers reach previews, each at i
 It reads the environment: DATABASE_URL, PREVIEW_DOMAIN, DOOR_KEYS (the same as of `serve`), DOOR_HOST, DOOR_PORT.
 docs/door.md says how to set it up."""
 
+RELAY: Final = """\
+Take events from the database's outbox to NATS, where `preview.settings.transport` says so. `serve` does so too; run
+more where that is not enough, or apart from it. Any number share the work.
+
+It reads the environment: DATABASE_URL, NATS_URL, NATS_KEYS_FILE (the same as of `serve`). docs/transports.md says how
+to set it up."""
+
+NATS_KEYS: Final = """\
+Make the keys of a NATS deployment, once. Three files: accounts.conf is included by the servers' configuration and holds
+no secret; nats-keys.json is NATS_KEYS_FILE; operator.json signs accounts, and belongs in a safe."""
+
 STAND_IN: Final = """\
 Serve Supabase's URLs (RPC, Storage, Realtime) over a PostgreSQL of yours, for a deployment on one machine. It
 applies the migrations first.

@@ -1,25 +1,19 @@
 """Puts one control plane together, and runs the process that serves it.
 
 `control_plane` makes pool, storage, snapshots, sessions and routes, for `serve` and `dev` both. `run_serve` is
-`preview-orchestrator serve`, `run_machines` is `preview-orchestrator machines`. `Server`, `listen` and `configure_logs`
-are how a process of ours speaks HTTP and logs.
+`preview-orchestrator serve`, `run_machines` is `preview-orchestrator machines`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from email.utils import formatdate
-from typing import Any
 
 import httpx
 import psycopg
@@ -27,9 +21,8 @@ import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, start_http_server
 from starlette.routing import BaseRoute
-from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator_stub.config import DoorSettings, Settings
+from orchestrator_stub.config import DoorSettings, RelaySettings, Settings
 from orchestrator_stub.door.decision import Address, Behind
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
@@ -52,6 +45,9 @@ from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
+from orchestrator_stub.process import Server, configure_logs, listen, stop_event
+from orchestrator_stub.relay.accounts import MachineNats, NatsKeys
+from orchestrator_stub.relay.service import Relay, relay_of
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import age_of, describe
@@ -99,13 +95,14 @@ class ControlPlane:
     pool: Pool
     installation: Installation
     access: Access | None
+    relay: Relay | None
 
 
 @asynccontextmanager
 async def control_plane(
     settings: Settings, keys: Keyring, driver: MachineDriver
 ) -> AsyncIterator[ControlPlane]:
-    """Everything but the socket and the background tasks (`controller.run`, `worker.run`), which are the caller's.
+    """Everything but the socket and the background tasks (`controller`, `worker`, `relay`), which are the caller's.
 
     Raises `psycopg.OperationalError` without a database, `Unmigrated`, `CannotServe`.
     """
@@ -149,7 +146,7 @@ async def control_plane(
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
             installation=installation, template=template, layers=layers, on_part=on_part,
-            on_suspend=metrics.suspends.inc,
+            on_suspend=metrics.suspends.inc, nats=machine_nats_of(settings),
         )  # fmt: skip
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
@@ -176,7 +173,8 @@ async def control_plane(
                 upkeep=Upkeep(pool, storage, registry=registry),
                 also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
             )  # fmt: skip
-            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access)
+            relay = relay_of(settings, nats_keys_of(settings), registry)
+            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access, relay)
         finally:
             waking.cancel()
             await asyncio.gather(waking, return_exceptions=True)
@@ -202,6 +200,22 @@ def sealing_keys_of(settings: Settings) -> SealingKeys:
         return SealingKeys.read(keys.get_secret_value() if keys else "")
     except ValueError as error:
         raise CannotServe(f"RUN_SETTINGS_KEYS: {error}") from None
+
+
+def nats_keys_of(settings: RelaySettings) -> NatsKeys | None:
+    """What tokens for NATS are signed with; None without NATS. Raises `CannotServe`."""
+    if settings.nats_keys_file is None:
+        return None
+    try:
+        return NatsKeys.read(settings.nats_keys_file)
+    except (OSError, ValueError) as error:
+        raise CannotServe(f"NATS_KEYS_FILE: cannot read {settings.nats_keys_file}: {error}") from None
+
+
+def machine_nats_of(settings: Settings) -> MachineNats | None:
+    """How machines reach NATS; None: they do not. Raises `CannotServe`."""
+    keys, url = nats_keys_of(settings), settings.nats_url_of_agents
+    return MachineNats(keys, url, settings.agent_transport) if keys and url else None
 
 
 def door_keyring(settings: DoorSettings) -> Keyring:
@@ -285,7 +299,7 @@ async def run_serve(settings: Settings) -> int:
         raise CannotServe(f"cannot read the JWT keys: {error}") from None
     listener = _listen(settings.host, settings.port)
     door_listener = _listen(settings.door_host, settings.door_port) if settings.preview_domain else None
-    stop = _stop_event()
+    stop = stop_event()
     try:
         dsn = settings.database_url.get_secret_value()
         async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
@@ -313,6 +327,8 @@ async def run_serve(settings: Settings) -> int:
                     settings, service.pool, service.metrics.registry, controller=service.controller
                 )
                 tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
+            if service.relay is not None:
+                tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
             done, _ = await asyncio.wait([serving, *tasks], return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             for task in tasks:
@@ -339,7 +355,7 @@ async def run_door(settings: DoorSettings) -> int:
         settings.log_level, settings.log_format, Redactor([s.get_secret_value() for s in secrets if s])
     )
     listener = _listen(settings.door_host, settings.door_port)
-    stop = _stop_event()
+    stop = stop_event()
     dsn = settings.database_url.get_secret_value()
     try:
         async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
@@ -365,21 +381,37 @@ async def run_door(settings: DoorSettings) -> int:
     return 0
 
 
+async def run_relay(settings: RelaySettings) -> int:
+    """Relay events to NATS until SIGTERM, SIGINT or SIGHUP. Raises `CannotServe`."""
+    configure_logs(
+        settings.log_level, settings.log_format, Redactor([settings.database_url.get_secret_value()])
+    )
+    registry = CollectorRegistry()
+    relay = relay_of(settings, nats_keys_of(settings), registry)
+    assert relay is not None, "the settings require NATS_URL"
+    stop = stop_event()
+    if settings.relay_metrics_port is not None:
+        start_http_server(settings.relay_metrics_port, "127.0.0.1", registry)
+    tasks = [
+        asyncio.create_task(relay.run(), name="relay"), asyncio.create_task(stop.wait(), name="stop")
+    ]  # fmt: skip
+    log.info("relaying", nats=settings.nats_url)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    if not stop.is_set():
+        log.error("ended", part="relay", reason=repr(ended[0]))
+        return 1
+    return 0
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """As `listen`. Raises `CannotServe`."""
     try:
         return listen(host, port)
     except OSError as error:
         raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-def _stop_event() -> asyncio.Event:
-    """Set when somebody asks the process to stop."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    return stop
 
 
 async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
@@ -409,91 +441,3 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
         say(json.dumps(asdict(each)) if as_json else line)
     if not found and not as_json:
         say("no machines")
-
-
-# --- the process
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 picks a free one. Raises `OSError`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Name the protocol, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms else.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-class Dated:
-    """ASGI middleware: sets `Date` when an answer is made.
-
-    Agents measure their clocks against it, and uvicorn renews its own only every ten ticks: up to a second too old on
-    top of its resolution.
-    """
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def dated(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                date = formatdate(usegmt=True).encode()
-                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
-            await send(message)
-
-        await self._app(scope, receive, dated)
-
-
-class Server(uvicorn.Server):
-    """uvicorn with an exact `Date` and without signal handlers: whoever runs it stops it by `should_exit`."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        config.app = Dated(config.app)
-        config.date_header = False
-        # httptools is there for the door; it is not what uvicorn's behaviour here was tried with.
-        config.http = "h11"
-        super().__init__(config)
-
-    def capture_signals(self) -> Any:
-        return nullcontext()
-
-
-def configure_logs(level: str, form: str, redactor: Redactor) -> None:
-    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
-
-    `redactor` sees every line, those that libraries log through the standard module too.
-    """
-    console = form == "console" or (form == "auto" and sys.stderr.isatty())
-    # It warns of each attempt of its own retries; we log the outcome.
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
-    before: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    last: list[structlog.typing.Processor] = [
-        structlog.processors.format_exc_info,
-        redactor,
-        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
-    ]
-    lines = logging.StreamHandler(sys.stderr)
-    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    lines.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[lines])
-    structlog.configure(
-        processors=[*before, *last],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )

@@ -19,7 +19,7 @@ from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import Server, configure_logs
+from orchestrator_stub.process import Server, configure_logs
 
 
 async def _serve() -> None:

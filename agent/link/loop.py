@@ -213,6 +213,15 @@ class LinkLoop:
         if not self._queue.put(event, size):
             self.machine.behind("overflow")
 
+    def replaced(self) -> None:
+        """Note that another connection took the place of the one that is held, and nothing was missed between them."""
+        self._sockets += 1
+
+    def token_not_taken(self, end: ConnectionEnd) -> None:
+        """Note that a newer token made no other connection; the one that is held goes on."""
+        log.warning("link.not_replaced", cause=end.cause, why=end.reason)
+        self._token.problem = end.reason if end.refused else self._token.problem
+
     def resync(self, reason: str) -> None:
         """Queue an order to catch up. A join queues its own."""
         self._queue.resync(reason)

@@ -99,6 +99,7 @@ def redactor_for(settings: Settings) -> Redactor:
     given = (
         settings.snapshot_url,
         settings.realtime_token,
+        settings.nats_jwt,
         settings.realtime_api_key,
         settings.modules_parts,
     )

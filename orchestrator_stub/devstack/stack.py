@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Final
 from uuid import UUID
 
@@ -24,12 +24,17 @@ import httpx
 import psycopg
 import uvicorn
 
-from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.editor import Editor, Sent
 from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
 from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
-from orchestrator_stub.devstack.state_directory import SessionKey, StateDirectory, identities
+from orchestrator_stub.devstack.state_directory import (
+    HOST,
+    Publication,
+    SessionKey,
+    StateDirectory,
+    identities,
+)
 from orchestrator_stub.devstack.terminal import (
     CannotStart,
     DevInfo,
@@ -60,9 +65,9 @@ from orchestrator_stub.platform.migrations import (
 )
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import ControlPlane, Server, configure_logs, control_plane, door_of, listen
-
-HOST: Final = "127.0.0.1"
+from orchestrator_stub.process import Server, configure_logs, listen
+from orchestrator_stub.relay.embedded import EmbeddedNats, NatsServerError
+from orchestrator_stub.server import ControlPlane, control_plane, door_of
 
 DEV_PORT: Final = 5173
 
@@ -146,7 +151,8 @@ class Stack:
         self._stack.push_async_callback(self._retire_ours, driver)
         door_listener = self._door_listener()
         door_port = door_listener.getsockname()[1]
-        settings = _settings(port, door_port, dsn, project_keys, self._state)
+        nats_url = await self._nats()
+        settings = self._state.settings(port, door_port, dsn, project_keys, ttl=LONG, nats_url=nats_url)
         service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
         self._mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
@@ -167,6 +173,8 @@ class Stack:
             tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
         tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
         tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
+        if service.relay is not None:
+            tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
         assert service.access is not None
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
         home = await service.access.label(project_id)
@@ -194,21 +202,11 @@ class Stack:
             user_email=email,
             user_password=password,
             user_token=user_token(keys, user_id, time.time(), LONG),
+            nats_url=nats_url,
         )
-        self._stack.callback(self._state.withdraw)
-        self._state.publish(info)
+        published = self._stack.enter_context(Publication(self._state, info))
         if self._page is not None:
-            self._page.publish(
-                {
-                    "anon_key": info.anon_key,
-                    "email": email,
-                    "password": password,
-                    "project_id": info.project_id,
-                    "project_name": directory.resolve().name,
-                    "session_id": info.session_id,
-                    "preview_url": info.preview_url,
-                }
-            )
+            self._page.publish(info.for_page(directory.resolve().name))
         self._terminal.show(
             screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
         )
@@ -219,7 +217,7 @@ class Stack:
             timings = await measure_save(self._options, info, http, self._terminal.seconds)
             self._terminal.show(timing_table(timings), timings)
             return
-        await self._keep(info, machine, driver, watching)
+        await self._keep(published, machine, driver, watching)
 
     # --- the parts
 
@@ -268,6 +266,20 @@ class Stack:
         self._terminal.step(f"{kind} is up" + (", its schema brought up to date" if applied else ""))
         return dsn
 
+    async def _nats(self) -> str | None:
+        """Start a NATS server, with keys of this start, when it is asked for; where it is."""
+        if self._options.transport != "nats":
+            return None
+        server = EmbeddedNats(self._state.path / "nats")
+        try:
+            await server.start()
+            self._stack.push_async_callback(server.stop)
+            server.operator.write(self._state.nats_keys.parent)
+        except (NatsServerError, OSError) as error:
+            raise CannotStart(str(error)) from None
+        self._terminal.step(f"NATS is up ({server.url})")
+        return server.url
+
     @asynccontextmanager
     async def _serve(
         self, listener: socket.socket, service: ControlPlane, dsn: str, keys: ProjectKeys
@@ -314,6 +326,8 @@ class Stack:
                 "insert into public.projects (id, owner_id, name) values (%s, %s, %s) on conflict do nothing",
                 (project_id, user_id, name),
             )
+            way = "both" if self._options.transport == "nats" else "realtime"
+            await connection.execute("update preview.settings set transport = %s", (way,))
 
     async def _editor(
         self, url: str, keys: ProjectKeys, keyring: Keyring, user_id: UUID, project_id: UUID
@@ -422,16 +436,14 @@ class Stack:
             raise CannotStart(f"the agent ended. Its last words:\n{tail_of(log)}\nThe whole log: {log}")
 
     async def _keep(
-        self, info: DevInfo, machine: Machine, driver: LocalMachines, watching: asyncio.Task[None]
+        self, published: Publication, machine: Machine, driver: LocalMachines, watching: asyncio.Task[None]
     ) -> None:
         """For ever: keep dev.json true, and end when something that should not end does."""
         while True:
             if watching.done() and self._options.watch:
                 raise CannotStart(f"the watch over {self._options.directory} ended: {watching.exception()}")
             await self._still_there(machine, driver)
-            if self._pid != info.agent_pid:
-                info = replace(info, agent_pid=self._pid)
-                self._state.publish(info)
+            if published.agent_is(self._pid):
                 self._terminal.step(f"the agent was started again (process {self._pid})")
             await asyncio.sleep(0.25)
 
@@ -486,24 +498,3 @@ async def _node_version() -> str:
     if (int(found[1]), int(found[2])) < NODE_NEEDED:
         raise CannotStart(f"Node {version} is too old for Vite; install Node.js {needed} or newer")
     return version
-
-
-def _settings(port: int, door_port: int, dsn: str, keys: ProjectKeys, state: StateDirectory) -> Settings:
-    return Settings.of(
-        {
-            "database_url": dsn,
-            "supabase_url": f"http://{HOST}:{port}",
-            "supabase_anon_key": keys.anon_key,
-            "supabase_service_role_key": keys.service_key,
-            "host": HOST,
-            "port": port,
-            "session_ttl_max": LONG,
-            "cors_origins": "*",
-            "template_dir": None,
-            "machines_dir": state.path / "machines",
-            "run_settings_keys": state.run_settings_keys(),
-            "preview_domain": f"localhost:{door_port}",
-            "door_keys": state.door_keys(),
-            "door_port": door_port,
-        }
-    )

@@ -26,7 +26,8 @@ from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.platform.migrations import MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import CannotServe, Server, configure_logs, listen
+from orchestrator_stub.process import Server, configure_logs, listen
+from orchestrator_stub.server import CannotServe
 
 log = structlog.get_logger(__name__)
 

@@ -14,14 +14,18 @@ import json
 import os
 from base64 import b64encode
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Self
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
+from orchestrator_stub.config import Settings
 from orchestrator_stub.devstack.terminal import CannotStart, DevInfo
+from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.sealing import KEY_BYTES, SealingKeys
 from orchestrator_stub.platform.tokens import Keyring, local_keyring
+
+HOST: Final = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,43 @@ class StateDirectory:
         form = {"key": session.key, "generation": session.generation, "project_id": str(project_id)}
         (self.path / "session.json").write_text(json.dumps(form))
 
+    @property
+    def nats_keys(self) -> Path:
+        """Of the NATS server that runs, where one does."""
+        return self.path / "nats" / "keys" / "nats-keys.json"
+
+    def settings(
+        self,
+        port: int,
+        door_port: int,
+        dsn: str,
+        keys: ProjectKeys,
+        *,
+        ttl: float,
+        nats_url: str | None = None,
+    ) -> Settings:
+        """What the control plane of this directory is told; `ttl`: seconds that a session lives at most."""
+        nats = {"nats_url": nats_url, "nats_keys_file": self.nats_keys, "agent_transport": "nats"}
+        return Settings.of(
+            {
+                **(nats if nats_url else {}),
+                "database_url": dsn,
+                "supabase_url": f"http://{HOST}:{port}",
+                "supabase_anon_key": keys.anon_key,
+                "supabase_service_role_key": keys.service_key,
+                "host": HOST,
+                "port": port,
+                "session_ttl_max": ttl,
+                "cors_origins": "*",
+                "template_dir": None,
+                "machines_dir": self.path / "machines",
+                "run_settings_keys": self.run_settings_keys(),
+                "preview_domain": f"localhost:{door_port}",
+                "door_keys": self.door_keys(),
+                "door_port": door_port,
+            }
+        )
+
     def publish(self, info: DevInfo) -> None:
         """Replace dev.json as a whole. Only its owner can read it: it holds the service key."""
         draft = self.path / "dev.json.new"
@@ -142,6 +183,29 @@ class StateDirectory:
     def withdraw(self) -> None:
         """Remove dev.json: nothing runs any more."""
         (self.path / "dev.json").unlink(missing_ok=True)
+
+
+class Publication:
+    """dev.json of a `dev` that runs: true while the context lasts, gone afterwards."""
+
+    def __init__(self, state: StateDirectory, info: DevInfo) -> None:
+        self._state = state
+        self._info = info
+
+    def __enter__(self) -> Self:
+        self._state.publish(self._info)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._state.withdraw()
+
+    def agent_is(self, pid: int) -> bool:
+        """Note the agent's process; True when it is another than before, which dev.json says now."""
+        if pid == self._info.agent_pid:
+            return False
+        self._info = replace(self._info, agent_pid=pid)
+        self._state.publish(self._info)
+        return True
 
 
 def identities(directory: Path) -> tuple[UUID, UUID]:

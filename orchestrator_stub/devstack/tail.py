@@ -1,7 +1,8 @@
-"""Prints a project's channel as it happens, through the official `realtime` client: the command `tail PROJECT`.
+"""Prints a project's events as they happen: the command `tail PROJECT`.
 
-The official client shows what code of the product would get. It gives up after a few reconnects and says so at most in
-its log, so its state is polled once a second, and a client that went deaf is replaced.
+Beside a `dev` whose agent hears NATS they are read there, else through the official `realtime` client, which shows what
+code of the product would get. That gives up after a few reconnects and says so at most in its log, so its state is
+polled once a second, and a client that went deaf is replaced.
 
     12:01:07.412  file:update   r12 v3  src/App.tsx  (1,204 bytes)
     12:01:09.001  file:delete   r13 v4  src/old.ts
@@ -14,6 +15,7 @@ import asyncio
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,16 +24,23 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import UUID
 
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 from realtime import AsyncRealtimeClient, RealtimeSubscribeStates
 
 from orchestrator_stub.config import SettingsError
-from orchestrator_stub.devstack.state_directory import running_dev
+from orchestrator_stub.devstack.state_directory import StateDirectory, running_dev
+from orchestrator_stub.relay.accounts import OUT, NatsKeys
 
 LOOK_EVERY = 1.0
 """Seconds between looks at whether the client is still connected and joined."""
 
 JOIN_TIMEOUT = 10
 """Seconds; the client's own default."""
+
+NATS_SECONDS = 8 * 3600.0
+"""How long one connection to NATS lasts."""
 
 SHOWN_FILES = 6
 """Of a bulk; the rest is a number."""
@@ -44,6 +53,8 @@ class Channel:
     realtime_url: str
     service_key: str
     project_id: UUID
+    nats_url: str | None = None
+    nats_keys: Path | None = None
 
 
 def find_channel(project: str, state: Path) -> Channel:
@@ -60,9 +71,13 @@ def find_channel(project: str, state: Path) -> Channel:
             [f"cannot read {path}: is `preview-orchestrator dev` running? (--state says where)"]
         ) from None
     try:
-        return Channel(f"{url}/realtime/v1", key, UUID(made if project == "-" else project))
+        listened = UUID(made if project == "-" else project)
     except ValueError:
         raise SettingsError([f"PROJECT must be a project's UUID, or `-`; it is {project!r}"]) from None
+    nats = info.get("nats_url")
+    return Channel(
+        f"{url}/realtime/v1", key, listened, nats, StateDirectory(state).nats_keys if nats else None
+    )
 
 
 def describe(event: str, payload: dict[str, Any]) -> str:
@@ -118,7 +133,7 @@ async def run_tail(project: str, state: Path, *, out: TextIO | None = None, as_j
             screen.flush()
 
     while True:
-        reason = await _listen(channel, heard)
+        reason = await (_listen(channel, heard) if channel.nats_url is None else _listen_nats(channel, heard))
         sys.stderr.write(f"preview-orchestrator tail: {reason}; connecting again\n")
         await asyncio.sleep(LOOK_EVERY)
 
@@ -147,4 +162,36 @@ async def _listen(channel: Channel, heard: Callable[[Any], None]) -> str:
         return f"cannot listen: {error}"
     finally:
         with suppress(Exception):
+            await client.close()
+
+
+async def _listen_nats(channel: Channel, heard: Callable[[Any], None]) -> str:
+    """Until the connection ends, as it does with its token; says why."""
+    assert channel.nats_url is not None
+    assert channel.nats_keys is not None
+    client = Client()
+
+    async def take(message: Msg) -> None:
+        with suppress(ValueError):
+            event = (message.headers or {}).get("Pv-Event", "")
+            heard({"event": event, "payload": json.loads(message.data)})
+
+    async def unsaid(_: Exception) -> None:
+        """What it meets comes out below."""
+
+    try:
+        keys = NatsKeys.read(channel.nats_keys)
+        token = keys.listener_token(channel.project_id, time.time() + NATS_SECONDS)
+        await client.connect(
+            channel.nats_url, user_jwt_cb=lambda: bytearray(token, "ascii"), signature_cb=lambda _: b"",
+            allow_reconnect=False, max_reconnect_attempts=1, connect_timeout=JOIN_TIMEOUT, error_cb=unsaid,
+        )  # fmt: skip
+        await client.subscribe(f"{OUT}{channel.project_id}", cb=take)
+        while client.is_connected:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(LOOK_EVERY)
+        return "the connection is lost"
+    except (NatsError, OSError, ValueError) as error:
+        return f"cannot listen: {error}"
+    finally:
+        with suppress(NatsError, OSError):
             await client.close()

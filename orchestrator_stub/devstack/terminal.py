@@ -39,6 +39,8 @@ class DevOptions:
     """Print how long each part of the start took."""
     faults: bool = False
     """Serve `/realtime/v1/faults`, by which the realtime server misbehaves on request."""
+    transport: str = "realtime"
+    """By which way the agent hears events; with `nats` they go both ways, for the page hears Realtime."""
 
     def check(self) -> None:
         """See whether there is a project, and that the state is none of its files: they are imported and served.
@@ -86,6 +88,20 @@ class DevInfo:
     """The local user's, anew at each start: `signInWithPassword` takes them."""
     user_token: str
     """The same user's access token, for a program that does not sign in. Good for 30 days, as the session is."""
+    nats_url: str | None = None
+    """Where the agent hears events over NATS; None: it hears Realtime."""
+
+    def for_page(self, project_name: str) -> dict[str, str]:
+        """What the editor page is told: where everything is, and who signs in."""
+        return {
+            "anon_key": self.anon_key,
+            "email": self.user_email,
+            "password": self.user_password,
+            "project_id": self.project_id,
+            "project_name": project_name,
+            "session_id": self.session_id,
+            "preview_url": self.preview_url,
+        }
 
 
 def _below(path: Path, directory: Path) -> str | None:

@@ -13,10 +13,12 @@ from orchestrator_stub.doctor.database import examine_database
 from orchestrator_stub.doctor.door import examine_door
 from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
 from orchestrator_stub.doctor.machines import examine_machines, examine_public_url
+from orchestrator_stub.doctor.nats import examine_nats
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import configure_logs, keyring_of
+from orchestrator_stub.process import configure_logs
+from orchestrator_stub.server import keyring_of
 
 
 async def run_doctor(say: Callable[[str], None], *, as_json: bool) -> bool:
@@ -54,6 +56,7 @@ async def examine_all(settings: Settings) -> list[Finding]:
                 ),
                 ("keys", lambda report: _keys(settings, http, report)),
                 ("realtime", lambda report: _realtime(settings, report)),
+                ("nats", lambda report: examine_nats(settings, report)),
                 ("storage", lambda report: examine_storage(settings, http, report)),
                 ("redis", lambda report: _redis(settings, report)),
                 ("machines", lambda report: examine_machines(settings, http, report)),

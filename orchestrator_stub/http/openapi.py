@@ -162,7 +162,7 @@ SCHEMAS: Schema = {
         ]
     },
     "ModulesTaken": _object(kind={"const": "layer"}),
-    "Token": _object(realtime_token=TEXT, expires_at=TIME),
+    "Token": _object({"nats_jwt": TEXT}, realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
         {
             "action": {"enum": ["sync", "stop"]},

@@ -252,7 +252,10 @@ class SessionRoutes:
         claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
         check_current(session, claims)
         token, expires_at = self._controller.token_for(session)
-        return json_answer({"realtime_token": token, "expires_at": rfc3339(expires_at)})
+        answer = {"realtime_token": token, "expires_at": rfc3339(expires_at)}
+        if (nats := self._controller.nats) is not None:
+            answer["nats_jwt"] = nats.keys.machine_token(session.project_id, session.id, expires_at)
+        return json_answer(answer)
 
     async def status(self, request: Request) -> Response:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""

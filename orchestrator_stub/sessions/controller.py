@@ -38,6 +38,7 @@ from orchestrator_stub.machines.driver import (
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.platform.storage import StorageFailure
 from orchestrator_stub.platform.tokens import CannotSign, Keyring, mint_session
+from orchestrator_stub.relay.accounts import MachineNats
 from orchestrator_stub.sessions.due import Due
 from orchestrator_stub.sessions.lifecycle import LIVE, Action, Event, Judgement, Session, State
 from orchestrator_stub.sessions.rollout import ROLL
@@ -91,6 +92,7 @@ class SessionController:
         name: str | None = None,
         on_part: Callable[[str, float], None] = lambda part, seconds: None,
         on_suspend: Callable[[], None] = lambda: None,
+        nats: MachineNats | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -103,6 +105,8 @@ class SessionController:
         self._layers = layers
         self._clock = clock
         self._on_part = on_part
+        self.nats = nats
+        """How machines reach NATS; None: they do not."""
         self._name = name or f"orchestrator-{uuid4().hex[:12]}"
         self.sleep = Sleep(
             store, driver, settings, by=self._name, start=self._start, provision=self.provision,
@@ -363,9 +367,9 @@ class SessionController:
             with self._part("modules"):
                 modules = await self._layers.environment(session.project_id)
         with self._part("token"):
-            token, _ = self.token_for(session)
+            token, until = self.token_for(session)
         run = await self._runs.of_session(session.id)
-        settings = self._settings
+        settings, nats = self._settings, self.nats
         limits = await self._store.machine_limits(session.project_id, settings.storage_object_limit)
         image = await self._store.image(session.id, settings.agent_image)
         return MachineSpec(
@@ -389,6 +393,11 @@ class SessionController:
                 # What is no secret. `env` and `npmrc` never: a platform shows this to whoever holds its token.
                 **run.environment(),
                 **modules,
+                **(
+                    nats.environment(session.project_id, session.id, run.plain.get("transport"), until)
+                    if nats
+                    else {}
+                ),
                 **({"SYNC_MODE": settings.sync_mode} if settings.sync_mode != "live" else {}),
             },
         )

@@ -65,7 +65,10 @@ ELSEWHERE = r"(make|apt-get|systemctl) .*"
 
 WAYS: tuple[tuple[str, Way], ...] = (
     # --- make
-    (r"make dev( DIR=\S+)?( OPTIONS=.+)?", Make("tests/system/test_spine.py, which starts what it starts")),
+    (
+        r"make dev( DIR=\S+)?( TRANSPORT=nats)?( OPTIONS=.+)?",
+        Make("tests/system/test_spine.py, which starts what it starts"),
+    ),
     (r"make help", Run(says="make check")),
     (r"make rooms", Run(says="imports between rooms")),
     (
@@ -131,6 +134,12 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (
         r"preview-orchestrator door",
         ByTest("tests/orchestrator/door/test_process.py::test_it_opens_and_stops_in_order"),
+    ),
+    (
+        r"preview-orchestrator (relay|nats-keys DIRECTORY)",
+        ByTest(
+            "tests/orchestrator/relay/test_process.py::test_a_relay_is_started_with_keys_of_the_command_and_stopped"
+        ),
     ),
     (
         r"preview-orchestrator doctor",

@@ -100,7 +100,8 @@ TABLES = {
         described((AGENT, "Settings"), (AGENT, "SnapshotLimits")), defaults(AgentSettings)
     ),
     "orchestrator": lambda: table(
-        described((ORCHESTRATOR, "DoorSettings"), (ORCHESTRATOR, "Settings")), defaults(OrchestratorSettings)
+        described(*((ORCHESTRATOR, f"{part}Settings") for part in ("Process", "Relay", "Door", ""))),
+        defaults(OrchestratorSettings),
     ),
     "stand-in": lambda: table(described((ORCHESTRATOR, "StandInSettings")), defaults(StandInSettings)),
 }

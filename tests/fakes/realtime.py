@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Request, Response
 
 TOPIC = "realtime:project:11111111-1111-4111-8111-111111111111"
@@ -104,7 +105,19 @@ class FakeRealtime:
     def url(self) -> str:
         return f"{'wss' if self.tls else 'ws'}://127.0.0.1:{self.port}/realtime/v1"
 
+    @property
+    def token_in_force(self) -> str:
+        return self.pushed_tokens[-1] if self.pushed_tokens else self.joins[-1].token
+
     # --- what tests make happen
+
+    def message(self, event: str, payload: dict[str, Any]) -> bytes:
+        """As a channel is sent it."""
+        return type4(self.joins[-1].topic, event, payload)
+
+    def goodbye(self) -> bytes:
+        """The close frame of a server that goes away."""
+        return Frame(Opcode.CLOSE, Close(1001, "going away").serialize()).serialize(mask=False)
 
     async def broadcast(self, event: str, payload: dict[str, Any], *, binary: bool = True) -> int:
         """To every channel; returns to how many."""

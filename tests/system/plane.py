@@ -36,7 +36,8 @@ from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
 from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpec, MachineState
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.server import Server, control_plane, door_of
+from orchestrator_stub.process import Server
+from orchestrator_stub.server import control_plane, door_of
 from orchestrator_stub.sessions.controller import SessionController
 from tests.ports import free_port
 

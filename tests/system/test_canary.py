@@ -28,7 +28,7 @@ import structlog
 
 from agent.tokens import read_token
 from orchestrator_stub.platform.redaction import Redactor
-from orchestrator_stub.server import configure_logs
+from orchestrator_stub.process import configure_logs
 from tests.fakes.collector import collecting
 from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt

@@ -14,12 +14,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from agent.core.errors import CredentialRejected, Unavailable
+from agent.link.loop import LinkLoop
+from agent.link.nats import nats_link
 from agent.link.realtime import realtime_link
 from agent.link.source import Received
 from agent.link.types import LinkState
 from agent.tokens import Token, Tokens
+from tests.fakes.nats import PROJECT, FakeNats
 from tests.fakes.proxy import Proxy
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
+
+Server = FakeRealtime | FakeNats
+
+TRANSPORTS: dict[str, type[FakeRealtime] | type[FakeNats]] = {"realtime": FakeRealtime, "nats": FakeNats}
 
 EPOCH = 1_800_000_000.0
 """Unix seconds at the simulation's start."""
@@ -37,7 +44,7 @@ def now() -> float:
 class World:
     """`async with World.made() as world`. Times in simulated seconds."""
 
-    def __init__(self, server: FakeRealtime, proxy: Proxy) -> None:
+    def __init__(self, server: Server, proxy: Proxy) -> None:
         self.server = server
         self.proxy = proxy
         self.asleep = 0.0
@@ -49,17 +56,22 @@ class World:
         self.catch_ups: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.tokens_made = 0
-        self.tokens = Tokens(self._mint())
+        first = self._mint()
+        self.tokens = Tokens(first, nats_jwt=first)
         self.states: list[tuple[float, LinkState]] = []
-        self.link = realtime_link(
-            f"ws://127.0.0.1:{proxy.port}/realtime/v1", "publishable", TOPIC, self, wall=self.wall
-        )
+        self.link = self._link()
+
+    def _link(self) -> LinkLoop:
+        place = f"127.0.0.1:{self.proxy.port}"
+        if isinstance(self.server, FakeNats):
+            return nats_link(f"nats://{place}", PROJECT, self, wall=self.wall)
+        return realtime_link(f"ws://{place}/realtime/v1", "publishable", TOPIC, self, wall=self.wall)
 
     @classmethod
     @asynccontextmanager
-    async def made(cls) -> AsyncIterator[World]:
+    async def made(cls, transport: str) -> AsyncIterator[World]:
         loop = asyncio.get_running_loop()
-        async with FakeRealtime() as server, Proxy("127.0.0.1", server.port) as proxy:
+        async with TRANSPORTS[transport]() as server, Proxy("127.0.0.1", server.port) as proxy:
             world = cls(server, proxy)
             server.wall = lambda: EPOCH + loop.time()
             tasks = world.tasks = [
@@ -98,7 +110,8 @@ class World:
             raise Unavailable("session API (token)", "ConnectError")
         if self.token_refused:
             raise CredentialRejected("session API (token) refused the token: HTTP 401")
-        return self.tokens.accept(self._mint())
+        token = self._mint()
+        return self.tokens.accept(token, token)
 
     # --- the database
 

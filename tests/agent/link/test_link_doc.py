@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from agent.link.types import TRANSITIONS, Cause, LinkState
-from tests.agent.link.test_realtime_faults import FAULTS
+from tests.agent.link.test_link_faults import FAULTS
 
 ROOT = Path(__file__).parents[3]
 DOC = ROOT / "docs" / "link.md"

@@ -122,6 +122,7 @@ REVIEWED = {
     "devserver.supervisor._spawn": "contained; a bug is a failed install or an exit",
     "fs.turns.in_thread": "the thread with the disk; awaited, also when it is given up",
     "link.loop.run": "the link's own group, kept running as a whole",
+    "link.nats._apart": "what the client does; awaited, and its result read",
     "link.realtime.run": "the connection's own group, kept running with the link",
     "modules.arrivals.begin": "the arrival; what goes wrong in it is its result, a bug too",
     "modules.arrivals._unpack": "the program that unpacks; awaited",

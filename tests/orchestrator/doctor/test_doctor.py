@@ -21,8 +21,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.doctor.examination import examine_all
-from orchestrator_stub.doctor.findings import Finding, Mark, examine, healthy, lines
+from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
+from orchestrator_stub.doctor.nats import examine_nats
 from orchestrator_stub.platform.tokens import Keyring, new_es256
+from orchestrator_stub.relay.accounts import Operator
+from orchestrator_stub.relay.embedded import EmbeddedNats
 from tests.conftest import fresh
 from tests.fakes.fly import APP, TOKEN
 from tests.fakes.serving import SECRET, Local, serve_local
@@ -128,6 +131,31 @@ def key_file(tmp: Path, *keys: dict[str, Any]) -> dict[str, Any]:
     return {"jwt_keys_file": path, "supabase_jwt_secret": None}
 
 
+def nats(tmp: Path, url: str) -> dict[str, Any]:
+    return {"nats_url": url, "nats_keys_file": Operator().write(tmp / "nats")[0]}
+
+
+async def test_nats_that_works_is_found_working(database: str, tmp_path: Path, peers: str) -> None:
+    operator = Operator()
+    files = operator.write(tmp_path / "keys")
+    server = EmbeddedNats(tmp_path / "server", operator=operator)
+    await server.start()
+    try:
+        async with standing(database, tmp_path) as local:
+            settings = settings_of(local, peers, nats_url=server.url, nats_keys_file=files[0])
+            report = Report("nats")
+            await examine_nats(settings, report)
+    finally:
+        await server.stop()
+    said = [(each.mark, each.what) for each in report.findings]
+    assert said == [
+        (Mark.OK, "the stream is there, on 1 server"),
+        (Mark.OK, "a machine connects, hears its project and may say nothing"),
+        (Mark.WARN, "machines connect without TLS"),
+        (Mark.OK, "the database sends events by: realtime"),
+    ]
+
+
 def shared(secret: str) -> dict[str, Any]:
     return {"kty": "oct", "k": urlsafe_b64encode(secret.encode()).rstrip(b"=").decode()}
 
@@ -196,6 +224,15 @@ BROKEN = [
            settings=lambda local, peers, tmp: {"preview_domain": "localhost:54380", "door_keys": KEYS}),
     Broken("Redis is away", "does not answer", Mark.WARN,
            settings=lambda local, peers, tmp: {"redis_url": f"redis://127.0.0.1:{free_port()}"}),
+    Broken("NATS is away", "the relay cannot use the stream",
+           settings=lambda local, peers, tmp: nats(tmp, "nats://127.0.0.1:1")),
+    Broken("no NATS keys", "NATS_KEYS_FILE: cannot read",
+           settings=lambda local, peers, tmp: {
+               "nats_url": "nats://127.0.0.1:1", "nats_keys_file": tmp / "none.json"}),
+    Broken("machines hear what nobody sends", "the database sends events to Realtime alone",
+           settings=lambda local, peers, tmp: {**nats(tmp, "nats://127.0.0.1:1"), "agent_transport": "nats"}),
+    Broken("events that nobody takes", "there is no NATS_URL",
+           sql="update preview.settings set transport = 'nats'"),
     Broken("no engine", "is not on the PATH",
            settings=lambda local, peers, tmp: {"machine_driver": "container", "container_cli": "no-engine-at-all"}),
 ]  # fmt: skip
@@ -207,7 +244,7 @@ async def test_all_is_well(database: str, tmp_path: Path, peers: str) -> None:
         objects = await local.sql("select name from storage.objects")
     assert not marked(found, Mark.BAD) + marked(found, Mark.WARN) + marked(found, Mark.SKIP)
     assert {each.part for each in found} == {
-        "settings", "database", "keys", "realtime", "storage", "redis", "machines", "address", "door",
+        "settings", "database", "keys", "realtime", "nats", "storage", "redis", "machines", "address", "door",
     }  # fmt: skip
     assert not objects
     assert healthy(found)

@@ -20,7 +20,7 @@ from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.platform.database import pool_of
-from orchestrator_stub.server import listen
+from orchestrator_stub.process import listen
 
 KEYS = f"t:{b64encode(bytes(range(32))).decode()}"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from uuid import UUID, uuid4
 
+import jwt
 import pytest
 
 from orchestrator_stub.platform.tokens import KeySet, read_session
+from orchestrator_stub.relay.accounts import MachineNats, Operator
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import State
 from orchestrator_stub.snapshots.model import SignedSnapshot
@@ -311,6 +313,30 @@ async def test_a_token_is_renewed_by_the_machine_it_belongs_to(world: World) -> 
     assert_problem(await report(world, session, late), 401, "token_expired")
     too_late = world.token(session, ttl=-3600 * 48)
     assert_problem(await world.http.post(path, headers=bearer(too_late)), 401, "token_expired")
+
+
+async def test_with_nats_a_machine_gets_its_token_at_the_start_and_the_next_with_its_own(
+    world: World,
+) -> None:
+    keys = Operator().keys
+    world.controller.nats = MachineNats(keys, "tls://nats.test:4222", "realtime")
+    by_realtime = await world.session()
+    wanted = {"project_id": str(await world.project()), "run": {"transport": "nats"}}
+    by_nats = (await world.http.post("/v1/sessions", json=wanted, headers=SERVICE)).json()
+    told = {spec.session_id: spec.env for spec in world.platform.specs.values()}
+    assert "NATS_JWT" not in told[UUID(by_realtime["session_id"])]
+    environment = told[UUID(by_nats["session_id"])]
+    assert environment["REALTIME_URL"] == "tls://nats.test:4222"
+    answer = await world.http.post(
+        f"/v1/sessions/{by_nats['session_id']}/token", json={}, headers=bearer(world.token(by_nats))
+    )
+    for token in (environment["NATS_JWT"], answer.json()["nats_jwt"]):
+        claims = jwt.decode(token, options={"verify_signature": False})
+        assert claims["iss"] == keys.edge.signing.public
+        assert claims["nats"]["issuer_account"] == keys.edge.public
+        assert claims["nats"]["pub"] == {"deny": [">"]}
+        assert claims["nats"]["sub"]["allow"][0] == f"pv.out.{by_nats['project_id']}"
+        assert 0 < claims["exp"] - claims["iat"] <= 601
 
 
 # --- nonsense, and parts that are away

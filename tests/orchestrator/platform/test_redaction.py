@@ -79,7 +79,7 @@ def test_an_address_that_would_be_taken_apart_wrongly_is_refused_without_a_word_
 def test_what_a_library_warns_of_passes_the_redactor_too() -> None:
     """In a process of its own: the tests' logging is pytest's."""
     script = (
-        "import logging, sys; from orchestrator_stub.server import configure_logs;"
+        "import logging, sys; from orchestrator_stub.process import configure_logs;"
         "from orchestrator_stub.platform.redaction import Redactor;"
         " configure_logs('info', 'json', Redactor([sys.argv[1]]));"
         "logging.getLogger('uvicorn.error').error('lost %s', sys.argv[1])"

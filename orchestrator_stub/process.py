@@ -1,0 +1,112 @@
+"""How a process of ours listens, speaks HTTP, logs and is stopped; what it does is elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from contextlib import nullcontext
+from email.utils import formatdate
+from typing import Any
+
+import structlog
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
+
+from orchestrator_stub.platform.redaction import Redactor
+
+
+def stop_event() -> asyncio.Event:
+    """Set when somebody asks the process to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 picks a free one. Raises `OSError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Name the protocol, so that asyncio sets TCP_NODELAY on what is accepted: an answer in two writes waits 40 ms else.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Dated:
+    """ASGI middleware: sets `Date` when an answer is made.
+
+    Agents measure their clocks against it, and uvicorn renews its own only every ten ticks: up to a second too old on
+    top of its resolution.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = formatdate(usegmt=True).encode()
+                message = {**message, "headers": [*message.get("headers", ()), (b"date", date)]}
+            await send(message)
+
+        await self._app(scope, receive, dated)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an exact `Date` and without signal handlers: whoever runs it stops it by `should_exit`."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        config.app = Dated(config.app)
+        config.date_header = False
+        # httptools is there for the door; it is not what uvicorn's behaviour here was tried with.
+        config.http = "h11"
+        super().__init__(config)
+
+    def capture_signals(self) -> Any:
+        return nullcontext()
+
+
+def configure_logs(level: str, form: str, redactor: Redactor) -> None:
+    """Structured logs to stderr: JSON lines, or for people on a terminal (`form`: json, console, auto).
+
+    `redactor` sees every line, those that libraries log through the standard module too.
+    """
+    console = form == "console" or (form == "auto" and sys.stderr.isatty())
+    # It warns of each attempt of its own retries; we log the outcome.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = [
+        structlog.processors.format_exc_info,
+        redactor,
+        structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+    ]
+    lines = logging.StreamHandler(sys.stderr)
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    lines.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=before, processors=[remove, *last])
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+    structlog.configure(
+        processors=[*before, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
