@@ -7,6 +7,7 @@ find another root, and cannot double what is in this one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,6 +32,9 @@ MOST_TEXT_BYTES: Final = 1_000_000
 MOST_STATE_BYTES: Final = 8_000_000
 """Of the document with what was deleted; above it the room begins anew."""
 MOST_CURSOR_BYTES: Final = 1_000
+MOST_NAME: Final = 64
+COLOR: Final = re.compile(r"#[0-9a-f]{6}(?:[0-9a-f]{2})?")
+"""Nothing else goes into the styles of other people's pages."""
 
 
 class BadMessage(Exception):
@@ -171,5 +175,18 @@ def cursor_of(message: bytes, user: Mapping[str, str]) -> Cursor:
         raise BadMessage
     if state is not None:
         said = state.get("user")
-        state = {"user": {**(said if isinstance(said, dict) else {}), **user}, "cursor": state.get("cursor")}
+        state = {"user": looks(said if isinstance(said, dict) else {}) | user, "cursor": state.get("cursor")}
     return Cursor(client_id, clock, state)
+
+
+def looks(said: Mapping[str, object]) -> dict[str, str]:
+    """What a person's cursor looks like for others: a name, and colours that are nothing else."""
+    found = {}
+    name = said.get("name")
+    if isinstance(name, str):
+        found["name"] = name[:MOST_NAME]
+    for key in ("color", "colorLight"):
+        color = said.get(key)
+        if isinstance(color, str) and COLOR.fullmatch(color):
+            found[key] = color
+    return found

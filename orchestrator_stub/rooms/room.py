@@ -180,6 +180,9 @@ class Room:
             if document.text_bytes > MOST_TEXT_BYTES:
                 self.state.end("too_large")  # the browsers keep it
                 return
+            if shareable(text) is None:
+                self.state.end("unfit")
+                return
             if document.state_bytes > MOST_STATE_BYTES:
                 self.state.close(self._clock(), "stopped")
         sent = self.state.begin_save(text)

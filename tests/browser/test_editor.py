@@ -46,6 +46,34 @@ def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> 
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def people_in_a_file(stack: Stack, tmp_path: Path, keys: int, writes: int) -> None:
+    """Two type `keys` each beside an AI's `writes`; then the files of the preview have the same."""
+    environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / "room.png")}
+    done = subprocess.run(
+        ["node", str(HERE / "editor.mjs"), "room"], env=environ | {"KEYS": str(keys), "WRITES": str(writes)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = [each for each in stack.rpc("list_current_files") if each["file_path"] == "src/shared.txt"]
+    on_disk = [each for each in stack.state.rglob("src/shared.txt") if each.is_file()]
+    assert on_disk
+    until(
+        "the disk has it", lambda: [each.read_text() for each in on_disk] == [file["content"]] * len(on_disk)
+    )
+
+
+def test_two_people_and_an_ai_in_one_file(stack: Stack, tmp_path: Path) -> None:
+    people_in_a_file(stack, tmp_path, keys=30, writes=4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", range(10))
+def test_two_people_type_five_hundred_keys_each_beside_twenty_writes(
+    stack: Stack, tmp_path: Path, number: int
+) -> None:
+    people_in_a_file(stack, tmp_path, keys=500, writes=20)
+
+
 def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
     port = stack.info["orchestrator_url"].rpartition(":")[2]
     given = page(stack, "/editor.json", **{"sec-fetch-site": "same-origin"})
