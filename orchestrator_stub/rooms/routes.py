@@ -47,11 +47,11 @@ class RoomRoutes(ModuleRoutes):
         """An address that lets the asker into a file's room within a minute, once."""
         caller = await self._caller(request)
         project_id = uuid_of(request.path_params["project_id"], "project")
+        body = await self._body(request, RoomBody)
         if not await self._may(caller, project_id):
             raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
         if caller.user is None or not await self._may(caller, project_id, "write"):
             raise Refusal(403, "not_allowed", "Only members who may write may do that, with their own token.")
-        body = await self._body(request, RoomBody)
         if self._rooms is None:
             raise Refusal(
                 503, "no_rooms", "This orchestrator has no rooms: the extra `collab` is not installed."
