@@ -175,7 +175,10 @@ def cursor_of(message: bytes, user: Mapping[str, str]) -> Cursor:
         raise BadMessage
     if state is not None:
         said = state.get("user")
-        state = {"user": looks(said if isinstance(said, dict) else {}) | dict(user), "cursor": state.get("cursor")}
+        state = {
+            "user": looks(said if isinstance(said, dict) else {}) | dict(user),
+            "cursor": state.get("cursor"),
+        }
     return Cursor(client_id, clock, state)
 
 

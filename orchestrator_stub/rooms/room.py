@@ -216,7 +216,8 @@ class Room:
         self._woken.set()
         person.send({
             "type": "welcome", "generation": self.state.generation, "root": self._document.root,
-            "version": self.state.version, "snapshot": base64.b64encode(self._document.snapshot()).decode(),
+            "version": self.state.version, "loaded": self.state.loaded_version,
+            "snapshot": base64.b64encode(self._document.snapshot()).decode(),
         })  # fmt: skip
         person.send(self._document.greeting())
         for other in self.people:

@@ -80,6 +80,7 @@ class RoomState:
         self.generation = generation
         self.version: int | None = None
         """Of the text that was last loaded, saved or merged; None: not loaded."""
+        self.loaded_version: int | None = None
         self.sending: Sending | None = None
         self._typed: dict[str, None] = {}
         self._first: float | None = None
@@ -122,7 +123,7 @@ class RoomState:
 
     def loaded(self, version: int) -> None:
         """The text is there."""
-        self.version = version
+        self.version = self.loaded_version = version
         self._answered()
 
     def edited(self, now: float, user: str | None) -> None:

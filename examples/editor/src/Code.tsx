@@ -69,7 +69,7 @@ export function Code({ path }: { path: string }) {
     void import('./room.ts').then(({ Room }) => {
       if (over) return
       const here = new Room(path, editor, room)
-      leaveRoom.current = () => here.leave()
+      leaveRoom.current = () => here.leave(true)
     })
     return () => {
       over = true

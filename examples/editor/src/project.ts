@@ -211,6 +211,19 @@ export class Project {
     }
   }
 
+  /** Whether a room saved any of the versions after `from`, up to `to`. */
+  async savedByRoom(path: string, from: number, to: number): Promise<boolean> {
+    const { data, error } = await this.supabase
+      .from('project_files')
+      .select('version')
+      .match({ project_id: this.config.project_id, file_path: path, origin: 'room' })
+      .gt('version', from)
+      .lte('version', to)
+      .limit(1)
+    if (error) throw new Unreachable(error.message)
+    return data.length > 0
+  }
+
   /** An address that lets into a file's room, once; null: there is none for this file, or for us. */
   async room(path: string): Promise<string | null> {
     const { data } = await this.supabase.auth.getSession()

@@ -10,7 +10,7 @@ import { Awareness, applyAwarenessUpdate, encodeAwarenessUpdate } from 'y-protoc
 import * as sync from 'y-protocols/sync'
 import * as Y from 'yjs'
 
-import { inRoom, knownDoc, leftRoom, project, say } from './store.ts'
+import { inRoom, knownDoc, leftRoom, project, save, say } from './store.ts'
 
 const SYNC = 0
 const AWARENESS = 1
@@ -24,7 +24,7 @@ const ALONE = new Map([
 const MOST_TRIES = 8 // some 30 s, longer than an orchestrator's restart
 const COLORS = ['#0a7ea4', '#a4420a', '#5b0aa4', '#0a7a3f', '#a40a5b', '#6b6b00']
 
-type Words = { type: string; generation: number; root: string; version: number; snapshot: string }
+type Words = { type: string; generation: number; root: string; version: number; loaded: number; snapshot: string }
 
 /** The text of one of the file's rooms. Nothing that was deleted is forgotten, so that `saved` can be read again. */
 class Copy {
@@ -36,6 +36,7 @@ class Copy {
     readonly generation: number,
     private readonly root: string,
     public version: number,
+    readonly loaded: number,
     public saved: Y.Snapshot,
   ) {
     this.text = this.doc.getText(root)
@@ -44,10 +45,20 @@ class Copy {
   base(): string {
     return Y.createDocFromSnapshot(this.doc, this.saved).getText(this.root).toString()
   }
+  /** `base`, with what was typed here and is not known to be saved: what others typed, they have. Null: it cannot be told apart. */
+  own(): string | null {
+    const { ds, sv } = Y.snapshot(this.doc)
+    const mine = new Map(this.saved.sv).set(this.doc.clientID, sv.get(this.doc.clientID) ?? 0)
+    const doc = Y.createDocFromSnapshot(this.doc, Y.createSnapshot(ds, mine))
+    return doc.store.pendingStructs ? null : doc.getText(this.root).toString()
+  }
   get clean(): boolean {
     return Y.equalSnapshots(Y.snapshot(this.doc), this.saved)
   }
 }
+
+/** Of files whose tab is not shown: their rooms go on without us, and have what was typed here. */
+const kept = new Map<string, Copy>()
 
 export class Room {
   private socket: WebSocket | null = null
@@ -62,6 +73,13 @@ export class Room {
     private readonly editor: EditorView,
     private readonly place: Compartment,
   ) {
+    const copy = kept.get(path)
+    kept.delete(path)
+    // A later version has what the room had then; before it, what was typed since belongs to the same text.
+    if (copy && copy.version === knownDoc(path)?.version) {
+      edit(copy.text, copy.text.toString(), editor.state.doc.toString())
+      this.bind(this.attached(copy))
+    }
     void this.connect()
   }
 
@@ -104,7 +122,7 @@ export class Room {
     if (words.type === 'welcome') {
       const saved = snapshotOf(words.snapshot)
       if (this.copy?.generation === words.generation) this.copy.saved = saved
-      else this.next = this.watched(new Copy(words.generation, words.root, words.version, saved))
+      else this.next = this.watched(new Copy(words.generation, words.root, words.version, words.loaded, saved))
       this.send(SYNC, (to) => sync.writeSyncStep1(to, (this.next ?? this.copy)!.doc))
     } else if (words.type === 'saved') {
       const copy = this.next ?? this.copy
@@ -122,10 +140,10 @@ export class Room {
     if (!copy) return
     const from = decoding.createDecoder(message)
     const kind = decoding.readVarUint(from)
-    if (kind === AWARENESS) return applyAwarenessUpdate(copy.awareness, decoding.readVarUint8Array(from), this)
+    if (kind === AWARENESS) return applyAwarenessUpdate(copy.awareness, decoding.readVarUint8Array(from), 'room')
     const to = encoding.createEncoder()
     encoding.writeVarUint(to, SYNC)
-    const step = sync.readSyncMessage(from, to, copy.doc, this)
+    const step = sync.readSyncMessage(from, to, copy.doc, 'room')
     if (encoding.length(to) > 1) this.socket?.send(encoding.toUint8Array(to))
     if (step === sync.messageYjsSyncStep2) this.synced(copy)
   }
@@ -133,25 +151,46 @@ export class Room {
   private synced(copy: Copy): void {
     this.tries = 0
     copy.synced = true
-    if (copy === this.next) this.take(copy)
+    if (copy === this.next) void this.take(copy)
+    else this.here(copy)
+  }
+
+  private here(copy: Copy): void {
     this.announce(copy, [copy.doc.clientID])
     inRoom(this.path, copy.version, copy.clean)
   }
 
-  /** Show a room's text in the editor, with what was typed here and is in no room yet. */
-  private take(copy: Copy): void {
-    const mine = this.editor.state.doc.toString()
-    const base = this.copy ? this.copy.base() : (knownDoc(this.path)?.base ?? mine)
-    this.editor.dispatch({ effects: this.place.reconfigure([]) }) // before the former text is let go
-    this.drop()
-    this.copy = copy
+  /** Go on with another room's text, and with what was typed here and is in no room yet. */
+  private async take(copy: Copy): Promise<void> {
+    // Of what a room saved and could not tell any more, nobody knows which keys were in it.
+    const unclear = this.copy && (await project.savedByRoom(this.path, this.copy.version, copy.loaded).catch(() => null))
+    if (this.left || this.next !== copy) return
+    if (unclear === null && this.copy) return this.socket?.close()
+    const base = this.copy ? this.copy.base() : (knownDoc(this.path)?.base ?? '')
+    const mine = this.copy ? this.copy.own() : this.editor.state.doc.toString()
+    if (this.copy && (mine === null || (unclear && mine !== base))) {
+      this.leave()
+      return void save(this.path) // merged by lines, or shown to a person
+    }
+    if (mine !== null && mine !== base) {
+      const theirs = copy.text.toString()
+      edit(copy.text, theirs, together(base, mine, theirs))
+    }
     this.next = null
-    const theirs = copy.text.toString()
-    if (mine !== base) edit(copy.text, theirs, together(base, mine, theirs))
-    const text = copy.text.toString()
+    this.bind(copy)
+    this.here(copy)
+  }
+
+  /** Show a room's text in the editor. */
+  private bind(copy: Copy): void {
+    this.editor.dispatch({ effects: this.place.reconfigure([]) }) // before the former text is let go
+    this.copy?.doc.destroy()
+    this.copy?.awareness.destroy()
+    this.copy = copy
+    const [now, text] = [this.editor.state.doc.toString(), copy.text.toString()]
     const undo = new Y.UndoManager(copy.text)
     this.editor.dispatch({
-      changes: diff(mine, text).map(({ fromA, toA, fromB, toB }) => ({ from: fromA, to: toA, insert: text.slice(fromB, toB) })),
+      changes: diff(now, text).map(({ fromA, toA, fromB, toB }) => ({ from: fromA, to: toA, insert: text.slice(fromB, toB) })),
       effects: this.place.reconfigure([yCollab(copy.text, copy.awareness, { undoManager: undo }), Prec.highest(keymap.of(yUndoManagerKeymap))]),
     })
   }
@@ -159,11 +198,15 @@ export class Room {
   // --- what is typed here
 
   private watched(copy: Copy): Copy {
+    copy.awareness.setLocalStateField('user', look(copy.doc.clientID))
+    return this.attached(copy)
+  }
+
+  private attached(copy: Copy): Copy {
     copy.doc.on('update', (update: Uint8Array, origin: unknown) => {
       // What is typed while nobody answers is sent by the next meeting.
-      if (origin !== this && copy.synced) this.send(SYNC, (to) => sync.writeUpdate(to, update))
+      if (origin !== 'room' && copy.synced) this.send(SYNC, (to) => sync.writeUpdate(to, update))
     })
-    copy.awareness.setLocalStateField('user', look(copy.doc.clientID))
     copy.awareness.on('update', ({ added, updated }: { added: number[]; updated: number[] }) => {
       if ([...added, ...updated].includes(copy.doc.clientID)) this.announce(copy, [copy.doc.clientID])
     })
@@ -184,21 +227,22 @@ export class Room {
 
   // --- the end
 
-  /** Go on alone, with what stands in the editor. */
-  leave(): void {
+  /** Go on alone, with what stands in the editor; `again`: until the file is shown again. */
+  leave(again = false): void {
     if (this.left) return
     this.left = true
     clearTimeout(this.timer)
     this.socket?.close()
     this.editor.dispatch({ effects: this.place.reconfigure([]) })
-    leftRoom(this.path, this.copy && { base: this.copy.base(), version: this.copy.version })
-    this.drop()
-  }
-
-  private drop(): void {
-    this.copy?.awareness.destroy()
-    this.copy?.doc.destroy()
-    this.copy = null
+    const copy = this.copy
+    leftRoom(this.path, copy && { base: copy.base(), version: copy.version })
+    if (copy && again && knownDoc(this.path)) {
+      copy.synced = false
+      kept.set(this.path, copy)
+    } else {
+      copy?.awareness.destroy()
+      copy?.doc.destroy()
+    }
   }
 }
 
