@@ -28,6 +28,8 @@ MOST_ROOMS: Final = 1_000
 MEMBER_SECONDS: Final = 20.0
 """Between two looks at who may still be in: with what else is in a turn, below thirty."""
 
+AGAIN_SECONDS: Final = 1.0
+
 Key = tuple[UUID, str]
 
 
@@ -74,8 +76,15 @@ class Rooms:
         return list(self._rooms.values())
 
     async def run(self) -> None:
-        """Prolong leases, look after members, and listen, for ever."""
-        await asyncio.gather(self._upkeep(), self._listen())
+        """Prolong leases, look after members, and listen, for ever. A bug in one of them is logged, and they begin anew."""
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._upkeep(), name="rooms upkeep")
+                    group.create_task(self._listen(), name="rooms listen")
+            except Exception:
+                log.exception("rooms.failed")
+                await asyncio.sleep(AGAIN_SECONDS)
 
     async def enter(self, project_id: UUID, path: str) -> Room | Elsewhere | None:
         """The file's room, opened if nobody has it; None: there can be none now."""
@@ -132,9 +141,9 @@ class Rooms:
             try:
                 await self._renew()
                 if self._clock() - looked >= self._member_seconds:
-                    looked = self._clock()
                     for room in self.rooms:
                         await room.check_members()
+                    looked = self._clock()
             except (psycopg.Error, OSError) as error:
                 log.warning("rooms.database_away", reason=type(error).__name__)
 

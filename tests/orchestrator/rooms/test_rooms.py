@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+import pytest_asyncio
 import websockets
 from pycrdt import create_update_message
 
+from orchestrator_stub.rooms.room import Person
 from orchestrator_stub.rooms.state import Sending
+from tests.conftest import fresh
 from tests.orchestrator.rooms.world import PATH, Browser, file_of, place, until
-from tests.orchestrator.sessions.control_world import World, control_world
+from tests.orchestrator.sessions.control_world import World, assert_problem, bearer, control_world
 
 SOURCE = "export function App() {\n  return <h1>Grüße 🎉</h1>\n}\n"
 KEYS = "abcdefghijklmnopqrstuvwxyz"
 
 
-@pytest.fixture
-async def world(database: str) -> AsyncIterator[World]:
-    async with control_world(database) as running:
-        yield running
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(postgres_dsn: str, template_database: str) -> AsyncIterator[World]:
+    with fresh(postgres_dsn, template_database) as dsn:
+        async with control_world(dsn) as running:
+            yield running
 
 
 async def people(world: World) -> tuple[UUID, UUID, UUID]:
@@ -374,12 +381,14 @@ async def test_what_a_browser_may_not(world: World, monkeypatch: pytest.MonkeyPa
             await until("it is closed", lambda b=b: b.closed)
             assert b.closed is not None
             assert b.closed[1] == why, message
+        monkeypatch.setattr("orchestrator_stub.rooms.connection.BURST", 10.0)
         fast = await here.browser(bob, project)
         with suppress(websockets.ConnectionClosed):
-            for _ in range(5000):
+            for _ in range(500):
                 await fast.socket.send(b"\x00\x00\x01\x00")
         await until("it is closed", lambda: fast.closed)
         assert fast.closed == (4429, "fast")
+        monkeypatch.setattr("orchestrator_stub.rooms.connection.BURST", 400.0)
         # What the database takes not ends the room, and says so; nobody else's text is touched.
         nul = await here.browser(bob, project)
         await nul.type(0, "\x00")
@@ -403,3 +412,42 @@ async def test_what_a_browser_may_not(world: World, monkeypatch: pytest.MonkeyPa
         three = await here.browser(ann, project, "b.ts")
         await until("it is closed", lambda: three.closed)
         assert three.closed == (4429, "full")
+
+
+async def test_a_bug_in_the_upkeep_costs_no_lease(world: World) -> None:
+    project, ann, _ = await people(world)
+    async with place(world, lease_seconds=0.9) as here:
+        a = await here.browser(ann, project)
+        real, failed = here.rooms.store.renew, 0
+
+        async def broken(generations: Sequence[int]) -> frozenset[int]:
+            nonlocal failed
+            failed += 1
+            if failed == 1:
+                raise ZeroDivisionError
+            return await real(generations)
+
+        here.rooms.store.renew = broken  # type: ignore[method-assign]
+        await until("it is asked again", lambda: failed > 1)
+        await a.type(0, "// on\n")
+        assert await saved(world, project, a) == "// on\n" + SOURCE
+
+
+async def test_a_browser_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator_stub.rooms.room.MOST_WAITING", 3)
+    person = Person(uuid4())
+    for number in range(5):
+        person.send(bytes([number]))
+    assert person.ended == "slow"
+    assert person.out.get_nowait() is None  # what it did not take is not kept
+    assert person.out.empty()
+
+
+async def test_without_the_extra_there_are_no_rooms(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    async with control_world(database) as world:
+        project, ann, _ = await people(world)
+        answer = await world.http.post(
+            f"/v1/projects/{project}/rooms", json={"path": PATH}, headers=bearer(world.user_token(ann))
+        )
+        assert_problem(answer, 503, "no_rooms")

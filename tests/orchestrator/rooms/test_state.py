@@ -170,7 +170,7 @@ class Rooms(RuleBasedStateMachine):
 
 
 TestRooms = Rooms.TestCase
-TestRooms.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRooms.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_keys_are_saved_a_moment_after_the_last_and_a_second_after_the_first() -> None:
