@@ -76,7 +76,7 @@ class Rooms:
         return list(self._rooms.values())
 
     async def run(self) -> None:
-        """Prolong leases, look after members, and listen, for ever. A bug in one of them is logged, and they begin anew."""
+        """Prolong leases, look after members, and listen, for ever. A bug in one is logged, and both begin anew."""
         while True:
             try:
                 async with asyncio.TaskGroup() as group:
