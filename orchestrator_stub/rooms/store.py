@@ -153,4 +153,6 @@ class RoomStore:
                 return "fenced"  # the project goes, and the room with it
             case "PT400" | "PT413":
                 return "refused"
+            case "PT429":  # for a while
+                raise psycopg.OperationalError(str(error)) from error
         raise error

@@ -112,7 +112,10 @@ export class Room {
 
   private again(): void {
     if (this.left) return
-    if (++this.tries > MOST_TRIES) return this.leave()
+    if (++this.tries > MOST_TRIES) {
+      if (this.copy) say(`${this.path} is edited by you alone from here on: its room does not answer.`)
+      return this.leave()
+    }
     this.timer = setTimeout(() => void this.connect(), Math.min(300 * 2 ** this.tries, 5000) * (0.5 + Math.random() / 2))
   }
 

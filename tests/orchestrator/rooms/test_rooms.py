@@ -255,6 +255,25 @@ async def test_while_the_database_is_away_nothing_is_forgotten_and_nothing_saved
         assert (await file_of(world, project))[1] == 3  # two saves
 
 
+async def test_a_project_with_too_many_writes_is_saved_when_it_may(world: World) -> None:
+    project, ann, _ = await people(world)
+    async with place(world) as here:
+        a = await here.browser(ann, project)
+        await world.sql("update preview.settings set writes_per_minute = 1")
+        try:
+
+            async def told() -> bool:  # a minute may begin between two keys
+                if a.closed is None:
+                    await a.type(0, "x")
+                return a.closed is not None or any(said["type"] == "unsaved" for said in a.said)
+
+            await until("it is told", told)
+            assert a.closed is None
+        finally:
+            await world.sql("update preview.settings set writes_per_minute = 6000")
+        assert (await saved(world, project, a)).endswith(f"x{SOURCE}")
+
+
 async def test_a_member_who_is_removed_is_out(world: World) -> None:
     project, ann, bob = await people(world)
     remove = "delete from public.project_collaborators where project_id = %s and user_id = %s"
