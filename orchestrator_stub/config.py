@@ -234,6 +234,9 @@ class Settings(DoorSettings, RelaySettings):
     """As the Supabase CLI's local gateway."""
     public_url: HttpUrl | None = None
     """How an agent reaches us; default `http://HOST:PORT`."""
+    rooms_url: HttpUrl | None = None
+    """How a browser reaches the rooms of this process ([rooms.md](rooms.md)); default `PUBLIC_URL`. Where several
+    orchestrators stand behind one address, each needs one of its own: a file's room is in one of them."""
     cors_origins: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_origins)
     ] = ()

@@ -28,7 +28,6 @@ from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
-from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.operations import Measured, Metrics
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.container import ContainerMachines
@@ -48,6 +47,7 @@ from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server, configure_logs, listen, stop_event
 from orchestrator_stub.relay.accounts import MachineNats, NatsKeys
 from orchestrator_stub.relay.service import Relay, relay_of
+from orchestrator_stub.rooms.routes import RoomRoutes, kept, rooms_of
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.inventory import age_of, describe
@@ -141,8 +141,8 @@ async def control_plane(
             log.warning("limits.differ", detail=sentence)
         access = access_of(settings, pool)
         runs = RunSettings(pool, sealing_keys_of(settings), access)
-        kept = kept_of(settings)
-        layers = ModuleLayers(pool, storage, kept, url_ttl=url_ttl)
+        bounds = kept_of(settings)
+        layers = ModuleLayers(pool, storage, bounds, url_ttl=url_ttl)
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs,
             installation=installation, template=template, layers=layers, on_part=on_part,
@@ -151,30 +151,24 @@ async def control_plane(
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = ModuleRoutes(
-            settings,
-            controller,
-            store,
-            catchup,
-            snapshots,
-            keys,
-            runs,
-            screens,
-            access=access,
-            layers=layers,
-            on_ready=metrics.ready_seconds.observe,
-            on_wake=metrics.wakes_seconds.observe,
-        )
+        rooms = rooms_of(settings, pool)
+        api = RoomRoutes(
+            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers,
+            rooms=rooms, on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
+        )  # fmt: skip
         waking = asyncio.create_task(screens.run(), name="screens")
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
-                also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
+                also=[ModuleUpkeep(pool, storage, bounds, registry=registry)],
             )  # fmt: skip
             relay = relay_of(settings, nats_keys_of(settings), registry)
-            yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access, relay)
+            async with kept(rooms):
+                yield ControlPlane(
+                    routes, controller, worker, store, metrics, pool, installation, access, relay
+                )
         finally:
             waking.cancel()
             await asyncio.gather(waking, return_exceptions=True)

@@ -121,3 +121,10 @@ class ModulesSentBody(BaseModel):
     key: Key
     parts: Annotated[list[ModulesPart], Field(min_length=1, max_length=24)]
     ahead: Annotated[bool, Field(strict=True)] = True
+
+
+class RoomBody(BaseModel):
+    """`POST /v1/projects/{id}/rooms`: which file."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: Annotated[str, StringConstraints(min_length=1, max_length=1024, strict=True, pattern=NO_NUL)]

@@ -18,6 +18,7 @@ from orchestrator_stub.http.bodies import (
     ModulesPart,
     ModulesSentBody,
     RevokeBody,
+    RoomBody,
     SnapshotBody,
     StatusBody,
     SyncBody,
@@ -144,6 +145,7 @@ SCHEMAS: Schema = {
         npmrc=_or_null(TEXT),
     ),
     "Door": _object(url=URL, expires_at=TIME),
+    "Room": _object(url=URL, expires_at=TIME),
     "Revoked": _object(revoked={"type": "boolean"}),
     "Modules": {
         "oneOf": [
@@ -178,6 +180,7 @@ SCHEMAS: Schema = {
             CreateBody,
             DoorBody,
             RevokeBody,
+            RoomBody,
             SnapshotBody,
             SyncBody,
             StatusBody,
@@ -298,6 +301,11 @@ def openapi_document() -> Schema:
             "/v1/projects/{project_id}/shown": {
                 "get": _operation(
                     "Wait for a project's screen", product, "Shown", "project_path", *asked, also=(410, 429)
+                )
+            },
+            "/v1/projects/{project_id}/rooms": {
+                "post": _operation(
+                    "Enter a file's room", ("user",), "Room", "project_path", body="RoomBody", also=(429,)
                 )
             },
             f"{one}/door": {

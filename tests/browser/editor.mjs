@@ -13,8 +13,8 @@ const browser = await chromium.launch({
 const context = await browser.newContext({ viewport: { width: 1400, height: 860 } });
 
 /** Opens the page, and fails at whatever the page reports as an error. */
-async function open() {
-  const page = await context.newPage();
+async function open(place = context) {
+  const page = await place.newPage();
   page.setDefaultTimeout(30_000);
   /** @type {string[]} */
   const failed = [];
@@ -74,6 +74,25 @@ async function replace(page, text) {
   await page.locator(".cm-content").click();
   await page.keyboard.press("Control+a");
   await page.keyboard.insertText(text);
+}
+
+/** @param {number} keys */
+const typed = (keys) => Array.from({ length: keys }, (_, n) => "abcdefghijklmnopqrstuvwxyz"[n % 26]).join("");
+
+/**
+ * Waits until it is so.
+ * @param {() => Promise<unknown>} found
+ * @param {unknown} wanted
+ */
+async function equal(found, wanted) {
+  for (let tries = 0; ; tries++) {
+    try {
+      return assert.deepEqual(await found(), wanted);
+    } catch (error) {
+      if (tries > 100) throw error;
+      await new Promise((after) => setTimeout(after, 100));
+    }
+  }
 }
 
 /** @param {any} page */
@@ -343,6 +362,88 @@ const scenarios = {
       }, 0),
     );
     console.log(JSON.stringify({ paint, long, shown, sent }));
+  },
+
+  /** Two people type into one file while an AI saves it: all of it is kept, and all are equal. */
+  async room() {
+    const path = "src/shared.txt";
+    const keys = Number(process.env.KEYS ?? 60);
+    const writes = Number(process.env.WRITES ?? 4);
+    await write(path, "ann:\nbob:\nai:\n");
+    /** @type {any} */
+    const a = await open();
+    const loaded = () =>
+      a.evaluate(() => performance.getEntriesByType("resource").some((one) => /assets\/room-/.test(one.name)));
+    // Alone, nothing of rooms is loaded.
+    assert.ok(!(await loaded()));
+    /** @type {any} */
+    const b = await open(await browser.newContext({ viewport: { width: 1000, height: 700 } }));
+    const pages = [a, b];
+    await b.locator(".tab.active").getByLabel("Close").click();
+    await a.getByText("+1").waitFor({ state: "detached" });
+    await show(a, path);
+    await show(b, path);
+    await Promise.all(pages.map((page) => page.locator(".tab.active .others").waitFor()));
+    assert.ok(await loaded());
+    // Each sees the other's cursor.
+    for (const page of pages) await page.locator(".cm-line").first().click();
+    for (const page of pages) await page.locator(".cm-ySelectionCaret").first().waitFor({ state: "attached" });
+    /** @param {any} page @param {number} line */
+    const type = async (page, line) => {
+      await page.locator(".cm-line").nth(line).click();
+      await page.keyboard.press("End");
+      await page.keyboard.type(typed(keys), { delay: 15 });
+    };
+    let over = false;
+    const ai = async () => {
+      for (let number = 0; number < writes && !over; number++) {
+        for (;;) {
+          const files = await other("list_current_files", {});
+          const file = files.find((/** @type {any} */ each) => each.file_path === path);
+          const done = await fetch(`${stack.orchestrator_url}/rest/v1/rpc/upsert_project_file`, {
+            method: "POST",
+            headers: {
+              apikey: stack.service_key,
+              authorization: `Bearer ${stack.service_key}`,
+              "content-type": "application/json",
+            },
+            body: JSON.stringify({
+              project_uuid: stack.project_id,
+              p_file_path: path,
+              expected_version: file.version,
+              p_content: file.content.replace(/ai:.*/, (/** @type {string} */ line) => `${line} ${number};`),
+            }),
+          });
+          if (done.ok) break;
+          assert.equal(done.status, 409, await done.text());
+        }
+        await new Promise((after) => setTimeout(after, (keys * 30) / writes));
+      }
+    };
+    await Promise.all([type(a, 0), type(b, 1), ai()]);
+    over = true;
+    const wanted = `ann:${typed(keys)}\nbob:${typed(keys)}\nai:${Array.from({ length: writes }, (_, n) => ` ${n};`).join("")}\n`;
+    /** @param {any} page */
+    const text = (page) =>
+      page.locator(".cm-line").evaluateAll((/** @type {Element[]} */ lines) =>
+        lines
+          .map((line) => {
+            const copy = /** @type {Element} */ (line.cloneNode(true));
+            for (const cursor of copy.querySelectorAll(".cm-ySelectionCaret")) cursor.remove();
+            return copy.textContent;
+          })
+          .join("\n"),
+      );
+    await equal(async () => [await text(a), await text(b), await current(path)], [wanted, wanted, wanted]);
+    // Saved by itself: no tab has anything unsaved, and who goes on alone has all of it.
+    for (const page of pages)
+      await page.waitForFunction(() => !/[●…]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
+    await b.close();
+    await a.locator(".tab.active .others").waitFor({ state: "detached" });
+    await a.keyboard.type("!");
+    await equal(async () => [await current(path)], [wanted.replace("\nbob", "!\nbob")]);
+    assert.deepEqual(a.failed, []);
+    assert.deepEqual(b.failed, []);
   },
 
   /** A turn of forty files appears at once, and is taken back. */

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from tests.browser.conftest import HERE, missing
@@ -69,6 +72,60 @@ def test_a_large_project(stack: Stack) -> None:
         env=environ, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def people_in_a_file(
+    stack: Stack, tmp_path: Path, keys: int, writes: int, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Two type `keys` each beside an AI's `writes`; then the files of the preview have the same."""
+    environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / "room.png")}
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(
+            ["node", str(HERE / "editor.mjs"), "room"],
+            env=environ | {"KEYS": str(keys), "WRITES": str(writes)}, stderr=log, start_new_session=True,
+        ) as person,
+    ):  # fmt: skip
+        try:
+            deadline = time.monotonic() + 600
+            while person.poll() is None and time.monotonic() < deadline:
+                meanwhile()
+                with suppress(subprocess.TimeoutExpired):
+                    person.wait(timeout=1)
+        finally:
+            person.kill()
+    assert person.returncode == 0, errors.read_text()[-4000:]
+    (file,) = [each for each in stack.rpc("list_current_files") if each["file_path"] == "src/shared.txt"]
+    on_disk = [each for each in stack.state.rglob("src/shared.txt") if each.is_file()]
+    assert on_disk
+    until(
+        "the disk has it", lambda: [each.read_text() for each in on_disk] == [file["content"]] * len(on_disk)
+    )
+
+
+def test_two_people_and_an_ai_in_one_file(stack: Stack, tmp_path: Path) -> None:
+    people_in_a_file(stack, tmp_path, keys=30, writes=4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", range(10))
+def test_two_people_type_five_hundred_keys_each_beside_twenty_writes(
+    stack: Stack, tmp_path: Path, number: int
+) -> None:
+    people_in_a_file(stack, tmp_path, keys=500, writes=20)
+
+
+@pytest.mark.nightly
+def test_who_typed_through_a_restart_of_the_room_loses_nothing(stack: Stack, tmp_path: Path) -> None:
+    """Each second the room is somebody else's: what is typed meanwhile is in no room, and joins the next one."""
+    with psycopg.connect(stack.info["database_url"], autocommit=True) as db:
+        people_in_a_file(
+            stack, tmp_path, keys=100, writes=4,
+            meanwhile=lambda: db.execute(
+                "update preview.rooms set generation = nextval('preview.room_generations')"
+            ) and None,
+        )  # fmt: skip
 
 
 def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:

@@ -40,6 +40,7 @@ ORDER = (
     "show",
     "shown",
     "snapshot",
+    "room",
     "door",
     "revoke",
     "sync",
@@ -55,27 +56,27 @@ ORDER = (
 """The routes as the table's columns; what ends the session comes last."""
 
 RIGHTS = {
-    # who                        new  list all  show scrn snap door rvk  sync run  mod  send tok  stat susp wake end
-    "nobody":                    "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "basic":                     "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "junk":                      "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "the service's key":         "ok   ok   ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "the service's token":       "ok   ok   ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "the owner":                 "ok   ok   403  ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "a stranger":                "404  404  403  404  404  404  404  404  401  401  401  401  401  401  404  404  404",
-    "anon":                      "403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
-    "nobody's user token":       "403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
-    "its machine":               "403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
-    "its machine, other role":   "403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
-    "the machine before":        "403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
-    "a machine to come":         "403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
-    "another session's":         "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
-    "another project's":         "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
-    "its machine, an hour late": "401  401  401  401  401  401  401  401  401  401  401  401  ok   401  401  401  401",
-    "its machine, two days late":"401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "another key":               "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "no signature":              "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "a changed claim":           "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    # who                 new  list all  show scrn snap room door rvk  sync run  mod  send tok  stat susp wake end
+    "nobody":              "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "basic":               "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "junk":                "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "the service's key":   "ok   ok   ok   ok   ok   ok   403  ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "the service's token": "ok   ok   ok   ok   ok   ok   403  ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "the owner":           "ok   ok   403  ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
+    "a stranger":          "404  404  403  404  404  404  404  404  404  401  401  401  401  401  401  404  404  404",
+    "anon":                "403  403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
+    "nobody's user token": "403  403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
+    "its machine":         "403  403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
+    "in another role":     "403  403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
+    "the machine before":  "403  403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
+    "a machine to come":   "403  403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
+    "another session's":   "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
+    "another project's":   "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
+    "an hour late":        "401  401  401  401  401  401  401  401  401  401  401  401  401  ok   401  401  401  401",
+    "two days late":       "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "another key":         "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "no signature":        "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    "a changed claim":     "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
 }  # fmt: skip
 
 
@@ -112,7 +113,7 @@ async def headers_of(world: World, who: str, session: dict[str, Any], owner: UUI
             return user(role="authenticated")
         case "its machine":
             return bearer(mine)
-        case "its machine, other role":
+        case "in another role":
             return bearer(world.token(session, role="authenticated"))
         case "the machine before":
             return bearer(world.token(session, generation=1))
@@ -122,9 +123,9 @@ async def headers_of(world: World, who: str, session: dict[str, Any], owner: UUI
             return bearer(world.token(session, session_id=uuid4()))
         case "another project's":
             return bearer(world.token(session, project_id=uuid4()))
-        case "its machine, an hour late":
+        case "an hour late":
             return bearer(world.token(session, ttl=-3600))
-        case "its machine, two days late":
+        case "two days late":
             return bearer(world.token(session, ttl=-48 * 3600))
         case "another key":
             return bearer(mint_session(Keyring.from_jwks({"keys": [new_es256("e1")]}), **claims))  # type: ignore[arg-type]
@@ -149,6 +150,7 @@ async def test_every_route_with_every_kind_of_token(world: World, who: str) -> N
         "show": ("GET", one, None),
         "shown": ("GET", f"{one}/shown?wait=0", None),
         "snapshot": ("POST", f"{one}/snapshot", {}),
+        "room": ("POST", f"/v1/projects/{project}/rooms", {"path": "src/App.tsx"}),
         "door": ("POST", f"{one}/door", {}),
         "revoke": ("POST", f"{one}/door/revoke", None),
         "sync": ("POST", f"{one}/sync", {"epoch": None, "revision": 0, "reason": "join"}),
@@ -163,7 +165,8 @@ async def test_every_route_with_every_kind_of_token(world: World, who: str) -> N
         "delete": ("DELETE", one, None),
     }
     assert {
-        (m, p.partition("?")[0].replace(session["session_id"], "{id}")) for m, p, _ in requests.values()
+        (m, p.partition("?")[0].replace(session["session_id"], "{id}").replace(str(project), "{project}"))
+        for m, p, _ in requests.values()
     } == {*ROUTES}
     headers = await headers_of(world, who, session, owner)
     before = await world.sql("select id, state, generation, status from preview.sessions")

@@ -30,7 +30,10 @@ def test_the_images_are_made_of_what_is_tested(name: str) -> None:
     assert pins(REQUIREMENTS / name) <= pins(REQUIREMENTS / "dev.lock")
 
 
-@pytest.mark.parametrize(("name", "extra"), [("agent.lock", None), ("orchestrator.lock", "orchestrator")])
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("agent.lock", None), ("orchestrator.lock", "orchestrator"), ("orchestrator.lock", "collab")],
+)
 def test_an_image_has_every_package_that_its_program_needs(name: str, extra: str | None) -> None:
     """Else the image is built, and its program ends with "... is not installed" at its first start."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -8,6 +8,7 @@ import { useEffect, useRef } from 'react'
 import { edit, useProjectEditorStore as useStore } from './store.ts'
 import { look } from './theme.ts'
 
+const room = new Compartment() // of a file that somebody else has open, too
 const states = new Map<string, EditorState>() // undo history and selection of each open file
 
 /** Loads the language of a path only when a file of it is opened. */
@@ -27,8 +28,10 @@ export async function language(path: string): Promise<Extension> {
 export function Code({ path }: { path: string }) {
   const place = useRef<HTMLDivElement>(null)
   const view = useRef<EditorView | null>(null)
+  const leaveRoom = useRef<() => void>(null)
   const text = useStore((state) => state.docs.get(path)?.text ?? '')
   const goTo = useStore((state) => state.goTo)
+  const shared = useStore((state) => state.others.has(path) || state.docs.get(path)?.shared === true)
 
   useEffect(() => {
     const known = states.get(path)
@@ -40,6 +43,7 @@ export function Code({ path }: { path: string }) {
           basicSetup,
           keymap.of([indentWithTab]),
           lang.of([]),
+          room.of([]),
           look,
           EditorView.contentAttributes.of({ 'aria-label': path }),
           EditorView.updateListener.of((update) => {
@@ -52,10 +56,27 @@ export function Code({ path }: { path: string }) {
     view.current = editor
     if (!known) void language(path).then((extension) => view.current === editor && editor.dispatch({ effects: lang.reconfigure(extension) }))
     return () => {
+      leaveRoom.current?.() // while what it leaves is still kept in `states`
       editor.destroy()
       view.current = null
     }
   }, [path])
+
+  useEffect(() => {
+    const editor = view.current
+    if (!shared || !editor) return
+    let over = false
+    void import('./room.ts').then(({ Room }) => {
+      if (over) return
+      const here = new Room(path, editor, room)
+      leaveRoom.current = () => here.leave(true)
+    })
+    return () => {
+      over = true
+      leaveRoom.current?.()
+      leaveRoom.current = null
+    }
+  }, [path, shared])
 
   // What came from outside: only the lines that differ are replaced, so the cursor stays where it is.
   useEffect(() => {

@@ -3,7 +3,7 @@ import { useShallow } from 'zustand/react/shallow'
 import { closeFile, openFile, useProjectEditorStore as useStore } from './store.ts'
 
 export function Tabs() {
-  const { docs, active } = useStore(useShallow((state) => ({ docs: state.docs, active: state.active })))
+  const { docs, active, others } = useStore(useShallow((state) => ({ docs: state.docs, active: state.active })))
   return (
     <div className="tabs" role="group" aria-label="Open files">
       {[...docs.values()].map((doc) => {
@@ -12,6 +12,7 @@ export function Tabs() {
           <span key={doc.path} className={doc.path === active ? 'tab active' : 'tab'}>
             <button aria-current={doc.path === active} title={doc.path} onClick={() => openFile(doc.path)}>
               {doc.path.split('/').at(-1)}
+              {others.has(doc.path) && <span className="others" title="open elsewhere, too"> +{others.get(doc.path)}</span>}
               {doc.saving ? ' …' : changed ? ' ●' : doc.gone ? ' (deleted)' : ''}
             </button>
             <button aria-label={`Close ${doc.path}`} onClick={() => closeFile(doc.path)}>×</button>

@@ -218,6 +218,55 @@ export class Project {
       .subscribe()
   }
 
+  /** `onOthers` hears which files are open elsewhere, in how many editors. What it returns is told what is open here. */
+  followOpen(onOthers: (others: Map<string, number>) => void): (paths: string[]) => void {
+    const me = crypto.randomUUID()
+    let paths: string[] = []
+    const channel = this.supabase.channel(`open:${this.config.project_id}`, { config: { private: true, presence: { key: me } } })
+    const tell = () => void channel.track({ paths: paths.slice(0, 50) })
+    channel
+      .on('presence', { event: 'sync' }, () => {
+        const others = new Map<string, number>()
+        for (const [key, metas] of Object.entries(channel.presenceState<{ paths: string[] }>())) {
+          if (key === me) continue
+          for (const path of new Set(metas.flatMap((meta) => (Array.isArray(meta.paths) ? meta.paths : [])))) others.set(path, (others.get(path) ?? 0) + 1)
+        }
+        onOthers(others)
+      })
+      .subscribe((status) => status === 'SUBSCRIBED' && tell())
+    return (now) => {
+      paths = now
+      if (channel.state === 'joined') tell()
+    }
+  }
+
+  /** Whether a room saved any of the versions after `from`, up to `to`. */
+  async savedByRoom(path: string, from: number, to: number): Promise<boolean> {
+    const { data, error } = await this.supabase
+      .from('project_files')
+      .select('version')
+      .match({ project_id: this.config.project_id, file_path: path, origin: 'room' })
+      .gt('version', from)
+      .lte('version', to)
+      .limit(1)
+    if (error) throw new Unreachable(error.message)
+    return data.length > 0
+  }
+
+  /** An address that lets into a file's room, once; null: there is none for this file, or for us. */
+  async room(path: string): Promise<string | null> {
+    const { data } = await this.supabase.auth.getSession()
+    const answer = await fetch(`${this.config.supabase_url}/v1/projects/${this.config.project_id}/rooms`, {
+      method: 'POST',
+      headers: { Authorization: `Bearer ${data.session?.access_token}`, 'Content-Type': 'application/json' },
+      body: JSON.stringify({ path }),
+    })
+    if (answer.ok) return (await answer.json()).url
+    const { type } = await answer.json().catch(() => ({ type: '' }))
+    if ([400, 403, 404].includes(answer.status) || type.endsWith(':no_rooms')) return null
+    throw new Unreachable(`the session API answered ${answer.status}`)
+  }
+
   /** What became of a revision on the screen; waits until that is known. */
   async shown(revision: number, wait: number, signal: AbortSignal): Promise<Shown> {
     return await this.ask(`/shown?revision=${revision}&wait=${wait}&quiet=0.05`, signal)

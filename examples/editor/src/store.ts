@@ -8,8 +8,8 @@ import { merge } from './merge.ts'
 import * as offline from './offline.ts'
 import { type Change, type Checkpoint, type Commit, type FileEntry, Project, Refused, type ScreenError, type Session, type Shown, Unreachable, type Version } from './project.ts'
 
-/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. */
-export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; gone: boolean }
+/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. `shared`: its room saves it. */
+export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; gone: boolean; shared?: boolean }
 
 /** Two edits of the same lines: `merged` has both, between marks. */
 export type Conflict = { path: string; mine: string; theirs: string; merged: string; version: number }
@@ -49,6 +49,7 @@ type State = {
   notice: { text: string; kind: 'info' | 'error' } | null
   playing: boolean
   takeBack: (() => Promise<void>) | null
+  others: Map<string, number> // in how many other editors a file is open
 }
 
 const KEPT_REVISIONS = 200
@@ -74,11 +75,12 @@ export const useProjectEditorStore = create<State>(() => ({
   notice: null,
   playing: false,
   takeBack: null,
+  others: new Map(),
 }))
 
 const { getState: get, setState: set } = useProjectEditorStore
 
-let project: Project
+export let project: Project
 let drafts: Drafts
 let heard = 0 // the highest revision that the channel told of
 let waiting: AbortController | null = null
@@ -105,6 +107,12 @@ export async function open(config: Config): Promise<void> {
     void watchScreen(Math.max(applied, waitsFor))
   })
   void watchScreen(0)
+  const openHere = project.followOpen((others) => set({ others }))
+  openHere([...get().docs.keys()])
+  useProjectEditorStore.subscribe(({ docs }, before) => {
+    const paths = [...docs.keys()]
+    if (docs !== before.docs && paths.join('\0') !== [...before.docs.keys()].join('\0')) openHere(paths)
+  })
   keepForOffline()
 }
 
@@ -142,6 +150,7 @@ async function reload(): Promise<void> {
 }
 
 async function readAgain(path: string): Promise<void> {
+  if (get().docs.get(path)?.shared) return // its room tells
   const now = await project.read(path)
   if (now) theirs(path, now.content, now.version)
 }
@@ -206,7 +215,7 @@ function keepDraft(path: string): void {
 
 export async function save(path: string): Promise<void> {
   const doc = get().docs.get(path)
-  if (!doc || doc.saving || (doc.text === doc.base && !doc.gone)) return
+  if (!doc || doc.saving || doc.shared || (doc.text === doc.base && !doc.gone)) return
   const { text } = doc
   patchDoc(path, { saving: true })
   const since = performance.now()
@@ -385,11 +394,29 @@ function onCommit(commit: Commit): void {
 /** Somebody else's version of an open file: taken where nothing was changed here, merged where other lines were. */
 function theirs(path: string, content: string, version: number): void {
   const doc = get().docs.get(path)
-  if (!doc || doc.saving || version <= doc.version) return
+  if (!doc || doc.saving || doc.shared || version <= doc.version) return
   if (doc.text === doc.base) return patchDoc(path, { base: content, text: content, version, gone: false })
   const merged = merge(doc.text, doc.base, content)
   if (!merged.clean) return // said when it is saved, or closed
   patchDoc(path, { base: content, text: merged.text, version, gone: false })
+  keepDraft(path)
+}
+
+// --- rooms: a file that somebody else has open, too
+
+export const knownDoc = (path: string): Doc | undefined => get().docs.get(path)
+
+/** The file's room says which version it has; `clean`: it is what stands here. */
+export function inRoom(path: string, version: number, clean: boolean): void {
+  const doc = get().docs.get(path)
+  if (!doc) return
+  patchDoc(path, { shared: true, version, gone: false, ...(clean ? { base: doc.text } : {}) })
+  keepDraft(path)
+}
+
+/** From here on the file is edited alone; `saved`: what its room saved last. */
+export function leftRoom(path: string, saved: { base: string; version: number } | null): void {
+  patchDoc(path, { shared: false, ...saved })
   keepDraft(path)
 }
 

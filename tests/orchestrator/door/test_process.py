@@ -15,9 +15,9 @@ import pytest
 
 from orchestrator_stub.config import DoorSettings, SettingsError
 from orchestrator_stub.server import CannotServe, door_keyring
-from tests.ports import free_port
 from tests.orchestrator.door.world import KEYS
 from tests.orchestrator.test_serve import settings
+from tests.ports import free_port
 
 
 def run(command: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:

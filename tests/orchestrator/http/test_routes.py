@@ -348,7 +348,7 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
     before = await world.sql("select count(*) from preview.sessions")
     for method, route in ROUTES:
         headers = token if route.endswith(AGENTS) else SERVICE
-        path = route.replace("{id}", session["session_id"])
+        path = route.replace("{id}", session["session_id"]).replace("{project}", session["project_id"])
         for unknown_method in ("PATCH", "TRACE", "BREW"):
             wrong = await world.http.request(unknown_method, path, headers=headers)
             assert_problem(wrong, 405, "method_not_allowed")

@@ -17,7 +17,6 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.store import Access, DoorStore
-from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.modules.layers import ModuleLayers
@@ -26,6 +25,7 @@ from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, new_hs256
+from orchestrator_stub.rooms.routes import RoomRoutes, rooms_of
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.run_settings import RunSettings
@@ -253,7 +253,7 @@ async def control_world(
         passes = Passes(door_keys(DOOR_KEYS), time.time)
         access = Access(DoorStore(pool), passes, Address("preview.invalid"))
         layers = ModuleLayers(pool, cast("StorageClient", PaperStorage()), kept_of(settings), url_ttl=600)
-        api = ModuleRoutes(
+        api = RoomRoutes(
             settings,
             controller,
             store,
@@ -265,6 +265,7 @@ async def control_world(
             on_ready=on_ready,
             access=access,
             layers=layers,
+            rooms=rooms_of(settings, pool),
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -298,6 +299,7 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/suspend"),
     ("POST", "/v1/sessions/{id}/wake"),
     ("GET", "/v1/sessions/{id}/shown"),
+    ("POST", "/v1/projects/{project}/rooms"),
     ("POST", "/v1/sessions/{id}/door"),
     ("POST", "/v1/sessions/{id}/door/revoke"),
     ("GET", "/v1/sessions/{id}/run"),
