@@ -37,6 +37,7 @@ try:
         check,
         migrate,
     )
+    from orchestrator_stub.write_back.command import add_command as add_write_back
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
 
@@ -129,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     tail.set_defaults(run=_tail)
 
     _add_history(commands)
+    add_write_back(commands, _project_and_database)
     return parser
 
 

@@ -35,7 +35,6 @@ from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
-from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.operations import Measured, Metrics
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.container import ContainerMachines
@@ -64,6 +63,10 @@ from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, Re
 from orchestrator_stub.snapshots.turns import Turns
 from orchestrator_stub.snapshots.upkeep import Upkeep
 from orchestrator_stub.snapshots.worker import SnapshotWorker
+from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.routes import WriteBackRoutes
+from orchestrator_stub.write_back.tokens import write_keys
+from orchestrator_stub.write_back.upkeep import KeptUpkeep
 
 log = structlog.get_logger("serve")
 
@@ -153,27 +156,19 @@ async def control_plane(
         catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        api = ModuleRoutes(
-            settings,
-            controller,
-            store,
-            catchup,
-            snapshots,
-            keys,
-            runs,
-            screens,
-            access=access,
-            layers=layers,
-            on_ready=metrics.ready_seconds.observe,
-            on_wake=metrics.wakes_seconds.observe,
-        )
+        api = WriteBackRoutes(
+            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers,
+            offers=Offers(pool, frozenset(settings.write_back_registries.split())),
+            write_keys=write_keys(service_key), registry=registry,
+            on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
+        )  # fmt: skip
         waking = asyncio.create_task(screens.run(), name="screens")
         try:
             routes = [*api.routes(), *operations.routes(pool, metrics)]
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
-                also=[ModuleUpkeep(pool, storage, kept, registry=registry)],
+                also=[ModuleUpkeep(pool, storage, kept, registry=registry), KeptUpkeep(pool)],
             )  # fmt: skip
             yield ControlPlane(routes, controller, worker, store, metrics, pool, installation, access)
         finally:

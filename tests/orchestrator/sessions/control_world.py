@@ -17,7 +17,6 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.store import Access, DoorStore
-from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.routes import application
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.modules.layers import ModuleLayers
@@ -32,9 +31,13 @@ from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
+from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.routes import WriteBackRoutes
+from orchestrator_stub.write_back.tokens import mint_write, write_keys
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"
+WRITE_KEYS = write_keys(SERVICE_KEY)
 
 
 class PaperSnapshots:
@@ -253,7 +256,7 @@ async def control_world(
         passes = Passes(door_keys(DOOR_KEYS), time.time)
         access = Access(DoorStore(pool), passes, Address("preview.invalid"))
         layers = ModuleLayers(pool, cast("StorageClient", PaperStorage()), kept_of(settings), url_ttl=600)
-        api = ModuleRoutes(
+        api = WriteBackRoutes(
             settings,
             controller,
             store,
@@ -265,6 +268,8 @@ async def control_world(
             on_ready=on_ready,
             access=access,
             layers=layers,
+            offers=Offers(pool),
+            write_keys=WRITE_KEYS,
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -306,9 +311,21 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
+    ("POST", "/v1/sessions/{id}/changes"),
 ]
-AGENTS = ("run", "modules", "sync", "token", "status")
+AGENTS = ("run", "modules", "sync", "token", "status", "changes")
 """The last words of the routes that are the agent's; the others are the product's."""
+
+
+def write_token(session: dict[str, Any], *, now: float | None = None, **changed: Any) -> str:
+    """What an offer of the session's machine needs, as the orchestrator mints it."""
+    claims = {
+        "project_id": UUID(session["project_id"]),
+        "session_id": UUID(session["session_id"]),
+        "generation": session["generation"],
+        "now": time.time() if now is None else now,
+    }
+    return mint_write(WRITE_KEYS, **{**claims, **changed})
 
 
 def assert_problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
