@@ -13,6 +13,7 @@ from uuid import UUID
 import psycopg
 from psycopg.types.json import Jsonb
 
+from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.write_back.presets import PRESETS, Rule, rules_of
 
 WAITING: Final = "select kept_id, file_path, size_bytes from public.list_{}(%s)"
@@ -61,6 +62,14 @@ def add_command(commands: Any, find: Callable[[argparse.Namespace], tuple[UUID, 
     parser.set_defaults(run=run)
 
 
+def presets(text: str) -> tuple[str, ...]:
+    """Read names of presets, apart by commas. Raises `argparse.ArgumentTypeError`."""
+    names = tuple(text.split(","))
+    if unknown := set(names) - PRESETS.keys():
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(sorted(PRESETS))}")
+    return names
+
+
 def wanted_rules(arguments: argparse.Namespace) -> list[Rule] | None:
     """The rules that the options name, authored globs first, since they are the more careful; None: they name none."""
     if arguments.off:
@@ -73,9 +82,13 @@ def wanted_rules(arguments: argparse.Namespace) -> list[Rule] | None:
     return list({str(rule["glob"]): rule for rule in reversed(rules)}.values())[::-1] if rules else None
 
 
-def set_rules(db: psycopg.Connection[Any], project: UUID, rules: list[Rule]) -> None:
+SET: Final = "select public.set_write_back(%s, %s)"
+
+
+async def put_in_force(pool: Pool, project: UUID, rules: list[Rule]) -> None:
     """Put a project's rules in force. Raises `psycopg.Error`."""
-    db.execute("select public.set_write_back(%s, %s)", (project, Jsonb([dict(rule) for rule in rules])))
+    async with pool.connection() as connection:
+        await connection.execute(SET, (project, Jsonb([dict(rule) for rule in rules])))
 
 
 def run_write_back(
@@ -85,7 +98,7 @@ def run_write_back(
     with psycopg.connect(dsn, autocommit=True, connect_timeout=10) as db:
         rules = wanted_rules(arguments)
         if rules is not None:
-            set_rules(db, project, rules)
+            db.execute(SET, (project, Jsonb([dict(rule) for rule in rules])))
         rows = db.execute(
             "select glob, mode, max_bytes, deletes from public.list_write_back(%s)", (project,)
         ).fetchall()
