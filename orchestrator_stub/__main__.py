@@ -37,6 +37,8 @@ try:
         check,
         migrate,
     )
+    from orchestrator_stub.write_back.command import add_command as add_write_back
+    from orchestrator_stub.write_back.command import presets
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
 
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     tail.set_defaults(run=_tail)
 
     _add_history(commands)
+    add_write_back(commands, _project_and_database)
     return parser
 
 
@@ -161,6 +164,10 @@ def _add_dev(commands: Any) -> None:
     dev.add_argument(
         "--include", action="append", default=[], metavar="PATTERN",
         help="save to the project what git's ignore rules leave out: .env.local, 'certs/' (repeatable)",
+    )  # fmt: skip
+    dev.add_argument(
+        "--write-back", type=presets, default=(), metavar="PRESETS",
+        help="take what tools in the container make into the project and DIR: lock,routes,prisma,format",
     )  # fmt: skip
     dev.add_argument(
         "--timeline", action="store_true", help="print what each part of the start took, as bars"
@@ -288,6 +295,7 @@ def _dev(arguments: argparse.Namespace) -> int:
         editor=not (arguments.no_editor or arguments.once),
         database_url=arguments.database_url,
         include=tuple(arguments.include),
+        write_back=arguments.write_back,
         faults=arguments.faults,
         transport=arguments.transport,
         timeline=arguments.timeline,

@@ -61,6 +61,9 @@ from orchestrator_stub.snapshots.cache import CacheStore, PostgresCacheStore, Re
 from orchestrator_stub.snapshots.turns import Turns
 from orchestrator_stub.snapshots.upkeep import Upkeep
 from orchestrator_stub.snapshots.worker import SnapshotWorker
+from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.tokens import write_keys
+from orchestrator_stub.write_back.upkeep import KeptUpkeep
 
 log = structlog.get_logger("serve")
 
@@ -153,8 +156,10 @@ async def control_plane(
         metrics.watch_keys(keys.problems)
         rooms = rooms_of(settings, pool)
         api = RoomRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers,
-            rooms=rooms, on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
+            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers, rooms=rooms,
+            offers=Offers(pool, frozenset(settings.write_back_registries.split())),
+            write_keys=write_keys(service_key), registry=registry,
+            on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
         )  # fmt: skip
         waking = asyncio.create_task(screens.run(), name="screens")
         try:
@@ -162,7 +167,7 @@ async def control_plane(
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),
-                also=[ModuleUpkeep(pool, storage, bounds, registry=registry)],
+                also=[ModuleUpkeep(pool, storage, bounds, registry=registry), KeptUpkeep(pool)],
             )  # fmt: skip
             relay = relay_of(settings, nats_keys_of(settings), registry)
             async with kept(rooms):

@@ -129,6 +129,11 @@ class Editor:
         self.renewals = 0
         """How often the watch had to be made again."""
 
+    @property
+    def baseline(self) -> Baseline:
+        """What of the directory was sent last."""
+        return self._baseline
+
     async def begin(self) -> Sent:
         """Send what changed in the directory since it was last watched; where the project changed too, keep both.
 

@@ -68,6 +68,7 @@ from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server, configure_logs, listen
 from orchestrator_stub.relay.embedded import EmbeddedNats, NatsServerError
 from orchestrator_stub.server import ControlPlane, control_plane, door_of
+from orchestrator_stub.write_back.pull import follow
 
 DEV_PORT: Final = 5173
 
@@ -183,6 +184,12 @@ class Stack:
             settings, service.pool, service.metrics.registry, address, controller=service.controller
         )
         tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
+        if self._options.write_back:
+            back = follow(
+                self._options.write_back, service.pool, project_id, shown, editor.baseline, self._state.path,
+                self._terminal.step,
+            )  # fmt: skip
+            tasks.append(asyncio.create_task(back, name="write-back"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 

@@ -33,6 +33,8 @@ class DevOptions:
     database_url: str | None = None
     include: tuple[str, ...] = ()
     """Patterns, as git writes them, of what is sent although the ignore rules leave it out."""
+    write_back: tuple[str, ...] = ()
+    """Presets: what tools in the container make of them goes into the project, and into the directory."""
     editor: bool = True
     """Serve the editor page, and build it where it is not."""
     timeline: bool = False

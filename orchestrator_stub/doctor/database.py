@@ -53,6 +53,14 @@ async def examine_database(dsn: str, report: Report) -> None:
     await _migrations(dsn, report)
 
 
+MAY_BECOME_WRITER: Final = """
+select coalesce(bool_or(pg_has_role(
+  r.oid, case when current_setting('server_version_num')::int < 160000 then 'member' else 'set' end)), false)
+from pg_roles r where r.rolname = 'preview_writer'
+"""
+"""Whether offers of write-back can be taken: from PostgreSQL 16 on to have a role and to become it are two rights."""
+
+
 async def _one(connection: psycopg.AsyncConnection[Row], query: str) -> Row:
     row = await (await connection.execute(query.encode())).fetchone()
     assert row is not None, query
@@ -177,6 +185,12 @@ async def _rights(dsn: str, report: Report) -> None:
                 "select id, public from storage.buckets where id = any(%s)", [[*BUCKETS]]
             )
         ).fetchall()
+        [writer] = await _one(connection, MAY_BECOME_WRITER)
+    if not writer:
+        report.bad(
+            f"{user} may not become preview_writer: no offer of write-back is taken",
+            f"grant preview_writer to {user}",
+        )
     found: dict[str, bool] = {row[0]: row[1] for row in buckets}
     if not table:
         report.bad(f"{user} may not write preview.sessions", "connect as the role that ran the migrations")

@@ -128,3 +128,22 @@ class RoomBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     path: Annotated[str, StringConstraints(min_length=1, max_length=1024, strict=True, pattern=NO_NUL)]
+
+
+class OfferedChange(BaseModel):
+    """One file. Unknown fields are ignored: a newer agent may say more."""
+
+    action: Literal["upsert", "delete"]
+    file_path: Annotated[str, StringConstraints(max_length=1024, strict=True, pattern=NO_NUL)]
+    content: Annotated[str, StringConstraints(strict=True)] | None = None
+    executable: Annotated[bool, Field(strict=True)] | None = None
+    base_version: Annotated[int, Field(strict=True, ge=0, le=2**31 - 1), WHOLE]
+
+
+class ChangesBody(BaseModel):
+    """`POST /v1/sessions/{id}/changes`."""
+
+    offer_id: Annotated[str, StringConstraints(min_length=1, max_length=64, strict=True, pattern=NO_NUL)]
+    epoch: Text
+    generation: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1), WHOLE]
+    changes: Annotated[list[OfferedChange], Field(min_length=1)]

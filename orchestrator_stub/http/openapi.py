@@ -12,11 +12,13 @@ from pydantic import BaseModel
 
 from orchestrator_stub import __version__
 from orchestrator_stub.http.bodies import (
+    ChangesBody,
     CreateBody,
     DoorBody,
     ModulesBody,
     ModulesPart,
     ModulesSentBody,
+    OfferedChange,
     RevokeBody,
     RoomBody,
     SnapshotBody,
@@ -83,6 +85,13 @@ RUN_FIELDS: Schema = {
     "transport": _or_null({"enum": ["realtime", "nats"]}),
     "write_back": _or_null({"type": "boolean"}),
 }
+RULES: Schema = {
+    "type": "array",
+    "items": _object(
+        glob=TEXT, mode={"enum": ["generated", "authored"]}, max_bytes=WHOLE, deletes={"type": "boolean"}
+    ),
+}
+"""Empty: write-back is off."""
 
 SCHEMAS: Schema = {
     "Problem": _object(type=TEXT, title=TEXT, status={"type": "integer"}, detail=TEXT),
@@ -140,9 +149,21 @@ SCHEMAS: Schema = {
     ),
     "RunWithSecrets": _object(
         run_revision=WHOLE,
-        **RUN_FIELDS,
+        **{**RUN_FIELDS, "write_back": RULES},
         env={"type": "object", "additionalProperties": TEXT},
         npmrc=_or_null(TEXT),
+    ),
+    "Changes": _object(
+        epoch=UUID,
+        revision=WHOLE,
+        results={
+            "type": "array",
+            "items": _object(
+                {"version": WHOLE, "revision": WHOLE, "kept_id": UUID, "rule": TEXT},
+                file_path=TEXT,
+                outcome={"enum": ["applied", "same", "proposed", "conflict", "refused"]},
+            ),
+        },
     ),
     "Door": _object(url=URL, expires_at=TIME),
     "Room": _object(url=URL, expires_at=TIME),
@@ -164,7 +185,7 @@ SCHEMAS: Schema = {
         ]
     },
     "ModulesTaken": _object(kind={"const": "layer"}),
-    "Token": _object({"nats_jwt": TEXT}, realtime_token=TEXT, expires_at=TIME),
+    "Token": _object({"nats_jwt": TEXT, "write_token": TEXT}, realtime_token=TEXT, expires_at=TIME),
     "Head": _object(
         {
             "action": {"enum": ["sync", "stop"]},
@@ -188,6 +209,8 @@ SCHEMAS: Schema = {
             ModulesBody,
             ModulesPart,
             ModulesSentBody,
+            ChangesBody,
+            OfferedChange,
         )
     },
 }
@@ -341,6 +364,16 @@ def openapi_document() -> Schema:
                     also=(*live, 422),
                 ),
             },
+            f"{one}/changes": {
+                "post": _operation(
+                    "Offer what tools made",
+                    ("write",),
+                    "Changes",
+                    "session",
+                    body="ChangesBody",
+                    also=(410, 422, 429),
+                )
+            },
             f"{one}/token": {"post": _operation("Renew the token", agent, "Token", "session", also=live)},
             f"{one}/status": {
                 "put": _operation("Heartbeat", agent, "Head", "session", body="StatusBody", also=(410,))
@@ -354,6 +387,7 @@ def openapi_document() -> Schema:
                     ("service", "The service key."),
                     ("user", "A user's access token."),
                     ("session", "The session's own token."),
+                    ("write", "The session's token for offers, which the answer of `token` has."),
                 )
             },
         },

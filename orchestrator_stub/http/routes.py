@@ -251,11 +251,14 @@ class SessionRoutes:
         """The next token of the same machine, also for one that expired while the machine was down."""
         claims, session, _ = await self._own(request, grace=self._settings.token_renew_grace)
         check_current(session, claims)
+        return json_answer(await self._token_form(session))
+
+    async def _token_form(self, session: Session) -> dict[str, Any]:
         token, expires_at = self._controller.token_for(session)
-        answer = {"realtime_token": token, "expires_at": rfc3339(expires_at)}
+        answer: dict[str, Any] = {"realtime_token": token, "expires_at": rfc3339(expires_at)}
         if (nats := self._controller.nats) is not None:
             answer["nats_jwt"] = nats.keys.machine_token(session.project_id, session.id, expires_at)
-        return json_answer(answer)
+        return answer
 
     async def status(self, request: Request) -> Response:
         """A heartbeat: renews the lease, and answers where the database is and what is asked of the agent."""
@@ -302,7 +305,7 @@ class SessionRoutes:
 
     async def _caller(self, request: Request) -> Caller:
         """Who asks the control plane: the service, or a user. A session's token is neither."""
-        token = _bearer(request)
+        token = bearer_of(request)
         expected = self._settings.supabase_service_role_key.get_secret_value()
         if hmac.compare_digest(token.encode(), expected.encode()):
             return Caller(None)
@@ -348,7 +351,7 @@ class SessionRoutes:
         session_id = uuid_of(request.path_params["session_id"], "session")
         session = await self._store.get(session_id)
         if session is None or not await self._may(caller, session.project_id):
-            raise _unknown_session(session_id)
+            raise unknown_session(session_id)
         return session
 
     async def _own(self, request: Request, *, grace: float = 0.0) -> tuple[SessionClaims, Session, Head]:
@@ -357,14 +360,14 @@ class SessionRoutes:
         Over is 410. The session may be draining, or have another machine by now: see `check_current`.
         """
         try:
-            claims = self._tokens.read(_bearer(request), grace=grace)
+            claims = self._tokens.read(bearer_of(request), grace=grace)
         except TokenRejected as error:
             raise Refusal(401, f"token_{error.reason}", f"The session's token is needed: {error}") from None
         if uuid_of(request.path_params["session_id"], "session") != claims.session_id:
             raise Refusal(403, "foreign_session", "The token is another session's.")
         standing = await self._store.standing(claims.session_id)
         if standing is None:
-            raise _unknown_session(claims.session_id)
+            raise unknown_session(claims.session_id)
         session, head = standing
         if session.project_id != claims.project_id:
             raise Refusal(403, "foreign_session", "The token is another project's.")
@@ -372,15 +375,16 @@ class SessionRoutes:
             raise session_over(session)
         return claims, session, head
 
-    async def _body(self, request: Request, form: type[Body]) -> Body:
+    async def _body(self, request: Request, form: type[Body], *, limit: int | None = None) -> Body:
+        """What a request says. `limit`: bytes that are read, where it is not the settings'."""
+        most = limit or self._settings.body_limit
         content = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     content += chunk
-                    if len(content) > self._settings.body_limit:
-                        limit = f"At most {self._settings.body_limit} bytes are read."
-                        raise Refusal(413, "body_too_large", limit)
+                    if len(content) > most:
+                        raise Refusal(413, "body_too_large", f"At most {most} bytes are read.")
         except TimeoutError:
             raise Refusal(408, "body_too_slow", f"The body did not come within {BODY_SECONDS:g} s.") from None
         try:
@@ -462,14 +466,16 @@ def application(routes: list[BaseRoute], lifespan: Any = None) -> Starlette:
     return app
 
 
-def _bearer(request: Request) -> str:
+def bearer_of(request: Request) -> str:
+    """The token that a request shows. Raises `Refusal`."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Refusal(401, "token_missing", "Send the token as `Authorization: Bearer …`.")
     return token.strip()
 
 
-def _unknown_session(session_id: UUID) -> Refusal:
+def unknown_session(session_id: UUID) -> Refusal:
+    """404: to whoever may not see it a session does not exist."""
     return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
 
 

@@ -20,17 +20,17 @@ from starlette.websockets import WebSocket
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.bodies import RoomBody
 from orchestrator_stub.http.forms import json_answer, rfc3339, uuid_of
-from orchestrator_stub.http.module_routes import ModuleRoutes
 from orchestrator_stub.http.problems import Refusal
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.rooms.store import CODE_SECONDS, digest_of
+from orchestrator_stub.write_back.routes import WriteBackRoutes
 
 if TYPE_CHECKING:
     from orchestrator_stub.rooms.service import Rooms
 
 
-class RoomRoutes(ModuleRoutes):
-    """The routes of `ModuleRoutes`, and those of rooms. `rooms` None: the extra `collab` is not installed."""
+class RoomRoutes(WriteBackRoutes):
+    """The routes of `WriteBackRoutes`, and those of rooms. `rooms` None: the extra `collab` is not installed."""
 
     def __init__(self, *parts: Any, rooms: Rooms | None = None, **more: Any) -> None:
         super().__init__(*parts, **more)

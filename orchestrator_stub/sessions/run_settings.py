@@ -258,6 +258,23 @@ class RunSettings:
             for name, value in values.items()
         }
 
+    async def write_back(self, session_id: UUID, project_id: UUID) -> list[dict[str, Any]]:
+        """Which paths a session's container may give back, in the order in which they are asked; none: it is off."""
+        query = (
+            "select coalesce(s.run -> 'plain' ->> 'write_back', r.plain ->> 'write_back') from preview.sessions s"
+            " left join preview.run_settings r on r.project_id = s.project_id where s.id = %s"
+        )
+        row = await fetch_one(self._pool, query, (session_id,))
+        return await self._rules(project_id) if row and row[0] == "true" else []
+
+    async def _rules(self, project_id: UUID) -> list[dict[str, Any]]:
+        query = (
+            "select jsonb_agg(jsonb_build_object('glob', glob, 'mode', mode, 'max_bytes', max_bytes,"
+            " 'deletes', deletes) order by position) from preview.project_write_back where project_id = %s"
+        )
+        row = await fetch_one(self._pool, query, (project_id,))
+        return (row[0] if row else None) or []
+
     async def for_agent(self, session_id: UUID, project_id: UUID) -> dict[str, Any]:
         """The form for the session's agent, secrets and all. Raises `CannotOpen`."""
         stored = await self.of_session(session_id)
@@ -266,6 +283,7 @@ class RunSettings:
         return {
             "run_revision": stored.revision,
             **{name: stored.plain.get(name) for name in PLAIN},
+            "write_back": await self._rules(project_id) if stored.plain.get("write_back") else [],
             "env": {name.removeprefix("env:"): value for name, value in opened.items()},
             "npmrc": npmrc,
         }

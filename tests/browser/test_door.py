@@ -40,7 +40,7 @@ class Doors:
 
     stack: Stack
     place: Path
-    tls: int = field(default_factory=free)
+    tls: int = field(default_factory=free_port)
     ports: dict[str, int] = field(default_factory=lambda: {"tls": free_port(), "plain": free_port()})
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 

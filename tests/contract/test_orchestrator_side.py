@@ -195,8 +195,43 @@ async def test_run_settings(agent: Agent, plane: Plane, project: Project) -> Non
     assert answer.json() == {**load("run.shown"), "run_revision": 1}
     assert (await plane.http.get(path)).json() == answer.json()
     told = (await call(agent, "GET", "run", None)).json()
-    assert told == {**load("run.answer"), "run_revision": 1}
-    assert (await call(agent, "PUT", "status", load("status.request"))).json()["run_revision"] == 1
+    assert told == {**load("run.answer"), "run_revision": 1, "write_back": []}
+    await set_rules(plane, project)
+    told = (await call(agent, "GET", "run", None)).json()
+    assert told == {**load("run.answer"), "run_revision": 2}
+    assert (await call(agent, "PUT", "status", load("status.request"))).json()["run_revision"] == 2
+
+
+async def set_rules(plane: Plane, project: Project) -> None:
+    """The golden rules, as the service sets them."""
+    rules = load("run.answer")["write_back"]
+    answer = await plane.http.post(
+        "/rest/v1/rpc/set_write_back", json={"project_uuid": str(project.id), "p_rules": rules}
+    )
+    assert answer.is_success, answer.text
+
+
+async def test_write_back(agent: Agent, plane: Plane, project: Project) -> None:
+    assert_same_form((await call(agent, "POST", "token", {})).json(), load("token.answer"))
+    await set_rules(plane, project)
+    token = (await call(agent, "POST", "token", {})).json()
+    assert_same_form(token, load("token.answer.writes"))
+    head = (await call(agent, "PUT", "status", load("status.request"))).json()
+    await project.save("package-lock.json", "{}")
+    request = {**load("changes.request"), "epoch": head["epoch"]}
+    answer = await call(agent, "POST", "changes", request, token["write_token"])
+    assert [(r["outcome"], r.get("rule")) for r in answer.json()["results"]] == [
+        ("conflict", None),
+        ("proposed", None),
+        ("same", None),
+        ("refused", "glob"),
+    ]
+    for base in (1, 2):
+        made = {**request["changes"][0], "base_version": base}
+        offer = {**request, "offer_id": str(base), "changes": [made, *request["changes"][1:]]}
+        answer = await call(agent, "POST", "changes", offer, token["write_token"])
+        results = [r for r in answer.json()["results"] if r["outcome"] != "same"]
+        assert_same_form({**answer.json(), "results": results}, load("changes.answer"))
 
 
 @pytest.mark.parametrize(("which", "status"), [("refused", 400), ("taken", 200)])

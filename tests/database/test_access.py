@@ -49,9 +49,18 @@ RPCS = {
     "prune_project_history": "select public.prune_project_history('{id}', '1 day', 1)",
     "new_project_epoch": "select public.new_project_epoch('{id}')",
     "forget_author": "select public.forget_author('{id}')",
+    "set_write_back": "select public.set_write_back('{id}', '[]')",
+    "list_write_back": "select * from public.list_write_back('{id}')",
+    "list_conflicts": "select * from public.list_conflicts('{id}')",
+    "list_proposals": "select * from public.list_proposals('{id}')",
+    "resolve_conflict": "select public.resolve_conflict('{id}', '{id}', 'kept')",
+    "accept_proposal": "select public.accept_proposal('{id}', '{id}')",
+    "reject_proposal": "select public.reject_proposal('{id}', '{id}')",
 }
 OF_A_TURN = {"end_turn", "abandon_turn"}
 """With a turn of their own in test_turns; here there is none of that id."""
+OF_WRITE_BACK = {"resolve_conflict", "accept_proposal", "reject_proposal", "set_write_back"}
+"""In test_write_back: here there is nothing to decide, and rules are the owner's alone."""
 FOR_THE_SERVICE = {"prune_project_history", "new_project_epoch", "forget_author"}
 READABLE = ["projects", "project_files", "project_files_current", "project_heads", "project_history"]
 
@@ -80,7 +89,7 @@ def test_members_read_and_write(db: Db, filled: Project, who: str) -> None:
     me = getattr(filled, who)
     with user(db, me):
         assert all(count(db, table) >= 1 for table in READABLE)
-        for name in RPCS.keys() - FOR_THE_SERVICE - OF_A_TURN:
+        for name in RPCS.keys() - FOR_THE_SERVICE - OF_A_TURN - OF_WRITE_BACK:
             db.execute(RPCS[name].format(id=filled.id).encode())
     rows = db.execute("select distinct created_by from project_files where revision > 2").fetchall()
     assert rows == [(me,)]
@@ -349,11 +358,12 @@ def test_users_reach_only_the_doors_in_the_hidden_schema_and_read_turns(db: Db) 
         "      or has_table_privilege('authenticated', c.oid, 'delete'))"
         " order by 1"
     ).fetchall()
-    readable = {"checkpoints", "turn_changes", "turns"}
+    readable = {"checkpoints", "kept_changes", "project_write_back", "turn_changes", "turns"}
     assert {name for (name,) in found} == readable | {
         "history_gate",
         "rename_gate",
         "turn_gate",
+        "write_back_gate",
         "write_gate",
     }
     for table in readable:

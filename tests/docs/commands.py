@@ -112,6 +112,10 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ByTest("tests/system/test_rollout.py::test_there_and_back_and_stopped_by_a_bad_image"),
     ),
     (
+        r"preview-orchestrator write-back -( --off|( --preset (lock|routes))+)?",
+        ByTest("tests/orchestrator/write_back/test_command.py::test_a_preset_is_set_shown_and_taken_away"),
+    ),
+    (
         r"preview-orchestrator (log -|show - \d+|diff - \d+ \d+|restore - \d+)",
         ByTest(
             "tests/orchestrator/snapshots/test_history.py::test_beside_a_running_dev_a_dash_is_its_project"

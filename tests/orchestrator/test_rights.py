@@ -14,6 +14,7 @@ from orchestrator_stub.platform.tokens import Keyring, mint_session, new_es256, 
 from tests.orchestrator.sessions.control_world import (
     ROUTES,
     SERVICE_KEY,
+    WRITE_KEYS,
     World,
     assert_problem,
     bearer,
@@ -21,9 +22,14 @@ from tests.orchestrator.sessions.control_world import (
     report,
     status_report,
     sync,
+    write_token,
 )
 
 SERVICE = bearer(SERVICE_KEY)
+OFFER = {
+    "offer_id": "1", "epoch": "e", "generation": 2,
+    "changes": [{"action": "upsert", "file_path": "a", "content": "x", "base_version": 0}],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -49,6 +55,7 @@ ORDER = (
     "send",
     "token",
     "status",
+    "changes",
     "suspend",
     "wake",
     "delete",
@@ -56,27 +63,33 @@ ORDER = (
 """The routes as the table's columns; what ends the session comes last."""
 
 RIGHTS = {
-    # who                 new  list all  show scrn snap room door rvk  sync run  mod  send tok  stat susp wake end
-    "nobody":              "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "basic":               "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "junk":                "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "the service's key":   "ok   ok   ok   ok   ok   ok   403  ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "the service's token": "ok   ok   ok   ok   ok   ok   403  ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "the owner":           "ok   ok   403  ok   ok   ok   ok   ok   ok   401  401  401  401  401  401  409  ok   ok",
-    "a stranger":          "404  404  403  404  404  404  404  404  404  401  401  401  401  401  401  404  404  404",
-    "anon":                "403  403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
-    "nobody's user token": "403  403  403  403  403  403  403  403  403  401  401  401  401  401  401  403  403  403",
-    "its machine":         "403  403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
-    "in another role":     "403  403  403  403  403  403  403  403  403  ok   ok   ok   422  ok   ok   403  403  403",
-    "the machine before":  "403  403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
-    "a machine to come":   "403  403  403  403  403  403  403  403  403  409  409  409  409  409  stop 403  403  403",
-    "another session's":   "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
-    "another project's":   "403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403  403",
-    "an hour late":        "401  401  401  401  401  401  401  401  401  401  401  401  401  ok   401  401  401  401",
-    "two days late":       "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "another key":         "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "no signature":        "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
-    "a changed claim":     "401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401  401",
+    # who                        new lst all shw scr snp rom dor rvk syn run mod snd tok stat chg sus wak end
+    "nobody":                    "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "basic":                     "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "junk":                      "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "the service's key":         "ok  ok  ok  ok  ok  ok  403 ok  ok  401 401 401 401 401 401  401 409 ok  ok",
+    "the service's token":       "ok  ok  ok  ok  ok  ok  403 ok  ok  401 401 401 401 401 401  401 409 ok  ok",
+    "the owner":                 "ok  ok  403 ok  ok  ok  ok  ok  ok  401 401 401 401 401 401  401 409 ok  ok",
+    "a stranger":                "404 404 403 404 404 404 404 404 404 401 401 401 401 401 401  401 404 404 404",
+    "anon":                      "403 403 403 403 403 403 403 403 403 401 401 401 401 401 401  401 403 403 403",
+    "nobody's user token":       "403 403 403 403 403 403 403 403 403 401 401 401 401 401 401  401 403 403 403",
+    "its machine":               "403 403 403 403 403 403 403 403 403 ok  ok  ok  422 ok  ok   401 403 403 403",
+    "in another role":           "403 403 403 403 403 403 403 403 403 ok  ok  ok  422 ok  ok   401 403 403 403",
+    "the machine before":        "403 403 403 403 403 403 403 403 403 409 409 409 409 409 stop 401 403 403 403",
+    "a machine to come":         "403 403 403 403 403 403 403 403 403 409 409 409 409 409 stop 401 403 403 403",
+    "another session's":         "403 403 403 403 403 403 403 403 403 403 403 403 403 403 403  401 403 403 403",
+    "another project's":         "403 403 403 403 403 403 403 403 403 403 403 403 403 403 403  401 403 403 403",
+    "an hour late":              "401 401 401 401 401 401 401 401 401 401 401 401 401 ok  401  401 401 401 401",
+    "two days late":             "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "another key":               "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "no signature":              "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "a changed claim":           "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "its write token":           "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  ok  401 401 401",
+    "another session's to write": "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  403 401 401 401",
+    "another project's to write": "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  403 401 401 401",
+    "the one before's to write": "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  403 401 401 401",
+    "a late one to write":       "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
+    "our key, other audience":   "401 401 401 401 401 401 401 401 401 401 401 401 401 401 401  401 401 401 401",
 }  # fmt: skip
 
 
@@ -119,6 +132,18 @@ async def headers_of(world: World, who: str, session: dict[str, Any], owner: UUI
             return bearer(world.token(session, generation=1))
         case "a machine to come":
             return bearer(world.token(session, generation=3))
+        case "its write token":
+            return bearer(write_token(session))
+        case "another session's to write":
+            return bearer(write_token(session, session_id=uuid4()))
+        case "another project's to write":
+            return bearer(write_token(session, project_id=uuid4()))
+        case "the one before's to write":
+            return bearer(write_token(session, generation=1))
+        case "a late one to write":
+            return bearer(write_token(session, now=time.time() - 700))
+        case "our key, other audience":
+            return bearer(mint_session(WRITE_KEYS, **claims))  # type: ignore[arg-type]
         case "another session's":
             return bearer(world.token(session, session_id=uuid4()))
         case "another project's":
@@ -159,6 +184,7 @@ async def test_every_route_with_every_kind_of_token(world: World, who: str) -> N
         "send": ("PUT", f"{one}/modules", {"key": 40 * "0", "parts": [{"sha256": 64 * "0", "size": 1}]}),
         "token": ("POST", f"{one}/token", {}),
         "status": ("PUT", f"{one}/status", status_report({"revision": 0, "epoch": None})),
+        "changes": ("POST", f"{one}/changes", OFFER),
         # The service's is not ready yet: 409 is for who may.
         "suspend": ("POST", f"{one}/suspend", None),
         "wake": ("POST", f"{one}/wake", None),

@@ -283,6 +283,7 @@ def test_the_document_names_every_route_and_resolves() -> None:
         ("/v1/sessions/{session_id}/sync", "post"), ("/v1/sessions/{session_id}/token", "post"),
         ("/v1/sessions/{session_id}/door", "post"), ("/v1/sessions/{session_id}/door/revoke", "post"),
         ("/v1/sessions/{session_id}/status", "put"), ("/v1/sessions/{session_id}/run", "get"),
+        ("/v1/sessions/{session_id}/changes", "post"),
         ("/v1/sessions/{session_id}/modules", "post"), ("/v1/sessions/{session_id}/modules", "put"),
         ("/v1/sessions/{session_id}/shown", "get"), ("/v1/projects/{project_id}/shown", "get"),
         ("/v1/projects/{project_id}/rooms", "post"),

@@ -82,6 +82,7 @@ ORCHESTRATOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "turns_oldest_seconds": ("gauge", ()),
     "forgotten": ("counter", ("what",)),
     "modules_dropped": ("counter", ()),
+    "offered_changes": ("counter", ("outcome", "rule")),
     "modules_bytes": ("gauge", ("owner",)),
     "upkeep_overdue_seconds": ("gauge", ()),
     "deleted_projects": ("gauge", ()),

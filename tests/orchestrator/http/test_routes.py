@@ -18,6 +18,7 @@ from orchestrator_stub.relay.accounts import MachineNats, Operator
 from orchestrator_stub.sessions.controller import SessionController
 from orchestrator_stub.sessions.lifecycle import State
 from orchestrator_stub.snapshots.model import SignedSnapshot
+from orchestrator_stub.write_back.changes import BODY_BYTES
 from tests.contract.golden import assert_same_form, load
 from tests.fakes.machines import FakeMachines
 from tests.orchestrator.sessions.control_world import (
@@ -31,6 +32,7 @@ from tests.orchestrator.sessions.control_world import (
     head_of,
     report,
     sync,
+    write_token,
 )
 
 SERVICE = bearer(SERVICE_KEY)
@@ -348,6 +350,9 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
     before = await world.sql("select count(*) from preview.sessions")
     for method, route in ROUTES:
         headers = token if route.endswith(AGENTS) else SERVICE
+        most = world.settings.body_limit
+        if route.endswith("changes"):
+            headers, most = bearer(write_token(session)), BODY_BYTES
         path = route.replace("{id}", session["session_id"]).replace("{project}", session["project_id"])
         for unknown_method in ("PATCH", "TRACE", "BREW"):
             wrong = await world.http.request(unknown_method, path, headers=headers)
@@ -363,7 +368,7 @@ async def test_every_route_answers_nonsense_with_a_problem(world: World) -> None
             ):
                 answer = await world.http.request(method, path, content=junk, headers=headers)
                 assert_problem(answer, 400, "bad_body")
-            huge = b'{"x": "' + b"x" * world.settings.body_limit + b'"}'
+            huge = b'{"x": "' + b"x" * most + b'"}'
             answer = await world.http.request(method, path, content=huge, headers=headers)
             assert_problem(answer, 413, "body_too_large")
             if route.endswith("sync"):

@@ -32,9 +32,12 @@ from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
+from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.tokens import mint_write, write_keys
 from tests.fakes.machines import FakeMachines, Platform
 
 SERVICE_KEY = "sb_secret_the-service-key-of-the-tests"
+WRITE_KEYS = write_keys(SERVICE_KEY)
 
 
 class PaperSnapshots:
@@ -266,6 +269,8 @@ async def control_world(
             access=access,
             layers=layers,
             rooms=rooms_of(settings, pool),
+            offers=Offers(pool),
+            write_keys=WRITE_KEYS,
         )
         transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
@@ -308,9 +313,21 @@ ROUTES = [
     ("POST", "/v1/sessions/{id}/sync"),
     ("POST", "/v1/sessions/{id}/token"),
     ("PUT", "/v1/sessions/{id}/status"),
+    ("POST", "/v1/sessions/{id}/changes"),
 ]
-AGENTS = ("run", "modules", "sync", "token", "status")
+AGENTS = ("run", "modules", "sync", "token", "status", "changes")
 """The last words of the routes that are the agent's; the others are the product's."""
+
+
+def write_token(session: dict[str, Any], *, now: float | None = None, **changed: Any) -> str:
+    """What an offer of the session's machine needs, as the orchestrator mints it."""
+    claims = {
+        "project_id": UUID(session["project_id"]),
+        "session_id": UUID(session["session_id"]),
+        "generation": session["generation"],
+        "now": time.time() if now is None else now,
+    }
+    return mint_write(WRITE_KEYS, **{**claims, **changed})
 
 
 def assert_problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
