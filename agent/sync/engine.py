@@ -15,12 +15,12 @@ from functools import partial
 from msgspec import structs
 
 from agent.core.clock_skew import ClockSkew
-from agent.core.errors import AgentError, MalformedMessage, PathRefused, SessionGone, Superseded, TooLarge
-from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
-from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
+from agent.core.errors import AgentError, MalformedMessage, SessionGone, Superseded, TooLarge
+from agent.core.messages import Changes, Current, Head
+from agent.core.model import Cursor, Problem, RelPath, Tree
 from agent.core.reconcile import Gap, Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
-from agent.link.source import EventSource, Received, Resync, Signal
+from agent.link.source import EventSource
 from agent.retry import Backoff
 from agent.snapshot.download import StagedSnapshot
 from agent.snapshot.unpack import StagingFailed
@@ -29,10 +29,11 @@ from agent.sync.catchup import Answer, CatchUp, revision_of
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
-from agent.sync.latency import LagMeter
 from agent.sync.preview import Preview, Unseen, changes_of
+from agent.sync.received import Intake
 from agent.sync.recording import Recording
 from agent.sync.workspace import ApplyResult, Workspace
+from agent.telemetry.latency import LagMeter
 from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans
@@ -107,6 +108,16 @@ class Sync:
 
         self._errors = problems.errors
         self._recording = Recording(workspace, lambda: self.tree, self._errors, self._lag.tell)
+        self._intake = Intake(
+            follower=follower,
+            catch_up=catch_up,
+            problems=self._problems,
+            metrics=metrics,
+            status=status,
+            patched=self._patched,
+            clock=clock,
+            wake=lambda: self._wake.set(),
+        )
         self._drifting = DriftPolicy(
             policy=drift_policy,
             follower=follower,
@@ -142,8 +153,6 @@ class Sync:
         # The catch-up under way.
         self._asking: asyncio.Task[Answer] | None = None
         self._request: Request | None = None
-        self._missed_before = False
-        """The latest catch-up found commits whose events never came; reset by the next event."""
 
     # --- what others read, and may ask for
 
@@ -246,11 +255,11 @@ class Sync:
     async def _receive(self) -> None:
         source = self._source
         while True:
-            self._take(await source.receive())
+            self._intake.take(await source.receive())
             for _ in range(TURN - 1):
                 if (signal := source.receive_now()) is None:
                     break
-                self._take(signal)
+                self._intake.take(signal)
             else:
                 await asyncio.sleep(0)
             self._turn_contained()
@@ -274,49 +283,6 @@ class Sync:
         log.info("path.obstacle_moved", files=len(paths), file_path=paths[0])
         self._follower.obstacle_moved(paths, self._clock())
         self._wake.set()
-
-    def _take(self, signal: Signal) -> None:
-        now = self._clock()
-        if isinstance(signal, Resync):
-            self._follower.need(Reason.OVERFLOW if signal.reason == "overflow" else Reason.JOIN, now)
-            self._wake.set()
-            return
-        self._missed_before = False
-        self._status.last_event_at = signal.at
-
-        def ask() -> None:
-            self._follower.need(Reason.DOORBELL, now)
-            self._wake.set()
-
-        with (
-            self._errors.contained("event", ask, event_type=signal.event),
-            traced(read_traceparent(signal.payload.get("traceparent"))),
-        ):
-            self._receive_event(signal, now)
-
-    def _receive_event(self, signal: Received, now: float) -> None:
-        commit = self._read(signal)
-        if isinstance(commit, SnapshotOffer):
-            self._catch_up.offered = commit.snapshot_url
-            self._follower.need(Reason.SNAPSHOT_READY, now)
-            self._wake.set()
-        elif commit is not None:
-            for problem in commit.problems:
-                self._problems.add(problem)
-            self._follower.receive(structs.replace(commit, changes=self._patched(commit.changes)), now)
-
-    def _read(self, received: Received) -> Commit | SnapshotOffer | None:
-        try:
-            read = read_event(received.event, received.payload, received.at)
-        except (MalformedMessage, PathRefused) as error:
-            log.warning("event.malformed", event_type=received.event, why=str(error))
-            self._metrics.events.labels(received.event, "malformed").inc()
-            self._follower.need(Reason.DOORBELL, self._clock())
-            self._wake.set()
-            return None
-        if read is None:
-            self._metrics.events.labels("other", "unknown").inc()
-        return read
 
     def _turn_contained(self) -> None:
         """Take a turn. A bug in it is counted, and what was in hand is asked for again, later each time."""
@@ -461,9 +427,9 @@ class Sync:
 
     def _suspect_link(self) -> None:
         """Replace the link when its events are missing for the second time in a row: one may be lost on a good link."""
-        if self._missed_before:
+        if self._intake.missed_before:
             self._source.suspect("commits are found by the heartbeat alone")
-        self._missed_before = True
+        self._intake.missed_before = True
 
     def _plan_of(self, answer: Answer) -> Plan | None:
         if isinstance(answer, Current):
