@@ -1,0 +1,1 @@
+"""What a tool in the container made, given back to the project."""
