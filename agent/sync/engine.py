@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 
 from msgspec import structs
@@ -17,9 +17,10 @@ from msgspec import structs
 from agent.core.clock_skew import ClockSkew
 from agent.core.errors import AgentError, MalformedMessage, SessionGone, Superseded, TooLarge
 from agent.core.messages import Changes, Current, Head
-from agent.core.model import Cursor, Problem, RelPath, Tree
+from agent.core.model import Cursor, Entry, Problem, RelPath, Tree
 from agent.core.reconcile import Gap, Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
+from agent.fs.inspect import Drift, FileStat
 from agent.link.source import EventSource
 from agent.retry import Backoff
 from agent.snapshot.download import StagedSnapshot
@@ -38,6 +39,7 @@ from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans
 from agent.telemetry.status import Problems, SyncPhase, SyncStatus
+from agent.write_back.flow import WriteBack
 
 log = get_logger("sync")
 
@@ -72,6 +74,7 @@ class Sync:
         drift_policy: Policy = "report",
         skew: ClockSkew | None = None,
         spans: Spans | None = None,
+        write_back: WriteBack | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put the loop on its parts; nothing runs yet.
@@ -84,6 +87,7 @@ class Sync:
             drift_policy: As the setting; `off` where nothing else can touch the directory.
             skew: How far the database's clock is from ours; None: not at all.
             spans: Where a save's way goes to; None: nowhere.
+            write_back: Asked before a file is replaced, and for changes that are a tool's to make; None: none are.
             clock: Gives monotonic seconds.
         """
         # What it stands on.
@@ -100,6 +104,7 @@ class Sync:
         self._preview = preview or Unseen()
         self._snapshot_url = snapshot_url
         self._drift_policy = drift_policy
+        self._write_back = write_back
         self._clock = clock
         self._drift = DriftWatch(workspace.disk, lambda: workspace.expected(self.tree), self._observe_drift)
         self.patches = follower.patches
@@ -124,7 +129,8 @@ class Sync:
             workspace=workspace,
             problems=self._problems,
             metrics=metrics,
-            drifted=lambda: self._drift.open.keys(),
+            drifted=lambda: self.drifted,
+            exempt=self._exempt,
             strangers=lambda: self._drift.strangers,
             clock=clock,
             wake=lambda: self._wake.set(),
@@ -141,6 +147,7 @@ class Sync:
             plan=self._plan_of_snapshot,
             settle=self._settle,
             drift_policy=drift_policy,
+            exempt=self._exempt,
             clock=clock,
         )
 
@@ -184,7 +191,7 @@ class Sync:
     @property
     def drifted(self) -> Collection[RelPath]:
         """The files that another process changed and that are not right again."""
-        return self._drift.open.keys()
+        return [path for path, drift in self._drift.open.items() if not self._exempt(drift)]
 
     @property
     def watch_renewals(self) -> int:
@@ -195,6 +202,23 @@ class Sync:
     def waiting_paths(self) -> Collection[RelPath]:
         """Paths that the disk could not hold and that are tried again."""
         return self._follower.unusable
+
+    def confirm(
+        self, moved: Mapping[RelPath, tuple[Entry, FileStat | None]], revision: int | None = None
+    ) -> None:
+        """The database has what stands at these paths, as these entries; with the stat of each file that was read.
+
+        `revision`: of the commit that wrote just these. It is applied: its event is a duplicate.
+        """
+        cursor = self.tree.cursor if revision is None else self.tree.cursor.with_revision(revision)
+        entries = {path: entry for path, (entry, _) in moved.items()}
+        self._follower.adopt(Tree(cursor, self.tree.entries.update(entries)))
+        self._workspace.confirm(moved)
+        self._recording.soon()
+        self._wake.set()
+
+    def _exempt(self, drift: Drift) -> bool:
+        return self._write_back is not None and self._write_back.exempt(drift)
 
     def hear(self, head: Head, asked_at: Cursor | None = None) -> None:
         """The heartbeat's answer: where the database is. `asked_at`: our cursor when it was asked for."""
@@ -332,6 +356,9 @@ class Sync:
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started, before, applied = self._clock(), self.tree.entries, ApplyResult(undone=True)
+        if self._write_back is not None:
+            with self._errors.contained("write-back"):
+                plan = self._write_back.before(plan)
         self._preview.begin([each.path for each in plan.operations])
         with self._errors.contained("apply"):
             applied = self._workspace.apply(plan.operations, before)
