@@ -24,6 +24,7 @@ from agent.config import NATS_SCHEMES, Settings
 from agent.core.clock_skew import ClockSkew
 from agent.core.divergence import Comparison
 from agent.core.errors import AgentError, RootUnusable, Superseded
+from agent.core.globs import Rule
 from agent.core.model import RelPath, Tree
 from agent.core.scheduler import Follower
 from agent.devserver.reaper import Reaper, stop_signals
@@ -40,6 +41,7 @@ from agent.link.realtime import realtime_link
 from agent.link.run_settings import RunSettings, RunSettingsFollower
 from agent.link.source import EventSource
 from agent.modules.layers import LayerStore, given_layer
+from agent.project.locks import Locks
 from agent.session_api import SessionApi
 from agent.snapshot.download import Downloader
 from agent.sync.catchup import CatchUp
@@ -54,6 +56,7 @@ from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans, credentials, open_spans
 from agent.telemetry.status import Problems, SyncStatus
 from agent.tokens import Tokens, TokenSource
+from agent.write_back.flow import WriteBack
 
 log = get_logger("daemon")
 
@@ -84,6 +87,7 @@ class Agent:
     supervisor: Supervisor
     screen: Screen
     shadow: Shadow | None
+    write_back: WriteBack | None
 
     # what is reported
     report: Report
@@ -116,6 +120,8 @@ class Agent:
     def close(self) -> None:
         """Release the directories, the ledger, SIGCHLD and the collector of spans."""
         self.screen.close()
+        if self.write_back is not None:
+            self.write_back.close()
         self.workspace.release()
         self.reaper.release()
         if self.spans is not None:
@@ -134,7 +140,13 @@ class ProjectStart:
     In shadow mode there are no programs: the comparison is told instead.
     """
 
-    def __init__(self, supervisor: Supervisor, shadow: Shadow | None, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        shadow: Shadow | None,
+        metrics: Metrics,
+        write_back: WriteBack | None = None,
+    ) -> None:
         self.run_settings: RunSettingsFollower | None = None
         """Who calls `configure`; set before anything runs."""
         self.hydrated = asyncio.Event()
@@ -142,6 +154,8 @@ class ProjectStart:
         self._supervisor = supervisor
         self._shadow = shadow
         self._metrics = metrics
+        self._write_back = write_back
+        self._rules: tuple[Rule, ...] = ()
 
     def tree_changed(self, paths: Collection[RelPath]) -> None:
         """Paths of the tree were written or removed."""
@@ -159,11 +173,14 @@ class ProjectStart:
     def configure(self, run: RunSettings) -> None:
         """Take the project's run settings, the first or later ones."""
         self._supervisor.configure(run)
+        self._rules = run.write_back
         self._when_both_are_there()
 
     def _when_both_are_there(self) -> None:
         known = self.run_settings is not None and self.run_settings.known.is_set()
         if known and self.hydrated.is_set() and self._shadow is None:
+            if self._write_back is not None:
+                self._write_back.configure(self._rules)
             self._supervisor.project_ready()
 
 
@@ -210,14 +227,19 @@ def build(
     follower = Follower(Tree(), optimistic=settings.optimistic_events)
     reaper = Reaper()
     screen = Screen(settings.project_dir, metrics=metrics, last_applied=lambda: status.last_applied)
+    write_back = None if settings.shadow or api is None else WriteBack(
+        settings.state_dir / "write-back.sqlite", workspace.disk, api, problems, tree=lambda: follower.tree,
+        stats=lambda: workspace.stats, confirm=lambda moved, at: sync.confirm(moved, at), clock=clock,
+    )  # fmt: skip
     supervisor = Supervisor(
         settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen,
         layers=layer_store(settings, api, http),
+        locks=Locks(write_back.takes, write_back.hand_over) if write_back else None,
     )  # fmt: skip
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
     snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
     catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
-    start = ProjectStart(supervisor, shadow, metrics)
+    start = ProjectStart(supervisor, shadow, metrics, write_back)
     run_settings = start.run_settings = RunSettingsFollower(
         api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
     )
@@ -237,6 +259,7 @@ def build(
         drift_policy=drift_policy or settings.drift_policy,
         skew=skew,
         spans=spans,
+        write_back=write_back,
         clock=clock,
     )
     stop = asyncio.Event()
@@ -253,6 +276,7 @@ def build(
         run_settings=run_settings,
         skew=skew,
         shadow=shadow,
+        write_back=write_back,
         stalls=stalls_of_running_loop(),
     )
     metrics.registry.register(report)
@@ -267,6 +291,7 @@ def build(
         supervisor=supervisor,
         screen=screen,
         shadow=shadow,
+        write_back=write_back,
         report=report,
         heartbeat=Heartbeat(
             every=settings.heartbeat_seconds,

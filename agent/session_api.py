@@ -84,12 +84,22 @@ class SessionApi:
         self._whole = whole
         self._clock = clock
         self._skew = skew or ClockSkew()
+        self._write_token: Token | None = None
         self._failures: dict[Question, tuple[Token | None, AgentError]] = {}
         """By question: how it failed when it was asked last, and with which token."""
 
     def current(self) -> Token | None:
         """The token in force."""
         return self._tokens.current()
+
+    @property
+    def write_token(self) -> Token | None:
+        """What outputs are given back with; None: the session may not, or the token was not renewed yet."""
+        return self._write_token
+
+    def forget_write_token(self) -> None:
+        """Note that it was refused: the next comes with the next token."""
+        self._write_token = None
 
     @property
     def problem(self) -> str | None:
@@ -126,11 +136,16 @@ class SessionApi:
                 raise MalformedMessage("token answer", "realtime_token is missing or not text")
             if nats_jwt is not None and not isinstance(nats_jwt, str):
                 raise MalformedMessage("token answer", "nats_jwt is not text")
+            self._write_token = self._tokens.read_second(form.get("write_token"))
             return self._tokens.accept(value, nats_jwt)
 
     async def run_settings(self) -> object:
         """Ask for the run settings, secrets included. The caller reads the answer and owns what goes wrong."""
         return await self._call("GET", "run", None)
+
+    async def offer_changes(self, offer: Mapping[str, object], token: Token) -> object:
+        """Offer what tools made. The caller reads the answer and owns what goes wrong: nothing of it ends a session."""
+        return await self._call("POST", "changes", offer, token)
 
     async def find_modules(
         self, key: str, *, refused: str | None = None, ahead: bool = True, send: bool = True
@@ -185,8 +200,10 @@ class SessionApi:
             raise
         self._failures.pop(question, None)
 
-    async def _call(self, method: str, name: str, body: Mapping[str, object] | None) -> object:
-        token = self._tokens.current()
+    async def _call(
+        self, method: str, name: str, body: Mapping[str, object] | None, token: Token | None = None
+    ) -> object:
+        token = token or self._tokens.current()
         if token is None:
             raise CredentialRejected("there is no session token to call the session API with")
         what = f"session API ({name})"

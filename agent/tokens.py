@@ -38,13 +38,15 @@ ASSUMED_LIFETIME: Final = 600.0
 class Token:
     """A JWT and its claims. The value never shows in a repr.
 
-    `issued_at` and `expires_at` are Unix seconds; `expires_at` None: it does not say.
+    `issued_at` and `expires_at` are Unix seconds; `expires_at` None: it does not say. `generation`: of the session's
+    machine, in a token to write with.
     """
 
     value: str = field(repr=False)
     expires_at: float | None = None
     issued_at: float | None = None
     role: str | None = None
+    generation: int | None = None
     nats_jwt: str | None = field(default=None, repr=False)
     """What NATS is shown, where events come over it; it is issued with this one and ends with it."""
 
@@ -82,9 +84,13 @@ def read_token(value: str) -> Token:
         raise MalformedMessage("realtime token", "its claims are not base64url JSON") from None
     if not isinstance(claims, dict):
         raise MalformedMessage("realtime token", "its claims are not an object")
-    role = claims.get("role")
+    role, generation = claims.get("role"), claims.get("generation")
     return Token(
-        value, _moment(claims.get("exp")), _moment(claims.get("iat")), role if isinstance(role, str) else None
+        value,
+        _moment(claims.get("exp")),
+        _moment(claims.get("iat")),
+        role if isinstance(role, str) else None,
+        generation if type(generation) is int else None,
     )
 
 
@@ -149,6 +155,16 @@ class Tokens:
         if token != self._held:
             self._held = token
         return self._held or token
+
+    def read_second(self, value: object) -> Token | None:
+        """Read a token that came beside this one and is a secret, too; None when it is none."""
+        if not isinstance(value, str):
+            return None
+        self._on_token(value.strip())
+        try:
+            return read_token(value)
+        except MalformedMessage:
+            return None
 
     async def renew_token(self) -> Token:
         """Return the file's token while it is good: there is nobody to ask. Raises `CredentialRejected` otherwise."""

@@ -156,8 +156,8 @@ async def control_plane(
         metrics.watch_keys(keys.problems)
         rooms = rooms_of(settings, pool)
         api = RoomRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers, rooms=rooms,
-            offers=Offers(pool, frozenset(settings.write_back_registries.split())),
+            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers,
+            rooms=rooms, offers=Offers(pool, frozenset(settings.write_back_registries.split())),
             write_keys=write_keys(service_key), registry=registry,
             on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
         )  # fmt: skip

@@ -138,6 +138,8 @@ def _parts(report: Mapping[str, Any], now: float) -> Iterator[Row]:
         dev = report["dev_server"]
         told = f"{dev['state']}{_because(dev['reason'])} at {dev['url']}, restarted {_times(dev['restarts'])}"
         yield "  dev server", told, COLOURS.get(dev["state"], YELLOW)
+    if report.get("write_back"):
+        yield from _write_back(report["write_back"])
     if report["catch_up"]:
         yield "  catch-up", f"wanted: {', '.join(report['catch_up'])}", PLAIN
 
@@ -153,6 +155,20 @@ def _shadow(shadow: Mapping[str, Any], now: float) -> Row:
     looked = f"{shadow['files']} files, looked {_ago(shadow['looked_at'], now)}"
     colour = YELLOW if since is None else PLAIN
     return "  shadow", f"of {shadow['live_dir']}: {result}{flight}; {looked}", colour
+
+
+def _write_back(given: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield what tools made and the project has not taken yet, and why."""
+    states = ", ".join(f"{count} {state}" for state, count in sorted(given["states"].items()) if count)
+    why = _because(given["halted"] or given["failure"])
+    colour = YELLOW if given["halted"] or given["failure"] else PLAIN
+    waiting = f"{given['offers_waiting']} to be answered"
+    yield "  write-back", f"{states or 'nothing waits'}; {waiting}{why}", colour
+    for path in given["paths"][:MOST_PATHS]:
+        rule = f" ({path['rule']})" if path["rule"] else ""
+        yield "", f"{path['file_path']}: {path['state']}{rule}", PLAIN
+    if len(given["paths"]) > MOST_PATHS:
+        yield "", f"… and {len(given['paths']) - MOST_PATHS} more in --json", PLAIN
 
 
 def _problems(problems: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

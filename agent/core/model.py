@@ -30,6 +30,7 @@ SessionApiProblem = Literal["request_too_large", "session_api_refused", "session
 CatchUpProblem = Literal["mass_delete", "snapshot_expired", "snapshot_rejected", "snapshot_unavailable"]
 EngineProblem = Literal["content_unavailable", "drift", "hash_mismatch", "head_behind", "path_refused"]
 ShadowProblem = Literal["live_unreadable", "shadow_difference"]
+WriteBackProblem = Literal["write_back_conflict"]
 EnvironmentProblem = Literal["disk_full", "io_error", "permission_denied", "read_only", "too_many_open_files"]
 WorkspaceProblem = Literal[EnvironmentProblem, "path_unusable", "undo_failed"]
 ProblemKind = Literal[
@@ -42,6 +43,7 @@ ProblemKind = Literal[
     EngineProblem,
     ShadowProblem,
     WorkspaceProblem,
+    WriteBackProblem,
 ]
 ProblemOwner = Literal[
     "devserver.screen",
@@ -53,6 +55,7 @@ ProblemOwner = Literal[
     "sync.engine",
     "sync.shadow",
     "sync.workspace",
+    "write_back.flow",
 ]
 """The modules that open and close problems."""
 
@@ -69,6 +72,7 @@ _OWNED: Final[Mapping[ProblemOwner, object]] = {
     "sync.engine": EngineProblem,
     "sync.shadow": ShadowProblem,
     "sync.workspace": WorkspaceProblem,
+    "write_back.flow": WriteBackProblem,
 }
 PROBLEM_OWNERS: Final[Mapping[ProblemKind, ProblemOwner]] = {
     kind: owner for owner, kinds in _OWNED.items() for kind in get_args(kinds)
@@ -108,6 +112,7 @@ REMEDIES: Final[Mapping[ProblemKind, str]] = {
     "snapshot_unavailable": "see whether the storage of snapshots answers; it is fetched again by itself",
     "token_refused": "the session is over or its key was rotated away; start a new session",
     "too_many_open_files": "raise the limit of open files (ulimit -n); it is tried again by itself",
+    "write_back_conflict": "the project has a person's version, and the tool's among its conflicts; take either there",
     "undo_failed": "the file may be of another moment than the rest; it is asked for again, see the disk's health",
 }
 """One line for a person at the machine, for every kind."""

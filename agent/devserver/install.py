@@ -41,7 +41,7 @@ from agent.core.model import Problem
 from agent.devserver import process
 from agent.devserver.process import Finished, node_platform
 from agent.devserver.reaper import Reaper
-from agent.devserver.sandbox import Rights, environment
+from agent.devserver.sandbox import Rights, environment, install_environment
 from agent.fs.places import open_directory
 from agent.modules.arrivals import Arrival, Layers, first
 from agent.modules.bundles import DEPS, WAIT_SECONDS, Bundles
@@ -63,6 +63,7 @@ from agent.modules.steps import (
 from agent.project import reading
 from agent.project.choice import ProjectUnreadable
 from agent.project.install_key import Platform, layer_key
+from agent.project.locks import Locks, MadeLocks
 from agent.project.managers import LOCK_AT_FAULT, Manager, PackageManager
 from agent.project.reading import Dependencies
 from agent.telemetry.logging import get_logger
@@ -111,6 +112,7 @@ class Installer:
         reaper: Reaper | None = None,
         layers: LayerStore | None = None,
         metrics: Metrics | None = None,
+        locks: Locks | None = None,
     ) -> None:
         self._directory = settings.modules
         self._project_dir = settings.project_dir
@@ -124,6 +126,7 @@ class Installer:
         self._environ = environ
         self._stages = Stages(self._directory, self._project_dir, self._program)
         self._metrics = metrics or Metrics()
+        self._made_locks = MadeLocks(locks, settings.project_dir)
         # Layers: archives of whole installs, where there is somebody to ask for them.
         self._layers = (
             Layers(layers, self._program, self._stages.with_tree, self._metrics, settings.state_dir)
@@ -186,7 +189,7 @@ class Installer:
         problem: Problem | None = None
         outcome, swapped = InstallOutcome.CURRENT, False
         stage = self._stages.new()
-        current = not wanted.exist or reading.installed_key(wanted.modules) == wanted.key
+        current = not wanted.exist or self._made_locks.same(reading.installed_key(wanted.modules), wanted.key)
         bundle = self._fetch_bundle(wanted, current=current)
         try:
             cached = not current and await self._from_cache(wanted, stage)
@@ -362,7 +365,8 @@ class Installer:
         """
         staged = await self._stage(wanted, stage)
         manager, problem = staged.manager, None
-        commands = [self._command] if self._command else manager.commands(scripts=self._scripts)
+        saves = not self._command and self._made_locks.wanted(wanted)
+        commands = [self._command] if self._command else manager.commands(scripts=self._scripts, saves=saves)
         if ahead:
             commands = commands[-1:]
         env = self._environment()
@@ -381,12 +385,14 @@ class Installer:
             detail = f"installed without {manager.lock}, which {manager.package} cannot use: {fault}"
             problem = Problem("lock_unusable", detail, path=manager.lock)
             await self._stages.shell('rm -f -- "$1"', staged.root / str(manager.lock))
-            commands = replace(manager, lock=None).commands(scripts=self._scripts)
+            commands = replace(manager, lock=None).commands(scripts=self._scripts, saves=saves)
             done, _ = await self._run(commands[0], staged.root, env)
         if not done.ok:
             self._refuse(commands[0], done)
         await self._stages.do("seal", SEAL, staged.root, staged.key, reading.RECORD)
         await self._cache(staged, stage)
+        if saves:
+            await self._made_locks.hand_over(wanted, staged, scripts=self._scripts)
         return problem
 
     def _refuse(self, command: Sequence[str], done: Finished) -> NoReturn:
@@ -455,20 +461,9 @@ class Installer:
         await self._stages.discard(*([early.stage] if early else []))
 
     def _environment(self) -> dict[str, str]:
-        more = {
-            "CI": "1",
-            "npm_config_update_notifier": "false",
-            "YARN_NODE_LINKER": "node-modules",
-            "YARN_ENABLE_SCRIPTS": str(self._scripts).lower(),
-            "YARN_ENABLE_TELEMETRY": "false",
-            # The paths that pnpm would write into .bin are those of the stage.
-            "npm_config_extend_node_path": "false",
-            "pnpm_config_extend_node_path": "false",
-        }
-        env = environment(self._environ, user=self._rights.user, more=more, install=True)
-        if not os.path.isdir(env["HOME"]):
-            env["HOME"] = str(self._directory)
-        return env
+        return install_environment(
+            self._environ, user=self._rights.user, scripts=self._scripts, home=self._directory
+        )
 
 
 async def _ended(task: asyncio.Task[Path | None] | None) -> None:

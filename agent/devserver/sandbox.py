@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from agent.config import PASSED_ON, Settings
 from agent.core.errors import SettingsError
@@ -135,4 +136,24 @@ def environment(
     for name, value in given.items():
         if name.startswith(PASSED_ON) and len(name) > len(PASSED_ON):
             env[name.removeprefix(PASSED_ON)] = value
+    return env
+
+
+def install_environment(
+    given: Mapping[str, str], *, user: User | None, scripts: bool, home: Path
+) -> dict[str, str]:
+    """Make the environment of an installer. `scripts`: as INSTALL_SCRIPTS; `home`: where the user has none."""
+    more = {
+        "CI": "1",
+        "npm_config_update_notifier": "false",
+        "YARN_NODE_LINKER": "node-modules",
+        "YARN_ENABLE_SCRIPTS": str(scripts).lower(),
+        "YARN_ENABLE_TELEMETRY": "false",
+        # The paths that pnpm would write into .bin are those of the stage.
+        "npm_config_extend_node_path": "false",
+        "pnpm_config_extend_node_path": "false",
+    }
+    env = environment(given, user=user, more=more, install=True)
+    if not os.path.isdir(env["HOME"]):
+        env["HOME"] = str(home)
     return env

@@ -44,7 +44,7 @@ from agent.link.run_settings import RunSettings, merged
 from agent.modules.layers import LayerStore
 from agent.project import reading
 from agent.project.choice import NothingToServe, ProjectUnreadable, choose
-from agent.project.reading import Project
+from agent.project.locks import Locks
 from agent.telemetry.errors import Errors
 from agent.telemetry.logging import get_logger
 from agent.telemetry.metrics import Metrics, show_state
@@ -72,6 +72,7 @@ class Supervisor:
         errors: Errors | None = None,
         screen: Screen | None = None,
         layers: LayerStore | None = None,
+        locks: Locks | None = None,
         policy: RestartPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
@@ -86,6 +87,7 @@ class Supervisor:
             errors: Where bugs are counted.
             screen: Who knows what is shown; None: nobody.
             layers: Where dependency layers are; None: everything is installed.
+            locks: Who takes the lock files that installs make; None: nobody.
             policy: The bounds on starts and restarts.
             clock: Monotonic, seconds.
             chance: Random numbers in [0, 1), for the backoff.
@@ -109,7 +111,7 @@ class Supervisor:
         self._rights, self._isolation = project_rights(settings)
         self._installer = Installer(
             settings, environ=self._environ, rights=self._rights, on_line=self._output.add, reaper=reaper,
-            layers=layers, metrics=self._metrics,
+            layers=layers, metrics=self._metrics, locks=locks,
         )  # fmt: skip
 
         # The state and what is under way.
@@ -129,7 +131,7 @@ class Supervisor:
         self.restarts = 0
 
         # What is previewed, and its install.
-        self._wanted: Project | None = None
+        self._wanted: reading.Project | None = None
         self._nothing: Problem | None = None
         """Why nothing is."""
         self._hint = ""
@@ -160,8 +162,7 @@ class Supervisor:
         return (self._inspection and self._inspection.url) or self._bases()[0]
 
     def _bases(self) -> list[str]:
-        hosts = net.visitors_hosts(self._host)
-        names = (f"[{host}]" if ":" in host else host for host in hosts)
+        names = (f"[{host}]" if ":" in host else host for host in net.visitors_hosts(self._host))
         return [f"http://{name}:{self._settings.dev_port}" for name in names]
 
     def configure(self, run: RunSettings) -> None:
@@ -391,9 +392,8 @@ class Supervisor:
         child = await Child.start(launch, on_line=self._output.add, reaper=self._reaper)
         self._child = child
         self._metrics.start.mark("dev_server")
-        probing = asyncio.create_task(
-            self._contained(self._probe(generation), None), name=f"probe-{generation}"
-        )
+        probe = self._contained(self._probe(generation), None)
+        probing = asyncio.create_task(probe, name=f"probe-{generation}")
         user = self._rights.user
         elsewhere = self._elsewhere = Elsewhere(
             self._settings, self._host, uid=user.uid if user else None, clock=self._clock
@@ -432,7 +432,7 @@ class Supervisor:
 
     # --- the project and the metrics
 
-    def _find(self) -> Project | None:
+    def _find(self) -> reading.Project | None:
         """Read the project. None: there is nothing to preview, and without a DEV_COMMAND that is a problem."""
         settings = self._settings
         try:
@@ -462,7 +462,7 @@ class Supervisor:
         """Where the project's command is to listen."""
         return self._settings.dev_server_port or self._settings.dev_port
 
-    def _launch(self, wanted: Project | None, *, fresh: bool) -> Launch | None:
+    def _launch(self, wanted: reading.Project | None, *, fresh: bool) -> Launch | None:
         """Say how the dev server is started. None: there is nothing to start."""
         settings = self._settings
         more = {"BROWSER": "none"}
@@ -489,7 +489,7 @@ class Supervisor:
         directory = wanted.directory if wanted else settings.project_dir
         return Launch(argv, str(directory), env, self._rights, stdin=True)
 
-    async def _node_hint(self, wanted: Project | None) -> str:
+    async def _node_hint(self, wanted: reading.Project | None) -> str:
         """Return a sentence if the Node here, or that there is none, may be why something failed; else nothing."""
         if wanted is None or wanted.is_page:
             return ""

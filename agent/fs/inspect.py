@@ -16,11 +16,12 @@ import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from agent.core.errors import PathRefused
 from agent.core.model import PROTECTED, Digest, Entry, Problem, RelPath, Tree, parse_path
-from agent.fs.dirfd import Blocked, DirectoryCache
+from agent.fs.dirfd import MOST_LISTED, Blocked, DirectoryCache
 from agent.fs.syscalls import READ_FILE
 from agent.fs.turns import Steps
 
@@ -241,6 +242,28 @@ class DirectoryView:
         except (OSError, Blocked):
             return None
         return FileStat.of(found) if found is not None and stat.S_ISREG(found.st_mode) else None
+
+    def lstat(self, path: str) -> os.stat_result | None:
+        """Stat what stands at `path`, whatever it is; None when there is nothing, or it cannot be reached."""
+        try:
+            return lstat(*self._directories.parent(path))
+        except (OSError, Blocked):
+            return None
+
+    def listing(self, path: str) -> list[tuple[str, os.stat_result]]:
+        """Stat what is in the directory at `path` ("" is the root), at most `MOST_LISTED` names of it.
+
+        Nothing, when it is none or cannot be read.
+        """
+        try:
+            with os.scandir(self._directories.open(path)) as entries:
+                return [
+                    (entry.name, found)
+                    for entry in islice(entries, MOST_LISTED)
+                    if (found := _stat(entry)) is not None
+                ]
+        except (OSError, Blocked):
+            return []
 
     def content(self, path: RelPath, size: int) -> bytes | None:
         """Read the regular file at `path` if it has `size` bytes; None when it has not, or cannot be read."""

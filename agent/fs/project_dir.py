@@ -24,7 +24,8 @@ from pathlib import Path
 
 from agent.core.errors import RootUnusable
 from agent.core.model import Entry, Operation, RelPath, Remove
-from agent.fs.dirfd import DirectoryPermissions
+from agent.fs.dirfd import Blocked, DirectoryPermissions
+from agent.fs.foreign import Growing, Unfit, Whole, read_foreign
 from agent.fs.inspect import DirectoryView, FileStat
 from agent.fs.staging import StagedFileWriter, Staging
 from agent.fs.transaction import Transaction, TransactionResult
@@ -102,6 +103,17 @@ class ProjectDir(DirectoryView):
     def stage_whole(self, content: bytes, path: RelPath | None = None) -> str:
         """As `stage`, for a file in one piece: returns the name for `Write.staged`. Raises `OSError`."""
         return self._staging.stage_whole(content, path)
+
+    def read_foreign(self, path: RelPath, most: int) -> Whole | Unfit | Growing | None:
+        """Read what a program of the project made at `path`, up to `most` bytes; see `fs.foreign`. None: nothing."""
+        owner = self._permissions.owner
+        try:
+            directory, name = self._directories.parent(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, Blocked):
+            return Unfit("not_a_file")
+        return read_foreign(directory, name, owner[0] if owner else os.geteuid(), most)
 
     def clear_staging(self) -> int:
         """Remove everything that is staged; returns how many files and trees."""

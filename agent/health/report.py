@@ -34,6 +34,7 @@ from agent.telemetry.log_writer import LogWriter
 from agent.telemetry.logging import Redactor
 from agent.telemetry.loop import LoopStalls
 from agent.telemetry.status import AgentState, Problems, SyncPhase, SyncStatus, agent_state
+from agent.write_back.flow import WriteBack
 
 _PREFIX = "preview_agent"
 
@@ -47,6 +48,7 @@ HARMLESS: frozenset[ProblemKind] = frozenset(
         "preview_error",
         "preview_unobserved",
         "shadow_difference",
+        "write_back_conflict",
     }
 )
 """Kinds that are shown and leave the preview what it should be."""
@@ -69,6 +71,8 @@ class Report(Collector):
     run_settings: RunSettingsFollower
     shadow: Shadow | None = None
     """With SYNC_MODE=shadow: what stands in the dev server's place."""
+    write_back: WriteBack | None = None
+    """What tools made, given back; None where there is nobody to give it to."""
     stalls: LoopStalls | None = None
     """How long the event loop kept everything waiting; None in a replay."""
     lines: LogWriter | None = None
@@ -165,6 +169,7 @@ class Report(Collector):
             "run_revision": self.run_settings.revision,
             "sync_mode": self.settings.sync_mode,
             "shadow": self.shadow.report() if self.shadow is not None else None,
+            "write_back": self.write_back.report() if self.write_back is not None else None,
             "session_api": "set" if self.catch_up.api is not None else "absent: no catch-up",
             "problems": self._shown(self.all_problems()),
             "problems_not_kept": dict(self.problems.dropped),

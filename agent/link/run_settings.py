@@ -17,6 +17,7 @@ from typing import Final
 
 from agent.config import Settings, loads_code
 from agent.core.errors import CredentialRejected, MalformedMessage, PathRefused, Unavailable
+from agent.core.globs import Rule, read_rules
 from agent.core.model import Problem, parse_path
 from agent.retry import Backoff
 from agent.session_api import SessionApi
@@ -42,7 +43,10 @@ def refused_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """One answer of `GET …/run`. None: the project says nothing of it. `env` and `npmrc` are secrets."""
+    """One answer of `GET …/run`. None: the project says nothing of it. `env` and `npmrc` are secrets.
+
+    `write_back`: what tools in the container may give back; empty: nothing.
+    """
 
     revision: int
     root: str | None = None
@@ -52,6 +56,7 @@ class RunSettings:
     allowed_hosts: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     npmrc: str | None = field(default=None, repr=False)
+    write_back: tuple[Rule, ...] = ()
 
     def secrets(self) -> set[str]:
         """Return what must be in no log and no status: the values of `env`, their lines, and what `npmrc` sets."""
@@ -88,7 +93,7 @@ def read_run_settings(obj: object) -> RunSettings:
         raise _malformed("env has a NUL")
     return RunSettings(
         revision, root, _words(obj, "dev_command"), port, _words(obj, "install_command"), tuple(hosts), env,
-        _text(obj, "npmrc"),
+        _text(obj, "npmrc"), read_rules(obj.get("write_back")),
     )  # fmt: skip
 
 

@@ -91,14 +91,18 @@ class PackageManager:
             wanted = wanted.partition(".")[0]
         return f"{version}.".startswith(f"{wanted}.")
 
-    def commands(self, *, scripts: bool) -> list[tuple[str, ...]]:
-        """Return the commands to try; the second is for a lock file that the first refuses."""
+    def commands(self, *, scripts: bool, saves: bool = False) -> list[tuple[str, ...]]:
+        """Return the commands to try; the second is for a lock file that the first refuses.
+
+        `saves`: the second makes a lock file where there is none that fits, in the directory of the install.
+        """
         quiet = () if scripts else ("--ignore-scripts",)
         match self.name:
             case Manager.NPM:
                 flags = ("--no-audit", "--no-fund", "--prefer-offline", "--include=dev", *quiet)
                 strict = ("npm", "ci", *flags)
-                loose = ("npm", "install", "--no-package-lock" if not self.lock else "--no-save", *flags)
+                unsaved = "--no-save" if self.lock else "--no-package-lock"
+                loose = ("npm", "install", *(() if saves else (unsaved,)), *flags)
             case Manager.YARN if self.modern_yarn:
                 strict, loose = ("yarn", "install", "--immutable"), ("yarn", "install", "--no-immutable")
             case Manager.YARN:
@@ -112,7 +116,7 @@ class PackageManager:
                 )
                 strict, loose = (
                     (*start, "--frozen-lockfile"),
-                    (*start, *(() if self.lock else ("--no-lockfile",))),
+                    (*start, *(() if self.lock or saves else ("--no-lockfile",))),
                 )
             case Manager.PNPM:
                 start = ("pnpm", "install", "--prefer-offline", *quiet)

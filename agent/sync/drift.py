@@ -20,16 +20,15 @@ what piles up meanwhile goes with the old watch.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from agent.core.model import Entry, RelPath, parents
 from agent.fs.inspect import Drift, FileStat
+from agent.fs.notify import changed as notify_changed
 from agent.fs.project_dir import ProjectDir
 from agent.fs.turns import Steps, in_turns
 from agent.telemetry.logging import get_logger
@@ -129,23 +128,14 @@ class DriftWatch:
 
     async def _turn(self, notify: RustNotify, watched: frozenset[RelPath]) -> bool:
         """Wait for one burst and compare what it names. Returns False when other directories are to be watched now."""
-        stop = threading.Event()
-        waiting = asyncio.ensure_future(
-            asyncio.to_thread(notify.watch, LONGEST_MS, STEP_MS, int(self._sweep_seconds * 1000), stop)
-        )
-        try:
-            raw = await asyncio.shield(waiting)
-        finally:
-            stop.set()
-            with suppress(asyncio.CancelledError):
-                await waiting
-        if not isinstance(raw, set):
+        raw = await notify_changed(notify, LONGEST_MS, STEP_MS, self._sweep_seconds)
+        if raw is None:
             await self._sweep()
             return True
         if len(raw) > MOST_NAMES:
             raise _TooMany(f"{len(raw)} names at once")
         entries, _ = self._expected()
-        changed = {path for _, place in raw if (path := self._relative(place)) is not None}
+        changed = {path for place in raw if (path := self._relative(place)) is not None}
         others = {path for path in changed if path not in entries}
         # A directory of ours came or went: its watch went with it, and so did everything below.
         moved = others & (watched | {_ROOT})

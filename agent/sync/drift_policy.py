@@ -28,6 +28,7 @@ Policy = Literal["report", "restore", "keep", "off"]
 class DriftPolicy:
     """Attributes:
     drifted: gives the paths that are not as they should be now.
+    exempt: says whether a change is a tool's to make.
     strangers: gives the files that nobody knows.
     wake: has the loop look what is to be asked.
     """
@@ -38,6 +39,7 @@ class DriftPolicy:
     problems: OwnedProblems
     metrics: Metrics
     drifted: Callable[[], Collection[RelPath]]
+    exempt: Callable[[Drift], bool]
     strangers: Callable[[], Collection[RelPath]]
     clock: Callable[[], float]
     wake: Callable[[], None]
@@ -49,9 +51,10 @@ class DriftPolicy:
         self.problems.clear("drift", paths=observed.settled)
         restore = self.policy == "restore"
         strangers = self.strangers()
-        ours = [drift for drift in observed.drifts if restore and drift.path not in strangers]
+        drifts = [drift for drift in observed.drifts if not self.exempt(drift)]
+        ours = [drift for drift in drifts if restore and drift.path not in strangers]
         if self.policy in ("report", "restore"):
-            for drift in observed.drifts:
+            for drift in drifts:
                 if not restore or drift.path in strangers:
                     self.problems.add(drift.problem())
         if ours:

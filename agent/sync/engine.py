@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 
 from msgspec import structs
 
 from agent.core.clock_skew import ClockSkew
-from agent.core.errors import AgentError, MalformedMessage, PathRefused, SessionGone, Superseded, TooLarge
-from agent.core.messages import Changes, Current, Head, SnapshotOffer, read_event
-from agent.core.model import Commit, Cursor, Problem, RelPath, Tree, read_traceparent
+from agent.core.errors import AgentError, MalformedMessage, SessionGone, Superseded, TooLarge
+from agent.core.messages import Changes, Current, Head
+from agent.core.model import Cursor, Entry, Problem, RelPath, Tree
 from agent.core.reconcile import Gap, Outcome, Plan, Reason, catch_up, reconcile
 from agent.core.scheduler import Follower, Request
-from agent.link.source import EventSource, Received, Resync, Signal
+from agent.fs.inspect import Drift, FileStat
+from agent.link.source import EventSource
 from agent.retry import Backoff
 from agent.snapshot.download import StagedSnapshot
 from agent.snapshot.unpack import StagingFailed
@@ -29,14 +30,16 @@ from agent.sync.catchup import Answer, CatchUp, revision_of
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
-from agent.sync.latency import LagMeter
 from agent.sync.preview import Preview, Unseen, changes_of
+from agent.sync.received import Intake
 from agent.sync.recording import Recording
 from agent.sync.workspace import ApplyResult, Workspace
+from agent.telemetry.latency import LagMeter
 from agent.telemetry.logging import get_logger, traced
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans
 from agent.telemetry.status import Problems, SyncPhase, SyncStatus
+from agent.write_back.flow import WriteBack
 
 log = get_logger("sync")
 
@@ -71,6 +74,7 @@ class Sync:
         drift_policy: Policy = "report",
         skew: ClockSkew | None = None,
         spans: Spans | None = None,
+        write_back: WriteBack | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Put the loop on its parts; nothing runs yet.
@@ -83,6 +87,7 @@ class Sync:
             drift_policy: As the setting; `off` where nothing else can touch the directory.
             skew: How far the database's clock is from ours; None: not at all.
             spans: Where a save's way goes to; None: nowhere.
+            write_back: Asked before a file is replaced, and for changes that are a tool's to make; None: none are.
             clock: Gives monotonic seconds.
         """
         # What it stands on.
@@ -99,6 +104,7 @@ class Sync:
         self._preview = preview or Unseen()
         self._snapshot_url = snapshot_url
         self._drift_policy = drift_policy
+        self._write_back = write_back
         self._clock = clock
         self._drift = DriftWatch(workspace.disk, lambda: workspace.expected(self.tree), self._observe_drift)
         self.patches = follower.patches
@@ -107,13 +113,24 @@ class Sync:
 
         self._errors = problems.errors
         self._recording = Recording(workspace, lambda: self.tree, self._errors, self._lag.tell)
+        self._intake = Intake(
+            follower=follower,
+            catch_up=catch_up,
+            problems=self._problems,
+            metrics=metrics,
+            status=status,
+            patched=self._patched,
+            clock=clock,
+            wake=lambda: self._wake.set(),
+        )
         self._drifting = DriftPolicy(
             policy=drift_policy,
             follower=follower,
             workspace=workspace,
             problems=self._problems,
             metrics=metrics,
-            drifted=lambda: self._drift.open.keys(),
+            drifted=lambda: self.drifted,
+            exempt=self._exempt,
             strangers=lambda: self._drift.strangers,
             clock=clock,
             wake=lambda: self._wake.set(),
@@ -130,6 +147,7 @@ class Sync:
             plan=self._plan_of_snapshot,
             settle=self._settle,
             drift_policy=drift_policy,
+            exempt=self._exempt,
             clock=clock,
         )
 
@@ -142,8 +160,6 @@ class Sync:
         # The catch-up under way.
         self._asking: asyncio.Task[Answer] | None = None
         self._request: Request | None = None
-        self._missed_before = False
-        """The latest catch-up found commits whose events never came; reset by the next event."""
 
     # --- what others read, and may ask for
 
@@ -175,7 +191,7 @@ class Sync:
     @property
     def drifted(self) -> Collection[RelPath]:
         """The files that another process changed and that are not right again."""
-        return self._drift.open.keys()
+        return [path for path, drift in self._drift.open.items() if not self._exempt(drift)]
 
     @property
     def watch_renewals(self) -> int:
@@ -186,6 +202,23 @@ class Sync:
     def waiting_paths(self) -> Collection[RelPath]:
         """Paths that the disk could not hold and that are tried again."""
         return self._follower.unusable
+
+    def confirm(
+        self, moved: Mapping[RelPath, tuple[Entry, FileStat | None]], revision: int | None = None
+    ) -> None:
+        """The database has what stands at these paths, as these entries; with the stat of each file that was read.
+
+        `revision`: of the commit that wrote just these. It is applied: its event is a duplicate.
+        """
+        cursor = self.tree.cursor if revision is None else self.tree.cursor.with_revision(revision)
+        entries = {path: entry for path, (entry, _) in moved.items()}
+        self._follower.adopt(Tree(cursor, self.tree.entries.update(entries)))
+        self._workspace.confirm(moved)
+        self._recording.soon()
+        self._wake.set()
+
+    def _exempt(self, drift: Drift) -> bool:
+        return self._write_back is not None and self._write_back.exempt(drift)
 
     def hear(self, head: Head, asked_at: Cursor | None = None) -> None:
         """The heartbeat's answer: where the database is. `asked_at`: our cursor when it was asked for."""
@@ -246,11 +279,11 @@ class Sync:
     async def _receive(self) -> None:
         source = self._source
         while True:
-            self._take(await source.receive())
+            self._intake.take(await source.receive())
             for _ in range(TURN - 1):
                 if (signal := source.receive_now()) is None:
                     break
-                self._take(signal)
+                self._intake.take(signal)
             else:
                 await asyncio.sleep(0)
             self._turn_contained()
@@ -274,49 +307,6 @@ class Sync:
         log.info("path.obstacle_moved", files=len(paths), file_path=paths[0])
         self._follower.obstacle_moved(paths, self._clock())
         self._wake.set()
-
-    def _take(self, signal: Signal) -> None:
-        now = self._clock()
-        if isinstance(signal, Resync):
-            self._follower.need(Reason.OVERFLOW if signal.reason == "overflow" else Reason.JOIN, now)
-            self._wake.set()
-            return
-        self._missed_before = False
-        self._status.last_event_at = signal.at
-
-        def ask() -> None:
-            self._follower.need(Reason.DOORBELL, now)
-            self._wake.set()
-
-        with (
-            self._errors.contained("event", ask, event_type=signal.event),
-            traced(read_traceparent(signal.payload.get("traceparent"))),
-        ):
-            self._receive_event(signal, now)
-
-    def _receive_event(self, signal: Received, now: float) -> None:
-        commit = self._read(signal)
-        if isinstance(commit, SnapshotOffer):
-            self._catch_up.offered = commit.snapshot_url
-            self._follower.need(Reason.SNAPSHOT_READY, now)
-            self._wake.set()
-        elif commit is not None:
-            for problem in commit.problems:
-                self._problems.add(problem)
-            self._follower.receive(structs.replace(commit, changes=self._patched(commit.changes)), now)
-
-    def _read(self, received: Received) -> Commit | SnapshotOffer | None:
-        try:
-            read = read_event(received.event, received.payload, received.at)
-        except (MalformedMessage, PathRefused) as error:
-            log.warning("event.malformed", event_type=received.event, why=str(error))
-            self._metrics.events.labels(received.event, "malformed").inc()
-            self._follower.need(Reason.DOORBELL, self._clock())
-            self._wake.set()
-            return None
-        if read is None:
-            self._metrics.events.labels("other", "unknown").inc()
-        return read
 
     def _turn_contained(self) -> None:
         """Take a turn. A bug in it is counted, and what was in hand is asked for again, later each time."""
@@ -366,6 +356,9 @@ class Sync:
     def _apply(self, plan: Plan) -> bool:
         """Make the disk and the tree follow a plan. False: the environment failed, all was undone."""
         started, before, applied = self._clock(), self.tree.entries, ApplyResult(undone=True)
+        if self._write_back is not None:
+            with self._errors.contained("write-back"):
+                plan = self._write_back.before(plan)
         self._preview.begin([each.path for each in plan.operations])
         with self._errors.contained("apply"):
             applied = self._workspace.apply(plan.operations, before)
@@ -461,9 +454,9 @@ class Sync:
 
     def _suspect_link(self) -> None:
         """Replace the link when its events are missing for the second time in a row: one may be lost on a good link."""
-        if self._missed_before:
+        if self._intake.missed_before:
             self._source.suspect("commits are found by the heartbeat alone")
-        self._missed_before = True
+        self._intake.missed_before = True
 
     def _plan_of(self, answer: Answer) -> Plan | None:
         if isinstance(answer, Current):

@@ -16,6 +16,7 @@ from agent.core.errors import RootUnusable
 from agent.core.model import RelPath
 from agent.core.reconcile import Plan, Reason
 from agent.core.scheduler import Follower
+from agent.fs.inspect import Drift
 from agent.fs.turns import in_thread
 from agent.snapshot.download import StagedSnapshot
 from agent.sync.catchup import CatchUp
@@ -40,6 +41,7 @@ class Hydration:
         plan: what a snapshot asks for.
         settle: has the tree say what the disk did of a plan since a time; returns False when it could not.
         drift_policy: with `report` and `restore` the files that nobody knows are shown.
+    exempt: says whether a change is a tool's to make: its file is left, and its entry.
     """
 
     follower: Follower
@@ -53,6 +55,7 @@ class Hydration:
     plan: Callable[[StagedSnapshot], Plan]
     settle: Callable[[Plan, ApplyResult, float], bool]
     drift_policy: Policy
+    exempt: Callable[[Drift], bool]
     clock: Callable[[], float]
 
     async def run(self, url: str | None) -> None:
@@ -94,7 +97,7 @@ class Hydration:
     async def _resume(self, loaded: LedgerState) -> None:
         """Go on from where an earlier run was: what the ledger says, corrected by what the disk holds."""
         self.status.mode = "resume"
-        tree, drifts = await self.workspace.audit(loaded)
+        tree, drifts = await self.workspace.audit(loaded, self.exempt)
         self.follower.adopt(tree)
         self.follower.doubt((drift.path for drift in drifts), self.clock())
         self.follower.need(Reason.JOIN, self.clock())

@@ -15,11 +15,21 @@ from functools import partial
 from immutables import Map
 from msgspec import structs
 
-from agent.core.model import ENVIRONMENT_PROBLEMS, Cursor, Entry, Operation, Problem, RelPath, Tree, Write
+from agent.core.model import (
+    ENVIRONMENT_PROBLEMS,
+    Cursor,
+    Entry,
+    Operation,
+    Problem,
+    RelPath,
+    Remove,
+    Tree,
+    Write,
+)
 from agent.fs.dirfd import environment_problem
 from agent.fs.inspect import Drift, FileStat
 from agent.fs.project_dir import ProjectDir
-from agent.fs.transaction import TransactionResult
+from agent.fs.transaction import Done, TransactionResult
 from agent.fs.turns import in_thread, in_turns
 from agent.sync.drift import Observed
 from agent.sync.ledger import Ledger, LedgerFailed, LedgerState
@@ -79,14 +89,22 @@ class Workspace:
         self.disk.discard(loaded.leftovers)
         return loaded if loaded.tree.cursor.epoch is not None else None
 
-    async def audit(self, loaded: LedgerState) -> tuple[Tree, tuple[Drift, ...]]:
-        """The recorded tree, corrected by what the disk holds: what differs is unconfirmed.
+    async def audit(
+        self, loaded: LedgerState, exempt: Callable[[Drift], bool] = lambda drift: False
+    ) -> tuple[Tree, tuple[Drift, ...]]:
+        """The recorded tree, corrected by what the disk holds: what differs is unconfirmed, but for what is `exempt`.
 
         Of files that all look different everything is read; health answers meanwhile.
         """
         audit = await in_turns(self.disk.audit_steps(loaded.tree, loaded.stats))
         self.stats = dict(audit.stats)
-        return self.unconfirmed(loaded.tree, audit.drifts), audit.drifts
+        drifts = []
+        for drift in audit.drifts:
+            if not exempt(drift):
+                drifts.append(drift)
+            elif drift.path in loaded.stats:
+                self.stats[drift.path] = loaded.stats[drift.path]
+        return self.unconfirmed(loaded.tree, drifts), tuple(drifts)
 
     def found(self) -> set[RelPath]:
         """The files that are in the directory already."""
@@ -217,6 +235,16 @@ class Workspace:
         self.ledger_lost = self.ledger_lost or error.lost
         self._unrecorded = Problem(error.kind, self.failure, rule="ledger", waiting=True)
         self._problems.add(self._unrecorded)
+
+    def confirm(self, moved: Mapping[RelPath, tuple[Entry, FileStat | None]]) -> None:
+        """Note for the next record what the database has confirmed of files that others wrote here."""
+        for path, (entry, stat) in moved.items():
+            if stat is not None:
+                self.stats[path] = stat
+            elif not entry.is_file:
+                self.stats.pop(path, None)
+            operation = Write(path, entry) if entry.is_file else Remove(path, entry)
+            self._ledger.note([Done(operation, self.stats.get(path))])
 
     # --- what other processes did
 

@@ -34,6 +34,7 @@ Part = Literal[
     "run-settings",
     "shadow",
     "sync",
+    "write-back",
 ]
 """Where a bug was contained; the label of the metric."""
 

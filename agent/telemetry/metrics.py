@@ -51,6 +51,7 @@ class Metrics:
         self.events = counter("events_total", "Events by what became of them.", "event", "outcome")
         self.resyncs = counter("resyncs_total", "Catch-ups by what made them necessary.", "reason")
         self.coalesced = counter("coalesced_total", "Writes that a newer one of the same path made needless.")
+        self.write_back = counter("write_back_total", "What tools made, by what became of it.", "outcome")
         self.installs = counter("installs_total", "Dependency installs.", "result")
         self.modules = counter("modules_total", "Dependency layers by what became of them.", "outcome")
         self.modules_seconds = histogram("modules_seconds", "From asking for a layer to its files in place.")

@@ -75,6 +75,24 @@ def test_in_shadow_mode_the_comparison_stands_where_the_dev_server_does() -> Non
     assert found == "  shadow     of /srv/app: 1 differs, 2 missing, 2 in flight; 9 files, looked 1 s ago"
 
 
+def test_what_tools_made_and_the_project_has_not_taken_is_shown_with_its_reason() -> None:
+    given: dict[str, Any] = {
+        "rules": 2, "states": {"offered": 1, "refused": 1}, "offers_waiting": 1, "outcomes": {},
+        "halted": None, "failure": "HTTP 503", "left_out": 0, "kept_refused": 0, "unwatched_directories": 0,
+        "paths": [
+            {"file_path": "lock", "state": "offered", "rule": None},
+            {"file_path": "gen/a", "state": "refused", "rule": "text"},
+        ],
+    }  # fmt: skip
+    assert render(report(write_back=given), now=NOW)[-3:] == [
+        "  write-back 1 offered, 1 refused; 1 to be answered (HTTP 503)",
+        "             lock: offered",
+        "             gen/a: refused (text)",
+    ]
+    given |= {"states": {}, "offers_waiting": 0, "failure": None, "paths": []}
+    assert render(report(write_back=given), now=NOW)[-1] == "  write-back nothing waits; 0 to be answered"
+
+
 def test_what_is_wrong_says_what_to_do_once_for_each_kind() -> None:
     refused = [problem("path_refused", f"a{n}\\b", f"cannot use path 'a{n}\\b': backslash") for n in range(9)]
     last = "GET /\nSyntaxError: boom\n    at parse (x.js)\n    at main (y.js)"

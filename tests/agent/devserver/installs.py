@@ -13,6 +13,7 @@ import pytest
 from agent.config import Settings
 from agent.devserver.install import Installer, InstallResult
 from agent.devserver.sandbox import Rights
+from agent.project.locks import Locks
 from agent.project.reading import Dependencies, dependencies
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
@@ -41,6 +42,7 @@ class Bench:
         tmp_path: Path,
         rights: Rights | None = None,
         environ: dict[str, str] | None = None,
+        locks: Locks | None = None,
         **settings: object,
     ) -> None:
         self.root = tmp_path / "project"
@@ -48,8 +50,9 @@ class Bench:
         given: dict[str, object] = {"project_id": UUID(int=1), "session_id": UUID(int=1), **settings}
         self.settings = Settings(project_dir=self.root, **given)  # type: ignore[arg-type]
         self.installer = Installer(
-            self.settings, environ=environ or os.environ, rights=rights or Rights(), on_line=self.lines.append
-        )
+            self.settings, environ=environ or os.environ, rights=rights or Rights(), on_line=self.lines.append,
+            locks=locks,
+        )  # fmt: skip
 
     async def install(self, wanted: Dependencies) -> InstallResult:
         await self.installer.open()

@@ -10,7 +10,8 @@ from uuid import UUID
 import pytest
 
 from agent.config import Settings
-from agent.core.errors import CredentialRejected, Unavailable
+from agent.core.errors import CredentialRejected, MalformedMessage, Unavailable
+from agent.core.globs import Rule
 from agent.link import run_settings as module
 from agent.link.run_settings import RunSettings, RunSettingsFollower, merged
 from agent.retry import Backoff
@@ -122,3 +123,21 @@ def test_a_secret_of_many_lines_is_taken_out_line_by_line() -> None:
     assert run.secrets() == {
         "first-line-of-it\nsecond-line-of-it", "first-line-of-it", "second-line-of-it", "in-quotes-x",
     }  # fmt: skip
+
+
+def test_what_may_be_given_back_is_read_and_what_cannot_be_read_allows_nothing() -> None:
+    rule = {"glob": "**/package-lock.json", "mode": "generated", "max_bytes": 1_000, "deletes": False}
+    read = module.read_run_settings({"run_revision": 1, "write_back": [rule]})
+    assert read.write_back == (Rule("**/package-lock.json", "generated", 1_000),)
+    for nothing in (None, False, True, []):  # the flags are an older orchestrator's
+        assert module.read_run_settings({"run_revision": 1, "write_back": nothing}).write_back == ()
+    for wrong in (
+        "lock",
+        {},
+        [1],
+        [{**rule, "glob": ""}],
+        [{**rule, "mode": "x"}],
+        [{**rule, "max_bytes": "1"}],
+    ):
+        with pytest.raises(MalformedMessage):
+            module.read_run_settings({"run_revision": 1, "write_back": wrong})

@@ -20,6 +20,7 @@ import httpx
 import orjson
 
 from agent.config import SnapshotLimits
+from agent.core.globs import Rule
 from agent.core.messages import Head
 from agent.core.model import Problem, ProblemKind, RelPath, Tree, digest_of, tree_hash
 from agent.core.scheduler import Follower
@@ -36,6 +37,7 @@ from agent.sync.workspace import Workspace
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import Problems, SyncStatus
 from agent.tokens import Tokens
+from agent.write_back.flow import WriteBack
 from tests.agent.disks import in_staging, seen
 from tests.fakes.realtime import jwt
 from tests.fakes.zips import EPOCH, PROJECT, snapshot
@@ -188,6 +190,8 @@ class Orchestrator:
     fetched: int = 0
     limit: int = 65_536
     """Bytes of a question that are read, as the real one's BODY_LIMIT."""
+    other: Callable[[str, dict[str, Any]], Any] | None = None
+    """Answers what is no question about what was missed, by the last word of its path."""
     hang: asyncio.Event | None = None
     """Until it is set, nothing is answered."""
 
@@ -203,6 +207,11 @@ class Orchestrator:
                 return body(request)
             return httpx.Response(200, stream=httpx.ByteStream(body))
         question: dict[str, Any] = orjson.loads(request.content)
+        if self.other is not None and not request.url.path.endswith("/sync"):
+            other = self.other(request.url.path.rpartition("/")[2], question)
+            if isinstance(other, httpx.Response):
+                return other
+            return httpx.Response(200, stream=httpx.ByteStream(orjson.dumps(other)))
         self.asked.append(question)
         if self.hang is not None:
             await self.hang.wait()
@@ -266,6 +275,7 @@ class Run:
     changed: list[set[str]]
     """What `on_tree` was called with."""
     hydrated: asyncio.Event
+    write_back: WriteBack | None = None
 
     def send(self, *signals: Signal) -> None:
         for signal in signals:
@@ -330,8 +340,10 @@ class World:
         drift_policy: Literal["report", "restore", "keep", "off"] = "off",
         wait: bool = True,
         url: str | None = f"{HOST}/snapshot.zip",
+        rules: Sequence[Rule] | None = None,
     ) -> AsyncIterator[Run]:
-        """A run for as long as the block lasts; `wait`: the block begins when there is a tree.
+        """A run for as long as the block lasts; `wait`: the block begins when there is a tree. `rules`: what tools may
+        give back; None: there is no such part.
 
         Raises what ended the loop, unless the block did.
         """
@@ -350,6 +362,11 @@ class World:
             catch_up = CatchUp(
                 session, Downloader(place, http, limits, PROJECT), problems, lambda: follower.tree.entries
             )
+            write_back = None if rules is None else WriteBack(
+                self.place / "write-back.sqlite", place, session, problems, tree=lambda: follower.tree,
+                stats=lambda: workspace.stats, confirm=lambda moved, at: sync.confirm(moved, at),
+                clock=asyncio.get_running_loop().time,
+            )  # fmt: skip
             sync = Sync(
                 follower,
                 workspace,
@@ -362,17 +379,23 @@ class World:
                 on_tree=lambda paths: changed.append(set(paths)),
                 on_hydrated=hydrated.set,
                 drift_policy=drift_policy,
+                write_back=write_back,
                 clock=asyncio.get_running_loop().time,
             )
             task = asyncio.create_task(sync.run())
             run = Run(
-                sync, source, place, workspace, catch_up, follower, problems, status, task, changed, hydrated
-            )
+                sync, source, place, workspace, catch_up, follower, problems, status, task, changed, hydrated,
+                write_back,
+            )  # fmt: skip
             try:
                 if wait:
                     await run.until(hydrated.is_set)
+                    if write_back is not None:
+                        write_back.configure(rules or ())
                 yield run
             finally:
+                if write_back is not None:
+                    write_back.close()
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 place.close()

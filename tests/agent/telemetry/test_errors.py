@@ -120,6 +120,7 @@ REVIEWED = {
     "devserver.process.__init__": "waits for the child; `wait` raises it",
     "devserver.supervisor._do_start": "the probe, contained",
     "devserver.supervisor._spawn": "contained; a bug is a failed install or an exit",
+    "fs.notify.changed": "the watch's thread; awaited",
     "fs.turns.in_thread": "the thread with the disk; awaited, also when it is given up",
     "link.loop.run": "the link's own group, kept running as a whole",
     "link.nats._apart": "what the client does; awaited, and its result read",
@@ -129,12 +130,13 @@ REVIEWED = {
     "modules.arrivals.first": "the install beside a layer; awaited",
     "snapshot.download._hand_over": "the unpacking; the next batch raises it",
     "snapshot.unpack.reported": "the progress lines; gathered at the end",
-    "sync.drift._turn": "the watch's thread; awaited",
     "sync.engine._ask": "the question; its result is read in the next turn",
     "sync.engine._finish_catch_up": "only wakes the loop",
     "sync.engine.run": "the loop itself, contained turn by turn; drift and obstacles are kept running",
     "sync.recording._wait": "the record, contained",
     "sync.shadow._turn": "the reading; awaited",
+    "write_back.flow.start": "the give-back, kept running until its rules are gone",
+    "write_back.flow._run": "the task's own group, kept running as a whole",
 }
 """Where tasks and callbacks are made, and who looks at what ends them. A replay's and a command's end with it."""
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from agent.core.clock_skew import ClockSkew, Moment
 from agent.core.model import Change, Commit, Cursor, RelPath, TraceParent, digest_of
 from agent.core.reconcile import Outcome
-from agent.sync.latency import LATE, MOST_LATE, LagMeter
+from agent.telemetry.latency import LATE, MOST_LATE, LagMeter
 from agent.telemetry.metrics import Metrics
 from agent.telemetry.status import SyncStatus
 
