@@ -26,7 +26,7 @@ from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.driver import machine_name, mark_of
 from orchestrator_stub.platform.tokens import Keyring, mint_session
-from orchestrator_stub.server import Server
+from orchestrator_stub.process import Server
 from soak.program import Program
 from tests.fakes.fly import APP, TOKEN, Fly
 
