@@ -3,7 +3,7 @@ import { useShallow } from 'zustand/react/shallow'
 import { closeFile, openFile, useProjectEditorStore as useStore } from './store.ts'
 
 export function Tabs() {
-  const { docs, active, others } = useStore(useShallow((state) => ({ docs: state.docs, active: state.active })))
+  const { docs, active, others } = useStore(useShallow((state) => ({ docs: state.docs, active: state.active, others: state.others })))
   return (
     <div className="tabs" role="group" aria-label="Open files">
       {[...docs.values()].map((doc) => {
