@@ -23,7 +23,8 @@ from tests.orchestrator.relay.nats_world import client, machine, settled, stream
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-MINE, OTHERS = uuid4(), uuid4()
+MINE, OTHERS = UUID(int=1), UUID(int=2)
+"""Projects. They are in the names of tests, which every process of pytest-xdist has to find alike."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
