@@ -17,6 +17,10 @@ BUCKETS: Final = ("project-snapshots", "project-assets", "preview-modules")
 """Where projects' files are: private, all of them."""
 
 CONNECT_SECONDS: Final = 8
+
+POOLER_QUESTIONS: Final = 4
+"""How often each of two connections is asked for its server process."""
+
 VERSION: Final = 150000
 """PostgreSQL 15: `security_invoker` on views, which the migrations use."""
 
@@ -83,13 +87,19 @@ async def _server(connection: psycopg.AsyncConnection[Row], where: str, report: 
 
 
 async def _pooler(connection: psycopg.AsyncConnection[Row], dsn: str, report: Report) -> None:
-    """Two clients that meet the same server process share it by the transaction: LISTEN and advisory locks are lost."""
-    here = (await _one(connection, "select pg_backend_pid()"))[0]
+    """Two clients that meet the same server process share it by the transaction: LISTEN and advisory locks are lost.
+
+    Other clients of the pooler may have that process between two questions, so each asks more than once: where a
+    client has a session of its own, its process never changes.
+    """
+    here, there = set(), set()
     async with await psycopg.AsyncConnection.connect(
         dsn, autocommit=True, connect_timeout=CONNECT_SECONDS
     ) as second:
-        there = (await _one(second, "select pg_backend_pid()"))[0]
-    if here == there:
+        for _ in range(POOLER_QUESTIONS):
+            here.add((await _one(connection, "select pg_backend_pid()"))[0])
+            there.add((await _one(second, "select pg_backend_pid()"))[0])
+    if here & there or len(here) > 1 or len(there) > 1:
         report.bad(
             "a pooler in transaction mode stands before the database: LISTEN and advisory locks are lost in it",
             "use the direct or the session-mode connection string (Supabase: port 5432, not 6543)",

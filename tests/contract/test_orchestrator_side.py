@@ -110,7 +110,7 @@ async def test_the_session(project: Project, plane: Plane) -> None:
     answer = await plane.http.post("/v1/sessions", json={"project_id": str(project.id), "ttl_seconds": 3600})
     assert_same_form(answer.json(), load("session"), optional=frozenset({"region", "problem"}))
     shown = await plane.http.get(f"/v1/sessions/{answer.json()['session_id']}")
-    screen = {"applied", "shown", "errors"}
+    screen = {"applied", "shown", "errors", "agent"}
     assert screen <= shown.json().keys()
     assert_same_form(shown.json(), load("session"), optional=frozenset({"region", "problem", *screen}))
 

@@ -82,6 +82,7 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"make image-orchestrator", Make("make test-image, with a tag of its own")),
     (r"make wheel", Make("tests/package/test_installed.py")),
     (r"make page", Make("tests/browser/test_editor.py")),
+    (r"make pictures", Make("by hand: it changes the pictures of README and docs")),
     (r"make (fmt|clean|lock)", Make("nothing else: it changes the checkout")),
     (
         r"make (test-nightly|frameworks|soak|capacity|bench|bench-\w+|fuzz)( (SECONDS|MINUTES|SESSIONS|QUICK)=\S+)?",

@@ -39,6 +39,8 @@ AGENT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     # docs/start.md
     "modules": ("counter", ("outcome",)),
     "modules_seconds": ("histogram", ()),
+    # docs/write-back.md
+    "write_back": ("counter", ("outcome",)),
     # ours
     "problems_opened": ("counter", ("kind",)),
     "shown_seconds": ("histogram", ()),

@@ -17,10 +17,10 @@ import websockets
 from pycrdt import Doc, Text, create_sync_message, create_update_message, handle_sync_message
 
 from orchestrator_stub.http.routes import application
+from orchestrator_stub.process import Server
 from orchestrator_stub.rooms.routes import RoomRoutes, kept
 from orchestrator_stub.rooms.service import Rooms
-from orchestrator_stub.server import Server
-from tests.orchestrator.sessions.control_world import World, bearer
+from tests.orchestrator.sessions.control_world import WRITE_KEYS, World, bearer
 
 PATH = "src/App.tsx"
 
@@ -139,7 +139,7 @@ async def place(world: World, **options: Any) -> AsyncIterator[Place]:
         nothing: Any = None
         api = RoomRoutes(
             world.settings, world.controller, world.store, nothing, world.snapshots, world.keys, world.runs,
-            world.screens, layers=nothing, rooms=rooms,
+            world.screens, layers=nothing, rooms=rooms, offers=nothing, write_keys=WRITE_KEYS,
         )  # fmt: skip
         server = Server(uvicorn.Config(application(api.routes()), log_config=None, access_log=False))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
