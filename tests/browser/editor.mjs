@@ -170,13 +170,15 @@ const scenarios = {
 
   /** What was typed and not saved is there again after the tab crashed. */
   async crash() {
-    const page = await open();
+    // Playwright waits for the page's worker, whose process the crash ends too; Chromium by itself starts it anew.
+    const place = await browser.newContext({ serviceWorkers: "block" });
+    const page = await open(place);
     await show(page, "src/hours.ts");
     const before = await current("src/hours.ts");
     await replace(page, `// not saved yet\n${before}`);
     const crashed = page.goto("chrome://crash").catch(() => undefined);
     await Promise.race([crashed, page.waitForEvent("crash")]);
-    const again = await open();
+    const again = await open(place);
     await again.getByText("// not saved yet").waitFor();
     assert.equal(await current("src/hours.ts"), before);
     await again.keyboard.press("Control+s");
