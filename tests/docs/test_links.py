@@ -40,6 +40,16 @@ def test_every_link_leads_somewhere(path: Path) -> None:
     assert lost == []
 
 
+def test_every_page_is_one_step_from_the_readme() -> None:
+    readme = ROOT / "README.md"
+    linked = {
+        (ROOT / target.partition("#")[0]).resolve() for _, target in links(readme) if "://" not in target
+    }
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/README.md")]
+    reached = linked | {path / "README.md" for path in linked}
+    assert [page.name for page in pages if page not in reached] == []
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(path: Path) -> None:
     lost = []
