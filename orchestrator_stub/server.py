@@ -28,8 +28,16 @@ from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
+from orchestrator_stub.http.application import application
 from orchestrator_stub.http.operations import Measured, Metrics
-from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.requests import Requests, RouteGroup
+from orchestrator_stub.http.routes.agents import AgentRoutes
+from orchestrator_stub.http.routes.door import DoorRoutes
+from orchestrator_stub.http.routes.modules import ModuleRoutes
+from orchestrator_stub.http.routes.run import RunRoutes
+from orchestrator_stub.http.routes.sessions import SessionRoutes
+from orchestrator_stub.http.routes.shown import ShownRoutes
+from orchestrator_stub.http.routes.sleep import SleepRoutes
 from orchestrator_stub.machines.container import ContainerMachines
 from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -62,6 +70,7 @@ from orchestrator_stub.snapshots.turns import Turns
 from orchestrator_stub.snapshots.upkeep import Upkeep
 from orchestrator_stub.snapshots.worker import SnapshotWorker
 from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.routes import WriteBackRoutes, WriteTokens
 from orchestrator_stub.write_back.tokens import write_keys
 from orchestrator_stub.write_back.upkeep import KeptUpkeep
 
@@ -155,15 +164,29 @@ async def control_plane(
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
         rooms = rooms_of(settings, pool)
-        api = RoomRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, screens, access=access, layers=layers,
-            rooms=rooms, offers=Offers(pool, frozenset(settings.write_back_registries.split())),
-            write_keys=write_keys(service_key), registry=registry,
-            on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
-        )  # fmt: skip
+        requests, for_writing = Requests(settings, store, keys), write_keys(service_key)
+        groups: list[RouteGroup] = [
+            SessionRoutes(requests, settings, controller, store, snapshots, runs, screens),
+            ShownRoutes(requests, store, screens),
+            SleepRoutes(requests, controller.sleep),
+            RunRoutes(requests, settings, runs),
+            DoorRoutes(requests, access),
+            RoomRoutes(requests, rooms),
+            AgentRoutes(
+                requests, settings, controller, store, catchup, screens,
+                more_tokens=[WriteTokens(runs, for_writing).of],
+                on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
+            ),
+            ModuleRoutes(requests, layers),
+            WriteBackRoutes(
+                requests, store, Offers(pool, frozenset(settings.write_back_registries.split())), for_writing,
+                registry=registry,
+            ),
+        ]  # fmt: skip
         waking = asyncio.create_task(screens.run(), name="screens")
         try:
-            routes = [*api.routes(), *operations.routes(pool, metrics)]
+            routes = [route for group in groups for route in group.routes()]
+            routes += operations.routes(pool, metrics)
             worker = SnapshotWorker(
                 dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
                 upkeep=Upkeep(pool, storage, registry=registry),

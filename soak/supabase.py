@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.application import application
 from orchestrator_stub.local_supabase.app import stand_in
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options

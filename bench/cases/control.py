@@ -34,7 +34,10 @@ from starlette.routing import Route
 
 from bench.cases.start import log_moments
 from bench.harness.results import Row, in_turn, ratio_of
-from orchestrator_stub.http.routes import SessionRoutes, application
+from orchestrator_stub.http.application import application
+from orchestrator_stub.http.requests import Requests
+from orchestrator_stub.http.routes.agents import AgentRoutes
+from orchestrator_stub.http.routes.sessions import SessionRoutes
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
@@ -57,6 +60,7 @@ from tests.orchestrator.sessions.control_world import (
     World,
     bearer,
     control_world,
+    in_process,
     settings_for,
 )
 from tests.system.stack import Stack, copy_example
@@ -162,17 +166,9 @@ async def _serve_until_ended(pipe: Connection, dsn: str) -> None:
             return Response(form, media_type="application/json")
 
         catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=2_000_000)
+        requests = Requests(world.settings, world.store, world.keys)
         screens = Screens("", world.store)
-        api = SessionRoutes(
-            world.settings,
-            world.controller,
-            world.store,
-            catchup,
-            world.snapshots,
-            world.keys,
-            world.runs,
-            screens,
-        )
+        api = AgentRoutes(requests, world.settings, world.controller, world.store, catchup, screens)
         app = application([*api.routes(), Route("/bare", bare, methods=["POST"])])
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
@@ -240,10 +236,11 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
             settings, store, snapshots, driver, keys, runs=runs, installation=installation
         )
         catchup = Catchup(pool, snapshots, assets, inline_limit=2_000_000)
-        routes = SessionRoutes(
-            settings, controller, store, catchup, snapshots, keys, runs, Screens("", store)
-        ).routes()
-        transport = httpx.ASGITransport(application(routes))
+        requests, screens = Requests(settings, store, keys), Screens("", store)
+        transport = in_process(
+            SessionRoutes(requests, settings, controller, store, snapshots, runs, screens),
+            AgentRoutes(requests, settings, controller, store, catchup, screens),
+        )
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=120) as client:
             yield World(
                 settings,
@@ -256,7 +253,7 @@ async def _on_fly(dsn: str, fly: Fly) -> AsyncIterator[World]:
                 controller,
                 client,
                 installation,
-                Screens("", store),
+                screens,
             )
             await controller.close()
 

@@ -47,8 +47,8 @@ from orchestrator_stub.devstack.terminal import (
 )  # fmt: skip
 from orchestrator_stub.devstack.timeline import bars, start_of
 from orchestrator_stub.door.decision import Address
+from orchestrator_stub.http.application import application
 from orchestrator_stub.http.operations import Measured
-from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
 from orchestrator_stub.local_supabase.auth import hash_password
 from orchestrator_stub.local_supabase.keys import ProjectKeys

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from orchestrator_stub.config import StandInSettings
-from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.application import application
 from orchestrator_stub.local_supabase.app import stand_in
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options

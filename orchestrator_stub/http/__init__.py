@@ -1,4 +1,3 @@
-"""Serves the session API, the control plane's routes, health and metrics: parses, checks who asks, renders. May
-import `sessions` and what is below. Promises to decide nothing: what a request may do is said by `sessions` and the
-database.
+"""Reads requests and renders answers: who asks and what they say, problem documents, OpenAPI, health and metrics.
+`http.routes` has the routes. May import `sessions` and what is below.
 """

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from uuid import UUID
 
 import orjson
 from starlette.responses import Response
 
+from orchestrator_stub.sessions.lifecycle import Session
 from orchestrator_stub.sessions.store import TooManySessions
 from orchestrator_stub.snapshots.allowance import AllowanceSpent
 
@@ -79,3 +81,18 @@ def over_a_bound(error: TooManySessions | AllowanceSpent) -> Refusal:
     detail = f"At most {error.limit} sessions of one {error.of} are there at a time; end one of them first."
     extra = {"limit": error.limit, "of": error.of}
     return Refusal(429, "too_many_sessions", detail, retry_after=TOO_MANY_RETRY, extra=extra)
+
+
+def unknown_project(project_id: UUID) -> Refusal:
+    """404: to whoever may not see it a project does not exist."""
+    return Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
+
+
+def unknown_session(session_id: UUID) -> Refusal:
+    """404: to whoever may not see it a session does not exist."""
+    return Refusal(404, "session_unknown", f"There is no session {session_id}, or it is not yours.")
+
+
+def session_over(session: Session) -> Refusal:
+    """410: the session will not come back."""
+    return Refusal(410, "session_over", f"The session is {session.state}. Create a new one.")

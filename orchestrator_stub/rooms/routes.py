@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 from uuid import UUID
 
@@ -19,38 +19,35 @@ from starlette.websockets import WebSocket
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.http.bodies import RoomBody
-from orchestrator_stub.http.forms import json_answer, rfc3339, uuid_of
+from orchestrator_stub.http.forms import json_answer, rfc3339
 from orchestrator_stub.http.problems import Refusal
+from orchestrator_stub.http.requests import Requests
 from orchestrator_stub.platform.database import Pool
 from orchestrator_stub.rooms.store import CODE_SECONDS, digest_of
-from orchestrator_stub.write_back.routes import WriteBackRoutes
 
 if TYPE_CHECKING:
     from orchestrator_stub.rooms.service import Rooms
 
 
-class RoomRoutes(WriteBackRoutes):
-    """The routes of `WriteBackRoutes`, and those of rooms. `rooms` None: the extra `collab` is not installed."""
+class RoomRoutes:
+    """For members who may write. `rooms` None: the extra `collab` is not installed."""
 
-    def __init__(self, *parts: Any, rooms: Rooms | None = None, **more: Any) -> None:
-        super().__init__(*parts, **more)
+    def __init__(self, requests: Requests, rooms: Rooms | None) -> None:
+        self._requests = requests
         self._rooms = rooms
 
     def routes(self) -> list[BaseRoute]:
+        """To be mounted at the root."""
         return [
-            *super().routes(),
-            self._route("/v1/projects/{project_id}/rooms", POST=self.room),
+            self._requests.route("/v1/projects/{project_id}/rooms", POST=self.room),
             WebSocketRoute("/v1/rooms/{project_id}/{path:path}", self.enter_room),
         ]
 
     async def room(self, request: Request) -> Response:
         """An address that lets the asker into a file's room within a minute, once."""
-        caller = await self._caller(request)
-        project_id = uuid_of(request.path_params["project_id"], "project")
-        body = await self._body(request, RoomBody)
-        if not await self._may(caller, project_id):
-            raise Refusal(404, "project_unknown", f"There is no project {project_id}, or it is not yours.")
-        if caller.user is None or not await self._may(caller, project_id, "write"):
+        caller, project_id = await self._requests.project(request)
+        body = await self._requests.body(request, RoomBody)
+        if caller.user is None or not await self._requests.may(caller, project_id, "write"):
             raise Refusal(403, "not_allowed", "Only members who may write may do that, with their own token.")
         if self._rooms is None:
             raise Refusal(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter
 from starlette.requests import Request
@@ -18,33 +18,34 @@ from starlette.routing import BaseRoute
 
 from orchestrator_stub.http.bodies import ChangesBody
 from orchestrator_stub.http.forms import json_answer, uuid_of
-from orchestrator_stub.http.module_routes import ModuleRoutes
-from orchestrator_stub.http.problems import Refusal
-from orchestrator_stub.http.routes import bearer_of, session_over, unknown_session
+from orchestrator_stub.http.problems import Refusal, session_over, unknown_session
+from orchestrator_stub.http.requests import Requests, bearer_of
 from orchestrator_stub.platform.tokens import Keyring, SessionClaims, TokenRejected
 from orchestrator_stub.sessions.lifecycle import KEPT, Session
+from orchestrator_stub.sessions.run_settings import RunSettings
+from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.write_back.changes import BODY_BYTES, Offers
 from orchestrator_stub.write_back.tokens import mint_write, read_write
 
 PATH: Final = "/v1/sessions/{session_id}/changes"
 
 
-class WriteBackRoutes(ModuleRoutes):
-    """The routes of `ModuleRoutes`, and that of offers. `clock` gives Unix seconds."""
+class WriteBackRoutes:
+    """For what tools in a container made, with the session's write token."""
 
     def __init__(
         self,
-        *parts: Any,
+        requests: Requests,
+        store: SessionStore,
         offers: Offers,
         write_keys: Keyring,
+        *,
         registry: CollectorRegistry | None = None,
-        clock: Callable[[], float] = time.time,
-        **more: Any,
     ) -> None:
-        super().__init__(*parts, clock=clock, **more)
+        self._requests = requests
+        self._store = store
         self._offers = offers
         self._write_keys = write_keys
-        self._now = clock
         self._offered = Counter(
             "preview_orchestrator_offered_changes",
             "Files that containers offered, by what became of them and, of refused ones, the rule.",
@@ -53,12 +54,13 @@ class WriteBackRoutes(ModuleRoutes):
         )
 
     def routes(self) -> list[BaseRoute]:
-        return [*super().routes(), self._route(PATH, POST=self.changes)]
+        """To be mounted at the root."""
+        return [self._requests.route(PATH, POST=self.changes)]
 
     async def changes(self, request: Request) -> Response:
         """What tools in the container made, file by file: written, proposed, kept or refused."""
         claims, session = await self._writer(request)
-        offer = await self._body(request, ChangesBody, limit=BODY_BYTES)
+        offer = await self._requests.body(request, ChangesBody, limit=BODY_BYTES)
         if offer.generation != claims.generation:
             raise Refusal(400, "bad_body", "generation: it is not the token's.")
         answer = await self._offers.take(session.id, session.project_id, offer)
@@ -85,14 +87,26 @@ class WriteBackRoutes(ModuleRoutes):
             raise Refusal(403, "foreign_session", "The token is another machine's: ask for the next one.")
         return claims, session
 
-    async def _token_form(self, session: Session) -> dict[str, Any]:
-        form = await super()._token_form(session)
-        if await self._runs.write_back(session.id, session.project_id):
-            form["write_token"] = mint_write(
-                self._write_keys,
-                project_id=session.project_id,
-                session_id=session.id,
-                generation=session.generation,
-                now=self._now(),
-            )
-        return form
+
+class WriteTokens:
+    """Gives a session whose project has write-back a write token with each renewal. `clock` gives Unix seconds."""
+
+    def __init__(
+        self, runs: RunSettings, write_keys: Keyring, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._runs = runs
+        self._keys = write_keys
+        self._now = clock
+
+    async def of(self, session: Session) -> dict[str, str]:
+        """`write_token` for the session's machine; nothing where write-back is off."""
+        if not await self._runs.write_back(session.id, session.project_id):
+            return {}
+        token = mint_write(
+            self._keys,
+            project_id=session.project_id,
+            session_id=session.id,
+            generation=session.generation,
+            now=self._now(),
+        )
+        return {"write_token": token}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orchestrator_stub.config import Settings, StandInSettings
-from orchestrator_stub.http.shown import MOST_WAIT
+from orchestrator_stub.http.routes.shown import MOST_WAIT
 from orchestrator_stub.server import STOP_GRACE
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -28,8 +28,8 @@ import uvicorn
 
 from agent.core.model import RelPath, digest_of, tree_hash
 from orchestrator_stub.config import Settings
+from orchestrator_stub.http.application import application
 from orchestrator_stub.http.operations import Measured
-from orchestrator_stub.http.routes import application
 from orchestrator_stub.local_supabase.app import stand_in
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options

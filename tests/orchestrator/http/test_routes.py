@@ -438,7 +438,7 @@ async def test_keys_that_only_verify_start_nothing_and_say_so(
 
 
 async def test_no_request_takes_for_ever(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator_stub.http.routes.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("orchestrator_stub.http.requests.BODY_SECONDS", 0.1)
 
     async def never(*_: object, **__: object) -> SignedSnapshot:
         await asyncio.Event().wait()

@@ -16,11 +16,12 @@ import uvicorn
 import websockets
 from pycrdt import Doc, Text, create_sync_message, create_update_message, handle_sync_message
 
-from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.application import application
+from orchestrator_stub.http.requests import Requests
 from orchestrator_stub.process import Server
 from orchestrator_stub.rooms.routes import RoomRoutes, kept
 from orchestrator_stub.rooms.service import Rooms
-from tests.orchestrator.sessions.control_world import WRITE_KEYS, World, bearer
+from tests.orchestrator.sessions.control_world import World, bearer
 
 PATH = "src/App.tsx"
 
@@ -136,12 +137,9 @@ async def place(world: World, **options: Any) -> AsyncIterator[Place]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         dsn = world.settings.database_url.get_secret_value()
         rooms = Rooms(dsn, world.pool, options.pop("address", url), **options)
-        nothing: Any = None
-        api = RoomRoutes(
-            world.settings, world.controller, world.store, nothing, world.snapshots, world.keys, world.runs,
-            world.screens, layers=nothing, rooms=rooms, offers=nothing, write_keys=WRITE_KEYS,
-        )  # fmt: skip
-        server = Server(uvicorn.Config(application(api.routes()), log_config=None, access_log=False))
+        requests = Requests(world.settings, world.store, world.keys)
+        routes = RoomRoutes(requests, rooms).routes()
+        server = Server(uvicorn.Config(application(routes), log_config=None, access_log=False))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         here = Place(world, rooms, url)
         try:

@@ -17,7 +17,15 @@ from orchestrator_stub.config import Settings
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.store import Access, DoorStore
-from orchestrator_stub.http.routes import application
+from orchestrator_stub.http.application import application
+from orchestrator_stub.http.requests import Requests, RouteGroup
+from orchestrator_stub.http.routes.agents import AgentRoutes
+from orchestrator_stub.http.routes.door import DoorRoutes
+from orchestrator_stub.http.routes.modules import ModuleRoutes
+from orchestrator_stub.http.routes.run import RunRoutes
+from orchestrator_stub.http.routes.sessions import SessionRoutes
+from orchestrator_stub.http.routes.shown import ShownRoutes
+from orchestrator_stub.http.routes.sleep import SleepRoutes
 from orchestrator_stub.machines.driver import Installation, machine_name
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.modules.upkeep import kept_of
@@ -33,6 +41,7 @@ from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore
 from orchestrator_stub.snapshots.model import SignedSnapshot, SnapshotUnavailable
 from orchestrator_stub.write_back.changes import Offers
+from orchestrator_stub.write_back.routes import WriteBackRoutes, WriteTokens
 from orchestrator_stub.write_back.tokens import mint_write, write_keys
 from tests.fakes.machines import FakeMachines, Platform
 
@@ -219,6 +228,12 @@ def settings_for(dsn: str, **changed: Any) -> Settings:
     )
 
 
+def in_process(*groups: RouteGroup) -> httpx.ASGITransport:
+    """Answers the requests of a client with the routes of `groups`; a bug is a 500, as it is to the world."""
+    routes = [route for group in groups for route in group.routes()]
+    return httpx.ASGITransport(application(routes), raise_app_exceptions=False)
+
+
 DOOR_KEYS = "d:" + "A" * 43 + "="
 
 SEALING = SealingKeys({"k1": bytes(32)})
@@ -256,23 +271,22 @@ async def control_world(
         passes = Passes(door_keys(DOOR_KEYS), time.time)
         access = Access(DoorStore(pool), passes, Address("preview.invalid"))
         layers = ModuleLayers(pool, cast("StorageClient", PaperStorage()), kept_of(settings), url_ttl=600)
-        api = RoomRoutes(
-            settings,
-            controller,
-            store,
-            catchup,
-            snapshots,
-            keys,
-            runs,
-            screens,
-            on_ready=on_ready,
-            access=access,
-            layers=layers,
-            rooms=rooms_of(settings, pool),
-            offers=Offers(pool),
-            write_keys=WRITE_KEYS,
-        )
-        transport = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
+        requests = Requests(settings, store, keys)
+        groups: list[RouteGroup] = [
+            SessionRoutes(requests, settings, controller, store, snapshots, runs, screens),
+            ShownRoutes(requests, store, screens),
+            SleepRoutes(requests, controller.sleep),
+            RunRoutes(requests, settings, runs),
+            DoorRoutes(requests, access),
+            RoomRoutes(requests, rooms_of(settings, pool)),
+            AgentRoutes(
+                requests, settings, controller, store, catchup, screens,
+                more_tokens=[WriteTokens(runs, WRITE_KEYS).of], on_ready=on_ready,
+            ),
+            ModuleRoutes(requests, layers),
+            WriteBackRoutes(requests, store, Offers(pool), WRITE_KEYS),
+        ]  # fmt: skip
+        transport = in_process(*groups)
         async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
             world = World(
                 settings,

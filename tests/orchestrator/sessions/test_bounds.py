@@ -13,7 +13,9 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from orchestrator_stub.http.routes import SessionRoutes, application
+from orchestrator_stub.http.requests import Requests
+from orchestrator_stub.http.routes.agents import AgentRoutes
+from orchestrator_stub.http.routes.sessions import SessionRoutes
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.snapshots.allowance import Allowance
@@ -26,6 +28,7 @@ from tests.orchestrator.sessions.control_world import (
     bearer,
     control_world,
     head_of,
+    in_process,
     sync,
 )
 
@@ -134,17 +137,15 @@ async def test_a_session_stores_a_bounded_number_of_bytes(database: str, tmp_pat
             allowance=Allowance(world.pool, 3 * MIB),
         )
         catchup = Catchup(world.pool, snapshots, storage, inline_limit=1000)
-        api = SessionRoutes(
-            world.settings,
-            world.controller,
-            world.store,
-            catchup,
-            snapshots,
-            world.keys,
-            world.runs,
-            world.screens,
-        )
-        app = httpx.ASGITransport(application(api.routes()), raise_app_exceptions=False)
+        requests = Requests(world.settings, world.store, world.keys)
+        app = in_process(
+            SessionRoutes(
+                requests, world.settings, world.controller, world.store, snapshots, world.runs, world.screens
+            ),
+            AgentRoutes(
+                requests, world.settings, world.controller, world.store, catchup, world.screens
+            ),
+        )  # fmt: skip
         world.http = httpx.AsyncClient(transport=app, base_url="https://orchestrator.invalid")
         project = await world.project()
         for number in range(20):

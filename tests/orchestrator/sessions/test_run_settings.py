@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from orchestrator_stub.http.routes import application
-from orchestrator_stub.http.run_routes import RunRoutes
+from orchestrator_stub.http.requests import Requests
+from orchestrator_stub.http.routes.run import RunRoutes
 from orchestrator_stub.platform.sealing import CannotOpen, CannotSeal, SealingKeys
-from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.run_settings import RunSettings
 from tests.orchestrator.sessions.control_world import (
     SERVICE_KEY,
@@ -26,6 +25,7 @@ from tests.orchestrator.sessions.control_world import (
     assert_problem,
     bearer,
     control_world,
+    in_process,
     report,
 )
 
@@ -235,19 +235,9 @@ async def test_without_a_key_no_secret_is_kept_and_what_was_kept_is_not_shown_wr
     session = await world.session()
     project = UUID(session["project_id"])
     assert (await change(world, project, env={"A": SECRET})).status_code == 200
-    catchup = Catchup(world.pool, world.snapshots, world.assets, inline_limit=1000)
     runs = RunSettings(world.pool, SealingKeys())
-    api = RunRoutes(
-        world.settings,
-        world.controller,
-        world.store,
-        catchup,
-        world.snapshots,
-        world.keys,
-        runs,
-        world.screens,
-    )
-    transport = httpx.ASGITransport(application(api.routes()))
+    requests = Requests(world.settings, world.store, world.keys)
+    transport = in_process(RunRoutes(requests, world.settings, runs))
     async with httpx.AsyncClient(transport=transport, base_url="https://orchestrator.invalid") as http:
         keyless = replace(world, http=http)
         assert_problem(await change(keyless, project, env={"B": SECRET}), 503, "run_settings_no_key")

@@ -5,36 +5,33 @@ Both ask with the current token of the session's current machine; the project is
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from orchestrator_stub.http.bodies import ModulesBody, ModulesSentBody
-from orchestrator_stub.http.door_routes import DoorRoutes
 from orchestrator_stub.http.forms import json_answer
 from orchestrator_stub.http.problems import Refusal
-from orchestrator_stub.http.routes import check_current
+from orchestrator_stub.http.requests import Requests
 from orchestrator_stub.modules.layers import ModuleLayers, NotSent
 
 
-class ModuleRoutes(DoorRoutes):
-    """The routes of `DoorRoutes`, and those of layers."""
+class ModuleRoutes:
+    """For a session's agent."""
 
-    def __init__(self, *parts: Any, layers: ModuleLayers, **more: Any) -> None:
-        super().__init__(*parts, **more)
+    def __init__(self, requests: Requests, layers: ModuleLayers) -> None:
+        self._requests = requests
         self._layers = layers
 
     def routes(self) -> list[BaseRoute]:
+        """To be mounted at the root."""
         path = "/v1/sessions/{session_id}/modules"
-        return [*super().routes(), self._route(path, POST=self.find_modules, PUT=self.add_modules)]
+        return [self._requests.route(path, POST=self.find_modules, PUT=self.add_modules)]
 
     async def find_modules(self, request: Request) -> Response:
         """The layer of a key, or where to send it. One that the session's machine has refused is dropped first."""
-        claims, session, _ = await self._own(request)
-        check_current(session, claims)
-        body = await self._body(request, ModulesBody)
+        session, _ = await self._requests.current(request)
+        body = await self._requests.body(request, ModulesBody)
         if body.refused is not None:
             await self._layers.refuse(session.project_id, session.id, body.key, body.refused)
         found = await self._layers.find(
@@ -44,9 +41,8 @@ class ModuleRoutes(DoorRoutes):
 
     async def add_modules(self, request: Request) -> Response:
         """A layer that has been sent. The first of a key stays; another one is no error."""
-        claims, session, _ = await self._own(request)
-        check_current(session, claims)
-        body = await self._body(request, ModulesSentBody)
+        session, _ = await self._requests.current(request)
+        body = await self._requests.body(request, ModulesSentBody)
         parts = [part.model_dump() for part in body.parts]
         try:
             await self._layers.add(session.project_id, session.id, body.key, parts, ahead=body.ahead)
