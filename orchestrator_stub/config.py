@@ -117,6 +117,9 @@ class ProcessSettings(BaseSettings):
     database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
     (advisory locks and LISTEN need the session)."""
+    database_wait: float = Field(60, ge=0)
+    """Seconds for which a start waits for a database that is starting, recovers, or where nothing answers. What it
+    refuses, as a wrong password, ends the process at once."""
 
     # --- being watched
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -442,6 +445,9 @@ class StandInSettings(BaseSettings):
     # --- the parts it stands on
     database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """A PostgreSQL of its own, as a superuser: it is given Supabase's roles and schemas, then the migrations."""
+    database_wait: float = Field(60, ge=0)
+    """Seconds for which a start waits for a database that is starting, recovers, or where nothing answers. One that is
+    started beside us makes its data directory first, which takes about ten."""
     supabase_jwt_secret: SecretStr
     """What tokens are signed with; the two API keys follow from it, as `preview-orchestrator secrets` makes them."""
     storage_dir: Path = Path(".preview-sync/storage")

@@ -7,15 +7,18 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from contextlib import nullcontext
 from email.utils import formatdate
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator_stub.platform.redaction import Redactor
+
+T = TypeVar("T")
 
 
 def stop_event() -> asyncio.Event:
@@ -25,6 +28,19 @@ def stop_event() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     return stop
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` gives; None when `stop` was set first, and `work` is cancelled then."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return None if stop.is_set() else working.result()
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 def listen(host: str, port: int) -> socket.socket:

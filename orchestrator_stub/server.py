@@ -22,7 +22,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry, start_http_server
 from starlette.routing import BaseRoute
 
-from orchestrator_stub.config import DoorSettings, RelaySettings, Settings
+from orchestrator_stub.config import DoorSettings, ProcessSettings, RelaySettings, Settings
 from orchestrator_stub.door.decision import Address, Behind
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
@@ -46,13 +46,13 @@ from orchestrator_stub.machines.fly_apps import FlyApps
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.modules.upkeep import ModuleUpkeep, kept_of
-from orchestrator_stub.platform.database import Pool, pool_of
+from orchestrator_stub.platform.database import Pool, pool_of, reached
 from orchestrator_stub.platform.limits import differences, limits_of
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.process import Server, configure_logs, listen, stop_event
+from orchestrator_stub.process import Server, configure_logs, listen, stop_event, unless_stopped
 from orchestrator_stub.relay.accounts import MachineNats, NatsKeys
 from orchestrator_stub.relay.service import Relay, relay_of
 from orchestrator_stub.rooms.routes import RoomRoutes, kept, rooms_of
@@ -78,9 +78,6 @@ log = structlog.get_logger("serve")
 
 STOP_GRACE = 10
 """Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
-
-CONNECT_TIMEOUT = 10
-"""Seconds for the database to be reached at the start; whoever started us starts us again."""
 
 DOOR_POOL = 4
 """Connections of a door to the database: one query a second, and one for each name that is new."""
@@ -323,9 +320,8 @@ async def run_serve(settings: Settings) -> int:
     door_listener = _listen(settings.door_host, settings.door_port) if settings.preview_domain else None
     stop = stop_event()
     try:
-        dsn = settings.database_url.get_secret_value()
-        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
-            pass
+        if not await _database_reached(settings, stop):
+            return 0
         async with control_plane(settings, keys, driver_of(settings)) as service:
             config = uvicorn.Config(
                 Measured(application(service.routes), service.metrics),
@@ -362,7 +358,7 @@ async def run_serve(settings: Settings) -> int:
     except Unmigrated as error:
         raise CannotServe(str(error)) from None
     except psycopg.OperationalError as error:
-        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+        raise _no_database(error) from None
     finally:
         listener.close()
         if door_listener is not None:
@@ -378,11 +374,10 @@ async def run_door(settings: DoorSettings) -> int:
     )
     listener = _listen(settings.door_host, settings.door_port)
     stop = stop_event()
-    dsn = settings.database_url.get_secret_value()
     try:
-        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
-            pass
-        async with pool_of(dsn, size=DOOR_POOL) as pool:
+        if not await _database_reached(settings, stop):
+            return 0
+        async with pool_of(settings.database_url.get_secret_value(), size=DOOR_POOL) as pool:
             registry = CollectorRegistry()
             if settings.door_metrics_port is not None:
                 start_http_server(settings.door_metrics_port, settings.door_host, registry)
@@ -397,7 +392,7 @@ async def run_door(settings: DoorSettings) -> int:
                 log.error("ended", part="door", reason=repr(ended[0]))
                 return 1
     except psycopg.OperationalError as error:
-        raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
+        raise _no_database(error) from None
     finally:
         listener.close()
     return 0
@@ -414,6 +409,8 @@ async def run_relay(settings: RelaySettings) -> int:
     stop = stop_event()
     if settings.relay_metrics_port is not None:
         start_http_server(settings.relay_metrics_port, "127.0.0.1", registry)
+    if not await _database_reached(settings, stop):
+        return 0
     tasks = [
         asyncio.create_task(relay.run(), name="relay"), asyncio.create_task(stop.wait(), name="stop")
     ]  # fmt: skip
@@ -426,6 +423,20 @@ async def run_relay(settings: RelaySettings) -> int:
         log.error("ended", part="relay", reason=repr(ended[0]))
         return 1
     return 0
+
+
+async def _database_reached(settings: ProcessSettings, stop: asyncio.Event) -> bool:
+    """Wait for the database as the settings say; False when a stop came first. Raises `CannotServe`."""
+    dsn = settings.database_url.get_secret_value()
+    try:
+        await unless_stopped(stop, reached(dsn, wait=settings.database_wait))
+    except psycopg.OperationalError as error:
+        raise _no_database(error) from None
+    return not stop.is_set()
+
+
+def _no_database(error: psycopg.OperationalError) -> CannotServe:
+    return CannotServe(f"cannot reach the database: {' '.join(str(error).split())}")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -446,8 +457,7 @@ async def run_machines(settings: Settings, say: Callable[[str], None], *, as_jso
     driver = driver_of(settings)
     try:
         # A pool would retry for ever when there is no database.
-        async with await psycopg.AsyncConnection.connect(dsn, connect_timeout=CONNECT_TIMEOUT):
-            pass
+        await reached(dsn, wait=0)
         async with pool_of(dsn, size=1) as pool:
             store = SessionStore(pool)
             installation = await store.installation()

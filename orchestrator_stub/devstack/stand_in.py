@@ -7,7 +7,6 @@ the orchestrator beside it, from the same image, finds the schema that it knows.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from typing import Final
 
@@ -23,19 +22,14 @@ from orchestrator_stub.http.application import application
 from orchestrator_stub.local_supabase.app import stand_in
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
+from orchestrator_stub.platform.database import AGAIN_SECONDS, reached
 from orchestrator_stub.platform.migrations import MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.process import Server, configure_logs, listen
+from orchestrator_stub.process import Server, configure_logs, listen, stop_event, unless_stopped
 from orchestrator_stub.server import CannotServe
 
 log = structlog.get_logger(__name__)
-
-DATABASE_WAIT: Final = 60.0
-"""Seconds. A PostgreSQL that is started beside us makes its data directory first, which takes about ten."""
-
-POLL: Final = 0.5
-"""Seconds between two attempts to reach it."""
 
 STOP_GRACE: Final = 2
 """Seconds for requests under way; sockets are told to come again (1012)."""
@@ -54,19 +48,11 @@ async def run_stand_in(settings: StandInSettings) -> int:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         raise CannotServe(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    stopping = asyncio.create_task(stop.wait(), name="stop")
-    preparing = asyncio.create_task(_prepare(dsn), name="database")
-    await asyncio.wait([preparing, stopping], return_when=asyncio.FIRST_COMPLETED)
-    if stop.is_set():
-        preparing.cancel()
-        await asyncio.gather(preparing, return_exceptions=True)
+    stop = stop_event()
+    applied = await unless_stopped(stop, _prepare(dsn, settings.database_wait))
+    if applied is None:
         listener.close()
         return 0
-    applied = await preparing
     local = stand_in(dsn, keys, settings.storage_dir)
     config = uvicorn.Config(
         application([Route("/livez", _livez), *local.routes], lifespan=local.lifespan),
@@ -77,6 +63,7 @@ async def run_stand_in(settings: StandInSettings) -> int:
     )
     server = Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
     log.info("serving", address="{}:{}".format(*listener.getsockname()[:2]), migrations_applied=applied)
     await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
@@ -90,16 +77,21 @@ async def _livez(_: Request) -> Response:
     return JSONResponse({"alive": True})
 
 
-async def _prepare(dsn: str) -> int:
+async def _prepare(dsn: str, wait: float) -> int:
     """Wait for the database and bring its schema up to date; how many migrations that were. Raises `CannotServe`."""
-    deadline = time.monotonic() + DATABASE_WAIT
+    deadline = time.monotonic() + wait
     while True:
+        try:
+            await reached(dsn, wait=deadline - time.monotonic())
+        except psycopg.OperationalError as error:
+            raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
         try:
             await bootstrap(dsn)
             return len(await migrate(dsn))
         except psycopg.OperationalError as error:
+            # A new one may be stopped once more, when its data directory is made.
             if time.monotonic() > deadline:
                 raise CannotServe(f"cannot reach the database: {' '.join(str(error).split())}") from None
         except (MigrationError, MigrationRefused, psycopg.Error) as error:
             raise CannotServe(f"cannot use the database: {' '.join(str(error).split())}") from None
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(AGAIN_SECONDS)

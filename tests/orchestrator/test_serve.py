@@ -229,7 +229,7 @@ def test_fly_needs_its_settings() -> None:
 
 
 def test_what_cannot_be_reached_is_one_clear_line(port: int, tmp_path: Path) -> None:
-    nowhere = settings(f"postgresql://127.0.0.1:{port}/x?connect_timeout=2", PORT="0")
+    nowhere = settings(f"postgresql://127.0.0.1:{port}/x?connect_timeout=2", PORT="0", DATABASE_WAIT="0")
     ended = run("serve", **nowhere)
     assert ended.returncode == 1
     assert "cannot reach the database" in ended.stderr.splitlines()[-1]
