@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 
 import httpx
@@ -117,50 +117,33 @@ async def control_plane(
     """
     dsn = settings.database_url.get_secret_value()
     service_key = settings.supabase_service_role_key.get_secret_value()
-    async with pool_of(dsn) as pool, httpx.AsyncClient(timeout=30) as http:
-        storage = StorageClient(
-            settings.storage_url, service_key, http, object_limit=settings.storage_object_limit
-        )
-        registry = CollectorRegistry()
-        url_ttl = int(settings.snapshot_url_ttl)
-        builder = SnapshotBuilder(pool, storage, registry=registry)
-        redis_url = settings.redis_url
-        cache: CacheStore = (
-            RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
-        )
-        snapshots = SnapshotCache(
-            pool, builder, cache, url_ttl=url_ttl, scope=settings.storage_url, registry=registry,
-            allowance=Allowance(pool, settings.session_stored_bytes), since_bytes=settings.inline_limit // 4,
-        )  # fmt: skip
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    async with AsyncExitStack() as ends:
+        ends.push_async_callback(driver.close)
+        pool = await ends.enter_async_context(pool_of(dsn))
+        http = await ends.enter_async_context(httpx.AsyncClient(timeout=30))
         store = SessionStore(pool)
-        screens = Screens(dsn, store)
-        template = Template(settings.template_dir, pool, storage)
-        metrics = Metrics(registry)
-
-        def on_part(part: str, seconds: float) -> None:
-            metrics.provision_seconds.labels(part).observe(seconds)
-
         installation = await store.installation()
-        limits = await limits_of(pool)
-        if "project.files" not in limits:
-            raise Unmigrated(
-                "the database lacks migrations of this release; run `preview-orchestrator migrate` first"
-            )
-        for sentence in differences(limits):
-            log.warning("limits.differ", detail=sentence)
+        await _check_limits(pool)
+        limit = settings.storage_object_limit
+        storage = StorageClient(settings.storage_url, service_key, http, object_limit=limit)
+        builder = SnapshotBuilder(pool, storage, registry=registry)
+        snapshots = await ends.enter_async_context(_snapshots(settings, pool, builder, registry))
         access = access_of(settings, pool)
         runs = RunSettings(pool, sealing_keys_of(settings), access)
-        bounds = kept_of(settings)
+        url_ttl, bounds = int(settings.snapshot_url_ttl), kept_of(settings)
         layers = ModuleLayers(pool, storage, bounds, url_ttl=url_ttl)
         controller = SessionController(
-            settings, store, snapshots, driver, keys, runs=runs,
-            installation=installation, template=template, layers=layers, on_part=on_part,
-            on_suspend=metrics.suspends.inc, nats=machine_nats_of(settings),
+            settings, store, snapshots, driver, keys, runs=runs, installation=installation, layers=layers,
+            template=Template(settings.template_dir, pool, storage), nats=machine_nats_of(settings),
+            on_part=metrics.part_took, on_suspend=metrics.suspends.inc,
         )  # fmt: skip
-        catchup = Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit)
+        ends.push_async_callback(controller.close)
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
-        rooms = rooms_of(settings, pool)
+        screens = await ends.enter_async_context(_screens(dsn, store))
+        rooms = await ends.enter_async_context(kept(rooms_of(settings, pool)))
         requests, for_writing = Requests(settings, store, keys), write_keys(service_key)
         groups: list[RouteGroup] = [
             SessionRoutes(requests, settings, controller, store, snapshots, runs, screens),
@@ -170,37 +153,70 @@ async def control_plane(
             DoorRoutes(requests, access),
             RoomRoutes(requests, rooms),
             AgentRoutes(
-                requests, settings, controller, store, catchup, screens,
+                requests, settings, controller, store,
+                Catchup(pool, snapshots, storage, inline_limit=settings.inline_limit), screens,
                 more_tokens=[WriteTokens(runs, for_writing).of],
                 on_ready=metrics.ready_seconds.observe, on_wake=metrics.wakes_seconds.observe,
             ),
             ModuleRoutes(requests, layers),
             WriteBackRoutes(
-                requests, store, Offers(pool, frozenset(settings.write_back_registries.split())), for_writing,
-                registry=registry,
+                requests, store, Offers(pool, frozenset(settings.write_back_registries.split())),
+                for_writing, registry=registry,
             ),
         ]  # fmt: skip
-        waking = asyncio.create_task(screens.run(), name="screens")
-        try:
-            routes = [route for group in groups for route in group.routes()]
-            routes += operations.routes(pool, metrics)
-            worker = SnapshotWorker(
-                dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
-                upkeep=Upkeep(pool, storage, registry=registry),
-                also=[ModuleUpkeep(pool, storage, bounds, registry=registry), KeptUpkeep(pool)],
-            )  # fmt: skip
-            relay = relay_of(settings, nats_keys_of(settings), registry)
-            async with kept(rooms):
-                yield ControlPlane(
-                    routes, controller, worker, store, metrics, pool, installation, access, relay
-                )
-        finally:
-            waking.cancel()
-            await asyncio.gather(waking, return_exceptions=True)
-            await screens.close()
-            await controller.close()
-            await driver.close()
-            await cache.close()
+        routes = [route for group in groups for route in group.routes()] + operations.routes(pool, metrics)
+        worker = SnapshotWorker(
+            dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
+            upkeep=Upkeep(pool, storage, registry=registry),
+            also=[ModuleUpkeep(pool, storage, bounds, registry=registry), KeptUpkeep(pool)],
+        )  # fmt: skip
+        yield ControlPlane(
+            routes, controller, worker, store, metrics, pool, installation, access,
+            relay=relay_of(settings, nats_keys_of(settings), registry),
+        )  # fmt: skip
+
+
+@asynccontextmanager
+async def _snapshots(
+    settings: Settings, pool: Pool, builder: SnapshotBuilder, registry: CollectorRegistry
+) -> AsyncIterator[SnapshotCache]:
+    """Signed snapshots, remembered where the settings say."""
+    redis_url = settings.redis_url
+    cache: CacheStore = (
+        RedisCacheStore(redis_url.get_secret_value()) if redis_url else PostgresCacheStore(pool)
+    )
+    try:
+        yield SnapshotCache(
+            pool, builder, cache, url_ttl=int(settings.snapshot_url_ttl), scope=settings.storage_url,
+            registry=registry, allowance=Allowance(pool, settings.session_stored_bytes),
+            since_bytes=settings.inline_limit // 4,
+        )  # fmt: skip
+    finally:
+        await cache.close()
+
+
+@asynccontextmanager
+async def _screens(dsn: str, store: SessionStore) -> AsyncIterator[Screens]:
+    """What is on the screens, and who waits for it, while the block runs."""
+    screens = Screens(dsn, store)
+    waking = asyncio.create_task(screens.run(), name="screens")
+    try:
+        yield screens
+    finally:
+        waking.cancel()
+        await asyncio.gather(waking, return_exceptions=True)
+        await screens.close()
+
+
+async def _check_limits(pool: Pool) -> None:
+    """Log where the database's limits are not the agents'. Raises `Unmigrated`: it has none of this release's."""
+    limits = await limits_of(pool)
+    if "project.files" not in limits:
+        raise Unmigrated(
+            "the database lacks migrations of this release; run `preview-orchestrator migrate` first"
+        )
+    for sentence in differences(limits):
+        log.warning("limits.differ", detail=sentence)
 
 
 def keyring_of(settings: Settings) -> Keyring:

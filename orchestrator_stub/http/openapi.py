@@ -282,103 +282,104 @@ def _operation(
     return operation
 
 
+BY_PRODUCT, BY_AGENT = ("service", "user"), ("session",)
+"""Who asks the control plane, and who the session API: the security schemes of an operation."""
+
+ONE = "/v1/sessions/{session_id}"
+SUPERSEDED_OR_OVER = (409, 410)
+
+
+def _sessions() -> Schema:
+    """The control plane's sessions, from their making to their end."""
+    create = _operation("Make a session", BY_PRODUCT, "Session", "key", body="CreateBody", also=(201, 429))
+    signed = _operation(
+        "Give a signed snapshot", BY_PRODUCT, "Snapshot", "session", body="SnapshotBody", also=(410, 429)
+    )
+    suspend = _operation("Put a session to sleep", BY_PRODUCT, "Session", "session", also=SUPERSEDED_OR_OVER)
+    return {
+        "/v1/sessions": {
+            "post": create,
+            "get": _operation("List sessions", BY_PRODUCT, "Sessions", "project", "ended", "limit"),
+        },
+        ONE: {
+            "get": _operation("Show a session", BY_PRODUCT, "Session", "session"),
+            "delete": _operation("End a session", BY_PRODUCT, "Session", "session", also=(202,)),
+        },
+        f"{ONE}/snapshot": {"post": signed},
+        f"{ONE}/suspend": {"post": suspend},
+        f"{ONE}/wake": {
+            "post": _operation("Wake a session", BY_PRODUCT, "Session", "session", also=(202, 410))
+        },
+    }
+
+
+def _screens() -> Schema:
+    """What is on the screen of a session, or of a project's newest."""
+    asked = ("revision", "epoch", "wait", "quiet")
+    of_session = _operation("Wait for the screen", BY_PRODUCT, "Shown", "session", *asked, also=(410, 429))
+    of_project = _operation(
+        "Wait for a project's screen", BY_PRODUCT, "Shown", "project_path", *asked, also=(410, 429)
+    )
+    return {f"{ONE}/shown": {"get": of_session}, "/v1/projects/{project_id}/shown": {"get": of_project}}
+
+
+def _entrances() -> Schema:
+    """Ways in: to a file's room, and to the preview through the door."""
+    room = _operation("Enter a file's room", ("user",), "Room", "project_path", body="RoomBody", also=(429,))
+    door = _operation("Let a browser in", BY_PRODUCT, "Door", "session", body="DoorBody", also=(410,))
+    revoke = _operation("Let nobody in any more", BY_PRODUCT, "Revoked", "session", body="RevokeBody")
+    return {
+        "/v1/projects/{project_id}/rooms": {"post": room},
+        f"{ONE}/door": {"post": door},
+        f"{ONE}/door/revoke": {"post": revoke},
+    }
+
+
+def _run_settings() -> Schema:
+    """How a project is started: set by people, read by the agent."""
+    change = _operation("Change a project's run settings", BY_PRODUCT, "Run", "owner", body="RunBody")
+    read = _operation(
+        "Read the session's run settings", BY_AGENT, "RunWithSecrets", "session", also=SUPERSEDED_OR_OVER
+    )
+    return {
+        "/v1/projects/{project_id}/run": {
+            "get": _operation("Show a project's run settings", BY_PRODUCT, "Run", "owner"),
+            "put": change,
+        },
+        f"{ONE}/run": {"get": read},
+    }
+
+
+def _session_api() -> Schema:
+    """What an agent asks with its session's tokens."""
+    live = SUPERSEDED_OR_OVER
+    sync = _operation("Catch up", BY_AGENT, "Sync", "session", body="SyncBody", also=(*live, 429))
+    find = _operation(
+        "Find a dependency layer", BY_AGENT, "Modules", "session", body="ModulesBody", also=live
+    )
+    sent = _operation(
+        "Say that a dependency layer is sent", BY_AGENT, "ModulesTaken", "session", body="ModulesSentBody",
+        also=(*live, 422),
+    )  # fmt: skip
+    changes = _operation(
+        "Offer what tools made", ("write",), "Changes", "session", body="ChangesBody", also=(410, 422, 429)
+    )
+    status = _operation("Heartbeat", BY_AGENT, "Head", "session", body="StatusBody", also=(410,))
+    return {
+        f"{ONE}/sync": {"post": sync},
+        f"{ONE}/modules": {"post": find, "put": sent},
+        f"{ONE}/changes": {"post": changes},
+        f"{ONE}/token": {"post": _operation("Renew the token", BY_AGENT, "Token", "session", also=live)},
+        f"{ONE}/status": {"put": status},
+    }
+
+
 def openapi_document() -> Schema:
     """The routes of the control plane and of the session API."""
-    product, agent = ("service", "user"), ("session",)
-    one = "/v1/sessions/{session_id}"
-    live = (409, 410)
-    asked = ("revision", "epoch", "wait", "quiet")
     return {
         "openapi": "3.1.0",
         "info": {"title": "preview-sync orchestrator", "version": __version__},
-        "paths": {
-            "/v1/sessions": {
-                "post": _operation(
-                    "Make a session", product, "Session", "key", body="CreateBody", also=(201, 429)
-                ),
-                "get": _operation("List sessions", product, "Sessions", "project", "ended", "limit"),
-            },
-            one: {
-                "get": _operation("Show a session", product, "Session", "session"),
-                "delete": _operation("End a session", product, "Session", "session", also=(202,)),
-            },
-            f"{one}/snapshot": {
-                "post": _operation(
-                    "Give a signed snapshot",
-                    product,
-                    "Snapshot",
-                    "session",
-                    body="SnapshotBody",
-                    also=(410, 429),
-                )
-            },
-            f"{one}/suspend": {
-                "post": _operation("Put a session to sleep", product, "Session", "session", also=live)
-            },
-            f"{one}/wake": {
-                "post": _operation("Wake a session", product, "Session", "session", also=(202, 410))
-            },
-            f"{one}/shown": {
-                "get": _operation("Wait for the screen", product, "Shown", "session", *asked, also=(410, 429))
-            },
-            "/v1/projects/{project_id}/shown": {
-                "get": _operation(
-                    "Wait for a project's screen", product, "Shown", "project_path", *asked, also=(410, 429)
-                )
-            },
-            "/v1/projects/{project_id}/rooms": {
-                "post": _operation(
-                    "Enter a file's room", ("user",), "Room", "project_path", body="RoomBody", also=(429,)
-                )
-            },
-            f"{one}/door": {
-                "post": _operation(
-                    "Let a browser in", product, "Door", "session", body="DoorBody", also=(410,)
-                )
-            },
-            f"{one}/door/revoke": {
-                "post": _operation("Let nobody in any more", product, "Revoked", "session", body="RevokeBody")
-            },
-            f"{one}/sync": {
-                "post": _operation("Catch up", agent, "Sync", "session", body="SyncBody", also=(*live, 429))
-            },
-            "/v1/projects/{project_id}/run": {
-                "get": _operation("Show a project's run settings", product, "Run", "owner"),
-                "put": _operation("Change a project's run settings", product, "Run", "owner", body="RunBody"),
-            },
-            f"{one}/run": {
-                "get": _operation(
-                    "Read the session's run settings", agent, "RunWithSecrets", "session", also=live
-                )
-            },
-            f"{one}/modules": {
-                "post": _operation(
-                    "Find a dependency layer", agent, "Modules", "session", body="ModulesBody", also=live
-                ),
-                "put": _operation(
-                    "Say that a dependency layer is sent",
-                    agent,
-                    "ModulesTaken",
-                    "session",
-                    body="ModulesSentBody",
-                    also=(*live, 422),
-                ),
-            },
-            f"{one}/changes": {
-                "post": _operation(
-                    "Offer what tools made",
-                    ("write",),
-                    "Changes",
-                    "session",
-                    body="ChangesBody",
-                    also=(410, 422, 429),
-                )
-            },
-            f"{one}/token": {"post": _operation("Renew the token", agent, "Token", "session", also=live)},
-            f"{one}/status": {
-                "put": _operation("Heartbeat", agent, "Head", "session", body="StatusBody", also=(410,))
-            },
-        },
+        "paths": {**_sessions(), **_screens(), **_entrances(), **_run_settings(), **_session_api()},
         "components": {
             "schemas": SCHEMAS,
             "securitySchemes": {

@@ -122,6 +122,10 @@ class Metrics:
             for label, number in counts.items():
                 gauge.labels(label).set(number)
 
+    def part_took(self, part: str, seconds: float) -> None:
+        """A part of making a machine is done."""
+        self.provision_seconds.labels(part).observe(seconds)
+
     def watch_keys(self, problems: Callable[[], Mapping[str, int]]) -> None:
         """Ask for the key set's problems at each scrape: nobody may have shown a token since the set changed."""
 

@@ -89,14 +89,14 @@ def rooms_of(settings: Settings, pool: Pool) -> Rooms | None:
 
 
 @asynccontextmanager
-async def kept(rooms: Rooms | None) -> AsyncIterator[None]:
+async def kept(rooms: Rooms | None) -> AsyncIterator[Rooms | None]:
     """Have the rooms kept while the block runs, and what is in them saved at its end."""
     if rooms is None:
-        yield
+        yield None
         return
     running = asyncio.create_task(rooms.run(), name="rooms")
     try:
-        yield
+        yield rooms
     finally:
         await rooms.close()
         running.cancel()
