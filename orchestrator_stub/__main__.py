@@ -310,21 +310,21 @@ def _dev(arguments: argparse.Namespace) -> int:
 
 
 def _serve(_: argparse.Namespace) -> int:
-    from orchestrator_stub.server import run_serve
+    from orchestrator_stub.server.processes import run_serve
 
     return _until_stopped(run_serve(Settings.from_environment()))
 
 
 def _door(_: argparse.Namespace) -> int:
     from orchestrator_stub.config import DoorSettings
-    from orchestrator_stub.server import run_door
+    from orchestrator_stub.server.processes import run_door
 
     return _until_stopped(run_door(DoorSettings.from_environment()))
 
 
 def _relay(_: argparse.Namespace) -> int:
     from orchestrator_stub.config import RelaySettings
-    from orchestrator_stub.server import run_relay
+    from orchestrator_stub.server.processes import run_relay
 
     return _until_stopped(run_relay(RelaySettings.from_environment()))
 
@@ -337,7 +337,7 @@ def _stand_in(_: argparse.Namespace) -> int:
 
 def _until_stopped(serving: Coroutine[Any, Any, int]) -> int:
     """Run a process that serves; what keeps it from its start is one line."""
-    from orchestrator_stub.server import CannotServe
+    from orchestrator_stub.process import CannotServe
 
     try:
         return asyncio.run(serving)
@@ -399,7 +399,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _machines(arguments: argparse.Namespace) -> int:
     from orchestrator_stub.machines.driver import MachineError
-    from orchestrator_stub.server import CannotServe, run_machines
+    from orchestrator_stub.process import CannotServe
+    from orchestrator_stub.server.processes import run_machines
     from orchestrator_stub.sessions.store import Unmigrated
 
     settings = Settings.from_environment()

@@ -21,6 +21,10 @@ from orchestrator_stub.platform.redaction import Redactor
 T = TypeVar("T")
 
 
+class CannotServe(Exception):
+    """The service cannot start; the message says why in one line."""
+
+
 def stop_event() -> asyncio.Event:
     """Set when somebody asks the process to stop."""
     stop = asyncio.Event()

@@ -67,7 +67,7 @@ from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server, configure_logs, listen
 from orchestrator_stub.relay.embedded import EmbeddedNats, NatsServerError
-from orchestrator_stub.server import ControlPlane, control_plane, door_of
+from orchestrator_stub.server.control_plane import ControlPlane, control_plane, door_of
 from orchestrator_stub.write_back.pull import follow
 
 DEV_PORT: Final = 5173

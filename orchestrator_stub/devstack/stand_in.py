@@ -26,8 +26,7 @@ from orchestrator_stub.platform.database import AGAIN_SECONDS, reached
 from orchestrator_stub.platform.migrations import MigrationError, MigrationRefused, bootstrap, migrate
 from orchestrator_stub.platform.redaction import Redactor
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.process import Server, configure_logs, listen, stop_event, unless_stopped
-from orchestrator_stub.server import CannotServe
+from orchestrator_stub.process import CannotServe, Server, configure_logs, listen, stop_event, unless_stopped
 
 log = structlog.get_logger(__name__)
 

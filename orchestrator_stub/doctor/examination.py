@@ -18,7 +18,7 @@ from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, ex
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import configure_logs
-from orchestrator_stub.server import keyring_of
+from orchestrator_stub.server.control_plane import keyring_of
 
 
 async def run_doctor(say: Callable[[str], None], *, as_json: bool) -> bool:

@@ -14,9 +14,10 @@ from nats.errors import Error as NatsError
 
 from orchestrator_stub.config import Settings
 from orchestrator_stub.doctor.findings import Report
+from orchestrator_stub.process import CannotServe
 from orchestrator_stub.relay.accounts import OUT, MachineNats, NatsKeys
 from orchestrator_stub.relay.publisher import NatsStream
-from orchestrator_stub.server import CannotServe, machine_nats_of
+from orchestrator_stub.server.control_plane import machine_nats_of
 
 SECONDS: Final = 8
 """For one answer of a server."""

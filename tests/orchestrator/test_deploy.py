@@ -12,7 +12,7 @@ import yaml
 
 from orchestrator_stub.config import Settings, StandInSettings
 from orchestrator_stub.http.routes.shown import MOST_WAIT
-from orchestrator_stub.server import STOP_GRACE
+from orchestrator_stub.server.processes import STOP_GRACE
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FLY: dict[str, Any] = tomllib.loads((DEPLOY / "fly.toml").read_text())

@@ -37,7 +37,7 @@ from orchestrator_stub.machines.driver import Machine, MachineDriver, MachineSpe
 from orchestrator_stub.machines.local import ALLOCATOR
 from orchestrator_stub.platform.tokens import Keyring
 from orchestrator_stub.process import Server
-from orchestrator_stub.server import control_plane, door_of
+from orchestrator_stub.server.control_plane import control_plane, door_of
 from orchestrator_stub.sessions.controller import SessionController
 from tests.ports import free_port
 

@@ -14,7 +14,8 @@ import psycopg
 import pytest
 
 from orchestrator_stub.config import DoorSettings, SettingsError
-from orchestrator_stub.server import CannotServe, door_keyring
+from orchestrator_stub.process import CannotServe
+from orchestrator_stub.server.control_plane import door_keyring
 from tests.orchestrator.door.world import KEYS
 from tests.orchestrator.test_serve import settings
 from tests.ports import free_port

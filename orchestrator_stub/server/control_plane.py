@@ -1,35 +1,29 @@
-"""Puts one control plane together, and runs the process that serves it.
+"""Puts one control plane together, for `serve` and `dev` both: pool, storage, snapshots, sessions and routes.
 
-`control_plane` makes pool, storage, snapshots, sessions and routes, for `serve` and `dev` both. `run_serve` is
-`preview-orchestrator serve`, `run_machines` is `preview-orchestrator machines`.
+Beside it, what single settings name: keys, the machine driver, the door, how machines reach NATS.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import httpx
-import psycopg
 import structlog
-import uvicorn
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from starlette.routing import BaseRoute
 
-from orchestrator_stub.config import DoorSettings, ProcessSettings, RelaySettings, Settings
+from orchestrator_stub.config import DoorSettings, RelaySettings, Settings
 from orchestrator_stub.door.decision import Address, Behind
 from orchestrator_stub.door.passes import Passes, door_keys
 from orchestrator_stub.door.service import Door
 from orchestrator_stub.door.store import Access, DoorStore
 from orchestrator_stub.http import operations
-from orchestrator_stub.http.application import application
-from orchestrator_stub.http.operations import Measured, Metrics
+from orchestrator_stub.http.operations import Metrics
 from orchestrator_stub.http.requests import Requests, RouteGroup
 from orchestrator_stub.http.routes.agents import AgentRoutes
 from orchestrator_stub.http.routes.door import DoorRoutes
@@ -39,26 +33,24 @@ from orchestrator_stub.http.routes.sessions import SessionRoutes
 from orchestrator_stub.http.routes.shown import ShownRoutes
 from orchestrator_stub.http.routes.sleep import SleepRoutes
 from orchestrator_stub.machines.container import ContainerMachines
-from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused, owner_of
+from orchestrator_stub.machines.driver import Installation, MachineDriver, MachineRefused
 from orchestrator_stub.machines.fly import FlyMachines, FlyShape
 from orchestrator_stub.machines.fly_api import WRITES, FlyApi, Rate
 from orchestrator_stub.machines.fly_apps import FlyApps
 from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.modules.layers import ModuleLayers
 from orchestrator_stub.modules.upkeep import ModuleUpkeep, kept_of
-from orchestrator_stub.platform.database import Pool, pool_of, reached
+from orchestrator_stub.platform.database import Pool, pool_of
 from orchestrator_stub.platform.limits import differences, limits_of
-from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.sealing import SealingKeys
 from orchestrator_stub.platform.storage import StorageClient
 from orchestrator_stub.platform.tokens import Keyring
-from orchestrator_stub.process import Server, configure_logs, listen, stop_event, unless_stopped
+from orchestrator_stub.process import CannotServe
 from orchestrator_stub.relay.accounts import MachineNats, NatsKeys
 from orchestrator_stub.relay.service import Relay, relay_of
 from orchestrator_stub.rooms.routes import RoomRoutes, kept, rooms_of
 from orchestrator_stub.sessions.catchup import Catchup
 from orchestrator_stub.sessions.controller import SessionController
-from orchestrator_stub.sessions.inventory import age_of, describe
 from orchestrator_stub.sessions.run_settings import RunSettings
 from orchestrator_stub.sessions.shown import Screens
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
@@ -75,21 +67,6 @@ from orchestrator_stub.write_back.tokens import write_keys
 from orchestrator_stub.write_back.upkeep import KeptUpkeep
 
 log = structlog.get_logger("serve")
-
-STOP_GRACE = 10
-"""Seconds for requests under way at a stop: above the slowest honest one, `create_wait`."""
-
-DOOR_POOL = 4
-"""Connections of a door to the database: one query a second, and one for each name that is new."""
-
-NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
-
-
-class CannotServe(Exception):
-    """The service cannot start; the message says why in one line."""
-
-
-# --- putting it together
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +109,7 @@ async def control_plane(
         snapshots = await ends.enter_async_context(_snapshots(settings, pool, builder, registry))
         access = access_of(settings, pool)
         runs = RunSettings(pool, sealing_keys_of(settings), access)
-        url_ttl, bounds = int(settings.snapshot_url_ttl), kept_of(settings)
-        layers = ModuleLayers(pool, storage, bounds, url_ttl=url_ttl)
+        layers = ModuleLayers(pool, storage, kept_of(settings), url_ttl=int(settings.snapshot_url_ttl))
         controller = SessionController(
             settings, store, snapshots, driver, keys, runs=runs, installation=installation, layers=layers,
             template=Template(settings.template_dir, pool, storage), nats=machine_nats_of(settings),
@@ -165,11 +141,7 @@ async def control_plane(
             ),
         ]  # fmt: skip
         routes = [route for group in groups for route in group.routes()] + operations.routes(pool, metrics)
-        worker = SnapshotWorker(
-            dsn, pool, builder, storage, url_ttl=url_ttl, turns=Turns(pool, registry=registry),
-            upkeep=Upkeep(pool, storage, registry=registry),
-            also=[ModuleUpkeep(pool, storage, bounds, registry=registry), KeptUpkeep(pool)],
-        )  # fmt: skip
+        worker = _worker(settings, pool, builder, storage, registry)
         yield ControlPlane(
             routes, controller, worker, store, metrics, pool, installation, access,
             relay=relay_of(settings, nats_keys_of(settings), registry),
@@ -206,6 +178,22 @@ async def _screens(dsn: str, store: SessionStore) -> AsyncIterator[Screens]:
         waking.cancel()
         await asyncio.gather(waking, return_exceptions=True)
         await screens.close()
+
+
+def _worker(
+    settings: Settings,
+    pool: Pool,
+    builder: SnapshotBuilder,
+    storage: StorageClient,
+    registry: CollectorRegistry,
+) -> SnapshotWorker:
+    """What builds snapshots in the background, and clears away what nobody needs."""
+    return SnapshotWorker(
+        settings.database_url.get_secret_value(), pool, builder, storage,
+        url_ttl=int(settings.snapshot_url_ttl), turns=Turns(pool, registry=registry),
+        upkeep=Upkeep(pool, storage, registry=registry),
+        also=[ModuleUpkeep(pool, storage, kept_of(settings), registry=registry), KeptUpkeep(pool)],
+    )  # fmt: skip
 
 
 async def _check_limits(pool: Pool) -> None:
@@ -320,172 +308,3 @@ def _fly_app(settings: Settings, app: str, http: httpx.AsyncClient) -> FlyMachin
         services=settings.door_replay is not None or settings.fly_preview_url.startswith("https:"),
     )  # fmt: skip
     return FlyMachines(FlyApi(str(settings.fly_api_url), app, token, http, writes=writes), shape, http)
-
-
-# --- the commands
-
-
-async def run_serve(settings: Settings) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP, then finish what is under way. Raises `CannotServe`."""
-    configure_logs(settings.log_level, settings.log_format, Redactor(secrets_of(settings)))
-    try:
-        keys = keyring_of(settings)
-    except (OSError, ValueError) as error:
-        raise CannotServe(f"cannot read the JWT keys: {error}") from None
-    listener = _listen(settings.host, settings.port)
-    door_listener = _listen(settings.door_host, settings.door_port) if settings.preview_domain else None
-    stop = stop_event()
-    try:
-        if not await _database_reached(settings, stop):
-            return 0
-        async with control_plane(settings, keys, driver_of(settings)) as service:
-            config = uvicorn.Config(
-                Measured(application(service.routes), service.metrics),
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=STOP_GRACE,
-            )
-            server = Server(config)
-            serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
-            sweeping = asyncio.create_task(service.controller.run(), name="sweeper")
-            building = asyncio.create_task(service.worker.run(), name="snapshot worker")
-            stopping = asyncio.create_task(stop.wait(), name="stop")
-            log.info(
-                "serving",
-                address="{}:{}".format(*listener.getsockname()[:2]),
-                template=str(settings.template_dir or NO_TEMPLATE),
-            )
-            tasks = [sweeping, building, stopping]
-            if door_listener is not None:
-                door = door_of(
-                    settings, service.pool, service.metrics.registry, controller=service.controller
-                )
-                tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
-            if service.relay is not None:
-                tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
-            done, _ = await asyncio.wait([serving, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            server.should_exit = True
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(serving, *tasks, return_exceptions=True)
-            if stopping not in done:
-                log.error("ended", part=", ".join(task.get_name() for task in done))
-                return 1
-    except Unmigrated as error:
-        raise CannotServe(str(error)) from None
-    except psycopg.OperationalError as error:
-        raise _no_database(error) from None
-    finally:
-        listener.close()
-        if door_listener is not None:
-            door_listener.close()
-    return 0
-
-
-async def run_door(settings: DoorSettings) -> int:
-    """Serve the door alone until SIGTERM, SIGINT or SIGHUP, then end what is open. Raises `CannotServe`."""
-    secrets = (settings.database_url, settings.door_keys)
-    configure_logs(
-        settings.log_level, settings.log_format, Redactor([s.get_secret_value() for s in secrets if s])
-    )
-    listener = _listen(settings.door_host, settings.door_port)
-    stop = stop_event()
-    try:
-        if not await _database_reached(settings, stop):
-            return 0
-        async with pool_of(settings.database_url.get_secret_value(), size=DOOR_POOL) as pool:
-            registry = CollectorRegistry()
-            if settings.door_metrics_port is not None:
-                start_http_server(settings.door_metrics_port, settings.door_host, registry)
-            door = asyncio.create_task(door_of(settings, pool, registry).run(listener), name="door")
-            stopping = asyncio.create_task(stop.wait(), name="stop")
-            log.info("door.open", address="{}:{}".format(*listener.getsockname()[:2]))
-            done, _ = await asyncio.wait([door, stopping], return_when=asyncio.FIRST_COMPLETED)
-            for task in (door, stopping):
-                task.cancel()
-            ended = await asyncio.gather(door, stopping, return_exceptions=True)
-            if stopping not in done:
-                log.error("ended", part="door", reason=repr(ended[0]))
-                return 1
-    except psycopg.OperationalError as error:
-        raise _no_database(error) from None
-    finally:
-        listener.close()
-    return 0
-
-
-async def run_relay(settings: RelaySettings) -> int:
-    """Relay events to NATS until SIGTERM, SIGINT or SIGHUP. Raises `CannotServe`."""
-    configure_logs(
-        settings.log_level, settings.log_format, Redactor([settings.database_url.get_secret_value()])
-    )
-    registry = CollectorRegistry()
-    relay = relay_of(settings, nats_keys_of(settings), registry)
-    assert relay is not None, "the settings require NATS_URL"
-    stop = stop_event()
-    if settings.relay_metrics_port is not None:
-        start_http_server(settings.relay_metrics_port, "127.0.0.1", registry)
-    if not await _database_reached(settings, stop):
-        return 0
-    tasks = [
-        asyncio.create_task(relay.run(), name="relay"), asyncio.create_task(stop.wait(), name="stop")
-    ]  # fmt: skip
-    log.info("relaying", nats=settings.nats_url)
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
-    ended = await asyncio.gather(*tasks, return_exceptions=True)
-    if not stop.is_set():
-        log.error("ended", part="relay", reason=repr(ended[0]))
-        return 1
-    return 0
-
-
-async def _database_reached(settings: ProcessSettings, stop: asyncio.Event) -> bool:
-    """Wait for the database as the settings say; False when a stop came first. Raises `CannotServe`."""
-    dsn = settings.database_url.get_secret_value()
-    try:
-        await unless_stopped(stop, reached(dsn, wait=settings.database_wait))
-    except psycopg.OperationalError as error:
-        raise _no_database(error) from None
-    return not stop.is_set()
-
-
-def _no_database(error: psycopg.OperationalError) -> CannotServe:
-    return CannotServe(f"cannot reach the database: {' '.join(str(error).split())}")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """As `listen`. Raises `CannotServe`."""
-    try:
-        return listen(host, port)
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}") from None
-
-
-async def run_machines(settings: Settings, say: Callable[[str], None], *, as_json: bool) -> None:
-    """Print every machine of the platform and whose it is.
-
-    Raises `CannotServe`, `MachineError`, `Unmigrated`, `psycopg.Error`.
-    """
-    configure_logs("warning", settings.log_format, Redactor(secrets_of(settings)))
-    dsn = settings.database_url.get_secret_value()
-    driver = driver_of(settings)
-    try:
-        # A pool would retry for ever when there is no database.
-        await reached(dsn, wait=0)
-        async with pool_of(dsn, size=1) as pool:
-            store = SessionStore(pool)
-            installation = await store.installation()
-            machines = await driver.list()
-            owners = [owner for machine in machines if (owner := owner_of(machine.name)) is not None]
-            sessions = await store.known({owner.session_id for owner in owners})
-    finally:
-        await driver.close()
-    found = [describe(machine, installation, sessions, time.time()) for machine in machines]
-    for each in sorted(found, key=lambda each: (each.whose, each.machine_id)):
-        age = age_of(each.age_seconds)
-        line = f"{each.machine_id}  {each.state:<8}  {age:<6}  {each.whose:<9}  {each.detail}"
-        say(json.dumps(asdict(each)) if as_json else line)
-    if not found and not as_json:
-        say("no machines")
