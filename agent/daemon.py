@@ -56,7 +56,7 @@ from agent.telemetry.metrics import Metrics
 from agent.telemetry.spans import Spans, credentials, open_spans
 from agent.telemetry.status import Problems, SyncStatus
 from agent.tokens import Tokens, TokenSource
-from agent.write_back.flow import WriteBack
+from agent.write_back.flow import Confirm, WriteBack
 
 log = get_logger("daemon")
 
@@ -134,27 +134,32 @@ class Agent:
         await memory.trim_every(self.settings.heartbeat_seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The project's programs and who gives back what they make, or in shadow mode the comparison in their place."""
+
+    reaper: Reaper
+    supervisor: Supervisor
+    screen: Screen
+    write_back: WriteBack | None
+    shadow: Shadow | None
+
+
 class ProjectStart:
     """Has the project's programs follow its tree, once the tree is whole and its run settings are known.
 
     In shadow mode there are no programs: the comparison is told instead.
     """
 
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        shadow: Shadow | None,
-        metrics: Metrics,
-        write_back: WriteBack | None = None,
-    ) -> None:
+    def __init__(self, programs: Programs, metrics: Metrics) -> None:
         self.run_settings: RunSettingsFollower | None = None
         """Who calls `configure`; set before anything runs."""
         self.hydrated = asyncio.Event()
         """Set when the first tree is whole."""
-        self._supervisor = supervisor
-        self._shadow = shadow
+        self._supervisor = programs.supervisor
+        self._shadow = programs.shadow
+        self._write_back = programs.write_back
         self._metrics = metrics
-        self._write_back = write_back
         self._rules: tuple[Rule, ...] = ()
 
     def tree_changed(self, paths: Collection[RelPath]) -> None:
@@ -225,11 +230,60 @@ def build(
     source = source or realtime(settings, api or tokens)
     workspace = workspace_type(disk or _disk(settings), Ledger(settings.ledger), problems)
     follower = Follower(Tree(), optimistic=settings.optimistic_events)
-    reaper = Reaper()
+    programs = _programs(
+        settings, environ, http, api, workspace, follower, problems, status, clock,
+        confirm=lambda moved, at: sync.confirm(moved, at),
+    )  # fmt: skip
+    snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
+    catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
+    start = ProjectStart(programs, metrics)
+    run_settings = start.run_settings = RunSettingsFollower(
+        api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
+    )
+    url = settings.snapshot_url
+    sync = Sync(
+        follower, workspace, source, catch_up, problems, metrics, status,
+        snapshot_url=url.get_secret_value() if url else None, on_tree=start.tree_changed,
+        on_hydrated=start.tree_whole, preview=programs.screen, drift_policy=drift_policy or settings.drift_policy,
+        skew=skew, spans=spans, write_back=programs.write_back, clock=clock,
+    )  # fmt: skip
+    report = Report(
+        settings=settings, sync=sync, sync_status=status, catch_up=catch_up, link=source, dev=programs.supervisor,
+        screen=programs.screen, problems=problems, redactor=redactor, run_settings=run_settings, skew=skew,
+        shadow=programs.shadow, write_back=programs.write_back, stalls=stalls_of_running_loop(),
+    )  # fmt: skip
+    metrics.registry.register(report)
+    stop = asyncio.Event()
+    heartbeat = Heartbeat(
+        every=settings.heartbeat_seconds, report=report, api=api, sync=sync, stop=stop, run_settings=run_settings
+    )  # fmt: skip
+    return Agent(
+        settings=settings, source=source, api=api, workspace=workspace, follower=follower, sync=sync,
+        reaper=programs.reaper, supervisor=programs.supervisor, screen=programs.screen, shadow=programs.shadow,
+        write_back=programs.write_back, report=report, heartbeat=heartbeat, run_settings=run_settings,
+        spans=spans, hydrated=start.hydrated, stop=stop,
+    )  # fmt: skip
+
+
+def _programs(
+    settings: Settings,
+    environ: Mapping[str, str],
+    http: httpx.AsyncClient,
+    api: SessionApi | None,
+    workspace: Workspace,
+    follower: Follower,
+    problems: Problems,
+    status: SyncStatus,
+    clock: Callable[[], float],
+    *,
+    confirm: Confirm,
+) -> Programs:
+    """Make what runs the project. `confirm`: the loop's, which is told what the database has taken."""
+    metrics, reaper = problems.metrics, Reaper()
     screen = Screen(settings.project_dir, metrics=metrics, last_applied=lambda: status.last_applied)
     write_back = None if settings.shadow or api is None else WriteBack(
         settings.state_dir / "write-back.sqlite", workspace.disk, api, problems, tree=lambda: follower.tree,
-        stats=lambda: workspace.stats, confirm=lambda moved, at: sync.confirm(moved, at), clock=clock,
+        stats=lambda: workspace.stats, confirm=confirm, clock=clock,
     )  # fmt: skip
     supervisor = Supervisor(
         settings, environ=environ, reaper=reaper, metrics=metrics, errors=problems.errors, screen=screen,
@@ -237,75 +291,7 @@ def build(
         locks=Locks(write_back.takes, write_back.hand_over) if write_back else None,
     )  # fmt: skip
     shadow = _shadow(settings, problems, follower) if settings.shadow else None
-    snapshots = Downloader(workspace.disk, http, settings, str(settings.project_id))
-    catch_up = CatchUp(api, snapshots, problems, lambda: follower.tree.entries)
-    start = ProjectStart(supervisor, shadow, metrics, write_back)
-    run_settings = start.run_settings = RunSettingsFollower(
-        api, settings.run_revision, on_settings=start.configure, on_secret=redactor.add
-    )
-    url = settings.snapshot_url
-    sync = Sync(
-        follower,
-        workspace,
-        source,
-        catch_up,
-        problems,
-        metrics,
-        status,
-        snapshot_url=url.get_secret_value() if url else None,
-        on_tree=start.tree_changed,
-        preview=screen,
-        on_hydrated=start.tree_whole,
-        drift_policy=drift_policy or settings.drift_policy,
-        skew=skew,
-        spans=spans,
-        write_back=write_back,
-        clock=clock,
-    )
-    stop = asyncio.Event()
-    report = Report(
-        settings=settings,
-        sync=sync,
-        sync_status=status,
-        catch_up=catch_up,
-        link=source,
-        dev=supervisor,
-        screen=screen,
-        problems=problems,
-        redactor=redactor,
-        run_settings=run_settings,
-        skew=skew,
-        shadow=shadow,
-        write_back=write_back,
-        stalls=stalls_of_running_loop(),
-    )
-    metrics.registry.register(report)
-    return Agent(
-        settings=settings,
-        source=source,
-        api=api,
-        workspace=workspace,
-        follower=follower,
-        sync=sync,
-        reaper=reaper,
-        supervisor=supervisor,
-        screen=screen,
-        shadow=shadow,
-        write_back=write_back,
-        report=report,
-        heartbeat=Heartbeat(
-            every=settings.heartbeat_seconds,
-            report=report,
-            api=api,
-            sync=sync,
-            stop=stop,
-            run_settings=run_settings,
-        ),
-        run_settings=run_settings,
-        spans=spans,
-        hydrated=start.hydrated,
-        stop=stop,
-    )
+    return Programs(reaper, supervisor, screen, write_back, shadow)
 
 
 def tokens_of(settings: Settings, on_token: Callable[[str], None] = lambda token: None) -> Tokens:
