@@ -7,7 +7,6 @@ opposite order, on Ctrl-C, on SIGTERM, on SIGHUP and on any failure.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import secrets
 import shutil
@@ -15,8 +14,9 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -24,14 +24,13 @@ import httpx
 import psycopg
 import uvicorn
 
+from orchestrator_stub.devstack.agent import LONG, LocalAgent
 from orchestrator_stub.devstack.editor import Editor, Sent
 from orchestrator_stub.devstack.editor_page import EditorPage
 from orchestrator_stub.devstack.project_client import UserAuth, user_token
-from orchestrator_stub.devstack.smoke import ONCE_DEADLINE, measure_save, timing_table
 from orchestrator_stub.devstack.state_directory import (
     HOST,
     Publication,
-    SessionKey,
     StateDirectory,
     identities,
 )
@@ -41,11 +40,9 @@ from orchestrator_stub.devstack.terminal import (
     DevOptions,
     Terminal,
     as_url,
-    progress,
     screen,
-    tail_of,
 )  # fmt: skip
-from orchestrator_stub.devstack.timeline import bars, start_of
+from orchestrator_stub.devstack.timings import bars, measure_save, start_of, timing_table
 from orchestrator_stub.door.decision import Address
 from orchestrator_stub.http.application import application
 from orchestrator_stub.http.operations import Measured
@@ -54,8 +51,6 @@ from orchestrator_stub.local_supabase.auth import hash_password
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres, EmbeddedPostgresError
 from orchestrator_stub.local_supabase.realtime.socket import uvicorn_options
-from orchestrator_stub.machines.driver import Machine, owner_of
-from orchestrator_stub.machines.local import LocalMachines
 from orchestrator_stub.platform.migrations import (
     MIGRATIONS,
     MigrationError,
@@ -75,11 +70,21 @@ DEV_PORT: Final = 5173
 NODE_NEEDED: Final = (20, 19)
 """Vite 8's `engines`: ^20.19 || >=22.12."""
 
-LONG: Final = 30 * 24 * 3600.0
-"""Seconds a local session lives: nobody pays for it, and a laptop sleeps for days."""
 
-RESTARTS: Final = 3
-"""Failures in a row of the agent before the start is called off: somebody is waiting for it."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose project it is: a user who may sign in, with a password of this start."""
+
+    user_id: UUID
+    project_id: UUID
+    email: str
+    password: str
+
+    @classmethod
+    def of(cls, directory: Path) -> Owner:
+        """The same user and project for one directory, each time."""
+        user_id, project_id = identities(directory)
+        return cls(user_id, project_id, f"{user_id.hex[:12]}@local.invalid", secrets.token_urlsafe(12))
 
 
 async def run_dev(options: DevOptions) -> int:
@@ -121,14 +126,13 @@ class Stack:
         self._terminal = terminal
         self._stack = stack
         self._state = StateDirectory(options.state)
-        self._pids: dict[str, int] = {}
-        self._machine_id: str | None = None
-        self._mark: str | None = None
+        self._agent = LocalAgent(options, terminal, self._state)
+        self._owner = Owner.of(options.directory)
         self._page = EditorPage() if options.editor else None
 
     async def run(self) -> None:
+        """Start the parts, show where they are, and keep them until cancelled. Raises `CannotStart`."""
         self._options.check()
-        directory = self._options.directory
         self._stack.enter_context(self._state.lock())
         self._state.withdraw()  # of one that was killed
         listener = self._listen()
@@ -136,95 +140,57 @@ class Stack:
         node = await _node_version()
         self._terminal.step(f"starting on port {port} (Node {node}, state in {self._options.state})")
 
+        agent, owner, url = self._agent, self._owner, f"http://{HOST}:{port}"
         keys = self._state.keyring()
-        dsn = await self._database()
-        driver = LocalMachines(
-            self._state.path / "machines",
-            environment=os.environ,
-            host=HOST,
-            restarts=RESTARTS,
-            tied=True,
-            on_start=self._agent_started,
-            on_exit=self._agent_ended,
-        )
         project_keys = ProjectKeys.of(keys)
+        dsn = await self._database()
         # Entered before the control plane, so ended after it: whatever it still started is found and stopped.
-        self._stack.push_async_callback(self._retire_ours, driver)
-        door_listener = self._door_listener()
+        self._stack.push_async_callback(agent.retire_all)
+        door_listener = self._listen_for_door()
         door_port = door_listener.getsockname()[1]
         nats_url = await self._nats()
         settings = self._state.settings(port, door_port, dsn, project_keys, ttl=LONG, nats_url=nats_url)
-        service = await self._stack.enter_async_context(control_plane(settings, keys, driver))
-        self._mark = service.installation.mark
+        service = await self._stack.enter_async_context(control_plane(settings, keys, agent.driver))
+        agent.mark = service.installation.mark
         await self._stack.enter_async_context(self._serve(listener, service, dsn, project_keys))
-        url = f"http://{HOST}:{port}"
 
-        user_id, project_id = identities(directory)
-        email, password = f"{user_id.hex[:12]}@local.invalid", secrets.token_urlsafe(12)
-        await self._project(service, user_id, project_id, directory.resolve().name, email, password)
-        editor, http = await self._editor(url, project_keys, keys, user_id, project_id)
+        await self._project(service)
+        editor, http = await self._editor(url, project_keys, keys)
         shown = self._options.directory
         self._say(await editor.begin(), f"{shown} imported", f"{shown} is as it was sent before")
+        await agent.begin(url, project_keys.service_key, owner.project_id)
+        self._stack.push_async_callback(agent.retire)
 
-        machine, session_id = await self._session(url, project_keys, project_id, driver)
-        self._machine_id = machine.id
-        self._stack.push_async_callback(driver.retire, machine.id)
         tasks = await self._stack.enter_async_context(_tasks())
-        if self._page is not None:
-            tasks.append(asyncio.create_task(self._page.build(self._terminal.step), name="editor page"))
-        tasks.append(asyncio.create_task(service.controller.run(), name="sweeper"))
-        tasks.append(asyncio.create_task(service.worker.run(), name="snapshot worker"))
-        if service.relay is not None:
-            tasks.append(asyncio.create_task(service.relay.run(), name="relay"))
-        assert service.access is not None
+        self._in_background(tasks, service, editor)
         # Whoever reaches this machine may look, as with any dev server; pages of other sites may not.
-        home = await service.access.label(project_id)
+        assert service.access is not None
+        home = await service.access.label(owner.project_id)
         address = Address(f"localhost:{door_port}", home=home, open=True)
         door = door_of(
             settings, service.pool, service.metrics.registry, address, controller=service.controller
         )
         tasks.append(asyncio.create_task(door.run(door_listener), name="door"))
-        if self._options.write_back:
-            back = follow(
-                self._options.write_back, service.pool, project_id, shown, editor.baseline, self._state.path,
-                self._terminal.step,
-            )  # fmt: skip
-            tasks.append(asyncio.create_task(back, name="write-back"))
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 
-        await self._until_served(machine, driver)
-        await door.until_ready(home, session_id)
+        await agent.until_served()
+        await door.until_ready(home, agent.session_id)
         info = DevInfo(
-            orchestrator_url=url,
-            anon_key=project_keys.anon_key,
-            service_key=project_keys.service_key,
-            database_url=as_url(dsn),
-            project_id=str(project_id),
-            session_id=str(session_id),
-            project_dir=str(driver.project_dir(session_id)),
-            preview_url=f"http://{HOST}:{door_port}",
-            health_url=str(machine.health_url),
-            agent_pid=self._pid,
-            user_email=email,
-            user_password=password,
-            user_token=user_token(keys, user_id, time.time(), LONG),
+            orchestrator_url=url, anon_key=project_keys.anon_key, service_key=project_keys.service_key,
+            database_url=as_url(dsn), project_id=str(owner.project_id), session_id=str(agent.session_id),
+            project_dir=str(agent.project_dir), preview_url=f"http://{HOST}:{door_port}",
+            health_url=str(agent.machine.health_url), agent_pid=agent.pid, user_email=owner.email,
+            user_password=owner.password, user_token=user_token(keys, owner.user_id, time.time(), LONG),
             nats_url=nats_url,
-        )
+        )  # fmt: skip
         published = self._stack.enter_context(Publication(self._state, info))
-        if self._page is not None:
-            self._page.publish(info.for_page(directory.resolve().name))
-        self._terminal.show(
-            screen(self._options, info, driver.log_path(machine.id), self._terminal.seconds), asdict(info)
-        )
-        if self._options.timeline:
-            parts = await start_of(str(machine.health_url), self._terminal.seconds)
-            self._terminal.show(bars(parts), {"start": parts})
+        await self._show(info)
         if self._options.once:
             timings = await measure_save(self._options, info, http, self._terminal.seconds)
             self._terminal.show(timing_table(timings), timings)
-            return
-        await self._keep(published, machine, driver, watching)
+        else:
+            await self._keep(published, watching)
 
     # --- the parts
 
@@ -239,7 +205,7 @@ class Stack:
         self._stack.callback(listener.close)
         return listener
 
-    def _door_listener(self) -> socket.socket:
+    def _listen_for_door(self) -> socket.socket:
         """Where browsers come: Vite's own port when it is free, for it is the one that people know."""
         try:
             listener = listen(HOST, DEV_PORT if self._options.port else 0)
@@ -314,78 +280,74 @@ class Stack:
             server.should_exit = True
             await asyncio.wait([task], timeout=5)
 
-    async def _project(
-        self, service: ControlPlane, user_id: UUID, project_id: UUID, name: str, email: str, password: str
-    ) -> None:
-        """A user with a new password and a project of theirs, as a product's sign-up would make them."""
-        hashed = await asyncio.to_thread(hash_password, password)
+    async def _project(self, service: ControlPlane) -> None:
+        """The owner with a new password and their project, as a product's sign-up would make them."""
+        owner, name = self._owner, self._options.directory.resolve().name
+        hashed = await asyncio.to_thread(hash_password, owner.password)
         async with service.pool.connection() as connection:
             await connection.execute(
                 "insert into auth.users (id, email, encrypted_password) values (%s, %s, %s)"
                 " on conflict (id) do update set encrypted_password = excluded.encrypted_password",
-                (user_id, email, hashed),
+                (owner.user_id, owner.email, hashed),
             )
             await connection.execute(
                 "insert into public.user_profiles (id, display_name) values (%s, 'you') on conflict do nothing",
-                (user_id,),
+                (owner.user_id,),
             )
             await connection.execute(
                 "insert into public.projects (id, owner_id, name) values (%s, %s, %s) on conflict do nothing",
-                (project_id, user_id, name),
+                (owner.project_id, owner.user_id, name),
             )
             way = "both" if self._options.transport == "nats" else "realtime"
             await connection.execute("update preview.settings set transport = %s", (way,))
 
     async def _editor(
-        self, url: str, keys: ProjectKeys, keyring: Keyring, user_id: UUID, project_id: UUID
+        self, url: str, keys: ProjectKeys, keyring: Keyring
     ) -> tuple[Editor, httpx.AsyncClient]:
         http = await self._stack.enter_async_context(
             httpx.AsyncClient(
                 base_url=url,
                 headers={"apikey": keys.anon_key},
-                auth=UserAuth(keyring, user_id, time.time),
+                auth=UserAuth(keyring, self._owner.user_id, time.time),
                 timeout=60,
                 trust_env=False,
             )
         )
         baseline = self._state.path / "editor.json"
         try:
-            include = self._options.include
-            return Editor(self._options.directory, project_id, http, baseline, include=include), http
+            editor = Editor(
+                self._options.directory, self._owner.project_id, http, baseline,
+                include=self._options.include,
+            )  # fmt: skip
         except OSError as error:
             what = f"cannot read {baseline}, which says what was sent before: {error.strerror}"
             raise CannotStart(f"{what}; mend that, or remove it to have everything sent again") from None
+        return editor, http
 
-    async def _session(
-        self, url: str, keys: ProjectKeys, project_id: UUID, driver: LocalMachines
-    ) -> tuple[Machine, UUID]:
-        """The session of the last start with a newer machine, or a new one."""
-        wanted = self._state.next_session(project_id)
-        headers = {"Authorization": f"Bearer {keys.service_key}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60, trust_env=False) as http:
-            while True:
-                # Written first: a key whose session nobody remembers would be a machine nobody ends.
-                self._state.keep_session(project_id, wanted)
-                answer = await http.post(
-                    "/v1/sessions",
-                    json={
-                        "project_id": str(project_id),
-                        "generation": wanted.generation,
-                        "ttl_seconds": LONG,
-                    },
-                    headers={"Idempotency-Key": wanted.key},
-                )
-                form = answer.json()
-                if not (answer.is_success and form["state"] in ("draining", "gone")):
-                    break
-                wanted = SessionKey.fresh()
-        if not answer.is_success or form.get("machine") is None:
-            reason = form.get("detail") or form.get("problem") or f"it is {form.get('state')}"
-            raise CannotStart(f"the session did not start: {reason}")
-        machine = await driver.inspect(form["machine"]["id"])
-        if machine is None:
-            raise CannotStart(f"the agent's machine is gone; see the logs in {self._state.path / 'machines'}")
-        return machine, UUID(form["session_id"])
+    def _in_background(self, tasks: list[asyncio.Task[None]], service: ControlPlane, editor: Editor) -> None:
+        """Begin what goes on beside the agent: the page's build, the control plane's own, what comes back."""
+        parts = {"sweeper": service.controller.run(), "snapshot worker": service.worker.run()}
+        if self._page is not None:
+            parts["editor page"] = self._page.build(self._terminal.step)
+        if service.relay is not None:
+            parts["relay"] = service.relay.run()
+        if self._options.write_back:
+            parts["write-back"] = follow(
+                self._options.write_back, service.pool, self._owner.project_id, self._options.directory,
+                editor.baseline, self._state.path, self._terminal.step,
+            )  # fmt: skip
+        tasks += [asyncio.create_task(part, name=name) for name, part in parts.items()]
+
+    async def _show(self, info: DevInfo) -> None:
+        """Where everything is, and with `--timeline` what each part of the start took."""
+        if self._page is not None:
+            self._page.publish(info.for_page(self._options.directory.resolve().name))
+        self._terminal.show(
+            screen(self._options, info, self._agent.log, self._terminal.seconds), asdict(info)
+        )
+        if self._options.timeline:
+            parts = await start_of(info.health_url, self._terminal.seconds)
+            self._terminal.show(bars(parts), {"start": parts})
 
     # --- while it runs
 
@@ -407,74 +369,15 @@ class Stack:
         for line in sent.said:
             self._terminal.step(line)
 
-    async def _until_served(self, machine: Machine, driver: LocalMachines) -> None:
-        """Wait until the preview is served; with `--once`, for `ONCE_DEADLINE` seconds. Raises `CannotStart`."""
-        try:
-            async with asyncio.timeout(ONCE_DEADLINE if self._options.once else None):
-                await self._until_ready(machine, driver)
-        except TimeoutError:
-            log = driver.log_path(machine.id)
-            raise CannotStart(
-                f"the preview did not answer within {ONCE_DEADLINE:.0f} s. The log's end:\n{tail_of(log)}"
-            ) from None
-
-    async def _until_ready(self, machine: Machine, driver: LocalMachines) -> None:
-        """Poll until `/readyz` answers 200, and print each state and problem that the agent reports on the way."""
-        told: list[str] = []
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
-            while True:
-                with suppress(httpx.HTTPError):
-                    if (await http.get(f"{machine.health_url}/readyz")).status_code == 200:
-                        return
-                    lines = progress((await http.get(f"{machine.health_url}/status")).json())
-                    for line in lines:
-                        if line not in told:
-                            self._terminal.step(line)
-                    if len(lines) > 1 >= len(told):
-                        self._terminal.step(f"the agent's log is {driver.log_path(machine.id)}")
-                    told = lines
-                await self._still_there(machine, driver)
-                await asyncio.sleep(0.05)
-
-    async def _still_there(self, machine: Machine, driver: LocalMachines) -> None:
-        now = await driver.inspect(machine.id)
-        if now is None or now.state != "running":
-            log = driver.log_path(machine.id)
-            raise CannotStart(f"the agent ended. Its last words:\n{tail_of(log)}\nThe whole log: {log}")
-
-    async def _keep(
-        self, published: Publication, machine: Machine, driver: LocalMachines, watching: asyncio.Task[None]
-    ) -> None:
+    async def _keep(self, published: Publication, watching: asyncio.Task[None]) -> None:
         """For ever: keep dev.json true, and end when something that should not end does."""
         while True:
             if watching.done() and self._options.watch:
                 raise CannotStart(f"the watch over {self._options.directory} ended: {watching.exception()}")
-            await self._still_there(machine, driver)
-            if published.agent_is(self._pid):
-                self._terminal.step(f"the agent was started again (process {self._pid})")
+            await self._agent.still_there()
+            if published.agent_is(self._agent.pid):
+                self._terminal.step(f"the agent was started again (process {self._agent.pid})")
             await asyncio.sleep(0.25)
-
-    async def _retire_ours(self, driver: LocalMachines) -> None:
-        """End this database's machines. Others' may stand beside them: `serve` has the same MACHINES_DIR by default."""
-        for machine in await driver.list():
-            owner = owner_of(machine.name)
-            if owner is not None and self._mark is not None and owner.mark == self._mark:
-                await driver.retire(machine.id)
-
-    @property
-    def _pid(self) -> int:
-        """Our session's agent. Others may be started beside it, through the session API."""
-        return self._pids.get(self._machine_id or "", 0)
-
-    def _agent_started(self, machine: Machine, pid: int) -> None:
-        self._pids[machine.id] = pid
-
-    def _agent_ended(self, machine: Machine, code: int) -> None:
-        if machine.id != self._machine_id:
-            self._pids.pop(machine.id, None)
-            return
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self._terminal.step(f"the agent {how}")
 
 
 @asynccontextmanager

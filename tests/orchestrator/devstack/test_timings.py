@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator_stub.devstack.timeline import BAR, PARTS, bars, start_of
+from orchestrator_stub.devstack.timings import BAR, PARTS, bars, start_of
 from tests.fakes.origin import Answer, origin
 
 

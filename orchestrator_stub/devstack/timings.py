@@ -1,4 +1,7 @@
-"""Times one save for `dev --once`: a file is made, edited and removed, each until the dev server serves it so."""
+"""Says how long things took: one save with `dev --once`, each part of the start with `dev --timeline`.
+
+The save is a file that is made, edited and removed, each until the dev server serves it so.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,17 @@ from orchestrator_stub.devstack.terminal import CannotStart, DevInfo, DevOptions
 
 ONCE_DEADLINE: Final = 300.0
 """Seconds that `--once` gives the start, most of which is the first `npm install`, and then each of its steps."""
+
+BAR: Final = 40
+"""Characters of the longest bar."""
+PARTS: Final = {
+    "machine": "until the agent's process",
+    "hydrated": "files on the disk",
+    "modules": "node_modules in place",
+    "dev_server": "dev server started",
+    "first_page": "first page",
+    "shown": "on a screen",
+}
 
 
 async def measure_save(
@@ -103,3 +117,34 @@ class Check:
     async def _rpc(self, name: str, arguments: Mapping[str, object]) -> None:
         body = {"project_uuid": self._info.project_id, **arguments}
         (await self._http.post(f"/rest/v1/rpc/{name}", json=body)).raise_for_status()
+
+
+async def start_of(health_url: str, clock: float) -> dict[str, float]:
+    """Return when each part ended, in seconds from the start of `dev`; nothing, where the agent does not say.
+
+    Args:
+        health_url: The agent's.
+        clock: Seconds since the start of `dev`, now.
+    """
+    async with httpx.AsyncClient(timeout=5, trust_env=False) as http:
+        try:
+            status = (await http.get(f"{health_url}/status")).json()
+            machine = max(0.0, clock - float(status["uptime_seconds"]))
+            return {
+                "machine": machine,
+                **{part: machine + float(end) for part, end in status["start"].items()},
+            }
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+
+def bars(ends: Mapping[str, float]) -> str:
+    """One line for each part, from where the one before ended. `ends`: seconds from the start, by part."""
+    whole = max(ends.values(), default=0.0) or 1.0
+    lines, before = [], 0.0
+    for part, end in sorted(ends.items(), key=lambda each: each[1]):
+        begin, until = round(BAR * before / whole), round(BAR * end / whole)
+        bar = " " * begin + "█" * max(1, until - begin)
+        lines.append(f"    {PARTS.get(part, part):<26}{bar:<{BAR + 1}} {max(0.0, end - before):6.2f} s\n")
+        before = max(before, end)
+    return "".join(lines) + f"    {'together':<26}{'':<{BAR + 1}} {before:6.2f} s\n\n"
