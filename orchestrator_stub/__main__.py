@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
 import sys
-from collections.abc import Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 
 def _cannot_import(error: ModuleNotFoundError) -> str:
@@ -25,26 +21,13 @@ def _cannot_import(error: ModuleNotFoundError) -> str:
 
 
 try:
-    import httpx
-    import psycopg
-
-    from orchestrator_stub import help_texts
-    from orchestrator_stub.config import Settings, SettingsError, StandInSettings
-    from orchestrator_stub.platform.migrations import (
-        MigrationError,
-        MigrationRefused,
-        bootstrap,
-        check,
-        migrate,
-    )
+    from orchestrator_stub import commands, help_texts
+    from orchestrator_stub.commands import EXIT_SETTINGS
+    from orchestrator_stub.config import SettingsError
     from orchestrator_stub.write_back.command import add_command as add_write_back
     from orchestrator_stub.write_back.command import presets
 except ModuleNotFoundError as missing:
     sys.exit(_cannot_import(missing))
-
-EXIT_FAILED = 1
-EXIT_SETTINGS = 64
-"""As the agent's: bad settings (sysexits EX_USAGE)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,49 +54,49 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="preview-orchestrator", description=help_texts.ABOUT, epilog=help_texts.EXIT_CODES)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    _add_dev(commands)
-    serve = commands.add_parser("serve", help="run the control plane", description=help_texts.SERVE)
-    serve.set_defaults(run=_serve)
+    _add_dev(parsers)
+    serve = parsers.add_parser("serve", help="run the control plane", description=help_texts.SERVE)
+    serve.set_defaults(run=commands.serve)
 
-    door = commands.add_parser(
+    door = parsers.add_parser(
         "door", help="run the proxy that browsers reach previews through", description=help_texts.DOOR
     )
-    door.set_defaults(run=_door)
+    door.set_defaults(run=commands.door)
 
-    relay = commands.add_parser(
+    relay = parsers.add_parser(
         "relay", help="take events from the database to NATS", description=help_texts.RELAY
     )
-    relay.set_defaults(run=_relay)
-    nats_keys = commands.add_parser(
+    relay.set_defaults(run=commands.relay)
+    nats_keys = parsers.add_parser(
         "nats-keys", help="make the keys and accounts of a NATS deployment", description=help_texts.NATS_KEYS
     )
     nats_keys.add_argument("directory", type=Path, help="where the three files are written")
-    nats_keys.set_defaults(run=_nats_keys)
+    nats_keys.set_defaults(run=commands.nats_keys)
 
-    standing_in = commands.add_parser(
+    standing_in = parsers.add_parser(
         "stand-in", help="serve Supabase's URLs over a PostgreSQL of yours", description=help_texts.STAND_IN
     )
-    standing_in.set_defaults(run=_stand_in)
+    standing_in.set_defaults(run=commands.stand_in)
 
-    secrets = commands.add_parser(
+    secrets = parsers.add_parser(
         "secrets", help="fill in the empty secrets of an environment file", description=help_texts.SECRETS
     )
-    secrets.set_defaults(run=_secrets)
+    secrets.set_defaults(run=commands.secrets)
 
-    _add_migrate(commands)
-    doctor = commands.add_parser(
+    _add_migrate(parsers)
+    doctor = parsers.add_parser(
         "doctor", help="try each part that previews need", description=help_texts.DOCTOR
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object a line")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=commands.doctor)
 
-    machines = commands.add_parser("machines", help="list the machines, and whose session each has")
+    machines = parsers.add_parser("machines", help="list the machines, and whose session each has")
     machines.add_argument("--json", action="store_true", help="one JSON object a line")
-    machines.set_defaults(run=_machines)
+    machines.set_defaults(run=commands.machines)
 
-    modules = commands.add_parser(
+    modules = parsers.add_parser(
         "modules", help="build, list and drop dependency layers", description=help_texts.MODULES
     )
     parts = modules.add_subparsers(dest="what", required=True, metavar="COMMAND")
@@ -125,22 +108,22 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("--json", action="store_true", help="one JSON object a line")
     dropped = parts.add_parser("drop", help="forget layers; their objects follow within hours")
     dropped.add_argument("which", help="a key, or a project's id")
-    modules.set_defaults(run=_modules)
+    modules.set_defaults(run=commands.modules)
 
-    _add_rollout(commands)
+    _add_rollout(parsers)
 
-    tail = commands.add_parser("tail", help="print a project's events as they happen")
+    tail = parsers.add_parser("tail", help="print a project's events as they happen")
     _add_project(tail)
     tail.add_argument("--json", action="store_true", help="the events whole, one JSON object a line")
-    tail.set_defaults(run=_tail)
+    tail.set_defaults(run=commands.tail)
 
-    _add_history(commands)
-    add_write_back(commands, _project_and_database)
+    _add_history(parsers)
+    add_write_back(parsers, commands.project_and_database)
     return parser
 
 
-def _add_dev(commands: Any) -> None:
-    dev = commands.add_parser("dev", help="run it all on this machine", description=help_texts.DEV)
+def _add_dev(parsers: Any) -> None:
+    dev = parsers.add_parser("dev", help="run it all on this machine", description=help_texts.DEV)
     dev.add_argument(
         "dir", nargs="?", type=Path, default=Path(),
         help="a project with a dev server, as Vite's, or a page alone (default: the current directory)",
@@ -178,11 +161,11 @@ def _add_dev(commands: Any) -> None:
         help="by which way the agent hears events; nats starts a server of its own (default: realtime)",
     )  # fmt: skip
     dev.add_argument("--faults", action="store_true", help="let tests break Realtime on request")
-    dev.set_defaults(run=_dev)
+    dev.set_defaults(run=commands.dev)
 
 
-def _add_migrate(commands: Any) -> None:
-    migration = commands.add_parser("migrate", help="apply supabase/migrations to a database")
+def _add_migrate(parsers: Any) -> None:
+    migration = parsers.add_parser("migrate", help="apply supabase/migrations to a database")
     migration.add_argument("--database-url", help="default: DATABASE_URL")
     migration.add_argument(
         "--bootstrap", action="store_true", help="on a plain PostgreSQL: make what Supabase's has, first"
@@ -195,7 +178,7 @@ def _add_migrate(commands: Any) -> None:
         action="store_true",
         help="take a table public.project_files over: moved to the schema preview, its rows adopted, itself kept",
     )
-    migration.set_defaults(run=_migrate)
+    migration.set_defaults(run=commands.migrate_database)
 
 
 def _add_project(parser: argparse.ArgumentParser) -> None:
@@ -209,11 +192,11 @@ def _add_project(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_history(commands: Any) -> None:
+def _add_history(parsers: Any) -> None:
     """`log`, `show`, `diff` and `restore`: what happened to a project, and how to go back."""
 
     def command(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        parser: argparse.ArgumentParser = commands.add_parser(
+        parser: argparse.ArgumentParser = parsers.add_parser(
             name,
             help=text,
             description=f"{text[0].upper()}{text[1:]}.",
@@ -221,7 +204,7 @@ def _add_history(commands: Any) -> None:
         )
         _add_project(parser)
         parser.add_argument("--database-url", help="default: DATABASE_URL, else that of a running `dev`")
-        parser.set_defaults(run=_history, command=name)
+        parser.set_defaults(run=commands.history, command=name)
         return parser
 
     log = command("log", "print a project's commits and turns, newest first", "--limit 5")
@@ -242,8 +225,8 @@ def _add_history(commands: Any) -> None:
     restore.add_argument("revision", help="its number, or a checkpoint's name")
 
 
-def _add_rollout(commands: Any) -> None:
-    rollout = commands.add_parser(
+def _add_rollout(parsers: Any) -> None:
+    rollout = parsers.add_parser(
         "rollout",
         help="give sessions a new agent image, or the former one again",
         description=help_texts.ROLLOUT,
@@ -261,7 +244,7 @@ def _add_rollout(commands: Any) -> None:
         "--at-once", type=int, default=4, metavar="N", help="replaced at the same time (default: 4)"
     )
     rollout.add_argument("--database-url", help="default: DATABASE_URL")
-    rollout.set_defaults(run=_rollout)
+    rollout.set_defaults(run=commands.rollout)
 
 
 def _share(text: str) -> float:
@@ -279,248 +262,6 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError("a port is 0 to 65535")
     return port
-
-
-def _dev(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.devstack.stack import run_dev
-    from orchestrator_stub.devstack.terminal import CannotStart, DevOptions
-
-    options = DevOptions(
-        directory=arguments.dir,
-        state=arguments.state,
-        port=arguments.port,
-        as_json=arguments.json,
-        once=arguments.once,
-        watch=not arguments.no_watch,
-        editor=not (arguments.no_editor or arguments.once),
-        database_url=arguments.database_url,
-        include=tuple(arguments.include),
-        write_back=arguments.write_back,
-        faults=arguments.faults,
-        transport=arguments.transport,
-        timeline=arguments.timeline,
-    )
-    try:
-        return asyncio.run(run_dev(options))
-    except CannotStart as error:
-        sys.stderr.write(f"preview-orchestrator: {error}\n")
-    except httpx.HTTPError as error:
-        sys.stderr.write(f"preview-orchestrator: the local stack stopped answering: {error!r}\n")
-    return EXIT_FAILED
-
-
-def _serve(_: argparse.Namespace) -> int:
-    from orchestrator_stub.server.processes import run_serve
-
-    return _until_stopped(run_serve(Settings.from_environment()))
-
-
-def _door(_: argparse.Namespace) -> int:
-    from orchestrator_stub.config import DoorSettings
-    from orchestrator_stub.server.processes import run_door
-
-    return _until_stopped(run_door(DoorSettings.from_environment()))
-
-
-def _relay(_: argparse.Namespace) -> int:
-    from orchestrator_stub.config import RelaySettings
-    from orchestrator_stub.server.processes import run_relay
-
-    return _until_stopped(run_relay(RelaySettings.from_environment()))
-
-
-def _stand_in(_: argparse.Namespace) -> int:
-    from orchestrator_stub.devstack.stand_in import run_stand_in
-
-    return _until_stopped(run_stand_in(StandInSettings.from_environment()))
-
-
-def _until_stopped(serving: Coroutine[Any, Any, int]) -> int:
-    """Run a process that serves; what keeps it from its start is one line."""
-    from orchestrator_stub.process import CannotServe
-
-    try:
-        return asyncio.run(serving)
-    except CannotServe as error:
-        sys.stderr.write(f"preview-orchestrator: {error}\n")
-        return EXIT_FAILED
-
-
-def _nats_keys(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.relay.accounts import Operator
-
-    try:
-        sys.stdout.write("".join(f"{file}\n" for file in Operator().write(arguments.directory)))
-    except OSError as error:
-        sys.stderr.write(f"preview-orchestrator: cannot write {error.filename}: {error.strerror}\n")
-        return EXIT_FAILED
-    return 0
-
-
-def _secrets(_: argparse.Namespace) -> int:
-    from orchestrator_stub.local_supabase.secrets import filled_in
-
-    try:
-        sys.stdout.write(filled_in(sys.stdin.read()))
-    except ValueError as error:
-        sys.stderr.write(f"preview-orchestrator: {error}\n")
-        return EXIT_FAILED
-    return 0
-
-
-def _migrate(arguments: argparse.Namespace) -> int:
-    dsn = arguments.database_url or Settings.database_url_from_environment()
-
-    async def run() -> list[str]:
-        if arguments.check:
-            return await check(dsn, adopt_files=arguments.adopt_files)
-        if arguments.bootstrap:
-            await bootstrap(dsn)
-        return await migrate(dsn, adopt_files=arguments.adopt_files)
-
-    try:
-        applied = asyncio.run(run())
-    except MigrationRefused as error:
-        sys.stderr.write("".join(f"preview-orchestrator: {problem}\n" for problem in error.problems))
-        return EXIT_FAILED
-    except (MigrationError, psycopg.Error, OSError) as error:
-        sys.stderr.write(f"preview-orchestrator: cannot migrate: {' '.join(str(error).split())}\n")
-        return EXIT_FAILED
-    done = "nothing is in the way of" if arguments.check else "applied"
-    sys.stdout.write("".join(f"{done} {version}\n" for version in applied) or "nothing to apply\n")
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.doctor.examination import run_doctor
-
-    return 0 if asyncio.run(run_doctor(print, as_json=arguments.json)) else EXIT_FAILED
-
-
-def _machines(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.machines.driver import MachineError
-    from orchestrator_stub.process import CannotServe
-    from orchestrator_stub.server.processes import run_machines
-    from orchestrator_stub.sessions.store import Unmigrated
-
-    settings = Settings.from_environment()
-    try:
-        asyncio.run(run_machines(settings, print, as_json=arguments.json))
-    except (CannotServe, MachineError, Unmigrated, psycopg.Error) as error:
-        sys.stderr.write(f"preview-orchestrator: cannot list the machines: {' '.join(str(error).split())}\n")
-        return EXIT_FAILED
-    return 0
-
-
-def _rollout(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.sessions.rollout import Stopped, run_rollout
-
-    dsn = arguments.database_url or Settings.database_url_from_environment()
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
-    try:
-        asyncio.run(
-            run_rollout(
-                dsn,
-                arguments.image,
-                say,
-                share=arguments.share,
-                idle=arguments.idle,
-                at_once=max(1, arguments.at_once),
-            )
-        )
-    except Stopped as error:
-        sys.stderr.write(f"preview-orchestrator: the rollout stopped: {error}\n")
-        return EXIT_FAILED
-    except psycopg.Error as error:
-        sys.stderr.write(f"preview-orchestrator: cannot roll out: {' '.join(str(error).split())}\n")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            "\nNew sessions go on getting the image; the same command goes on with running ones.\n"
-        )
-        raise
-    return 0
-
-
-def _modules(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.modules import operator
-    from orchestrator_stub.platform.storage import StorageFailure
-
-    settings = Settings.from_environment()
-    try:
-        match arguments.what:
-            case "build":
-                asyncio.run(operator.build(settings, arguments.source, print))
-            case "list":
-                asyncio.run(operator.show(settings, print, as_json=arguments.json))
-            case _:
-                asyncio.run(operator.drop(settings, arguments.which, print))
-    except (operator.CannotBuild, StorageFailure, psycopg.Error, OSError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        sys.stderr.write("".join(f"preview-orchestrator: {line}\n" for line in lines))
-        return EXIT_FAILED
-    return 0
-
-
-def _tail(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.devstack.tail import run_tail
-
-    return asyncio.run(run_tail(arguments.project, arguments.state, as_json=arguments.json))
-
-
-def _history(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.snapshots.history import History
-
-    project, dsn = _project_and_database(arguments)
-    history = History(dsn, project, print, terminal=sys.stdout.isatty())
-    try:
-        match arguments.command:
-            case "log":
-                history.log(max(0, arguments.limit), as_json=arguments.json)
-            case "show":
-                history.show(arguments.revision)
-            case "diff":
-                history.diff(arguments.start, arguments.upto)
-            case "restore":
-                history.restore(arguments.revision)
-    except psycopg.Error as error:
-        refused = error.diag.message_primary
-        said = (
-            f"{refused} {error.diag.message_hint or ''}".strip() if refused else " ".join(str(error).split())
-        )
-        sys.stderr.write(f"preview-orchestrator: cannot {arguments.command}: {said}\n")
-        return EXIT_FAILED
-    return 0
-
-
-def _project_and_database(arguments: argparse.Namespace) -> tuple[UUID, str]:
-    """Which project is meant, and where its database is. Raises `SettingsError`."""
-    from orchestrator_stub.devstack.state_directory import running_dev
-
-    dev: dict[str, Any] = {}
-    dsn = arguments.database_url or os.environ.get("DATABASE_URL")
-    if arguments.project == "-" or not dsn:
-        with suppress(OSError, ValueError):
-            dev = running_dev(arguments.state)
-    try:
-        project = UUID(dev.get("project_id", "") if arguments.project == "-" else arguments.project)
-    except (ValueError, AttributeError):
-        where = (
-            f"no `preview-orchestrator dev` runs in {arguments.state}"
-            if arguments.project == "-"
-            else "it is no UUID"
-        )
-        raise SettingsError(
-            [f"PROJECT must be a project's id, or `-` beside a running dev: {where}"]
-        ) from None
-    if arguments.project == "-":
-        dsn = arguments.database_url or dev["database_url"]
-    dsn = dsn or dev.get("database_url")
-    return project, dsn or Settings.database_url_from_environment()
 
 
 if __name__ == "__main__":
