@@ -125,6 +125,13 @@ def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
         f"--vite {settings.vite} --seed {settings.seed}`. Machine: {_machine()}."
     )
     yield ""
+    yield from _growth(outcome, judged)
+    yield from _lag(outcome)
+    yield from _equality(outcome)
+    yield from _work(outcome)
+
+
+def _growth(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
     yield "## Growth"
     yield ""
     yield (
@@ -149,6 +156,9 @@ def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
     for name, what in (("memory", "Resident memory"), ("descriptors", "Open descriptors")):
         yield f"![{what} over time]({name}.svg)"
     yield ""
+
+
+def _lag(outcome: Outcome) -> Iterator[str]:
     yield "## Lag"
     yield ""
     yield (
@@ -164,6 +174,9 @@ def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
     yield "![Lag over time](lag.svg)"
     yield "![Agents behind over time](behind.svg)"
     yield ""
+
+
+def _equality(outcome: Outcome) -> Iterator[str]:
     yield "## Equality"
     yield ""
     yield "Editor's directory = database = disk = what the agent says (`soak/equality.py`). Seconds from the last save"
@@ -176,10 +189,13 @@ def _page(outcome: Outcome, judged: SoakResult) -> Iterator[str]:
         took = list(check.took.values())
         yield (
             f"| {check.at:.0f} s | {'after the faults' if check.spoken else 'during them'} | "
-            f"{len(took)} of {settings.agents} | "
+            f"{len(took)} of {outcome.settings.agents} | "
             + (f"{statistics.median(took):.1f} s | {max(took):.1f} s |" if took else "| |")
         )
     yield ""
+
+
+def _work(outcome: Outcome) -> Iterator[str]:
     yield "## Work and faults"
     yield ""
     yield ", ".join(f"{name} {count}" for name, count in outcome.edits.most_common()) + "."

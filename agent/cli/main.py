@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from agent import __version__
 from agent.core.errors import AgentError
@@ -57,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     record = commands.add_parser("record", help="write a scenario from the live channel, until Ctrl-C")
     record.add_argument("scenario", type=Path, help="the file to write; its snapshot goes beside it as .zip")
     record.add_argument("--seconds", type=float, help="end by itself")
+    _add_replay(commands)
+    return parser
+
+
+def _add_replay(commands: Any) -> None:
     replay = commands.add_parser(
         "replay",
         help="run recorded scenarios against a directory; 0 when all end equal",
@@ -87,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--crash", type=_count, default=0, metavar="N", help="kill the agent N times")
     replay.add_argument("--json", type=Path, metavar="FILE", help="write a report as JSON")
     replay.add_argument("--junit", type=Path, metavar="FILE", help="write a report as JUnit XML")
-    return parser
 
 
 def _probability(text: str) -> float:

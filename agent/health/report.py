@@ -197,57 +197,9 @@ class Report(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the parts' own figures, read at each scrape (Prometheus' collector protocol)."""
         link: dict[str, Any] = self.link.report()
-        gauges = [
-            ("revision", "Everything up to this revision is on disk.", self.sync.tree.cursor.revision),
-            ("head_revision", "The highest revision heard of.", self.sync.head_revision),
-            ("pending_files", "Paths waiting for content by reference.", len(self.sync.pending_paths)),
-            (
-                "queue_depth",
-                "Events received and not yet applied.",
-                self.sync.queue_depth + link["queue_depth"],
-            ),
-        ]
-        if (skew := self._skew_bounds()) is not None:
-            gauges += [
-                (
-                    "clock_skew_seconds",
-                    "The orchestrator's clock minus ours, as the lag is corrected for; absent until it has answered.",
-                    skew.estimate,
-                ),
-                (
-                    "clock_skew_uncertainty_seconds",
-                    "The most by which the skew, and so the lag, may be wrong.",
-                    skew.uncertainty,
-                ),
-            ]
-        if self.stalls is not None:
-            gauges.append(
-                (
-                    "loop_stall_seconds",
-                    "The longest time in the last five minutes for which the event loop did nothing else.",
-                    self.stalls.recent(),
-                )
-            )
-        for name, text, value in gauges:
+        for name, text, value in self._levels(link):
             yield GaugeMetricFamily(f"{_PREFIX}_{name}", text, value=value)
-        for name, text, count in (
-            ("clock_jumps", "Suspensions and clock steps noticed.", link["clock_jumps"]),
-            (
-                "patches_saved_bytes",
-                "Bytes of content that were made from splices and did not travel.",
-                self.sync.patches.saved_bytes,
-            ),
-            (
-                "watch_renewals",
-                "Times the watch over the project was made again: a name that is not UTF-8, or too many at once.",
-                self.sync.watch_renewals,
-            ),
-            (
-                "log_lines_dropped",
-                "Lines of the log that whoever reads it did not take, or the disk did not.",
-                self.lines.dropped if self.lines is not None else 0,
-            ),
-        ):
+        for name, text, count in self._counts(link):
             yield CounterMetricFamily(f"{_PREFIX}_{name}", text, value=count)
         problems = GaugeMetricFamily(f"{_PREFIX}_problems", "Open problems.", labels=["kind"])
         for kind, number in sorted(Counter(problem.kind for problem in self.all_problems()).items()):
@@ -270,6 +222,50 @@ class Report(Collector):
         yield from (problems, state, refusals, patches)
         if self.shadow is not None:
             yield from self.shadow.collect()
+
+    def _levels(self, link: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+        """Figures that go up and down, without labels: name, what it says, value."""
+        yield "revision", "Everything up to this revision is on disk.", self.sync.tree.cursor.revision
+        yield "head_revision", "The highest revision heard of.", self.sync.head_revision
+        yield "pending_files", "Paths waiting for content by reference.", len(self.sync.pending_paths)
+        queued = self.sync.queue_depth + link["queue_depth"]
+        yield "queue_depth", "Events received and not yet applied.", queued
+        if (skew := self._skew_bounds()) is not None:
+            yield (
+                "clock_skew_seconds",
+                "The orchestrator's clock minus ours, as the lag is corrected for; absent until it has answered.",
+                skew.estimate,
+            )
+            yield (
+                "clock_skew_uncertainty_seconds",
+                "The most by which the skew, and so the lag, may be wrong.",
+                skew.uncertainty,
+            )
+        if self.stalls is not None:
+            yield (
+                "loop_stall_seconds",
+                "The longest time in the last five minutes for which the event loop did nothing else.",
+                self.stalls.recent(),
+            )
+
+    def _counts(self, link: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+        """Figures that only go up, without labels: name, what it says, count."""
+        yield "clock_jumps", "Suspensions and clock steps noticed.", link["clock_jumps"]
+        yield (
+            "patches_saved_bytes",
+            "Bytes of content that were made from splices and did not travel.",
+            self.sync.patches.saved_bytes,
+        )
+        yield (
+            "watch_renewals",
+            "Times the watch over the project was made again: a name that is not UTF-8, or too many at once.",
+            self.sync.watch_renewals,
+        )
+        yield (
+            "log_lines_dropped",
+            "Lines of the log that whoever reads it did not take, or the disk did not.",
+            self.lines.dropped if self.lines is not None else 0,
+        )
 
     def _skew_bounds(self) -> Bounds | None:
         return self.skew.bounds(Moment(time.time(), time.monotonic()))

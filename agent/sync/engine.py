@@ -114,42 +114,19 @@ class Sync:
         self._errors = problems.errors
         self._recording = Recording(workspace, lambda: self.tree, self._errors, self._lag.tell)
         self._intake = Intake(
-            follower=follower,
-            catch_up=catch_up,
-            problems=self._problems,
-            metrics=metrics,
-            status=status,
-            patched=self._patched,
-            clock=clock,
-            wake=lambda: self._wake.set(),
-        )
+            follower=follower, catch_up=catch_up, problems=self._problems, metrics=metrics, status=status,
+            patched=self._patched, clock=clock, wake=lambda: self._wake.set(),
+        )  # fmt: skip
         self._drifting = DriftPolicy(
-            policy=drift_policy,
-            follower=follower,
-            workspace=workspace,
-            problems=self._problems,
-            metrics=metrics,
-            drifted=lambda: self.drifted,
-            exempt=self._exempt,
-            strangers=lambda: self._drift.strangers,
-            clock=clock,
-            wake=lambda: self._wake.set(),
-        )
+            policy=drift_policy, follower=follower, workspace=workspace, problems=self._problems,
+            metrics=metrics, drifted=lambda: self.drifted, exempt=self._exempt,
+            strangers=lambda: self._drift.strangers, clock=clock, wake=lambda: self._wake.set(),
+        )  # fmt: skip
         self._hydration = Hydration(
-            follower=follower,
-            workspace=workspace,
-            catch_up=catch_up,
-            drift=self._drift,
-            status=status,
-            metrics=metrics,
-            spans=spans,
-            preview=self._preview,
-            plan=self._plan_of_snapshot,
-            settle=self._settle,
-            drift_policy=drift_policy,
-            exempt=self._exempt,
-            clock=clock,
-        )
+            follower=follower, workspace=workspace, catch_up=catch_up, drift=self._drift, status=status,
+            metrics=metrics, spans=spans, preview=self._preview, plan=self._plan_of_snapshot,
+            settle=self._settle, drift_policy=drift_policy, exempt=self._exempt, clock=clock,
+        )  # fmt: skip
 
         # Waking: `_keep_time` sleeps until `_asleep_until`, or until `_wake` is set.
         self._wake = asyncio.Event()

@@ -28,14 +28,14 @@ _LAYOUT = {
 }
 
 
-def code_lines(path: Path) -> int:
-    """Count the lines that hold code.
+def lines_of_code(path: Path) -> frozenset[int]:
+    """Find the lines that hold code.
 
     Args:
         path: a Python file.
 
     Returns:
-        Lines with at least one token that is no comment, docstring or layout.
+        The numbers of lines with at least one token that is no comment, docstring or layout.
     """
     text = path.read_text(encoding="utf-8")
     strings: set[int] = set()
@@ -50,7 +50,34 @@ def code_lines(path: Path) -> int:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in _LAYOUT:
             held.update(range(token.start[0], token.end[0] + 1))
-    return len(held - strings)
+    return frozenset(held - strings)
+
+
+def functions(path: Path, *, longer_than: int = 0) -> dict[str, int]:
+    """Measure the functions of a file.
+
+    Args:
+        path: a Python file.
+        longer_than: lines, of whatever kind: shorter functions are left out, and most files not taken apart.
+
+    Returns:
+        Each function's name, with its class's before it, to its lines of code. What it defines inside counts as its.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+
+    def find(node: ast.AST, inside: str) -> None:
+        for each in ast.iter_child_nodes(node):
+            if isinstance(each, ast.ClassDef):
+                find(each, f"{inside}{each.name}.")
+            elif isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+                spans[inside + each.name] = (each.lineno, each.end_lineno or each.lineno)
+            else:
+                find(each, inside)
+
+    find(ast.parse(path.read_text(encoding="utf-8")), "")
+    long = {name: span for name, span in spans.items() if span[1] - span[0] >= longer_than}
+    code = lines_of_code(path) if long else frozenset()
+    return {name: len(code.intersection(range(first, last + 1))) for name, (first, last) in long.items()}
 
 
 def rooms(package: str) -> dict[str, list[Path]]:
@@ -99,7 +126,7 @@ def main() -> None:
         print(f"{package}/")
         total = 0
         for room, files in rooms(package).items():
-            modules = {path.stem: code_lines(path) for path in files if path.stem != "__init__"}
+            modules = {path.stem: len(lines_of_code(path)) for path in files if path.stem != "__init__"}
             total += sum(modules.values())
             print(f"  {room or '(root)':24} {len(modules):3} modules {sum(modules.values()):6} lines")
             print("     " + " · ".join(f"{name} {lines}" for name, lines in modules.items()))
