@@ -1,7 +1,8 @@
-"""Reads a file that the project's programs made, as one who may be root and must not be made to read for them.
+"""Reads files that the project's programs made, and none that they could only point at.
 
-Only what is plainly theirs is read: a regular file with one name, of their user, reached without a link. A hard link
-to somebody else's file, which they may make and not read, is not; neither is a FIFO, on which reading would wait.
+The agent may be root, and would read for them what they may not. So only what is plainly theirs is read: a regular file
+with one name, of their user, reached without a link. A hard link to somebody else's file, which they may make and not
+read, is not; neither is a FIFO, on which reading would wait.
 """
 
 from __future__ import annotations

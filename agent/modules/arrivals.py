@@ -1,4 +1,6 @@
-"""Has layers unpacked and packed by a program that runs as the project's user, and says how it went.
+"""Brings a layer into a staging directory while the install goes on beside it, and packs one to be sent.
+
+A program that runs as the project's user does the unpacking and packing (`archive`).
 
 An *arrival* is a layer on its way into a staging directory. Whoever began it waits for it as long as that is worth it,
 then runs the install beside it; whichever is there first is used. Nothing here fails for its caller: an arrival that

@@ -30,8 +30,8 @@ from agent.sync.catchup import Answer, CatchUp, revision_of
 from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
+from agent.sync.intake import Intake
 from agent.sync.preview import Preview, Unseen, changes_of
-from agent.sync.received import Intake
 from agent.sync.recording import Recording
 from agent.sync.workspace import ApplyResult, Workspace
 from agent.telemetry.latency import LagMeter

@@ -41,7 +41,7 @@ class Hydration:
         plan: what a snapshot asks for.
         settle: has the tree say what the disk did of a plan since a time; returns False when it could not.
         drift_policy: with `report` and `restore` the files that nobody knows are shown.
-    exempt: says whether a change is a tool's to make: its file is left, and its entry.
+        exempt: says whether a change is a tool's to make: its file is left, and its entry.
     """
 
     follower: Follower

@@ -1,4 +1,4 @@
-"""What so many sessions cost: `make capacity SESSIONS=100000`.
+"""Measures what a number of sessions costs an orchestrator and its database: `make capacity SESSIONS=100000`.
 
 Light sessions, the agent's own link and session client without a disk, are held at several sizes and at real rates
 against a real orchestrator, the stand-in and PostgreSQL. What each part needs for one session more is measured with its

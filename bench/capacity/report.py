@@ -1,4 +1,4 @@
-"""What a run says of the size that was asked for: a table, a picture, and what is not said and why."""
+"""Writes what a run found for the size that was asked for: a table, a picture, and what it cannot say and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Light sessions: the agent's own link and session client, and what an agent says and when, without a disk.
+"""Plays sessions without a machine: the agent's own link and session client, and what an agent says and when.
 
 Each beats every 30 s, spread by a fifth; reports each save twice, when it is on the disk and when it is on the screen;
 catches up after every join; and renews its token, all as an agent with one open page does. Each request is a connection

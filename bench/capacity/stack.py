@@ -1,4 +1,4 @@
-"""The processes that are measured: PostgreSQL, the stand-in and one orchestrator, as they are deployed.
+"""Runs the processes that are measured: PostgreSQL, the stand-in and one orchestrator, as they are deployed.
 
 Sessions and their projects are put into the database by SQL, for making them one by one takes longer than all else, and
 so are their machines into a Fly API in memory, which answers the sweeps.

@@ -1,4 +1,4 @@
-"""A network of 100 Mbit/s and 20 ms for the programs of one measurement: a namespace behind shaped interfaces.
+"""Makes a network of 100 Mbit/s and 20 ms for the programs of one measurement: a namespace behind shaped interfaces.
 
 What runs in it reaches this machine at `Far.here`, and what is beyond by the way of this machine. Nothing else is
 slowed. Needs root, `ip`, `tc` and `iptables`.

@@ -1,4 +1,4 @@
-"""One agent's link in a process of its own: prints how much that holds, in MB, with the whole agent imported.
+"""Prints the memory, in MB, of a process with the whole agent imported and one link of it connected.
 
 python -m bench.harness.linked nats|realtime URL KEY TOKEN PROJECT
 """

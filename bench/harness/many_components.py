@@ -1,4 +1,4 @@
-"""An app of 220 modules, and a turn that changes 40 or 200 of its files: consistent before and after, broken between.
+"""Writes an app of 220 modules, and a turn that changes 40 or 200 of its files and breaks it until all are changed.
 
 A turn renames an export and a property, so that each file which is new beside one that is old shows at once. Five
 eighths of its files are edits, a quarter is new, the rest is deleted.

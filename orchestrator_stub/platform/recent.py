@@ -1,4 +1,4 @@
-"""Remembers what is asked for again and again, and forgets what nobody asked for lately.
+"""A cache that has a place for everything that is asked for again and again, and drops what nobody asked for lately.
 
 A cache with a fixed number of places always misses once there is one session more than places, because agents come in
 turn. This one has as many as there are sessions: an agent is heard of every 30 s, so what was not asked for within ten

@@ -1,4 +1,4 @@
-"""When a path is read, and what is offered of it: what the machine's world has no time for."""
+"""When a path is read, and what is offered of it: cases that the state machine of `test_states_machine` never meets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is let in, by a table of everything that is decided by; and that what is one session's never opens another."""
+"""Who is let in: a table of all that the decision depends on; what is one session's never opens another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A memory as large as those who use it."""
+"""A cache with a place for each session that is heard of: none of theirs is dropped, what nobody asks for is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep asks the database, held against the pure words on it: `lifecycle.judge` and `inventory.wanted`."""
+"""What a sweep asks the database, held against `lifecycle.judge` and `inventory.wanted`, which say the same."""
 
 from __future__ import annotations
 

@@ -26,11 +26,13 @@ log = get_logger("sync")
 
 @dataclass(slots=True, kw_only=True)
 class Intake:
-    """Attributes:
-    patched: makes what came as splices whole.
-    clock: gives monotonic seconds.
-    wake: has the loop look what is to be asked.
-    missed_before: the latest catch-up found commits whose events never came; no longer once an event is taken.
+    """Takes signals for the loop.
+
+    Attributes:
+        patched: makes what came as splices whole.
+        clock: gives monotonic seconds.
+        wake: has the loop see what is to be asked.
+        missed_before: the latest catch-up found commits whose events never came; no longer once an event is taken.
     """
 
     follower: Follower
