@@ -118,8 +118,9 @@ class ProcessSettings(BaseSettings):
     """PostgreSQL, as the owner of the schema: a direct or session-mode connection, not a transaction pooler
     (advisory locks and LISTEN need the session)."""
     database_wait: float = Field(60, ge=0)
-    """Seconds for which a start waits for a database that is starting, recovers, or where nothing answers. What it
-    refuses, as a wrong password, ends the process at once."""
+    """Seconds for which a start waits for a database that is starting, recovers, or where nothing answers: a new one
+    makes its data directory first, which takes about ten. What it refuses, as a wrong password, ends the process at
+    once."""
 
     # --- being watched
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -437,17 +438,14 @@ class Settings(DoorSettings, RelaySettings):
         return value
 
 
-class StandInSettings(BaseSettings):
+class StandInSettings(ProcessSettings):
     """What `preview-orchestrator stand-in` is told by its environment."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
-    # --- the parts it stands on
+    # --- the parts we stand on
     database_url: Annotated[SecretStr, AfterValidator(_checked_dsn)]
     """A PostgreSQL of its own, as a superuser: it is given Supabase's roles and schemas, then the migrations."""
-    database_wait: float = Field(60, ge=0)
-    """Seconds for which a start waits for a database that is starting, recovers, or where nothing answers. One that is
-    started beside us makes its data directory first, which takes about ten."""
     supabase_jwt_secret: SecretStr
     """What tokens are signed with; the two API keys follow from it, as `preview-orchestrator secrets` makes them."""
     storage_dir: Path = Path(".preview-sync/storage")
@@ -458,17 +456,6 @@ class StandInSettings(BaseSettings):
     """Where it listens. In a container `0.0.0.0`; it has no rate limits, so nothing but your own should reach it."""
     port: int = Field(54321, ge=0, le=65535)
     """As the Supabase CLI's local gateway."""
-
-    # --- being watched
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged."""
-    log_format: Literal["json", "console", "auto"] = "auto"
-    """`auto`: JSON unless on a terminal."""
-
-    @classmethod
-    def from_environment(cls) -> StandInSettings:
-        """Settings from the environment. Raises `SettingsError` with every problem at once."""
-        return _checked(cls, {})
 
 
 class _Explicit(Settings):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,13 @@ def described(*sources: tuple[Path, str]) -> Iterator[tuple[str, str, str]]:
             )
 
 
+def own(fields: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """The fields of a class and what it is made from, by section; of one that it says anew, what it says itself."""
+    said = {name: (section, name, doc) for section, name, doc in fields}.values()
+    sections = list(dict.fromkeys(section for section, _, _ in said))
+    return iter(sorted(said, key=lambda field: sections.index(field[0])))
+
+
 def defaults(settings: type[BaseModel]) -> Mapping[str, object]:
     return {name: field.default for name, field in settings.model_fields.items()}
 
@@ -103,7 +110,10 @@ TABLES = {
         described(*((ORCHESTRATOR, f"{part}Settings") for part in ("Process", "Relay", "Door", ""))),
         defaults(OrchestratorSettings),
     ),
-    "stand-in": lambda: table(described((ORCHESTRATOR, "StandInSettings")), defaults(StandInSettings)),
+    "stand-in": lambda: table(
+        own(described(*((ORCHESTRATOR, f"{part}Settings") for part in ("Process", "StandIn")))),
+        defaults(StandInSettings),
+    ),
 }
 
 
