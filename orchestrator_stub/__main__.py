@@ -37,6 +37,7 @@ try:
         check,
         migrate,
     )
+    from orchestrator_stub.relay.command import add_commands as add_nats
     from orchestrator_stub.write_back.command import add_command as add_write_back
     from orchestrator_stub.write_back.command import presets
 except ModuleNotFoundError as missing:
@@ -86,11 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "relay", help="take events from the database to NATS", description=help_texts.RELAY
     )
     relay.set_defaults(run=_relay)
-    nats_keys = commands.add_parser(
-        "nats-keys", help="make the keys and accounts of a NATS deployment", description=help_texts.NATS_KEYS
-    )
-    nats_keys.add_argument("directory", type=Path, help="where the three files are written")
-    nats_keys.set_defaults(run=_nats_keys)
+    add_nats(commands)
 
     standing_in = commands.add_parser(
         "stand-in", help="serve Supabase's URLs over a PostgreSQL of yours", description=help_texts.STAND_IN
@@ -344,17 +341,6 @@ def _until_stopped(serving: Coroutine[Any, Any, int]) -> int:
     except CannotServe as error:
         sys.stderr.write(f"preview-orchestrator: {error}\n")
         return EXIT_FAILED
-
-
-def _nats_keys(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.relay.accounts import Operator
-
-    try:
-        sys.stdout.write("".join(f"{file}\n" for file in Operator().write(arguments.directory)))
-    except OSError as error:
-        sys.stderr.write(f"preview-orchestrator: cannot write {error.filename}: {error.strerror}\n")
-        return EXIT_FAILED
-    return 0
 
 
 def _secrets(_: argparse.Namespace) -> int:
