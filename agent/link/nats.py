@@ -271,8 +271,7 @@ class _Connection:
 
     async def _hear(self, error: Exception) -> None:
         if isinstance(error, SlowConsumerError):
-            self._link.resync("overflow")
-            self._link.machine.behind("overflow")
+            self._link.dropped()
             return
         self._said = error
         if "permissions violation" in str(error) and self._end is None:
@@ -287,10 +286,10 @@ class _Connection:
         """Return what an error of the client or the server means. The protocol has no codes for errors, only texts."""
         text = str(error).removeprefix("nats: ").strip("' ")
         match error:
+            case UnexpectedEOF() | ConnectionClosedError():  # the first is a StaleConnectionError, too
+                return ConnectionEnd("closed", "the server closed the connection")
             case StaleConnectionError():
                 return ConnectionEnd("heartbeat_timeout", "a ping was not answered in time")
-            case UnexpectedEOF() | ConnectionClosedError():
-                return ConnectionEnd("closed", "the server closed the connection")
             case OSError():
                 return ConnectionEnd("unreachable", type(error).__name__)
         said = text.lower()

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.link.realtime import endpoint
 from tests.agent.link.one_link import (
+    TRANSPORTS,
     Issuer,
     SimulatedPolicy,
     comes_back,
@@ -99,14 +100,18 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_over_tls_it_is_the_same(
-    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str, issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records cut the stream where they like; a large frame comes in many pieces."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+    async with (
+        TRANSPORTS[transport](wall=wall, tls=tls) as server,
+        running(stream_to(server, issuer)) as link,
+    ):
         await link.live()
         for number in range(50):
             await server.broadcast("file:update", {"n": number, "content": "x" * (number * number * 200)})
@@ -116,13 +121,17 @@ async def test_over_tls_it_is_the_same(
         await comes_back(link, server)
 
 
-async def test_a_untrusted_certificate_gets_no_token(
-    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_untrusted_certificate_gets_no_token(
+    transport: str, issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
-    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+    async with (
+        TRANSPORTS[transport](wall=wall, tls=tls) as server,
+        running(stream_to(server, issuer)) as link,
+    ):
         await until(lambda: link.stream.report()["losses"].get("unreachable", 0) >= 2, "two attempts")  # type: ignore[attr-defined]
         assert server.requests == []
         assert "SSLCertVerificationError" in str(link.stream.report()["why"])
