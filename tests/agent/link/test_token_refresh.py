@@ -223,13 +223,13 @@ async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: Se
         )
 
 
-@realtime_only("has its token from the session API: a file holds the session's")
+@either
 async def test_a_token_file_that_cannot_be_taken_is_shown_until_it_can(
     server: Server, tmp_path: Path
 ) -> None:
     place = tmp_path / "token"
     place.write_text(jwt(wall() + 600))
-    stream = stream_to(server, Tokens(file=place, wall=wall))
+    stream = stream_to(server, Tokens(file=place, wall=wall, nats_jwt=jwt(wall() + 600)))
     async with running(stream) as link:
         await link.live()
         assert link.stream.problems() == ()

@@ -6,7 +6,6 @@ All are on one bridge, which this process is on too. What two of them say to eac
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import os
 import shutil
@@ -16,14 +15,10 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from orchestrator_stub.relay.embedded import nats_server
+from tests.fakes.certificates import certificate
 
 CONFIGURATIONS = Path(__file__).parents[3] / "docs/scale/nats"
 
@@ -147,36 +142,12 @@ class Network:
 def network(directory: Path) -> Iterator[Network]:
     """A network whose machines have directories below `directory`; `keys` there has what they are given."""
     number = os.getpid() % 250 + 1
-    certify(directory / "keys", [f"10.214.{number}.{place}" for place in range(2, 10)])
+    certificate(directory / "keys", [f"10.214.{number}.{place}" for place in range(2, 10)])
     made = Network(directory, number)
     try:
         yield made
     finally:
         made.remove()
-
-
-def certify(directory: Path, addresses: list[str]) -> None:
-    """Write cert.pem, key.pem and ca.pem: a certificate for all of them that signed itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "nats")])
-    now = datetime.now(UTC)
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(each)) for each in addresses])
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(names, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (directory / "key.pem").write_bytes(key.private_bytes(pem, form, serialization.NoEncryption()))
-    for file in ("cert.pem", "ca.pem"):
-        (directory / file).write_bytes(made.public_bytes(pem))
 
 
 def routes(servers: list[Server]) -> str:
