@@ -8,24 +8,19 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
-from uuid import UUID
 
 import psycopg
 import pytest
-from prometheus_client import CollectorRegistry
 
 from agent.replay.faults import FaultPlan
 from agent.replay.runner import ReplayOptions, replay
-from orchestrator_stub.relay.embedded import EmbeddedNats
-from orchestrator_stub.relay.publisher import NatsStream
-from orchestrator_stub.relay.service import Relay, RelayMetrics
 from tests.fakes.proxy import Proxy
+from tests.system.over_nats import over_nats
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 pytestmark = pytest.mark.system
@@ -124,25 +119,6 @@ async def test_a_recording_replays_to_the_same_tree(database: str, tmp_path: Pat
             assert await recorder.stop() == 0, recorder.heard
         expected = await project.rpc("project_tree_hash")
     await ends_equal(recorder.path, tmp_path, expected)
-
-
-@asynccontextmanager
-async def over_nats(database: str, directory: Path, machine: Agent) -> AsyncIterator[dict[str, str]]:
-    """A server and a relay, and no event by the other way; what a machine is told of it."""
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("update preview.settings set transport = 'nats'")
-    server = EmbeddedNats(directory / "nats")
-    await server.start()
-    stream = NatsStream(server.url, server.operator.keys)
-    relaying = asyncio.create_task(Relay(database, stream, RelayMetrics(CollectorRegistry())).run())
-    project, session = (UUID(machine.environ[name]) for name in ("PROJECT_ID", "SESSION_ID"))
-    token = server.operator.keys.machine_token(project, session, time.time() + 600)
-    try:
-        yield {"REALTIME_URL": server.url, "NATS_JWT": token}
-    finally:
-        relaying.cancel()
-        await asyncio.gather(relaying, return_exceptions=True)
-        await server.stop()
 
 
 async def test_what_the_channel_did_not_bring_stands_in_it_as_lost(database: str, tmp_path: Path) -> None:
