@@ -9,15 +9,14 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from orchestrator_stub.relay.embedded import nats_server
+from orchestrator_stub.relay.embedded import end_with_parent, nats_server
 from tests.fakes.certificates import certificate
 
 CONFIGURATIONS = Path(__file__).parents[3] / "docs/scale/nats"
@@ -63,6 +62,7 @@ class Server:
             self._process = await asyncio.create_subprocess_exec(
                 "ip", "netns", "exec", self.namespace, nats_server(), "-c", configuration,
                 cwd=self.directory, env=environment, stdin=DEVNULL, stdout=log, stderr=log,
+                preexec_fn=end_with_parent(),
             )  # fmt: skip
         async with asyncio.timeout(30):
             while not await self._answers():
@@ -82,11 +82,12 @@ class Server:
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
-    def kill(self) -> None:
+    async def kill(self) -> None:
         """End it as a crash would."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
+                self._process.kill()
+            await self._process.wait()
 
 
 class Network:
@@ -129,17 +130,18 @@ class Network:
         ip("-n", one.namespace, "route", "del", "blackhole", other.address)
         ip("-n", other.namespace, "route", "del", "blackhole", one.address)
 
-    def remove(self) -> None:
+    async def remove(self) -> None:
+        """End every server, and take it all away."""
         for server in self.servers.values():
-            server.kill()
+            await server.kill()
             with suppress(AssertionError):
                 ip("netns", "del", server.namespace)
         with suppress(AssertionError):
             ip("link", "del", self._bridge)
 
 
-@contextmanager
-def network(directory: Path) -> Iterator[Network]:
+@asynccontextmanager
+async def network(directory: Path) -> AsyncIterator[Network]:
     """A network whose machines have directories below `directory`; `keys` there has what they are given."""
     number = os.getpid() % 250 + 1
     certificate(directory / "keys", [f"10.214.{number}.{place}" for place in range(2, 10)])
@@ -147,7 +149,7 @@ def network(directory: Path) -> Iterator[Network]:
     try:
         yield made
     finally:
-        made.remove()
+        await made.remove()
 
 
 def routes(servers: list[Server]) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+import pytest_asyncio
 from nats.errors import Error as NatsError
 
 from agent.link.nats import nats_link
@@ -27,20 +28,18 @@ from tests.orchestrator.relay.nats_world import client, settled, until
 from tests.orchestrator.relay.regions_world import Network, Server, network, routes, why_not
 from tests.orchestrator.relay.test_process import run
 
-REASON = why_not()
-
-apart = pytest.mark.skipif(bool(REASON), reason=REASON)
-
 FAR = 60.0
 """Seconds within which servers find each other again: they try every second, and a busy machine is slow."""
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+@pytest_asyncio.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Network]:
     """A network, and the keys of `nats-keys` on every machine of it."""
-    made = run("nats-keys", str(tmp_path / "keys"))
+    if reason := why_not():
+        pytest.skip(reason)
+    made = await asyncio.to_thread(run, "nats-keys", str(tmp_path / "keys"))
     assert made.returncode == 0, made.stderr
-    with network(tmp_path) as machines:
+    async with network(tmp_path) as machines:
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "keys" / "ca.pem"))
         monkeypatch.setenv("NATS_KEYS_FILE", str(tmp_path / "keys" / "nats-keys.json"))
         monkeypatch.setenv("DATABASE_URL", "postgresql://localhost/unused")
@@ -165,7 +164,6 @@ def given_up(server: Server) -> int:
     return server.log().count("Leafnode connection closed")
 
 
-@apart
 @pytest.mark.nightly
 async def test_what_was_published_during_a_cut_arrives_after_it(world: Network, tmp_path: Path) -> None:
     """A cut that TCP outlives, then one that both sides give up: everything, once, in order, and no agent notices."""
@@ -196,7 +194,6 @@ async def test_what_was_published_during_a_cut_arrives_after_it(world: Network, 
         assert published.outcomes == {"new": published.revision * 3}
 
 
-@apart
 @pytest.mark.nightly
 async def test_a_leader_that_is_killed_loses_doubles_and_reorders_nothing(
     world: Network, tmp_path: Path
@@ -220,7 +217,7 @@ async def test_a_leader_that_is_killed_loses_doubles_and_reorders_nothing(
             await hear_all(near + beside + far, published)
             published.put(300)
             await until(lambda: published.stored > 200, "some of them to be stored", FAR)
-            leader.kill()
+            await leader.kill()
             await published.all_stored()
             published.put(1)
             await hear_all(far, published)
@@ -273,7 +270,6 @@ def owner(keys: NatsKeys) -> str:
     return keys.preview.user("all", everywhere, time.time() + 600)
 
 
-@apart
 async def test_a_region_hears_once_and_may_publish_nothing(world: Network, tmp_path: Path) -> None:
     """Neither with what its servers show the hub, nor through them."""
     keys = keys_of(tmp_path)
