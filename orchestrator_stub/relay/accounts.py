@@ -114,12 +114,12 @@ class NatsKeys:
 
         They may follow the stream, have the mirror made, and nothing else: no event can be published from there.
         """
-        key = Key("user")
+        key, create = Key("user"), f"$JS.{HUB}.API.CONSUMER.CREATE.{STREAM}"
         may = {
             # A mirror asks the stream for a consumer, and says how far it has read.
-            "pub": {"allow": [f"$JS.{HUB}.API.CONSUMER.CREATE.{STREAM}", "$JS.FC.>", f"{MIRROR_INBOX}.>"]},
+            "pub": {"allow": [create, f"{create}.>", "$JS.FC.>", f"{MIRROR_INBOX}.>"]},
             # What asks for the mirror, what answers the mirror, and what it is sent.
-            "sub": {"allow": [f"$JS.{region}.API.>", "$JSC.R.>", "$JS.S.>", "$JS.M.>"]},
+            "sub": {"allow": [f"$JS.{region}.API.>", "$JSC.R.>", "$JS.M.>"]},
         }
         token = self.preview.user(f"region:{region}", may, key=key)
         return (
