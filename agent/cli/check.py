@@ -53,8 +53,6 @@ CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "KILL": 5, "SETGID": 6, "SETUID":
 """What root needs to run the project as another user: `linux/capability.h`. Every engine gives them by default."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""
-
-
 NATS_PORT = 4222
 """Of a REALTIME_URL that names none."""
 NATS_DEADLINES = LinkSettings(timing=Timing(join_within=3.0), open_within=4.0)
@@ -435,7 +433,7 @@ async def _nats(settings: Settings) -> list[Finding]:
 
 
 async def _greeting(host: str, port: int) -> bytes:
-    """What a server says first; none is said within two seconds by one that waits for us. Raises OSError."""
+    """Return what a server says first; nothing, when it says nothing for two seconds. Raises OSError."""
     reader, writer = await asyncio.open_connection(host, port)
     try:
         async with asyncio.timeout(2):

@@ -15,7 +15,8 @@ from typing import Final
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from nats.js.api import ExternalStream, StreamSource, StreamSourceInfo
+from nats.js import JetStreamContext
+from nats.js.api import ExternalStream, StreamConfig, StreamSource, StreamSourceInfo
 from nats.js.errors import APIError, ServiceUnavailableError
 
 from orchestrator_stub.relay.accounts import HUB, MIRROR_INBOX, STREAM, NatsKeys
@@ -23,6 +24,9 @@ from orchestrator_stub.relay.publisher import ACK_WITHIN, close, connect, ensure
 
 FOLLOWS_WITHIN: Final = 10.0
 """Seconds until a new mirror has heard of the stream; it takes half a second."""
+
+HEARD_WITHIN: Final = 10e9
+"""Nanoseconds. A stream that has nothing to say tells its mirrors so every second."""
 
 TOKEN_SECONDS: Final = 60.0
 
@@ -78,30 +82,37 @@ async def mirror(servers: str, keys: NatsKeys, region: str) -> int:
     )
     client = Client()
     try:
-        await connect(client, [server.strip() for server in servers.split(",")], "mirror", token, inbox)
-        streams = client.jetstream(domain=region, timeout=ACK_WITHIN)
-        await ensure(streams, wanted)
-        until = time.monotonic() + FOLLOWS_WITHIN
-        while True:
-            state = (await streams.stream_info(STREAM)).mirror
-            if state is not None and _follows(state):
-                return state.lag or 0
-            if time.monotonic() > until:
-                raise RegionError(f"the mirror in {region} does not follow the stream; {_remedy(region)}")
-            await asyncio.sleep(0.1)
+        try:
+            await connect(client, [server.strip() for server in servers.split(",")], "mirror", token, inbox)
+        except (NatsError, OSError, TimeoutError) as error:
+            raise RegionError(f"NATS_URL cannot be used: {error or type(error).__name__}") from None
+        return await _mirrored(client.jetstream(domain=region, timeout=ACK_WITHIN), wanted, region)
     except ServiceUnavailableError:
         raise RegionError(f"no server of {region} is connected to the hub; {_remedy(region)}") from None
     except APIError as error:
         raise RegionError(f"JetStream of {region}: {error.description}") from None
-    except (NatsError, OSError, TimeoutError) as error:
-        raise RegionError(f"NATS_URL cannot be used: {error or type(error).__name__}") from None
+    except (NatsError, OSError, TimeoutError):
+        raise RegionError(f"{region} does not answer; is it cut off from the hub, or the hub gone?") from None
     finally:
         await close(client)
 
 
+async def _mirrored(streams: JetStreamContext, wanted: StreamConfig, region: str) -> int:
+    """Make the mirror, and wait until it hears of the stream; return how many messages it is behind."""
+    await ensure(streams, wanted)
+    until = time.monotonic() + FOLLOWS_WITHIN
+    while True:
+        state = (await streams.stream_info(STREAM)).mirror
+        if state is not None and _follows(state):
+            return state.lag or 0
+        if time.monotonic() > until:
+            raise RegionError(f"the mirror in {region} does not follow the stream; {_remedy(region)}")
+        await asyncio.sleep(0.1)
+
+
 def _follows(state: StreamSourceInfo) -> bool:
-    """Whether a mirror has its consumer; until then it was never active."""
-    return state.active is not None and state.active >= 0
+    """Whether a mirror hears of the stream; -1: it never did."""
+    return state.active is not None and 0 <= state.active < HEARD_WITHIN
 
 
 def _remedy(region: str) -> str:
