@@ -126,13 +126,17 @@ class Tokens:
         on_token: Callable[[str], None] = lambda token: None,
         nats_jwt: str | None = None,
     ) -> None:
-        """Hold `first` and its `nats_jwt`. `on_token` is called with every other before anything is done with it."""
+        """Hold `first` and its `nats_jwt`, which is the file's token's, too.
+
+        `on_token` is called with every other token before anything is done with it.
+        """
         self._file = file
         self._file_seen: tuple[int, int, int] | None = None
         self.problem: str | None = None
         """Why the file could not be read, when it could not."""
         self._wall = wall
         self._on_token = on_token
+        self._nats_jwt = nats_jwt
         self._held = replace(read_token(first), nats_jwt=nats_jwt) if first else None
 
     def current(self) -> Token | None:
@@ -146,12 +150,11 @@ class Tokens:
         Raises `MalformedMessage`, and keeps the old one, when it cannot be read.
         """
         self._on_token(value.strip())
-        if nats_jwt is None:
-            nats_jwt = self._held.nats_jwt if self._held else None
-        else:
+        if nats_jwt is not None:
             self._on_token(nats_jwt)
             read_token(nats_jwt)
-        token = replace(read_token(value), nats_jwt=nats_jwt)
+        token = replace(read_token(value), nats_jwt=nats_jwt or self._nats_jwt)
+        self._nats_jwt = token.nats_jwt
         if token != self._held:
             self._held = token
         return self._held or token

@@ -24,6 +24,7 @@ try:
     from orchestrator_stub import commands, help_texts
     from orchestrator_stub.commands import EXIT_SETTINGS
     from orchestrator_stub.config import SettingsError
+    from orchestrator_stub.relay.command import add_commands as add_nats
     from orchestrator_stub.write_back.command import add_command as add_write_back
     from orchestrator_stub.write_back.command import presets
 except ModuleNotFoundError as missing:
@@ -69,11 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "relay", help="take events from the database to NATS", description=help_texts.RELAY
     )
     relay.set_defaults(run=commands.relay)
-    nats_keys = parsers.add_parser(
-        "nats-keys", help="make the keys and accounts of a NATS deployment", description=help_texts.NATS_KEYS
-    )
-    nats_keys.add_argument("directory", type=Path, help="where the three files are written")
-    nats_keys.set_defaults(run=commands.nats_keys)
+    add_nats(parsers)
 
     standing_in = parsers.add_parser(
         "stand-in", help="serve Supabase's URLs over a PostgreSQL of yours", description=help_texts.STAND_IN

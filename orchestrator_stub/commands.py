@@ -96,17 +96,6 @@ def _until_stopped(serving: Coroutine[Any, Any, int]) -> int:
         return EXIT_FAILED
 
 
-def nats_keys(arguments: argparse.Namespace) -> int:
-    from orchestrator_stub.relay.accounts import Operator
-
-    try:
-        sys.stdout.write("".join(f"{file}\n" for file in Operator().write(arguments.directory)))
-    except OSError as error:
-        sys.stderr.write(f"preview-orchestrator: cannot write {error.filename}: {error.strerror}\n")
-        return EXIT_FAILED
-    return 0
-
-
 def secrets(_: argparse.Namespace) -> int:
     from orchestrator_stub.local_supabase.secrets import filled_in
 

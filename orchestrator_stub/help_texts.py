@@ -43,6 +43,18 @@ NATS_KEYS: Final = """\
 Make the keys of a NATS deployment, once. Three files: accounts.conf is included by the servers' configuration and holds
 no secret; nats-keys.json is NATS_KEYS_FILE; operator.json signs accounts, and belongs in a safe."""
 
+NATS_REGION: Final = """\
+Make what the NATS servers of a region need beside the hub's accounts.conf. Two files: leaf.conf, which they include,
+and leaf.creds, a secret, which they show the hub.
+
+It reads the environment of `relay`. docs/scale/README.md says how to set up regions."""
+
+NATS_MIRROR: Final = """\
+Make the mirror of the stream in a region whose servers are connected to the hub, or give it the configuration of this
+release; then say how far it is behind.
+
+It reads the environment of `relay`. docs/scale/README.md says how to set up regions."""
+
 STAND_IN: Final = """\
 Serve Supabase's URLs (RPC, Storage, Realtime) over a PostgreSQL of yours, for a deployment on one machine. It
 applies the migrations first.

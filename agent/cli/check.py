@@ -16,7 +16,7 @@ import ssl
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -26,14 +26,16 @@ import httpx
 import websockets
 
 from agent import __version__, net
-from agent.config import Settings, read_environment
+from agent.config import NATS_SCHEMES, Settings, read_environment
 from agent.core.errors import MalformedMessage, RootUnusable, SettingsError
 from agent.devserver import process
 from agent.devserver.process import printable
 from agent.devserver.sandbox import environment, project_rights
 from agent.fs.inspect import DirectoryView
 from agent.fs.places import weaknesses
+from agent.link.loop import ConnectionEnd
 from agent.link.realtime import endpoint
+from agent.link.types import LinkSettings, Timing
 from agent.net import exchange
 from agent.project import reading
 from agent.project.choice import NothingToServe, ProjectUnreadable
@@ -51,6 +53,10 @@ CAPABILITIES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "KILL": 5, "SETGID": 6, "SETUID":
 """What root needs to run the project as another user: `linux/capability.h`. Every engine gives them by default."""
 LEAST_NODE = (20, 19)
 """Vite 8's own requirement."""
+NATS_PORT = 4222
+"""Of a REALTIME_URL that names none."""
+NATS_DEADLINES = LinkSettings(timing=Timing(join_within=3.0), open_within=4.0)
+"""Shorter than the link's, so that a question ends within `PATIENCE` and says what was not answered."""
 
 
 class Grade(StrEnum):
@@ -95,9 +101,11 @@ async def check(environ: Mapping[str, str], say: Callable[[str], None]) -> int:
             say(str(fail("settings", problem, error.exit_code)))
         return error.exit_code
     redactor = redactor_for(settings)
+    url = settings.realtime_url or ""
+    events = _nats if url.partition(":")[0] in NATS_SCHEMES else _realtime
     questions: list[Callable[[Settings], Awaitable[list[Finding]]]] = [
         _directories, _space, *([_live] if settings.shadow else [_user]), _ports,
-        *([] if settings.shadow else [_node, _preview]), _token, _snapshot, _realtime, _session_api,
+        *([] if settings.shadow else [_node, _preview]), _token, _snapshot, events, _session_api,
     ]  # fmt: skip
     findings = [ok("settings", f"complete; preview-agent {__version__}")]
     for answers in await asyncio.gather(*(_asked(question, settings) for question in questions)):
@@ -392,6 +400,66 @@ async def _realtime(settings: Settings) -> list[Finding]:
         return [fail("realtime", f"{place} answers {status}{f' ({body})' if body else ''}; {remedy}")]
     except (OSError, websockets.WebSocketException) as error:
         return [fail("realtime", _unreachable(place, error, "REALTIME_URL"))]
+
+
+async def _nats(settings: Settings) -> list[Finding]:
+    """Connect with NATS_JWT and subscribe to the project, as the link would."""
+    from agent.link.nats import try_connection  # its library is an extra
+
+    assert settings.realtime_url is not None, "read_environment requires it"
+    assert settings.nats_jwt is not None, "read_environment requires it"
+    parts = urlsplit(settings.realtime_url)
+    place = f"{parts.hostname}:{parts.port or NATS_PORT}"
+    try:
+        token = read_token(settings.nats_jwt.get_secret_value())
+        greeting = await _greeting(str(parts.hostname), parts.port or NATS_PORT)
+    except MalformedMessage as error:
+        return [fail("nats", f"NATS_JWT: {error.reason}", 64)]
+    except OSError as error:
+        return [fail("nats", _unreachable(place, error, "REALTIME_URL"))]
+    if not greeting.startswith(b"INFO "):
+        said = printable(greeting[:60]).strip()
+        return [fail("nats", f"{place}: no NATS server answers there, but {said!r}; check REALTIME_URL")]
+    left = None if token.expires_at is None else token.expires_at - time.time()
+    token = replace(token, nats_jwt=token.value)
+    end = await try_connection(settings.realtime_url, str(settings.project_id), token, NATS_DEADLINES)
+    if end is None:
+        valid = "" if left is None else f", valid for {left:.0f} s"
+        return [ok("nats", f"{place} takes NATS_JWT{valid}, and the subscription to the project")]
+    if left is not None and left <= 0:
+        renewal = "; SESSION_API_URL can give a new one" if settings.session_api_url else ""
+        return [fail("nats", f"{place}: NATS_JWT expired {-left:.0f} s ago{renewal}")]
+    return [fail("nats", f"{place}: {_nats_remedy(end)}")]
+
+
+async def _greeting(host: str, port: int) -> bytes:
+    """Return what a server says first; nothing, when it says nothing for two seconds. Raises OSError."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        async with asyncio.timeout(2):
+            return await reader.read(512)
+    except TimeoutError:
+        return b""
+    finally:
+        writer.transport.abort()
+
+
+def _nats_remedy(end: ConnectionEnd) -> str:
+    """Say what a failed connection to NATS means, and what to do."""
+    if "permissions violation" in end.reason:
+        return "NATS_JWT may not hear this project; is it of another session, or PROJECT_ID wrong?"
+    remedy = {
+        "refused": "NATS_JWT is refused; the server must include the accounts.conf of the orchestrator's nats-keys",
+        "rate_limited": "the server has as many connections as it takes; raise its max_connections",
+        "join_timeout": "the server took NATS_JWT, and did not answer the subscription",
+    }.get(end.cause)
+    if remedy is not None:
+        return remedy
+    if "TLS" in end.reason:
+        return "the server speaks no TLS, and is not shown NATS_JWT; give it a certificate, or check REALTIME_URL"
+    if "SSL" in end.reason:
+        return "its certificate is not trusted; check it, or SSL_CERT_FILE for an authority of your own"
+    return f"{end.reason}; does it run, and may this machine reach it?"
 
 
 async def _session_api(settings: Settings) -> list[Finding]:

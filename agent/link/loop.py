@@ -213,6 +213,11 @@ class LinkLoop:
         if not self._queue.put(event, size):
             self.machine.behind("overflow")
 
+    def dropped(self) -> None:
+        """Note that the transport itself dropped an event, one of many perhaps: as when the queue is full."""
+        if self._queue.overflow():
+            self.machine.behind("overflow")
+
     def replaced(self) -> None:
         """Note that another connection took the place of the one that is held, and nothing was missed between them."""
         self._sockets += 1

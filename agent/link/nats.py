@@ -24,7 +24,7 @@ from nats.errors import Error as NatsError
 
 from agent.link.loop import ConnectionEnd, LinkLoop
 from agent.link.types import DEFAULTS, Cause, LinkSettings, Received
-from agent.tokens import Token, TokenSource
+from agent.tokens import Token, Tokens, TokenSource
 
 PUBLISHED: Final = "pv.in."
 """Where the relay publishes, with the project behind it: what `Nats-Subject` must say of every message."""
@@ -51,6 +51,17 @@ def nats_link(
         wall: The clock of tokens and reports, Unix seconds.
     """
     return LinkLoop(NatsStream(url, project, settings), tokens, settings=settings, wall=wall)
+
+
+async def try_connection(
+    url: str, project: str, token: Token, settings: LinkSettings = DEFAULTS
+) -> ConnectionEnd | None:
+    """Connect and subscribe once, as the link does; return why that failed, if it did. Arguments as for `nats_link`."""
+    tried = _Connection(nats_link(url, project, Tokens(), settings=settings), project, settings)
+    try:
+        return await tried.connect(url, token) or await tried.subscribe()
+    finally:
+        await tried.close()
 
 
 class NatsStream:
@@ -271,8 +282,7 @@ class _Connection:
 
     async def _hear(self, error: Exception) -> None:
         if isinstance(error, SlowConsumerError):
-            self._link.resync("overflow")
-            self._link.machine.behind("overflow")
+            self._link.dropped()
             return
         self._said = error
         if "permissions violation" in str(error) and self._end is None:
@@ -287,10 +297,10 @@ class _Connection:
         """Return what an error of the client or the server means. The protocol has no codes for errors, only texts."""
         text = str(error).removeprefix("nats: ").strip("' ")
         match error:
+            case UnexpectedEOF() | ConnectionClosedError():  # the first is a StaleConnectionError, too
+                return ConnectionEnd("closed", "the server closed the connection")
             case StaleConnectionError():
                 return ConnectionEnd("heartbeat_timeout", "a ping was not answered in time")
-            case UnexpectedEOF() | ConnectionClosedError():
-                return ConnectionEnd("closed", "the server closed the connection")
             case OSError():
                 return ConnectionEnd("unreachable", type(error).__name__)
         said = text.lower()

@@ -86,15 +86,22 @@ class SignalQueue:
     def put(self, event: Received, size: int) -> bool:
         """Add an event of `size` bytes. Returns False when the queue was full, and now holds one `Resync` instead."""
         if len(self._waiting) >= self._most_events or self._bytes + size > self._most_bytes:
-            self._waiting.clear()
-            self._bytes = self.resyncs_waiting = 0
-            self.overflows += 1
-            self.resync("overflow")
+            self.overflow()
             return False
         if not self._waiting:
             self._filled.set()
         self._waiting.append((event, size))
         self._bytes += size
+        return True
+
+    def overflow(self) -> bool:
+        """Replace all that waits by one `Resync`. Returns False when it is all that waits already."""
+        if len(self._waiting) == 1 and self._waiting[0][0] == Resync("overflow"):
+            return False
+        self._waiting.clear()
+        self._bytes = self.resyncs_waiting = 0
+        self.overflows += 1
+        self.resync("overflow")
         return True
 
     def resync(self, reason: str) -> None:

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.harness.results import Row, Unmeasurable
-from tests.system.plane import eventually, running_plane
+from tests.system.over_nats import over_nats
+from tests.system.plane import Agent, eventually, running_plane
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-async def _measure(seconds: float, directory: Path) -> tuple[float, float]:
-    """Resident MB and share of a core over `seconds`, after the agent has come to rest."""
+async def _measure(seconds: float, directory: Path) -> list[tuple[float, float]]:
+    """Resident MB and share of a core over `seconds`, after the agent has come to rest: on Realtime, then on NATS."""
     from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
     from orchestrator_stub.platform.migrations import bootstrap, migrate
 
@@ -30,30 +31,40 @@ async def _measure(seconds: float, directory: Path) -> tuple[float, float]:
     try:
         await bootstrap(dsn)
         await migrate(dsn)
+        python = str(environment(directory / "venv"))
         async with running_plane(dsn, directory / "plane") as plane:
             project = await plane.project({f"src/file{n}.ts": f"export const n = {n}\n" for n in range(500)})
-            agent = await project.session(
-                directory / "machine", HEARTBEAT_SECONDS="30", PYTHONPATH=str(REPOSITORY)
-            )
-            agent.python = str(environment(directory / "venv"))
-            agent.start()
-            try:
-
-                async def live() -> bool:
-                    report = await agent.status()
-                    return report is not None and report["link"]["state"] == "live" and report["files"] == 500
-
-                await eventually("the agent is live", live, 60)
-                await asyncio.sleep(5)  # what a start leaves to do is done
-                assert agent.process is not None
-                before = _processor_seconds(agent.process.pid)
-                await asyncio.sleep(seconds)
-                share = (_processor_seconds(agent.process.pid) - before) / seconds
-                return _resident(agent.process.pid), share
-            finally:
-                await agent.stop()
+            agents = [
+                await project.session(directory / name, HEARTBEAT_SECONDS="30", PYTHONPATH=str(REPOSITORY))
+                for name in ("realtime", "nats")
+            ]
+            found = [await _at_rest(agents[0], python, seconds)]
+            async with over_nats(dsn, directory, agents[1]) as told:
+                agents[1].environ |= told
+                return [*found, await _at_rest(agents[1], python, seconds)]
     finally:
         await server.stop()
+
+
+async def _at_rest(agent: Agent, python: str, seconds: float) -> tuple[float, float]:
+    """Start one agent, measure it, stop it."""
+
+    async def live() -> bool:
+        report = await agent.status()
+        return report is not None and report["link"]["state"] == "live" and report["files"] == 500
+
+    agent.python = python
+    agent.start()
+    try:
+        await eventually("the agent is live", live, 60)
+        await asyncio.sleep(5)  # what a start leaves to do is done
+        assert agent.process is not None
+        before = _processor_seconds(agent.process.pid)
+        await asyncio.sleep(seconds)
+        share = (_processor_seconds(agent.process.pid) - before) / seconds
+        return _resident(agent.process.pid), share
+    finally:
+        await agent.stop()
 
 
 def environment(place: Path) -> Path:
@@ -87,9 +98,20 @@ def run(quick: bool = False) -> Sequence[Row]:
     """Memory and processor of an idle agent."""
     seconds = 15.0 if quick else 90.0
     with tempfile.TemporaryDirectory(prefix="bench-idle-") as name:
-        memory, share = asyncio.run(_measure(seconds, Path(name)))
+        (memory, share), (with_nats, share_nats) = asyncio.run(_measure(seconds, Path(name)))
     note = f"500 files, live, {seconds:.0f} s"
     return [
         Row("whole agent at rest, resident", memory, "MB", sense="memory", at_most=60, samples=1, note=note),
         Row("whole agent at rest, processor", share * 100, "% of a core", at_most=0.2, samples=1, note=note),
+        Row(
+            "the same over NATS, resident", with_nats, "MB", sense="memory", at_most=64, samples=1, note=note
+        ),
+        Row(
+            "the same over NATS, processor",
+            share_nats * 100,
+            "% of a core",
+            at_most=0.2,
+            samples=1,
+            note=note,
+        ),
     ]

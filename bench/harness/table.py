@@ -89,6 +89,10 @@ QUOTED = (
     Quoted("a sleeping session's page of now, from the wake", "door", "door: wake to the page of now"),
     Quoted("the whole agent at rest, memory", "idle", "whole agent at rest, resident", first=True),
     Quoted("the whole agent at rest, processor", "idle", "whole agent at rest, processor", first=True),
+    Quoted("the same over NATS, memory", "idle", "the same over NATS, resident"),
+    Quoted("what a relay takes to NATS in a second of its processor", "relay", "relay, 1 KB events"),
+    Quoted("a save over NATS, from the RPC's return, later than over Realtime", "relay",
+           "a save over NATS, later than Realtime"),
 )  # fmt: skip
 SCREEN = (
     Quoted("one file, rename to painted", "screen", "screen: rename to painted, p50", "vite alone",

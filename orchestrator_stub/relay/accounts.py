@@ -30,6 +30,12 @@ IN: Final = "pv.in."
 OUT: Final = "pv.out."
 """The same, once the stream has them: what machines hear."""
 
+HUB: Final = "hub"
+"""The JetStream domain that has the stream; each other region's has a mirror of it."""
+
+MIRROR_INBOX: Final = "_INBOX.mirror"
+"""Where a region's answers go to."""
+
 SUBSCRIPTIONS: Final = 3
 """Of one connection of a machine: it needs one."""
 
@@ -47,15 +53,23 @@ class Account:
     public: str
     signing: Key
 
-    def user(self, name: str, permissions: dict[str, Any], expires_at: float | None = None) -> str:
-        """A bearer token of a new user of this account; `expires_at`: Unix seconds."""
+    def user(
+        self, name: str, permissions: dict[str, Any], expires_at: float | None = None, key: Key | None = None
+    ) -> str:
+        """A token of a new user of this account.
+
+        Args:
+            name: Of the user, in the servers' logs.
+            permissions: What it may do.
+            expires_at: Unix seconds; None: it does not.
+            key: Who shows it must have this key too. None: whoever has the token is the user.
+        """
         claims = {
-            # Nobody signs with this key: whoever has the token is the user, and it ends soon.
-            "sub": Key("user").public,
+            "sub": (key or Key("user")).public,
             "name": name,
             "iat": int(time.time()),
             "nats": {
-                "type": "user", "version": 2, "issuer_account": self.public, "bearer_token": True,
+                "type": "user", "version": 2, "issuer_account": self.public, "bearer_token": key is None,
                 "data": -1, "payload": -1, "subs": -1, **permissions,
             },
         }  # fmt: skip
@@ -86,6 +100,31 @@ class NatsKeys:
         api = [f"$JS.API.STREAM.{verb}.{STREAM}" for verb in ("INFO", "CREATE", "UPDATE")]
         return self.preview.user(
             "relay", {"pub": {"allow": [f"{IN}*", *api]}, "sub": {"allow": [f"{inbox}.>"]}}, expires_at
+        )
+
+    def mirror_token(self, region: str, inbox: str, expires_at: float) -> str:
+        """What makes the mirror in a region, and asks how far it is; `inbox` has its answers."""
+        api = [f"$JS.{region}.API.STREAM.{verb}.{STREAM}" for verb in ("INFO", "CREATE", "UPDATE")]
+        return self.preview.user(
+            "mirror", {"pub": {"allow": api}, "sub": {"allow": [f"{inbox}.>"]}}, expires_at
+        )
+
+    def region_credentials(self, region: str) -> str:
+        """What a region's servers show the hub: a credentials file, of which the key is a secret.
+
+        They may follow the stream, have the mirror made, and nothing else: no event can be published from there.
+        """
+        key, create = Key("user"), f"$JS.{HUB}.API.CONSUMER.CREATE.{STREAM}"
+        may = {
+            # A mirror asks the stream for a consumer, and says how far it has read.
+            "pub": {"allow": [create, f"{create}.>", "$JS.FC.>", f"{MIRROR_INBOX}.>"]},
+            # What asks for the mirror, what answers the mirror, and what it is sent.
+            "sub": {"allow": [f"$JS.{region}.API.>", "$JSC.R.>", "$JS.M.>"]},
+        }
+        token = self.preview.user(f"region:{region}", may, key=key)
+        return (
+            f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"
+            f"-----BEGIN USER NKEY SEED-----\n{key.seed}\n------END USER NKEY SEED------\n"
         )
 
     def listener_token(self, project_id: UUID, expires_at: float) -> str:

@@ -76,7 +76,7 @@ class EmbeddedNats:
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 binary, "-c", str(config),
-                stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent(),
+                stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent(),
             )  # fmt: skip
         try:
             async with asyncio.timeout(START_WITHIN):
@@ -131,7 +131,7 @@ class EmbeddedNats:
         return "it said nothing"
 
 
-def _end_with_parent() -> Callable[[], None]:
+def end_with_parent() -> Callable[[], None]:
     """For the child before its exec: it is ended when this process dies, however that happens. Linux only."""
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

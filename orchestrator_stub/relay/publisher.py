@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 from nats.aio.client import Client
@@ -39,8 +39,9 @@ TOKEN_SECONDS: Final = 3600.0
 KEPT_SECONDS: Final = 120
 """How long the stream keeps and knows a message. No machine reads it from there: what was missed is in the database."""
 
-KEPT_EACH: Final = 8
-"""Messages of one project that the stream keeps."""
+KEPT_EACH: Final = 1000
+"""Messages of one project that the stream keeps for regions that are cut off meanwhile: 25 turns of 40 files. A project
+that writes more than that in `KEPT_SECONDS` takes no more of the disk."""
 
 TOO_LARGE: Final = 10054
 """JetStream's number for a message above the limit of its stream."""
@@ -118,7 +119,7 @@ class NatsStream:
     async def close(self) -> None:
         client, self._client, self._stream = self._client, None, None
         if client is not None:
-            await _close(client)
+            await close(client)
 
     async def _connected(self) -> JetStreamContext:
         """The stream, over a connection that is open as far as is known. Raises `OSError`, `NatsError`."""
@@ -141,57 +142,71 @@ class NatsStream:
         token = self._keys.relay_token(inbox, time.time() + TOKEN_SECONDS)
         client = Client()
         try:
-            await client.connect(
-                self._servers,
-                name="preview-sync relay",
-                error_cb=_unsaid,
-                user_jwt_cb=lambda: bytearray(token, "ascii"),
-                signature_cb=lambda _: b"",
-                inbox_prefix=inbox.encode(),
-                allow_reconnect=False,
-                max_reconnect_attempts=1,
-                reconnect_time_wait=0,
-                connect_timeout=CONNECT_WITHIN,
-                ping_interval=10,
-                max_outstanding_pings=1,
-            )
+            await connect(client, self._servers, "relay", token, inbox)
             stream = client.jetstream(timeout=ACK_WITHIN)
-            await self._ensure(stream)
+            await ensure(
+                stream,
+                stream_config(
+                    self._replicas, subjects=[f"{IN}*"], duplicate_window=KEPT_SECONDS, allow_direct=True
+                ),
+            )
         except BaseException:
-            await _close(client)
+            await close(client)
             raise
         return client, stream
 
-    async def _ensure(self, stream: JetStreamContext) -> None:
-        """Make the stream, or give it the configuration of this release."""
-        wanted = StreamConfig(
-            name=STREAM,
-            subjects=[f"{IN}*"],
-            num_replicas=self._replicas,
-            max_msgs_per_subject=KEPT_EACH,
-            max_age=KEPT_SECONDS,
-            duplicate_window=KEPT_SECONDS,
-            allow_direct=True,
-            republish=RePublish(src=f"{IN}*", dest=f"{OUT}{{{{wildcard(1)}}}}"),
-        )
-        try:
-            found = (await stream.stream_info(STREAM)).config
-        except NotFoundError:
-            await stream.add_stream(wanted)
-            return
-        names = (
-            "subjects", "num_replicas", "max_msgs_per_subject", "max_age", "duplicate_window", "allow_direct",
-            "republish",
-        )  # fmt: skip
-        if any(getattr(found, name) != getattr(wanted, name) for name in names):
-            await stream.update_stream(wanted)
+
+def stream_config(replicas: int, **more: Any) -> StreamConfig:
+    """What the stream and its mirrors have in common, and `more`."""
+    return StreamConfig(
+        name=STREAM,
+        num_replicas=replicas,
+        max_msgs_per_subject=KEPT_EACH,
+        max_age=KEPT_SECONDS,
+        republish=RePublish(src=f"{IN}*", dest=f"{OUT}{{{{wildcard(1)}}}}"),
+        **more,
+    )
+
+
+async def connect(client: Client, servers: list[str], who: str, token: str, inbox: str) -> None:
+    """Connect to one of the servers, with a token and an inbox that it allows. Raises `NatsError`, `OSError`."""
+    await client.connect(
+        servers,
+        name=f"preview-sync {who}",
+        error_cb=_unsaid,
+        user_jwt_cb=lambda: bytearray(token, "ascii"),
+        signature_cb=lambda _: b"",
+        inbox_prefix=inbox.encode(),
+        allow_reconnect=False,
+        max_reconnect_attempts=1,
+        reconnect_time_wait=0,
+        connect_timeout=CONNECT_WITHIN,
+        ping_interval=10,
+        max_outstanding_pings=1,
+    )
+
+
+async def ensure(stream: JetStreamContext, wanted: StreamConfig) -> None:
+    """Make a stream, or give it the configuration of this release. Raises `APIError`."""
+    try:
+        found = (await stream.stream_info(STREAM)).config
+    except NotFoundError:
+        await stream.add_stream(wanted)
+        return
+    names = (
+        "subjects", "num_replicas", "max_msgs_per_subject", "max_age", "duplicate_window", "allow_direct",
+        "republish",
+    )  # fmt: skip
+    if any((getattr(found, name) or None) != (getattr(wanted, name) or None) for name in names):
+        await stream.update_stream(wanted)
 
 
 async def _unsaid(_: Exception) -> None:
     """nats-py logs what it meets, with addresses; what matters of it comes out of the call that fails."""
 
 
-async def _close(client: Client) -> None:
+async def close(client: Client) -> None:
+    """Close a connection, within a second."""
     with suppress(NatsError, OSError, TimeoutError):
         async with asyncio.timeout(1.0):
             await client.close()

@@ -14,8 +14,7 @@ import pytest
 from agent.fs import transaction
 from agent.fs.project_dir import ProjectDir
 from tests.agent.disks import Agent, in_staging, mounted
-from tests.agent.link.one_link import Issuer, wall
-from tests.fakes.realtime import FakeRealtime
+from tests.agent.link.one_link import TRANSPORTS, Issuer, Server, wall
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "react-app"
 
@@ -51,9 +50,9 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[FakeRealtime]:
-    """A realtime server for one link, in the link's simulated time."""
-    async with FakeRealtime(wall=wall) as server:
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    """A server for one link, in the link's simulated time: Realtime, or the transport that a test asks for."""
+    async with TRANSPORTS[getattr(request, "param", "realtime")](wall=wall) as server:
         yield server
 
 

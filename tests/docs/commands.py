@@ -147,6 +147,14 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ),
     ),
     (
+        r"preview-orchestrator (nats-keys keys|nats-region eu keys/eu|nats-mirror eu)|export NATS_ROUTES=.*"
+        r"|NATS_NAME=\S+ NATS_STORE=\S+ (NATS_HUB=\S+ )?nats-server -c (hub|hub-of-three|region)\.conf",
+        ByTest(
+            "tests/orchestrator/relay/test_regions.py::"
+            "test_a_leader_that_is_killed_loses_doubles_and_reorders_nothing"
+        ),
+    ),
+    (
         r"preview-orchestrator doctor",
         ByTest("tests/orchestrator/doctor/test_doctor.py::test_all_is_well"),
     ),

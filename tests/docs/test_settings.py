@@ -37,9 +37,11 @@ NOT_OURS = frozenset(
         # of a document's own example
         "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
         "API", "AUTH", "PROJECT", "SESSION", "PREVIEW", "PROMETHEUS",
+        # of the configurations in docs/scale/nats
+        "NATS_NAME", "NATS_STORE", "NATS_HUB", "NATS_ROUTES",
         # the system's
         "CAP_SYS_PTRACE", "CAP_PERFMON", "CAP_SYS_RESOURCE", "PR_SET_DUMPABLE", "TCP_NODELAY", "IPPROTO_TCP",
-        "LD_PRELOAD", "NODE_OPTIONS", "GCONV_PATH", "GLIBC_TUNABLES", "DAC_OVERRIDE",
+        "LD_PRELOAD", "NODE_OPTIONS", "SSL_CERT_FILE", "GCONV_PATH", "GLIBC_TUNABLES", "DAC_OVERRIDE",
     }
 )  # fmt: skip
 """Words in capitals that a document may use, and that are no setting."""

@@ -50,7 +50,8 @@ class FakeNats:
     join_delay: float = 0.0
     join_error: str | None = None
     replication_ready: bool = True
-    """Of no meaning here: what is published is complete from the subscription on."""
+    """Of no meaning here, as `replication_delay`: what is published is complete from the subscription on."""
+    replication_delay: float = 0.0
     unmatched_topic: bool = False
     """Of no meaning here: a server does not say that it forgot a subscription."""
     # --- what was seen
@@ -79,7 +80,7 @@ class FakeNats:
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"{'tls' if self.tls else 'nats'}://127.0.0.1:{self.port}"
 
     @property
     def token_in_force(self) -> str:

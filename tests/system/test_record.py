@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ import pytest
 from agent.replay.faults import FaultPlan
 from agent.replay.runner import ReplayOptions, replay
 from tests.fakes.proxy import Proxy
+from tests.system.over_nats import over_nats
 from tests.system.plane import Agent, Project, eventually, running_plane
 
 pytestmark = pytest.mark.system
@@ -98,10 +99,14 @@ async def ends_equal(path: Path, directory: Path, expected: str) -> None:
     assert rough.differences == ()
 
 
-async def test_a_recording_replays_to_the_same_tree(database: str, tmp_path: Path) -> None:
-    async with running_plane(database, tmp_path) as plane:
+@pytest.mark.parametrize("transport", ["realtime", pytest.param("nats", marks=pytest.mark.nightly)])
+async def test_a_recording_replays_to_the_same_tree(database: str, tmp_path: Path, transport: str) -> None:
+    async with AsyncExitStack() as stack:
+        plane = await stack.enter_async_context(running_plane(database, tmp_path))
         project = await plane.project({"src/a.ts": "a\n", "readme.md": "# hello\n"})
         machine = await project.session(tmp_path / "machine")
+        if transport == "nats":
+            machine.environ |= await stack.enter_async_context(over_nats(database, tmp_path, machine))
         async with recording(machine, tmp_path / "scenario.jsonl") as recorder:
             await recorder.joined(project)
             await project.save("src/big.txt", "x" * 300_000)

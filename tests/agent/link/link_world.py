@@ -15,18 +15,12 @@ from typing import Any
 
 from agent.core.errors import CredentialRejected, Unavailable
 from agent.link.loop import LinkLoop
-from agent.link.nats import nats_link
-from agent.link.realtime import realtime_link
 from agent.link.source import Received
-from agent.link.types import LinkState
+from agent.link.types import DEFAULTS, LinkState
 from agent.tokens import Token, Tokens
-from tests.fakes.nats import PROJECT, FakeNats
+from tests.agent.link.one_link import TRANSPORTS, Server, stream_to
 from tests.fakes.proxy import Proxy
-from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
-
-Server = FakeRealtime | FakeNats
-
-TRANSPORTS: dict[str, type[FakeRealtime] | type[FakeNats]] = {"realtime": FakeRealtime, "nats": FakeNats}
+from tests.fakes.realtime import jwt
 
 EPOCH = 1_800_000_000.0
 """Unix seconds at the simulation's start."""
@@ -62,10 +56,8 @@ class World:
         self.link = self._link()
 
     def _link(self) -> LinkLoop:
-        place = f"127.0.0.1:{self.proxy.port}"
-        if isinstance(self.server, FakeNats):
-            return nats_link(f"nats://{place}", PROJECT, self, wall=self.wall)
-        return realtime_link(f"ws://{place}/realtime/v1", "publishable", TOPIC, self, wall=self.wall)
+        url = self.server.url.replace(f":{self.server.port}", f":{self.proxy.port}")
+        return stream_to(self.server, self, DEFAULTS, self.wall, url)
 
     @classmethod
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""One link in simulated time, the issuer of its tokens, and what came out of it."""
+"""One link in simulated time, over either transport, the issuer of its tokens, and what came out of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import pytest
+
 from agent.link.loop import LinkLoop
+from agent.link.nats import nats_link
 from agent.link.realtime import realtime_link
 from agent.link.source import Received, Resync, Signal
 from agent.link.types import LinkSettings, LinkState, Timing
 from agent.replay.simulated_clock import SimulatedLoop
-from agent.tokens import Token, Tokens
+from agent.tokens import Token, Tokens, TokenSource
+from tests.fakes.nats import PROJECT, FakeNats
 from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
+
+Server = FakeRealtime | FakeNats
+
+TRANSPORTS: dict[str, type[FakeRealtime] | type[FakeNats]] = {"realtime": FakeRealtime, "nats": FakeNats}
+
+either = pytest.mark.parametrize("server", TRANSPORTS, indirect=True)
+"""A test of the fixture `server` that is made with both transports."""
+
+
+def realtime_only(why: str) -> pytest.MarkDecorator:
+    """A test of the fixture `server` that NATS cannot have: it is skipped there, and says why."""
+    skipped = pytest.param("nats", marks=pytest.mark.skip(reason=f"NATS {why}"))
+    return pytest.mark.parametrize("server", ["realtime", skipped], indirect=True)
+
 
 QUICK = LinkSettings(
     timing=Timing(
@@ -53,7 +71,8 @@ class Issuer:
         self.made = 0
         self.asked = 0
         self.refuse: Exception | None = None
-        self.tokens = Tokens(self.make())
+        first = self.make()
+        self.tokens = Tokens(first, nats_jwt=first)
 
     def make(self) -> str:
         self.made += 1
@@ -72,7 +91,8 @@ class Issuer:
         await asyncio.sleep(0)
         if self.refuse is not None:
             raise self.refuse
-        return self.tokens.accept(self.make())
+        token = self.make()
+        return self.tokens.accept(token, token)
 
 
 class Link:
@@ -124,11 +144,20 @@ async def running(stream: LinkLoop, *, answer: bool = True) -> AsyncIterator[Lin
                 await task
 
 
-def stream_to(server: FakeRealtime, issuer: Issuer, settings: LinkSettings = QUICK) -> LinkLoop:
-    return realtime_link(server.url, "publishable", TOPIC, issuer, settings=settings, wall=wall)
+def stream_to(
+    server: Server,
+    issuer: TokenSource,
+    settings: LinkSettings = QUICK,
+    wall: Callable[[], float] = wall,
+    url: str | None = None,
+) -> LinkLoop:
+    """A link to `server`, or to `url`, which leads there."""
+    if isinstance(server, FakeNats):
+        return nats_link(url or server.url, PROJECT, issuer, settings=settings, wall=wall)
+    return realtime_link(url or server.url, "publishable", TOPIC, issuer, settings=settings, wall=wall)
 
 
-async def comes_back(link: Link, server: FakeRealtime, joins: int = 2) -> None:
+async def comes_back(link: Link, server: Server, joins: int = 2) -> None:
     """The proof of every fault: joined again, ordered to catch up again, live, and receiving."""
     await until(lambda: len(server.joins) >= joins and bool(server.channels), "another join")
     await link.live()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import ssl
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.link.realtime import endpoint
 from tests.agent.link.one_link import (
+    TRANSPORTS,
     Issuer,
     SimulatedPolicy,
     comes_back,
@@ -23,6 +19,7 @@ from tests.agent.link.one_link import (
     until,
     wall,
 )
+from tests.fakes.certificates import certificate
 from tests.fakes.realtime import FakeRealtime
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
@@ -71,42 +68,23 @@ async def test_a_redirect_is_not_followed(issuer: Issuer) -> None:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that signs itself, key and all in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    file = tmp_path_factory.mktemp("tls") / "both.pem"
-    file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        + made.public_bytes(serialization.Encoding.PEM)
-    )
-    return file
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 and its key."""
+    return certificate(tmp_path_factory.mktemp("tls"))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_over_tls_it_is_the_same(
-    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+    transport: str, issuer: Issuer, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records cut the stream where they like; a large frame comes in many pieces."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(both))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate)
-    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+    tls.load_cert_chain(both)
+    async with (
+        TRANSPORTS[transport](wall=wall, tls=tls) as server,
+        running(stream_to(server, issuer)) as link,
+    ):
         await link.live()
         for number in range(50):
             await server.broadcast("file:update", {"n": number, "content": "x" * (number * number * 200)})
@@ -116,13 +94,17 @@ async def test_over_tls_it_is_the_same(
         await comes_back(link, server)
 
 
-async def test_a_untrusted_certificate_gets_no_token(
-    issuer: Issuer, certificate: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_untrusted_certificate_gets_no_token(
+    transport: str, issuer: Issuer, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate)
-    async with FakeRealtime(wall=wall, tls=tls) as server, running(stream_to(server, issuer)) as link:
+    tls.load_cert_chain(both)
+    async with (
+        TRANSPORTS[transport](wall=wall, tls=tls) as server,
+        running(stream_to(server, issuer)) as link,
+    ):
         await until(lambda: link.stream.report()["losses"].get("unreachable", 0) >= 2, "two attempts")  # type: ignore[attr-defined]
         assert server.requests == []
         assert "SSLCertVerificationError" in str(link.stream.report()["why"])

@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import CredentialRejected, Unavailable
-from agent.link.realtime import realtime_link
 from agent.link.types import LinkState
 from agent.tokens import Token, Tokens
 from tests.agent.link.one_link import (
     QUICK,
     Issuer,
+    Server,
     SimulatedPolicy,
     comes_back,
+    either,
+    realtime_only,
     running,
     stream_to,
     until,
     wall,
 )
-from tests.fakes.realtime import TOPIC, FakeRealtime, jwt
+from tests.fakes.realtime import FakeRealtime, claims_of, jwt
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
 """The hook that replaces it would apply to every test below its conftest, and rename them."""
@@ -33,9 +35,8 @@ def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
     return SimulatedPolicy()
 
 
-async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(
-    server: FakeRealtime, issuer: Issuer
-) -> None:
+@realtime_only("ends the connection together with its token")
+async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(server: Server, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         await asyncio.sleep(QUICK.rejoin_least)
@@ -47,18 +48,21 @@ async def test_expiry_rejoins_on_the_same_socket_with_a_new_token(
         assert link.stream.report()["sockets"] == 1
 
 
-async def test_a_token_is_refreshed_before_it_ends_and_pushed(server: FakeRealtime) -> None:
+@either
+async def test_a_token_is_refreshed_before_it_ends_and_given_to_the_server(server: Server) -> None:
+    """Pushed on Realtime's channel; of another connection to NATS, after which there is one again."""
     issuer = Issuer(lifetime=1.0)
     async with running(stream_to(server, issuer)) as link:
-        await until(lambda: bool(server.pushed_tokens), "the next token on the channel")
-        assert server.pushed_tokens[0] == issuer.current().value
-        assert len(server.joins) == 1
+        await link.live()
+        await until(lambda: claims_of(server.token_in_force)["sub"] == "token-2", "the next token there")
+        await until(lambda: len(server.sockets) == 1, "one socket")
+        assert link.stream.report()["joins"] == 1
+        assert link.stream.report()["losses"] == {}
         assert link.stream.state is LinkState.LIVE
 
 
-async def test_an_expired_first_token_is_renewed_before_the_handshake(
-    server: FakeRealtime, issuer: Issuer
-) -> None:
+@either
+async def test_an_expired_first_token_is_renewed_before_the_handshake(server: Server, issuer: Issuer) -> None:
     issuer.tokens = Tokens(jwt(wall() - 5, wall() - 600))
     async with running(stream_to(server, issuer)) as link:
         await link.live()
@@ -66,7 +70,8 @@ async def test_an_expired_first_token_is_renewed_before_the_handshake(
         assert len(server.joins) == 1
 
 
-async def test_refused_for_good_shows_and_recovers(server: FakeRealtime, issuer: Issuer) -> None:
+@either
+async def test_refused_for_good_shows_and_recovers(server: Server, issuer: Issuer) -> None:
     server.join_error = (
         "Unauthorized: You do not have permissions to read from this Channel topic: project:p1"
     )
@@ -82,38 +87,47 @@ async def test_refused_for_good_shows_and_recovers(server: FakeRealtime, issuer:
         assert link.stream.problems() == ()
 
 
-async def test_an_unreachable_issuer_is_asked_until_it_answers(server: FakeRealtime, issuer: Issuer) -> None:
+@either
+async def test_an_unreachable_issuer_is_asked_until_it_answers(server: Server, issuer: Issuer) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         issuer.refuse = Unavailable("session API (token)", "HTTP 503")
         await asyncio.sleep(QUICK.rejoin_least)
+        server.wall = lambda: wall() + issuer.lifetime
         await server.shut_channels("Token has expired 0 seconds ago")
         await until(lambda: issuer.asked >= 3, "three tries")
-        assert link.stream.state is LinkState.JOINING
-        issuer.refuse = None
+        assert link.stream.state in (LinkState.JOINING, LinkState.REFUSED)
+        issuer.refuse, server.wall = None, wall
         await comes_back(link, server)
 
 
+@either
 async def test_an_expired_token_that_the_issuer_will_not_renew_is_a_refusal(
-    server: FakeRealtime, issuer: Issuer
+    server: Server, issuer: Issuer
 ) -> None:
     async with running(stream_to(server, issuer)) as link:
         await link.live()
         issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
         await asyncio.sleep(QUICK.rejoin_least)
+        server.wall = lambda: wall() + issuer.lifetime
         await server.shut_channels("Token has expired 0 seconds ago")
         await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
-        assert link.stream.report()["losses"] == {"token_refused": 1}
-        issuer.refuse = None
+        # NATS ends the connection before anybody is asked, and refuses the next one.
+        losses = (
+            {"token_refused": 1} if isinstance(server, FakeRealtime) else {"token_expired": 1, "refused": 1}
+        )
+        assert link.stream.report()["losses"] == losses
+        issuer.refuse, server.wall = None, wall
         await comes_back(link, server)
         assert link.stream.problems() == ()
 
 
-async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Path) -> None:
+@realtime_only("has its token from the session API: a file holds the session's")
+async def test_a_rotated_token_file_is_pushed(server: Server, tmp_path: Path) -> None:
     """Platforms that rotate a file need no session API."""
     file = tmp_path / "token"
     file.write_text(jwt(wall() + 600, wall(), name="one"))
-    stream = realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
+    stream = stream_to(server, Tokens(None, file))
     async with running(stream) as link:
         await link.live()
         second = jwt(wall() + 1200, wall(), name="two")
@@ -124,27 +138,25 @@ async def test_a_rotated_token_file_is_pushed(server: FakeRealtime, tmp_path: Pa
         assert link.stream.state is LinkState.LIVE
 
 
-async def test_a_rotated_token_file_ends_a_refusal_at_once(server: FakeRealtime, tmp_path: Path) -> None:
+@realtime_only("has its token from the session API: a file holds the session's")
+async def test_a_rotated_token_file_ends_a_refusal_at_once(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(jwt(wall() + 600, wall(), name="bad"))
     good = jwt(wall() + 600, wall(), name="good")
     server.join_error_for = lambda token: None if token == good else "Unauthorized: no"
     slow = replace(QUICK, refused_retry=60.0)
-    async with running(
-        realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=slow, wall=wall)
-    ) as link:
+    async with running(stream_to(server, Tokens(None, file), slow)) as link:
         await until(lambda: link.stream.state is LinkState.REFUSED, "the refusal")
         file.write_text(good)
         await link.live()
 
 
-async def test_a_new_token_does_not_cut_short_what_was_asked_for(
-    server: FakeRealtime, tmp_path: Path
-) -> None:
+@realtime_only("does not say how long to wait")
+async def test_a_new_token_does_not_cut_short_what_was_asked_for(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(jwt(wall() + 600, wall(), name="one"))
     server.refuse_handshake = (429, {"Retry-After": "5"})
-    stream = realtime_link(server.url, None, TOPIC, Tokens(None, file), settings=QUICK, wall=wall)
+    stream = stream_to(server, Tokens(None, file))
     async with running(stream) as link:
         await until(lambda: link.stream.state is LinkState.BACKOFF, "the refusal")
         server.refuse_handshake = None
@@ -155,8 +167,9 @@ async def test_a_new_token_does_not_cut_short_what_was_asked_for(
         assert len(server.requests) == 2
 
 
+@either
 async def test_no_secret_in_report_repr_or_logs(
-    server: FakeRealtime, issuer: Issuer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    server: Server, issuer: Issuer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
     asyncio.get_running_loop().set_debug(True)
@@ -177,7 +190,8 @@ async def test_no_secret_in_report_repr_or_logs(
     assert "publishable" not in said
 
 
-async def test_a_refused_refresh_shows_while_the_link_is_live_and_goes(server: FakeRealtime) -> None:
+@either
+async def test_a_refused_refresh_shows_while_the_link_is_live_and_goes(server: Server) -> None:
     issuer = Issuer(lifetime=1.0)
     issuer.refuse = CredentialRejected("the session API refused the token: HTTP 401")
     async with running(stream_to(server, issuer)) as link:
@@ -188,9 +202,11 @@ async def test_a_refused_refresh_shows_while_the_link_is_live_and_goes(server: F
         assert link.stream.report()["joins"] == 1
 
 
-async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: FakeRealtime) -> None:
+@either
+async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: Server) -> None:
     issuer = Issuer()
-    issuer.tokens = Tokens(jwt(wall() - 5, wall() - 600))
+    expired = jwt(wall() - 5, wall() - 600)
+    issuer.tokens = Tokens(expired, nats_jwt=expired)
     silent = asyncio.Event()
 
     async def never() -> Token:
@@ -207,14 +223,13 @@ async def test_an_issuer_that_never_answers_does_not_hold_the_link_up(server: Fa
         )
 
 
+@either
 async def test_a_token_file_that_cannot_be_taken_is_shown_until_it_can(
-    server: FakeRealtime, tmp_path: Path
+    server: Server, tmp_path: Path
 ) -> None:
     place = tmp_path / "token"
     place.write_text(jwt(wall() + 600))
-    stream = realtime_link(
-        server.url, "publishable", TOPIC, Tokens(file=place, wall=wall), settings=QUICK, wall=wall
-    )
+    stream = stream_to(server, Tokens(file=place, wall=wall, nats_jwt=jwt(wall() + 600)))
     async with running(stream) as link:
         await link.live()
         assert link.stream.problems() == ()
