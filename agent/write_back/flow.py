@@ -130,9 +130,13 @@ class WriteBack:
         if tuple(rules) == self.states.rules and self._task is not None:
             return
         self.stop()
-        self.states.rules = tuple(rules)
+        left = self.states.follow(rules)
         try:
             self._store.set_rules(rules)
+            for number in left:
+                self._store.refuse(number, "glob")
+            self._store.remove(self.states.taken_back)
+            self.states.taken_back.clear()
         except StoreFailed as error:
             log.warning("write_back.unrecorded", why=str(error))
         log.info("write_back.rules", rules=len(rules))

@@ -357,6 +357,43 @@ async def test_without_rules_there_is_nothing_and_they_are_followed_while_it_run
 
 
 @real
+async def test_what_other_rules_do_not_speak_of_is_not_offered_and_is_drift(
+    world: World, writer: Writer
+) -> None:
+    """Outputs that wait when the rules are changed, one of them replaced by a save already; then rules taken away."""
+    async with world.run(rules=RULES, drift_policy="restore") as run:
+        await watched(run)
+        back = run.write_back
+        assert back is not None
+        back._pace.wait(1_000)
+        put(world, "lock", "a tool's")
+        put(world, "src/x.gen.ts", "a tool's")
+        await run.until(lambda: len(back.states.outputs) == 2, REAL_DEADLINE)
+        run.send(world.database.commit({"src/x.gen.ts": "a person's"}))
+        await run.until(lambda: world.on_disk.get("src/x.gen.ts") == "a person's", REAL_DEADLINE)
+        back.configure((Rule("gen/**"),))
+        back._pace._not_before = 0.0
+        put(world, "gen/a", "2")
+        await given(run, world, "gen/a", "2")
+        await clean(run)
+        assert writer.paths == ["gen/a"]
+        report = back.report()
+        assert report is not None
+        assert report["kept_refused"] == 1, "nobody else has what the save replaced"
+        await run.until(lambda: world.on_disk["lock"] == "1", REAL_DEADLINE)
+        back._pace.wait(1_000)
+        put(world, "gen/b", "2")
+        await run.until(lambda: len(back.states.outputs) == 1, REAL_DEADLINE)
+        back.configure(())
+        await run.until(lambda: world.on_disk["gen/b"] == "1", REAL_DEADLINE)
+        back._pace._not_before = 0.0
+        back.configure(RULES)
+        put(world, "gen/a", "3")
+        await given(run, world, "gen/a", "3")
+        assert [path for path in writer.paths if path != "gen/a"] == []
+
+
+@real
 async def test_when_much_vanishes_nothing_is_offered_until_it_is_back(world: World, writer: Writer) -> None:
     world.database.commit({f"gen/{n}": "1" for n in range(6)})
     async with world.run(rules=RULES) as run:
