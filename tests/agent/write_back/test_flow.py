@@ -6,6 +6,7 @@ The same against the real orchestrator is in `tests/system/test_write_back.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Coroutine
@@ -354,6 +355,32 @@ async def test_without_rules_there_is_nothing_and_they_are_followed_while_it_run
         run.send(world.database.commit({"lock": "person"}))
         await run.until(lambda: world.on_disk["lock"] == "person", REAL_DEADLINE)
         assert len(writer.offers) == offers
+
+
+@real
+async def test_a_record_that_another_has_open_is_left_as_it_is(world: World, writer: Writer) -> None:
+    """It was taken for damaged, and what was on record was offered by nobody."""
+    place = world.place / "write-back.sqlite"
+    async with world.run(rules=RULES) as run:
+        await watched(run)
+        assert run.write_back is not None
+        run.write_back._pace.wait(1_000)
+        put(world, "lock", "2")
+        await run.until(lambda: bool(run.write_back and run.write_back.states.outputs), REAL_DEADLINE)
+    with contextlib.closing(sqlite3.connect(place, isolation_level=None)) as other:
+        other.execute("pragma locking_mode = exclusive")
+        other.execute("begin exclusive")
+        async with world.run(rules=RULES) as run:
+            await watched(run)
+            put(world, "gen/a", "2")
+            await run.until(lambda: state_of(run, "gen/a") is not None, REAL_DEADLINE)
+            report = run.write_back.report() if run.write_back else None
+            assert report is not None
+            assert "cannot be read" in report["failure"]
+            assert writer.offers == []
+    async with world.run(rules=RULES) as run:
+        await given(run, world, "lock", "2")
+        await given(run, world, "gen/a", "2")
 
 
 @real
