@@ -93,7 +93,7 @@ def _rule(each: object) -> Rule:
 def _compiled(glob: str) -> re.Pattern[str]:
     """A pattern that takes time by the length of a path, not by a power of it: the container chooses the path.
 
-    What stands between two wildcards is looked for once, at its first place: where it is further on, the first does, too.
+    What stands between two wildcards is looked for once, at its first place: where a later one does, that one does.
     """
     groups: list[list[str]] = [[]]
     for segment in glob.split("/"):
