@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from agent.core.globs import Rule
 from agent.core.model import RelPath
+from agent.sync.preview import Unseen, What
 from agent.write_back import pace, states, watch
 from tests.agent.sync.world import REAL_DEADLINE, Run, World, refused, whole_head
 from tests.agent.write_back.writing import Writer
@@ -127,6 +128,38 @@ async def test_what_was_taken_is_applied_without_its_event_and_an_old_head_is_no
         await run.at_rest()
         assert world.orchestrator.reasons == []
         assert world.orchestrator.fetched == 1
+
+
+class Shown(Unseen):
+    """A preview that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Mapping[RelPath, What]] = []
+
+    def commit(self, revision: int, changes: Mapping[RelPath, What]) -> None:
+        self.told += [changes] if changes else []
+
+
+@real
+async def test_the_preview_is_told_of_what_was_taken(world: World, writer: Writer) -> None:
+    """A watcher does not hear a tool within 50 ms of a save: six pages of sixteen showed what was before."""
+    async with world.run(rules=RULES) as run:
+        await watched(run)
+        run.sync._preview = shown = Shown()
+        put(world, "lock", "2")
+        put(world, "gen/new", "1")
+        (world.root / "gen/old").unlink()
+        await clean_after(run, world, {"lock": "2", "gen/new": "1", "gen/old": None})
+        assert {path: what for each in shown.told for path, what in each.items()} == {
+            "lock": "change",
+            "gen/new": "add",
+        }
+
+
+async def clean_after(run: Run, world: World, files: dict[str, str | None]) -> None:
+    for path, content in files.items():
+        await given(run, world, path, content)
+    await clean(run)
 
 
 @real
