@@ -362,7 +362,7 @@ class Settings(DoorSettings, RelaySettings):
     """Seconds for any one request; above every single call it makes."""
     write_back_registries: str = ""
     """Hosts, apart by blanks, that a lock file which a container gives back may name, beside npm's and Yarn's public
-    ones and those that the project's own lock file names already."""
+    ones and those that the project's own lock file installs from already."""
     body_limit: int = Field(65_536, ge=1024)
     """Bytes. The largest honest body of the session API, a status with its problems, is cut to 32 KB by the agent."""
 

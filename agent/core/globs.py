@@ -91,15 +91,29 @@ def _rule(each: object) -> Rule:
 
 @lru_cache(maxsize=512)
 def _compiled(glob: str) -> re.Pattern[str]:
-    parts: list[str] = []
-    segments = glob.split("/")
-    for number, segment in enumerate(segments):
-        last = number == len(segments) - 1
+    """A pattern that takes time by the length of a path, not by a power of it: the container chooses the path.
+
+    What stands between two wildcards is looked for once, at its first place: where a later one does, that one does.
+    """
+    groups: list[list[str]] = [[]]
+    for segment in glob.split("/"):
         if segment == "**":
-            parts.append(".+" if last else "(?:[^/]+/)*")
-            continue
-        text = "".join(
-            "[^/]*" if mark == "*" else "[^/]" if mark == "?" else re.escape(mark) for mark in segment
-        )
-        parts.append(text if last else f"{text}/")
+            groups.append([])
+        else:
+            groups[-1].append(_segment(segment))
+    first, *between, last = groups if len(groups) > 1 else [[], *groups]
+    if len(groups) == 1:
+        return re.compile("/".join(last), re.DOTALL)
+    parts = [f"{segment}/" for segment in first]
+    parts += [f"(?>(?:[^/]+/)*?{'/'.join(group)}/)" for group in between if group]
+    parts.append(f"(?:[^/]+/)*{'/'.join(last)}" if last else ".+")
     return re.compile("".join(parts), re.DOTALL)
+
+
+def _segment(text: str) -> str:
+    first, *more = (
+        "".join("[^/]" if mark == "?" else re.escape(mark) for mark in part) for part in text.split("*")
+    )
+    if not more:
+        return first
+    return "".join((first, *(f"(?>[^/]*?{part})" for part in more[:-1] if part), "[^/]*", more[-1]))

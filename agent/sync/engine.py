@@ -31,7 +31,7 @@ from agent.sync.drift import DriftWatch, Observed
 from agent.sync.drift_policy import DriftPolicy, Policy
 from agent.sync.hydrate import Hydration, observe_build
 from agent.sync.intake import Intake
-from agent.sync.preview import Preview, Unseen, changes_of
+from agent.sync.preview import Preview, Unseen, changes_of, files_of
 from agent.sync.recording import Recording
 from agent.sync.workspace import ApplyResult, Workspace
 from agent.telemetry.latency import LagMeter
@@ -189,6 +189,7 @@ class Sync:
         """
         cursor = self.tree.cursor if revision is None else self.tree.cursor.with_revision(revision)
         entries = {path: entry for path, (entry, _) in moved.items()}
+        self._preview.commit(cursor.revision, files_of(entries, self.tree.entries))
         self._follower.adopt(Tree(cursor, self.tree.entries.update(entries)))
         self._workspace.confirm(moved)
         self._recording.soon()

@@ -47,8 +47,20 @@ def changes_of(
     return {each.path: _what(each, before) for each in operations if each.path in done}
 
 
+def files_of(entries: Mapping[RelPath, Entry], before: Mapping[RelPath, Entry]) -> dict[RelPath, What]:
+    """Say what a watcher would of files that are on the disk already, by what was known of their paths before.
+
+    Vite's watcher does not say it of a tool that writes within 50 ms of a save; what it did say is not shown twice.
+    """
+    return {path: _file(path, before) for path, entry in entries.items() if entry.is_file}
+
+
+def _file(path: RelPath, before: Mapping[RelPath, Entry]) -> What:
+    known = before.get(path)
+    return "change" if known is not None and known.is_file else "add"
+
+
 def _what(operation: Operation, before: Mapping[RelPath, Entry]) -> What:
     if isinstance(operation, Remove):
         return "unlink"
-    known = before.get(operation.path)
-    return "change" if known is not None and known.is_file else "add"
+    return _file(operation.path, before)

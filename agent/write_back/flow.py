@@ -119,6 +119,8 @@ class WriteBack:
         if self._states is None:
             rules, outputs, last = self._store.load() if self._api is not None else ((), [], 0)
             self._states = States(rules, outputs, last)
+            if self._store.unread is not None:
+                log.error("write_back.unread", why=self._store.unread)
         return self._states
 
     # --- start and end
@@ -130,9 +132,13 @@ class WriteBack:
         if tuple(rules) == self.states.rules and self._task is not None:
             return
         self.stop()
-        self.states.rules = tuple(rules)
+        left = self.states.follow(rules)
         try:
             self._store.set_rules(rules)
+            for number in left:
+                self._store.refuse(number, "glob")
+            self._store.remove(self.states.taken_back)
+            self.states.taken_back.clear()
         except StoreFailed as error:
             log.warning("write_back.unrecorded", why=str(error))
         log.info("write_back.rules", rules=len(rules))
@@ -468,7 +474,7 @@ class WriteBack:
             **self._states.report(MOST_SHOWN),
             "outcomes": dict(self.outcomes),
             "kept_refused": refused,
-            "failure": self._pace.failure or None,
+            "failure": self._store.unread or self._pace.failure or None,
             "unwatched_directories": self._watch.unwatched if self._watch is not None else 0,
         }
 

@@ -159,6 +159,30 @@ class States:
         """Return the rule that speaks of `path`."""
         return rule_for(self.rules, path)
 
+    def follow(self, rules: Sequence[Rule]) -> list[int]:
+        """Take other rules. What they do not speak of is not offered any more, and is drift again from now on.
+
+        Returns the outputs that stay on record for a person, since saves have replaced them. What was sent already is
+        answered; what was replaced and may be given back still is offered.
+        """
+        self.rules = tuple(rules)
+        left: list[int] = []
+        for output in [o for o in self.outputs.values() if o.offer is None and self.rule(o.path) is None]:
+            if output.kept:
+                del self.outputs[output.number]
+                left.append(output.number)
+            else:
+                self.forget(output)
+        self._leave([path for path in self.paths if self.rule(path) is None])
+        self.vanished = {path for path in self.vanished if self.rule(path) is not None}
+        return left
+
+    def _leave(self, paths: Iterable[RelPath]) -> None:
+        """Follow paths no longer, unless an answer for them is on its way."""
+        for path in paths:
+            if (state := self.paths.get(path)) is not None and not self._on_its_way(state):
+                del self.paths[path]
+
     # --- what is seen
 
     def touched(self, path: RelPath, size: int, now: float) -> None:
@@ -340,6 +364,8 @@ class States:
             state.phase, state.rule = phase, answer.rule
             if state.due is None:
                 self.touched(output.path, state.size, now)  # what changed meanwhile is told by reading
+        if self.rule(output.path) is None:
+            self._leave([output.path])
         return moved
 
     # --- status

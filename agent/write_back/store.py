@@ -37,15 +37,33 @@ class StoreFailed(Exception):
     """The record could not be written, or is full."""
 
 
+_ACCESS = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+    }
+    | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR}
+)
+"""Failures that speak of access to the file and not of what is in it."""
+
+
 class Store:
     """The record at `path`. Every method but `load` raises `StoreFailed`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._sql: sqlite3.Connection | None = None
+        self.unread: str | None = None
+        """Why what is on record could not be read: nothing is written then, since it would go over that."""
 
     def load(self) -> tuple[tuple[Rule, ...], list[Output], int]:
-        """Return the rules that held last, the outputs on record, and the last number; a damaged file is put aside."""
+        """Return the rules that held last, the outputs on record, and the last number.
+
+        A damaged file is put aside; one that cannot be read now stays (`unread`).
+        """
         if not self._path.exists():
             return (), [], 0
         try:
@@ -54,8 +72,12 @@ class Store:
             rules = tuple(Rule(**each) for each in orjson.loads(found[0])) if found else ()
             last = sql.execute("select coalesce(max(number), 0) from outputs").fetchone()[0]
             return rules, [_output(row) for row in sql.execute(_SELECT)], last
-        except (sqlite3.Error, StoreFailed, ValueError, TypeError):
+        except (sqlite3.Error, StoreFailed, ValueError, TypeError) as error:
             self.close()
+            code = getattr(error, "sqlite_errorcode", None)
+            if code is not None and code & 0xFF in _ACCESS:
+                self.unread = f"the record of write-back cannot be read: {error}"
+                return (), [], 0
             with contextlib.suppress(OSError):
                 self._path.rename(self._path.with_suffix(".damaged"))
             for suffix in ("-wal", "-shm"):
@@ -136,6 +158,8 @@ class Store:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[sqlite3.Connection]:
+        if self.unread is not None:
+            raise StoreFailed(self.unread)
         try:
             yield self._sql or self._open()
         except (sqlite3.Error, OSError) as error:

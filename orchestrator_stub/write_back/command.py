@@ -28,6 +28,7 @@ def add_command(commands: Any, find: Callable[[argparse.Namespace], tuple[UUID, 
         "option: show it, and what waits for a decision. docs/write-back.md says what each preset trusts.",
         epilog="examples:\n  preview-orchestrator write-back - --preset lock --preset routes\n"
         "  preview-orchestrator write-back - --preset lock --authored 'src/components/**'\n"
+        "  preview-orchestrator write-back - --take 6f1c…\n"
         "  preview-orchestrator write-back - --off",
     )
     parser.add_argument("project", help="the project's id, or `-` for that of the `dev` that runs here")
@@ -41,6 +42,11 @@ def add_command(commands: Any, find: Callable[[argparse.Namespace], tuple[UUID, 
         "--authored", action="append", default=[], metavar="GLOB", help="proposed to members (repeatable)"
     )
     parser.add_argument("--off", action="store_true", help="take all rules away")
+    decision = parser.add_mutually_exclusive_group()
+    decision.add_argument("--show", type=UUID, metavar="ID", help="print what a tool made and what waits")
+    decision.add_argument("--take", type=UUID, metavar="ID", help="write what waits into the project")
+    decision.add_argument("--drop", type=UUID, metavar="ID", help="drop what waits: the project's stays")
+    parser.add_argument("--force", action="store_true", help="--take over a newer version")
     parser.add_argument("--json", action="store_true", help="the rules that are in force, as one JSON array")
     parser.add_argument(
         "--state",
@@ -96,6 +102,9 @@ def run_write_back(
 ) -> None:
     """Change what the options say, and show what is in force. Raises `psycopg.Error`."""
     with psycopg.connect(dsn, autocommit=True, connect_timeout=10) as db:
+        if arguments.show or arguments.take or arguments.drop:
+            say(_decided(db, project, arguments))
+            return
         rules = wanted_rules(arguments)
         if rules is not None:
             db.execute(SET, (project, Jsonb([dict(rule) for rule in rules])))
@@ -110,6 +119,39 @@ def run_write_back(
             say("write-back is off: nothing that a container makes goes back into the project")
         for glob, mode, max_bytes, deletes in rows:
             say(f"{mode:<9}  up to {max_bytes} bytes{', deletions too' if deletes else ''}  {glob}")
-        for kind in ("conflicts", "proposals"):
-            for kept_id, path, size in db.execute(WAITING.format(kind).encode(), (project,)).fetchall():
-                say(f"{kind[:-1]:<9}  {kept_id}  {size} bytes  {path}")
+        waits = [
+            f"{kind[:-1]:<9}  {kept_id}  {size} bytes  {path}"
+            for kind in ("conflicts", "proposals")
+            for kept_id, path, size in db.execute(WAITING.format(kind).encode(), (project,)).fetchall()
+        ]
+        for line in waits:
+            say(line)
+        if waits:
+            say("decide with --show ID, --take ID (the tool's) or --drop ID (the project's stays)")
+
+
+def _decided(db: psycopg.Connection[Any], project: UUID, arguments: argparse.Namespace) -> str:
+    """Show, take or drop one conflict or proposal. Returns what is to be said. Raises `psycopg.Error`."""
+    kept: UUID = arguments.show or arguments.take or arguments.drop
+    found = db.execute("select content from public.list_conflicts(%s, %s)", (project, kept)).fetchone()
+    if arguments.show:
+        found = (
+            found
+            or db.execute("select content from public.list_proposals(%s, %s)", (project, kept)).fetchone()
+        )
+        if found is None:
+            return f"nothing waits under {kept}"
+        return "a deletion" if found[0] is None else str(found[0])
+    if found is not None:
+        statement, more = (
+            "select public.resolve_conflict(%s, %s, %s)",
+            ["kept" if arguments.take else "current"],
+        )
+    elif arguments.take:
+        statement, more = "select public.accept_proposal(%s, %s, %s)", [arguments.force]
+    else:
+        statement, more = "select public.reject_proposal(%s, %s)", []
+    row = db.execute(statement.encode(), (project, kept, *more)).fetchone()
+    told: dict[str, Any] = row[0] if row else {}
+    at = f" in revision {told['revision']}" if told.get("revision") else ""
+    return f"{told['file_path']}: the tool's was {told['state']}{at}"

@@ -43,6 +43,19 @@ order by revision, file_path limit %s
 """
 """A session's id stands with what a container made, and with what a member took of it."""
 
+AGAIN: Final = """
+select file_path, version, revision, content, executable, is_deleted from public.project_files
+where project_id = %s and is_current_version and file_path = any(%s) and encoding = 'utf-8'
+"""
+
+WAITS: Final = """
+select kept_id, 'conflict', file_path from public.list_conflicts(%s)
+union all select kept_id, 'proposal', file_path from public.list_proposals(%s)
+"""
+MOST_NAMED: Final = 3
+"""Of what begins to wait at once; more are counted."""
+DECIDE: Final = "`preview-orchestrator write-back -` shows and decides"
+
 
 async def follow(
     presets: Sequence[str],
@@ -101,33 +114,64 @@ class Pull:
         self._sent = sent
         self._draft = scratch / "pulled.new"
         self._revision = 0
+        self._failed: dict[str, str] = {}
+        """By path, why what came back is not in the directory: it is tried again."""
+        self._waiting: set[UUID] = set()
+        """Conflicts and proposals that were said."""
 
     async def run(self, say: Callable[[str], object]) -> None:
         """Take what comes, for ever, and say a line of each file. While the database is away, wait."""
         while True:
             with suppress(psycopg.OperationalError):
-                for line in await self.step():
+                for line in [*await self.step(), *await self.waiting()]:
                     say(line)
             await asyncio.sleep(EVERY)
 
     async def step(self) -> list[str]:
         """Take what came since the last step; a line for each file. Raises `psycopg.OperationalError`."""
         lines: list[str] = []
+        if self._failed:
+            lines += await self._take_all(
+                await self._rows(AGAIN, self._project_id, [*self._failed][:AT_ONCE])
+            )
         while True:
-            async with self._pool.connection() as connection:
-                cursor = await connection.execute(CAME.encode(), (self._project_id, self._revision, AT_ONCE))
-                rows = await cursor.fetchall()
-            found = [Came(*row) for row in rows]
-            for came in found:
-                if (line := await asyncio.to_thread(self._take, came)) is not None:
-                    lines.append(line)
-            if lines:
-                await asyncio.to_thread(self._sent.keep)
+            found = await self._rows(CAME, self._project_id, self._revision, AT_ONCE)
+            lines += await self._take_all(found)
             if len(found) < AT_ONCE:
                 self._revision = max([self._revision, *(came.revision for came in found)])
                 return lines
             # Of one commit as much as came; what is left of it is asked for again, and is there already.
             self._revision = max(self._revision + 1, found[-1].revision) - 1
+
+    async def waiting(self) -> list[str]:
+        """Say what waits for a decision since the last time. Raises `psycopg.OperationalError`."""
+        async with self._pool.connection() as connection:
+            rows = await (await connection.execute(WAITS.encode(), [self._project_id] * 2)).fetchall()
+        new = [(kind, path) for kept_id, kind, path in rows if kept_id not in self._waiting]
+        self._waiting = {row[0] for row in rows}
+        if len(new) > MOST_NAMED:
+            return [f"{len(new)} files that tools made wait for a decision; {DECIDE}"]
+        return [f"{shown(path)} of a tool waits for a decision ({kind}); {DECIDE}" for kind, path in new]
+
+    async def _rows(self, statement: str, *values: object) -> list[Came]:
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(statement.encode(), values)
+            return [Came(*row) for row in await cursor.fetchall()]
+
+    async def _take_all(self, found: Sequence[Came]) -> list[str]:
+        lines: list[str] = []
+        for came in found:
+            said = self._failed.pop(came.path, None)
+            line = await asyncio.to_thread(self._take, came)
+            if line is not None and line != said:
+                lines.append(line)
+        if lines:
+            await asyncio.to_thread(self._sent.keep)
+        return lines
+
+    def _fails(self, path: str, why: str) -> str:
+        self._failed[path] = f"{shown(path)} came back and {why}"
+        return self._failed[path]
 
     def _take(self, came: Came) -> str | None:
         path, wanted = came.path, came.file
@@ -135,11 +179,11 @@ class Pull:
             return None
         try:
             if not self._is_reachable(path):
-                return f"{shown(path)} came back and is not taken: a link or a file is on the way to it"
+                return self._fails(path, "is not taken: a link or a file is on the way to it")
             read = read_file(self._root, path)
             mode = mode_of(self._root, path)
         except (Unreadable, OSError) as error:
-            return f"{shown(path)} came back and cannot be taken: {error}"
+            return self._fails(path, f"cannot be taken: {error}")
         ours = read[0] if read is not None else None
         before = self._sent.files.get(path)
         if ours is not None and wanted is not None and ours.digest == wanted.digest:
@@ -152,7 +196,7 @@ class Pull:
         try:
             self._replace(path, came, ours)
         except OSError as error:
-            return f"{shown(path)} came back and cannot be written: {error.strerror}"
+            return self._fails(path, f"cannot be written: {error.strerror}")
         if wanted is None:
             self._sent.files.pop(path, None)
             return f"{shown(path)} was removed by a tool"

@@ -306,29 +306,6 @@ def test_another_generation_or_history_writes_nothing(db: Db, on: Project) -> No
     refused(error, "PT410", "over")
 
 
-def test_two_generators_that_disagree_settle(db: Db, on: Project) -> None:
-    sessions = [session_of(db, on), session_of(db, on)]
-
-    def fight(rounds: int, people: str) -> int:
-        """Each session writes what its generator makes whenever it sees something else; versions that came of it."""
-        db.execute("delete from preview.write_back_state")  # the guard is tried, and not the rate
-        before = head(db, on.id)[1]
-        for n in range(rounds):
-            row = db.execute(
-                "select version, content from project_files_current where file_path = 'gen/x'"
-            ).fetchone()
-            wanted = f"{'AB'[n % 2]} {people}"
-            if row is None or row[1] != wanted:
-                offer(db, sessions[n % 2], change("gen/x", wanted, row[0] if row else 0))
-        return head(db, on.id)[1] - before
-
-    assert fight(24, "0") == 2
-    upsert(db, on.id, "src/input.ts", "1")
-    assert fight(24, "1") == 2, "somebody wrote another file: each may say once what comes of it"
-    upsert(db, on.id, "gen/x", "by hand")
-    assert fight(24, "1") <= 2
-
-
 def test_what_a_path_held_may_come_back_after_a_person_wrote(db: Db, on: Project) -> None:
     """A route is added and taken away again: the generated tree is what it was."""
     session = session_of(db, on)

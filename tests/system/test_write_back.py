@@ -1,4 +1,8 @@
-"""What tools make in the container goes back to the project: the real agent, npm, orchestrator and database."""
+"""What tools in a container make, end to end: the agent sees and offers it, the database judges it, the project has it.
+
+The tool is mostly this test, which writes into the project's directory as any program there does; beside it are npm
+and, in the nightly run, TanStack Router's generator and prettier.
+"""
 
 from __future__ import annotations
 
@@ -7,103 +11,120 @@ import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import pytest_asyncio
 
+from orchestrator_stub.write_back.presets import rules_of
 from tests.system.plane import Agent, Plane, Project, eventually, running_plane
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.asyncio(loop_scope="module")]
 
-FILES = {"src/app.ts": "app\n", "src/routes/index.ts": "export {}\n", "src/routeTree.gen.ts": "0\n"}
+GENERATED = "gen/a.txt"
 RULES = [
-    {"glob": "**/package-lock.json", "mode": "generated"},
-    {"glob": "**/*.gen.ts", "mode": "generated", "deletes": True},
+    {"glob": "gen/**", "mode": "generated", "deletes": True},
     {"glob": "src/components/**", "mode": "authored"},
+    *rules_of(["lock", "routes", "format"]),
 ]
-GENERATED = "src/routeTree.gen.ts"
 
 
-@pytest.fixture
-async def plane(database: str, tmp_path: Path) -> AsyncIterator[Plane]:
-    async with running_plane(database, tmp_path) as plane:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def plane(module_database: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plane]:
+    async with running_plane(module_database, tmp_path_factory.mktemp("plane")) as plane:
         yield plane
 
 
-async def project_with(plane: Plane, files: dict[str, str]) -> Project:
-    project = await plane.project(files)
+async def project_with(plane: Plane, files: dict[str, str] | None = None) -> Project:
+    project = await plane.project(files or {GENERATED: "0", "index.txt": "x"})
     await project.rpc("set_write_back", p_rules=RULES)
     return project
 
 
-async def started(project: Project, directory: Path) -> Agent:
-    agent = await project.session(directory)
+async def running(project: Project, directory: Path, **environ: str) -> Agent:
+    """An agent that gives back."""
+    agent = await project.session(directory, **environ)
     agent.start()
 
     async def gives_back() -> bool:
         report = await agent.status()
         return bool(report and report["write_back"] and report["link"]["state"] == "live")
 
-    await eventually("it gives back", gives_back, 60.0)
+    await eventually("it gives back", gives_back, 60)
     await agent.equal()
     return agent
 
 
-async def has(project: Project, path: str, content: str) -> None:
-    async def there() -> bool:
-        return (await project.files()).get(path) == content.encode()
+async def in_project(project: Project, path: str, content: str | None = None) -> str:
+    """The content of a path, once it is there, and that one."""
 
-    await eventually(f"{path} is in the project", there, 60.0)
+    async def there() -> bytes | None:
+        found = (await project.files()).get(path)
+        return found if found is not None and content in (None, found.decode()) else None
+
+    found: bytes = await eventually(f"{path} in the project", there, 60)
+    return found.decode()
 
 
-def history(database: str, project: Project, path: str) -> list[tuple[str, str]]:
+async def rows(project: Project, name: str, **more: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = await project.rpc(name, **more)
+    return found
+
+
+def history(project: Project, path: str = GENERATED) -> list[tuple[str, str]]:
     """Every content of a path and where it came from, oldest first."""
-    with psycopg.connect(database) as sql:
-        rows = sql.execute(
+    with psycopg.connect(project.plane.dsn) as sql:
+        found = sql.execute(
             "select content, origin from project_files where project_id = %s and file_path = %s order by version",
             (project.id, path),
         ).fetchall()
-    return [(str(content), str(origin)) for content, origin in rows]
+    return [(str(content), str(origin)) for content, origin in found]
 
 
-async def test_a_generator_goes_back_and_a_component_is_proposed(
-    plane: Plane, database: str, tmp_path: Path
+async def test_it_is_there_and_with_the_others_and_a_proposal_is_decided(
+    plane: Plane, tmp_path: Path
 ) -> None:
-    project = await project_with(plane, FILES)
-    agent = await started(project, tmp_path / "machine")
+    project = await project_with(plane)
+    one = await running(project, tmp_path / "one")
+    two = await running(project, tmp_path / "two")
     try:
-        tree = agent.tree
-        (tree / GENERATED).write_text("1\n")
-        (tree / "src/new").mkdir()
-        (tree / "src/new/made.gen.ts").write_text("made\n")
-        (tree / "src/components").mkdir()
-        (tree / "src/components/button.tsx").write_text("export const Button = 1\n")
-        await has(project, GENERATED, "1\n")
-        await has(project, "src/new/made.gen.ts", "made\n")
-        (tree / "src/new/made.gen.ts").unlink()
+        (one.tree / GENERATED).write_text("1")
+        (one.tree / "gen/deep").mkdir()
+        (one.tree / "gen/deep/b.txt").write_text("new")
+        (one.tree / "src/components").mkdir(parents=True)
+        component = one.tree / "src/components/New.tsx"
+        component.write_text("export default 1\n")
+        await in_project(project, GENERATED, "1")
+        await in_project(project, "gen/deep/b.txt", "new")
+        await two.equal()
+        assert two.files()["gen/deep/b.txt"] == b"new"
+        (one.tree / "gen/deep/b.txt").unlink()
 
         async def gone() -> bool:
-            return "src/new/made.gen.ts" not in await project.files()
+            return "gen/deep/b.txt" not in await project.files()
 
         await eventually("what the tool removed is gone", gone)
-
-        async def proposed() -> object:
-            return await project.rpc("list_proposals")
-
-        (proposal,) = await eventually("the component is proposed", proposed)
-        assert proposal["file_path"] == "src/components/button.tsx"
+        [proposal] = await eventually("a proposal", lambda: rows(project, "list_proposals"), 60)
+        assert proposal["file_path"] == "src/components/New.tsx"
         await project.rpc("accept_proposal", kept_id=proposal["kept_id"])
-        await agent.equal()
-        assert [origin for _, origin in history(database, project, GENERATED)][1:] == ["container"]
+        await one.equal()
+        await two.equal()
+        component.write_text("export default 2\n")
+        [proposal] = await eventually("another", lambda: rows(project, "list_proposals"), 60)
+        await project.rpc("reject_proposal", kept_id=proposal["kept_id"])
+        assert (await project.files())["src/components/New.tsx"] == b"export default 1\n"
+        assert [origin for _, origin in history(project)][1:] == ["container"]
         await project.rpc("set_write_back", p_rules=[])
 
         async def off() -> bool:
-            report = await agent.status()
+            report = await one.status()
             return report is not None and report["write_back"] is None
 
         await eventually("it gives back no more", off)
     finally:
-        agent.kill()
+        one.kill()
+        two.kill()
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs Node and npm")
@@ -116,13 +137,9 @@ async def test_an_install_by_package_json_alone_puts_its_lock_file_into_the_proj
         "dep/package.json": json.dumps({"name": "dep", "version": "1.0.0"}),
     }
     project = await project_with(plane, files)
-    agent = await started(project, tmp_path / "machine")
+    agent = await running(project, tmp_path / "machine")
     try:
-
-        async def locked() -> bytes | None:
-            return (await project.files()).get("package-lock.json")
-
-        content = await eventually("the lock file is in the project", locked, 120.0)
+        content = await in_project(project, "package-lock.json")
         assert json.loads(content)["packages"]["node_modules/dep"]["link"] is True
         await agent.equal()
 
@@ -131,28 +148,54 @@ async def test_an_install_by_package_json_alone_puts_its_lock_file_into_the_proj
             results = [line["result"] for line in lines]
             return results if len(results) > 1 else []
 
-        results = await eventually("the lock file that came back was looked at", installed_twice, 60.0)
+        results = await eventually("the lock file that came back was looked at", installed_twice, 60)
         assert results == ["installed", "current"], "and installed nothing"
     finally:
         agent.kill()
 
 
+@pytest.mark.parametrize("runs", [20, pytest.param(1000, marks=pytest.mark.nightly)])
+async def test_a_person_saves_while_a_tool_runs_and_nothing_is_lost(
+    plane: Plane, tmp_path: Path, runs: int
+) -> None:
+    """Every save of the person is in the history, and the last word of both is somewhere: on the disk or kept."""
+    project = await project_with(plane)
+    agent = await running(project, tmp_path / "machine")
+    saved = []
+    try:
+        for n in range(runs):
+            (agent.tree / GENERATED).write_text(f"by a tool {n}")
+            saved.append(f"by a person {n}")
+            await project.save(GENERATED, saved[-1])
+        await project.save("index.txt", "the end")
+
+        async def quiet() -> bool:
+            on_disk = agent.files().get(GENERATED)
+            return on_disk is not None and on_disk == (await project.files()).get(GENERATED)
+
+        await eventually("both the same", quiet, 120)
+        nothing_is_lost(project, saved)
+        assert (await project.files())[GENERATED].decode() == saved[-1], "a tool never goes over it"
+    finally:
+        agent.kill()
+
+
 @pytest.mark.nightly
-async def test_no_save_is_lost_among_the_runs_of_a_tool(plane: Plane, database: str, tmp_path: Path) -> None:
+async def test_a_tool_that_runs_beside_a_person_loses_nothing(plane: Plane, tmp_path: Path) -> None:
     runs = 1_000
-    project = await project_with(plane, FILES)
-    agent = await started(project, tmp_path / "machine")
+    project = await project_with(plane)
+    agent = await running(project, tmp_path / "machine")
     saved: list[str] = []
     try:
 
         async def tool() -> None:
             for number in range(runs):
-                (agent.tree / GENERATED).write_text(f"tool {number}\n")
+                (agent.tree / GENERATED).write_text(f"by a tool {number}")
                 await asyncio.sleep(0.02)
 
         async def person() -> None:
             for number in range(runs // 6):
-                saved.append(f"person {number}\n")
+                saved.append(f"by a person {number}")
                 await project.save(GENERATED, saved[-1])
                 await asyncio.sleep(0.05)
 
@@ -160,16 +203,21 @@ async def test_no_save_is_lost_among_the_runs_of_a_tool(plane: Plane, database: 
         await agent.equal(120.0)
     finally:
         agent.kill()
-    versions = history(database, project, GENERATED)
+    nothing_is_lost(project, saved)
+
+
+def nothing_is_lost(project: Project, saved: list[str]) -> None:
+    """Every save of a person is a version, in their order, and no output of a tool is two."""
+    versions = history(project)
     assert [content for content, origin in versions if origin != "container"][1:] == saved
     told = [content for content, origin in versions if origin == "container"]
     assert len(told) == len(set(told)), "one output, one version"
 
 
 @pytest.mark.nightly
-async def test_two_sessions_that_disagree_come_to_rest(plane: Plane, database: str, tmp_path: Path) -> None:
-    project = await project_with(plane, FILES)
-    agents = [await started(project, tmp_path / name) for name in ("a", "b")]
+async def test_two_sessions_that_disagree_come_to_rest(plane: Plane, tmp_path: Path) -> None:
+    project = await project_with(plane)
+    agents = [await running(project, tmp_path / name) for name in ("a", "b")]
     try:
         for _ in range(6):
             for name, agent in zip("ab", agents, strict=True):
@@ -177,8 +225,66 @@ async def test_two_sessions_that_disagree_come_to_rest(plane: Plane, database: s
                 if place.read_text() != f"generated by {name}\n":
                     place.write_text(f"generated by {name}\n")
             await asyncio.sleep(0.7)  # as generators do, whenever they see another's
-        told = [content for content, origin in history(database, project, GENERATED) if origin == "container"]
+        told = [content for content, origin in history(project) if origin == "container"]
         assert 1 <= len(told) <= 2
     finally:
         for agent in agents:
             agent.kill()
+
+
+TOOLS = """\
+import { createServer } from "node:http";
+import { execFileSync } from "node:child_process";
+import { watch, readFileSync, mkdirSync, writeFileSync } from "node:fs";
+const run = (name, ...words) => execFileSync(`node_modules/.bin/${name}`, words, { stdio: "inherit" });
+createServer((_, answer) => answer.end("ok")).listen(process.env.PORT ?? process.env.DEV_PORT, "127.0.0.1");
+run("tsr", "generate");
+mkdirSync("src/components", { recursive: true });
+writeFileSync("src/components/Made.tsx", "export const Made = 1;\\n");
+watch("src", { recursive: true }, (_, name) => {
+  if (!name?.endsWith("ugly.ts")) return;
+  try { if (/ {2}=/.test(readFileSync(`src/${name}`, "utf8"))) run("prettier", "--write", `src/${name}`); } catch {}
+});
+"""
+PACKAGE = {
+    "name": "tools", "private": True, "type": "module", "scripts": {"dev": "node tools.mjs"},
+    "devDependencies": {"prettier": "3", "@tanstack/router-cli": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.nightly
+async def test_real_tools(plane: Plane, tmp_path: Path) -> None:
+    """npm's lock file, TanStack Router's route tree, prettier on save, a component as a proposal."""
+    library = 'from "@tanstack/react-router";\nexport const Route ='
+    route = f'import {{ createFileRoute }} {library} createFileRoute("/")({{}});\n'
+    root = f"import {{ createRootRoute }} {library} createRootRoute();\n"
+    project = await project_with(
+        plane,
+        {
+            "package.json": json.dumps(PACKAGE),
+            "tools.mjs": TOOLS,
+            "tsr.config.json": "{}",
+            "src/routes/index.tsx": route,
+            "src/routes/__root.tsx": root,
+            "src/ugly.ts": "export const a = 1;\n",
+        },
+    )
+    agent = await project.session(tmp_path / "machine", HOME=str(tmp_path))
+    agent.start()
+    try:
+
+        async def lock() -> str | None:
+            found = (await project.files()).get("package-lock.json")
+            return found and found.decode()
+
+        made = json.loads(await eventually("npm's lock file", lock, 240))
+        assert "node_modules/prettier" in made["packages"]
+        tree = await in_project(project, "src/routeTree.gen.ts")
+        assert "IndexRoute" in tree
+        [proposal] = await eventually("a component", lambda: rows(project, "list_proposals"), 60)
+        await project.rpc("accept_proposal", kept_id=proposal["kept_id"])
+        await project.save("src/ugly.ts", "export   const b   = 2\n")
+        assert await in_project(project, "src/ugly.ts", "export const b = 2;\n")
+        assert (await project.files())["src/components/Made.tsx"]
+    finally:
+        agent.kill()

@@ -6,9 +6,10 @@ The same against the real orchestrator is in `tests/system/test_write_back.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from agent.core.globs import Rule
 from agent.core.model import RelPath
+from agent.sync.preview import Unseen, What
 from agent.write_back import pace, states, watch
 from tests.agent.sync.world import REAL_DEADLINE, Run, World, refused, whole_head
 from tests.agent.write_back.writing import Writer
@@ -126,6 +128,38 @@ async def test_what_was_taken_is_applied_without_its_event_and_an_old_head_is_no
         await run.at_rest()
         assert world.orchestrator.reasons == []
         assert world.orchestrator.fetched == 1
+
+
+class Shown(Unseen):
+    """A preview that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Mapping[RelPath, What]] = []
+
+    def commit(self, revision: int, changes: Mapping[RelPath, What]) -> None:
+        self.told += [changes] if changes else []
+
+
+@real
+async def test_the_preview_is_told_of_what_was_taken(world: World, writer: Writer) -> None:
+    """A watcher does not hear a tool within 50 ms of a save: six pages of sixteen showed what was before."""
+    async with world.run(rules=RULES) as run:
+        await watched(run)
+        run.sync._preview = shown = Shown()
+        put(world, "lock", "2")
+        put(world, "gen/new", "1")
+        (world.root / "gen/old").unlink()
+        await clean_after(run, world, {"lock": "2", "gen/new": "1", "gen/old": None})
+        assert {path: what for each in shown.told for path, what in each.items()} == {
+            "lock": "change",
+            "gen/new": "add",
+        }
+
+
+async def clean_after(run: Run, world: World, files: dict[str, str | None]) -> None:
+    for path, content in files.items():
+        await given(run, world, path, content)
+    await clean(run)
 
 
 @real
@@ -354,6 +388,69 @@ async def test_without_rules_there_is_nothing_and_they_are_followed_while_it_run
         run.send(world.database.commit({"lock": "person"}))
         await run.until(lambda: world.on_disk["lock"] == "person", REAL_DEADLINE)
         assert len(writer.offers) == offers
+
+
+@real
+async def test_a_record_that_another_has_open_is_left_as_it_is(world: World, writer: Writer) -> None:
+    """It was taken for damaged, and what was on record was offered by nobody."""
+    place = world.place / "write-back.sqlite"
+    async with world.run(rules=RULES) as run:
+        await watched(run)
+        assert run.write_back is not None
+        run.write_back._pace.wait(1_000)
+        put(world, "lock", "2")
+        await run.until(lambda: bool(run.write_back and run.write_back.states.outputs), REAL_DEADLINE)
+    with contextlib.closing(sqlite3.connect(place, isolation_level=None)) as other:
+        other.execute("pragma locking_mode = exclusive")
+        other.execute("begin exclusive")
+        async with world.run(rules=RULES) as run:
+            await watched(run)
+            put(world, "gen/a", "2")
+            await run.until(lambda: state_of(run, "gen/a") is not None, REAL_DEADLINE)
+            report = run.write_back.report() if run.write_back else None
+            assert report is not None
+            assert "cannot be read" in report["failure"]
+            assert writer.offers == []
+    async with world.run(rules=RULES) as run:
+        await given(run, world, "lock", "2")
+        await given(run, world, "gen/a", "2")
+
+
+@real
+async def test_what_other_rules_do_not_speak_of_is_not_offered_and_is_drift(
+    world: World, writer: Writer
+) -> None:
+    """Outputs that wait when the rules are changed, one of them replaced by a save already; then rules taken away."""
+    async with world.run(rules=RULES, drift_policy="restore") as run:
+        await watched(run)
+        back = run.write_back
+        assert back is not None
+        back._pace.wait(1_000)
+        put(world, "lock", "a tool's")
+        put(world, "src/x.gen.ts", "a tool's")
+        await run.until(lambda: len(back.states.outputs) == 2, REAL_DEADLINE)
+        run.send(world.database.commit({"src/x.gen.ts": "a person's"}))
+        await run.until(lambda: world.on_disk.get("src/x.gen.ts") == "a person's", REAL_DEADLINE)
+        back.configure((Rule("gen/**"),))
+        back._pace._not_before = 0.0
+        put(world, "gen/a", "2")
+        await given(run, world, "gen/a", "2")
+        await clean(run)
+        assert writer.paths == ["gen/a"]
+        report = back.report()
+        assert report is not None
+        assert report["kept_refused"] == 1, "nobody else has what the save replaced"
+        await run.until(lambda: world.on_disk["lock"] == "1", REAL_DEADLINE)
+        back._pace.wait(1_000)
+        put(world, "gen/b", "2")
+        await run.until(lambda: len(back.states.outputs) == 1, REAL_DEADLINE)
+        back.configure(())
+        await run.until(lambda: world.on_disk["gen/b"] == "1", REAL_DEADLINE)
+        back._pace._not_before = 0.0
+        back.configure(RULES)
+        put(world, "gen/a", "3")
+        await given(run, world, "gen/a", "3")
+        assert [path for path in writer.paths if path != "gen/a"] == []
 
 
 @real

@@ -79,7 +79,7 @@ CASES = [
     ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}, tarball: {ELSEWHERE}}}"), "lock_registry"),
     ("pnpm-lock.yaml", pnpm("{commit: abc, repo: git@host.test:a, type: git}"), "lock_registry"),
     ("pnpm-lock.yaml", pnpm(f"{{tarball: {URL}}}"), "lock_integrity"),
-    ("pnpm-lock.yaml", pnpm(f"\n      integrity: {HASH}\n      tarball: {ELSEWHERE}"), "lock_format"),
+    ("pnpm-lock.yaml", pnpm(f"\n      integrity: {HASH}\n      tarball: {ELSEWHERE}"), "lock_registry"),
     ("pnpm-lock.yaml", "a: 1\n", "lock_format"),
     ("yarn.lock", yarn_1(f'resolved "{URL}#abc"', f"integrity {HASH}"), None),
     ("yarn.lock", yarn_1(f'resolved "{ELSEWHERE}#abc"', f"integrity {HASH}"), "lock_registry"),
@@ -104,6 +104,75 @@ CASES = [
     ("src/index.ts", "anything", None),
 ]
 
+SHA = "a" * 128
+GOOD = json.dumps({"version": "1.0.0", "resolved": URL, "integrity": HASH})
+BAD = json.dumps({"version": "1.0.0", "resolved": ELSEWHERE, "integrity": HASH})
+CASES += [
+    # npm installs by these fields, whatever else an entry says of itself.
+    ("package-lock.json", npm(inBundle=True, resolved=ELSEWHERE, integrity=HASH), "lock_registry"),
+    ("package-lock.json", npm(version=ELSEWHERE, integrity=HASH), "lock_registry"),
+    ("package-lock.json", npm(name=f"a@{ELSEWHERE}#", integrity=HASH), "lock_registry"),
+    ("package-lock.json", npm(name="b", integrity=HASH), None),
+    (
+        "package-lock.json",
+        f'{{"packages": {{}}, "dependencies": {{"a": {GOOD}, "b": {{"version": "npm:c@1.0.0", "resolved": "{URL}",'
+        f' "integrity": "{HASH}"}}, "web": {{"version": "file:apps/web"}}}}}}',
+        None,
+    ),
+    ("package-lock.json", f'{{"packages": {{}}, "dependencies": {{"a": {BAD}}}}}', "lock_registry"),
+    (
+        "package-lock.json",
+        f'{{"packages": {{}}, "dependencies": {{"a": {GOOD[:-1]}, "dependencies": {{"b": {BAD}}}}}}}}}',
+        "lock_registry",
+    ),
+    (
+        "package-lock.json",
+        f'{{"packages": {{}}, "dependencies": {{"a": {{"version": "{ELSEWHERE}", "integrity": "{HASH}"}}}}}}',
+        "lock_registry",
+    ),
+    # Readers differ in which of two they take; JSON.parse makes this name a field, and copying it more than that.
+    ("package-lock.json", f'{{"packages": {{"node_modules/a": {BAD}, "node_modules/a": {GOOD}}}}}', "lock_format"),
+    ("package-lock.json", npm(integrity=HASH, __proto__={"resolved": ELSEWHERE}), "lock_format"),
+    ("package-lock.json", "\ufeff" + npm(resolved=URL, integrity=HASH), "lock_format"),
+    ("package-lock.json", '{"packages": ' + '{"a":' * 50_000 + "1" + "}" * 50_001, "lock_format"),
+    ("bun.lock", bun("a@1.0.0", "", {}, HASH).replace('"a": [', '"a": ["a@git+ssh://x"], "a": ['), "lock_format"),
+    ("bun.lock", bun(f"a@{ELSEWHERE}?@workspace:", "", {}, HASH), "lock_registry"),
+    ("bun.lock", bun(f"a@{ELSEWHERE}", "", {}, HASH), "lock_registry"),
+    # YAML: what a parser makes of it, not what its lines look like.
+    ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}, type: binary, url: {ELSEWHERE}}}"), "lock_registry"),
+    ("pnpm-lock.yaml", pnpm(f'{{integrity: {HASH}, "tarball": "{ELSEWHERE}"}}'), "lock_registry"),
+    ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}, t: &t {ELSEWHERE}}}"), "lock_format"),
+    ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}}} # {{"), None),
+    ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}}}\n    resolution: {{tarball: {ELSEWHERE}}}"), "lock_format"),
+    ("pnpm-lock.yaml", pnpm(f"\n      integrity: {HASH}\n      tarball: {URL}"), None),
+    ("pnpm-lock.yaml", pnpm(f"{{integrity: {HASH}}}") + "---\npackages: {}\n", "lock_format"),
+    ("pnpm-lock.yaml", "lockfileVersion: 9\npackages:\n  ? {a: b}\n  : c\n", "lock_format"),
+    ("pnpm-lock.yaml", "lockfileVersion: 9\nx:\n " + "- " * 400_000, "lock_format"),
+    ("pnpm-lock.yaml", "lockfileVersion: 9\nx: " + "[" * 400_000, "lock_format"),
+    ("yarn.lock", yarn_4("a@npm:1.0.0", "conditions: os=aix & cpu=ppc64"), None),
+    (
+        "yarn.lock",
+        yarn_4("a@npm:1.0.0::__archiveUrl=https%3A%2F%2Felsewhere.test%2Fa.tgz", "conditions: os=aix"),
+        "lock_registry",
+    ),
+    ("yarn.lock", yarn_4(f"a@{ELSEWHERE}?@npm:1.0.0", f"checksum: 10c0/{SHA}"), "lock_registry"),
+    ("yarn.lock", yarn_4(f"a@{ELSEWHERE}?workspace:", f"checksum: 10c0/{SHA}"), "lock_registry"),
+    ("yarn.lock", yarn_4("a@patch:a@npm%3A1.0.0#optional!builtin<compat/a>", f"checksum: 10c0/{SHA}"), None),
+    ("yarn.lock", yarn_4("a@patch:a@https%3A%2F%2Felsewhere.test%2Fa#x", f"checksum: 10c0/{SHA}"), "lock_registry"),
+    ("yarn.lock", yarn_4("a@npm:1.0.0", f"checksum: 10c0/{SHA}", f'resolved: "{ELSEWHERE}"'), "lock_format"),
+    # Yarn 1 has a grammar of its own.
+    ("yarn.lock", yarn_1(f'resolved "{URL}"', f'resolved "{ELSEWHERE}" # x', f"integrity {HASH}"), "lock_format"),
+    ("yarn.lock", yarn_1(f'resolved "{URL}"', f'resolved "{ELSEWHERE}"', f"integrity {HASH}"), "lock_format"),
+    ("yarn.lock", yarn_1("# x", f'resolved "{ELSEWHERE}"').replace('"1.0.0"', '"1.0.0" # x'), "lock_format"),
+    ("yarn.lock", yarn_1(f'resolved "{URL}" resolved "{ELSEWHERE}"', f"integrity {HASH}"), "lock_format"),
+    (
+        "yarn.lock",
+        yarn_1(f'resolved "{URL}"', f"integrity {HASH}", "dependencies:", '  b "^1"', '  "@c/d" "1 || 2"'),
+        None,
+    ),
+    ("yarn.lock", "# yarn lockfile v1\n\n\n", None),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("path", "content", "rule"), CASES)
 def test_each_entry_is_from_a_known_registry_with_its_hash(path: str, content: str, rule: str | None) -> None:
@@ -115,6 +184,14 @@ def test_each_entry_is_from_a_known_registry_with_its_hash(path: str, content: s
 )
 def test_what_the_project_has_already_is_not_asked_again(path: str, content: str, rule: str | None) -> None:
     assert lock_problem(path, content, content, frozenset()) is None
+
+
+def test_an_address_that_is_no_packages_source_makes_no_registry() -> None:
+    """Where to send money, and what a text names, is not where to install from."""
+    funding = {"url": ELSEWHERE}
+    before = npm(resolved=URL, integrity=HASH, funding=funding, deprecated=f"see {ELSEWHERE}")
+    after = npm(version="2.0.0", resolved=ELSEWHERE, integrity=HASH)
+    assert lock_problem("package-lock.json", after, before, frozenset()) == "lock_registry"
 
 
 def test_a_host_of_the_projects_own_lock_file_may_have_more_packages() -> None:

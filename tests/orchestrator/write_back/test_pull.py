@@ -135,3 +135,37 @@ async def test_what_a_member_accepts_comes_too_and_many_come_in_steps(
         offer(db, session, *(change(f"gen/{part}-{n}", "x") for n in range(AT_ONCE - 8)))
     assert len(await pull.step()) == 3 * (AT_ONCE - 8)
     assert len([*(root / "gen").iterdir()]) == 3 * (AT_ONCE - 8)
+
+
+async def test_what_could_not_be_taken_is_taken_once_it_can_be(
+    db: psycopg.Connection[Any], project: Project, pull: Pull, root: Path
+) -> None:
+    (root / "gen").mkdir()
+    (root / "gen/in").write_text("a file, where a directory is to be")
+    offer(db, session_of(db, project), change("gen/in/b", "x"), change("gen/c", "x"))
+    [_, line] = await pull.step()
+    assert line.startswith("gen/in/b came back and is not taken")
+    assert await pull.step() == [], "it is said once"
+    (root / "gen/in").unlink()
+    assert await pull.step() == ["gen/in/b came back"]
+    assert (root / "gen/in/b").read_text() == "x"
+    assert await pull.step() == []
+
+
+async def test_what_waits_for_a_decision_is_said_once(
+    db: psycopg.Connection[Any], project: Project, pull: Pull
+) -> None:
+    session = session_of(db, project)
+    assert await pull.waiting() == []
+    upsert(db, project.id, "gen/a", "a person's")
+    offer(db, session, change("gen/a", "a tool's"), change("src/b", "new"))
+    lines = await pull.waiting()
+    assert [line.partition(";")[0] for line in lines] == [
+        "gen/a of a tool waits for a decision (conflict)",
+        "src/b of a tool waits for a decision (proposal)",
+    ]
+    assert await pull.waiting() == []
+    offer(db, session, *(change(f"src/{n}", "new") for n in range(5)))
+    assert [line.partition(";")[0] for line in await pull.waiting()] == [
+        "5 files that tools made wait for a decision"
+    ]
