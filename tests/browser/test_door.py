@@ -209,7 +209,7 @@ def comes_back(browser: Browser, doors: Doors, restarts: int, open_seconds: floa
 
 
 def test_a_page_comes_back_by_itself_when_its_door_does(browser: Browser, doors: Doors) -> None:
-    comes_back(browser, doors, 5, 0)
+    comes_back(browser, doors, 2, 0)
 
 
 @pytest.mark.nightly
