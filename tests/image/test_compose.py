@@ -120,7 +120,7 @@ def checkout(engine: Engine, shell: dict[str, str], tmp_path: Path) -> Iterator[
     containers = engine.call(
         "ps", "--all", "--quiet", "--filter", "label=preview-sync.session"
     ).stdout.split()
-    engine.call("rm", "--force", "--time", "1", *OURS, *containers, check=False)
+    engine.call("rm", "--force", "--ignore", "--time", "1", *OURS, *containers, check=False)
     engine.call("untag", NEXT, NEXT, check=False)  # alone, it would take every name
     for kind, names in (("volume", VOLUMES), ("network", NETWORKS)):
         for name in names:
