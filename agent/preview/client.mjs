@@ -40,59 +40,39 @@ export function observe(hot, hmr, again) {
       ? Promise.resolve()
       : Promise.race([
           pause(500), // a page in an iframe that is not in view gets no frames
-          new Promise((resolve) =>
-            requestAnimationFrame(() => {
-              const channel = new MessageChannel();
-              channel.port1.onmessage = resolve;
-              channel.port2.postMessage(0);
-            }),
-          ),
+          new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve))),
         ]);
 
   /** The position of an error: its first frame in the project's own code.  @param {any} error */
   const position = (error) => {
-    const frames = [...String(error?.stack ?? "").matchAll(/(https?:\/\/[^\s()]+?):(\d+):(\d+)/g)];
-    const known = frames.filter(([, url]) => !url.includes("/@vite/"));
-    const own = known.find(([, url]) => !url.includes("/node_modules/")) ?? known[0];
+    const frames = [...String(error?.stack ?? "").matchAll(/(https?:\/\/(?![^\s()]*\/@vite\/)[^\s()]+?):(\d+):(\d+)/g)];
+    const own = frames.find(([, url]) => !url.includes("/node_modules/")) ?? frames[0];
     return own ? { file: own[1], line: +own[2], column: +own[3] } : {};
   };
   /** @param {string} kind @param {any} error @param {object} more */
   const fail = (kind, error, more = {}) => {
-    const message = String(error?.message ?? error)
-      .replace(/\?t=\d+/g, "")
-      .slice(0, 2000);
-    const found = { ...position(error), ...more };
+    const said = String(error?.message ?? error).replace(/\?t=\d+/g, "");
+    const [message, stack] = [said.slice(0, 2000), String(error?.stack ?? "").slice(0, 4000)];
+    const found = { ...more, ...position(error) };
     const key = JSON.stringify([kind, message, found]);
     const times = (reported.get(key) ?? 0) + 1;
     if (times === 1 && reported.size >= MOST) return;
     reported.set(key, times);
     if (times > 1 && times % 100) return; // a loop that fails is counted in hundreds
-    say("error", {
-      kind,
-      message,
-      revision: coming,
-      stack: String(error?.stack ?? "").slice(0, 4000),
-      count: times,
-      ...found,
-    });
+    say("error", { kind, message, revision: coming, stack, count: times, ...found });
   };
 
-  addEventListener(
-    "error",
-    (event) => {
-      const target = /** @type {any} */ (event.target);
-      if (event.message) {
-        const at = { file: event.filename, line: event.lineno, column: event.colno };
-        const known = position(event.error);
-        fail("runtime", event.error ?? event.message, "file" in known ? known : at);
-      } else if (target?.localName) {
-        fail("resource", `cannot load ${target.src || target.href || target.localName}`);
-        if (target.localName === "script") failed.add(target.src); // or something that it imports
-        say("ping", looks());
-      }
-    },
-    true,
-  );
+  /** @param {ErrorEvent} event  Of a script, or of what could not be loaded. */
+  const onError = ({ message, error, filename: file, lineno: line, colno: column, target: of }) => {
+    const target = /** @type {any} */ (of);
+    if (message) fail("runtime", error ?? message, { file, line, column });
+    else if (target?.localName) {
+      fail("resource", `cannot load ${target.src || target.href || target.localName}`);
+      if (target.localName === "script") failed.add(target.src); // or something that it imports
+      say("ping", looks());
+    }
+  };
+  addEventListener("error", onError, true);
   addEventListener("unhandledrejection", (event) => fail("rejection", event.reason));
   for (const level of /** @type {const} */ (["error", "warn"])) {
     const write = console[level];
@@ -180,14 +160,12 @@ export function observe(hot, hmr, again) {
     const had = sent;
     if (!again) return;
     await again.reachable(webSocket.url.split("?")[0]);
+    const probe = new WebSocket(webSocket.url, "vite-hmr");
     const same = await new Promise((resolve) => {
-      const probe = new WebSocket(webSocket.url, "vite-hmr");
-      probe.onopen = () => {
-        probe.close();
-        resolve(true);
-      };
+      probe.onopen = () => resolve(true);
       probe.onerror = () => resolve(false); // a server that was started since, which knows another token
     });
+    probe.close();
     if (!same) return;
     await again.connect();
     say("hello", { age: 0, sent: had });
@@ -205,11 +183,10 @@ export function observe(hot, hmr, again) {
     if (document.hidden) heard = performance.now();
     else if (performance.now() - heard > 12500) {
       // Not into a server that is gone. The proxy may have forgotten the browser's other connections too: all six are tried.
-      const asked = { method: "HEAD", signal: AbortSignal.timeout(4000) };
-      Promise.any(Array.from({ length: 6 }, () => fetch(location.href, asked))).then(
-        () => location.reload(),
-        () => {},
-      );
+      const asked = Array(6).fill({ method: "HEAD", signal: AbortSignal.timeout(4000) });
+      Promise.any(asked.map((each) => fetch(location.href, each)))
+        .then(() => location.reload())
+        .catch(() => {});
     }
     say("ping", looks());
   }, 5000);

@@ -6,7 +6,7 @@ import net from "node:net";
 import path from "node:path";
 import { observe } from "./client.mjs";
 import { locate, original } from "./position.mjs";
-import { Screen } from "./screen.mjs";
+import { GONE, Screen } from "./screen.mjs";
 
 /** @typedef {import("vite").ViteDevServer} Server */
 /** @typedef {"add" | "change" | "unlink"} What */
@@ -84,10 +84,10 @@ export function preview() {
   /** Tells what is shown: at once, then at most every REPORT_EVERY, the last state always. */
   function report() {
     if (reporting) return;
-    const now = JSON.stringify(screen.report());
-    if (now === reported) return;
-    reported = now;
-    tell({ state: screen.report() });
+    const state = screen.report();
+    if (JSON.stringify(state) === reported) return;
+    reported = JSON.stringify(state);
+    tell({ state });
     reporting = setTimeout(() => {
       reporting = null;
       report();
@@ -292,12 +292,6 @@ export function preview() {
     return load === said?.load && heard[event] <= PAGE_A_SECOND;
   }
 
-  /** @param {any} said  The position in the source of what a page says with one in what it was served. */
-  async function sourced(said) {
-    const found = await original(server, said);
-    return { ...found, file: relative(found.file) };
-  }
-
   /** @param {any} said */
   function rendered(said) {
     const page = screen.rendered(said, Date.now());
@@ -305,17 +299,13 @@ export function preview() {
     const revision = screen.applied;
     // What is blank or failed a second after the newest revision is loaded anew, once a revision. What cannot be built
     // cannot be loaded either.
-    const wrong = () =>
-      (page.failed || (page.blank && page.how === "update")) &&
-      healed !== revision &&
-      revision === screen.applied &&
-      !screen.builds.length;
-    if (wrong())
-      setTimeout(() => {
-        if (!wrong()) return;
-        healed = revision;
-        feed({ type: "custom", event: "preview:heal", data: {} });
-      }, 1000).unref();
+    const wrong = () => page.failed || (page.blank && page.how === "update");
+    const heal = () => {
+      if (!wrong() || healed === revision || revision !== screen.applied || screen.builds.length) return;
+      healed = revision;
+      feed({ type: "custom", event: "preview:heal", data: {} });
+    };
+    if (wrong()) setTimeout(heal, 1000).unref();
   }
 
   /** @param {any} said @param {any} client */
@@ -389,11 +379,7 @@ export function preview() {
     const on = (event, take) =>
       given.ws.on(`preview:${event}`, async (/** @type {any} */ said, /** @type {any} */ client) => {
         if (!admitted(event, said, client)) return;
-        try {
-          await take(said, client);
-        } catch {
-          // A page that says nonsense is not heard.
-        }
+        await new Promise((heard) => heard(take(said, client))).catch(() => {}); // nonsense is not heard
         report();
       });
     on("hello", hello);
@@ -405,13 +391,17 @@ export function preview() {
       client.send("preview:pong", { sent });
     });
     on("error", async (said) => {
-      const page = screen.hear(said, Date.now());
-      if (page) screen.failed(await sourced(said), said.load, Date.now());
+      if (!screen.hear(said, Date.now())) return;
+      const found = await original(server, said);
+      screen.failed({ ...found, file: relative(found.file) }, said.load, Date.now());
     });
     connect();
   }
 
-  setInterval(() => screen.tick(Date.now()) && report(), 2000).unref();
+  setInterval(() => {
+    screen.forget(Date.now(), GONE);
+    report();
+  }, 2000).unref();
   return {
     name: NAME,
     apply: "serve",

@@ -55,8 +55,8 @@ export function locate(error, module) {
  */
 export async function original(server, said) {
   const graph = server.environments?.client?.moduleGraph ?? server.moduleGraph;
-  /** @param {string} url */
-  const moduleAt = (url) => graph.getModuleByUrl(served(server, url));
+  /** @param {unknown} url */
+  const moduleAt = async (url) => (typeof url === "string" ? graph.getModuleByUrl(served(server, url)) : undefined);
   const missing = /module '([^']+)' does not provide an export named '([^']+)'/.exec(String(said.message));
   if (missing) {
     // The engine gives no position, or that of the import in what was served: it stands where the name is imported.
@@ -67,12 +67,8 @@ export async function original(server, said) {
       if (at) return { ...said, ...point(source, at.index), file: importer.file };
     }
   }
-  const url = typeof said.file === "string" ? said.file : undefined;
-  const module = url && (await moduleAt(url));
-  if (!module) {
-    const named = typeof said.module === "string" && (await moduleAt(said.module));
-    return { ...said, file: named ? named.file : url };
-  }
+  const module = await moduleAt(said.file);
+  if (!module) return { ...said, file: (await moduleAt(said.module))?.file ?? said.file };
   const map = module.transformResult?.map;
   const source = read(module.file);
   let { line, column } = said;

@@ -7,7 +7,7 @@ const MOST_ERRORS = 500;
 const MOST_OF_A_PAGE = 10;
 const MOST_LINES = 50;
 /** A page that said goodbye, or nothing for so long, is gone; timers of hidden pages run once a minute. */
-const GONE = 10_000;
+export const GONE = 10_000;
 const SILENT = { visible: 15_000, hidden: 150_000 };
 const KINDS = new Set(["build", "runtime", "rejection", "module", "resource", "console"]);
 const HOW = new Set(["update", "reload", "load"]);
@@ -44,17 +44,12 @@ export class Screen {
     if (!load) return undefined;
     let page = this.pages.get(load);
     if (!page) {
-      if (this.pages.size >= MOST_PAGES) this.forget();
+      if (this.pages.size >= MOST_PAGES) this.forget(now);
       if (this.pages.size >= MOST_PAGES) return undefined;
       page = { hidden: true, heard: now, gone: null, revision: -1, at: 0, how: "load", blank: false, failed: 0 };
       this.pages.set(load, page);
     }
     return Object.assign(page, { heard: now, gone: null, hidden: said.hidden === true });
-  }
-
-  /** Drops the pages that were left. */
-  forget() {
-    for (const [key, each] of this.pages) if (each.gone !== null) this.drop(key);
   }
 
   /** @param {any} said @param {number} now */
@@ -68,7 +63,7 @@ export class Screen {
     const page = this.hear(said, now);
     const revision = whole(said?.revision);
     if (!page || revision === null || revision > this.applied || revision < page.revision) return undefined;
-    if (page.revision < 0) this.forget(); // one of them was loaded anew
+    if (page.revision < 0) this.forget(now); // one of them was loaded anew
     const later = revision > page.revision || said.how !== page.how;
     if (later) page.at = now;
     const how = HOW.has(said.how) ? said.how : "load";
@@ -120,14 +115,15 @@ export class Screen {
     this.errors.delete(found.key);
   }
 
-  /** Forgets pages that are gone, with the errors that only they had. Returns whether there were any.  @param {number} now */
-  tick(now) {
-    const before = this.pages.size;
+  /**
+   * Forgets pages that were left or are silent, with the errors that only they had.
+   * @param {number} now @param {number} [left]  For how long a page that was left is kept, ms.
+   */
+  forget(now, left = -1) {
     for (const [key, page] of this.pages) {
       const silent = now - page.heard > (page.hidden ? SILENT.hidden : SILENT.visible);
-      if (silent || (page.gone !== null && now - page.gone > GONE)) this.drop(key);
+      if (silent || (page.gone !== null && now - page.gone > left)) this.drop(key);
     }
-    return this.pages.size !== before;
   }
 
   /** @param {string} load */

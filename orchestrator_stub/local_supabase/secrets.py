@@ -13,6 +13,8 @@ from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.platform.sealing import KEY_BYTES
 from orchestrator_stub.platform.tokens import Keyring
 
+RINGS = ("RUN_SETTINGS_KEYS", "DOOR_KEYS")
+"""Settings of keys that have names, each with one."""
 _EMPTY = re.compile(r"(?m)^([A-Z][A-Z0-9_]*)=[ \t]*$")
 _SECRET = re.compile(r"(?m)^SUPABASE_JWT_SECRET=[ \t]*(\S+)[ \t]*$")
 
@@ -32,6 +34,6 @@ def filled_in(text: str) -> str:
         "SUPABASE_JWT_SECRET": jwt_secret,
         "SUPABASE_ANON_KEY": keys.anon_key,
         "SUPABASE_SERVICE_ROLE_KEY": keys.service_key,
-        "RUN_SETTINGS_KEYS": f"k1:{b64encode(secrets.token_bytes(KEY_BYTES)).decode()}",
+        **{name: f"k1:{b64encode(secrets.token_bytes(KEY_BYTES)).decode()}" for name in RINGS},
     }
     return _EMPTY.sub(lambda line: f"{line[1]}={made.get(line[1], '')}", text)

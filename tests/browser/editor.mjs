@@ -193,11 +193,17 @@ const scenarios = {
     /** @type {string[]} */
     const answers = ["src/new.ts", "src/newer.ts"];
     page.on("dialog", (dialog) => dialog.accept(dialog.type() === "prompt" ? answers.shift() : undefined));
+    /** @type {(done?: unknown) => void} */
+    let typed = () => {};
+    const held = new Promise((done) => (typed = done));
+    const hold = async (/** @type {any} */ route) => route.continue(await held);
+    await page.route("**/rpc/upsert_project_file", hold, { times: 1 });
     await page.getByRole("button", { name: "New" }).click();
     await page.locator('.cm-content[aria-label="src/new.ts"]').waitFor();
     for (const text of ["export const first = 1\n", "export const second = 2\n"]) {
       await replace(page, text);
-      await page.keyboard.press("Control+s");
+      await page.keyboard.press("Control+s"); // the first of them while the file is still being made
+      typed();
       await page.waitForFunction(() => !/[●…(]/.test(document.querySelector(".tab.active")?.textContent ?? ""));
     }
     await page.getByRole("treeitem", { name: "new.ts" }).click();

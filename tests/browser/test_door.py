@@ -134,16 +134,23 @@ def shows(text: str) -> str:
 
 
 WAITING = "document.title === 'Starting your preview'"
+NOT_OPEN = "document.querySelector('[role=alert]')?.textContent.includes('not open to you')"
 
 
 @pytest.mark.parametrize("framed", [False, True], ids=["in a tab", "inside another site"])
-def test_a_start_is_seen_to_its_end_and_access_to_its(browser: Browser, doors: Doors, framed: bool) -> None:
+def test_a_start_and_a_wake_are_seen_to_their_end_and_access_to_its(
+    browser: Browser, doors: Doors, framed: bool
+) -> None:
     stack = doors.stack
     words(stack, "first")
     made = doors.api("POST", "/v1/sessions", project_id=stack.info["project_id"]).json()
     session = made["session_id"]
-    url = doors.url(session)
-    browser.do("open", url=doors.inside(url) if framed else url)
+
+    def open_it() -> None:
+        url = doors.url(session)
+        browser.do("open", url=doors.inside(url) if framed else url)
+
+    open_it()
     browser.do("wait", code=WAITING, inner=framed)
     said = browser.run("document.querySelector('[role=status]').textContent", inner=framed)
     assert said
@@ -153,6 +160,19 @@ def test_a_start_is_seen_to_its_end_and_access_to_its(browser: Browser, doors: D
     browser.run("void (window.kept = true)", inner=framed)
     words(stack, "second")
     browser.do("wait", code=f"window.kept && {shows('second')}", inner=framed)
+
+    # It sleeps when nobody looks, and wakes for whoever opens it.
+    browser.do("close")
+    assert doors.api("POST", f"/v1/sessions/{session}/suspend").json()["state"] == "suspended"
+    words(stack, "while it slept")
+    open_it()
+    browser.do("wait", code=shows("while it slept"), inner=framed, seconds=60)
+    waited = [each for each in browser.do("seen")["refused"] if each.startswith("503 ")]
+    assert waited, "the page that waits was there first"
+    browser.run("void (window.kept = true)", inner=framed)
+    words(stack, "awake")
+    browser.do("wait", code=f"window.kept && {shows('awake')}", inner=framed)
+
     # The door's cookie is nothing that the page's scripts see.
     assert "preview" not in browser.run("document.cookie", inner=framed)
     doors.api("POST", f"/v1/sessions/{session}/door/revoke")
@@ -160,6 +180,8 @@ def test_a_start_is_seen_to_its_end_and_access_to_its(browser: Browser, doors: D
     refused = "fetch('/src/App.tsx?t=' + Math.random()).then((answer) => answer.status === 401)"
     browser.do("wait", code=refused, inner=framed, seconds=5)
     print(f"refused after {time.monotonic() - begun:.2f} s")
+    browser.run("void setTimeout(() => location.reload())", inner=framed)
+    browser.do("wait", code=NOT_OPEN, inner=framed)
     doors.api("DELETE", f"/v1/sessions/{session}")
 
 
@@ -187,7 +209,7 @@ def comes_back(browser: Browser, doors: Doors, restarts: int, open_seconds: floa
 
 
 def test_a_page_comes_back_by_itself_when_its_door_does(browser: Browser, doors: Doors) -> None:
-    comes_back(browser, doors, 5, 0)
+    comes_back(browser, doors, 2, 0)
 
 
 @pytest.mark.nightly
@@ -210,4 +232,4 @@ def test_a_browser_that_blocks_the_cookie_is_told_and_has_a_way(browser: Browser
 def test_a_stranger_sees_that_it_is_not_open(browser: Browser, doors: Doors) -> None:
     url = urlsplit(doors.url(doors.stack.info["session_id"]))
     browser.do("open", url=f"{url.scheme}://{url.netloc}/")
-    browser.do("wait", code="document.querySelector('[role=alert]')?.textContent.includes('not open to you')")
+    browser.do("wait", code=NOT_OPEN)

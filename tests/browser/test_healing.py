@@ -200,7 +200,7 @@ def test_a_page_that_stays_blank_is_loaded_anew_once_for_a_revision(browser: Bro
 
 
 def test_a_page_whose_module_failed_to_load_once_is_loaded_anew(browser: Browser, served: Served) -> None:
-    served.until("nobody looks", lambda: served.report()["shown"] is None)
+    served.until("all is committed", lambda: served.report()["checked"] == served.revision)
     (served.root.parent / "fail-once").touch()
     browser.do("open", url=served.url)
     browser.do("wait", code="document.querySelector('[data-leaf]')?.dataset.leaf === 'good'")

@@ -151,7 +151,6 @@ def test_a_hidden_page_counts_as_hidden_and_shows_the_newest_when_it_is_looked_a
             (shown["pages"]["visible"], shown["pages"]["hidden"], shown["revision"]) if shown else (0, 0, 0)
         )
 
-    served.until("nobody looks", lambda: pages()[0] == 0)
     first = browser.do("tab", url=served.url)["target"]
     served.shown()
     second = browser.do("tab", url=served.url)["target"]
@@ -216,7 +215,7 @@ def test_a_page_that_floods_fills_neither_memory_nor_log_and_hides_no_error_of_o
     real = f"{LEAF}void (async () => {{\n  throw new Error('a real one')\n}})()\n"
     revision = served.apply({"src/Leaf.tsx": real})
     served.until("told", lambda: ("src/Leaf.tsx", 5, revision) in served.errors("rejection"))
-    browser.do("wait", "other", code="window.flooded() >= 90")
+    browser.do("wait", "other", code="window.flooded() >= 60")
     assert served.memory() - before < 50e6
     assert len(served.report()["errors"]) <= 50
     assert len(served.status()["log"]) - lines < 20

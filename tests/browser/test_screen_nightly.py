@@ -84,6 +84,47 @@ def test_a_vite_is_observed_gated_and_healed(browser: Browser, tmp_path: Path, v
             served.until("told", lambda: ("src/main.ts", 1, revision) in served.errors("build"))
 
 
+TAILWIND = """import type { Config } from 'tailwindcss'
+
+export default {
+  content: ['./index.html', './src/**/*.ts'],
+  theme: { extend: { colors: { brand: '%s' } } },
+} satisfies Config
+"""
+
+
+def test_a_changed_config_of_tailwind_is_in_the_page(browser: Browser, tmp_path: Path) -> None:
+    root = plain(tmp_path / "project", "8.3.8")
+    package = json.loads((root / "package.json").read_text())
+    package["devDependencies"]["tailwindcss"] = "3.4.17"  # a later one has no such file
+    written(
+        root,
+        {
+            "package.json": json.dumps(package),
+            "postcss.config.js": "export default { plugins: { tailwindcss: {} } }\n",
+            "tailwind.config.ts": TAILWIND % "#010203",
+            "src/index.css": "@tailwind utilities;\n",
+            "src/main.ts": f"import './index.css'\n{MAIN}said.className = 'text-brand'\n",
+        },
+    )
+    look = "getComputedStyle(document.querySelector('p'))"
+    with Served(root, tmp_path / "modules", seconds=INSTALL_SECONDS) as served:
+        served.until("observed", lambda: served.screen.observed)
+        browser.do("open", url=served.url)
+        browser.do("wait", code=f"{look}.color === 'rgb(1, 2, 3)'")
+        for n in (4, 5):
+            served.apply({"tailwind.config.ts": TAILWIND % f"#0{n}0{n}0{n}"})
+            browser.do("wait", code=f"{look}.color === 'rgb({n}, {n}, {n})'")
+            served.shown()
+        served.apply(words("after"))
+        browser.do("wait", code=f"{SAID} === 'after after'")
+        served.apply({"tailwind.config.ts": "export default {{\n"})
+        served.until("told", lambda: "build" in [each["kind"] for each in served.report()["errors"]])
+        served.apply({"tailwind.config.ts": TAILWIND % "#060606"})
+        browser.do("wait", code=f"{look}.color === 'rgb(6, 6, 6)'")
+        served.until("mended", lambda: served.errors("build", "module", "runtime") == [])
+
+
 @pytest.mark.parametrize("app", FRAMEWORKS, ids=lambda app: app.name)
 def test_a_framework_is_observed(browser: Browser, tmp_path: Path, app: App) -> None:
     root = written(tmp_path / "project", app.files)

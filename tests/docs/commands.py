@@ -183,9 +183,14 @@ WAYS: tuple[tuple[str, Way], ...] = (
     (r"curl -sf? .*|curl -X POST .*", Run()),
     # --- looking at a machine
     (r"(df|ls|cat) .*", Run()),
+    (r"openssl rand -base64 32", Run()),
     (r"dmesg .*", Run(unless="not permitted|not found")),
     (r"(apt-get|systemctl) .*", OnlyRead("a machine to install on")),
     (r"podman (logs|stats|exec).*|docker compose", MENTION),
+    (
+        r"podman rm -f preview-orchestrator|podman-compose -f deploy/compose\.yaml up -d|sh deploy/door\.sh",
+        ByTest("tests/image/test_compose.py::test_the_page_is_followed"),
+    ),
     (r"promtool (check|test) rules \S+", Run(says="SUCCESS")),
     # --- elsewhere
     (r"fly .*", FLY),

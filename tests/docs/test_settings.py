@@ -36,7 +36,7 @@ NOT_OURS = frozenset(
         "PREVIEW_TEST_DATABASE_URL", "IMAGE_BASE", "IMAGE_ENGINE", "IMAGE_PLATFORM", "TEMPLATE",
         # of a document's own example
         "SERVICE_KEY", "DEV_ENV_NAME", "NAME",
-        "API", "AUTH", "PROJECT", "SESSION", "PREVIEW", "PROMETHEUS",
+        "API", "AUTH", "PROJECT", "SESSION", "PREVIEW", "DOOR", "PROMETHEUS", "ENGINE",
         # of the configurations in docs/scale/nats
         "NATS_NAME", "NATS_STORE", "NATS_HUB", "NATS_ROUTES",
         # the system's

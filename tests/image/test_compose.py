@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "operations.md"
 ORCHESTRATOR = "localhost/preview-orchestrator:test"
 NEXT = "localhost/preview-agent:test-next"
 POSTGRES = "localhost/preview-postgres:test"
-OURS = ("preview-database", "preview-supabase", "preview-orchestrator")
+OURS = ("preview-database", "preview-supabase", "preview-orchestrator", "preview-door")
 NEEDED = {"podman-compose": "podman-compose", "prometheus": "prometheus", "promtool": "prometheus"}
 """Programs, and Debian's packages that have them."""
 DNSNAME = "golang-github-containernetworking-plugin-dnsname"
@@ -120,7 +120,7 @@ def checkout(engine: Engine, shell: dict[str, str], tmp_path: Path) -> Iterator[
     containers = engine.call(
         "ps", "--all", "--quiet", "--filter", "label=preview-sync.session"
     ).stdout.split()
-    engine.call("rm", "--force", "--time", "1", *OURS, *containers, check=False)
+    engine.call("rm", "--force", "--ignore", "--time", "1", *OURS, *containers, check=False)
     engine.call("untag", NEXT, NEXT, check=False)  # alone, it would take every name
     for kind, names in (("volume", VOLUMES), ("network", NETWORKS)):
         for name in names:
@@ -130,10 +130,11 @@ def checkout(engine: Engine, shell: dict[str, str], tmp_path: Path) -> Iterator[
 def test_the_page_is_followed(engine: Engine, shell: dict[str, str], checkout: Path) -> None:
     engine.build(ORCHESTRATOR, "deploy/Dockerfile")
     engine.build(POSTGRES, "tests/image/postgres/Dockerfile")
-    orchestrator, supabase, prometheus = free_port(), free_port(), free_port()
+    orchestrator, supabase, door, prometheus = (free_port() for _ in range(4))
     (checkout / "here.env").write_text(
         f"POSTGRES_IMAGE={POSTGRES}\nAGENT_IMAGE={TAG}\nORCHESTRATOR_IMAGE={ORCHESTRATOR}\n"
         f"ENGINE_SOCKET={shell['ENGINE_SOCKET']}\nORCHESTRATOR_PORT={orchestrator}\nSUPABASE_PORT={supabase}\n"
+        f"DOOR_PORT={door}\nPREVIEW_DOMAIN=preview.localhost:{door}\n"
     )
     scrape = checkout / "deploy" / "prometheus.yml"
     replacements = {
@@ -156,8 +157,8 @@ def test_the_page_is_followed(engine: Engine, shell: dict[str, str], checkout: P
     typed = [
         replace(s, commands=here(s.commands), shows=tuple(here(line) for line in s.shows)) for s in written()
     ]
-    # The six lines of `here.env` are counted with the file's own.
-    typed = [replace(s, shows=("16",) if s.shows == ("10",) else s.shows) for s in typed]
+    # The eight lines of `here.env` are counted with the file's own.
+    typed = [replace(s, shows=("21",) if s.shows == ("13",) else s.shows) for s in typed]
     try:
         told = follow(typed, checkout, shell, 600)
     except AssertionError as failed:

@@ -1,4 +1,4 @@
-"""deploy/: what its files name is what the code reads, and fly.toml has only keys that flyctl knows."""
+"""deploy/: what its files name is what the code reads, and what Fly is told has only keys that flyctl knows."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from orchestrator_stub.config import Settings, StandInSettings
+from orchestrator_stub.config import DoorSettings, Settings, StandInSettings
+from orchestrator_stub.door.decision import LIVEZ
+from orchestrator_stub.door.service import MOST_CONNECTIONS
 from orchestrator_stub.http.routes.shown import MOST_WAIT
 from orchestrator_stub.server.processes import STOP_GRACE
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FLY: dict[str, Any] = tomllib.loads((DEPLOY / "fly.toml").read_text())
+FLY_DOOR: dict[str, Any] = tomllib.loads((DEPLOY / "fly-door.toml").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+DOOR = (DEPLOY / "door.sh").read_text()
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 
 KEYS: dict[str, set[str]] = {
     "": {"app", "primary_region", "kill_signal", "kill_timeout", "build", "env", "deploy", "http_service", "checks",
-         "metrics", "restart", "vm"},
+         "metrics", "processes", "restart", "vm"},
     "build": {"dockerfile"},
     "deploy": {"release_command", "strategy"},
     "http_service": {"internal_port", "force_https", "auto_stop_machines", "auto_start_machines", "concurrency",
-                     "checks"},
+                     "checks", "processes"},
     "http_service.concurrency": {"type", "soft_limit", "hard_limit"},
     "http_service.checks": {"method", "path", "interval", "timeout", "grace_period"},
     "checks.*": {"type", "port", "path", "method", "interval", "timeout", "grace_period"},
     "metrics": {"port", "path"},
+    "processes": {"door"},
     "restart": {"policy"},
     "vm": {"size", "memory"},
 }  # fmt: skip
@@ -42,10 +48,11 @@ SECRETS = {
     "SUPABASE_SERVICE_ROLE_KEY",
     "FLY_API_TOKEN",
     "RUN_SETTINGS_KEYS",
+    "DOOR_KEYS",
 }
 
 
-def names(settings: type[Settings] | type[StandInSettings]) -> set[str]:
+def names(settings: type[DoorSettings] | type[StandInSettings]) -> set[str]:
     return {name.upper() for name in settings.model_fields}
 
 
@@ -53,7 +60,8 @@ def seconds(text: str) -> float:
     return float(text.removesuffix("s"))
 
 
-def test_every_key_of_fly_toml_is_one_that_flyctl_reads() -> None:
+@pytest.mark.parametrize("told", [FLY, FLY_DOOR], ids=["fly.toml", "fly-door.toml"])
+def test_every_key_of_fly_toml_is_one_that_flyctl_reads(told: dict[str, Any]) -> None:
     def unknown(place: str, value: object) -> list[str]:
         if isinstance(value, list):
             return [problem for item in value for problem in unknown(place, item)]
@@ -64,7 +72,7 @@ def test_every_key_of_fly_toml_is_one_that_flyctl_reads() -> None:
         lost = [f"{place}.{name}" for name in value.keys() - KEYS[place]]
         return lost + [p for name, item in value.items() for p in unknown(f"{place}.{name}".strip("."), item)]
 
-    assert unknown("", FLY) == []
+    assert unknown("", told) == []
 
 
 def test_fly_toml_agrees_with_the_orchestrator_and_its_image() -> None:
@@ -82,6 +90,18 @@ def test_fly_toml_agrees_with_the_orchestrator_and_its_image() -> None:
     assert FLY["http_service"]["concurrency"]["soft_limit"] >= 5 * MOST_WAIT
 
 
+def test_the_doors_fly_toml_agrees_with_the_door_and_its_image() -> None:
+    environment, service = FLY_DOOR["env"], FLY_DOOR["http_service"]
+    assert environment.keys() <= names(DoorSettings)
+    assert environment.keys() & SECRETS == set()
+    assert FLY_DOOR["processes"] == {"door": "door"}
+    assert f"STOPSIGNAL {FLY_DOOR['kill_signal']}" in DOCKERFILE
+    assert service["internal_port"] == int(environment["DOOR_PORT"])
+    assert FLY_DOOR["metrics"]["port"] == int(environment["DOOR_METRICS_PORT"])
+    assert [check["path"] for check in service["checks"]] == [LIVEZ]
+    assert service["concurrency"]["hard_limit"] < MOST_CONNECTIONS
+
+
 def test_every_variable_of_the_compose_file_is_explained_and_none_is_left_over() -> None:
     example = (DEPLOY / ".env.example").read_text()
     lines = example.splitlines()
@@ -89,6 +109,7 @@ def test_every_variable_of_the_compose_file_is_explained_and_none_is_left_over()
         line.partition("=")[0] for before, line in pairwise(lines) if before and re.match("[A-Z_]+=", line)
     }
     used = set(re.findall(r"\$\{([A-Z_]+)\}", (DEPLOY / "compose.yaml").read_text()))
+    used |= set(re.findall(r'(?:--env |"\$)([A-Z_]+)[ "]', DOOR))
     assert used == told == set(re.findall(r"(?m)^([A-Z_]+)=", example))
     # An older podman-compose takes `${NAME:-}` for its text.
     assert ":-" not in (DEPLOY / "compose.yaml").read_text()
@@ -99,6 +120,12 @@ def test_the_services_are_told_settings_that_exist() -> None:
     assert services["orchestrator"]["environment"].keys() <= names(Settings) | {"DOCKER_HOST"}
     assert services["supabase"]["environment"].keys() <= names(StandInSettings)
     assert services["supabase"]["command"] == "stand-in"
+    door = set(re.findall(r"--env ([A-Z_]+)", DOOR))
+    assert door <= names(DoorSettings)
+    # It listens on loopback unless it is told otherwise.
+    assert "DOOR_HOST" not in door
+    assert {"PREVIEW_DOMAIN", "DOOR_KEYS"} <= door & services["orchestrator"]["environment"].keys()
+    assert services["orchestrator"]["environment"]["DATABASE_URL"] in DOOR
     image = dict(re.findall(r"([A-Z_]+)=(\S+)", DOCKERFILE.split("ENV ", 1)[1].split("USER", 1)[0]))
     assert image.keys() - {"PATH"} <= names(Settings) | names(StandInSettings)
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from orchestrator_stub.__main__ import main
+from orchestrator_stub.door.passes import door_keys
 from orchestrator_stub.local_supabase.keys import ProjectKeys
 from orchestrator_stub.local_supabase.postgres import EmbeddedPostgres
 from orchestrator_stub.platform.migrations import read_migrations
@@ -68,8 +69,10 @@ def test_the_secrets_are_filled_in_and_fit_together(command: Command) -> None:
     keys = ProjectKeys.of(Keyring.from_secret(made["SUPABASE_JWT_SECRET"]))
     assert (made["SUPABASE_ANON_KEY"], made["SUPABASE_SERVICE_ROLE_KEY"]) == (keys.anon_key, keys.service_key)
     assert SealingKeys.read(made["RUN_SETTINGS_KEYS"])
+    assert door_keys(made["DOOR_KEYS"])
+    assert made["DOOR_KEYS"] != made["RUN_SETTINGS_KEYS"]
     assert {name for name, value in made.items() if value != before[name]} == {
-        "SUPABASE_JWT_SECRET", "SUPABASE_ANON_KEY", "SUPABASE_SERVICE_ROLE_KEY", "RUN_SETTINGS_KEYS",
+        "SUPABASE_JWT_SECRET", "SUPABASE_ANON_KEY", "SUPABASE_SERVICE_ROLE_KEY", "RUN_SETTINGS_KEYS", "DOOR_KEYS",
     }  # fmt: skip
     # What is there stays, comments too; and two are never the same.
     assert command("secrets", done.out).out == done.out

@@ -8,8 +8,8 @@ import { merge } from './merge.ts'
 import * as offline from './offline.ts'
 import { type Change, type Checkpoint, type Commit, type FileEntry, Project, Refused, type ScreenError, type Session, type Shown, Unreachable, type Version } from './project.ts'
 
-/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. `shared`: its room saves it. */
-export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; gone: boolean; shared?: boolean }
+/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. `again`: a save was asked for while one was on its way. `shared`: its room saves it. */
+export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; again?: boolean; gone: boolean; shared?: boolean }
 
 /** Two edits of the same lines: `merged` has both, between marks. */
 export type Conflict = { path: string; mine: string; theirs: string; merged: string; version: number }
@@ -215,7 +215,9 @@ function keepDraft(path: string): void {
 
 export async function save(path: string): Promise<void> {
   const doc = get().docs.get(path)
-  if (!doc || doc.saving || doc.shared || (doc.text === doc.base && !doc.gone)) return
+  if (!doc || doc.shared) return
+  if (doc.saving) return patchDoc(path, { again: true })
+  if (doc.text === doc.base && !doc.gone) return
   const { text } = doc
   patchDoc(path, { saving: true })
   const since = performance.now()
@@ -229,7 +231,9 @@ export async function save(path: string): Promise<void> {
     if (error instanceof Refused && error.code === 'PT409') await attempt(`${path} could not be read`, () => meetConflict(path, text))
     else sayError(`${path} was not saved, and is kept here`, error)
   } finally {
-    patchDoc(path, { saving: false })
+    const again = get().docs.get(path)?.again
+    patchDoc(path, { saving: false, again: false })
+    if (again) void save(path)
   }
 }
 

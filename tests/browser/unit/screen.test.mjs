@@ -56,8 +56,9 @@ test("errors of a page go with it, ten seconds after it was closed", () => {
   screen.failed({ kind: "rejection", message: "x" }, "a", 1000);
   screen.failed({ kind: "build", message: "y" }, null, 1000);
   screen.bye({ load: "a" }, 2000);
-  assert.equal(screen.tick(11_000), false);
-  assert.equal(screen.tick(12_001), true);
+  screen.forget(11_000, 10_000);
+  assert.equal(screen.pages.size, 1);
+  screen.forget(12_001, 10_000);
   assert.deepEqual(
     screen.report().errors.map((each) => each.kind),
     ["build"],
