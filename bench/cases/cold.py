@@ -33,7 +33,7 @@ from statistics import median
 import httpx
 import structlog
 
-from bench.cases.cold_parts import packing, sessions, unpacking
+from bench.cases.cold_parts import aside, packing, sessions, unpacking
 from bench.cases.idle import REPOSITORY
 from bench.cases.start import first_page, free_port, plane, said
 from bench.harness.far_network import Far, far_network
@@ -78,7 +78,7 @@ def _by_hand(files: Mapping[str, str], directory: Path, cache: Path, far: Far | 
     finally:
         os.killpg(vite.pid, signal.SIGKILL)
         vite.wait()
-        shutil.rmtree(directory)
+        aside(directory)
 
 
 def _home() -> dict[str, str]:
@@ -107,7 +107,7 @@ async def _session(
         raise RuntimeError(f"no page; the agent said:\n{agent.log()[-2000:]}") from None
     finally:
         await agent.stop()
-        shutil.rmtree(directory)
+        aside(directory)
     return taken
 
 
@@ -244,7 +244,7 @@ def _dev_again(rounds: int, files: Mapping[str, str], directory: Path) -> list[R
             else:
                 _until_sent(stack)
             stack.interrupt()
-            shutil.rmtree(stack.state / "machines")
+            aside(stack.state / "machines")
             (stack.state / "session.json").unlink()
     finally:
         stack.kill()
