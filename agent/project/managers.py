@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -40,12 +40,15 @@ BESIDE = (".npmrc", ".yarnrc", ".yarnrc.yml", "pnpm-workspace.yaml", ".pnpmfile.
 """Other files that decide an install."""
 RELEASES = {Manager.NPM: "11", Manager.PNPM: "10", Manager.YARN: "1", Manager.BUN: "1"}
 """The release of a package manager that is fetched for a project that names none."""
-LOCK_READERS: Mapping[Manager, Mapping[bytes, str]] = {
-    Manager.PNPM: {b"9": "10", b"6": "8", b"5": "7"},
-    Manager.YARN: {b"8": "4", b"6": "3", b"5": "3", b"4": "2"},
+LOCK_READERS: Mapping[Manager, Sequence[tuple[int, str]]] = {
+    Manager.PNPM: ((9, "10"), (6, "8"), (0, "7")),
+    Manager.YARN: ((10, "4"), (9, "4.14"), (8, "4.13"), (6, "3"), (5, "3.1"), (0, "2")),
 }
-"""The release that reads a lock file, by the first digit of its `lockfileVersion`, or of Yarn's `__metadata`."""
-_LOCK_VERSION = re.compile(rb"^(?:lockfileVersion:|__metadata:\s+version:)\s*['\"]?(\d)", re.M)
+"""From which `lockfileVersion`, or version in Yarn's `__metadata`, on a release reads a lock file; newest first.
+
+A later Yarn refuses an earlier one's lock file with `--immutable`, since it would write another version into it.
+"""
+_LOCK_VERSION = re.compile(rb"^(?:lockfileVersion:|__metadata:\s+version:)\s*['\"]?(\d{1,6})", re.M)
 _NAMED = re.compile(r"(\w+)@(\d+(?:\.\d+){0,2}(?:-[0-9A-Za-z.-]+)?)")
 MODERN_YARN = "@yarnpkg/cli-dist"
 """npm's package of Yarn 2 and later."""
@@ -69,7 +72,7 @@ class PackageManager:
     @property
     def modern_yarn(self) -> bool:
         """Whether it is Yarn 2 or later, whose options are not those of Yarn 1."""
-        return self.name is Manager.YARN and not (self.release or "1").startswith("1")
+        return self.name is Manager.YARN and (self.release or "1").partition(".")[0] != "1"
 
     @property
     def package(self) -> str:
@@ -141,9 +144,9 @@ def choose(root: Path, package: Mapping[str, Any], read: Callable[[Path], bytes 
     if lock is None:
         return PackageManager(Manager.NPM, None, None)
     manager = LOCKS[lock]
-    readers = LOCK_READERS.get(manager, {})
+    readers = LOCK_READERS.get(manager, ())
     version = _LOCK_VERSION.search((read(root / lock) or b"")[:4096]) if readers else None
-    release = readers.get(version[1]) if version else None
+    release = next(one for least, one in readers if int(version[1]) >= least) if version else None
     if manager is Manager.YARN and not version:
         release = "4" if os.path.lexists(root / ".yarnrc.yml") else "1"
     return PackageManager(manager, release, lock)

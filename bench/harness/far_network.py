@@ -35,6 +35,8 @@ class Far:
     there: str
     prefix: tuple[str, ...]
     what: str = "100 Mbit/s and 20 ms"
+    note: str = ""
+    """What is missing, and why."""
 
 
 def _call(*command: str) -> None:
@@ -43,8 +45,8 @@ def _call(*command: str) -> None:
         raise Unmeasurable(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _shape(ours: str, theirs: str, within: tuple[str, ...]) -> str:
-    """Slow both ends. Returns what came of it: a kernel without netem has the rate alone."""
+def _shape(ours: str, theirs: str, within: tuple[str, ...]) -> tuple[str, str]:
+    """Slow both ends. Returns `Far.what` and `Far.note`: a kernel without netem has the rate alone."""
     netem = ("root", "netem", "delay", DELAY, "rate", RATE, "limit", "2000")
     tbf = ("root", "tbf", "rate", RATE, "burst", "64kb", "latency", "100ms")
     has_netem = (
@@ -53,7 +55,9 @@ def _shape(ours: str, theirs: str, within: tuple[str, ...]) -> str:
     if not has_netem:
         _call("tc", "qdisc", "add", "dev", ours, *tbf)
     _call(*within, "tc", "qdisc", "add", "dev", theirs, *(netem if has_netem else tbf))
-    return "100 Mbit/s and 20 ms" if has_netem else "100 Mbit/s"
+    if has_netem:
+        return "100 Mbit/s and 20 ms", ""
+    return "100 Mbit/s", "without the 20 ms, of which npm has more: the kernel has no netem"
 
 
 @contextmanager
@@ -78,10 +82,10 @@ def far_network() -> Iterator[Far]:
         _call(*within, "ip", "link", "set", theirs, "up")
         _call(*within, "ip", "link", "set", "lo", "up")
         _call(*within, "ip", "route", "add", "default", "via", here)
-        what = _shape(ours, theirs, within)
+        what, note = _shape(ours, theirs, within)
         FORWARD.write_text("1")
         _call("iptables", "-t", "nat", "-A", *nat)
-        yield Far(here, there, within, what)
+        yield Far(here, there, within, what, note)
     finally:
         # Whoever still waits for an answer there would wait for minutes.
         left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)

@@ -60,7 +60,9 @@ class Bench:
 
     @property
     def leftovers(self) -> list[str]:
-        return [path.name for path in self.settings.modules.iterdir() if path.name != "cache"]
+        """What an install has left beside what is kept: installs, and package managers that were fetched."""
+        kept = ("cache", "managers")
+        return [path.name for path in self.settings.modules.iterdir() if path.name not in kept]
 
 
 FAKE = 'mkdir -p node_modules/thing && echo "$RANDOM $$" >node_modules/thing/made && echo done'

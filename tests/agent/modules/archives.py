@@ -77,6 +77,16 @@ def made_of(*entries: tarfile.TarInfo | tuple[tarfile.TarInfo, bytes], end: byte
     return zstd.compress(raw + end)
 
 
+def tarball(files: Mapping[str, str]) -> bytes:
+    """A package as a registry has it."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w:gz") as archived:
+        for name, content in files.items():
+            info, data = entry(name, content.encode())
+            archived.addfile(info, io.BytesIO(data))
+    return target.getvalue()
+
+
 def entry(name: str, content: bytes | None = None, /, **fields: object) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size = len(content or b"")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pwd
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +23,8 @@ from agent.modules.layers import given_layer
 from agent.project.install_key import Platform, layer_key
 from agent.project.reading import Dependencies, dependencies, installed_key
 from agent.telemetry.metrics import Metrics
-from tests.agent.devserver.installs import Bench, needs_npm, with_dependency, write
-from tests.agent.modules.archives import Service, link, listing, made_of, packed, serving, tree
+from tests.agent.devserver.installs import DEPENDENCY, Bench, needs_npm, with_dependency, write
+from tests.agent.modules.archives import Service, link, listing, made_of, packed, serving, tarball, tree
 from tests.agent.processes import running, until
 
 pytestmark = needs_npm
@@ -352,6 +354,34 @@ async def test_a_project_whose_own_scripts_run_is_installed(world: World) -> Non
     assert (world.service.asked, world.service.layers) == ([], {})
 
 
+async def test_what_a_packages_postinstall_made_is_in_the_layer(world: World) -> None:
+    """It runs on one machine of those that may run it, and on none that may not."""
+
+    def project(bench: Bench, *, scripts: bool) -> Dependencies:
+        write(bench.root, dependencies={"dep": "file:./dep.tgz"})
+        (bench.root / "dep.tgz").write_bytes(package)
+        return dependencies(bench.root, scripts=scripts)
+
+    manifest = json.dumps({**DEPENDENCY, "scripts": {"postinstall": "node make.js"}})
+    make = "require('fs').writeFileSync('made', `${process.pid} ${Date.now()}`)"
+    package = tarball({"package/package.json": manifest, "package/make.js": make})
+    first = world.machine("first", real_npm=True, install_scripts=True)
+    wanted = project(first, scripts=True)
+    assert (await first.install(wanted)).outcome is InstallOutcome.INSTALLED
+    made = (wanted.modules / "dep/made").read_text()
+    await served(first)
+
+    second = world.machine("second", real_npm=True, install_scripts=True)
+    again = project(second, scripts=True)
+    assert (await second.install(again)).outcome is InstallOutcome.LAYER
+    assert (again.modules / "dep/made").read_text() == made
+
+    third = world.machine("third", real_npm=True)
+    without = project(third, scripts=False)
+    assert (await third.install(without)).outcome is InstallOutcome.INSTALLED
+    assert not (without.modules / "dep/made").exists()
+
+
 async def test_a_project_with_a_command_of_its_own_is_installed(world: World) -> None:
     machine = world.machine(
         "first", install_command=("sh", "-c", "mkdir -p node_modules/x; touch node_modules/x/y")
@@ -388,17 +418,42 @@ async def test_the_projects_user_packs_and_unpacks(world: World) -> None:
     assert {path.lstat().st_uid for path in again.modules.rglob("*")} == {user.uid}
 
 
-async def test_a_disk_that_is_full_is_an_install(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = world.machine("first")
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB. Needs root, to mount it."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk of its own cannot be mounted here")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+async def test_a_disk_that_is_full_is_an_install(world: World, small_disk: Path) -> None:
+    """What a layer took of it is free again before the install begins, which needs all there is."""
+    large = packed(tree(world.tmp_path / "large", {"node_modules/dep/large": os.urandom(3 * 2**20)}))
+    (world.npm / "npm").write_text(f"{NPM}head -c 1500000 /dev/zero >node_modules/dep/half\n")
+    machine = world.machine("first", modules_dir=small_disk / "modules")
     wanted = with_dependency(machine.root)
-    world.service.keep(await key_of(machine, wanted), layer(world.tmp_path))
-    # The program's own limit on the size of a file is how a disk says that it is full, to one program alone.
-    monkeypatch.setattr(arrivals, "command", lambda *given: ("sh", "-c", "cat >/dev/full", *given))
+    world.service.keep(await key_of(machine, wanted), large)
     with capture_logs() as lines:
-        assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
+        result = await machine.install(wanted)
+    assert (result.outcome, result.problem) == (InstallOutcome.INSTALLED, None)
     assert "No space left on device" in str(lines)
+    assert world.service.refused == [], "the layer is as good as it was"
+    assert machine.leftovers == []
+
+
+async def test_what_a_killed_agent_was_unpacking_goes_at_the_next_start(world: World) -> None:
+    machine = world.machine("first")
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    tree(machine.settings.modules / f"stage-{gone.pid}-1" / "tree", MODULES)
+    wanted = with_dependency(machine.root)
+    assert (await machine.install(wanted)).outcome is InstallOutcome.INSTALLED
+    assert machine.leftovers == []
+    assert not (wanted.modules / "left-pad-that-nobody-has").exists()
 
 
 @pytest.mark.parametrize(
