@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator_stub.write_back.lockfiles import PUBLIC, READERS, lock_problem
+from orchestrator_stub.write_back.lock_readers import READERS
+from orchestrator_stub.write_back.lockfiles import PUBLIC, lock_problem
 
 HOST = sorted(PUBLIC)[0]
 OURS = "packages.ours.test"
