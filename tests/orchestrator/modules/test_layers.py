@@ -167,7 +167,7 @@ async def test_what_is_not_stored_is_not_taken(world: World, told: str) -> None:
     assert (await machine.find())["kind"] == "missing"
 
 
-SIX = [
+WAYS = [
     "with its token at the other's session",
     "by the other's key",
     "by the other's path at its own upload URL",
@@ -179,7 +179,7 @@ SIX = [
 ]
 
 
-@pytest.mark.parametrize("way", SIX)
+@pytest.mark.parametrize("way", WAYS)
 async def test_a_project_cannot_make_another_ones_layer(world: World, way: str) -> None:
     """The row of docs/security.md: whatever a hostile machine sends, the other project reads its own or none."""
     hostile, other = await world.machine(), await world.machine()
