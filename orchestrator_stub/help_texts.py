@@ -1,4 +1,4 @@
-"""What `preview-orchestrator COMMAND --help` says above and below the options."""
+"""Holds the texts of `--help` around the options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process of ours listens, speaks HTTP, logs and is stopped; what it does is elsewhere."""
+"""Runs a server process: listens, speaks HTTP, logs, stops in order."""
 
 from __future__ import annotations
 

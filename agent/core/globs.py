@@ -1,4 +1,4 @@
-"""Says which paths a project lets its container give back, and as what: globs and the rules that carry them. Pure.
+"""Decides which paths the container may write back, and in which mode. Pure.
 
 The dialect is the database's: `*` and `?` within a segment, `**` as a whole segment for any number of segments (none
 too). No braces, no classes, no negation: whoever reads a rule must see what it allows. Both sides are held against the

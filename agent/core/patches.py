@@ -1,4 +1,4 @@
-"""Makes the content of a change that came as splices. Pure: what a file holds is read through a function that is given.
+"""Applies splices to a base text and gives the whole content. Pure; the base is read through a function passed in.
 
 A base is found by its digest: in a commit that waits (so that three saves within the spacing are three patches, each of
 the one before, of which the last is written), else on the disk. What cannot be made, or does not have the hash that it

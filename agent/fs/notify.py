@@ -1,4 +1,4 @@
-"""Waits for what the kernel tells of watched directories, in a thread that ends with the wait."""
+"""Waits for inotify events of watched directories in a thread that ends with the wait."""
 
 from __future__ import annotations
 

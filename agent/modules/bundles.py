@@ -1,4 +1,4 @@
-"""Keeps what Vite bundles ahead (`node_modules/.vite/deps`) from one machine of a project to the next.
+"""Stores and restores Vite's pre-bundled dependencies (`node_modules/.vite/deps`) between machines of a project.
 
 Vite bundles the packages that a project imports before it serves its first page: seconds of processor time, and where
 its scan has missed one, a reload in front of the visitor. It keeps the bundles by hashes of the lock file and of its

@@ -1,4 +1,5 @@
-"""Names what an install brings about, from what decides it: pure, so that equal inputs are equal keys everywhere.
+"""Computes the key of an install from everything that decides its result. Pure: equal inputs give equal keys on every
+machine.
 
 The *install key* names a node_modules on one kind of machine, as the cache beside the project keeps it. The *layer key*
 adds what native packages are built against, and is what the orchestrator keeps archives by; to it a key says nothing.

@@ -1,4 +1,4 @@
-"""Hands out the lock files that installs make in their stage, beside the project.
+"""Gives write-back the lock files that installs make in their staging directory.
 
 An install by package.json alone decides versions; the lock file that says which stays in the stage, and the next
 machine decides anew. Where the project's rules let it, that file is handed over, once for each package.json: it is

@@ -1,4 +1,4 @@
-"""Takes what the link gives, one signal at a time, and hands it to the follower as commits and needs.
+"""Reads each signal of the link into a commit, or into a request to catch up, and gives it to the follower.
 
 A signal that cannot be read is one need more: the database tells what it was.
 """

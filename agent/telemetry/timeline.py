@@ -1,4 +1,4 @@
-"""Notes when each part of a start was done: what a person waits for who opens a project.
+"""Records when each part of a start ended.
 
 hydrated     the first tree is on the disk
 modules      node_modules is what the project wants

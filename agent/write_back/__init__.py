@@ -1,4 +1,4 @@
-"""What a tool in the container made, given back to the project: seen, put on record, offered, answered.
+"""Gives files that tools in the container made back to the project: watch, record, offer, apply the answer.
 
 `states` decides (pure), `flow` does it, `watch` sees, `store` keeps what is on its way, `pace` waits, `wire` writes and
 reads what travels. The loop above asks it before it replaces a file; below it are the disk and the session API

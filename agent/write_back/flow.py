@@ -1,4 +1,4 @@
-"""Gives back what tools in the container made: sees it, puts it on record, offers it, and takes the answer.
+"""Runs write-back: reads changed files, records them, offers them and applies the answers.
 
 What is decided is decided in `states`; here are the disk, the record, the requests and the time. Without rules there
 is no task, no watch, no file and no request.

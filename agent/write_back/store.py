@@ -1,4 +1,4 @@
-"""Keeps on record what is offered and what was replaced, with its bytes, until the orchestrator has answered.
+"""Keeps outputs and replaced files, with their bytes, in SQLite until the orchestrator has answered.
 
 One SQLite file in STATE_DIR: an output, its base and its bytes are one transaction, so a kill finds all or none. As the
 ledger it is synced at checkpoints only: a SIGKILL loses nothing, a loss of power at most the newest. There is no file

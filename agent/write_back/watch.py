@@ -1,4 +1,4 @@
-"""Sees what tools make under the rules: changed files, new ones, those in new directories, and those that go.
+"""Watches the directories that the rules cover and reports files that were made, changed or deleted.
 
 Watched are the directories that a rule may speak of, each by itself, never the protected ones (node_modules and the
 like), and at most `MOST_DIRECTORIES`. Events can be lost, so after each arming, and every few minutes, what is there is

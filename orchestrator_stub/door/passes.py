@@ -1,4 +1,4 @@
-"""Signs and reads what lets a browser in: a code for the address, and the cookie that it is exchanged for.
+"""Signs and verifies the code in an address and the cookie that it is exchanged for.
 
 Both are JWTs by keys that nothing else knows and nothing else is signed with: PostgREST and Realtime ignore `aud`, so
 an audience alone would not keep a cookie from being shown there. A code never passes for a cookie, nor the other way

@@ -1,4 +1,4 @@
-"""Knows what stands behind each label that is in use, not older than a second, and ends what is no longer allowed.
+"""Caches what stands behind each label for at most a second, and closes connections that are no longer allowed.
 
 Every exchange that is open (a request under way, a socket after a 101) is held here under its label, with why it was
 let in. All labels in use are asked for again every second, and at once when the database says that something changed

@@ -1,4 +1,4 @@
-"""Signals to the processes of a local machine: which they are, their end, their sleep.
+"""Finds, stops and freezes the processes of a local machine.
 
 A process is known by pid *and* start time, so a pid that was given to somebody else is never signalled. Blocks: for a
 thread.

@@ -1,4 +1,4 @@
-"""Answers questions together that come while others are being answered: one query for a hundred agents.
+"""Collects queries that arrive while one is running, and answers them with one query.
 
 A question that comes when nothing is asked is asked at once, and what comes meanwhile is asked in the next round: so
 rounds grow with the load, and each answer is of a moment after its question. A patient one waits until `PACE` after the

@@ -1,4 +1,4 @@
-"""Who may do what in NATS: two accounts, and tokens that say so and need no server to be asked.
+"""Defines the two NATS accounts and signs the tokens for them; servers check these without asking us.
 
 **PREVIEW** has the stream, and only the relay is in it. **EDGE** has the machines, has no JetStream, and imports what
 the stream publishes again, `pv.out.*`. They are two because a server does not check where an answer goes: who may ask a

@@ -1,4 +1,4 @@
-"""Reads the outbox: whose share is whose, what waits, and what may go.
+"""Reads the outbox: which buckets this relay owns, what waits, what may be sent.
 
 Projects are in sixteen buckets. A relay owns a bucket while its session holds the advisory lock of it, so each project
 has one relay at most, a relay that dies is followed within half a second, and there may be any number of them. The

@@ -1,4 +1,4 @@
-"""Holds a room's text as a CRDT: what people type comes in as Yjs updates, what others saved is merged in.
+"""Holds a room's text as a CRDT: applies Yjs updates of browsers and merges what others saved.
 
 The text's root is named by the room's generation. So the updates of a browser that outlived an earlier room of the file
 find another root, and cannot double what is in this one.

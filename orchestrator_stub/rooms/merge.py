@@ -1,4 +1,4 @@
-"""Compares two texts, fine enough that a merge keeps what somebody types beside a change. Pure."""
+"""Computes the difference of two texts word by word, so that a merge keeps what is typed beside a change. Pure."""
 
 from __future__ import annotations
 

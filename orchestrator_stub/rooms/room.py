@@ -1,4 +1,4 @@
-"""One room: does what `state` says, one step after another, and passes on what its people type.
+"""Runs one room: does what `state` decides and sends updates to its people.
 
 The people's messages are applied as they come; loading, saving and reading are steps of one task, which ends the room
 and tells everybody when anything unforeseen happens: a debounce cannot die without a word.

@@ -1,4 +1,4 @@
-"""Keeps the rooms of this process: opens them under a lease, prolongs that, and hears of what is saved past them."""
+"""Keeps the rooms of this process: opens them under a lease, prolongs it, and tells them of saves by others."""
 
 from __future__ import annotations
 

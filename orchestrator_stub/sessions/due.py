@@ -1,4 +1,4 @@
-"""Asks the database what a sweep has to do: of any number of sessions and machines, only what is due comes back.
+"""Asks the database which sessions and machines a sweep has to act on.
 
 `lifecycle.judge` is the word on each session. Here is the same question as a condition of SQL, so that a hundred
 thousand rows are looked at where they are, and the platform's listing is joined to them there. `test_due.py` holds the

@@ -1,4 +1,4 @@
-"""Brings what came back from containers into the directory of `dev`, which is saved to the project, not made from it.
+"""Writes what came back from containers into the directory of `dev`.
 
 A file in the directory is replaced only if it is what was sent of it last: then nobody has written there since. Where
 it is not, the project's is kept beside it as `name.conflict-v7`, as at a start where both sides changed. What is taken
