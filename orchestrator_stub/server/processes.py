@@ -24,7 +24,15 @@ from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.platform.database import pool_of, reached
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
-from orchestrator_stub.process import CannotServe, Server, configure_logs, listen, stop_event, unless_stopped
+from orchestrator_stub.process import (
+    BoundedHttp,
+    CannotServe,
+    Server,
+    configure_logs,
+    listen,
+    stop_event,
+    unless_stopped,
+)
 from orchestrator_stub.relay.service import relay_of
 from orchestrator_stub.server.control_plane import control_plane, door_of, driver_of, keyring_of, nats_keys_of
 from orchestrator_stub.sessions.inventory import age_of, describe
@@ -70,6 +78,7 @@ async def run_serve(settings: Settings) -> int:
         async with control_plane(settings, keys, driver_of(settings)) as service:
             config = uvicorn.Config(
                 Measured(placed(application(service.routes), settings), service.metrics),
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=STOP_GRACE,
