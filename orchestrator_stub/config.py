@@ -241,6 +241,10 @@ class Settings(DoorSettings, RelaySettings):
     rooms_url: HttpUrl | None = None
     """How a browser reaches the rooms of this process ([rooms.md](rooms.md)); default `PUBLIC_URL`. Where several
     orchestrators stand behind one address, each needs one of its own: a file's room is in one of them."""
+    shards: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
+    """Where projects are spread over several databases ([scale](scale/README.md)): the `PUBLIC_URL` of each one's
+    orchestrators, apart by blanks, the same line for all. The place in it, from 0, is the database's number, which the
+    ids of its projects say: so a further one is added at the end, and none is ever moved."""
     cors_origins: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_origins)
     ] = ()

@@ -15,8 +15,12 @@ from typing import Any, TypeVar
 import structlog
 import uvicorn
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from orchestrator_stub.platform.redaction import Redactor
+
+MOST_HEAD = 65_536
+"""Bytes of a request's head, as h11 has it."""
 
 T = TypeVar("T")
 
@@ -86,14 +90,42 @@ class Dated:
         await self._app(scope, receive, dated)
 
 
+class BoundedHttp(HttpToolsProtocol):
+    """HTTP by llhttp, which takes less of a request's processor time than h11; and h11's bound, which it lacks.
+
+    Without one, a header that never ends is kept whole.
+    """
+
+    _unread = 0
+    """Bytes since a head, a piece of a body or a message was whole."""
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > MOST_HEAD and not self.transport.is_closing():
+            self.send_400_response("The head is too large.")
+
+    def on_headers_complete(self) -> None:
+        self._unread = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        super().on_message_complete()
+
+
 class Server(uvicorn.Server):
     """uvicorn with an exact `Date` and without signal handlers: whoever runs it stops it by `should_exit`."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         config.app = Dated(config.app)
         config.date_header = False
-        # httptools is there for the door; it is not what uvicorn's behaviour here was tried with.
-        config.http = "h11"
+        if config.http == "auto":
+            config.http = "h11"  # and not what happens to be installed
         super().__init__(config)
 
     def capture_signals(self) -> Any:

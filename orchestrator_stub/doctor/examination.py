@@ -14,6 +14,7 @@ from orchestrator_stub.doctor.door import examine_door
 from orchestrator_stub.doctor.findings import Finding, Mark, Report, examine, healthy, lines
 from orchestrator_stub.doctor.machines import examine_machines, examine_public_url
 from orchestrator_stub.doctor.nats import examine_nats
+from orchestrator_stub.doctor.shards import examine_shards
 from orchestrator_stub.doctor.supabase import examine_keys, examine_realtime, examine_storage
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
 from orchestrator_stub.platform.tokens import Keyring
@@ -61,6 +62,7 @@ async def examine_all(settings: Settings) -> list[Finding]:
                 ("redis", lambda report: _redis(settings, report)),
                 ("machines", lambda report: examine_machines(settings, http, report)),
                 ("address", lambda report: examine_public_url(settings, http, report)),
+                ("shards", lambda report: examine_shards(settings, http, report)),
                 ("door", lambda report: examine_door(settings, report)),
             ]
         )

@@ -16,6 +16,7 @@ import psycopg
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, start_http_server
+from starlette.types import ASGIApp
 
 from orchestrator_stub.config import DoorSettings, ProcessSettings, RelaySettings, Settings
 from orchestrator_stub.http.application import application
@@ -23,11 +24,21 @@ from orchestrator_stub.http.operations import Measured
 from orchestrator_stub.machines.driver import owner_of
 from orchestrator_stub.platform.database import pool_of, reached
 from orchestrator_stub.platform.redaction import Redactor, secrets_of
-from orchestrator_stub.process import CannotServe, Server, configure_logs, listen, stop_event, unless_stopped
+from orchestrator_stub.process import (
+    BoundedHttp,
+    CannotServe,
+    Server,
+    configure_logs,
+    listen,
+    stop_event,
+    unless_stopped,
+)
 from orchestrator_stub.relay.service import relay_of
 from orchestrator_stub.server.control_plane import control_plane, door_of, driver_of, keyring_of, nats_keys_of
 from orchestrator_stub.sessions.inventory import age_of, describe
 from orchestrator_stub.sessions.store import SessionStore, Unmigrated
+from orchestrator_stub.shards.misdirected import Misdirected
+from orchestrator_stub.shards.placement import shards_of
 
 log = structlog.get_logger("serve")
 
@@ -38,6 +49,17 @@ DOOR_POOL = 4
 """Connections of a door to the database: one query a second, and one for each name that is new."""
 
 NO_TEMPLATE = "none: new projects stay empty; TEMPLATE_DIR gives them one"
+
+
+def placed(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """`app` for the projects of this database, where there are several. Raises `CannotServe`."""
+    try:
+        shards = shards_of(settings.shards, settings.agent_facing_url)
+    except ValueError as error:
+        raise CannotServe(str(error)) from None
+    if shards is None:
+        return app
+    return Misdirected(app, shards, origins=settings.cors_origins, body_limit=settings.body_limit)
 
 
 async def run_serve(settings: Settings) -> int:
@@ -55,7 +77,8 @@ async def run_serve(settings: Settings) -> int:
             return 0
         async with control_plane(settings, keys, driver_of(settings)) as service:
             config = uvicorn.Config(
-                Measured(application(service.routes), service.metrics),
+                Measured(placed(application(service.routes), settings), service.metrics),
+                http=BoundedHttp,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=STOP_GRACE,

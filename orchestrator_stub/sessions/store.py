@@ -67,7 +67,7 @@ REPORT: Final[LiteralString] = """
 with heard as (
   select h.*, s.status is distinct from h.said::jsonb as news
   from unnest(%(id)s::uuid[], %(generation)s::int[], %(ready)s::boolean[], %(viewed)s::boolean[],
-    %(lease)s::float8[], %(status)s::text[]) as h (id, generation, ready, viewed, lease, said)
+    %(lease)s::float8[], %(status)b::text[]) as h (id, generation, ready, viewed, lease, said)
   join preview.sessions s on s.id = h.id and s.generation = h.generation and %(moves)s ? s.state
   order by s.id for no key update of s)
 update preview.sessions s set
@@ -82,7 +82,8 @@ update preview.sessions s set
 from heard h where s.id = h.id and s.generation = h.generation and %(moves)s ? s.state
 returning s.id, s.state, extract(epoch from s.state_since)::float8
 """
-"""Many heartbeats in one commit. Rows are locked in one order: two orchestrators may hear of the same ones."""
+"""Many heartbeats in one commit. Rows are locked in one order: two orchestrators may hear of the same ones. Their JSON
+goes in binary: as text Python escapes each of its quotes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,12 @@ WAYS: tuple[tuple[str, Way], ...] = (
         ),
     ),
     (
+        r"for each in shards/\*\.env; do \(set -a; .*",
+        ByTest(
+            "tests/orchestrator/shards/test_two_databases.py::test_one_line_migrates_and_examines_them_all"
+        ),
+    ),
+    (
         r"preview-orchestrator serve",
         ByTest("tests/orchestrator/test_serve.py::test_it_serves_is_watched_and_stops_in_order"),
     ),

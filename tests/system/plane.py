@@ -103,9 +103,9 @@ class Plane:
     """What made the machines, unless the test brought a driver of its own."""
     controller: SessionController
 
-    async def project(self, files: Mapping[str, str]) -> Project:
-        """A project of a user of its own, holding `files`."""
-        user, project_id = uuid4(), uuid4()
+    async def project(self, files: Mapping[str, str], id: UUID | None = None) -> Project:
+        """A project of a user of its own, holding `files`; `id` where the test has one."""
+        user, project_id = uuid4(), id or uuid4()
         async with await psycopg.AsyncConnection.connect(self.dsn, autocommit=True) as connection:
             await connection.execute(
                 "insert into auth.users (id, email) values (%s, %s)", (user, f"{user}@x.invalid")

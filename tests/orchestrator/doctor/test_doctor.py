@@ -244,7 +244,7 @@ async def test_all_is_well(database: str, tmp_path: Path, peers: str) -> None:
         objects = await local.sql("select name from storage.objects")
     assert not marked(found, Mark.BAD) + marked(found, Mark.WARN) + marked(found, Mark.SKIP)
     assert {each.part for each in found} == {
-        "settings", "database", "keys", "realtime", "nats", "storage", "redis", "machines", "address", "door",
+        "settings", "database", "keys", "realtime", "nats", "storage", "redis", "machines", "address", "door", "shards",
     }  # fmt: skip
     assert not objects
     assert healthy(found)
