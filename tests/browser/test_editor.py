@@ -55,10 +55,22 @@ def page(stack: Stack, path: str = "/", **headers: str) -> httpx.Response:
     ],
 )
 def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> None:
+    person(stack, tmp_path, "editor.mjs", scenario)
+
+
+@pytest.mark.parametrize("scenario", ["proposals", "who"])
+def test_what_tools_made_is_decided_and_who_made_what_is_said(
+    stack: Stack, tmp_path: Path, scenario: str
+) -> None:
+    person(stack, tmp_path, "editor_kept.mjs", scenario)
+
+
+def person(stack: Stack, tmp_path: Path, file: str, scenario: str, **more: str) -> None:
+    """Let a person go through one scenario."""
     environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / f"{scenario}.png")}
     done = subprocess.run(
-        ["node", str(HERE / "editor.mjs"), scenario],
-        env=environ, capture_output=True, text=True, timeout=120, check=False,
+        ["node", str(HERE / file), scenario],
+        env=environ | more, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
