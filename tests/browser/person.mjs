@@ -126,7 +126,7 @@ export async function run(scenarios) {
     assert.ok(scenario, `no such scenario; there are ${Object.keys(scenarios).join(", ")}`);
     await scenario();
   } catch (error) {
-    const [page] = context.pages();
+    const [page] = browser.contexts().flatMap((each) => each.pages());
     if (page && process.env.PICTURE) await page.screenshot({ path: process.env.PICTURE }).catch(() => undefined);
     throw error;
   } finally {

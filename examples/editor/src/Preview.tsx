@@ -53,11 +53,15 @@ export function Preview({ url }: { url: string }) {
   )
 }
 
+// Of an agent's problems those that keep a preview from being served.
+const FAILURES = ['install_failed', 'dev_server_failed', 'dev_server_backoff', 'nothing_to_serve', 'port_taken', 'disk_full']
+
 /** Why there is no page, and what to do; null while the start may only take its time. */
 function whyNot(session: Session | null): string | null {
-  const { agent, state } = session ?? {}
-  if (state === 'failed' || state === 'gone') return `the session is over (${state}): start the stack again`
-  if (agent?.dev_server !== 'failed' && agent?.dev_server !== 'backoff') return null
-  const [problem] = agent.problems
-  return `the project does not start: ${problem?.detail ?? problem?.kind ?? 'Session says more'}. Correct it here, and it is tried again`
+  if (session?.state === 'failed' || session?.state === 'gone') return `the session is over (${session.state}): start the stack again`
+  const problem = session?.agent?.problems.find(({ kind }) => FAILURES.includes(kind))
+  if (!problem) return null
+  const lines = (problem.detail ?? problem.kind).split('\n').filter((line) => line.trim())
+  const telling = lines.find((line) => /error/i.test(line)) ?? lines[0] ?? problem.kind
+  return `the project does not start: ${telling.trim()}. Save what is wrong, and it is tried again; Session says more`
 }
