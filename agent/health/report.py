@@ -126,6 +126,7 @@ class Report(Collector):
             "epoch": tree.cursor.epoch,
             "tree_hash": self._tree_hash()[0] if hashed else None,
             "dev_server": self.dev.state.value,
+            "link": self.link.state.value,
             "agent_version": __version__,
             "run_revision": self.run_settings.revision,
             "start": self.problems.metrics.start.report(),

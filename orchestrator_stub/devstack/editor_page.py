@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gzip
 import hashlib
+import mimetypes
 import os
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +31,8 @@ BUILT: Final = Path(__file__).parents[1] / "editor_page"
 SOURCES: Final = Path(__file__).parents[2] / "examples" / "editor"
 NAME_BYTES: Final = 255
 """Of a file's name, on every file system in use; a longer one is an error and not a miss."""
+COMPRESSED: Final = (".css", ".html", ".js", ".json", ".svg")
+"""What is smaller by gzip; pictures and fonts are not."""
 LAST_LINES: Final = 12
 """Of a failed build's output, shown."""
 
@@ -103,27 +108,20 @@ class EditorPage:
                 )
             )
         if self._info is None or not self._ready:
-            text = "The page comes by itself once the preview is served."
+            text = "The page comes by itself."
             refresh = '<meta http-equiv="refresh" content="1">'
             return HTMLResponse(WAITING.format(title="Starting …", text=text, refresh=refresh))
-        return FileResponse(
-            self._built / "index.html",
-            headers={"Cache-Control": "no-store", "X-Frame-Options": "DENY", "X-Editor-Page": "built"},
-        )
+        headers = {"Cache-Control": "no-store", "X-Frame-Options": "DENY", "X-Editor-Page": "built"}
+        return await _file(request, self._built / "index.html", headers)
 
     async def _worker(self, request: Request) -> Response:
         """What keeps the page for a start without the stack. At the top: its scope is where it comes from."""
-        path = self._built / "worker.js"
-        if not await asyncio.to_thread(path.is_file):
-            return Response(status_code=404)
-        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+        return await _file(request, self._built / "worker.js", {"Cache-Control": "no-cache"})
 
     async def _asset(self, request: Request) -> Response:
         # One segment of a route: it has no slash in it, and ".." is no file.
         path = self._built / "assets" / request.path_params["name"]
-        if len(path.name.encode()) > NAME_BYTES or not await asyncio.to_thread(path.is_file):
-            return Response(status_code=404)
-        return FileResponse(path, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+        return await _file(request, path, {"Cache-Control": "public, max-age=31536000, immutable"})
 
     async def _config(self, request: Request) -> Response:
         """What signs the local user in. Not for another site's page, nor for one whose name was pointed at loopback."""
@@ -135,6 +133,47 @@ class EditorPage:
         if self._info is None:
             return Response(status_code=503, headers={"Retry-After": "1"})
         return JSONResponse(self._info, headers={"Cache-Control": "no-store"})
+
+
+async def _file(request: Request, path: Path, headers: dict[str, str]) -> Response:
+    """A file of the page: as it was compressed when it was built, where the browser takes that; 304 where it has it."""
+    if len(path.name.encode()) > NAME_BYTES or not await asyncio.to_thread(path.is_file):
+        return Response(status_code=404)
+    packed = _packed(path)
+    media_type = mimetypes.guess_type(path)[0]
+    if await asyncio.to_thread(packed.is_file):
+        headers = {**headers, "Vary": "Accept-Encoding"}
+        if takes_gzip(request.headers.get("accept-encoding", "")):
+            path, headers = packed, {**headers, "Content-Encoding": "gzip"}
+    stat = await asyncio.to_thread(path.stat)
+    answer = FileResponse(path, headers=headers, media_type=media_type, stat_result=stat)
+    if answer.headers["etag"] not in request.headers.get("if-none-match", "").replace("W/", "").split(", "):
+        return answer
+    kept = ("cache-control", "etag", "vary", "x-frame-options")
+    return Response(status_code=304, headers={k: v for k, v in answer.headers.items() if k in kept})
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Whether an `Accept-Encoding` allows gzip. By name, else by the star (RFC 9110, 12.5.3)."""
+    allowed: dict[str, bool] = {}
+    for each in accepted.lower().split(","):
+        name, _, weight = each.replace(" ", "").partition(";")
+        allowed[name] = not re.fullmatch(r"q=0(\.0{0,3})?", weight)
+    return allowed.get("gzip", allowed.get("*", False))
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
+
+
+def compress(page: Path) -> None:
+    """Lay beside each file of a built page what gzip makes of it, for as long as the page is served."""
+    for path in sorted(page.rglob("*")):
+        if path.suffix in COMPRESSED:
+            content = path.read_bytes()
+            packed = gzip.compress(content, mtime=0)
+            if len(packed) < len(content):
+                _packed(path).write_bytes(packed)
 
 
 def _for_this_page(request: Request) -> bool:
@@ -149,7 +188,7 @@ def _escaped(text: str) -> str:
 
 def digest(sources: Path) -> str:
     """Return a hash of everything that the built page follows from."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(b"compressed\0")
     top = [
         sources / name
         for name in ("index.html", "package-lock.json", "package.json", "tsconfig.json", "vite.config.ts")
@@ -178,6 +217,7 @@ async def build(sources: Path, built: Path) -> None:
             await _run(
                 sources, npm, "run", "--silent", "build", "--", "--outDir", str(fresh), "--emptyOutDir"
             )
+            await asyncio.to_thread(compress, fresh)
             (fresh / ".sources").write_text(wanted)
             _replace(built, fresh, Path(place) / "old")
 

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -174,8 +174,6 @@ class Stack:
         watching = asyncio.create_task(self._watch(editor), name="watch")
         tasks.append(watching)
 
-        await agent.until_served()
-        await door.until_ready(home, agent.session_id)
         info = DevInfo(
             orchestrator_url=url, anon_key=project_keys.anon_key, service_key=project_keys.service_key,
             database_url=as_url(dsn), project_id=str(owner.project_id), session_id=str(agent.session_id),
@@ -184,6 +182,11 @@ class Stack:
             user_password=owner.password, user_token=user_token(keys, owner.user_id, time.time(), LONG),
             nats_url=nats_url,
         )  # fmt: skip
+        if self._page is not None:  # also of a project that does not start: there it is corrected
+            self._page.publish(info.for_page(self._options.directory.resolve().name))
+        await agent.until_served()
+        await door.until_ready(home, agent.session_id)
+        info = replace(info, agent_pid=agent.pid)
         published = self._stack.enter_context(Publication(self._state, info))
         await self._show(info)
         if self._options.once:
@@ -340,8 +343,6 @@ class Stack:
 
     async def _show(self, info: DevInfo) -> None:
         """Where everything is, and with `--timeline` what each part of the start took."""
-        if self._page is not None:
-            self._page.publish(info.for_page(self._options.directory.resolve().name))
         self._terminal.show(
             screen(self._options, info, self._agent.log, self._terminal.seconds), asdict(info)
         )

@@ -67,6 +67,7 @@ SCREEN: Schema = {
 """As the agent said it last; docs/screen.md has the fields."""
 AGENT: Schema = _object(
     state=_or_null(TEXT),
+    link=_or_null(TEXT),
     dev_server=_or_null(TEXT),
     start={"type": "object", "additionalProperties": {"type": "number"}},
     problems={"type": "array", "items": {"type": "object"}},

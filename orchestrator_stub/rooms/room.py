@@ -74,7 +74,9 @@ class Room:
     def __init__(
         self, store: RoomStore, project_id: UUID, path: str, generation: int,
         *, idle_seconds: float = IDLE_SECONDS, clock: Callable[[], float] = time.monotonic,
+        on_save: Callable[[str], None] = lambda _: None,
     ) -> None:  # fmt: skip
+        self._on_save = on_save
         self.project_id = project_id
         self.path = path
         self.state = RoomState(generation)
@@ -187,6 +189,7 @@ class Room:
                 self.state.close(self._clock(), "stopped")
         sent = self.state.begin_save(text)
         answer = await self._store.save(self.project_id, self.path, self.state.generation, sent)
+        self._on_save("saved" if isinstance(answer, int) else answer)
         match answer:
             case int():
                 document.was_saved(self._update)

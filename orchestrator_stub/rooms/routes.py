@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 from uuid import UUID
 
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, WebSocketRoute
@@ -78,14 +79,14 @@ class RoomRoutes:
         await self._rooms.serve(socket, project_id, socket.path_params["path"], code)
 
 
-def rooms_of(settings: Settings, pool: Pool) -> Rooms | None:
+def rooms_of(settings: Settings, pool: Pool, registry: CollectorRegistry | None = None) -> Rooms | None:
     """The rooms of this process; None without pycrdt, which the extra `collab` brings."""
     if importlib.util.find_spec("pycrdt") is None:
         return None
     from orchestrator_stub.rooms.service import Rooms
 
     address = str(settings.rooms_url or settings.agent_facing_url)
-    return Rooms(settings.database_url.get_secret_value(), pool, address)
+    return Rooms(settings.database_url.get_secret_value(), pool, address, registry=registry)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 import structlog
 import tenacity
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from starlette.websockets import WebSocket
 
 from orchestrator_stub.platform.database import Pool
@@ -46,7 +47,7 @@ class Rooms:
     def __init__(
         self, dsn: str, pool: Pool, address: str, *, lease_seconds: float = LEASE_SECONDS,
         member_seconds: float = MEMBER_SECONDS, idle_seconds: float = IDLE_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, registry: CollectorRegistry | None = None,
     ) -> None:  # fmt: skip
         """Make it.
 
@@ -58,6 +59,7 @@ class Rooms:
             member_seconds: Between two looks at who may still be in.
             idle_seconds: After which a room without people ends.
             clock: Monotonic, seconds.
+            registry: Where the metrics go.
         """
         self.store = RoomStore(pool, uuid4(), address, lease_seconds)
         self._dsn = dsn
@@ -69,6 +71,17 @@ class Rooms:
         self._tasks: set[asyncio.Task[None]] = set()
         self._claiming = asyncio.Lock()
         self._closed = False
+        prefix = "preview_orchestrator_room"
+        self._saves = Counter(
+            f"{prefix}_saves",
+            "Saves of rooms, by what the database answered.",
+            ["outcome"],
+            registry=registry,
+        )
+        counted = Gauge(f"{prefix}s_open", "Rooms open in this process.", registry=registry)
+        counted.set_function(lambda: len(self._rooms))
+        people = Gauge(f"{prefix}_members", "Browsers in the rooms of this process.", registry=registry)
+        people.set_function(lambda: sum(len(room.people) for room in self.rooms))
 
     @property
     def rooms(self) -> list[Room]:
@@ -101,7 +114,7 @@ class Rooms:
                     return Elsewhere(claim.address)
                 room = Room(
                     self.store, project_id, path, claim.generation,
-                    idle_seconds=self._idle_seconds, clock=self._clock,
+                    idle_seconds=self._idle_seconds, clock=self._clock, on_save=self._count_save,
                 )  # fmt: skip
                 self._rooms[key] = room
                 task = asyncio.create_task(self._host(key, room), name="room")
@@ -109,6 +122,9 @@ class Rooms:
                 task.add_done_callback(self._tasks.discard)
         await room.open.wait()
         return room
+
+    def _count_save(self, outcome: str) -> None:
+        self._saves.labels(outcome).inc()
 
     async def serve(self, socket: WebSocket, project_id: UUID, path: str, code: str) -> None:
         """Serve one browser until it goes or the room ends."""

@@ -119,7 +119,7 @@ async def control_plane(
         metrics.last_sweep.set_function(lambda: controller.swept_at)
         metrics.watch_keys(keys.problems)
         screens = await ends.enter_async_context(_screens(dsn, store))
-        rooms = await ends.enter_async_context(kept(rooms_of(settings, pool)))
+        rooms = await ends.enter_async_context(kept(rooms_of(settings, pool, registry)))
         requests, for_writing = Requests(settings, store, keys), write_keys(service_key)
         groups: list[RouteGroup] = [
             SessionRoutes(requests, settings, controller, store, snapshots, runs, screens),

@@ -49,7 +49,7 @@ class Screen:
     shown: Mapping[str, Any] | None
     errors: tuple[Mapping[str, Any], ...]
     agent: Mapping[str, object]
-    """Its state, the dev server's, its problems, and when which part of its start was done."""
+    """Its state, its link's and the dev server's, its problems, and when which part of its start was done."""
     age: float
 
     @property
@@ -83,13 +83,11 @@ def read_screen(status: Mapping[str, Any] | None, age: float) -> Screen:
 
 
 def _agent(said: Mapping[str, Any]) -> Mapping[str, object]:
-    state, dev_server, start, problems = (
-        said.get(key) for key in ("state", "dev_server", "start", "problems")
-    )
+    states = {key: said.get(key) for key in ("state", "link", "dev_server")}
+    start, problems = said.get("start"), said.get("problems")
     ends = start.items() if isinstance(start, dict) else ()
     return {
-        "state": state if isinstance(state, str) else None,
-        "dev_server": dev_server if isinstance(dev_server, str) else None,
+        **{key: state if isinstance(state, str) else None for key, state in states.items()},
         "start": {part: end for part, end in ends if isinstance(end, int | float)},
         "problems": [each for each in problems if isinstance(each, dict)]
         if isinstance(problems, list)

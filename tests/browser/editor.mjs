@@ -1,102 +1,21 @@
 // What a person does with the editor page, one scenario a run: `node editor.mjs NAME`, with the stack's dev.json in STACK.
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { chromium } from "playwright-core";
-
-const name = process.argv[2] ?? "";
-const stack = JSON.parse(process.env.STACK ?? "{}");
-const browser = await chromium.launch({
-  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
-  args: ["--no-sandbox", "--disable-gpu"],
-});
-const context = await browser.newContext({ viewport: { width: 1400, height: 860 } });
-
-/** Opens the page, and fails at whatever the page reports as an error. */
-async function open(place = context) {
-  const page = await place.newPage();
-  page.setDefaultTimeout(30_000);
-  /** @type {string[]} */
-  const failed = [];
-  page.on("pageerror", (error) => {
-    failed.push(error.message);
-    console.error(error);
-  });
-  await page.goto(`${stack.orchestrator_url}/`);
-  await page.getByText("connected", { exact: true }).waitFor();
-  await page.locator(".tab.active").waitFor();
-  return Object.assign(page, { failed });
-}
-
-/**
- * Calls an RPC as somebody else.
- * @param {string} rpc
- * @param {object} given
- */
-async function other(rpc, given) {
-  const answer = await fetch(`${stack.orchestrator_url}/rest/v1/rpc/${rpc}`, {
-    method: "POST",
-    headers: {
-      apikey: stack.service_key,
-      authorization: `Bearer ${stack.service_key}`,
-      "content-type": "application/json",
-    },
-    body: JSON.stringify({ project_uuid: stack.project_id, ...given }),
-  });
-  assert.ok(answer.ok, await answer.clone().text());
-  return await answer.json();
-}
-
-/** @param {string} path */
-async function current(path) {
-  const files = await other("list_current_files", {});
-  return files.find((/** @type {any} */ file) => file.file_path === path)?.content ?? null;
-}
-
-/** @param {string} path @param {string} content */
-const write = (path, content) => other("upsert_project_file", { p_file_path: path, p_content: content });
-
-/** @param {any} page @param {string} path */
-async function show(page, path) {
-  await page
-    .getByRole("treeitem", { name: path.split("/").at(-1), exact: false })
-    .first()
-    .click();
-  await page.locator(`.cm-content[aria-label="${path}"]`).waitFor();
-}
-
-/**
- * Replaces what stands in the open editor.
- * @param {any} page
- * @param {string} text
- */
-async function replace(page, text) {
-  await page.locator(".cm-content").click();
-  await page.keyboard.press("Control+a");
-  await page.keyboard.insertText(text);
-}
-
-/** @param {number} keys */
-const typed = (keys) => Array.from({ length: keys }, (_, n) => "abcdefghijklmnopqrstuvwxyz"[n % 26]).join("");
-
-/**
- * Waits until it is so.
- * @param {() => Promise<unknown>} found
- * @param {unknown} wanted
- */
-async function equal(found, wanted) {
-  for (let tries = 0; ; tries++) {
-    try {
-      return assert.deepEqual(await found(), wanted);
-    } catch (error) {
-      if (tries > 100) throw error;
-      await new Promise((after) => setTimeout(after, 100));
-    }
-  }
-}
-
-/** @param {any} page */
-const frame = (page) => page.frameLocator("iframe");
+import {
+  axe,
+  browser,
+  context,
+  current,
+  equal,
+  frame,
+  open,
+  other,
+  replace,
+  run,
+  show,
+  stack,
+  typed,
+  write,
+} from "./person.mjs";
 
 /** @type {Record<string, () => Promise<void>>} */
 const scenarios = {
@@ -472,25 +391,9 @@ const scenarios = {
   /** Axe finds nothing, in light and in dark, with an error and a conflict on the page; and the tree goes by the keyboard. */
   async accessible() {
     const page = await open();
-    const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
     for (const scheme of /** @type {const} */ (["light", "dark"])) {
       await page.emulateMedia({ colorScheme: scheme });
-      await page.evaluate(axe);
-      const found = await page.evaluate(async () => {
-        // The preview is the project's own page.
-        const { violations } = await /** @type {any} */ (window).axe.run(
-          { exclude: [["iframe"]] },
-          {
-            // CodeMirror\'s text takes the focus, and scrolls what is around it.
-            rules: { "scrollable-region-focusable": { enabled: false } },
-          },
-        );
-        return violations.map((/** @type {any} */ each) => [
-          each.id,
-          each.nodes.map((/** @type {any} */ node) => node.html),
-        ]);
-      });
-      assert.deepEqual(found, [], scheme);
+      assert.deepEqual(await axe(page), [], scheme);
     }
     await page.getByRole("tree").focus();
     await page.keyboard.press("Home");
@@ -503,14 +406,4 @@ const scenarios = {
   },
 };
 
-try {
-  const scenario = scenarios[name];
-  assert.ok(scenario, `no such scenario; there are ${Object.keys(scenarios).join(", ")}`);
-  await scenario();
-} catch (error) {
-  const [page] = context.pages();
-  if (page && process.env.PICTURE) await page.screenshot({ path: process.env.PICTURE }).catch(() => undefined);
-  throw error;
-} finally {
-  await browser.close();
-}
+await run(scenarios);

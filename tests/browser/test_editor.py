@@ -14,7 +14,10 @@ import httpx
 import psycopg
 import pytest
 
+from orchestrator_stub.devstack.project_client import user_token
+from orchestrator_stub.devstack.state_directory import StateDirectory, identities
 from tests.browser.conftest import HERE, missing
+from tests.ports import free_port
 from tests.system.stack import Stack, copy_example, until
 
 pytestmark = pytest.mark.browser
@@ -55,10 +58,84 @@ def page(stack: Stack, path: str = "/", **headers: str) -> httpx.Response:
     ],
 )
 def test_a_person_at_the_editor(stack: Stack, tmp_path: Path, scenario: str) -> None:
+    person(stack, tmp_path, "editor.mjs", scenario)
+
+
+@pytest.mark.parametrize("scenario", ["proposals", "who"])
+def test_what_tools_made_is_decided_and_who_made_what_is_said(
+    stack: Stack, tmp_path: Path, scenario: str
+) -> None:
+    person(stack, tmp_path, "editor_kept.mjs", scenario)
+
+
+def expired(stack: Stack) -> str:
+    """The user's token as it was two hours ago, good for one."""
+    user, _ = identities(stack.project)
+    return user_token(StateDirectory(stack.state).keyring(), user, time.time() - 7200, 3600)
+
+
+@pytest.mark.parametrize(
+    "scenario", ["token", "realtime", "refused", pytest.param("heavy", marks=pytest.mark.nightly)]
+)
+def test_what_breaks_around_the_page_loses_nothing(stack: Stack, tmp_path: Path, scenario: str) -> None:
+    person(stack, tmp_path, "editor_faults.mjs", scenario, EXPIRED=expired(stack))
+
+
+@pytest.mark.nightly
+def test_a_stack_that_is_started_again_finds_the_page_as_it_was(tmp_path: Path) -> None:
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    options = ("--no-watch", "--port", str(free_port()))
+    running = Stack(copy_example(tmp_path / "app"), tmp_path / "state", options=options, editor=True)
+    try:
+        running.start()
+        until("the page is built", lambda: 'id="root"' in page(running).text, 180)
+        with subprocess.Popen(
+            ["node", str(HERE / "editor_faults.mjs"), "restart"], text=True,
+            env=os.environ | {"STACK": json.dumps(running.info), "PICTURE": str(tmp_path / "restart.png")},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        ) as at_the_page:  # fmt: skip
+            assert at_the_page.stdin is not None
+            assert at_the_page.stdout is not None
+            for word in at_the_page.stdout:
+                running.interrupt() if word == "stop\n" else running.start()
+                print("done", file=at_the_page.stdin, flush=True)
+        assert at_the_page.returncode == 0
+    finally:
+        running.kill()
+
+
+@pytest.mark.nightly
+def test_a_project_that_does_not_start_is_corrected_in_the_page(tmp_path: Path) -> None:
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    port = free_port()
+    options = ("--no-watch", "--port", str(port))
+    running = Stack(copy_example(tmp_path / "app"), tmp_path / "state", options=options, editor=True)
+    config = running.project / "vite.config.ts"
+    good = config.read_text()
+    config.write_text("throw new Error('this configuration is wrong')\n")
+    running.info = {"orchestrator_url": f"http://127.0.0.1:{port}"}
+    try:
+        running.begin()
+
+        def answers() -> bool:
+            with suppress(httpx.HTTPError):
+                return 'id="root"' in page(running).text
+            return False
+
+        until("the page comes", answers, 180)
+        person(running, tmp_path, "editor_faults.mjs", "broken", GOOD=good)
+    finally:
+        running.kill()
+
+
+def person(stack: Stack, tmp_path: Path, file: str, scenario: str, **more: str) -> None:
+    """Let a person go through one scenario."""
     environ = os.environ | {"STACK": json.dumps(stack.info), "PICTURE": str(tmp_path / f"{scenario}.png")}
     done = subprocess.run(
-        ["node", str(HERE / "editor.mjs"), scenario],
-        env=environ, capture_output=True, text=True, timeout=120, check=False,
+        ["node", str(HERE / file), scenario],
+        env=environ | more, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -255,6 +255,35 @@ def test_what_people_write_is_proposed_and_they_decide(db: Db, on: Project) -> N
     assert outcomes(offer(db, session, change("src/new.ts", "new"))) == [("refused", "rejected")]
 
 
+def told(db: Db, project: Project) -> list[Json]:
+    """What members heard of what waits for them, oldest first."""
+    rows = db.execute(
+        "select payload - 'id' from realtime.messages where topic = %s and event = 'write_back:kept' and private"
+        " order by inserted_at",
+        [f"preview:{project.id}"],
+    ).fetchall()
+    return [payload for (payload,) in rows]
+
+
+def test_members_hear_that_something_waits_and_that_it_was_decided(db: Db, on: Project) -> None:
+    """Once a transaction, whatever is in it; nothing of an offer that keeps nothing."""
+    session = session_of(db, on)
+    answer = offer(db, session, *(change(f"src/{n}.ts", "new") for n in range(3)))
+    assert told(db, on) == [{"proposals": 3, "conflicts": 0}]
+    offer(db, session, change("src/0.ts", "new"))
+    offer(db, session, change("gen/a", "1"))
+    assert len(told(db, on)) == 1, "kept already, and written"
+    upsert(db, on.id, "gen/a", "by a person")
+    offer(db, session, change("gen/a", "by a tool", 1))
+    assert told(db, on)[1:] == [{"proposals": 3, "conflicts": 1}]
+    with user(db, on.owner):
+        one(db, "select reject_proposal(%s, %s)", [on.id, answer["results"][0]["kept_id"]])
+    assert told(db, on)[2:] == [{"proposals": 2, "conflicts": 1}]
+    assert not [event for event, _ in messages(db, on.id) if event == "write_back:kept"], (
+        "containers hear none of it"
+    )
+
+
 def test_a_proposal_whose_file_changed_is_accepted_by_force_alone(db: Db, on: Project) -> None:
     session = session_of(db, on)
     upsert(db, on.id, "src/a.ts", "1")

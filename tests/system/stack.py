@@ -51,8 +51,8 @@ class Stack:
     info: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
-    def start(self) -> Stack:
-        """Start, and wait until the preview is served."""
+    def begin(self) -> None:
+        """Start, and wait for nothing."""
         log = (self.state.parent / "dev.log").open("a")
         with log:
             self.process = subprocess.Popen(
@@ -60,8 +60,12 @@ class Stack:
                  "--state", str(self.state), *([] if self.editor else ["--no-editor"]), *self.options],
                 cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             )  # fmt: skip
+
+    def start(self) -> Stack:
+        """Start, and wait until the preview is served."""
         dev_json = self.state / "dev.json"
         before = dev_json.stat().st_mtime_ns if dev_json.exists() else 0
+        self.begin()
 
         def published() -> bool:
             assert self.process is not None

@@ -2,6 +2,7 @@ import { Component, lazy, type ReactNode, Suspense, useEffect, useState } from '
 import { useShallow } from 'zustand/react/shallow'
 
 import { Code } from './Code.tsx'
+import { showKept } from './kept.ts'
 import { Preview } from './Preview.tsx'
 import { save, showCheckpoints, showHistory, showSession, useProjectEditorStore as useStore } from './store.ts'
 import { Tabs } from './Tabs.tsx'
@@ -12,6 +13,7 @@ import { Tree } from './Tree.tsx'
 const History = lazy(() => import('./History.tsx'))
 const ConflictDialog = lazy(() => import('./ConflictDialog.tsx'))
 const Checkpoints = lazy(() => import('./Checkpoints.tsx'))
+const Kept = lazy(() => import('./Kept.tsx'))
 const Session = lazy(() => import('./Session.tsx'))
 
 /** A part that fails takes itself off the page; what was typed is kept, and the page is told. */
@@ -27,7 +29,9 @@ class Contained extends Component<{ children: ReactNode }, { error: Error | null
 }
 
 export function App() {
-  const { config, failed, active, history, conflict, checkpoints, session, offline } = useStore(useShallow((state) => ({ config: state.config, failed: state.failed, active: state.active, history: state.history, conflict: state.conflict, checkpoints: state.checkpoints, session: state.session, offline: state.offline })))
+  const { config, failed, active, history, conflict, checkpoints, session, offline, deciding, waiting } = useStore(
+    useShallow(({ config, failed, active, history, conflict, checkpoints, session, offline, deciding, kept }) => ({ config, failed, active, history, conflict, checkpoints, session, offline, deciding, waiting: kept.length })),
+  )
 
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
@@ -50,11 +54,15 @@ export function App() {
         <Connection />
         <button aria-pressed={checkpoints !== null} disabled={offline !== null} onClick={() => (checkpoints ? useStore.setState({ checkpoints: null }) : showCheckpoints())}>Checkpoints</button>
         <button aria-pressed={session !== null} disabled={offline !== null} onClick={() => (session ? useStore.setState({ session: null }) : showSession())}>Session</button>
+        <button aria-pressed={deciding} disabled={offline !== null} onClick={() => (deciding ? useStore.setState({ deciding: false }) : showKept())}>
+          Proposals{waiting > 0 && <span className="waiting"> {waiting}</span>}
+        </button>
         <Notice />
       </header>
       <nav aria-label="Files"><Tree /></nav>
       <main>
         {checkpoints && <Contained><Suspense><Checkpoints /></Suspense></Contained>}
+        {deciding && <Contained><Suspense><Kept /></Suspense></Contained>}
         {session && <Contained><Suspense><Session /></Suspense></Contained>}
         <Tabs />
         {active ? history ? <Contained><Suspense><History {...history} /></Suspense></Contained> : <Code path={active} /> : <p className="alone">Open a file from the tree.</p>}

@@ -25,7 +25,7 @@ export default function Session() {
     <section className="panel" aria-label="Session">
       <div className="bar">
         <span>
-          The session is <b>{state}</b>, its agent <b>{agent?.state ?? 'not heard of'}</b>, the dev server <b>{agent?.dev_server ?? 'not heard of'}</b>.
+          The session is <b>{state}</b>, its agent <b>{agent?.state ?? 'not heard of'}</b>, the agent's link <b>{agent?.link?.replace('_', ' ') ?? 'not heard of'}</b>, the dev server <b>{agent?.dev_server ?? 'not heard of'}</b>.
         </span>
         <button onClick={() => useStore.setState({ session: null })}>Close</button>
       </div>

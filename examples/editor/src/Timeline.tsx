@@ -1,27 +1,34 @@
+import { useShallow } from 'zustand/react/shallow'
+
+import { whoIs } from './screen.ts'
 import { openFile, type Revision, useProjectEditorStore as useStore } from './store.ts'
 
 const ms = (value: number | null) => (value === null ? '–' : value < 1000 ? `${Math.round(value)} ms` : `${(value / 1000).toFixed(1)} s`)
 
 export function Timeline() {
-  const revisions = useStore((state) => state.revisions)
+  const { revisions, begun } = useStore(useShallow((state) => ({ revisions: state.revisions, begun: state.begun })))
   return (
     <div className="timeline">
       <h2>Timeline</h2>
-      {revisions.length === 0 ? (
+      {revisions.length + begun.length === 0 ? (
         <p className="hint">Save a file: this is where you see when it is in the database, on the disk and on the screen.</p>
       ) : (
         <table>
           <thead>
             <tr><th scope="col">revision</th><th scope="col">what</th><th scope="col">saved</th><th scope="col">applied</th><th scope="col">on screen</th></tr>
           </thead>
-          <tbody>{revisions.map((each) => <Row key={each.revision} revision={each} />)}</tbody>
+          <tbody>
+            {begun.map(({ id, title }) => <tr key={`begun ${id}`} className="begun"><td>–</td><td>{title}</td><td>saving …</td><td>–</td><td>–</td></tr>)}
+            {revisions.map((each) => <Row key={each.revision} revision={each} />)}
+          </tbody>
         </table>
       )}
     </div>
   )
 }
 
-function Row({ revision: { revision, title, files, mine, turn, saved, applied, shown, outcome } }: { revision: Revision }) {
+function Row({ revision: each }: { revision: Revision }) {
+  const { revision, title, files, turn, saved, applied, shown, outcome } = each
   const failed = outcome === 'error'
   return (
     <tr className={failed ? 'failed' : ''}>
@@ -35,7 +42,7 @@ function Row({ revision: { revision, title, files, mine, turn, saved, applied, s
         ) : (
           <button onClick={() => files[0] && openFile(files[0])}>{title}</button>
         )}
-        {!mine && <span className="hint"> by another</span>}
+        <span className="hint"> by {whoIs(each)}</span>
       </td>
       <td>{ms(saved)}</td>
       <td>{ms(applied)}</td>

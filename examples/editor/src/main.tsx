@@ -18,7 +18,7 @@ readConfig()
   .catch(async (error: Error) => {
     const shown = await kept()
     if (!shown) return useProjectEditorStore.setState({ failed: error.message })
-    openKept(shown)
+    await openKept(shown)
     await again()
     location.reload() // what was typed is among the drafts
   })

@@ -1,7 +1,7 @@
 /** One project over supabase-js: every call that the editor makes of the database, of Storage and of the session API. */
 import { createClient, type RealtimeChannel, type SupabaseClient } from '@supabase/supabase-js'
 
-import type { Config } from './config.ts'
+import { type Config, readConfig } from './config.ts'
 
 /** A current file, without its content. */
 export type FileEntry = { path: string; version: number; size: number; binary: boolean }
@@ -32,10 +32,26 @@ export type Version = { version: number; revision: number; created_at: string; i
 /** A revision that is kept. `name` is null for the end of a turn, which has the turn's `label`. */
 export type Checkpoint = { name: string | null; label: string | null; revision: number; created_at: string }
 
+/** What a tool in the preview made and was not written. `proposal`: of a file that people write; `conflict`: somebody saved meanwhile. */
+export type Kept = {
+  kind: 'proposal' | 'conflict'
+  kept_id: string
+  file_path: string
+  action: 'upsert' | 'delete'
+  size_bytes: number
+  base_version: number
+  current_version: number
+  session_id: string
+  created_at: string
+}
+
+/** Where a commit came from, as its history says. */
+export type Origin = { origin: 'user' | 'room' | 'container' | 'restore' | 'api'; changed_by: string | null; changed_by_name: string | null; contributors: string[] | null }
+
 /** A session as its agent said last. `start`: seconds from the start of its process to the end of each part. */
 export type Session = {
   state: string
-  agent?: { state: string | null; dev_server: string | null; start: Record<string, number>; problems: { kind: string; detail?: string; file_path?: string }[] }
+  agent?: { state: string | null; link: string | null; dev_server: string | null; start: Record<string, number>; problems: { kind: string; detail?: string; file_path?: string }[] }
 }
 
 /** An RPC that was refused. `code` is PT409 and its like; `details` is JSON where there are any. */
@@ -55,9 +71,12 @@ export class Unreachable extends Error {}
 const PAGE = 1000 // rows: the most that PostgREST gives at once where nothing else is configured
 
 export class Project {
-  readonly config: Config
+  config: Config
   readonly supabase: SupabaseClient
   userId = ''
+  /** Hears of another session or preview, after the stack was started again. */
+  onConfig: (config: Config) => void = () => undefined
+  private renewing: Promise<void> | null = null
 
   constructor(config: Config) {
     this.config = config
@@ -71,8 +90,37 @@ export class Project {
     this.userId = data.user.id
   }
 
+  /** Ask anew where everything is, and sign in again where the stack was started again, or the token was `refused`. */
+  renew(refused = false): Promise<void> {
+    this.renewing ??= this.signInAnew(refused).finally(() => {
+      this.renewing = null
+    })
+    return this.renewing
+  }
+
+  private async signInAnew(refused: boolean): Promise<void> {
+    const before = this.config
+    const now = await readConfig().catch((error: Error) => {
+      throw new Unreachable(error.message)
+    })
+    // Another stack at this address: what is typed is among the drafts.
+    if (now.project_id !== before.project_id || now.anon_key !== before.anon_key) return location.reload()
+    if (!refused && now.password === before.password) return
+    this.config = now
+    await this.signIn()
+    if (now.session_id !== before.session_id || now.preview_url !== before.preview_url) this.onConfig(now)
+  }
+
+  /** Ask, and once more signed in again where that is what is missing. */
+  private async signed<T extends { status: number }>(ask: () => PromiseLike<T>, ends = [401]): Promise<T> {
+    const answer = await ask()
+    if (!ends.includes(answer.status)) return answer
+    await this.renew(answer.status === 401)
+    return await ask()
+  }
+
   private async call<T>(name: string, args: object): Promise<T> {
-    const { data, error, status } = await this.supabase.rpc(name, { project_uuid: this.config.project_id, ...args })
+    const { data, error, status } = await this.signed(() => this.supabase.rpc(name, { project_uuid: this.config.project_id, ...args }))
     if (!error) return data as T
     if (status === 0 || status >= 500) throw new Unreachable(error.message)
     throw new Refused(error.code, error.message, error.details ?? '')
@@ -83,12 +131,14 @@ export class Project {
   async list(): Promise<FileEntry[]> {
     const found: FileEntry[] = []
     for (;;) {
-      const { data, error } = await this.supabase
-        .from('project_files_current')
-        .select('file_path, version, size_bytes, encoding')
-        .eq('project_id', this.config.project_id)
-        .order('file_path')
-        .range(found.length, found.length + PAGE - 1)
+      const { data, error } = await this.signed(() =>
+        this.supabase
+          .from('project_files_current')
+          .select('file_path, version, size_bytes, encoding')
+          .eq('project_id', this.config.project_id)
+          .order('file_path')
+          .range(found.length, found.length + PAGE - 1),
+      )
       if (error) throw new Unreachable(error.message)
       for (const row of data) {
         found.push({ path: row.file_path, version: row.version, size: row.size_bytes, binary: row.encoding !== 'utf-8' })
@@ -99,23 +149,27 @@ export class Project {
 
   /** The current text of a file; null when it is not there. */
   async read(path: string): Promise<{ content: string; version: number } | null> {
-    const { data, error } = await this.supabase
-      .from('project_files_current')
-      .select('content, version')
-      .match({ project_id: this.config.project_id, file_path: path })
-      .maybeSingle()
+    const { data, error } = await this.signed(() =>
+      this.supabase
+        .from('project_files_current')
+        .select('content, version')
+        .match({ project_id: this.config.project_id, file_path: path })
+        .maybeSingle(),
+    )
     if (error) throw new Unreachable(error.message)
     return data && { content: data.content ?? '', version: data.version }
   }
 
   /** Newest first. */
   async history(path: string): Promise<Version[]> {
-    const { data, error } = await this.supabase
-      .from('project_files')
-      .select('version, revision, created_at, is_deleted, size_bytes, encoding')
-      .match({ project_id: this.config.project_id, file_path: path })
-      .order('version', { ascending: false })
-      .limit(100)
+    const { data, error } = await this.signed(() =>
+      this.supabase
+        .from('project_files')
+        .select('version, revision, created_at, is_deleted, size_bytes, encoding')
+        .match({ project_id: this.config.project_id, file_path: path })
+        .order('version', { ascending: false })
+        .limit(100),
+    )
     if (error) throw new Unreachable(error.message)
     return data
   }
@@ -129,6 +183,33 @@ export class Project {
   /** Newest first. */
   async checkpoints(): Promise<Checkpoint[]> {
     return await this.call('list_checkpoints', {})
+  }
+
+  /** Oldest first. */
+  async kept(): Promise<Kept[]> {
+    const [proposals, conflicts] = await Promise.all([this.call<Kept[]>('list_proposals', {}), this.call<Kept[]>('list_conflicts', {})])
+    const all = [...proposals.map((one): Kept => ({ ...one, kind: 'proposal' })), ...conflicts.map((one): Kept => ({ ...one, kind: 'conflict' }))]
+    return all.sort((a, b) => a.created_at.localeCompare(b.created_at))
+  }
+
+  /** What the tool made; nothing of a deletion. */
+  async keptContent({ kind, kept_id }: Kept): Promise<string> {
+    const [one] = await this.call<{ content: string | null }[]>(kind === 'proposal' ? 'list_proposals' : 'list_conflicts', { p_kept_id: kept_id })
+    if (!one) throw new Refused('PT410', 'it was decided already', '')
+    return one.content ?? ''
+  }
+
+  /** Who made a revision. One file of it says so: a commit has one author. */
+  async origin(revision: number): Promise<Origin | null> {
+    const { data, error } = await this.signed(() =>
+      this.supabase
+        .from('project_history')
+        .select('origin, changed_by, changed_by_name, contributors')
+        .match({ project_id: this.config.project_id, revision })
+        .limit(1),
+    )
+    if (error) throw new Unreachable(error.message)
+    return data[0] ?? null
   }
 
   /** All that changed from one revision to now, as `git diff` prints it. */
@@ -152,6 +233,12 @@ export class Project {
 
   async restore(path: string, version: number, expected: number): Promise<{ revision: number }> {
     return await this.call('restore_project_file', { p_file_path: path, p_version: version, expected_version: expected })
+  }
+
+  /** Write what a tool made, or drop it. `force`: also where the file changed since the tool read it; a conflict says that by itself. */
+  async decide({ kind, kept_id }: Kept, take: boolean, force: boolean): Promise<{ revision?: number }> {
+    if (kind === 'conflict') return await this.call('resolve_conflict', { kept_id, p_take: take ? 'kept' : 'current' })
+    return take ? await this.call('accept_proposal', { kept_id, p_force: force }) : await this.call('reject_proposal', { kept_id })
   }
 
   /** Name the revision of now: it can be brought back for as long as the name is there. */
@@ -208,13 +295,14 @@ export class Project {
       .subscribe((status) => onConnected(status === 'SUBSCRIBED'))
   }
 
-  /** `onNews` hears that what is applied or shown has changed, at most once a second. */
-  followScreen(onNews: (news: { applied: number; shown: number | null; error_count: number }) => void): RealtimeChannel {
+  /** `onNews` hears that what is applied or shown has changed, at most once a second; `onKept` that something waits for a decision, or was decided. */
+  followScreen(onNews: (news: { applied: number; shown: number | null; error_count: number }) => void, onKept: () => void): RealtimeChannel {
     return this.supabase
       .channel(`preview:${this.config.project_id}`, { config: { private: true } })
       .on('broadcast', { event: 'preview:status' }, ({ payload }) => {
         if (payload.session_id === this.config.session_id) onNews(payload as { applied: number; shown: number | null; error_count: number })
       })
+      .on('broadcast', { event: 'write_back:kept' }, onKept)
       .subscribe()
   }
 
@@ -242,24 +330,28 @@ export class Project {
 
   /** Whether a room saved any of the versions after `from`, up to `to`. */
   async savedByRoom(path: string, from: number, to: number): Promise<boolean> {
-    const { data, error } = await this.supabase
-      .from('project_files')
-      .select('version')
-      .match({ project_id: this.config.project_id, file_path: path, origin: 'room' })
-      .gt('version', from)
-      .lte('version', to)
-      .limit(1)
+    const { data, error } = await this.signed(() =>
+      this.supabase
+        .from('project_files')
+        .select('version')
+        .match({ project_id: this.config.project_id, file_path: path, origin: 'room' })
+        .gt('version', from)
+        .lte('version', to)
+        .limit(1),
+    )
     if (error) throw new Unreachable(error.message)
     return data.length > 0
   }
 
   /** An address that lets into a file's room, once; null: there is none for this file, or for us. */
   async room(path: string): Promise<string | null> {
-    const { data } = await this.supabase.auth.getSession()
-    const answer = await fetch(`${this.config.supabase_url}/v1/projects/${this.config.project_id}/rooms`, {
-      method: 'POST',
-      headers: { Authorization: `Bearer ${data.session?.access_token}`, 'Content-Type': 'application/json' },
-      body: JSON.stringify({ path }),
+    const answer = await this.signed(async () => {
+      const { data } = await this.supabase.auth.getSession()
+      return await fetch(`${this.config.supabase_url}/v1/projects/${this.config.project_id}/rooms`, {
+        method: 'POST',
+        headers: { Authorization: `Bearer ${data.session?.access_token}`, 'Content-Type': 'application/json' },
+        body: JSON.stringify({ path }),
+      })
     })
     if (answer.ok) return (await answer.json()).url
     const { type } = await answer.json().catch(() => ({ type: '' }))
@@ -277,11 +369,14 @@ export class Project {
   }
 
   private async ask<T>(what: string, signal?: AbortSignal): Promise<T> {
-    const { data } = await this.supabase.auth.getSession()
-    const answer = await fetch(`${this.config.supabase_url}/v1/sessions/${this.config.session_id}${what}`, {
-      headers: { Authorization: `Bearer ${data.session?.access_token}` },
-      signal: signal ?? null,
-    })
+    // 404 and 410: the stack was started again, and has another session.
+    const answer = await this.signed(async () => {
+      const { data } = await this.supabase.auth.getSession()
+      return await fetch(`${this.config.supabase_url}/v1/sessions/${this.config.session_id}${what}`, {
+        headers: { Authorization: `Bearer ${data.session?.access_token}` },
+        signal: signal ?? null,
+      })
+    }, [401, 404, 410])
     if (!answer.ok) throw new Unreachable(`the session API answered ${answer.status}`)
     return await answer.json()
   }

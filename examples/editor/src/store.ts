@@ -1,111 +1,45 @@
-/** What the page shows, and everything that changes it. */
-import { create } from 'zustand'
-
+/** What a person does in the editor, and what others do to what is open. */
 import type { Config } from './config.ts'
 import * as demo from './demo.ts'
 import { Drafts } from './drafts.ts'
 import { merge } from './merge.ts'
 import * as offline from './offline.ts'
-import { type Change, type Checkpoint, type Commit, type FileEntry, Project, Refused, type ScreenError, type Session, type Shown, Unreachable, type Version } from './project.ts'
+import { readKept } from './kept.ts'
+import { type Change, type Commit, type FileEntry, Project, Refused } from './project.ts'
+import { begin, committed, note, screenChanged, watchScreen } from './screen.ts'
+import { attempt, type Doc, get, patchDoc, patchFiles, project, say, sayError, set, use, useProjectEditorStore } from './state.ts'
 
-/** An open text file. `base` at `version` is what was last read or saved; `text` is what stands in the editor. `again`: a save was asked for while one was on its way. `shared`: its room saves it. */
-export type Doc = { path: string; base: string; version: number; text: string; saving: boolean; again?: boolean; gone: boolean; shared?: boolean }
+export { project, say, useProjectEditorStore } from './state.ts'
+export type { Conflict, Doc, Revision } from './state.ts'
 
-/** Two edits of the same lines: `merged` has both, between marks. */
-export type Conflict = { path: string; mine: string; theirs: string; merged: string; version: number }
-
-/** A commit on its way to the screen; times in milliseconds since it was begun here, or since it was heard of. */
-export type Revision = {
-  revision: number
-  title: string
-  files: string[]
-  mine: boolean
-  turn: boolean
-  since: number
-  saved: number | null
-  applied: number | null
-  shown: number | null
-  outcome: Shown['outcome'] | null
-}
-
-type State = {
-  config: Config | null
-  failed: string | null
-  /** Set while nobody answers and the page shows what it kept: since when it is of. */
-  offline: string | null
-  connected: boolean
-  files: Map<string, FileEntry>
-  docs: Map<string, Doc>
-  active: string | null
-  goTo: { path: string; line: number; column: number; nonce: number } | null
-  conflict: Conflict | null
-  history: { path: string; versions: Version[] } | null
-  checkpoints: { kept: Checkpoint[]; compared: { revision: number; diff: string } | null } | null
-  session: Session | null
-  revisions: Revision[]
-  errors: ScreenError[]
-  applied: number
-  shown: number | null
-  notice: { text: string; kind: 'info' | 'error' } | null
-  playing: boolean
-  takeBack: (() => Promise<void>) | null
-  others: Map<string, number> // in how many other editors a file is open
-}
-
-const KEPT_REVISIONS = 200
 const SOON = 200_000 // characters: as much is kept at each key
 
-export const useProjectEditorStore = create<State>(() => ({
-  config: null,
-  failed: null,
-  offline: null,
-  connected: false,
-  files: new Map(),
-  docs: new Map(),
-  active: null,
-  goTo: null,
-  conflict: null,
-  history: null,
-  checkpoints: null,
-  session: null,
-  revisions: [],
-  errors: [],
-  applied: 0,
-  shown: null,
-  notice: null,
-  playing: false,
-  takeBack: null,
-  others: new Map(),
-}))
-
-const { getState: get, setState: set } = useProjectEditorStore
-
-export let project: Project
 let drafts: Drafts
 let heard = 0 // the highest revision that the channel told of
-let waiting: AbortController | null = null
-let waitsFor = 0
 let later: ReturnType<typeof setTimeout> | undefined
 
 // --- opening
 
 export async function open(config: Config): Promise<void> {
-  project = new Project(config)
+  use(new Project(config))
   drafts = new Drafts(config.project_id)
   set({ config })
   await project.signIn()
   await reload()
-  for (const path of drafts.paths()) await openFile(path, false)
+  for (const path of await drafts.paths()) await openFile(path, false)
   const first = ['src/App.tsx', 'src/App.jsx', 'src/main.ts', 'index.html'].find((path) => get().files.has(path))
   if (first && !get().active) await openFile(first)
+  project.onConfig = (config) => set({ config, shown: null, starting: null })
+  let lost = false
   project.follow(onCommit, (connected) => {
     set({ connected })
-    if (connected) void attempt('The files could not be read', reload)
+    if (lost && connected) void attempt('Nobody says where the stack is now', () => project.renew()) // it may have been started again
+    lost = !connected
+    if (!connected) return
+    void attempt('The files could not be read', reload)
+    void readKept()
   })
-  project.followScreen(({ applied, shown }) => {
-    arrived(applied, shown)
-    void watchScreen(Math.max(applied, waitsFor))
-  })
+  project.followScreen(({ applied, shown }) => screenChanged(applied, shown), readKept)
   void watchScreen(0)
   const openHere = project.followOpen((others) => set({ others }))
   openHere([...get().docs.keys()])
@@ -117,10 +51,11 @@ export async function open(config: Config): Promise<void> {
 }
 
 /** The page without its stack: what was open is there to be read, what is typed is kept, nothing can be saved. */
-export function openKept(kept: offline.Kept): void {
-  project = new Project({ ...kept.config, password: '' })
+export async function openKept(kept: offline.Kept): Promise<void> {
+  use(new Project({ ...kept.config, password: '' }))
   drafts = new Drafts(kept.config.project_id)
-  const docs = new Map(kept.docs.map((doc): [string, Doc] => [doc.path, { ...doc, text: drafts.read(doc.path)?.text ?? doc.base, saving: false, gone: false }]))
+  const docs = new Map<string, Doc>()
+  for (const doc of kept.docs) docs.set(doc.path, { ...doc, text: (await drafts.read(doc.path))?.text ?? doc.base, saving: false, gone: false })
   set({ config: { ...kept.config, password: '' }, offline: kept.since, files: new Map(kept.files.map((file) => [file.path, file])), docs, active: kept.active })
 }
 
@@ -165,7 +100,7 @@ export async function openFile(path: string, show = true): Promise<void> {
   if (get().files.get(path)?.binary) return say(`${path} is a binary file: drop another on the tree to replace it.`)
   await attempt(`${path} could not be opened`, async () => {
     const now = await project.read(path)
-    const draft = drafts.read(path)
+    const draft = await drafts.read(path)
     if (!now && !draft) return say(`${path} is not there any more.`)
     const doc: Doc = { path, base: now?.content ?? '', version: now?.version ?? 0, text: now?.content ?? '', saving: false, gone: false }
     set({ docs: new Map(get().docs).set(path, doc) })
@@ -188,7 +123,7 @@ export function closeFile(path: string): void {
   const doc = docs.get(path)
   if (doc && doc.text !== doc.base && !confirm(`${path} is not saved. Close it all the same?`)) return
   docs.delete(path)
-  drafts.drop(path)
+  void drafts.drop(path)
   const active = get().active === path ? ([...docs.keys()].at(-1) ?? null) : get().active
   set({ docs, active, history: null })
 }
@@ -205,10 +140,10 @@ export function edit(path: string, text: string): void {
 function keepDraft(path: string): void {
   const doc = get().docs.get(path)
   if (!doc) return
-  if (doc.text === doc.base) drafts.drop(path)
-  else if (!drafts.keep(path, { text: doc.text, base: doc.base, version: doc.version })) {
+  if (doc.text === doc.base) return void drafts.drop(path)
+  drafts.keep(path, { text: doc.text, base: doc.base, version: doc.version }).catch(() => {
     say(`${path} is too large for this browser to keep unsaved: save it before the tab is closed.`, 'error')
-  }
+  })
 }
 
 // --- saving
@@ -220,17 +155,19 @@ export async function save(path: string): Promise<void> {
   if (doc.text === doc.base && !doc.gone) return
   const { text } = doc
   patchDoc(path, { saving: true })
+  const end = begin(path)
   const since = performance.now()
   try {
     const saved = await project.save(path, text, doc.version)
     patchDoc(path, { base: text, version: saved.version, gone: false })
-    addFile({ path, version: saved.version, size: text.length, binary: false })
+    patchFiles([[path, { path, version: saved.version, size: text.length, binary: false }]])
     keepDraft(path)
     committed(saved.revision, since, path, [path])
   } catch (error) {
     if (error instanceof Refused && error.code === 'PT409') await attempt(`${path} could not be read`, () => meetConflict(path, text))
     else sayError(`${path} was not saved, and is kept here`, error)
   } finally {
+    end()
     const again = get().docs.get(path)?.again
     patchDoc(path, { saving: false, again: false })
     if (again) void save(path)
@@ -266,7 +203,7 @@ export async function createFile(path: string): Promise<void> {
 export async function removeFile(path: string): Promise<void> {
   const file = get().files.get(path)
   if (!file || !confirm(`Delete ${path}? Its history is kept.`)) return
-  await commit(`${path} was not deleted`, `${path} deleted`, [path], () => project.remove(path, file.version))
+  await commit(`${path} was not deleted`, `${path} deleted`, [path], () => project.remove(path, file.version), new Map([[path, null]]))
 }
 
 export async function renameFile(from: string, to: string): Promise<void> {
@@ -277,7 +214,7 @@ export async function renameFile(from: string, to: string): Promise<void> {
     const done = await project.rename(from, to, file.version)
     renamed = true
     return done
-  })
+  }, new Map([[from, null], [to, { ...file, path: to, version: 0 }]]))
   const doc = get().docs.get(from)
   if (!renamed || !doc) return
   patchDoc(from, { text: doc.base }) // what is not saved goes on under the new name
@@ -306,12 +243,21 @@ async function asText(file: File): Promise<string | null> {
   }
 }
 
-async function commit(failed: string, title: string, files: string[], work: () => Promise<{ revision: number }>): Promise<void> {
-  await attempt(failed, async () => {
+/** Writes. `ahead` is what the tree shows at once: the database's answer stands over it, and a refusal takes it back. */
+async function commit(failed: string, title: string, files: string[], work: () => Promise<{ revision: number }>, ahead = new Map<string, FileEntry | null>()): Promise<void> {
+  const before = [...ahead.keys()].map((path) => [path, get().files.get(path) ?? null] as const)
+  patchFiles(ahead)
+  const end = begin(title)
+  try {
     const since = performance.now()
     const { revision } = await work()
     committed(revision, since, title, files)
-  })
+  } catch (error) {
+    patchFiles(before.filter(([path]) => (get().files.get(path) ?? null) === ahead.get(path)).map(([path, file]) => [path, file]))
+    sayError(failed, error)
+  } finally {
+    end()
+  }
 }
 
 // --- history
@@ -373,22 +319,21 @@ function onCommit(commit: Commit): void {
   heard = Math.max(heard, commit.revision)
   const title = commit.label ?? (commit.files.length === 1 ? commit.files[0]!.path : `${commit.files.length} files`)
   note({
-    revision: commit.revision, title, files: commit.files.map((file) => file.path), mine: commit.sender === project.userId, turn: commit.turn,
+    revision: commit.revision, title, files: commit.files.map((file) => file.path), mine: commit.sender === project.userId, who: null, turn: commit.turn,
     since: performance.now(), saved: null, applied: null, shown: null, outcome: null,
   })
   void watchScreen(commit.revision)
+  if (get().kept.some(({ file_path }) => commit.files.some(({ path }) => path === file_path))) void readKept()
   if (missed || !commit.complete) return void attempt('The files could not be read', reload)
   for (const file of commit.files) {
     const known = get().files.get(file.path)
     if (known && known.version >= file.version) continue // our own save's echo, or an older one
     if (file.deleted) {
-      const files = new Map(get().files)
-      files.delete(file.path)
-      set({ files })
+      patchFiles([[file.path, null]])
       patchDoc(file.path, { gone: true })
       continue
     }
-    addFile({ path: file.path, version: file.version, size: file.content?.length ?? known?.size ?? 0, binary: known?.binary ?? false })
+    patchFiles([[file.path, { path: file.path, version: file.version, size: file.content?.length ?? known?.size ?? 0, binary: known?.binary ?? false }]])
     if (!get().docs.has(file.path)) continue
     if (file.content === null) void attempt(`${file.path} could not be read`, () => readAgain(file.path))
     else theirs(file.path, file.content, file.version)
@@ -424,55 +369,6 @@ export function leftRoom(path: string, saved: { base: string; version: number } 
   keepDraft(path)
 }
 
-// --- what is on the screen
-
-function committed(revision: number, since: number, title: string, files: string[]): void {
-  note({ revision, title, files, mine: true, turn: false, since, saved: performance.now() - since, applied: null, shown: null, outcome: null })
-  void watchScreen(revision)
-}
-
-/** Add a commit, or what is now known of one that the channel told of before its answer came. */
-function note(one: Revision): void {
-  const revisions = get().revisions.slice()
-  const at = revisions.findIndex((each) => each.revision === one.revision)
-  if (at < 0) revisions.unshift(one)
-  else if (one.saved !== null) revisions[at] = { ...one, turn: revisions[at]!.turn, applied: revisions[at]!.applied, shown: revisions[at]!.shown, outcome: revisions[at]!.outcome }
-  revisions.sort((a, b) => b.revision - a.revision)
-  set({ revisions: revisions.slice(0, KEPT_REVISIONS) })
-}
-
-/** Notes how far the preview is. What the screen says now is said of its newest revision, and of older ones that were never shown. */
-function arrived(applied: number, shown: number | null, outcome: Shown['outcome'] | null = null): void {
-  const now = performance.now()
-  const newest = Math.max(applied, shown ?? 0)
-  const revisions = get().revisions.map((each) => {
-    const next = { ...each }
-    if (next.applied === null && each.revision <= applied) next.applied = now - each.since
-    if (next.shown === null && shown !== null && each.revision <= shown) next.shown = now - each.since
-    const open = each.shown === null && each.outcome !== 'error'
-    if (outcome && (each.revision === newest || (each.revision < newest && open))) next.outcome = outcome
-    return next
-  })
-  set({ revisions, applied: Math.max(applied, get().applied), shown: shown ?? get().shown })
-}
-
-/** Wait until it is known what became of `revision`; one request at a time, for the newest. */
-async function watchScreen(revision: number): Promise<void> {
-  if (waiting && revision <= waitsFor) return
-  waiting?.abort()
-  const control = (waiting = new AbortController())
-  waitsFor = revision
-  try {
-    const found = await project.shown(revision, revision ? 20 : 0, control.signal)
-    arrived(found.applied, found.shown?.revision ?? null, found.outcome)
-    set({ errors: found.errors.filter((error) => error.kind !== 'console') })
-  } catch (error) {
-    if (!control.signal.aborted) console.warn('what is on the screen is not known:', error)
-  } finally {
-    if (waiting === control) waiting = null
-  }
-}
-
 export function goTo(path: string, line: number, column: number): void {
   void openFile(path).then(() => set({ goTo: { path, line, column, nonce: Date.now() } }))
 }
@@ -495,34 +391,6 @@ export async function takeBackTurn(): Promise<void> {
     await back()
     set({ takeBack: null })
   })
-}
-
-// --- helpers
-
-function addFile(file: FileEntry): void {
-  set({ files: new Map(get().files).set(file.path, file) })
-}
-
-function patchDoc(path: string, change: Partial<Doc>): void {
-  const doc = get().docs.get(path)
-  if (doc) set({ docs: new Map(get().docs).set(path, { ...doc, ...change }) })
-}
-
-export function say(text: string, kind: 'info' | 'error' = 'info'): void {
-  set({ notice: { text, kind } })
-}
-
-function sayError(what: string, error: unknown): void {
-  const why = error instanceof Unreachable ? 'nobody answers; it is tried again when you save' : (error as Error).message
-  say(`${what}: ${why}.`, 'error')
-}
-
-async function attempt(failed: string, work: () => Promise<unknown>): Promise<void> {
-  try {
-    await work()
-  } catch (error) {
-    sayError(failed, error)
-  }
 }
 
 export type { Change }

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 import websockets
+from prometheus_client import CollectorRegistry
 from pycrdt import create_update_message
 
 from orchestrator_stub.rooms.room import Person
@@ -98,6 +99,24 @@ async def test_two_type_and_a_third_saves_and_nothing_is_lost(world: World) -> N
         assert rows
         assert all(set(contributors) <= {ann, bob} and by in contributors for _, contributors, by in rows)
         assert {each for _, contributors, _ in rows for each in contributors} == {ann, bob}
+
+
+async def test_rooms_are_counted(world: World) -> None:
+    project, ann, bob = await people(world)
+    registry = CollectorRegistry()
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"preview_orchestrator_{name}", labels)
+
+    async with place(world, registry=registry) as here:
+        assert (value("rooms_open"), value("room_members")) == (0, 0)
+        a, b = await here.browser(ann, project), await here.browser(bob, project)
+        assert (value("rooms_open"), value("room_members")) == (1, 2)
+        await a.type(0, "// ann\n")
+        await saved(world, project, a, b)
+        await until("it is counted", lambda: value("room_saves_total", outcome="saved"))
+        await b.close()
+        await until("one is left", lambda: value("room_members") == 1)
 
 
 async def test_two_orchestrators_have_one_room(world: World) -> None:
