@@ -12,6 +12,15 @@ const pages = new Map();
 
 const devtools = await browser.newBrowserCDPSession();
 
+/**
+ * Fails when there is no answer in time: of a page that is loaded anew Chromium may keep one for ever.
+ * @param {number} ms @param {Promise<any>} answer
+ */
+function within(ms, answer) {
+  const late = new Promise((_, fail) => setTimeout(fail, ms, new Error(`no answer within ${ms} ms`)).unref());
+  return Promise.race([answer, late]);
+}
+
 /** @param {string} name @param {string} expression */
 async function evaluate(name, expression) {
   const given = { expression, awaitPromise: true, returnByValue: true };
@@ -56,7 +65,7 @@ const commands = {
     return {};
   },
   async run({ page, code, inner }) {
-    return { value: await (inner ? evaluateInside : evaluate)(page, code) };
+    return { value: await within(60_000, (inner ? evaluateInside : evaluate)(page, code)) };
   },
   async wait({ page, code, inner, seconds = 30 }) {
     const ask = inner ? evaluateInside : evaluate;
@@ -65,7 +74,7 @@ const commands = {
       Date.now() < end;
       await new Promise((resolve) => setTimeout(resolve, 20))
     )
-      if (await ask(page, `Promise.resolve(${code}).then(Boolean)`).catch(() => false)) return {}; // it is being loaded anew
+      if (await within(5000, ask(page, `Promise.resolve(${code}).then(Boolean)`)).catch(() => false)) return {};
     throw new Error(`not within ${seconds} s: ${code}`);
   },
   /** Waits until it has loaded all that it asks for. */
@@ -82,7 +91,10 @@ const commands = {
     return {};
   },
   async close({ page }) {
-    await pages.get(page)?.page.close();
+    const open = pages.get(page)?.page;
+    // One that is just being loaded anew may never be closed.
+    await open?.goto("about:blank", { timeout: 5000 }).catch(() => {});
+    if (open) await within(30_000, open.close());
     pages.delete(page);
     return {};
   },
