@@ -178,7 +178,9 @@ const scenarios = {
     const page = await open();
     await page.getByRole("button", { name: "Session" }).click();
     const panel = page.getByRole("region", { name: "Session" });
-    await panel.getByText("The session is ready, its agent serving, the dev server ready.").waitFor();
+    await panel
+      .getByText("The session is ready, its agent serving, the agent's link live, the dev server ready.")
+      .waitFor();
     for (const part of ["files on the disk", "node_modules in place", "dev server started", "first page"])
       assert.match((await panel.getByRole("row", { name: part }).textContent()) ?? "", /\d+\.\d\d s$/);
     assert.deepEqual(page.failed, []);

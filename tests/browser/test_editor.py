@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -203,6 +204,21 @@ def test_who_typed_through_a_restart_of_the_room_loses_nothing(stack: Stack, tmp
                 "update preview.rooms set generation = nextval('preview.room_generations')"
             ) and None,
         )  # fmt: skip
+
+
+def test_what_a_first_paint_waits_for_is_at_most_300_kb(stack: Stack) -> None:
+    """Compressed: the page, its style, and the scripts that are no later part. The language of a file comes after it."""
+    waited_for = [
+        "/",
+        *(f"/{name}" for name in re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page(stack).text)),
+    ]
+    assert len(waited_for) >= 3
+    sizes = {}
+    for path in waited_for:
+        answer = page(stack, path, **{"accept-encoding": "gzip"})
+        assert answer.headers["content-encoding"] == "gzip", path
+        sizes[path] = int(answer.headers["content-length"])
+    assert sum(sizes.values()) <= 300_000, sizes
 
 
 def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
