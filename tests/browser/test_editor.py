@@ -207,7 +207,7 @@ def test_who_typed_through_a_restart_of_the_room_loses_nothing(stack: Stack, tmp
 
 
 def test_what_a_first_paint_waits_for_is_at_most_300_kb(stack: Stack) -> None:
-    """Compressed: the page, its style, and the scripts that are no later part. The language of a file comes after it."""
+    """Compressed: the page, its style, and the scripts that are no later part. A file's language comes after it."""
     waited_for = [
         "/",
         *(f"/{name}" for name in re.findall(r'(?:src|href)="\./(assets/[^"]+)"', page(stack).text)),
