@@ -140,7 +140,7 @@ const scenarios = {
     await page.getByRole("treeitem", { name: "newer.ts" }).click();
     await page.getByRole("button", { name: "Delete" }).click();
     await page.getByRole("treeitem", { name: "newer.ts" }).waitFor({ state: "detached" });
-    assert.equal(await current("src/newer.ts"), null);
+    await equal(() => current("src/newer.ts"), null);
 
     const drop = await page.evaluateHandle(() => {
       const data = new DataTransfer();
