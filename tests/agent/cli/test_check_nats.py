@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -79,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[[EmbeddedNats], str], str]] = {
     ),
     "expired": (
         lambda server: token(server, life=-60),
-        "NATS_JWT expired 60 s ago; SESSION_API_URL can give a new one",
+        "NATS_JWT expired N s ago; SESSION_API_URL can give a new one",
     ),
 }
 
@@ -87,10 +88,8 @@ REFUSED: dict[str, tuple[Callable[[EmbeddedNats], str], str]] = {
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_a_token_that_does_not_count(tmp_path: Path, server: EmbeddedNats, kind: str) -> None:
     make, sentence = REFUSED[kind]
-    assert (
-        await answer(machine(tmp_path, server.url, make(server)))
-        == f"fail: 127.0.0.1:{server.port}: {sentence}"
-    )
+    told = await answer(machine(tmp_path, server.url, make(server)))
+    assert re.sub(r"\d+ s ago", "N s ago", told) == f"fail: 127.0.0.1:{server.port}: {sentence}"
 
 
 async def test_no_server_and_no_name(tmp_path: Path) -> None:

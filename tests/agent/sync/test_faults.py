@@ -17,7 +17,7 @@ import structlog
 from agent.core.model import Problem, RelPath
 from agent.core.scheduler import Follower
 from agent.fs.project_dir import ProjectDir
-from agent.sync import engine, received
+from agent.sync import engine, intake
 from agent.sync.catchup import CatchUp
 from agent.sync.ledger import Ledger
 from agent.telemetry.status import SyncPhase
@@ -377,7 +377,7 @@ def once(monkeypatch: pytest.MonkeyPatch, where: object, name: str, times: int =
 
 
 BUGS: dict[str, tuple[object, str, str]] = {
-    "reading an event": (received, "read_event", "event"),
+    "reading an event": (intake, "read_event", "event"),
     "what an answer means": (engine, "catch_up", "catch-up"),
     "when to apply it": (Follower, "ready", "sync"),
     "a transaction": (ProjectDir, "apply", "apply"),
