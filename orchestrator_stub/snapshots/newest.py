@@ -21,6 +21,14 @@ log = structlog.get_logger("snapshots")
 FILES_SINCE: Final = 500
 """Changed since an archive: with more, an agent would have its project sooner from one archive of everything."""
 
+DECIDES_START: Final = (
+    r"(^|/)(package\.json|package-lock\.json|npm-shrinkwrap\.json|pnpm-lock\.yaml|pnpm-workspace\.yaml|yarn\.lock"
+    r"|bun\.lockb?|\.npmrc|\.yarnrc(\.yml)?|\.pnpmfile\.cjs|bunfig\.toml|index\.html|\.env[^/]*"
+    r"|[^/]*\.config\.[cm]?[jt]s|[tj]sconfig[^/]*\.json)$|(^|/)patches/"
+)
+"""Paths that decide what a start installs and runs. An agent installs and starts what its archive has: with an older
+one of these it would do both twice, and show an error of the first in between."""
+
 NOTE: Final = """
 with noted as (
   insert into preview.archives as a (project_id, epoch, revision, object_path)
@@ -38,8 +46,9 @@ select a.object_path, a.revision from preview.archives a
 join public.project_heads h on h.project_id = a.project_id and h.epoch = a.epoch
 where a.project_id = %(project)s and a.revision between h.pruned_revision and h.revision and (
   select count(*) <= %(files)s and coalesce(sum(since.size_bytes), 0) <= %(bytes)s
+    and not coalesce(bool_or(since.file_path ~ %(decides)s), false)
   from (
-    select f.size_bytes from public.project_files f
+    select f.size_bytes, f.file_path from public.project_files f
     where f.project_id = a.project_id and f.is_current_version and f.revision > a.revision
     order by f.revision limit %(files)s + 1
   ) since)
@@ -70,9 +79,11 @@ async def note(pool: Pool, project_id: UUID, manifest: Mapping[str, Any], object
 async def find(pool: Pool, project_id: UUID, most_bytes: int) -> NewestArchive | None:
     """The archive that a session may begin with.
 
-    None: there is none, it is of another history, or more than `most_bytes` or `FILES_SINCE` were saved since.
+    None: there is none, it is of another history, or more than `most_bytes` or `FILES_SINCE` were saved since, or
+    something that decides the start.
     """
-    row = await _ask(pool, FIND, {"project": project_id, "files": FILES_SINCE, "bytes": most_bytes})
+    bounds = {"files": FILES_SINCE, "bytes": most_bytes, "decides": DECIDES_START}
+    row = await _ask(pool, FIND, {"project": project_id, **bounds})
     return NewestArchive(*row) if row is not None else None
 
 
