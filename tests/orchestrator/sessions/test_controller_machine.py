@@ -331,6 +331,6 @@ def test_the_control_plane_survives_everything(
         machine = type("Machine", (ControlMachine,), given)
         # A failure is shown as found: each step is a round of real queries, and shrinking takes minutes of them.
         phases = (Phase.explicit, Phase.reuse, Phase.generate)
-        number = examples(1000, 1000) if long else examples(30, 30)
+        number = examples(1000, 1000) if long else examples(16, 16)
         profile = settings(number, stateful_step_count=40, phases=phases)
         run_state_machine_as_test(machine, settings=profile)
