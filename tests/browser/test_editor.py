@@ -232,7 +232,7 @@ def test_what_signs_in_is_for_the_page_alone(stack: Stack) -> None:
 
 @pytest.mark.nightly
 def test_a_large_project(stack: Stack) -> None:
-    """Five thousand files, and one of 5 MB. It comes last: only rows in sight are in the page, and others click theirs."""
+    """Five thousand files, and one of 5 MB. Last, since a page has only the rows that are in sight."""
     environ = os.environ | {"STACK": json.dumps(stack.info)}
     done = subprocess.run(
         ["node", str(HERE / "editor.mjs"), "large"],
