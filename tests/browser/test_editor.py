@@ -20,6 +20,7 @@ from orchestrator_stub.devstack.state_directory import StateDirectory, identitie
 from tests.browser.conftest import HERE, missing
 from tests.ports import free_port
 from tests.system.stack import Stack, copy_example, until
+from tests.trees import files_below
 
 pytestmark = pytest.mark.browser
 
@@ -164,7 +165,7 @@ def people_in_a_file(
             person.kill()
     assert person.returncode == 0, errors.read_text()[-4000:]
     (file,) = [each for each in stack.rpc("list_current_files") if each["file_path"] == "src/shared.txt"]
-    on_disk = [each for each in stack.state.rglob("src/shared.txt") if each.is_file()]
+    on_disk = [each for each in files_below(stack.state) if each.match("src/shared.txt")]
     assert on_disk
     until(
         "the disk has it", lambda: [each.read_text() for each in on_disk] == [file["content"]] * len(on_disk)

@@ -39,24 +39,6 @@ def leaking(places: Mapping[str, bytes | str], secrets: Iterable[str] = ()) -> d
     return {place: found for place, said in places.items() if (found := leaks(said, known))}
 
 
-def files_below(directory: Path, *, but: Iterable[str] = ()) -> dict[str, bytes]:
-    """Every file below, by its path; names in `but` left out."""
-    return {
-        str(path): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and not path.is_symlink() and path.name not in set(but)
-    }
-
-
-def family(pid: int) -> list[int]:
-    """A process's descendants, all generations."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *family(int(child))]
-    return found
-
-
 def shown_by(pid: int, *parts: str) -> dict[str, bytes]:
     """What `/proc` shows of a process; what is gone or closed shows nothing."""
     shown = {}

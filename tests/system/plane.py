@@ -40,6 +40,7 @@ from orchestrator_stub.process import Server
 from orchestrator_stub.server.control_plane import control_plane, door_of
 from orchestrator_stub.sessions.controller import SessionController
 from tests.ports import free_port
+from tests.trees import contents_below
 
 
 async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> Any:
@@ -255,12 +256,7 @@ class Agent:
 
     def files(self) -> dict[str, bytes]:
         """What is on disk; a file that goes while this looks is gone."""
-        found = {}
-        for path in self.tree.rglob("*"):
-            if path.is_file() and "node_modules" not in path.parts:
-                with contextlib.suppress(FileNotFoundError):
-                    found[str(path.relative_to(self.tree))] = path.read_bytes()
-        return found
+        return contents_below(self.tree, but=("node_modules",))
 
     async def equal(self, seconds: float = 30.0) -> dict[str, Any]:
         """Wait until disk, agent and database say the same; the agent's report then."""

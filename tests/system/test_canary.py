@@ -34,8 +34,9 @@ from tests.fakes.origin import Answer, origin
 from tests.fakes.realtime import jwt
 from tests.orchestrator.test_serve import settings as serve_settings
 from tests.profiles import NIGHTLY
-from tests.system.canary import CREDENTIALS, family, files_below, leaking, leaks, shown_by
+from tests.system.canary import CREDENTIALS, leaking, leaks, shown_by
 from tests.system.plane import Agent, Plane, Project, eventually, running_plane
+from tests.trees import contents_below, descendants_of
 
 pytestmark = pytest.mark.system
 
@@ -114,10 +115,10 @@ async def said_by(agent: Agent) -> dict[str, bytes | str]:
                 except httpx.HTTPError:
                     continue
         said |= shown_by(agent.process.pid, "cmdline")
-        for pid in family(agent.process.pid):
+        for pid in descendants_of(agent.process.pid):
             said |= shown_by(pid, "cmdline", "environ")
     state = agent.directory / "state"
-    return said | dict(files_below(state))
+    return said | {f"{name} {path}": content for path, content in contents_below(state).items()}
 
 
 async def remembered(dsn: str) -> str:
@@ -205,7 +206,7 @@ async def test_a_session_s_life_tells_no_secret(
             await eventually("the token was renewed", renewed)
             children = {
                 place: shown
-                for pid in family(agent.process.pid)
+                for pid in descendants_of(agent.process.pid)
                 for place, shown in shown_by(pid, "environ").items()
             }
             assert len(children) >= 2, "a guard and its dev server"

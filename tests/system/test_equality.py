@@ -17,6 +17,7 @@ import pytest
 
 from tests.profiles import NIGHTLY
 from tests.system.plane import Agent, Plane, Project, edit_at_random, eventually, running_plane
+from tests.trees import files_below
 
 pytestmark = pytest.mark.system
 
@@ -442,7 +443,7 @@ async def test_hostile_paths_in_an_event_are_refused_and_the_rest_lands(
 
 
 async def test_a_snapshot_offered_at_any_time_is_a_question(agent: Agent, project: Project) -> None:
-    before = {path: path.stat().st_mtime_ns for path in agent.tree.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in files_below(agent.tree)}
     offer = {
         "snapshot_url": "http://127.0.0.1:9/x.zip",
         "manifest": None,
@@ -455,7 +456,7 @@ async def test_a_snapshot_offered_at_any_time_is_a_question(agent: Agent, projec
 
     await eventually("the database is asked", asked)
     await agent.equal()
-    assert {path: path.stat().st_mtime_ns for path in agent.tree.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in files_below(agent.tree)} == before
 
 
 async def test_without_a_session_api_offered_snapshots_are_the_way_to_catch_up(

@@ -16,6 +16,7 @@ import pytest
 from agent.devserver.guard import AGENT_OOM_SCORE, descendants
 from tests.agent.processes import until
 from tests.system.plane import Agent, eventually, running_plane
+from tests.trees import command_of
 
 pytestmark = [
     pytest.mark.system,
@@ -70,7 +71,7 @@ async def programs_of(agent: Agent) -> tuple[int, set[int]]:
         status = await agent.status()
         guard = status and status["dev_server"]["pid"]
         below = descendants(guard) if guard else set()
-        sleeping = [pid for pid in below if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep\0")]
+        sleeping = [pid for pid in below if command_of(pid).startswith(b"sleep\0")]
         return (guard, below) if len(sleeping) == 3 else None
 
     found: tuple[int, set[int]] = await eventually("the dev server has all its children", up)

@@ -19,6 +19,7 @@ from watchfiles._rust_notify import RustNotify
 
 from tests.system.plane import Agent, Project, eventually, running_plane
 from tests.system.stack import REPOSITORY
+from tests.trees import contents_below
 
 pytestmark = pytest.mark.system
 
@@ -172,9 +173,7 @@ async def test_a_difference_is_found_and_cleared(database: str, tmp_path: Path) 
                     assert paths <= {e["file_path"] for e in lines if e["event"] == event}
                 counted = [e for e in lines if e["event"] == "shadow.compared"]
                 assert (counted[0]["missing"], counted[-1]["differs"]) == (0, 0)
-                assert {p.relative_to(shadow).as_posix() for p in shadow.rglob("*") if p.is_file()} == set(
-                    await project.files()
-                )
+                assert set(contents_below(shadow)) == set(await project.files())
                 assert not (tmp_path / "machine" / ".preview-modules").exists()
             finally:
                 assert await agent.stop() == 0, agent.log()[-3000:]
@@ -229,8 +228,7 @@ async def same(live: Path) -> bool:
 
 
 async def followed(shadow: Path, project: Project) -> bool:
-    here = {p.relative_to(shadow).as_posix(): p.read_bytes() for p in shadow.rglob("*") if p.is_file()}
-    return here == await project.files()
+    return contents_below(shadow) == await project.files()
 
 
 def stands_in(agent: Agent) -> Any:

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.system.canary import shown_by
 from tests.system.stack import Stack, until
+from tests.trees import descendants_of
 
 pytestmark = pytest.mark.system
 
@@ -113,9 +114,11 @@ def test_another_session_s_agent_is_not_taken_for_the_stack_s_own(stack: Stack) 
 
 def test_the_dev_server_does_not_get_our_secrets(stack: Stack) -> None:
     pid = stack.status()["dev_server"]["pid"]
-    family = [pid, *(int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
-    for each in family:
-        environ = Path(f"/proc/{each}/environ").read_bytes()
+    shown = [
+        environ for each in (pid, *descendants_of(pid)) for environ in shown_by(each, "environ").values()
+    ]
+    assert len(shown) >= 2, "a guard and its dev server"
+    for environ in shown:
         names = {line.partition(b"=")[0] for line in environ.split(b"\0")}
         assert not names & {b"REALTIME_TOKEN", b"SNAPSHOT_URL", b"REALTIME_API_KEY", b"SESSION_API_URL"}
         assert b"eyJ" not in environ
