@@ -219,7 +219,7 @@ async def test_tls_that_is_none_gets_no_token() -> None:
         made = nats_link(f"tls://127.0.0.1:{proxy.port}", str(uuid4()), tokens, settings=SETTINGS)
         async with running(made) as link:
             await until(lambda: proxy.accepted >= 2, "two attempts")
-            assert "TLS" in str(link.stream.report()["why"])
+            await until(lambda: "TLS" in str(link.stream.report()["why"]), "why, between two attempts")
         assert plain.requests == []
 
 
