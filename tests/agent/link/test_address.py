@@ -110,4 +110,4 @@ async def test_an_untrusted_certificate_gets_no_token(
         await until(
             lambda: "SSLCertVerificationError" in str(link.stream.report()["why"]),
             "why, between two attempts",
-        )  # type: ignore[attr-defined]
+        )
