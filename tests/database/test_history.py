@@ -147,7 +147,7 @@ def test_a_snapshot_request_is_recorded_told_and_not_doubled(db: Db, database: s
             request = one(db, "select create_project_snapshot(%s)", [project.id])
         with acting_as(db, "service_role"):
             assert one(db, "select create_project_snapshot(%s)", [project.id]) == request
-        heard = [n.payload for n in builder.notifies(timeout=5, stop_after=1)]
+        heard = [n.payload for n in builder.notifies(timeout=30, stop_after=1)]
     assert heard == [request["snapshot_id"]]
     assert (request["state"], request["project_id"]) == ("requested", str(project.id))
     row = db.execute("select requested_by, state from project_snapshots").fetchall()

@@ -348,7 +348,7 @@ def test_notifications_arrive_in_the_order_of_commits(db: Db, database: str, pro
         listener.execute("listen realtime_messages")
         for i in range(5):
             upsert(db, project.id, "a", str(i))
-        heard = [n.payload for n in listener.notifies(timeout=5, stop_after=5)]
+        heard = [n.payload for n in listener.notifies(timeout=30, stop_after=5)]
     said = [payload["id"] for _, payload in messages(db, project.id)]
     assert heard == said
 

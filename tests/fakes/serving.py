@@ -93,7 +93,7 @@ class Phoenix:
         await self.connection.send(json.dumps(frame))
         return ref
 
-    async def frame(self, timeout: float = 5) -> list[Any]:
+    async def frame(self, timeout: float = 30) -> list[Any]:
         raw = await asyncio.wait_for(self.connection.recv(), timeout)
         if isinstance(raw, bytes):
             assert raw[0] == 4
@@ -118,7 +118,7 @@ class Phoenix:
         assert len(data) == 5
         return list(data)
 
-    async def until(self, wanted: Callable[[list[Any]], bool], timeout: float = 5) -> list[Any]:
+    async def until(self, wanted: Callable[[list[Any]], bool], timeout: float = 30) -> list[Any]:
         async with asyncio.timeout(timeout):
             while True:
                 frame = await self.frame(timeout)

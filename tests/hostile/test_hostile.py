@@ -205,7 +205,7 @@ async def running(database: str, place: Path, seed: int) -> AsyncIterator[Run]:
                 watching.cancel()
             if agent.process is not None and agent.process.poll() is None:
                 agent.kill()
-            await until(lambda: not of_user(pwd.getpwnam(user).pw_uid), 10)
+            await until(lambda: not of_user(pwd.getpwnam(user).pw_uid))
 
 
 async def survives(database: str, place: Path, seed: int, seconds: float) -> Counter[str]:

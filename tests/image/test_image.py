@@ -187,7 +187,7 @@ async def test_a_save_reaches_the_screen_and_the_stop_is_clean(container: Contai
     assert status["dev_server"]["install"]["result"] == "current", "the baked node_modules fits"
     app = (EXAMPLE / "src" / "App.tsx").read_text()
     await edited.save("src/App.tsx", app.replace("Somebody left the light on", "Nobody did"))
-    await eventually("the new text is served", lambda: container.serves("/src/App.tsx", "Nobody did"), 10)
+    await eventually("the new text is served", lambda: container.serves("/src/App.tsx", "Nobody did"))
 
     # PID 1 is the agent, and it reaps.
     assert "preview-agent" in container.sh("tr '\\0' ' ' </proc/1/cmdline")

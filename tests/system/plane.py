@@ -43,7 +43,7 @@ from tests.ports import free_port
 from tests.trees import contents_below
 
 
-async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> Any:
+async def eventually(what: str, condition: Callable[[], Awaitable[object]], seconds: float = 60.0) -> Any:
     """The condition's first true value. Fails with `what` after the deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -252,13 +252,13 @@ class Agent:
     async def metrics(self) -> str:
         """Its metrics, as a scraper sees them."""
         async with httpx.AsyncClient(trust_env=False) as http:
-            return (await http.get(f"http://127.0.0.1:{self.port}/metrics", timeout=5)).text
+            return (await http.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30)).text
 
     def files(self) -> dict[str, bytes]:
         """What is on disk; a file that goes while this looks is gone."""
         return contents_below(self.tree, but=("node_modules",))
 
-    async def equal(self, seconds: float = 30.0) -> dict[str, Any]:
+    async def equal(self, seconds: float = 60.0) -> dict[str, Any]:
         """Wait until disk, agent and database say the same; the agent's report then."""
 
         async def same() -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ def copy_example(to: Path) -> Path:
     return to
 
 
-def until(what: str, condition: Callable[[], object], seconds: float = 20.0) -> Any:
+def until(what: str, condition: Callable[[], object], seconds: float = 60.0) -> Any:
     """The condition's first true value. Fails with `what` after the deadline."""
     deadline = time.monotonic() + seconds
     while True:

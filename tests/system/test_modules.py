@@ -55,6 +55,6 @@ def test_dev_opens_a_project_again_from_its_layer(stack: Stack) -> None:
     assert sorted(status["start"].values()) == list(status["start"].values())
     assert stack.serves("/", "the dependency says 1")
     # Drawn once the page is there.
-    until("both starts are drawn", lambda: stack.log().count("node_modules in place") == 2, 10)
+    until("both starts are drawn", lambda: stack.log().count("node_modules in place") == 2)
     urls = [line for line in machines_log(stack) if "preview-modules" in json.dumps(line)]
     assert urls == [], "signed URLs are in no log"

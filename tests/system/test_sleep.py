@@ -38,7 +38,7 @@ async def test_a_frozen_session_wakes_with_the_page_of_now(database: str, tmp_pa
     driver = LocalMachines(tmp_path / "machines", environment=os.environ)
     async with (
         running_plane(database, tmp_path / "plane", machines=driver, sweep_seconds=0.2) as plane,
-        httpx.AsyncClient(trust_env=False, timeout=5) as browser,
+        httpx.AsyncClient(trust_env=False, timeout=30) as browser,
     ):
         sweeping = asyncio.create_task(plane.controller.run())
         project = await plane.project({"index.html": "<p>before</p>", "server.py": SERVER})

@@ -35,7 +35,7 @@ def edit_in_pairs(stack: Stack, editor: int, pairs: int) -> list[str]:
         time.sleep(dice.uniform(0.005, 0.060))
         stack.save(path, last)
         try:
-            until("the last edit is served", lambda p=path, t=f"e{editor} n{n} last": stack.serves(p, t), 5)
+            until("the last edit is served", lambda p=path, t=f"e{editor} n{n} last": stack.serves(p, t))
         except AssertionError:
             stale.append(path)
     return stale

@@ -28,7 +28,7 @@ def test_of_every_bulk_every_file_is_served(stack: Stack) -> None:
         stack.rpc("apply_project_files", changes=changes)
         for path in paths:
             try:
-                until("the bulk is served", partial(stack.serves, path, text), 5)
+                until("the bulk is served", partial(stack.serves, path, text))
             except AssertionError:
                 stale.append((bulk, path))
     assert stale == []

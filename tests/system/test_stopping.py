@@ -38,7 +38,7 @@ async def agent(database: str, tmp_path: Path) -> AsyncIterator[Agent]:
         finally:
             if made.process is not None and made.process.poll() is None:
                 made.kill()
-            await until(lambda: running(word) == [], 10)
+            await until(lambda: running(word) == [])
 
 
 async def _up(agent: Agent, word: str) -> bool:
@@ -62,7 +62,7 @@ async def test_a_second_signal_means_now(agent: Agent) -> None:
 async def test_a_killed_agent_leaves_nothing_and_the_next_goes_on(agent: Agent) -> None:
     word = agent.directory.parent.name
     agent.kill()
-    await until(lambda: running(f"done # {word}") == [], 10)
+    await until(lambda: running(f"done # {word}") == [])
     agent.start()
     await eventually("it is up again", lambda: _up(agent, word))
 
@@ -84,4 +84,4 @@ async def test_a_health_port_that_something_else_has_ends_the_start(database: st
                 if made.process.poll() is None:
                     made.kill()
             assert f"cannot listen on 127.0.0.1 port {port}" in made.log()
-            await until(lambda: running(f"done # {word}") == [], 10)
+            await until(lambda: running(f"done # {word}") == [])

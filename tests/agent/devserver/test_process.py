@@ -100,7 +100,7 @@ async def test_one_that_obeys_is_not_waited_for() -> None:
     await until(lambda: lines)
     began = time.monotonic()
     assert await program.stop(30) == 3
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25, "it waited for the grace"
     assert (lines[0], lines[-1]) == ("up", "bye")
 
 
@@ -156,10 +156,10 @@ asyncio.run(main())
     assert len(running(word)) >= 3
     if end == "agent":
         agent.kill()
-        await until(lambda: running(word) == [], 5)
+        await until(lambda: running(word) == [], 30)
     else:
         os.kill(guard, signal.SIGKILL)
-        await until(lambda: set(running(word)) <= {agent.pid}, 5)
+        await until(lambda: set(running(word)) <= {agent.pid}, 30)
         assert (await agent.stdout.readline()).strip() == b"ended 137"
     assert await agent.wait() == (-9 if end == "agent" else 0)
     assert running(word) == []

@@ -390,7 +390,7 @@ async def test_after_hurry_a_stubborn_server_is_not_waited_for(tmp_path: Path) -
     ) as supervisor:
         await until(lambda: supervisor.ready)
         supervisor.kill_now()
-        await until(lambda: supervisor.state is not Phase.READY, 5)
+        await until(lambda: supervisor.state is not Phase.READY)
 
 
 async def test_a_directory_without_package_json_stays_absent(tmp_path: Path) -> None:

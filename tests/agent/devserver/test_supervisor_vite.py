@@ -64,7 +64,7 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
         assert supervisor.state is Phase.ABSENT
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 120)
-        async with httpx.AsyncClient(base_url=supervisor.url) as http:
+        async with httpx.AsyncClient(base_url=supervisor.url, timeout=30) as http:
             page = (await http.get("/")).text
             assert "/src/main.tsx" in page
             app = settings.project_dir / "src" / "App.tsx"
@@ -75,7 +75,7 @@ async def test_a_preview_is_installed_started_served_and_gone(settings: Settings
             async def served() -> bool:
                 return "Anybody home?" in (await http.get("/src/App.tsx")).text
 
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while not await served():
                     await asyncio.sleep(0.01)
         report = supervisor.report()
@@ -108,7 +108,7 @@ async def test_what_vite_does_itself_about_its_config_and_env_is_left_to_it(sett
         app.write_text(app.read_text() + "\nexport const told = import.meta.env.VITE_TOLD\n")
 
         async def told() -> bool:
-            async with httpx.AsyncClient(base_url=supervisor.url) as http:
+            async with httpx.AsyncClient(base_url=supervisor.url, timeout=30) as http:
                 with contextlib.suppress(httpx.HTTPError):
                     return "by-the-env-file" in (await http.get("/src/App.tsx")).text
             return False
@@ -154,7 +154,7 @@ async def test_a_broken_package_json_and_installs_that_fail_or_hang_leave_the_pr
     async with kept(Supervisor(settings, environ=environ)) as supervisor:
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 60)
-        async with httpx.AsyncClient(base_url=supervisor.url) as http:
+        async with httpx.AsyncClient(base_url=supervisor.url, timeout=30) as http:
             paths = ("/", "/src/App.tsx", "/src/App.css", "/lighthouse.svg")
             before = [(await http.get(path)).content for path in paths]
 
@@ -184,7 +184,7 @@ async def test_behind_a_proxy_that_ends_tls_the_preview_and_its_socket_work(sett
     async with kept(supervisor):
         supervisor.project_ready()
         await until(lambda: supervisor.ready, 120)
-        async with httpx.AsyncClient(base_url=supervisor.url) as http:
+        async with httpx.AsyncClient(base_url=supervisor.url, timeout=30) as http:
             allowed = ("p1.preview.example", "own.example", "www.own.example")
             for name, status in (*((name, 200) for name in allowed), ("rebound.example", 403)):
                 assert (await http.get("/src/App.tsx", headers={"Host": name})).status_code == status

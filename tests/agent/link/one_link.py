@@ -122,7 +122,7 @@ class Link:
         await until(lambda: self.stream.state is LinkState.LIVE, "the link to be live")
 
 
-async def until(condition: Callable[[], bool], what: str, within: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], what: str, within: float = 60.0) -> None:
     """Wait for a condition, or fail saying for what."""
     deadline = asyncio.get_running_loop().time() + within
     while not condition():

@@ -98,7 +98,7 @@ def revisions(link: Link) -> set[object]:
     return {signal.payload["revision"] for signal in link.signals if isinstance(signal, Received)}
 
 
-async def hears(session: Session, link: Link, within: float = 10.0) -> None:
+async def hears(session: Session, link: Link, within: float = 60.0) -> None:
     """Live, and a commit made from now on arrives through the socket."""
     deadline = time.monotonic() + within
     while True:

@@ -324,7 +324,7 @@ async def test_a_cancelled_install_ends_the_program(world: World) -> None:
     installing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await installing
-    await until(lambda: not world.programs(), 5)
+    await until(lambda: not world.programs())
 
 
 async def test_a_lock_that_changes_while_the_layer_streams_is_another_key(world: World) -> None:

@@ -45,7 +45,7 @@ from tests.fakes.zips import EPOCH, PROJECT, snapshot
 HOST = "http://orchestrator.test"
 DEADLINE = 300.0
 """Simulated seconds until a condition counts as never coming."""
-REAL_DEADLINE = 20.0
+REAL_DEADLINE = 60.0
 """The same on the real clock."""
 
 Answer = Exception | Mapping[str, Any] | Callable[[dict[str, Any]], Any]

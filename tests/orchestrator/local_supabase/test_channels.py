@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from uuid import uuid4
@@ -209,10 +210,10 @@ async def test_a_channel_closes_when_its_token_expires_and_the_socket_stays(loca
     async with local.socket() as client:
         assert (await client.join(TOPIC, agent(local, ttl=3)))["status"] == "ok"
         join_ref = str(client.ref)
-        system = await client.frame(timeout=5)
+        system = await client.frame(timeout=30)
         assert system[3] == "system"
         assert system[4]["status"] == "error"
-        assert system[4]["message"] == "Token has expired 0 seconds ago"
+        assert re.fullmatch(r"Token has expired \d seconds ago", system[4]["message"])
         assert await client.frame() == [join_ref, join_ref, f"realtime:{TOPIC}", "phx_close", {}]
         assert (await client.join(TOPIC, agent(local)))["status"] == "ok"
 

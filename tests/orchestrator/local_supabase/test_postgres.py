@@ -57,7 +57,7 @@ def _ids(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
@@ -103,7 +103,7 @@ async def test_a_session_in_the_middle_of_something_does_not_hold_up_the_stop(da
     await db.execute("insert into kept values ('never committed')")
     began = time.monotonic()
     await server.stop()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30, "it waited for the session"
     await db.close()
 
 

@@ -30,7 +30,7 @@ async def client(url: str, token: str | None, **options: Any) -> AsyncIterator[C
     if token is not None:
         options |= {"user_jwt_cb": lambda: bytearray(token, "ascii"), "signature_cb": lambda _: b""}
     connected = await nats.connect(
-        url, allow_reconnect=False, max_reconnect_attempts=1, error_cb=hear, connect_timeout=5, **options
+        url, allow_reconnect=False, max_reconnect_attempts=1, error_cb=hear, connect_timeout=30, **options
     )
     connected.said = said  # type: ignore[attr-defined]
     try:
@@ -77,7 +77,7 @@ class Heard:
         self.by_project[project].append(message.headers["Nats-Msg-Id"].rpartition(":")[2])
 
 
-async def until(condition: Callable[[], bool], what: str, within: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], what: str, within: float = 60.0) -> None:
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, f"waited {within} s for {what}"

@@ -175,10 +175,10 @@ def _changed(token: str, claims: dict[str, Any]) -> str:
 
 
 async def test_an_open_connection_ends_with_its_token(server: EmbeddedNats) -> None:
-    async with client(server.url, machine(server, MINE, seconds=2)) as mine:
+    async with client(server.url, machine(server, MINE, seconds=3)) as mine:
         await mine.subscribe(f"{OUT}{MINE}")
         await settled(mine)
-        await until(lambda: mine.is_closed, "the end of the token", 10)
+        await until(lambda: mine.is_closed, "the end of the token")
 
 
 async def test_a_machine_has_three_subscriptions(server: EmbeddedNats) -> None:

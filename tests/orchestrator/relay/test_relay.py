@@ -124,7 +124,7 @@ async def test_a_server_that_is_killed_loses_doubles_and_reorders_nothing(
             await until(lambda: empty(db), "the outbox to be empty")
         async with client(own.url, stream_owner(own)) as owner:
             stored = await owner.jetstream().pull_subscribe("pv.in.*", stream="PREVIEW")
-            kept = [m.headers["Nats-Msg-Id"].rpartition(":")[2] for m in await stored.fetch(12, timeout=5)]
+            kept = [m.headers["Nats-Msg-Id"].rpartition(":")[2] for m in await stored.fetch(12, timeout=30)]
     finally:
         await own.stop()
     assert kept == wanted

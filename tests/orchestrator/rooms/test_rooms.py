@@ -454,7 +454,7 @@ async def test_what_a_browser_may_not(world: World, monkeypatch: pytest.MonkeyPa
 
 async def test_a_bug_in_the_upkeep_costs_no_lease(world: World) -> None:
     project, ann, _ = await people(world)
-    async with place(world, lease_seconds=0.9) as here:
+    async with place(world, lease_seconds=3) as here:
         a = await here.browser(ann, project)
         real, failed = here.rooms.store.renew, 0
 

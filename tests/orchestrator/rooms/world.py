@@ -26,7 +26,7 @@ from tests.orchestrator.sessions.control_world import World, bearer
 PATH = "src/App.tsx"
 
 
-async def until(what: str, found: Callable[[], Any | Awaitable[Any]], seconds: float = 20) -> Any:
+async def until(what: str, found: Callable[[], Any | Awaitable[Any]], seconds: float = 60) -> Any:
     """Ask until it is so."""
     try:
         async with asyncio.timeout(seconds):

@@ -262,7 +262,7 @@ async def is_cleaned(works: Works, project_id: UUID) -> bool:
     return rows == [(True,)]
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not await condition():
         assert time.monotonic() < deadline
