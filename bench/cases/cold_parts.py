@@ -158,13 +158,14 @@ async def sessions(quick: bool, files: Mapping[str, str], directory: Path) -> li
     rounds = 1 if quick else 5
     few: list[float] = []
     many: list[float] = []
-    async with plane(directory) as one:
+    # One client stands for all machines: making one costs its processor 17 ms, and here it would be the orchestrator's.
+    async with plane(directory) as one, httpx.AsyncClient(trust_env=False) as machine:
         await _share(one, os.urandom(2**20))
         projects = [await one.project({"package.json": files["package.json"]}) for _ in range(40)]
-        await _burst(projects[:20])
+        await _burst(projects[:20], machine)
         for _ in range(rounds):
-            few.append(await _burst(projects[:20]))
-            many.append(await _burst(projects))
+            few.append(await _burst(projects[:20], machine))
+            many.append(await _burst(projects, machine))
     return [
         Row(
             "a session of a template, of 40 begun in a second", 1000 * statistics.median(many), "ms",
@@ -192,7 +193,7 @@ async def _spec(one: Plane, session_id: str) -> MachineSpec | None:
     return next((spec for spec in one.driver.made.values() if str(spec.session_id) == session_id), None)
 
 
-async def _burst(projects: list[Project]) -> float:
+async def _burst(projects: list[Project], machine: httpx.AsyncClient) -> float:
     """Sessions begun one after the other within a second; the mean of what each took."""
 
     async def one(project: Project, delay: float) -> float:
@@ -210,8 +211,7 @@ async def _burst(projects: list[Project]) -> float:
         bearer = {"authorization": f"Bearer {spec.env['REALTIME_TOKEN']}"}
         path = f"/v1/sessions/{session['session_id']}/modules"
         found = (await http.post(path, json={"key": KEY}, headers=bearer)).json()
-        async with httpx.AsyncClient(trust_env=False) as other:
-            assert (await other.get(found["parts"][0]["url"])).is_success
+        assert (await machine.get(found["parts"][0]["url"])).is_success
         taken = time.monotonic() - began
         assert (await http.delete(f"/v1/sessions/{session['session_id']}")).is_success
         return taken
